@@ -1,0 +1,12 @@
+"""The operations that make 3D Matryoshka training expensive. Knows torch and itself, nothing of mlembed.
+
+Each file holds one operation: its mathematics, its plain PyTorch reference `x_ref` (the
+specification that every faster implementation is held to) and the public function `x`.
+"""
+
+from .attention import attention, attention_ref
+from .embed import embed, embed_ref
+from .infonce import infonce, infonce_ref
+
+__version__ = "0.1.0"
+__all__ = ["attention", "attention_ref", "embed", "embed_ref", "infonce", "infonce_ref"]

@@ -1,0 +1,342 @@
+"""Parallel text in more than 140 languages and scripts, from the Unicode CLDR as Babel ships it.
+
+Dates, amounts, durations, lists and names, each in English and in one other locale. Nothing is
+downloaded and nothing is vendored: locale data is under the Unicode License V3 (Babel carries it),
+Babel's code under BSD-3-Clause.
+
+The split, compared after NFKC, casefold and strip: no held-out text of any language occurs in
+training. Composed kinds (COMPOSED) are known parts in new wholes; the names of ZERO_SHOT are in
+training neither alone nor inside a list or an amount of money.
+"""
+
+import datetime
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from babel import Locale, localedata
+from babel.dates import (
+    TIMEDELTA_UNITS,
+    format_date,
+    format_time,
+    format_timedelta,
+    get_datetime_format,
+)
+from babel.lists import format_list
+from babel.numbers import format_currency
+from babel.units import format_unit
+
+# Held-out concepts of each kind; a locale that lacks one goes without it.
+COMPOSED_SIZES = {"date": 50, "datetime": 50, "unit": 24, "money": 24, "duration": 24, "list": 24}
+ZERO_SHOT_SIZES = {"territory": 20, "language": 20, "currency": 20}
+COMPOSED = tuple(COMPOSED_SIZES)
+ZERO_SHOT = tuple(ZERO_SHOT_SIZES)
+
+# Share of each kind in training, the same in every locale.
+MIX = {
+    "date": 0.22,
+    "datetime": 0.22,
+    "list": 0.16,
+    "unit": 0.10,
+    "money": 0.08,
+    "duration": 0.08,
+    "territory": 0.05,
+    "language": 0.05,
+    "currency": 0.03,
+    "script": 0.01,
+}
+
+MIN_PAIRS = 10_000  # fewer would leave a locale without a row of the rarest kind
+MIN_LOCALES = 140
+OWN_NAMES = 500  # names that differ from English before a locale counts as translated
+COVERAGE = 0.7  # share of the locales that must know a part before evaluation uses it
+TRIES = 10  # draws per wanted row before a locale with few parts is left short
+
+_NAMES = {
+    "territory": "territories",
+    "language": "languages",
+    "currency": "currencies",
+    "script": "scripts",
+}
+_PARTS = {"date": "day", "datetime": "day", "money": "currency", "list": "territory"}
+_SECONDS = dict(TIMEDELTA_UNITS)
+_DURATIONS = [(unit, sign) for unit in _SECONDS for sign in (-1, 0, 1)]  # ago, plain, in
+_STYLES = ["or", "standard"]
+_UNITS = [
+    *("angle-degree", "area-acre", "area-hectare", "area-square-kilometer", "area-square-meter"),
+    *("area-square-mile", "digital-byte", "digital-gigabyte", "digital-kilobyte"),
+    *("digital-megabyte", "electric-ampere", "electric-volt", "energy-calorie", "energy-joule"),
+    *("energy-kilowatt-hour", "length-centimeter", "length-foot", "length-inch"),
+    *("length-kilometer", "length-light-year", "length-meter", "length-mile"),
+    *("length-millimeter", "length-yard", "mass-gram", "mass-kilogram", "mass-milligram"),
+    *("mass-ounce", "mass-pound", "mass-tonne", "power-horsepower", "power-kilowatt"),
+    *("power-watt", "speed-kilometer-per-hour", "speed-meter-per-second", "speed-mile-per-hour"),
+    *("temperature-celsius", "volume-cubic-kilometer", "volume-cubic-meter", "volume-gallon"),
+    *("volume-liter", "volume-milliliter", "volume-tablespoon", "volume-teaspoon"),
+]
+# Small numbers are frequent, for the plural forms; large ones show the grouping of digits.
+_NUMBERS = [*range(1, 100), *range(100, 1000, 9), *range(1000, 10_000, 90)]
+_DURATION_NUMBERS = range(1, 100)
+_DAYS = [datetime.date(1950, 1, 1) + datetime.timedelta(days) for days in range(36_525)]
+
+# What a text says, whatever the language: a day, a moment, (number, unit or currency code),
+# (number, unit, sign), (style, *territory codes), or the code of a name.
+Concept = datetime.date | datetime.datetime | tuple | str
+
+
+def normalise(text: str) -> str:
+    """The form in which two texts count as the same."""
+    return unicodedata.normalize("NFKC", text).casefold().strip()
+
+
+@dataclass(frozen=True)
+class _Voice:
+    """One locale, and how it says a concept.
+
+    names: kind -> code -> name, without the names that two codes share.
+    parts: kind -> what wholes may be built from: codes of names that differ from English, units,
+        durations, list styles; only what the locale says in its own words.
+    """
+
+    locale: Locale
+    names: dict[str, dict[str, str]]
+    parts: dict[str, list]
+
+    def say(self, kind: str, concept: Concept) -> str | None:
+        """The text, or None where the locale has no words for it."""
+        match kind:
+            case "date":
+                return format_date(concept, "full", locale=self.locale)
+            case "datetime":  # as format_datetime, less the zone: it would be "UTC" in every text
+                text = get_datetime_format("full", locale=self.locale).replace("'", "")
+                text = text.replace("{0}", format_time(concept.time(), "short", locale=self.locale))
+                return text.replace("{1}", self.say("date", concept))
+            case "unit":
+                return self._unit(*concept)
+            case "money":
+                if concept[1] not in self.names["currency"]:
+                    return None
+                return format_currency(*concept, locale=self.locale, format_type="name")
+            case "duration":
+                number, unit, sign = concept
+                return format_timedelta(
+                    number * _SECONDS[unit] * (sign or 1),
+                    granularity=unit,
+                    threshold=float("inf"),  # stay at this unit: "90 minutes", not "2 hours"
+                    add_direction=sign != 0,
+                    locale=self.locale,
+                )
+            case "list":
+                style, *codes = concept
+                items = [self.names["territory"].get(code) for code in codes]
+                return None if None in items else format_list(items, style, locale=self.locale)
+            case _:
+                return self.names[kind].get(concept)
+
+    def _unit(self, number: int, unit: str) -> str | None:
+        # CLDR leaves "long" out where it equals "short"; Babel then prints the identifier.
+        for length in ("long", "short"):
+            text = format_unit(number, unit, length, locale=self.locale)
+            if unit not in text:
+                return text
+        return None
+
+
+def _voice(locale: Locale) -> _Voice:
+    names = {}
+    for kind, attribute in _NAMES.items():
+        table = {code: name for code, name in getattr(locale, attribute).items() if name}
+        shared = Counter(normalise(name) for name in table.values())
+        names[kind] = {
+            code: table[code] for code in sorted(table) if shared[normalise(table[code])] == 1
+        }
+    return _Voice(locale, names, {})
+
+
+def _voices() -> tuple[_Voice, list[_Voice]]:
+    """English, and every other translated locale without a territory, sorted by id."""
+    english = _voice(Locale("en"))
+    root = _voice(Locale.parse("root"))  # what Babel falls back to: "+5 h", "5 km", "M05", "Thu"
+    voices, seen = [], set()
+    for identifier in sorted(localedata.locale_identifiers()):
+        locale = Locale.parse(identifier)
+        if locale.language in ("en", "root") or locale.territory or locale.variant:
+            continue
+        voice = _voice(locale)
+        for kind, known in english.names.items():
+            voice.parts[kind] = [
+                code
+                for code, name in voice.names[kind].items()
+                if code in known and normalise(name) != normalise(known[code])
+            ]
+        if sum(map(len, voice.parts.values())) < OWN_NAMES:
+            continue
+        sample = voice.say("date", datetime.date(2024, 5, 9))
+        if "M05" in sample or "Thu" in sample or not any(map(str.isalpha, sample)):
+            continue
+        # zh_Hans repeats zh, no repeats nb, ht is all French: the first id stands for its twins.
+        twin = (frozenset(voice.names["language"].items()), sample)
+        if twin in seen:
+            continue
+        seen.add(twin)
+        for kind, parts in (("unit", _UNITS), ("duration", _DURATIONS)):
+            wholes = {part: (5, part) if kind == "unit" else (5, *part) for part in parts}
+            voice.parts[kind] = [
+                part
+                for part, whole in wholes.items()
+                if voice.say(kind, whole) not in (None, root.say(kind, whole))
+            ]
+        voice.parts["style"] = [
+            style
+            for style in _STYLES
+            if style == "standard"
+            or format_list("ABC", style, locale=locale)
+            != format_list("ABC", style, locale=root.locale)
+        ]
+        voices.append(voice)
+    assert len(voices) >= MIN_LOCALES, f"expected >= {MIN_LOCALES} locales, got {len(voices)}"
+    return english, voices
+
+
+def _draw(kind: str, rng: random.Random, parts: dict[str, list], numbers: Sequence[int]) -> Concept:
+    """One concept made of the given parts."""
+    pool = parts[_PARTS.get(kind, kind)]
+    match kind:
+        case "datetime":
+            clock = datetime.time(rng.randrange(24), rng.randrange(60))
+            return datetime.datetime.combine(rng.choice(pool), clock)
+        case "unit" | "money":
+            return rng.choice(numbers), rng.choice(pool)
+        case "duration":
+            return rng.choice(numbers), *rng.choice(pool)
+        case "list":
+            return rng.choice(parts["style"]), *rng.sample(pool, rng.randint(2, 4))
+        case _:
+            return rng.choice(pool)
+
+
+def _numbers(kind: str) -> Sequence[int]:
+    return _DURATION_NUMBERS if kind == "duration" else _NUMBERS
+
+
+def _hold_out(rng: random.Random, voices: list[_Voice]) -> dict[str, list]:
+    """kind -> held-out concepts, and "day" -> the days that training may not show."""
+    wide = {}
+    for kind in voices[0].parts:
+        known = Counter(part for voice in voices for part in voice.parts[kind])
+        wide[kind] = sorted(part for part in known if known[part] >= COVERAGE * len(voices))
+    held: dict[str, list] = {}
+    for kind, size in ZERO_SHOT_SIZES.items():
+        held[kind] = rng.sample(wide[kind], size)
+        wide[kind] = [part for part in wide[kind] if part not in held[kind]]
+    held["day"] = rng.sample(_DAYS, COMPOSED_SIZES["date"] + COMPOSED_SIZES["datetime"])
+    days = iter(held["day"])
+    for kind, size in COMPOSED_SIZES.items():
+        # Few numbers, each in many texts: the digits alone must not give the answer away.
+        numbers = rng.sample(_numbers(kind), 4)
+        found: dict[Concept, None] = {}
+        while len(found) < size:
+            if kind in ("date", "datetime"):
+                wide["day"] = [next(days)]  # every moment on a day of its own
+            found[_draw(kind, rng, wide, numbers)] = None
+        held[kind] = list(found)
+    return held
+
+
+def _held_out_rows(
+    english: _Voice, voices: list[_Voice], held: dict[str, list]
+) -> list[tuple[str, str, str, str]]:
+    """(id, kind, lang, text), without texts equal to English or shared by two ids of a kind."""
+    rows = []
+    for kind in (*COMPOSED, *ZERO_SHOT):
+        english_texts = [english.say(kind, concept) for concept in held[kind]]
+        keys = [normalise(text) for text in english_texts]
+        assert len(set(keys)) == len(keys), f"expected distinct English texts of {kind}, got {keys}"
+        rows += [(f"{kind}-{i:02d}", kind, "en", text) for i, text in enumerate(english_texts)]
+        for voice in voices:
+            texts = [voice.say(kind, concept) for concept in held[kind]]
+            shared = Counter(normalise(text) for text in texts if text)
+            rows += [
+                (f"{kind}-{i:02d}", kind, str(voice.locale), text)
+                for i, (key, text) in enumerate(zip(keys, texts, strict=True))
+                if text and normalise(text) != key and shared[normalise(text)] == 1
+            ]
+    return rows
+
+
+def _train_rows(
+    rng: random.Random,
+    english: _Voice,
+    voices: list[_Voice],
+    held: dict[str, list],
+    banned: set[str],
+    pairs: int,
+) -> list[tuple[str, str, str, str, str]]:
+    """(query, positive, query_lang, positive_lang, kind), no text of them in `banned`."""
+    days = sorted(set(_DAYS) - set(held["day"]))
+    hidden = {kind: set(concepts) for kind, concepts in held.items()}
+    rows, seen = [], set()
+    for voice in voices:
+        parts = voice.parts | {"day": days}
+        for kind in _NAMES:  # lists and money are built from these, so the ban is here, too
+            parts[kind] = [
+                code
+                for code in voice.parts[kind]
+                if code not in hidden.get(kind, ())
+                and normalise(voice.names[kind][code]) not in banned
+                and normalise(english.names[kind][code]) not in banned
+            ]
+        for kind, share in MIX.items():
+            if not parts[_PARTS.get(kind, kind)]:
+                continue  # such as units in xh: CLDR has none but the international symbols
+            wanted = round(pairs * share / len(voices))
+            for _ in range(TRIES * wanted):
+                if wanted == 0:
+                    break
+                concept = _draw(kind, rng, parts, _numbers(kind))
+                if concept in hidden.get(kind, ()):
+                    continue
+                positive = voice.say(kind, concept)
+                query = positive and english.say(kind, concept)
+                if not query or (query, positive) in seen:
+                    continue
+                keys = {normalise(query), normalise(positive)}
+                if len(keys) == 2 and keys.isdisjoint(banned):
+                    seen.add((query, positive))
+                    rows.append((query, positive, "en", str(voice.locale), kind))
+                    wanted -= 1
+    rng.shuffle(rows)
+    return rows
+
+
+def _table(rows: list[tuple[str, ...]], columns: Sequence[str]) -> pa.Table:
+    return pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def build(seed: int = 0, pairs: int = 120_000) -> tuple[pa.Table, pa.Table]:
+    """(train, held_out), the same on every machine with the same Babel.
+
+    train: about `pairs` shuffled rows (query, positive, query_lang, positive_lang, kind), English
+        to one other locale, about as many of each kind in every locale.
+    held_out: rows (id, kind, lang, text): each id in "en" and in every locale that translates it.
+
+    Raises:
+        ValueError: a negative seed, or fewer pairs than MIN_PAIRS.
+    """
+    if seed < 0:
+        raise ValueError(f"seed: expected an integer >= 0, got {seed}")
+    if pairs < MIN_PAIRS:
+        raise ValueError(f"pairs: expected >= {MIN_PAIRS}, got {pairs}")
+    rng = random.Random(seed)
+    english, voices = _voices()
+    held = _hold_out(rng, voices)
+    held_out = _held_out_rows(english, voices, held)
+    banned = {normalise(text) for *_, text in held_out}
+    train = _train_rows(rng, english, voices, held, banned, pairs)
+    return (
+        _table(train, ("query", "positive", "query_lang", "positive_lang", "kind")),
+        _table(held_out, ("id", "kind", "lang", "text")),
+    )

@@ -1,0 +1,78 @@
+"""One process or `torchrun`: who am I, gather with gradient, and a clean end."""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `rank` 0 writes and speaks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the group that torchrun's environment describes, if any, and leave it at the end.
+
+    Keep models and losses local to a function called inside: gloo aborts at exit when graphs that
+    used it are still alive as the group is destroyed.
+    """
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA device for 'cuda', got none")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield World(rank, size, where)
+    finally:
+        if size > 1:
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows of all processes, in rank order, with gradient to every one of them.
+
+    Args:
+        x: [E, n, D], n = sizes[own rank].
+        sizes: rows of each process, known to all (no extra communication).
+
+    Returns:
+        [E, sum(sizes), D]. The backward sums, for each row, what all processes' losses ask of it.
+    """
+    if len(sizes) == 1:
+        return x
+    # Collectives move equal shapes: shorter slabs are filled up with rows that are cut off again.
+    filled = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
+    slabs = all_gather(filled)
+    return torch.cat([slab[:, :n] for slab, n in zip(slabs, sizes, strict=True)], dim=1)
+
+
+def any_process(flag: bool, where: World) -> bool:
+    """Whether the flag is set on any process (a Ctrl-C may reach only one of them)."""
+    if where.size == 1:
+        return flag
+    shared = torch.tensor([float(flag)], device=where.device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared.item())

@@ -1,0 +1,331 @@
+"""Scores over the whole grid of width x depth x vocabulary rank.
+
+python -m mlembed.evaluate MODEL --data DIR_OR_FILE .. [--out report]
+
+Bitext (Tatoeba as LASER and LaBSE score it): for each text its nearest neighbour by cosine among
+the texts of the other side; accuracy = share that is its translation, both directions averaged.
+STS: Spearman correlation of cosine and human score. One pass of the trunk a rank serves all
+widths and depths.
+"""
+
+import csv
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from . import checkpoint, cldr, data, log
+from .encode import Encoder
+from .model import num_parameters
+
+PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # what each language is matched with
+
+
+@dataclass
+class Bitext:
+    """Groups of aligned texts: (language, kind) -> rows of `texts` on either side."""
+
+    name: str
+    texts: list[str] = field(default_factory=list)
+    groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass
+class STS:
+    """Scored pairs: pair i is texts[2 i], texts[2 i + 1]."""
+
+    name: str
+    texts: list[str]
+    scores: np.ndarray
+
+
+# ---- what to score --------------------------------------------------------------------------------
+
+
+def read(source: str) -> list[Bitext | STS]:
+    """`cldr`, a Tatoeba-layout directory, an n-way table, an STS csv, or a directory of the latter.
+
+    Raises:
+        ValueError: nothing there, an unknown layout, sides of unequal length, a malformed row.
+    """
+    if source == "cldr":
+        return [nway("cldr", data.cldr_tables()[1].to_pylist())]
+    path = Path(source)
+    if path.is_dir():
+        if any(path.glob("tatoeba.*-*.*")):
+            return [tatoeba(path)]
+        files = sorted(p for p in path.iterdir() if p.suffix in (".csv", ".parquet", ".jsonl"))
+        if not files:
+            raise ValueError(
+                f"eval: expected tatoeba.*, .csv, .parquet or .jsonl in {source}, found none"
+            )
+        return [scored for file in files for scored in read(str(file))]
+    if path.suffix == ".csv" and path.is_file():
+        return [sts(path)]
+    (path,) = data.files_of(source)
+    rows = data.rows_of(path)
+    if "lang" not in rows[0]:
+        raise ValueError(f"{path}: expected an n-way table with columns id, lang, text")
+    return [nway(path.stem, rows)]
+
+
+def nway(name: str, rows: Iterable[dict[str, Any]]) -> Bitext:
+    """Every language against English, kind by kind. ValueError without English."""
+    found = Bitext(name)
+    where: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        where[row.get("kind") or "", row["lang"], row["id"]] = len(found.texts)
+        found.texts.append(row["text"])
+    pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in where)), None)
+    if pivot is None:
+        raise ValueError(f"{name}: expected English ({', '.join(PIVOTS)}) among the languages")
+    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for (kind, lang, key), row in where.items():
+        if lang != pivot and (kind, pivot, key) in where:
+            pairs.setdefault((lang, kind), []).append((row, where[kind, pivot, key]))
+    for group, rows_of_group in sorted(pairs.items()):
+        a, b = np.array(rows_of_group).T
+        found.groups[group] = (a, b)
+    if not found.groups:
+        raise ValueError(f"{name}: expected ids shared with {pivot}, found none")
+    return found
+
+
+def tatoeba(directory: Path) -> Bitext:
+    """Files tatoeba.xxx-eng.xxx and tatoeba.xxx-eng.eng, line by line translations."""
+    found = Bitext(directory.name)
+    for english in sorted(directory.glob("tatoeba.*-eng.eng")):
+        lang = english.name.split(".")[1].removesuffix("-eng")
+        other = english.with_name(f"tatoeba.{lang}-eng.{lang}")
+        if not other.is_file():
+            raise ValueError(f"{english}: expected {other.name} beside it, found none")
+        sides = [path.read_text(encoding="utf-8").splitlines() for path in (other, english)]
+        if len(sides[0]) != len(sides[1]) or not sides[0]:
+            raise ValueError(
+                f"{other}: expected as many lines as {english.name}, more than none, "
+                f"got {len(sides[0])} and {len(sides[1])}"
+            )
+        first, n = len(found.texts), len(sides[0])
+        found.texts += sides[0] + sides[1]
+        found.groups[lang, ""] = (first + np.arange(n), first + n + np.arange(n))
+    if not found.groups:
+        raise ValueError(f"{directory}: expected tatoeba.xxx-eng.eng, found none")
+    return found
+
+
+def sts(path: Path) -> STS:
+    """csv with columns sentence1, sentence2, score."""
+    texts, scores = [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in (reader := csv.DictReader(file)):
+            try:
+                texts += [row["sentence1"], row["sentence2"]]
+                scores.append(float(row["score"]))
+            except KeyError as error:
+                raise ValueError(
+                    f"{path}: expected columns sentence1, sentence2, score, no {error}"
+                ) from None
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{path}:{reader.line_num}: score: expected a number, got {row['score']!r}"
+                ) from None
+    if not scores:
+        raise ValueError(f"{path}: expected rows, found none")
+    return STS(path.stem, texts, np.array(scores))
+
+
+# ---- scoring --------------------------------------------------------------------------------------
+
+
+def accuracy(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Share of rows of a [n, D] whose nearest row of b is their own, and the other way round."""
+    cosine = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    own = torch.arange(len(a))
+    there = (cosine.argmax(1) == own).float().mean()
+    back = (cosine.argmax(0) == own).float().mean()
+    return there.item(), back.item()
+
+
+def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
+    """Accuracies of texts encoded as [N, d]: `score` is the mean over kinds of the mean over
+    languages of both directions; to_pivot and from_pivot are one direction each."""
+    langs, kinds = (sorted({group[i] for group in task.groups}) for i in (0, 1))
+    both = np.full((len(langs), len(kinds), 2), np.nan)  # a language may lack a kind
+    for (lang, kind), (a, b) in task.groups.items():
+        sides = accuracy(vectors[torch.from_numpy(a)], vectors[torch.from_numpy(b)])
+        both[langs.index(lang), kinds.index(kind)] = sides
+    there, back = np.nanmean(both, axis=0).mean(axis=0)
+    by_kind = np.nanmean(both, axis=(0, 2))
+    by_language = np.nanmean(both, axis=(1, 2))
+    return {
+        "score": float(by_kind.mean()),
+        "to_pivot": float(there),
+        "from_pivot": float(back),
+        "by_kind": dict(zip(kinds, by_kind.tolist(), strict=True)) if kinds != [""] else {},
+        "by_language": dict(zip(langs, by_language.tolist(), strict=True)),
+    }
+
+
+def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
+    """{"score": Spearman correlation} of texts encoded as [N, d]."""
+    cosine = F.cosine_similarity(vectors[0::2], vectors[1::2], dim=-1)
+    return {"score": float(spearmanr(cosine.numpy(), task.scores).statistic)}
+
+
+def grid(
+    encoder: Encoder,
+    tasks: Sequence[Bitext | STS],
+    dims: Sequence[int] | None = None,
+    exits: Sequence[int] | None = None,
+    ranks: Sequence[int] | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """One cell for each (rank, exit, dim): its cost, and its scores by task name.
+
+    Args:
+        dims, exits, ranks: the trained ones by default.
+
+    Raises:
+        ValueError: a width, depth or rank that the model does not have.
+    """
+    cfg = encoder.model.cfg
+    dims, exits = dims or cfg.matryoshka_dims, exits or cfg.exits
+    if max(dims) > cfg.hidden_size or min(dims) < 1:
+        raise ValueError(f"dim: expected 1..{cfg.hidden_size} (the width), got {tuple(dims)}")
+    cells = []
+    for rank in ranks or cfg.ranks or (None,):
+        scores: dict[tuple[int, int], dict[str, Any]] = {}
+        for task in tasks:
+            score = score_bitext if isinstance(task, Bitext) else score_sts
+            exits_END = encoder.exits(task.texts, exits, rank, progress)
+            for exit, vectors in zip(exits, exits_END, strict=True):
+                for dim in dims:
+                    cell = scores.setdefault((exit, dim), {})
+                    cell[task.name] = score(task, vectors[:, :dim])  # type: ignore[arg-type]
+        for (exit, dim), by_task in scores.items():
+            cost = {"parameters": num_parameters(cfg, exit, rank), "bytes_per_vector": 4 * dim}
+            cells.append({"dim": dim, "exit": exit, "rank": rank, **cost, "scores": by_task})
+    return cells
+
+
+# ---- showing --------------------------------------------------------------------------------------
+
+
+def mean_score(cell: dict[str, Any]) -> float:
+    """Mean over tasks, in percent."""
+    return 100 * float(np.mean([task["score"] for task in cell["scores"].values()]))
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """The grid as text: a line for each rank and exit, a column for each width."""
+    dims = sorted({cell["dim"] for cell in cells})
+    at = {(cell["rank"], cell["exit"], cell["dim"]): cell for cell in cells}
+    lines = [
+        "                       score (%) at width, bytes a vector",
+        "  rank  exit  params  " + "".join(f"{dim:>8}" for dim in dims),
+        " " * 22 + "".join(f"{4 * dim:>7}B" for dim in dims),
+    ]
+    for rank, exit in dict.fromkeys((cell["rank"], cell["exit"]) for cell in cells):
+        parameters = at[rank, exit, dims[0]]["parameters"]
+        scores = "".join(f"{mean_score(at[rank, exit, dim]):>8.1f}" for dim in dims)
+        lines.append(f"{rank or 'table':>6}{exit:>6}{parameters / 1e6:>7.2f}M {scores}")
+    return "\n".join(lines)
+
+
+def draw(cells: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """A heat map for each rank: exits down, widths across, score in each cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = list(dict.fromkeys(cell["rank"] for cell in cells))
+    exits, dims = (sorted({cell[key] for cell in cells}) for key in ("exit", "dim"))
+    at = {(cell["rank"], cell["exit"], cell["dim"]): cell for cell in cells}
+    top = max(mean_score(cell) for cell in cells)
+    figure, axes = plt.subplots(
+        1,
+        len(ranks),
+        figsize=(2.2 + len(ranks) * (1.4 + 0.62 * len(dims)), 2.2 + 0.55 * len(exits)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, rank in zip(axes[0], ranks, strict=True):
+        scores = np.array([[mean_score(at[rank, e, d]) for d in dims] for e in exits])
+        image = axis.imshow(scores, vmin=0, vmax=top, cmap="cividis", aspect="auto")
+        for (row, column), value in np.ndenumerate(scores):
+            shade = "white" if value < 0.6 * top else "black"
+            axis.text(
+                column, row, f"{value:.1f}", ha="center", va="center", color=shade, fontsize=9
+            )
+        sizes = [at[rank, e, dims[0]]["parameters"] / 1e6 for e in exits]
+        axis.set_xticks(range(len(dims)), [f"{d}\n{4 * d} B" for d in dims])
+        axis.set_yticks(
+            range(len(exits)), [f"{e}\n{s:.2f} M" for e, s in zip(exits, sizes, strict=True)]
+        )
+        axis.set_title(f"vocabulary rank {rank}" if rank else "plain vocabulary")
+        axis.set_xlabel("width, bytes a vector")
+    axes[0][0].set_ylabel("exit (layers), parameters")
+    figure.colorbar(image, ax=axes[0], label="score (%)")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_report(directory: Path, cells: Sequence[dict[str, Any]], extra: dict[str, Any]) -> None:
+    """grid.json and grid.png in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    title = ", ".join(cells[0]["scores"])
+    checkpoint.write_text(
+        directory / "grid.json", json.dumps({**extra, "cells": list(cells)}, indent=1) + "\n"
+    )
+    draw(cells, directory / "grid.png", f"{title}: mean score by width, depth and vocabulary rank")
+
+
+def main(
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    data: tuple[str, ...] = ("cldr",),
+    dim: tuple[int, ...] = (),
+    exit: tuple[int, ...] = (),
+    rank: tuple[int, ...] = (),
+    out: str = "",
+    device: str = "auto",
+) -> None:
+    """Score a model over width x depth x vocabulary rank.
+
+    Args:
+        model: run, checkpoint, model directory or hub id.
+        data: cldr, Tatoeba-layout directories, n-way tables (id, lang, text), STS csv files.
+        dim: widths; those it was trained for by default.
+        exit: depths, likewise.
+        rank: vocabulary ranks, likewise.
+        out: new directory for grid.json and grid.png.
+        device: auto, cpu or cuda.
+    """
+    if out and Path(out).exists():
+        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    tasks = [task for source in data for task in read(source)]
+    cells = grid(Encoder.load(model, device), tasks, dim, exit, rank, progress=True)
+    print(table(cells))
+    full = cells[-1]["scores"]
+    for task in tasks:
+        print(f"{task.name}: {full[task.name]['score']:.4f}")
+        for kind, score in full[task.name].get("by_kind", {}).items():
+            print(f"    {kind:12}{100 * score:6.1f} %")
+    if out:
+        write_report(Path(out), cells, {"model": model, "data": data})
+
+
+if __name__ == "__main__":
+    with log.one_line_errors():
+        tyro.cli(main, prog="python -m mlembed.evaluate")

@@ -1,0 +1,213 @@
+"""Cut a model to one (dim, exit, rank) and write it as sentence-transformers and transformers read it.
+
+python -m mlembed.export RUN OUT [--dim 96] [--exit 2] [--rank 64]
+
+The directory is a plain Qwen3 model of `exit` layers with the vocabulary merged at `rank`, and
+sentence-transformers modules under the names that every version from 5.0 on maps:
+
+    Transformer -> Pooling -> (Dense: the first `dim` coordinates) -> Normalize
+
+The Dense module is a 0/1 matrix. `truncate_dim` would do less: readers before 5.4 ignore it, and
+later ones apply it after Normalize, which leaves vectors shorter than one.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import save_file
+
+from . import log, pretrained, tokenizer
+from .checkpoint import atomic_directory
+from .encode import Encoder
+
+MODULES = "sentence_transformers.models"
+TOLERANCE = 1e-4
+PROBES = (  # several scripts, lengths and an empty text; enough to see a wrong EOS, mask or cut
+    "Wednesday, May 4, 2050",
+    "2050 թ. մայիսի 4, չորեքշաբթի",
+    "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
+    "比利时、哈萨克斯坦或赞比亚",
+    "in 1 hour 🙂",
+    "",
+)
+
+
+def export(
+    encoder: Encoder,
+    out: Path,
+    dim: int | None = None,
+    exit: int | None = None,
+    rank: int | None = None,
+) -> float:
+    """Write the cut model to `out`, once its vectors were checked; -> their largest difference.
+
+    Args:
+        dim: 1..width; full by default. exit: 1..depth. rank: 1..stored.
+
+    Raises:
+        ValueError: a dim, exit or rank that the model lacks, `out` not empty, vectors that differ.
+    """
+    cfg = encoder.model.cfg
+    dim = cfg.hidden_size if dim is None else dim
+    exit = cfg.num_hidden_layers if exit is None else exit
+    if not 1 <= dim <= cfg.hidden_size:
+        raise ValueError(f"dim: expected 1..{cfg.hidden_size} (the width), got {dim}")
+    small = pretrained.cut(encoder.model, exit, rank)
+    with atomic_directory(out) as partial:
+        pretrained.save(small, partial)
+        tokenizer.save(encoder.tokenizer, partial, encoder.max_length)
+        write_sentence_transformers(partial, encoder, dim)
+        worst = check(partial, encoder, dim, exit, rank)
+        card = model_card(encoder, out.name, dim, exit, rank)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return worst
+
+
+def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> None:
+    """modules.json and what it names. Keys and class names are those of 5.0, which later ones map;
+    text-embeddings-inference also needs `max_seq_length` and the two first pooling keys."""
+    cfg = encoder.model.cfg
+    D = cfg.hidden_size
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if dim < D:
+        modules.append(("2_Dense", "Dense"))
+    modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"{MODULES}.{name}"}
+        for i, (path, name) in enumerate(modules)
+    ]
+    pooling = {
+        "word_embedding_dimension": D,
+        "pooling_mode_cls_token": cfg.pooling == "cls",
+        "pooling_mode_mean_tokens": cfg.pooling == "mean",
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": cfg.pooling == "last",
+        "include_prompt": True,
+    }
+    settings = {
+        "model_type": "SentenceTransformer",
+        "__version__": {
+            "sentence_transformers": "5.0.0",
+            "transformers": "4.57.0",
+            "pytorch": "2.11.0",
+        },
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    dense = {
+        "in_features": D,
+        "out_features": dim,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    files = {
+        "modules.json": listed,
+        "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": settings,
+        "1_Pooling/config.json": pooling,
+    }
+    if dim < D:
+        files["2_Dense/config.json"] = dense
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if dim < D:
+        save_file({"linear.weight": torch.eye(dim, D)}, directory / "2_Dense" / "model.safetensors")
+
+
+def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | None) -> float:
+    """Largest difference of any coordinate between our vectors and those of the written directory.
+
+    Read by sentence-transformers as a whole, and by transformers alone with pooling done here.
+
+    Raises:
+        ValueError: a difference above 1e-4, or not-a-number.
+    """
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    ours = encoder.encode(PROBES, dim, exit, rank)
+    sentence = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+    theirs = sentence.encode(list(PROBES), convert_to_numpy=True, show_progress_bar=False)
+    hf = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(directory, local_files_only=True)(
+        list(PROBES), padding=True, truncation=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        hidden = hf(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
+    mask = tokens["attention_mask"]
+    rows = torch.arange(len(PROBES))
+    pooled = {
+        "last": lambda: hidden[rows, mask.sum(1) - 1],
+        "cls": lambda: hidden[:, 0],
+        "mean": lambda: (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+    }[encoder.model.cfg.pooling]()
+    alone = F.normalize(pooled[:, :dim], dim=-1).numpy()
+    worst = 0.0
+    for reader, vectors in (("sentence-transformers", theirs), ("transformers", alone)):
+        if vectors.shape != ours.shape:
+            raise ValueError(f"{reader}: expected vectors {ours.shape}, read {vectors.shape}")
+        worst = max(worst, float(np.abs(vectors - ours).max()))
+        if not worst < TOLERANCE:
+            raise ValueError(
+                f"{reader}: expected the exported model's vectors within {TOLERANCE}, differ by {worst}"
+            )
+    return worst
+
+
+def model_card(encoder: Encoder, name: str, dim: int, exit: int, rank: int | None) -> str:
+    """README.md with the front matter that the hub reads, and how to use the model."""
+    cfg = encoder.model.cfg
+    base = f"base_model: {cfg.init}\n" if cfg.init and not Path(cfg.init).exists() else ""
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, sentence-similarity, matryoshka, multilingual]
+{base}---
+# {name}
+
+A multilingual text encoder trained with mlembed: {exit} of {cfg.num_hidden_layers} layers, width
+{dim} of {cfg.hidden_size}, vocabulary {f"rank {rank or cfg.ranks[-1]}" if cfg.ranks else "table"}.
+Smaller prefixes of its vectors are vectors too ({", ".join(str(d) for d in cfg.matryoshka_dims)}).
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")  # or a local path
+vectors = model.encode(["Wednesday, May 4, 2050", "2050 թ. մայիսի 4, չորեքշաբթի"])
+```
+"""
+
+
+def main(
+    model: Annotated[str, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    dim: int | None = None,
+    exit: int | None = None,
+    rank: int | None = None,
+) -> None:
+    """Write a cut of a trained model for sentence-transformers and transformers.
+
+    Args:
+        model: run, checkpoint or model directory.
+        out: new directory.
+        dim: width; full by default.
+        exit: depth; full by default.
+        rank: vocabulary rank; the stored one by default.
+    """
+    worst = export(Encoder.load(model, "cpu"), out, dim, exit, rank)
+    print(f"{out}: read by sentence-transformers and transformers, vectors within {worst:.1e}")
+
+
+if __name__ == "__main__":
+    with log.one_line_errors():
+        tyro.cli(main, prog="python -m mlembed.export")

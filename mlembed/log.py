@@ -1,0 +1,137 @@
+"""What a run says: header, progress bar, metrics.jsonl, a tracker, and one-line errors."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from . import checkpoint
+
+METRICS = "metrics.jsonl"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can cause ends in one clear line and exit status 1, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        if os.environ.get("MLEMBED_TRACEBACK"):
+            raise
+        reason = f"{error.filename}: {error.strerror}" if _named(error) else str(error)
+        tqdm.write(f"error: {' '.join(reason.split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _named(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.filename is not None
+
+
+def header(device: torch.device) -> str:
+    """Commit, versions and device: what a result must be read with."""
+    return (
+        f"mlembed {commit()} | python {platform.python_version()} | torch {torch.__version__} | "
+        + (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads"
+        )
+    )
+
+
+def commit() -> str:
+    """The checkout's commit, `+` when it has changes; `unknown` outside one."""
+    where = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=where, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "--short", "HEAD") + dirty
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Log:
+    """Metrics of one run, on the main process only: `metrics.jsonl` and, by name, a tracker.
+
+    On resuming at `step`, lines of later steps, which the new run will write again, are removed.
+    """
+
+    def __init__(self, directory: Path, tracker: str, main: bool, step: int = 0) -> None:
+        self.path, self.main = directory / METRICS, main
+        self.track: Callable[[Mapping[str, float], int], None] = lambda values, step: None
+        self.close: Callable[[], None] = lambda: None
+        if not main:
+            return
+        if self.path.exists():
+            kept = [line for line in self.lines() if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            checkpoint.write_text(self.path, text)
+        if tracker != "none":
+            self.track, self.close = _tracker(tracker, directory)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What was logged so far; a last line that was cut off by a crash is left out."""
+        if not self.path.exists():
+            return []
+        whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in whole]
+
+    def metrics(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """One line {"step", "kind", **values}; numbers, also nested ones, go to the tracker."""
+        if not self.main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)
+
+    def say(self, text: str = "") -> None:
+        """Print above the progress bar."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a nested mapping, with slashed names."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield prefix + key, float(value)
+
+
+def _tracker(
+    name: str, directory: Path
+) -> tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]:
+    """TensorBoard event files in the run's directory, or wandb / trackio under the run's name."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(directory / "tensorboard"))
+
+        def write(values: Mapping[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+    try:
+        module = __import__(name)
+    except ImportError:
+        raise ValueError(
+            f"tracker: expected {name} to be installed, it is not: pip install {name}"
+        ) from None
+    module.init(project="mlembed", name=directory.name)
+    return (lambda values, step: module.log(dict(values), step=step)), module.finish

@@ -1,0 +1,126 @@
+"""Text to token ids: a byte-level BPE trained on the training text, or a checkpoint's own tokenizer.
+
+Every text ends in EOS, appended by the post-processor in `tokenizer.json` itself (other libraries
+ignore `add_eos_token` for such tokenizers), also when it is cut to the maximum length.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+
+PAD, EOS = "<|pad|>", "<|endoftext|>"
+# Letters stay with their combining marks (Indic vowels), each digit stands alone: numbers compose.
+WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens: deterministic, any text representable.
+
+    Raises:
+        ValueError: fewer tokens than the 256 bytes and two special ones.
+    """
+    if vocab_size < 258:
+        raise ValueError(
+            f"model.vocab_size: expected at least 258 (bytes, PAD, EOS), got {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return append_eos(tokenizer, EOS)
+
+
+def append_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
+    """Set the post-processor that ends every text in `eos`."""
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+    return tokenizer
+
+
+def load(directory: Path) -> Tokenizer:
+    """A checkpoint's `tokenizer.json`, made to append its own EOS where it does not.
+
+    Raises:
+        ValueError: no tokenizer.json, or no EOS to be found in tokenizer_config.json.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"tokenizer: expected {path}, which does not exist")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    eos = special_tokens(directory).get("eos_token")
+    if eos is None or tokenizer.token_to_id(eos) is None:
+        raise ValueError(
+            f"{directory}/tokenizer_config.json: expected a known eos_token, got {eos!r}"
+        )
+    if tokenizer.encode("a").ids[-1:] != [tokenizer.token_to_id(eos)]:
+        append_eos(tokenizer, eos)
+    return tokenizer
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """eos_token and pad_token, as far as a directory's tokenizer_config.json names them."""
+    path = directory / "tokenizer_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = {key: stored.get(key) for key in ("eos_token", "pad_token")}
+    plain = {key: t.get("content") if isinstance(t, dict) else t for key, t in names.items()}
+    return {key: token for key, token in plain.items() if token}
+
+
+def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
+    """Write the three files from which transformers 4 and 5 make a PreTrainedTokenizerFast."""
+    eos = tokenizer.id_to_token(tokenizer.encode("").ids[-1])
+    pad = PAD if tokenizer.token_to_id(PAD) is not None else eos
+    portable = Tokenizer.from_str(tokenizer.to_str())
+    portable.no_truncation()
+    portable.save(str(directory / "tokenizer.json"))
+    names = {"eos_token": eos, "pad_token": pad}
+    settings = {
+        # Not the newest name: transformers 4 does not know `TokenizersBackend`.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "model_max_length": max_length,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", names)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
+    """-> one int32 array a text, at most `max_length` tokens, the last of them EOS."""
+    tokenizer.enable_truncation(max_length)
+    ids = []
+    for begin in range(0, len(texts), 8192):
+        # Encodings are many times the size of their ids; a slice at a time bounds them.
+        encodings = tokenizer.encode_batch_fast(list(texts[begin : begin + 8192]))
+        ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    return ids
+
+
+def max_length(directory: Path) -> int | None:
+    """`model_max_length` of a directory's tokenizer_config.json, where it is a real number."""
+    path = directory / "tokenizer_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    limit = stored.get("model_max_length")
+    return int(limit) if limit and limit < 1e9 else None  # transformers writes 1e30 for "none"
