@@ -1,4 +1,4 @@
-"""The operations that make 3D Matryoshka training expensive. Knows torch and itself, nothing of mlembed.
+"""The operations that make 3D Matryoshka training expensive; they know nothing of mlembed.
 
 Each file holds one operation: its mathematics, its plain PyTorch reference `x_ref` (the
 specification that every faster implementation is held to) and the public function `x`.

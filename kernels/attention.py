@@ -108,7 +108,7 @@ def attention(
         max_seqlen: tokens of the longest sequence, on the host (asking the device would wait).
         causal: whether a token sees only itself and what precedes it.
         scale: factor on q . k; K ** -0.5 by default.
-        impl: "reference" (a loop over sequences), "dense" (torch, on a rectangle), "auto" = "dense".
+        impl: "reference" (a loop over sequences), "dense" (torch, on a rectangle) = "auto".
 
     Raises:
         ValueError: shapes, dtypes or `impl` other than the above.

@@ -75,14 +75,13 @@ def save(
     write_model: Callable[[Path], None],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write `directory/step_<step>` and delete all but the `keep` newest.
 
     Args:
         write_model: writes the model and its tokenizer into a directory.
-        state: further plain values for `state.json`.
+        keep: how many to keep, the new one included.
 
     Raises:
         ValueError: it could not be written; earlier checkpoints are untouched.
@@ -97,8 +96,7 @@ def save(
     with atomic_directory(target) as partial:
         write_model(partial)
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / TRAINING)
-        text = json.dumps({"step": step, **state}, indent=2) + "\n"
-        (partial / STATE).write_text(text, encoding="utf-8")
+        (partial / STATE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     for old in complete(directory)[:-keep]:
         shutil.rmtree(old)
     return target

@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
 from babel import Locale, localedata
@@ -51,7 +52,7 @@ MIX = {
 
 MIN_PAIRS = 10_000  # fewer would leave a locale without a row of the rarest kind
 MIN_LOCALES = 140
-OWN_NAMES = 500  # names that differ from English before a locale counts as translated
+OWN_NAMES = 400  # names that differ from English before a locale counts as translated
 COVERAGE = 0.7  # share of the locales that must know a part before evaluation uses it
 TRIES = 10  # draws per wanted row before a locale with few parts is left short
 
@@ -61,10 +62,11 @@ _NAMES = {
     "currency": "currencies",
     "script": "scripts",
 }
-_PARTS = {"date": "day", "datetime": "day", "money": "currency", "list": "territory"}
+_PARTS = {"date": "day", "datetime": "day", "money": "currency", "list": "style"}
+_NOTHING = ("XA", "XB", "XXX", "ZZ")  # pseudo-locales, unknown currency, unknown region
 _SECONDS = dict(TIMEDELTA_UNITS)
 _DURATIONS = [(unit, sign) for unit in _SECONDS for sign in (-1, 0, 1)]  # ago, plain, in
-_STYLES = ["or", "standard"]
+_STYLES: list[Literal["or", "standard"]] = ["or", "standard"]
 _UNITS = [
     *("angle-degree", "area-acre", "area-hectare", "area-square-kilometer", "area-square-meter"),
     *("area-square-mile", "digital-byte", "digital-gigabyte", "digital-kilobyte"),
@@ -84,7 +86,7 @@ _DAYS = [datetime.date(1950, 1, 1) + datetime.timedelta(days) for days in range(
 
 # What a text says, whatever the language: a day, a moment, (number, unit or currency code),
 # (number, unit, sign), (style, *territory codes), or the code of a name.
-Concept = datetime.date | datetime.datetime | tuple | str
+Concept = Any
 
 
 def normalise(text: str) -> str:
@@ -97,8 +99,7 @@ class _Voice:
     """One locale, and how it says a concept.
 
     names: kind -> code -> name, without the names that two codes share.
-    parts: kind -> what wholes may be built from: codes of names that differ from English, units,
-        durations, list styles; only what the locale says in its own words.
+    parts: kind -> what its wholes are made of: codes of names, units, (duration, sign), styles.
     """
 
     locale: Locale
@@ -106,22 +107,24 @@ class _Voice:
     parts: dict[str, list]
 
     def say(self, kind: str, concept: Concept) -> str | None:
-        """The text, or None where the locale has no words for it."""
-        match kind:
-            case "date":
-                return format_date(concept, "full", locale=self.locale)
-            case "datetime":  # as format_datetime, less the zone: it would be "UTC" in every text
-                text = get_datetime_format("full", locale=self.locale).replace("'", "")
-                text = text.replace("{0}", format_time(concept.time(), "short", locale=self.locale))
-                return text.replace("{1}", self.say("date", concept))
-            case "unit":
-                return self._unit(*concept)
-            case "money":
-                if concept[1] not in self.names["currency"]:
-                    return None
-                return format_currency(*concept, locale=self.locale, format_type="name")
-            case "duration":
-                number, unit, sign = concept
+        """The text, or None where the locale lacks a part of it."""
+        match kind, concept:
+            case "date", day:
+                return format_date(day, "full", locale=self.locale)
+            case "datetime", moment:  # as format_datetime, less the zone that all would share
+                text = str(get_datetime_format("full", locale=self.locale)).replace("'", "")
+                text = text.replace("{0}", format_time(moment.time(), "short", locale=self.locale))
+                return text.replace("{1}", format_date(moment, "full", locale=self.locale))
+            case "unit", (number, unit) if unit in self.parts["unit"]:
+                text = format_unit(number, unit, "long", locale=self.locale)
+                if unit in text:  # CLDR omits a "long" that equals "short", which Babel ignores
+                    text = format_unit(number, unit, "short", locale=self.locale)
+                return text
+            case "money", (number, code) if code in self.parts["currency"]:
+                return format_currency(
+                    number, code, locale=self.locale, currency_digits=False, format_type="name"
+                )
+            case "duration", (number, unit, sign) if (unit, sign) in self.parts["duration"]:
                 return format_timedelta(
                     number * _SECONDS[unit] * (sign or 1),
                     granularity=unit,
@@ -129,38 +132,37 @@ class _Voice:
                     add_direction=sign != 0,
                     locale=self.locale,
                 )
-            case "list":
-                style, *codes = concept
-                items = [self.names["territory"].get(code) for code in codes]
-                return None if None in items else format_list(items, style, locale=self.locale)
-            case _:
+            case "list", (style, *codes) if style in self.parts["style"]:
+                known = self.names["territory"]
+                if known.keys() >= set(codes):
+                    return format_list([known[code] for code in codes], style, locale=self.locale)
+            case _ if kind in _NAMES:
                 return self.names[kind].get(concept)
-
-    def _unit(self, number: int, unit: str) -> str | None:
-        # CLDR leaves "long" out where it equals "short"; Babel then prints the identifier.
-        for length in ("long", "short"):
-            text = format_unit(number, unit, length, locale=self.locale)
-            if unit not in text:
-                return text
         return None
 
 
 def _voice(locale: Locale) -> _Voice:
     names = {}
     for kind, attribute in _NAMES.items():
-        table = {code: name for code, name in getattr(locale, attribute).items() if name}
-        shared = Counter(normalise(name) for name in table.values())
+        keys = {code: normalise(name) for code, name in getattr(locale, attribute).items()}
+        count = Counter(keys.values())
         names[kind] = {
-            code: table[code] for code in sorted(table) if shared[normalise(table[code])] == 1
+            code: getattr(locale, attribute)[code]
+            for code in sorted(keys)
+            if count[keys[code]] == 1 and keys[code] and code not in _NOTHING
         }
-    return _Voice(locale, names, {})
+    parts = {kind: list(table) for kind, table in names.items()}
+    return _Voice(locale, names, parts | {"unit": _UNITS, "duration": _DURATIONS, "style": _STYLES})
 
 
 def _voices() -> tuple[_Voice, list[_Voice]]:
-    """English, and every other translated locale without a territory, sorted by id."""
+    """English, and every other translated locale without a territory, sorted by id.
+
+    Of the others' parts only those are kept that the locale says in its own words.
+    """
     english = _voice(Locale("en"))
     root = _voice(Locale.parse("root"))  # what Babel falls back to: "+5 h", "5 km", "M05", "Thu"
-    voices, seen = [], set()
+    voices, seen = [], []
     for identifier in sorted(localedata.locale_identifiers()):
         locale = Locale.parse(identifier)
         if locale.language in ("en", "root") or locale.territory or locale.variant:
@@ -172,29 +174,29 @@ def _voices() -> tuple[_Voice, list[_Voice]]:
                 for code, name in voice.names[kind].items()
                 if code in known and normalise(name) != normalise(known[code])
             ]
-        if sum(map(len, voice.parts.values())) < OWN_NAMES:
+        if sum(len(voice.parts[kind]) for kind in _NAMES) < OWN_NAMES:
             continue
-        sample = voice.say("date", datetime.date(2024, 5, 9))
-        if "M05" in sample or "Thu" in sample or not any(map(str.isalpha, sample)):
+        date = format_date(datetime.date(2024, 5, 9), "full", locale=locale)
+        if "M05" in date or "Thu" in date or not any(map(str.isalpha, date)):
             continue
-        # zh_Hans repeats zh, no repeats nb, ht is all French: the first id stands for its twins.
-        twin = (frozenset(voice.names["language"].items()), sample)
+        # zh_Hans repeats zh, no repeats nb, ht is French but for one name: the first id stays.
+        twin = (date, voice.names["territory"])
         if twin in seen:
             continue
-        seen.add(twin)
-        for kind, parts in (("unit", _UNITS), ("duration", _DURATIONS)):
-            wholes = {part: (5, part) if kind == "unit" else (5, *part) for part in parts}
+        seen.append(twin)
+        samples: dict[str, dict[Any, tuple]] = {
+            "unit": {unit: (5, unit) for unit in _UNITS},
+            "duration": {part: (5, *part) for part in _DURATIONS},
+        }
+        for kind, wholes in samples.items():
+            said = {part: voice.say(kind, whole) for part, whole in wholes.items()}
             voice.parts[kind] = [
-                part
-                for part, whole in wholes.items()
-                if voice.say(kind, whole) not in (None, root.say(kind, whole))
+                part for part in said if said[part] != root.say(kind, wholes[part])
             ]
         voice.parts["style"] = [
             style
             for style in _STYLES
-            if style == "standard"
-            or format_list("ABC", style, locale=locale)
-            != format_list("ABC", style, locale=root.locale)
+            if format_list("AB", style, locale) != format_list("AB", style, english.locale)
         ]
         voices.append(voice)
     assert len(voices) >= MIN_LOCALES, f"expected >= {MIN_LOCALES} locales, got {len(voices)}"
@@ -213,7 +215,7 @@ def _draw(kind: str, rng: random.Random, parts: dict[str, list], numbers: Sequen
         case "duration":
             return rng.choice(numbers), *rng.choice(pool)
         case "list":
-            return rng.choice(parts["style"]), *rng.sample(pool, rng.randint(2, 4))
+            return rng.choice(pool), *rng.sample(parts["territory"], rng.randint(2, 4))
         case _:
             return rng.choice(pool)
 
@@ -252,10 +254,10 @@ def _held_out_rows(
     """(id, kind, lang, text), without texts equal to English or shared by two ids of a kind."""
     rows = []
     for kind in (*COMPOSED, *ZERO_SHOT):
-        english_texts = [english.say(kind, concept) for concept in held[kind]]
-        keys = [normalise(text) for text in english_texts]
-        assert len(set(keys)) == len(keys), f"expected distinct English texts of {kind}, got {keys}"
-        rows += [(f"{kind}-{i:02d}", kind, "en", text) for i, text in enumerate(english_texts)]
+        spoken = [english.say(kind, concept) or "" for concept in held[kind]]
+        keys = [normalise(text) for text in spoken]
+        assert len({*keys} - {""}) == len(keys), f"expected distinct texts of {kind}, got {spoken}"
+        rows += [(f"{kind}-{i:02d}", kind, "en", text) for i, text in enumerate(spoken)]
         for voice in voices:
             texts = [voice.say(kind, concept) for concept in held[kind]]
             shared = Counter(normalise(text) for text in texts if text)
@@ -285,9 +287,8 @@ def _train_rows(
             parts[kind] = [
                 code
                 for code in voice.parts[kind]
-                if code not in hidden.get(kind, ())
+                if normalise(english.names[kind][code]) not in banned
                 and normalise(voice.names[kind][code]) not in banned
-                and normalise(english.names[kind][code]) not in banned
             ]
         for kind, share in MIX.items():
             if not parts[_PARTS.get(kind, kind)]:
@@ -299,9 +300,8 @@ def _train_rows(
                 concept = _draw(kind, rng, parts, _numbers(kind))
                 if concept in hidden.get(kind, ()):
                     continue
-                positive = voice.say(kind, concept)
-                query = positive and english.say(kind, concept)
-                if not query or (query, positive) in seen:
+                query, positive = english.say(kind, concept), voice.say(kind, concept)
+                if not query or not positive or (query, positive) in seen:
                     continue
                 keys = {normalise(query), normalise(positive)}
                 if len(keys) == 2 and keys.isdisjoint(banned):
@@ -312,8 +312,8 @@ def _train_rows(
     return rows
 
 
-def _table(rows: list[tuple[str, ...]], columns: Sequence[str]) -> pa.Table:
-    return pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+def _table(rows: Sequence[tuple[str, ...]], columns: Sequence[str]) -> pa.Table:
+    return pa.table({column: [row[i] for row in rows] for i, column in enumerate(columns)})
 
 
 def build(seed: int = 0, pairs: int = 120_000) -> tuple[pa.Table, pa.Table]:

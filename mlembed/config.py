@@ -1,21 +1,23 @@
-"""One run as a value: frozen dataclasses, the named recipes, and strict reading of what users write.
+"""One run as a value: frozen dataclasses, named recipes, strict reading of what users write.
 
 `python train.py RECIPE --optim.lr 1e-3` starts from a recipe and overrides it field by field; the
-resolved configuration is saved as `config.json`, which `python train.py path/to/config.json` re-runs.
+resolved configuration is saved as `config.json`, which `python train.py config.json` re-runs.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+NESTING = "mlembed_config.json"  # what a model directory of ours says of its nesting
 ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; the last layer joins
 
 
@@ -23,8 +25,6 @@ ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; t
 class Model:
     """Shape and nesting of the encoder (names as in a Hugging Face Qwen3 configuration)."""
 
-    init: str = ""
-    """Start from this Qwen3 checkpoint (directory or hub id), shape and tokenizer included."""
     vocab_size: int = 8192
     """Tokens; when the tokenizer is trained here, how many it may learn."""
     hidden_size: int = 256
@@ -41,9 +41,9 @@ class Model:
     pooling: Literal["last", "mean", "cls"] = "last"
     """What stands for a text: its last token (EOS), the mean of all tokens, or the first."""
     exits: tuple[int, ...] = ()
-    """Depths at which a text is pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, 24, .., all."""
+    """Depths where texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, 24, .. all."""
     matryoshka_dims: tuple[int, ...] = ()
-    """Nested output widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
+    """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
     ranks: tuple[int, ...] = ()
     """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
 
@@ -136,6 +136,8 @@ class Run:
     pairs (query, positive, ..) or n-way tables (id, lang, text). Each batch comes from one file."""
     eval: tuple[str, ...] = ("cldr",)
     """What to score: `cldr`, Tatoeba-layout directories, n-way tables, scored pairs (STS csv)."""
+    init: str = ""
+    """Start from this Qwen3 checkpoint (directory or hub id): weights, shape and tokenizer."""
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
@@ -169,7 +171,7 @@ class Run:
         positive("keep_checkpoints", self.keep_checkpoints)
         if self.max_length < 2:
             raise ValueError(f"max_length: expected 2 or more tokens, got {self.max_length}")
-        if self.max_length > self.model.max_position_embeddings and not self.model.init:
+        if self.max_length > self.model.max_position_embeddings:
             raise ValueError(
                 "max_length: expected at most model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}, got {self.max_length}"
@@ -186,7 +188,7 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
-# ---- recipes ------------------------------------------------------------------------------------
+# ---- recipes ----
 
 
 def tiny() -> Run:
@@ -210,19 +212,19 @@ def tiny() -> Run:
 
 
 def qwen3() -> Run:
-    """3D Matryoshka from a Qwen3 checkpoint: `--model.init DIR`, and `--data` of your own.
+    """3D Matryoshka from a Qwen3 checkpoint: `--init DIR`, and `--data` of your own.
 
-    Exits, prefixes, prefix weights, temperature, betas, weight decay and clipping are those of
-    ML-Embed's released code, as are the learning rate 1e-5 -> 1e-7 and the ranks up to 512; batch
-    and steps are ours.
+    Exits, prefixes, prefix weights, temperature, betas, weight decay, clipping, the learning rate
+    1e-5 -> 1e-7 and the stored rank 512 are those of ML-Embed's released code (arXiv 2605.15081);
+    batch, length and steps are ours, and so is one softmax over all candidates.
     """
     return Run(
         name="qwen3",
-        model=Model(ranks=(64, 128, 256, 512), hidden_size=1024, init="Qwen/Qwen3-0.6B-Base"),
+        init="Qwen/Qwen3-0.6B-Base",
+        model=Model(hidden_size=1024, ranks=(64, 128, 256, 512), max_position_embeddings=4096),
         loss=Loss(symmetric=False, matryoshka_weights="ml-embed", num_negatives=7),
         optim=Optim(lr=1e-5, min_lr_ratio=0.01),
         steps=10_000,
-        batch_size=128,
         max_length=512,
     )
 
@@ -230,7 +232,68 @@ def qwen3() -> Run:
 RECIPES: dict[str, Callable[[], Run]] = {"tiny": tiny, "qwen3": qwen3}
 
 
-# ---- from the command line and from json ----------------------------------------------------------
+# ---- shapes of checkpoints ----
+
+
+def resolve(source: str) -> Path:
+    """A local directory as it is; otherwise a hub id, of which only safetensors and json are taken.
+
+    Raises:
+        ValueError: neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ValueError(f"model: expected a directory or a hub id, got {source}, which is neither")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub's client raises many kinds, all of them "not to be had"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"model: {source} is no local directory, and the hub did not give it: {reason}"
+        ) from None
+
+
+def from_checkpoint(directory: Path, model: Model) -> Model:
+    """`model` with the shape of a Qwen3 checkpoint, exits and prefixes by their default rules; for
+    a directory that mlembed saved, exactly what was saved.
+
+    Raises:
+        ValueError: no config.json, another architecture, or a variant that `model.py` has not.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"init: expected a checkpoint directory with config.json, got {directory}")
+    if (nesting := directory / NESTING).is_file():
+        stored = json.loads(nesting.read_text(encoding="utf-8"))
+        return from_dict(Model, stored["model"], str(nesting))
+    hf = json.loads(path.read_text(encoding="utf-8"))
+    if hf.get("model_type") != "qwen3":
+        raise ValueError(f"{path}: expected model_type 'qwen3', got {hf.get('model_type')!r}")
+    rotary = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or rotary
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    windows = "sliding_attention" in (hf.get("layer_types") or [])
+    if kind != "default" or windows or hf.get("attention_bias"):
+        raise ValueError(
+            f"{path}: expected plain rotary positions, full attention and no attention bias, got "
+            f"rope_type {kind!r}, sliding windows {windows}, bias {hf.get('attention_bias')}"
+        )
+    same = [f.name for f in fields(Model) if f.name in hf and f.name not in ("rope_theta",)]
+    theta = rotary.get("rope_theta") or hf.get("rope_theta") or 10_000.0  # Qwen3's own default
+    return dataclasses.replace(
+        model,
+        **{name: hf[name] for name in same},
+        rope_theta=float(theta),
+        causal=hf.get("is_causal", True),
+        exits=(),
+        matryoshka_dims=(),
+    )
+
+
+# ---- from the command line and from json ----
 
 
 def parse(args: Sequence[str]) -> Run:
@@ -252,11 +315,18 @@ def parse(args: Sequence[str]) -> Run:
             f"recipe: expected one of {sorted(RECIPES)}{near(name, RECIPES)}, got {name!r}"
         )
     known = [*flat_keys(Run), "help"]
+    helping = {"-h", "--help"} & set(rest)
     for arg in rest:
         key = arg[2:].split("=")[0].replace("-", "_")
         negated = key.rpartition(".")[2].startswith("no_")
         if arg.startswith("--") and key not in known and not negated:
             raise ValueError(f"--{key}: no such key{near(key, known)}")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--init", default=base.init if name in RECIPES else "")
+    init = finder.parse_known_args(rest)[0].init
+    if init and not helping:  # the checkpoint's shape is what further keys override
+        model = from_checkpoint(resolve(init), base.model)
+        base = dataclasses.replace(base, init=init, model=model)
     return tyro.cli(Run, default=base, args=rest, prog=f"train.py {name}")
 
 
@@ -273,7 +343,8 @@ def flat_keys(cls: type, prefix: str = "") -> list[str]:
     """Dotted names of all fields, nested dataclasses included."""
     keys = []
     for f, kind in zip(fields(cls), typing.get_type_hints(cls).values(), strict=True):
-        keys += flat_keys(kind, f"{prefix}{f.name}.") if is_dataclass(kind) else [prefix + f.name]
+        nested = isinstance(kind, type) and is_dataclass(kind)
+        keys += flat_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
     return keys
 
 
@@ -320,3 +391,13 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return value
     expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
     raise ValueError(f"{where}: expected {expected}, got {value!r}")
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ between two nested dictionaries."""
+    for key in a.keys() | b.keys():
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield prefix + key

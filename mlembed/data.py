@@ -1,4 +1,4 @@
-"""Training text: files to tables, tables to an endless order of batches that is a function of a seed.
+"""Training text: files to tables, tables to an order of batches that is a function of a seed.
 
 A table's items are what is drawn. Of a pair table (query, positive, optional negatives) an item is
 a row; of an n-way table (id, lang, text) it is an id, all of whose texts are translations of each
@@ -71,7 +71,7 @@ def text_id(*parts: str) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-# ---- files to tables ------------------------------------------------------------------------------
+# ---- files to tables ----
 
 
 def read(source: str) -> list[Table]:
@@ -226,7 +226,7 @@ def without(table: Table, held_out: set[str]) -> tuple[Table | None, int]:
     return Table(table.name, table.nway, texts, np.array(starts), np.array(ids)), dropped
 
 
-# ---- tables to batches ----------------------------------------------------------------------------
+# ---- tables to batches ----
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Batches(Dataset[Batch]):
     ) -> None:
         if run.batch_size % world.size:
             raise ValueError(
-                f"batch_size: expected a multiple of the {world.size} processes, got {run.batch_size}"
+                f"batch_size: expected a multiple of {world.size} processes, got {run.batch_size}"
             )
         self.tables, self.world, self.seed = tables, world, run.seed
         self.batch_size, self.num_negatives = run.batch_size, run.loss.num_negatives

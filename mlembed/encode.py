@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from . import log, pretrained, tokenizer
+from . import config, log, pretrained, tokenizer
 from .model import Transformer
 from .pack import budgeted, pack
 
@@ -60,7 +60,7 @@ class Encoder:
         rank: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in the texts' order."""
+        """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order."""
         cfg = self.model.cfg
         exits = cfg.exits if exits is None else exits
         device = self.model.norm.weight.device
@@ -104,7 +104,7 @@ def model_directory(source: str) -> Path:
                 f"a checkpoint {path}/checkpoints/step_* can be given instead"
             )
         return path / "model"
-    return pretrained.resolve(source)
+    return config.resolve(source)
 
 
 def main(

@@ -9,7 +9,6 @@ widths and depths.
 """
 
 import csv
-import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +47,7 @@ class STS:
     scores: np.ndarray
 
 
-# ---- what to score --------------------------------------------------------------------------------
+# ---- what to score ----
 
 
 def read(source: str) -> list[Bitext | STS]:
@@ -82,9 +81,9 @@ def nway(name: str, rows: Iterable[dict[str, Any]]) -> Bitext:
     """Every language against English, kind by kind. ValueError without English."""
     found = Bitext(name)
     where: dict[tuple[str, str, str], int] = {}
-    for row in rows:
-        where[row.get("kind") or "", row["lang"], row["id"]] = len(found.texts)
-        found.texts.append(row["text"])
+    for record in rows:
+        where[record.get("kind") or "", record["lang"], record["id"]] = len(found.texts)
+        found.texts.append(record["text"])
     pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in where)), None)
     if pivot is None:
         raise ValueError(f"{name}: expected English ({', '.join(PIVOTS)}) among the languages")
@@ -143,12 +142,12 @@ def sts(path: Path) -> STS:
     return STS(path.stem, texts, np.array(scores))
 
 
-# ---- scoring --------------------------------------------------------------------------------------
+# ---- scoring ----
 
 
 def accuracy(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Share of rows of a [n, D] whose nearest row of b is their own, and the other way round."""
-    cosine = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    """Share of unit rows of a [n, D] whose nearest row of b is their own, and the reverse."""
+    cosine = a @ b.T
     own = torch.arange(len(a))
     there = (cosine.argmax(1) == own).float().mean()
     back = (cosine.argmax(0) == own).float().mean()
@@ -159,9 +158,10 @@ def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
     """Accuracies of texts encoded as [N, d]: `score` is the mean over kinds of the mean over
     languages of both directions; to_pivot and from_pivot are one direction each."""
     langs, kinds = (sorted({group[i] for group in task.groups}) for i in (0, 1))
+    unit = F.normalize(vectors, dim=-1)
     both = np.full((len(langs), len(kinds), 2), np.nan)  # a language may lack a kind
     for (lang, kind), (a, b) in task.groups.items():
-        sides = accuracy(vectors[torch.from_numpy(a)], vectors[torch.from_numpy(b)])
+        sides = accuracy(unit[torch.from_numpy(a)], unit[torch.from_numpy(b)])
         both[langs.index(lang), kinds.index(kind)] = sides
     there, back = np.nanmean(both, axis=0).mean(axis=0)
     by_kind = np.nanmean(both, axis=(0, 2))
@@ -217,7 +217,7 @@ def grid(
     return cells
 
 
-# ---- showing --------------------------------------------------------------------------------------
+# ---- showing ----
 
 
 def mean_score(cell: dict[str, Any]) -> float:
@@ -238,6 +238,21 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
         parameters = at[rank, exit, dims[0]]["parameters"]
         scores = "".join(f"{mean_score(at[rank, exit, dim]):>8.1f}" for dim in dims)
         lines.append(f"{rank or 'table':>6}{exit:>6}{parameters / 1e6:>7.2f}M {scores}")
+    return "\n".join(lines)
+
+
+def by_kind(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
+    """Scores at full size, kind by kind, beside the untrained model's (percent)."""
+    lines = ["  at full size (%)          trained  untrained"]
+    for task, result in trained.items():
+        start = untrained.get(task, {})
+        rows = {task: (result["score"], start.get("score"))}
+        for kind, score in result.get("by_kind", {}).items():
+            note = " (unseen names)" if kind in cldr.ZERO_SHOT else ""
+            rows[f"  {kind}{note}"] = (score, start.get("by_kind", {}).get(kind))
+        for name, (now, then) in rows.items():
+            before = f"{100 * then:>11.1f}" if then is not None else " " * 11
+            lines.append(f"  {name:26}{100 * now:>7.1f}{before}")
     return "\n".join(lines)
 
 
@@ -317,11 +332,7 @@ def main(
     tasks = [task for source in data for task in read(source)]
     cells = grid(Encoder.load(model, device), tasks, dim, exit, rank, progress=True)
     print(table(cells))
-    full = cells[-1]["scores"]
-    for task in tasks:
-        print(f"{task.name}: {full[task.name]['score']:.4f}")
-        for kind, score in full[task.name].get("by_kind", {}).items():
-            print(f"    {kind:12}{100 * score:6.1f} %")
+    print(by_kind(cells[-1]["scores"], {}))
     if out:
         write_report(Path(out), cells, {"model": model, "data": data})
 

@@ -27,13 +27,11 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("MLEMBED_TRACEBACK"):
             raise
-        reason = f"{error.filename}: {error.strerror}" if _named(error) else str(error)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
         tqdm.write(f"error: {' '.join(reason.split())}", file=sys.stderr)
         sys.exit(1)
-
-
-def _named(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.filename is not None
 
 
 def header(device: torch.device) -> str:

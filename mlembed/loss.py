@@ -9,8 +9,9 @@ Letters: E exits, M prefixes, N texts, D width.
 
 import numpy as np
 import torch
-from mlembed_kernels import infonce
 from torch import Tensor
+
+from mlembed_kernels import infonce
 
 from . import config
 from .data import Batch

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from mlembed_kernels import attention, embed
 from torch import Tensor, nn
+
+from mlembed_kernels import attention, embed
 
 from . import config
 from .pack import PackedBatch
@@ -201,7 +202,7 @@ class Transformer(nn.Module):
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
 
-# ---- sizes --------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 def num_parameters(cfg: config.Model, exit: int | None = None, rank: int | None = None) -> int:

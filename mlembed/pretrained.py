@@ -1,4 +1,4 @@
-"""Models from and to directories that Hugging Face libraries read. Safetensors only, no remote code.
+"""Models from and to directories that Hugging Face libraries read: safetensors, no remote code.
 
 A directory holds `config.json` and `model.safetensors` as any Qwen3 model has them, the vocabulary
 merged into one table, and beside these what keeps the nesting: `mlembed_config.json` (exits,
@@ -19,7 +19,6 @@ from . import config
 from .model import Transformer
 
 FACTORS = "mlembed_factors.safetensors"
-NESTING = "mlembed_config.json"
 
 
 def hf_config(cfg: config.Model) -> dict[str, Any]:
@@ -58,74 +57,8 @@ def hf_config(cfg: config.Model) -> dict[str, Any]:
     }
 
 
-def read_hf_config(directory: Path, cfg: config.Model) -> config.Model:
-    """`cfg` with the shape of a Qwen3 checkpoint; exits and prefixes that are at their default
-    rule are derived anew. ValueError for a directory that is not one, or another architecture."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"model.init: expected a checkpoint directory with config.json, got {directory}"
-        )
-    hf = json.loads(path.read_text(encoding="utf-8"))
-    if hf.get("model_type") != "qwen3":
-        raise ValueError(f"{path}: expected model_type 'qwen3', got {hf.get('model_type')!r}")
-    rotary = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or rotary
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    windowed = "sliding_attention" in (hf.get("layer_types") or [])
-    if kind != "default" or windowed or hf.get("attention_bias"):
-        raise ValueError(
-            f"{path}: expected plain rotary positions, full attention and no attention bias, "
-            f"got rope_type {kind!r}, layer_types {hf.get('layer_types')}, "
-            f"attention_bias {hf.get('attention_bias')}"
-        )
-    shape = {
-        name: hf[name]
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-            "rms_norm_eps",
-            "max_position_embeddings",
-        )
-    }
-    plain = config.Model()
-    defaults = config.Model(num_hidden_layers=cfg.num_hidden_layers, hidden_size=cfg.hidden_size)
-    exits = () if cfg.exits == defaults.exits else cfg.exits
-    dims = () if cfg.matryoshka_dims == defaults.matryoshka_dims else cfg.matryoshka_dims
-    return replace(
-        cfg,
-        **shape,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        rope_theta=float(rotary.get("rope_theta") or hf.get("rope_theta") or plain.rope_theta),
-        exits=exits,
-        matryoshka_dims=dims,
-    )
-
-
-def resolve(source: str) -> Path:
-    """A local directory as it is; otherwise a hub id, of which only safetensors and json are taken."""
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/")) or source.count("/") != 1:
-        raise ValueError(f"model: expected a directory or a hub id, got {source}, which is neither")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model: {source} is no local directory, and the hub did not give it: {reason}"
-        ) from None
-
-
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint (single file or shards), without a leading `model.`, as stored."""
+    """All tensors of a checkpoint (one file or shards), names without a leading `model.`."""
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{directory}: expected model.safetensors, found none")
@@ -153,47 +86,42 @@ def load(source: str, cfg: config.Model | None = None) -> Transformer:
 
     Args:
         source: directory or hub id.
-        cfg: nesting to give to a plain checkpoint (its shape fields are ignored). Without it, what
-            the directory's `mlembed_config.json` says, or else the default rules and a plain table.
+        cfg: shape and nesting. By default what the directory's `mlembed_config.json` says, or else
+            the checkpoint's shape with the default exits and prefixes and a plain vocabulary.
 
     Raises:
         ValueError: no such checkpoint, another architecture, missing or misshapen weights.
     """
-    directory = resolve(source)
-    nesting = directory / NESTING
-    if cfg is None and nesting.is_file():
-        stored = json.loads(nesting.read_text(encoding="utf-8"))
-        cfg = config.from_dict(config.Model, stored["model"], str(nesting))
-    else:
-        cfg = read_hf_config(directory, cfg or config.Model())
+    directory = config.resolve(source)
+    cfg = cfg or config.from_checkpoint(directory, config.Model())
     weights = read_weights(directory)
-    table = weights.pop("embed_tokens.weight", None)
     weights.pop("lm_head.weight", None)
+    table = weights.pop("embed_tokens.weight", None)
     if table is None:
         raise ValueError(f"{directory}: expected embed_tokens.weight, found none")
     if not cfg.ranks:
         weights["embed_tokens.weight"] = table
     elif (directory / FACTORS).is_file():
         with safe_open(directory / FACTORS, framework="pt") as tensors:
-            for name in ("U", "W"):
-                weights[f"embed_tokens.{name}"] = tensors.get_tensor(name)
+            weights["embed_tokens.U"] = tensors.get_tensor("U")[:, : cfg.ranks[-1]]
+            weights["embed_tokens.W"] = tensors.get_tensor("W")[: cfg.ranks[-1]]
     else:
-        U, W = factorise(table.float(), cfg.ranks[-1])
+        U, W = factorise(table, cfg.ranks[-1])
         weights["embed_tokens.U"], weights["embed_tokens.W"] = U, W
-    encoder = Transformer(cfg)
-    own = encoder.state_dict()
-    for name in own.keys() | weights.keys():
+    model = Transformer(cfg)
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
         got = list(weights[name].shape) if name in weights else "none"
         want = list(own[name].shape) if name in own else "none"
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
-    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return encoder
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model
 
 
-def cut(encoder: Transformer, exit: int, rank: int | None) -> Transformer:
+def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     """A copy that ends at layer `exit` with vocabulary rank `rank`: nesting makes both a slice."""
-    cfg = encoder.cfg
+    cfg = model.cfg
     exits = (*(e for e in cfg.exits if e < exit), exit)
     config.check_rising("exit", exits, cfg.num_hidden_layers, "depth")
     ranks = cfg.ranks
@@ -203,7 +131,7 @@ def cut(encoder: Transformer, exit: int, rank: int | None) -> Transformer:
             raise ValueError(f"rank: expected {stored}, got {rank}")
         ranks = (*(r for r in ranks if r < rank), rank)
     small = Transformer(replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks))
-    weights = encoder.state_dict()
+    weights = model.state_dict()
     if ranks:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]
         weights["embed_tokens.W"] = weights["embed_tokens.W"][: ranks[-1]]
@@ -211,10 +139,10 @@ def cut(encoder: Transformer, exit: int, rank: int | None) -> Transformer:
     return small
 
 
-def save(encoder: Transformer, directory: Path) -> None:
-    """Write config.json, model.safetensors (table merged) and, beside them, what keeps the nesting."""
-    cfg = encoder.cfg
-    weights = {n: w.detach().float().cpu().contiguous() for n, w in encoder.state_dict().items()}
+def save(model: Transformer, directory: Path) -> None:
+    """Write config.json, model.safetensors (table merged) and, beside them, the nesting."""
+    cfg = model.cfg
+    weights = {n: w.detach().float().cpu().contiguous() for n, w in model.state_dict().items()}
     if cfg.ranks:
         factors = {n: weights.pop(f"embed_tokens.{n}") for n in ("U", "W")}
         weights["embed_tokens.weight"] = factors["U"] @ factors["W"]
@@ -222,5 +150,5 @@ def save(encoder: Transformer, directory: Path) -> None:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     hf = json.dumps(hf_config(cfg), indent=2) + "\n"
     (directory / "config.json").write_text(hf, encoding="utf-8")
-    nesting = {"model": config.to_dict(replace(cfg, init=""))}
-    (directory / NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")
+    nesting = {"model": config.to_dict(cfg)}
+    (directory / config.NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")

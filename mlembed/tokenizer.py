@@ -1,4 +1,4 @@
-"""Text to token ids: a byte-level BPE trained on the training text, or a checkpoint's own tokenizer.
+"""Text to token ids: a byte-level BPE trained on the training text, or a checkpoint's own.
 
 Every text ends in EOS, appended by the post-processor in `tokenizer.json` itself (other libraries
 ignore `add_eos_token` for such tokenizers), also when it is cut to the maximum length.

@@ -1,0 +1,359 @@
+"""Train a 3D-Matryoshka text encoder: one run, top to bottom.
+
+    python train.py tiny                              # on the built-in text, two CPU cores
+    python train.py tiny --data a.jsonl b.parquet --eval tatoeba_dir --name mine
+    python train.py tiny --resume                     # go on from the last checkpoint
+    python train.py runs/tiny/config.json --name again
+    torchrun --nproc_per_node 8 train.py qwen3 --init DIR --data DIR
+
+A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*, report/, model/.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from mlembed import checkpoint, config, data, evaluate, log, pretrained, tokenizer
+from mlembed.distributed import World, any_process, world
+from mlembed.encode import Encoder
+from mlembed.export import export
+from mlembed.loss import loss_table, sample_rank, weights
+from mlembed.model import Transformer, num_parameters
+from mlembed.optim import adamw, learning_rate
+
+# ---- the run's directory ----
+
+
+def open_run(run: config.Run, where: World) -> tuple[Path, Path | None]:
+    """-> (directory, checkpoint to go on from). A directory that holds another run is refused."""
+    directory = Path(run.output_dir) / run.name
+    saved = directory / "config.json"
+    if not run.resume:
+        if directory.exists() and any(directory.iterdir()):
+            raise ValueError(
+                f"{directory}: expected no run there yet, found one; "
+                "go on with it by --resume, or choose another --name"
+            )
+    elif not saved.is_file():
+        raise ValueError(f"{directory}: expected a run to resume, found none")
+    else:
+        before, now = (config.to_dict(replace(r, resume=False)) for r in (config.load(saved), run))
+        differing = sorted(config.differences(before, now))
+        if differing:
+            raise ValueError(
+                f"--resume: expected the configuration of {saved}, got other values for "
+                + ", ".join(differing)
+            )
+    if where.main and not run.resume:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.to_dict(run), indent=2) + "\n"
+        checkpoint.write_text(saved, text)
+    found = checkpoint.complete(directory / "checkpoints")
+    return directory, found[-1] if run.resume and found else None
+
+
+# ---- text, tokenizer, model ----
+
+
+def read_text(run: config.Run, say: Any) -> tuple[list[data.Table], list[Any]]:
+    """-> (training tables without any text of the evaluation, evaluation tasks)."""
+    tasks = [task for source in run.eval for task in evaluate.read(source)]
+    held_out = {data.normalise(text) for task in tasks for text in task.texts}
+    tables = []
+    for source in run.data:
+        for table in data.read(source):
+            clean, dropped = data.without(table, held_out)
+            if clean is None:
+                raise ValueError(f"{table.name}: expected training text, all of it is evaluation's")
+            kind = "n-way ids" if clean.nway else "pairs"
+            note = f", {dropped} texts of the evaluation left out" if dropped else ""
+            say(f"train  {table.name}: {len(clean)} {kind}, {len(clean.texts)} texts{note}")
+            tables.append(clean)
+    for task in tasks:
+        say(f"eval   {task.name}: {len(task.texts)} texts")
+    return tables, tasks
+
+
+def build(
+    run: config.Run, found: Path | None, tables: list[data.Table]
+) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer from a checkpoint of this run, from `init`, or from scratch."""
+    torch.manual_seed(run.seed)
+    if found:
+        return pretrained.load(str(found)), tokenizer.load(found)
+    if run.init:
+        return pretrained.load(run.init, run.model), tokenizer.load(config.resolve(run.init))
+    learnt = tokenizer.train((t for table in tables for t in table.texts), run.model.vocab_size)
+    model = replace(run.model, vocab_size=learnt.get_vocab_size())
+    return Transformer(model), learnt
+
+
+def bf16(run: config.Run, device: torch.device) -> bool:
+    """Whether to autocast: on request, or where the device multiplies bf16 natively."""
+    if run.precision != "auto":
+        return run.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+# ---- one run ----
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with everything it was built into."""
+
+    run: config.Run
+    where: World
+    directory: Path
+    out: log.Log
+    tasks: list[Any]
+    batches: data.Batches
+    encoder: Encoder
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def model(self) -> Transformer:
+        return self.encoder.model
+
+
+def train(run: config.Run, where: World) -> int:
+    """-> exit status: 0 finished, 130 stopped by a signal after saving."""
+    directory, found = open_run(run, where)
+    start = json.loads((found / checkpoint.STATE).read_text())["step"] if found else 0
+    out = log.Log(directory, run.tracker, where.main, step=start)
+    out.say(log.header(where.device))
+    if (directory / "model").exists():
+        out.say(f"{directory} is finished: nothing to do")
+        return 0
+    job = set_up(run, where, directory, found, out)
+    if start == 0:
+        score(job, 0)
+    done = optimise(job, start)
+    if done == run.steps and where.main:
+        finish(job)
+    out.close()
+    return 0 if done == run.steps else 130
+
+
+def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
+    """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
+    tables, tasks = read_text(run, out.say)
+    model, learnt = build(run, found, tables)
+    model.to(where.device)
+    run = replace(run, model=model.cfg)
+    optimizer = adamw(model, run.optim)
+    if found:
+        checkpoint.restore(found, model, optimizer)
+    half = bf16(run, where.device)
+    encoder = Encoder(model, learnt, run.max_length, bf16=half)
+    batches = data.Batches(tables, learnt, run, where)
+    out.say(
+        f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
+        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
+    )
+    out.say(
+        f"run    {where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}; "
+        "attention, embed and infonce by their PyTorch references"
+    )
+    return Job(run, where, directory, out, tasks, batches, encoder, optimizer)
+
+
+def optimise(job: Job, start: int) -> int:
+    """Steps start..steps-1, with logs, checkpoints and scores as configured; -> steps done.
+
+    A signal ends the run after the step in hand, saved; a second one ends it at once.
+    """
+    run, where, model = job.run, job.where, job.model
+    stop: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    micro_batches = range(
+        start * run.gradient_accumulation_steps, run.steps * run.gradient_accumulation_steps
+    )
+    workers = 2 if where.device.type == "cuda" else 0
+    loader = DataLoader(
+        Subset(job.batches, micro_batches),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=ignore_interrupt,
+    )
+    feed = iter(loader)
+    ddp = DistributedDataParallel(model) if where.size > 1 else None
+    weight_EM = weights(run).to(where.device)
+    tokens, clock = 0, time.perf_counter()
+    with tqdm(total=run.steps, initial=start, disable=not where.main, desc=run.name) as bar:
+        for step in range(start, run.steps):
+            table_EM, norm, step_tokens = one_step(job, step, feed, ddp, weight_EM)
+            tokens += step_tokens
+            done = step + 1
+            bar.update()
+            if done % run.log_every == 0 or done == run.steps:
+                rate = tokens / (time.perf_counter() - clock)
+                loss = record(job, done, table_EM, weight_EM, norm, rate)
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
+                tokens, clock = 0, time.perf_counter()
+            stopped = any_process(bool(stop), where)
+            if stopped or done == run.steps or (run.save_every and done % run.save_every == 0):
+                save(job, done)
+            if stopped and done < run.steps:
+                job.out.say(f"stopped after step {done}, saved; go on with --resume")
+                return done
+            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
+                score(job, done)
+                tokens, clock = 0, time.perf_counter()
+    return run.steps
+
+
+def one_step(
+    job: Job,
+    step: int,
+    feed: Iterator[data.Batch],
+    ddp: DistributedDataParallel | None,
+    weight_EM: Tensor,
+) -> tuple[Tensor, Tensor, int]:
+    """One optimiser step -> (loss_EM of this process, gradient norm, tokens of all processes)."""
+    run, where, half = job.run, job.where, job.encoder.bf16
+    for group in job.optimizer.param_groups:
+        group["lr"] = learning_rate(step, run)
+    rank = sample_rank(run.model.ranks, run.seed, step)
+    table_EM, tokens = torch.zeros_like(weight_EM), 0
+    for left in reversed(range(run.gradient_accumulation_steps)):
+        batch = next(feed)
+        # Gradients are reduced over processes once a step, with its last micro-batch.
+        with ddp.no_sync() if ddp and left else nullcontext():
+            with torch.autocast(where.device.type, torch.bfloat16, enabled=half):
+                exits_END = (ddp or job.model)(batch.packed.to(where.device), rank=rank)
+            loss_EM = loss_table(exits_END, batch, run, where) / run.gradient_accumulation_steps
+            (weight_EM * loss_EM).sum().backward()
+        table_EM += loss_EM.detach()
+        tokens += len(batch.packed.ids_T) * where.size
+    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), run.optim.max_grad_norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return table_EM, norm, tokens
+
+
+def record(
+    job: Job, step: int, table_EM: Tensor, weight_EM: Tensor, norm: Tensor, rate: float
+) -> float:
+    """Log the losses of a step, averaged over processes; -> the weighted loss.
+
+    Raises:
+        ValueError: the loss or the gradient is no longer a finite number.
+    """
+    if job.where.size > 1:
+        torch.distributed.all_reduce(table_EM)
+        table_EM = table_EM / job.where.size
+    loss, gradient = (weight_EM * table_EM).sum().item(), norm.item()
+    if not math.isfinite(loss) or not math.isfinite(gradient):
+        raise ValueError(
+            f"loss: expected finite numbers, got loss {loss} and gradient norm {gradient} "
+            f"at step {step}; a lower --optim.lr may help"
+        )
+    shape = job.run.model
+    losses = {
+        f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(shape.matryoshka_dims, row, strict=True)}
+        for exit, row in zip(shape.exits, table_EM.tolist(), strict=True)
+    }
+    values = {
+        "loss": loss,
+        "grad_norm": gradient,
+        "lr": learning_rate(step - 1, job.run),
+        "rank": sample_rank(shape.ranks, job.run.seed, step - 1),
+        "tokens_per_second": rate,
+        "losses": losses,
+    }
+    job.out.metrics(step, "train", values)
+    return loss
+
+
+def save(job: Job, step: int) -> None:
+    """A checkpoint, written by the main process."""
+
+    def write_model(directory: Path) -> None:
+        pretrained.save(job.model, directory)
+        tokenizer.save(job.encoder.tokenizer, directory, job.run.max_length)
+
+    if job.where.main:
+        checkpoints, keep = job.directory / "checkpoints", job.run.keep_checkpoints
+        checkpoint.save(checkpoints, step, write_model, job.model, job.optimizer, keep)
+
+
+def score(job: Job, step: int) -> None:
+    """Score the full size (the whole grid comes at the end)."""
+    if not job.tasks or not job.where.main:
+        return
+    shape = job.run.model
+    job.model.eval()
+    (cell,) = evaluate.grid(
+        job.encoder, job.tasks, shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+    )
+    job.model.train()
+    percent = evaluate.mean_score(cell)
+    job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
+    job.out.say(f"step {step}: score {percent:.1f} % at full size")
+
+
+def finish(job: Job) -> None:
+    """Score the grid, write report/ and model/, and say how to go on."""
+    run, directory, out = job.run, job.directory, job.out
+    job.model.eval()
+    if job.tasks:
+        began = time.perf_counter()
+        cells = evaluate.grid(job.encoder, job.tasks, progress=True)
+        first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
+        untrained = first[0]["tasks"] if first else {}
+        extra = {"run": config.to_dict(run), "commit": log.commit(), "untrained": untrained}
+        evaluate.write_report(directory / "report", cells, extra)
+        out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
+        spent = time.perf_counter() - began
+        out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
+    worst = export(job.encoder, directory / "model")
+    dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
+    out.say(
+        f"model   {directory}/model: sentence-transformers and transformers open it, "
+        f"vectors within {worst:.0e}\n"
+        f'encode  python -m mlembed.encode {directory} "Wednesday, May 4, 2050"\n'
+        f"export  python -m mlembed.export {directory} OUT --dim {dim} --exit {exit}"
+    )
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the run decides when its loaders end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main() -> int:
+    run = config.parse(sys.argv[1:])
+    with world(run.device) as where:
+        return train(run, where)
+
+
+if __name__ == "__main__":
+    with log.one_line_errors():
+        status = main()
+    sys.exit(status)
