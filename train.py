@@ -39,7 +39,7 @@ from mlembed.optim import adamw, learning_rate
 # ---- the run's directory ----
 
 
-def open_run(run: config.Run, where: World) -> tuple[Path, Path | None]:
+def find_run(run: config.Run) -> tuple[Path, Path | None]:
     """-> (directory, checkpoint to go on from). A directory that holds another run is refused."""
     directory = Path(run.output_dir) / run.name
     saved = directory / "config.json"
@@ -49,22 +49,16 @@ def open_run(run: config.Run, where: World) -> tuple[Path, Path | None]:
                 f"{directory}: expected no run there yet, found one; "
                 "go on with it by --resume, or choose another --name"
             )
-    elif not saved.is_file():
+        return directory, None
+    if not saved.is_file():
         raise ValueError(f"{directory}: expected a run to resume, found none")
-    else:
-        before, now = (config.to_dict(replace(r, resume=False)) for r in (config.load(saved), run))
-        differing = sorted(config.differences(before, now))
-        if differing:
-            raise ValueError(
-                f"--resume: expected the configuration of {saved}, got other values for "
-                + ", ".join(differing)
-            )
-    if where.main and not run.resume:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_dict(run), indent=2) + "\n"
-        checkpoint.write_text(saved, text)
-    found = checkpoint.complete(directory / "checkpoints")
-    return directory, found[-1] if run.resume and found else None
+    before, now = (config.to_dict(replace(r, resume=False)) for r in (config.load(saved), run))
+    if differing := sorted(config.differences(before, now)):
+        raise ValueError(
+            f"--resume: expected the configuration of {saved}, got other values for "
+            + ", ".join(differing)
+        )
+    return directory, next(reversed(checkpoint.complete(directory / "checkpoints")), None)
 
 
 # ---- text, tokenizer, model ----
@@ -136,14 +130,19 @@ class Job:
 
 def train(run: config.Run, where: World) -> int:
     """-> exit status: 0 finished, 130 stopped by a signal after saving."""
-    directory, found = open_run(run, where)
+    directory, found = find_run(run)
     start = json.loads((found / checkpoint.STATE).read_text())["step"] if found else 0
-    out = log.Log(directory, run.tracker, where.main, step=start)
+    out = log.Log(directory, where.main)
     out.say(log.header(where.device))
     if (directory / "model").exists():
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, found, out)
+    if where.main:  # only now, so that a mistake in the arguments leaves nothing behind
+        directory.mkdir(parents=True, exist_ok=True)
+        resolved = json.dumps(config.to_dict(replace(run, resume=False)), indent=2)
+        checkpoint.write_text(directory / "config.json", resolved + "\n")
+    out.open(run.tracker, start)
     if start == 0:
         score(job, 0)
     done = optimise(job, start)

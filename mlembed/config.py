@@ -257,8 +257,8 @@ def resolve(source: str) -> Path:
 
 
 def from_checkpoint(directory: Path, model: Model) -> Model:
-    """`model` with the shape of a Qwen3 checkpoint, exits and prefixes by their default rules; for
-    a directory that mlembed saved, exactly what was saved.
+    """`model` with the shape of a Qwen3 checkpoint, exits and prefixes by their default rules and
+    ranks as far as the width allows; for a directory that mlembed saved, exactly what was saved.
 
     Raises:
         ValueError: no config.json, another architecture, or a variant that `model.py` has not.
@@ -281,7 +281,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
             f"{path}: expected plain rotary positions, full attention and no attention bias, got "
             f"rope_type {kind!r}, sliding windows {windows}, bias {hf.get('attention_bias')}"
         )
-    same = [f.name for f in fields(Model) if f.name in hf and f.name not in ("rope_theta",)]
+    same = [f.name for f in fields(Model) if f.name in hf and f.name != "rope_theta"]
     theta = rotary.get("rope_theta") or hf.get("rope_theta") or 10_000.0  # Qwen3's own default
     return dataclasses.replace(
         model,
@@ -290,6 +290,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
         causal=hf.get("is_causal", True),
         exits=(),
         matryoshka_dims=(),
+        ranks=tuple(rank for rank in model.ranks if rank <= hf["hidden_size"]),
     )
 
 

@@ -81,7 +81,11 @@ def read(source: str) -> list[Table]:
         ValueError: nothing there, no usable columns, a malformed row (with file and line), no rows.
     """
     if source == "cldr":
-        return [_pairs("cldr", "cldr", cldr_tables()[0].to_pylist())]
+        # A source a kind: dates among dates, not among countries, make negatives that teach.
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for row in cldr_tables()[0].to_pylist():
+            kinds.setdefault(row["kind"], []).append(row)
+        return [_pairs(f"cldr/{kind}", "cldr", rows) for kind, rows in sorted(kinds.items())]
     return [_table(path) for path in files_of(source)]
 
 

@@ -134,7 +134,9 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     """
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     ours = replace(encoder, bf16=False).encode(PROBES, dim, exit, rank)
     sentence = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     theirs = sentence.encode(list(PROBES), convert_to_numpy=True, show_progress_bar=False)

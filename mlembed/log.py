@@ -62,23 +62,26 @@ def commit() -> str:
 
 
 class Log:
-    """Metrics of one run, on the main process only: `metrics.jsonl` and, by name, a tracker.
+    """Metrics of one run, on the main process only: `metrics.jsonl` and, by name, a tracker."""
 
-    On resuming at `step`, lines of later steps, which the new run will write again, are removed.
-    """
-
-    def __init__(self, directory: Path, tracker: str, main: bool, step: int = 0) -> None:
+    def __init__(self, directory: Path, main: bool) -> None:
         self.path, self.main = directory / METRICS, main
         self.track: Callable[[Mapping[str, float], int], None] = lambda values, step: None
         self.close: Callable[[], None] = lambda: None
-        if not main:
+
+    def open(self, tracker: str, step: int) -> None:
+        """Begin to write at `step`: lines of later steps, which the run will write again, go.
+
+        Raises:
+            ValueError: the tracker's package is not installed.
+        """
+        if not self.main:
             return
         if self.path.exists():
             kept = [line for line in self.lines() if line["step"] <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            checkpoint.write_text(self.path, text)
+            checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if tracker != "none":
-            self.track, self.close = _tracker(tracker, directory)
+            self.track, self.close = _tracker(tracker, self.path.parent)
 
     def lines(self) -> list[dict[str, Any]]:
         """What was logged so far; a last line that was cut off by a crash is left out."""

@@ -60,7 +60,7 @@ def test_locales_and_scripts(train, held_out):
     assert len(scripts) >= 25, sorted(scripts)
     # zh_Hans, no and ht print the very texts of zh, nb and fr.
     assert not {"zh_Hans", "no", "ht", "sr_Cyrl"} & set(texts)
-    assert {"zh", "zh_Hant", "sr", "sr_Latn", "yue_Hans", "kk_Arab"} <= set(texts)
+    assert {"zh", "zh_Hant", "sr", "sr_Latn", "yue_Hans"} <= set(texts)
 
 
 def test_training_mix(train):
@@ -108,6 +108,14 @@ def test_nothing_from_babel_s_fallbacks(train, held_out):
             assert not (text[0] in "+-" and ascii_root.strip("0123456789") in set("yqmwdhs")), text
         if kind in ("date", "datetime"):
             assert any(map(str.isalpha, text)) and " M0" not in text, text
+
+
+def test_units_whose_long_form_is_their_short_one(train):
+    """CLDR states them once, as short; without care they are lost in most East Asian locales."""
+    chinese = [r for r in train if r["positive_lang"] == "zh" and r["kind"] == "unit"]
+    miles = [row for row in chinese if row["query"].endswith(" miles")]
+    assert miles
+    assert all(row["positive"].endswith("英里") for row in miles), miles
 
 
 def test_held_out_sizes(held_out):
@@ -172,7 +180,8 @@ def test_zero_shot_names_are_in_no_training_list_or_amount(train, held_out):
                     items |= {*head.split(", "), last}
                     break
     assert {"Germany", "Japan"} & items  # the split into items works
-    assert items.isdisjoint(names["territory"])
+    # Not even as another thing of that name: the language Nauru held out, the country in a list.
+    assert items.isdisjoint(set().union(*names.values()))
     # An amount shows the plural: "5 Kenyan shillings"; compare without number and plural ending.
     english = cldr._voice(cldr.Locale("en"))
     codes = [code for code, name in english.names["currency"].items() if name in names["currency"]]

@@ -1,0 +1,45 @@
+# make train        set up .venv where it is missing, then train, evaluate and export the tiny model
+# make test         the same set-up, then every test
+# make check        lint, format and types
+#
+# In an existing environment, installing nothing: make train PYTHON=python3 VENV=
+# Further arguments of the run:                   make train ARGS="--name second --steps 600"
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+# Idle threads that spin make a busy small machine several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+ifeq ($(strip $(VENV)),)
+RUN   := $(PYTHON)
+READY :=
+else
+RUN   := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: train test check setup clean
+
+train: setup
+	$(RUN) train.py tiny $(ARGS)
+
+test: setup
+	$(RUN) -m pytest -n 2 $(ARGS)
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+setup: $(READY)
+
+# Made anew when what is to be installed changes; complete only once the mark is set.
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlembed needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache

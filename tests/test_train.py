@@ -1,0 +1,289 @@
+"""train.py as a user runs it: real processes, small runs on real text."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A model and a text small enough that a run is all start-up.
+SMALL = [
+    *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.head-dim", "8"),
+    *("--model.intermediate-size", "48", "--model.vocab-size", "400", "--model.exits", "1", "2"),
+    *("--model.matryoshka-dims", "8", "32", "--model.ranks", "8", "16"),
+    *("--batch-size", "8", "--log-every", "1", "--precision", "fp32", "--max-length", "32"),
+]
+
+
+def train(*args, code=0, processes=1, **kwargs):
+    """Run train.py to its end; -> the finished process, whose exit status is as expected."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launcher.append(str(processes))
+    done = subprocess.run(
+        [*launcher, "train.py", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "grad_norm", "rank", "losses")
+    return [{k: line[k] for k in kept} for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Pairs with hard negatives, an n-way table to learn from and one to score."""
+    folder = tmp_path_factory.mktemp("text")
+    numbers = [
+        f"{a} {b}" for a in ("one", "two", "three", "four") for b in ("cats", "dogs", "owls")
+    ]
+    pairs = [
+        {"query": f"{n} of {i}", "positive": f"{i} : {n}", "negatives": [f"{i + 1} : {n}"]}
+        for i in range(10)
+        for n in numbers
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in pairs))
+    for name, words in (("nway", numbers), ("dev", ["five cats", "six dogs", "nine owls"])):
+        rows = [
+            {"id": word, "lang": lang, "text": f"{word} {mark}"}
+            for word in words
+            for lang, mark in (("eng", "."), ("deu", "!"), ("fra", "?"))
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(text):
+    sources = [str(text / "pairs.jsonl"), str(text / "nway.jsonl")]
+    return ["tiny", *SMALL, "--data", *sources, "--eval", str(text / "dev.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """An uninterrupted run of 12 steps, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    args = ["--output-dir", folder, "--name", "whole", "--steps", 12, "--save-every", 4]
+    return folder / "whole", train(*arguments, *args)
+
+
+def test_run_directory_and_table(whole):
+    run, done = whole
+    for name in ("config.json", "metrics.jsonl", "report/grid.json", "report/grid.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert any((run / "tensorboard").iterdir())
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step_00000008",  # the two newest of 4, 8, 12
+        "step_00000012",
+    ]
+    cells = json.loads((run / "report" / "grid.json").read_text())["cells"]
+    assert {(c["dim"], c["exit"], c["rank"]) for c in cells} == {
+        (dim, exit, rank) for dim in (8, 32) for exit in (1, 2) for rank in (8, 16)
+    }
+    assert f"python -m mlembed.encode {run}" in done.stdout
+    assert "untrained" in done.stdout
+    first, last = losses(run)[0], losses(run)[-1]
+    assert last["loss"] < first["loss"]
+    table = first["losses"]
+    mean = sum(x for row in table.values() for x in row.values()) / 4  # uniform weights
+    assert first["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_printed_command_encodes(whole):
+    run, done = whole
+    assert f'encode  python -m mlembed.encode {run} "Wednesday, May 4, 2050"' in done.stdout
+    encoded = subprocess.run(
+        [sys.executable, "-m", "mlembed.encode", str(run), "Wednesday, May 4, 2050"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sum(float(x) ** 2 for x in encoded.stdout.split()) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_saved_configuration_runs_again(whole, tmp_path):
+    run, _ = whole
+    train(run / "config.json", "--output-dir", tmp_path, "--name", "again", "--tracker", "none")
+    assert losses(tmp_path / "again") == losses(run)
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole, arguments, tmp_path):
+    run, _ = whole
+    args = [*arguments, "--output-dir", tmp_path, "--name", "whole", "--steps", 12]
+    args += ["--save-every", 4]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, args)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "whole" / "metrics.jsonl"
+    while process.poll() is None and not (tmp_path / "whole/checkpoints/step_00000004").exists():
+        time.sleep(0.005)
+    process.kill()  # no chance to save: whatever was done after step 4 or 8 is lost
+    process.wait()
+    assert metrics.exists()
+    shutil.rmtree(tmp_path / "whole" / "model", ignore_errors=True)  # if it was too fast to kill
+    later = tmp_path / "whole" / "checkpoints" / "step_00000012"
+    shutil.rmtree(later, ignore_errors=True)
+    train(*args, "--resume")
+    assert losses(tmp_path / "whole") == losses(run)
+    same = ("model.safetensors", "mlembed_factors.safetensors")
+    for name in same:
+        mine, theirs = (folder / "model" / name for folder in (tmp_path / "whole", run))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(arguments, tmp_path, number):
+    args = [*arguments, "--output-dir", tmp_path, "--name", "stopped", "--steps", 100_000]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and losses(tmp_path / "stopped")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "go on with --resume" in out
+    (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert saved.name == f"step_{losses(tmp_path / 'stopped')[-1]['step']:08d}"
+
+
+def test_two_processes_equal_one(whole, arguments, tmp_path):
+    run, _ = whole
+    args = ["--output-dir", tmp_path, "--name", "whole", "--steps", 12, "--save-every", 4]
+    train(*arguments, *args, processes=2)
+    one, two = losses(run), losses(tmp_path / "whole")
+    assert [line["rank"] for line in two] == [line["rank"] for line in one]
+    for a, b in zip(one, two, strict=True):
+        # Sums in another order; twelve steps of AdamW let the difference grow a little.
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_accumulation_averages_micro_batches(arguments, tmp_path):
+    args = ["--output-dir", tmp_path, "--steps", 3, "--tracker", "none"]
+    train(*arguments, *args, "--name", "a", "--gradient-accumulation-steps", 2)
+    train(*arguments, *args, "--name", "b", "--gradient-accumulation-steps", 2, processes=2)
+    one, two = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+
+
+def test_starts_from_a_qwen3_checkpoint(whole, text, tmp_path):
+    run, _ = whole
+    exported = tmp_path / "start"
+    subprocess.run(
+        [sys.executable, "-m", "mlembed.export", str(run), str(exported)], check=True, cwd=ROOT
+    )
+    for own in ("mlembed_config.json", "mlembed_factors.safetensors"):
+        (exported / own).unlink()  # now it is any Qwen3 model, its vocabulary a plain table
+    args = ["--init", exported, "--model.ranks", 8, 16, "--max-length", 32, "--steps", 30]
+    args += ["--data", text / "pairs.jsonl", "--eval", text / "dev.jsonl", "--log-every", 1]
+    args += ["--optim.lr", "1e-3", "--batch-size", 8, "--output-dir", tmp_path]
+    train("qwen3", *args)
+    trace = [line["loss"] for line in losses(tmp_path / "qwen3")]
+    assert sum(trace[-5:]) < 0.8 * sum(trace[:5])
+    nesting = json.loads((tmp_path / "qwen3/model/mlembed_config.json").read_text())["model"]
+    assert nesting["ranks"] == [8, 16] and nesting["hidden_size"] == 32
+
+
+# ---- what a user can get wrong: one line, a non-zero status, nothing lost ----
+
+
+def line_of(done):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["tinny"], "tiny"),
+        (["tiny", "--optim.lrr", "1"], "optim.lr"),
+        (["tiny", "--data", "no/such/file.jsonl"], "no/such/file.jsonl"),
+        (["tiny", "--eval", "no/such/place"], "no/such/place"),
+        (["tiny", "--model.matryoshka-dims", "64", "999"], "999"),
+        (["tiny", "--model.exits", "2", "9"], "9"),
+        (["tiny", "--model.ranks", "64", "999"], "999"),
+        (["tiny", "--init", "no/such/checkpoint/"], "no/such/checkpoint"),
+        (["no_such.json"], "no_such.json"),
+    ],
+)
+def test_mistakes_in_arguments(args, says, tmp_path):
+    done = train(*args, *(["--output-dir", tmp_path] if len(args) > 1 else []), code=1)
+    assert says in line_of(done)
+
+
+def test_malformed_and_empty_data(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a"}\n')
+    args = ["tiny", "--output-dir", tmp_path / "runs", "--eval", "cldr", "--data"]
+    assert f"{bad}:2" in line_of(train(*args, bad, code=1))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert str(empty) in line_of(train(*args, empty, code=1))
+    assert not (tmp_path / "runs").exists()  # nothing to clear away before the next try
+
+
+def test_another_run_is_not_overwritten(whole, arguments):
+    run, _ = whole
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    args = ["--output-dir", run.parent, "--name", "whole", "--steps", 12, "--save-every", 4]
+    assert "--resume" in line_of(train(*arguments, *args, code=1))
+    changed = line_of(train(*arguments, *args, "--resume", "--optim.lr", "0.1", code=1))
+    assert "optim.lr" in changed
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_full_disk_keeps_what_was_saved(arguments, tmp_path):
+    """A file-size limit makes the second checkpoint's writes fail as a full disk would."""
+    args = [*arguments, "--output-dir", tmp_path, "--name", "full", "--save-every", "2"]
+    args += ["--tracker", "none"]
+    train(*args, "--steps", 4)
+    largest = max(p.stat().st_size for p in (tmp_path / "full").rglob("*.safetensors"))
+    shutil.rmtree(tmp_path / "full")
+
+    wrapper = (
+        "import resource, runpy, sys, mlembed.checkpoint as c\n"
+        "real = c.save\n"
+        "def save(directory, step, *rest):\n"
+        f"    limit = {largest // 2} if step > 2 else resource.RLIM_INFINITY\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    return real(directory, step, *rest)\n"
+        "c.save = save\n"
+        "sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", wrapper, *map(str, args), "--steps", "6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "could not be written" in line_of(done)
+    checkpoints = tmp_path / "full" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
+    train(*args, "--steps", 6, "--resume")  # with room again, the run goes on from it
+    assert [line["step"] for line in losses(tmp_path / "full")] == list(range(1, 7))
