@@ -5,9 +5,12 @@ resolved configuration is saved as `config.json`, which `python train.py config.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -298,7 +301,11 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
 
 
 def parse(args: Sequence[str]) -> Run:
-    """`RECIPE | config.json` and overrides -> Run. ValueError for what the user got wrong."""
+    """`RECIPE | config.json` and overrides (`--optim.lr 1e-3` or `optim.lr=1e-3`) -> Run.
+
+    Raises:
+        ValueError: an unknown recipe or key (with near names), a value that does not fit.
+    """
     usage = f"python train.py {{{','.join(RECIPES)}}} [--help] [--key value ..]"
     if not args or args[0] in ("-h", "--help"):
         lines = [
@@ -307,6 +314,7 @@ def parse(args: Sequence[str]) -> Run:
         print("\n".join([f"usage: {usage}", *lines, "  FILE    a config.json that a run saved"]))
         raise SystemExit(0 if args else 2)
     name, *rest = args
+    rest = [f"--{arg}" if re.match(r"[a-z][\w.-]*=", arg) else arg for arg in rest]
     if name in RECIPES:
         base = RECIPES[name]()
     elif name.endswith(".json"):
@@ -328,7 +336,17 @@ def parse(args: Sequence[str]) -> Run:
     if init and not helping:  # the checkpoint's shape is what further keys override
         model = from_checkpoint(resolve(init), base.model)
         base = dataclasses.replace(base, init=init, model=model)
-    return tyro.cli(Run, default=base, args=rest, prog=f"train.py {name}")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Run, default=base, args=rest, prog=f"train.py {name}")
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+        # tyro draws a box around what was wrong, a ValueError of ours included: one line of it.
+        words = re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()
+        reason = " ".join(words).split(" For full helptext")[0]
+        raise ValueError(reason.removeprefix("Value error ")) from None
 
 
 def near(name: str, names: typing.Iterable[str]) -> str:

@@ -1,0 +1,272 @@
+"""Packed attention against float64: values, every gradient, and what must not leak between texts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlembed_kernels import attention, attention_ref
+
+# Shapes that hurt: single tokens (softmax over one key), primes (no tile or vector width divides
+# them), one long text among short ones (a rectangle that is mostly unused). "dense" takes its own
+# softmax up to 256 tokens and torch's SDPA from 257 on, so both sides of that step are here.
+LENGTHS = {
+    "one_token": [1],
+    "all_single": [1, 1, 1],
+    "primes": [2, 3, 5, 7, 11, 13],
+    "long_among_short": [1, 97, 1, 2],
+    "last_of_softmax": [256, 1, 3],
+    "first_of_sdpa": [3, 257, 1],
+    "sdpa_prime": [1, 263, 31],
+}
+# (Hq, Hkv): no grouping, grouping by two and three, all queries on one key head.
+HEADS = [(1, 1), (4, 2), (6, 2), (3, 1)]
+ragged = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def inputs(
+    lengths: list[int], heads: tuple[int, int] = (4, 2), K: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in float64; twice unit variance, so that softmax is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+    return tuple(
+        2 * torch.randn(T, H, K, generator=generator, dtype=torch.float64)
+        for H in (heads[0], heads[1], heads[1])
+    )
+
+
+def layout(lengths: list[int]) -> dict:
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {"cu_seqlens": ends, "max_seqlen": max(lengths)}
+
+
+def with_gradients(function, qkv, **options) -> list[Tensor]:
+    """Output and the gradients of q, k, v for a fixed random cotangent."""
+    qkv = [x.detach().clone().requires_grad_() for x in qkv]
+    out = function(*qkv, **options)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, qkv, cotangent)]
+
+
+@both_masks
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_reference_is_the_formula(heads, causal):
+    # In plain numbers, one output at a time: the specification itself has to be held to something.
+    lengths = [1, 3, 2]
+    q, k, v = inputs(lengths, heads, K=3)
+    out = attention_ref(q, k, v, causal=causal, **layout(lengths))
+    begin = 0
+    for n in lengths:
+        for t in range(n):
+            for h in range(heads[0]):
+                g = h // (heads[0] // heads[1])
+                seen = range(begin, begin + (t + 1 if causal else n))
+                score = [sum((q[begin + t, h] * k[s, g]).tolist()) / math.sqrt(3) for s in seen]
+                weight = [math.exp(s - max(score)) for s in score]
+                for i in range(3):
+                    want = sum(w * v[s, g, i].item() for w, s in zip(weight, seen, strict=True))
+                    assert out[begin + t, h, i].item() == pytest.approx(want / sum(weight), 1e-12)
+        begin += n
+
+
+@both_masks
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@ragged
+def test_dense_equals_reference_in_float64(lengths, heads, causal):
+    qkv, options = inputs(lengths, heads), {"causal": causal, **layout(lengths)}
+    truth = with_gradients(attention_ref, qkv, **options)
+    got = with_gradients(attention, qkv, impl="dense", **options)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, truth, strict=True):
+        assert a.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@both_masks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ragged
+def test_dense_is_as_exact_as_eager(lengths, dtype, causal):
+    # Same bits into both; eager is the plain loop in the same dtype. The floor, two units in the
+    # last place of the largest value, lets an element round the other way.
+    options = {"causal": causal, **layout(lengths)}
+    qkv = [x.to(dtype) for x in inputs(lengths)]
+    truth = with_gradients(attention_ref, [x.double() for x in qkv], **options)
+    eager = with_gradients(attention_ref, qkv, **options)
+    got = with_gradients(attention, qkv, impl="dense", **options)
+    for name, a, e, t in zip(("out", "dq", "dk", "dv"), got, eager, truth, strict=True):
+        assert a.dtype == dtype
+        floor = 2 * torch.finfo(dtype).eps * t.abs().max().item()
+        error, allowed = ((x.double() - t).abs().max().item() for x in (a, e))
+        assert error <= allowed + floor, f"{name}: error {error}, eager {allowed}, floor {floor}"
+
+
+@both_masks
+@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+def test_scale(impl, causal):
+    lengths = [5, 1, 7]
+    q, k, v = inputs(lengths)
+    options = {"causal": causal, "impl": impl, **layout(lengths)}
+    default = attention(q, k, v, **options)
+    torch.testing.assert_close(attention(q, k, v, scale=8**-0.5, **options), default)
+    # A factor on the scores can as well be put on q; scale 0 weighs all visible keys alike.
+    torch.testing.assert_close(
+        attention(q, k, v, scale=0.3, **options), attention(q * 0.3, k, v, scale=1.0, **options)
+    )
+    uniform = attention(q, k, v, scale=0.0, **options)
+    for part, values in zip(uniform.split(lengths), v.split(lengths), strict=True):
+        mean = values.cumsum(0) / torch.arange(1, len(values) + 1)[:, None, None]
+        mean = mean if causal else values.mean(0).expand_as(values)
+        torch.testing.assert_close(part, mean.repeat_interleave(2, dim=1))
+
+
+# 256/257: the softmax and the SDPA side of "dense"; the neighbours are what could leak.
+@both_masks
+@pytest.mark.parametrize("longest", [19, 257])
+def test_sequences_are_independent(longest, causal):
+    lengths = [7, 1, longest, 2]
+    q, k, v = inputs(lengths)
+    options = {"causal": causal, "impl": "dense", **layout(lengths)}
+    packed = attention(q, k, v, **options)
+    begin = 0
+    for n in lengths:
+        rows = slice(begin, begin + n)
+        alone = attention(q[rows], k[rows], v[rows], causal=causal, impl="dense", **layout([n]))
+        torch.testing.assert_close(packed[rows], alone, rtol=1e-12, atol=1e-13)
+        # Not-a-number in every other text reaches neither values nor gradients of this one.
+        others = torch.ones(len(q), dtype=torch.bool)
+        others[rows] = False
+        poisoned = [x.clone().masked_fill_(others[:, None, None], torch.nan) for x in (q, k, v)]
+        poisoned = [x.requires_grad_() for x in poisoned]
+        out = attention(*poisoned, **options)
+        torch.testing.assert_close(out[rows], packed[rows], rtol=0, atol=0)
+        for grad in torch.autograd.grad(out[rows].square().sum(), poisoned):
+            assert grad[rows].isfinite().all() and grad[rows].abs().sum() > 0
+        begin += n
+
+
+@both_masks
+@pytest.mark.parametrize("longest", [19, 257])
+def test_no_gradient_crosses_sequences(longest, causal):
+    lengths = [7, 1, longest, 2]
+    qkv = [x.requires_grad_() for x in inputs(lengths)]
+    out = attention(*qkv, causal=causal, impl="dense", **layout(lengths))
+    for i, rows in enumerate(torch.arange(len(out)).split(lengths)):
+        grads = torch.autograd.grad(out[rows].square().sum(), qkv, retain_graph=True)
+        for grad in grads:
+            outside = [x for j, x in enumerate(grad.split(lengths)) if j != i]
+            assert all((x == 0).all() for x in outside)
+
+
+@both_masks
+@pytest.mark.parametrize("longest", [19, 257])
+def test_permuting_sequences_permutes_the_result(longest, causal):
+    lengths = [7, 1, longest, 2, 2]
+    order = [3, 0, 4, 2, 1]
+    parts = [x.split(lengths) for x in inputs(lengths)]
+    moved = [torch.cat([x[i] for i in order]) for x in parts]
+    options = {"causal": causal, "impl": "dense"}
+    before = with_gradients(attention, inputs(lengths), **options, **layout(lengths))[0]
+    after = attention(*moved, **options, **layout([lengths[i] for i in order]))
+    want = torch.cat([before.split(lengths)[i] for i in order])
+    torch.testing.assert_close(after, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [23, 263])
+def test_causal_output_ignores_what_follows(n):
+    q, k, v = inputs([n])
+    whole = attention(q, k, v, causal=True, impl="dense", **layout([n]))
+    for m in (1, 2, n - 1):
+        part = attention(q[:m], k[:m], v[:m], causal=True, impl="dense", **layout([m]))
+        torch.testing.assert_close(whole[:m], part, rtol=1e-12, atol=1e-13)
+    both = attention(q, k, v, causal=False, impl="dense", **layout([n]))
+    assert (both[0] - whole[0]).abs().max() > 0.01  # the first token sees the rest only here
+    torch.testing.assert_close(both[-1], whole[-1], rtol=1e-12, atol=1e-13)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    # The convention of Qwen3 and Llama: query heads 0..2 read key head 0, 3..5 read key head 1.
+    lengths = [5, 1, 11]
+    q, k, v = inputs(lengths, (6, 2))
+    options = {"causal": True, **layout(lengths)}
+    keys, values = (torch.stack([x[:, 0]] * 3 + [x[:, 1]] * 3, dim=1) for x in (k, v))
+    for impl in ("dense", "reference"):
+        grouped = attention(q, k, v, impl=impl, **options)
+        torch.testing.assert_close(grouped, attention(q, keys, values, impl=impl, **options))
+
+
+def test_under_autocast_it_follows_its_inputs():
+    # The model calls it under bf16 autocast; fp32 inputs then may lose precision, never meaning.
+    lengths = [7, 1, 19]
+    qkv = [x.float() for x in inputs(lengths)]
+    options = {"causal": True, "impl": "dense", **layout(lengths)}
+    plain = attention(*qkv, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = attention(*qkv, **options)
+    cosines = F.cosine_similarity(plain.flatten(1), half.float().flatten(1), dim=-1)
+    assert cosines.min() > 0.999
+
+
+def test_errors():
+    lengths = [2, 3]
+    q, k, v = inputs(lengths)
+    options = {"causal": True, **layout(lengths)}
+    wrong = [
+        ((q, k, v), {"impl": "flash"}, "impl: expected one of"),
+        ((q[0], k, v), {}, "q, k, v: expected"),  # no token axis
+        ((q, k[0], v[0]), {}, "q, k, v: expected"),
+        ((q, k, v[:, :1]), {}, "q, k, v: expected"),  # keys and values of unlike heads
+        ((q[:4], k, v), {}, "q, k, v: expected"),  # unlike T
+        ((q[..., :4], k, v), {}, "q, k, v: expected"),  # unlike K
+        ((q[:, :3], k, v), {}, "expected Hkv to divide Hq, got 2 and 3"),
+        ((q.float(), k, v), {}, "expected one dtype"),
+        ((q, k, v.float()), {}, "expected one dtype"),
+    ]
+    for arguments, extra, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            attention(*arguments, **{**options, **extra})
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+def test_integers_are_refused(impl):
+    x = torch.ones(5, 2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="int64"):
+        attention(x, x, x, causal=True, impl=impl, **layout([2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "max_seqlen"),
+    [
+        ([0, 3, 5], 2),  # shorter than the longest text: its third token would land on the next
+        ([0, 3, 4], 3),  # the last token belongs to no text
+        ([0, 3, 6], 3),  # a text that ends after the last token
+        ([1, 3, 5], 3),  # the first token belongs to no text
+        ([0, 4, 3, 5], 4),  # falling
+    ],
+)
+def test_boundaries_that_do_not_fit_are_refused_on_the_host(cu_seqlens, max_seqlen):
+    # On the CPU looking costs nothing; what is not refused mixes texts without a word.
+    q, k, v = inputs([5])
+    boundaries = torch.tensor(cu_seqlens, dtype=torch.int32)
+    with pytest.raises(ValueError, match="seqlen"):
+        attention(q, k, v, cu_seqlens=boundaries, max_seqlen=max_seqlen, causal=False)
+
+
+@pytest.mark.parametrize("impl", ["dense", "reference"])
+def test_a_longer_rectangle_changes_nothing(impl):
+    # max_seqlen may be a bound (a bucket for compiled shapes), not only the exact maximum.
+    lengths = [3, 1, 2]
+    q, k, v = inputs(lengths)
+    options = {**layout(lengths), "causal": False, "impl": impl}
+    exact = attention(q, k, v, **options)
+    torch.testing.assert_close(attention(q, k, v, **{**options, "max_seqlen": 11}), exact)
+
+
+@pytest.mark.parametrize("impl", ["dense", "reference"])
+def test_no_sequences(impl):
+    # cu_seqlens [0] is N = 0, T = 0: rising, ends at T.
+    x = torch.zeros(0, 2, 4)
+    out = attention(x, x, x, cu_seqlens=torch.tensor([0]), max_seqlen=0, causal=False, impl=impl)
+    assert out.shape == (0, 2, 4)
