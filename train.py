@@ -187,9 +187,9 @@ def optimise(job: Job, start: int) -> int:
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     micro_batches = range(
         start * run.gradient_accumulation_steps, run.steps * run.gradient_accumulation_steps
     )
@@ -215,15 +215,17 @@ def optimise(job: Job, start: int) -> int:
                 loss = record(job, done, table_EM, weight_EM, norm, rate)
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
                 tokens, clock = 0, time.perf_counter()
+            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
+                score(job, done)  # before saving: what is saved has been logged
+                tokens, clock = 0, time.perf_counter()
             stopped = any_process(bool(stop), where)
             if stopped or done == run.steps or (run.save_every and done % run.save_every == 0):
                 save(job, done)
             if stopped and done < run.steps:
                 job.out.say(f"stopped after step {done}, saved; go on with --resume")
                 return done
-            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
-                score(job, done)
-                tokens, clock = 0, time.perf_counter()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return run.steps
 
 

@@ -120,6 +120,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
             row[name] = str(value) if name == "id" and isinstance(value, int) else value
             if not isinstance(row[name], str) or not row[name].strip():
                 raise ValueError(f"{path}:{number}: {name}: expected text, got {value!r}")
+        score = row.get("score")
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+            raise ValueError(f"{path}:{number}: score: expected a number 0..1, got {score!r}")
         negatives = row.get("negatives") or []
         if not isinstance(negatives, list) or not all(
             isinstance(text, str) and text.strip() for text in negatives

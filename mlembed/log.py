@@ -24,6 +24,8 @@ def one_line_errors() -> Iterator[None]:
     """What a user can cause ends in one clear line and exit status 1, without a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("MLEMBED_TRACEBACK"):
             raise
@@ -70,7 +72,7 @@ class Log:
         self.close: Callable[[], None] = lambda: None
 
     def open(self, tracker: str, step: int) -> None:
-        """Begin to write at `step`: lines of later steps, which the run will write again, go.
+        """Begin to write after `step`: lines that the run will write again go, at 0 all of them.
 
         Raises:
             ValueError: the tracker's package is not installed.
@@ -78,7 +80,7 @@ class Log:
         if not self.main:
             return
         if self.path.exists():
-            kept = [line for line in self.lines() if line["step"] <= step]
+            kept = [line for line in self.lines() if step and line["step"] <= step]
             checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if tracker != "none":
             self.track, self.close = _tracker(tracker, self.path.parent)

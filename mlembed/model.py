@@ -198,7 +198,9 @@ class Transformer(nn.Module):
         elif self.cfg.pooling == "cls":
             pooled = self.norm(x_TD[begin])
         else:
-            pooled = torch.segment_reduce(self.norm(x_TD), "mean", lengths=end - begin, axis=0)
+            pooled = torch.segment_reduce(
+                self.norm(x_TD), "mean", lengths=end - begin, axis=0, unsafe=True
+            )
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
 
 

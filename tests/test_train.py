@@ -206,6 +206,30 @@ def test_starts_from_a_qwen3_checkpoint(whole, text, tmp_path):
     assert nesting["ranks"] == [8, 16] and nesting["hidden_size"] == 32
 
 
+REAL = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real multilingual text is not beside this checkout")
+def test_real_text(tmp_path):
+    """Scored pairs, pairs with negatives, an n-way table; Tatoeba and STS to score."""
+    names = ("tldr_parallel", "nli_triplets", "sts_train", "nllb_seed")
+    sources = [REAL / "train" / f"{name}.parquet" for name in names]
+    dev = tmp_path / "tatoeba_dev"
+    dev.mkdir()
+    for lang in ("deu", "cor", "yue"):
+        for side in (lang, "eng"):
+            name = f"tatoeba.{lang}-eng.{side}"
+            shutil.copy(REAL / "eval" / "tatoeba_dev" / name, dev / name)
+    sts = REAL / "eval" / "sts" / "stsb-fr-dev.csv"
+    args = ["tiny", *SMALL, "--steps", 4, "--data", *sources, "--eval", dev, sts]
+    done = train(*args, "--output-dir", tmp_path)
+    for name in names:
+        assert f"train  {name}:" in done.stdout
+    scores = json.loads((tmp_path / "tiny/report/grid.json").read_text())["cells"][-1]["scores"]
+    assert set(scores["tatoeba_dev"]["by_language"]) == {"deu", "cor", "yue"}
+    assert -1 <= scores["stsb-fr-dev"]["score"] <= 1
+
+
 # ---- what a user can get wrong: one line, a non-zero status, nothing lost ----
 
 
