@@ -138,6 +138,7 @@ def train(run: config.Run, where: World) -> int:
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, found, out)
+    any_process(False, where)  # all have looked at the directory before one writes to it
     if where.main:  # only now, so that a mistake in the arguments leaves nothing behind
         directory.mkdir(parents=True, exist_ok=True)
         resolved = json.dumps(config.to_dict(replace(run, resume=False)), indent=2)

@@ -270,7 +270,7 @@ def draw(cells: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure, axes = plt.subplots(
         1,
         len(ranks),
-        figsize=(2.2 + len(ranks) * (1.4 + 0.62 * len(dims)), 2.2 + 0.55 * len(exits)),
+        figsize=(1.8 + len(ranks) * (1.0 + 0.6 * len(dims)), 1.9 + 0.75 * len(exits)),
         squeeze=False,
         layout="constrained",
     )

@@ -1,4 +1,4 @@
-"""What a user may write and what each mistake says: recipes, overrides, config.json, checkpoints."""
+"""What a user may write and what each mistake says: recipes, keys, config.json, checkpoints."""
 
 import dataclasses
 import json
@@ -115,8 +115,15 @@ def refusal(args, capsys):
 
 def test_a_path_with_an_equals_sign_is_a_path():
     """As partitioned data sets are laid out."""
-    run = config.parse(["tiny", "--data", "lang=en/part.parquet", "b.jsonl", "--steps", "3"])
-    assert run.data == ("lang=en/part.parquet", "b.jsonl") and run.steps == 3
+    run = config.parse(["tiny", "--data", "lang=en/part.parquet", "model.jsonl", "--steps", "3"])
+    assert run.data == ("lang=en/part.parquet", "model.jsonl") and run.steps == 3
+
+
+def test_keys_without_dashes():
+    run = config.parse(["tiny", "optim.lr=1e-3", "batch-size=8", "name=x"])
+    assert (run.optim.lr, run.batch_size, run.name) == (1e-3, 8, "x")
+    with pytest.raises(ValueError, match=r"no such key.*near: .*optim\.lr"):
+        config.parse(["tiny", "optim.lrr=1"])
 
 
 def test_help_lists_the_recipes(capsys):

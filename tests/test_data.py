@@ -113,14 +113,6 @@ def test_nway_parquet(column, tmp_path):
     assert table.nway and items(table) == [["a", "c"], ["b", "d"]]
 
 
-def test_equal_ids_of_two_files_are_different_things(tmp_path):
-    rows = [{"id": "1", "lang": x, "text": x} for x in "ab"]
-    jsonl(tmp_path / "x.jsonl", rows)
-    jsonl(tmp_path / "y.jsonl", rows)
-    x, y = data.read(str(tmp_path))
-    assert x.ids[0] != y.ids[0]
-
-
 def test_nway_without_translations(tmp_path):
     rows = [{"id": i, "lang": "en", "text": "x"} for i in range(3)]
     with pytest.raises(ValueError, match=r"n\.jsonl: expected ids with two texts or more"):
@@ -415,10 +407,13 @@ def test_layout_of_a_pair_batch(make, tables, learnt):
         queries, positives, negatives = texts[:4], texts[4:8], texts[8:]
         rows = [int(q.removeprefix("query ")) for q in queries]
         assert positives == [f"positive {min(i, 15)}" for i in rows]
+        # A row may come twice where one epoch ends and the next begins.
+        times = Counter(rows)
         assert Counter(int(text.split()[1]) for text in negatives) == Counter(
-            {i: min(2, i % 4) for i in rows if i % 4}
+            {i: times[i] * min(2, i % 4) for i in rows if i % 4}
         )
-        assert len(set(negatives)) == len(negatives)
+        for text, count in Counter(negatives).items():
+            assert count <= times[int(text.split()[1])]
         assert all(int(t.split()[2]) < int(t.split()[1]) % 4 for t in negatives)
         some.update(negatives)
         assert batch.pair_ids.tolist() == [text_id(t) for t in positives]
@@ -431,17 +426,16 @@ def test_layout_of_a_pair_batch(make, tables, learnt):
 @pytest.mark.parametrize("negatives, most", [(0, 0), (1, 1), (3, 3), (9, 3)])
 def test_number_of_negatives(make, tables, learnt, negatives, most):
     batches = make(tables[:1], negatives=negatives)
-    drawn = Counter(
-        t.split()[1] for i in range(len(batches)) for t in texts_of(batches[i], learnt)[8:]
-    )
-    times = Counter(
-        t.split()[1] for i in range(len(batches)) for t in texts_of(batches[i], learnt)[:4]
+    texts = [texts_of(batches[i], learnt) for i in range(len(batches))]
+    times, drawn = (
+        Counter(t.split()[1] for row in texts for t in row[part])
+        for part in (slice(4), slice(8, None))
     )
     assert all(drawn[row] == times[row] * min(most, int(row) % 4) for row in times)
 
 
 def test_nway_pairs_are_two_different_texts_of_one_id(make, tables, learnt):
-    batches = make(tables[1:], steps=100)
+    batches = make(tables[1:], steps=300)
     ordered = Counter()
     for number in range(len(batches)):
         batch = batches[number]

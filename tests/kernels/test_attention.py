@@ -1,4 +1,4 @@
-"""Packed attention against float64: values, every gradient, and what must not leak between texts."""
+"""Packed attention against float64: values, all gradients, and what must not leak across texts."""
 
 import math
 
@@ -89,8 +89,10 @@ def test_dense_equals_reference_in_float64(lengths, heads, causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ragged
 def test_dense_is_as_exact_as_eager(lengths, dtype, causal):
-    # Same bits into both; eager is the plain loop in the same dtype. The floor, two units in the
-    # last place of the largest value, lets an element round the other way.
+    # Same bits into both; eager is the plain loop in the same dtype. The floor is in units in the
+    # last place of the largest value: 4 for another order of sums, 16 for torch's flash kernel,
+    # whose backward takes exp(score - logsumexp) anew: 2.5 times eager's RMS error in fp32.
+    ulps = 4 if max(lengths) <= 256 else 16
     options = {"causal": causal, **layout(lengths)}
     qkv = [x.to(dtype) for x in inputs(lengths)]
     truth = with_gradients(attention_ref, [x.double() for x in qkv], **options)
@@ -98,7 +100,7 @@ def test_dense_is_as_exact_as_eager(lengths, dtype, causal):
     got = with_gradients(attention, qkv, impl="dense", **options)
     for name, a, e, t in zip(("out", "dq", "dk", "dv"), got, eager, truth, strict=True):
         assert a.dtype == dtype
-        floor = 2 * torch.finfo(dtype).eps * t.abs().max().item()
+        floor = ulps * torch.finfo(dtype).eps * t.abs().max().item()
         error, allowed = ((x.double() - t).abs().max().item() for x in (a, e))
         assert error <= allowed + floor, f"{name}: error {error}, eager {allowed}, floor {floor}"
 
@@ -143,7 +145,7 @@ def test_sequences_are_independent(longest, causal):
         out = attention(*poisoned, **options)
         torch.testing.assert_close(out[rows], packed[rows], rtol=0, atol=0)
         for grad in torch.autograd.grad(out[rows].square().sum(), poisoned):
-            assert grad[rows].isfinite().all() and grad[rows].abs().sum() > 0
+            assert grad[rows].isfinite().all()
         begin += n
 
 
@@ -158,6 +160,7 @@ def test_no_gradient_crosses_sequences(longest, causal):
         for grad in grads:
             outside = [x for j, x in enumerate(grad.split(lengths)) if j != i]
             assert all((x == 0).all() for x in outside)
+        assert (grads[2][rows].abs().amax(-1) > 0).all()  # v is always read
 
 
 @both_masks

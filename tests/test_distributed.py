@@ -1,0 +1,214 @@
+"""Real gloo processes against one: gathered rows and their gradients, the loss, and the gradients
+of a whole step. Run as a script (by torchrun), this file is one of these processes."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from mlembed import config, data, tokenizer
+from mlembed.distributed import World, any_process, gather, world
+from mlembed.loss import loss_table, weights
+from mlembed.model import Transformer
+
+ALONE = World(0, 1, torch.device("cpu"))
+SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside
+BATCHES = (0, 1, 2, 3)
+
+
+def rows_and_weights(size):
+    """What all processes hold together, and how each one's loss weighs what it gathered."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, sum(SIZES[size]), 4, generator=generator, dtype=torch.float64)
+    return rows, torch.randn(size, *rows.shape, generator=generator, dtype=torch.float64)
+
+
+def gathered(where):
+    """-> (what this process gathered, the gradient of its own rows)."""
+    sizes = SIZES[where.size]
+    rows, weights = rows_and_weights(where.size)
+    begin = sum(sizes[: where.rank])
+    own = rows[:, begin : begin + sizes[where.rank]].clone().requires_grad_()
+    whole = gather(own, sizes)
+    (whole**2 * weights[where.rank]).sum().backward()
+    return whole.detach(), own.grad
+
+
+def training(dtype, symmetric):
+    """A run with every nesting, and its text: pairs with 0 to 3 hard negatives, and n-way ids."""
+    run = config.Run(
+        model=config.Model(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            intermediate_size=48,
+            ranks=(4, 8),
+        ),
+        loss=config.Loss(num_negatives=2, symmetric=symmetric),
+        steps=len(BATCHES),
+        batch_size=8,
+    )
+    texts, starts = [], [0]
+    for i in range(24):
+        texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
+        starts.append(len(texts))
+    ids = np.array([data.text_id(f"positive {i % 20}") for i in range(24)])
+    pairs = data.Table("pairs", False, texts, np.array(starts), ids)
+    texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
+    ids = np.array([data.text_id("nway", str(i)) for i in range(20)])
+    nway = data.Table("nway", True, texts, np.arange(0, 61, 3), ids)
+    learnt = tokenizer.train([*pairs.texts, *nway.texts], 300)
+    run = dataclasses.replace(
+        run, model=dataclasses.replace(run.model, vocab_size=learnt.get_vocab_size())
+    )
+    torch.manual_seed(0)
+    model = Transformer(run.model).to(dtype)
+    return run, [pairs, nway], learnt, model
+
+
+def step(where, number, dtype, symmetric):
+    """-> (loss_EM, gradients, (source, documents of each process)) of a batch, as train.py does."""
+    run, tables, learnt, model = training(dtype, symmetric)
+    batch = data.Batches(tables, learnt, run, where)[number]
+    wrapped = DistributedDataParallel(model) if where.size > 1 else model
+    loss_EM = loss_table(wrapped(batch.packed, rank=4), batch, run, where)
+    (weights(run) * loss_EM).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return loss_EM.detach(), gradients, (batch.source, batch.doc_sizes)
+
+
+def process(where, out: Path):
+    """Everything one process is asked for. Local to this function, so that nothing that used the
+    group is alive when the group ends."""
+    found = {
+        "gather": gathered(where),
+        "any": [
+            any_process(flag, where) for flag in (False, where.rank == where.size - 1, where.main)
+        ],
+        "world": (where.rank, where.size, where.main),
+    }
+    for dtype in (torch.float32, torch.float64):
+        for symmetric in (True, False):
+            for number in BATCHES:
+                found[dtype, symmetric, number] = step(where, number, dtype, symmetric)
+    torch.save(found, out / f"{where.rank}.pt")
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request, tmp_path_factory):
+    """What each of 2 or 4 processes found."""
+    out = tmp_path_factory.mktemp("found")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, f"--nproc_per_node={request.param}", __file__, str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "terminate called" not in done.stderr and "Traceback" not in done.stderr
+    return [torch.load(out / f"{i}.pt", weights_only=False) for i in range(request.param)]
+
+
+# ---- gather ----
+
+
+def test_gather_forward(found):
+    rows, _ = rows_and_weights(len(found))
+    for process in found:
+        assert torch.equal(process["gather"][0], rows)
+
+
+def test_gather_backward_sums_what_all_losses_ask(found):
+    rows, weights = rows_and_weights(len(found))
+    rows.requires_grad_()
+    sum((rows**2 * w).sum() for w in weights).backward()
+    got = torch.cat([process["gather"][1] for process in found], dim=1)
+    assert torch.allclose(got, rows.grad, rtol=1e-12, atol=0)
+
+
+def test_gather_alone_is_the_identity():
+    x = torch.randn(2, 3, 4)
+    assert gather(x, [3]) is x
+
+
+# ---- a whole step ----
+
+CASES = [
+    pytest.param(dtype, symmetric, number, id=f"{name}-{symmetric}-{number}")
+    for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64"))
+    for symmetric in (True, False)
+    for number in BATCHES
+]
+
+
+@pytest.mark.parametrize("dtype, symmetric, number", CASES)
+def test_loss_is_the_single_process_loss(found, dtype, symmetric, number):
+    want, _, (source, _) = step(ALONE, number, dtype, symmetric)
+    parts = [process[dtype, symmetric, number] for process in found]
+    assert {part[2][0] for part in parts} == {source}
+    got = torch.stack([part[0] for part in parts]).mean(0)
+    assert got.shape == (2, 3)  # exits 1, 2; widths 8, 16, 32
+    assert torch.allclose(got, want, rtol=2e-6 if dtype == torch.float32 else 1e-12, atol=0)
+    assert max((part[0] - want).abs().max() for part in parts) > 1e-3  # each has its own queries
+
+
+@pytest.mark.parametrize("dtype, symmetric, number", CASES)
+def test_gradients_are_the_single_process_gradients(found, dtype, symmetric, number):
+    """After DistributedDataParallel's averaging, on every process, for every parameter."""
+    _, want, _ = step(ALONE, number, dtype, symmetric)
+    for process in found:
+        got = process[dtype, symmetric, number][1]
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
+            assert gradient.norm() > 0, name
+            error = (got[name] - gradient).norm() / gradient.norm()
+            # fp32 shows that rounding is all that differs; fp64, that nothing else does.
+            assert error < (1e-5 if dtype == torch.float32 else 1e-13), (name, error)
+
+
+def test_batches_are_of_both_kinds_and_unequal_shares(found):
+    """Otherwise the two tests above would say little about padding and false negatives."""
+    seen = [found[0][torch.float32, True, number][2] for number in BATCHES]
+    assert {source for source, _ in seen} == {"pairs", "nway"}
+    assert any(len(set(sizes)) > 1 for _, sizes in seen)
+
+
+# ---- who is who ----
+
+
+def test_any_process(found):
+    assert [process["any"] for process in found] == [[False, True, True]] * len(found)
+    assert any_process(True, ALONE) and not any_process(False, ALONE)
+
+
+def test_world_in_processes(found):
+    size = len(found)
+    assert [process["world"] for process in found] == [(i, size, i == 0) for i in range(size)]
+
+
+def test_world_alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with world("cpu") as where:
+        assert where == ALONE and where.main
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no CUDA device")
+def test_cuda_without_a_device():
+    with pytest.raises(ValueError, match="device: expected a CUDA device"), world("cuda"):
+        pass
+
+
+if __name__ == "__main__":
+    with world("cpu") as here:
+        process(here, Path(sys.argv[1]))

@@ -1,0 +1,455 @@
+"""Exports as their users open them: sentence-transformers and transformers, both the real ones."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Model
+
+from mlembed import config, pretrained, tokenizer
+from mlembed.encode import Encoder
+from mlembed.export import export
+from mlembed.model import Transformer
+
+TRAINED_ON = [
+    "Wednesday, May 4, 2050",
+    "2050 թ. մայիսի 4, չորեքշաբթի",
+    "বুধবার, ৪ মে, ২০৫০",
+    "比利时、哈萨克斯坦或赞比亚",
+    "один два три четыре пять",
+]
+# From no token but EOS to ten times max_length, in several scripts; unseen bytes; space around a
+# text, which readers must not strip; a special token's name.
+TEXTS = [
+    "",
+    "a",
+    "one two",
+    *TRAINED_ON,
+    "in 1 hour 🙂",
+    "  space around \n",
+    "<|endoftext|> in a text",
+    "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
+    " ".join(str(i) for i in range(100)),
+    "long " * 60,
+]
+MAX_LENGTH = 24
+# Width 24, 3 layers, rank 11: the full size, the smallest of all, and both mixed corners.
+CORNERS = [(24, 3, 11), (5, 1, 3), (5, 3, 3), (24, 1, 11)]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return tokenizer.train(TRAINED_ON * 2, 290)
+
+
+def build(tokens, **changes) -> Encoder:
+    cfg = config.Model(
+        **{
+            "vocab_size": tokens.get_vocab_size(),
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "intermediate_size": 37,
+            "rope_theta": 700.0,
+            "max_position_embeddings": 64,
+            "exits": (1, 3),
+            "matryoshka_dims": (5, 12, 24),
+            "ranks": (3, 11),
+            **changes,
+        }
+    )
+    model = Transformer(cfg)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # of a trained model's size: the initial 0.02 makes all layers the same
+        for name, weight in sorted(model.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.copy_(1 + 0.3 * noise)
+            else:
+                weight.copy_(noise if "embed_tokens" in name else noise * weight.shape[1] ** -0.5)
+    return Encoder(model.eval(), tokens, MAX_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokens) -> Encoder:
+    return build(tokens)
+
+
+@pytest.fixture(scope="module")
+def smallest(encoder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "smallest"
+    export(encoder, out, 5, 1, 3)
+    return out
+
+
+def read(path: Path) -> dict | list:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def by_sentence_transformers(out: Path) -> np.ndarray:
+    model = SentenceTransformer(str(out), device="cpu", local_files_only=True)
+    # Batches of three: sorted by length inside, padded differently, some not at all.
+    return model.encode(TEXTS, batch_size=3, convert_to_numpy=True, show_progress_bar=False)
+
+
+@torch.no_grad()
+def by_transformers(out: Path, pooling: str, dim: int) -> np.ndarray:
+    """As a user without sentence-transformers would: pool, cut, normalise by hand."""
+    model = AutoModel.from_pretrained(out, local_files_only=True).eval()
+    assert isinstance(model, Qwen3Model) and model.dtype == torch.float32
+    reader = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    tokens = reader(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    assert tokens["input_ids"].shape[1] == MAX_LENGTH
+    hidden = model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+    vectors = []
+    for row, mask in zip(hidden, tokens["attention_mask"].bool(), strict=True):
+        kept = row[mask]
+        pooled = {"last": kept[-1], "mean": kept.mean(0), "cls": kept[0]}[pooling]
+        vectors.append(pooled[:dim] / pooled[:dim].norm())
+    return torch.stack(vectors).numpy()
+
+
+def agree(encoder: Encoder, out: Path, dim: int, exit: int, rank: int | None) -> None:
+    ours = encoder.encode(TEXTS, dim, exit, rank)
+    theirs = by_sentence_transformers(out)
+    assert theirs.shape == (len(TEXTS), dim)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
+    # Not only as cosines: the vectors themselves have length one.
+    np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, rtol=0, atol=1e-5)
+    alone = by_transformers(out, encoder.model.cfg.pooling, dim)
+    np.testing.assert_allclose(alone, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=str)
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_readers_agree_at_the_corners(tokens, pooling, corner, tmp_path):
+    encoder = build(tokens, pooling=pooling)
+    worst = export(encoder, tmp_path / "out", *corner)
+    assert 0 <= worst < 1e-5
+    agree(encoder, tmp_path / "out", *corner)
+
+
+# Attention to both sides, the first token's pooling, a vocabulary without ranks; each once in full
+# size and once cut.
+@pytest.mark.parametrize(
+    ("changes", "corner"),
+    [
+        ({"causal": False, "pooling": "mean"}, (24, 3, 11)),
+        ({"causal": False, "pooling": "mean"}, (5, 1, 3)),
+        ({"causal": False, "pooling": "last"}, (5, 3, 3)),
+        ({"causal": False, "pooling": "cls"}, (12, 2, 7)),
+        ({"ranks": ()}, (24, 3, None)),
+        ({"ranks": ()}, (5, 1, None)),
+    ],
+    ids=str,
+)
+def test_readers_agree_on_other_kinds(tokens, changes, corner, tmp_path):
+    encoder = build(tokens, **changes)
+    export(encoder, tmp_path / "out", *corner)
+    agree(encoder, tmp_path / "out", *corner)
+
+
+def test_defaults_are_the_full_size(encoder, tmp_path):
+    export(encoder, tmp_path / "out")
+    assert not (tmp_path / "out" / "2_Dense").exists()
+    np.testing.assert_allclose(
+        by_sentence_transformers(tmp_path / "out"), encoder.encode(TEXTS), rtol=0, atol=1e-5
+    )
+    again = Encoder.load(str(tmp_path / "out"), "cpu")
+    for name, weight in encoder.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight), name
+
+
+# ---- what is written ----
+
+
+def test_files(smallest):
+    files = {str(path.relative_to(smallest)) for path in smallest.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "mlembed_config.json",
+        "mlembed_factors.safetensors",
+    }
+
+
+def test_modules_have_the_names_of_5_0(smallest):
+    # Later versions map these; versions before 5.4 know no newer ones.
+    assert read(smallest / "modules.json") == [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (path, name) in enumerate(
+            [
+                ("", "Transformer"),
+                ("1_Pooling", "Pooling"),
+                ("2_Dense", "Dense"),
+                ("3_Normalize", "Normalize"),
+            ]
+        )
+    ]
+    dense = read(smallest / "2_Dense" / "config.json")
+    assert (dense["in_features"], dense["out_features"], dense["bias"]) == (24, 5, False)
+    weight = load_file(smallest / "2_Dense" / "model.safetensors")["linear.weight"]
+    assert torch.equal(weight, torch.eye(5, 24))
+
+
+def test_sentence_transformers_settings(smallest):
+    # text-embeddings-inference needs max_seq_length where the file exists, and prompts that are
+    # strings; an older reader only warns about a newer version, so the oldest is named.
+    assert read(smallest / "sentence_bert_config.json") == {
+        "max_seq_length": MAX_LENGTH,
+        "do_lower_case": False,
+    }
+    settings = read(smallest / "config_sentence_transformers.json")
+    assert settings["model_type"] == "SentenceTransformer"
+    assert settings["__version__"]["sentence_transformers"] == "5.0.0"
+    assert settings["prompts"].keys() == {"query", "document"}
+    assert all(isinstance(prompt, str) for prompt in settings["prompts"].values())
+    assert settings["default_prompt_name"] is None
+    assert settings["similarity_fn_name"] == "cosine"
+    assert "truncate_dim" not in settings
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+def test_pooling_is_one_of_six_booleans(tokens, pooling, tmp_path):
+    export(build(tokens, pooling=pooling), tmp_path / "out", 5, 1, 3)
+    stored = read(tmp_path / "out" / "1_Pooling" / "config.json")
+    modes = {key: value for key, value in stored.items() if key.startswith("pooling_mode_")}
+    true = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}[pooling]
+    assert len(modes) == 6 and all(type(value) is bool for value in modes.values())
+    assert [key for key, value in modes.items() if value] == [f"pooling_mode_{true}"]
+    assert stored["word_embedding_dimension"] == 24 and stored["include_prompt"] is True
+
+
+def test_config_is_cut_and_says_rope_twice(encoder, smallest):
+    stored = read(smallest / "config.json")
+    assert stored["model_type"] == "qwen3" and stored["architectures"] == ["Qwen3Model"]
+    assert stored["num_hidden_layers"] == 1 and stored["layer_types"] == ["full_attention"]
+    assert stored["rope_theta"] == 700.0
+    assert stored["rope_parameters"] == {"rope_type": "default", "rope_theta": 700.0}
+    assert stored["vocab_size"] == encoder.tokenizer.get_vocab_size()
+    weights = load_file(smallest / "model.safetensors")
+    assert {name.split(".")[1] for name in weights if name.startswith("layers.")} == {"0"}
+    with torch.no_grad():
+        merged = encoder.model.embed_tokens.table(3)
+    torch.testing.assert_close(weights["embed_tokens.weight"], merged, rtol=0, atol=1e-6)
+
+
+def test_tokenizer_is_portable(encoder, smallest):
+    stored = read(smallest / "tokenizer_config.json")
+    assert stored["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no newer
+    assert stored["model_max_length"] == MAX_LENGTH and stored["padding_side"] == "right"
+    assert stored["eos_token"] == tokenizer.EOS and stored["pad_token"] == tokenizer.PAD
+    assert read(smallest / "special_tokens_map.json") == {
+        "eos_token": tokenizer.EOS,
+        "pad_token": tokenizer.PAD,
+    }
+    reader = AutoTokenizer.from_pretrained(smallest, local_files_only=True)
+    assert isinstance(reader, PreTrainedTokenizerFast)
+    theirs = reader(TEXTS, truncation=True)["input_ids"]
+    ours = tokenizer.tokenize(encoder.tokenizer, TEXTS, MAX_LENGTH)
+    assert theirs == [text.tolist() for text in ours]
+    assert {text[-1] for text in theirs} == {reader.eos_token_id}
+    lengths = {len(text) for text in theirs}
+    assert 1 in lengths and MAX_LENGTH in lengths and len(lengths) >= 6
+
+
+def test_card_names_what_is_in_the_directory(smallest):
+    card = (smallest / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["library_name"] == "sentence-transformers"
+    assert matter["pipeline_tag"] == "sentence-similarity"
+    assert {"sentence-transformers", "matryoshka"} <= set(matter["tags"])
+    words = " ".join(body.split())
+    assert "# smallest" in body
+    assert "1 of 3 layers" in words and "width 5 of 24" in words and "rank 3" in words
+
+
+def test_card_promises_no_prefix_wider_than_the_vectors(smallest):
+    body = (smallest / "README.md").read_text(encoding="utf-8")
+    prefixes = re.findall(r"vectors too \(([\d, ]*)\)", body)
+    assert all(int(d) <= 5 for group in prefixes for d in group.split(","))
+
+
+def test_reload_keeps_the_nesting(encoder, tmp_path):
+    # Factors lie beside the merged table: what is left of exits and ranks can be cut again.
+    out = tmp_path / "out"
+    export(encoder, out, 12, 2, 7)
+    factors = load_file(out / "mlembed_factors.safetensors")
+    assert factors["U"].shape[1] == 7 and factors["W"].shape[0] == 7
+    again = Encoder.load(str(out), "cpu")
+    assert again.model.cfg.ranks == (3, 7) and again.model.cfg.exits == (1, 2)
+    assert again.max_length == MAX_LENGTH
+    for dim, exit, rank in [(12, 2, 7), (5, 1, 3), (12, 2, 1)]:
+        np.testing.assert_array_equal(
+            again.encode(TEXTS, dim, exit, rank), encoder.encode(TEXTS, dim, exit, rank)
+        )
+    export(again, tmp_path / "twice", 5, 1, 3)
+    np.testing.assert_allclose(
+        by_sentence_transformers(tmp_path / "twice"),
+        encoder.encode(TEXTS, 5, 1, 3),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+# ---- refusals ----
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    """Everything below a directory, hidden files included."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ((0, None, None), r"dim: expected 1\.\.24 \(the width\), got 0"),
+        ((25, None, None), r"dim: expected 1\.\.24 \(the width\), got 25"),
+        ((None, 0, None), "exit: expected"),
+        ((None, 4, None), "exit: expected at most the depth 3, got 4"),
+        ((None, None, 0), r"rank: expected 1\.\.11, got 0"),
+        ((None, None, 12), r"rank: expected 1\.\.11, got 12"),
+    ],
+)
+def test_cuts_that_the_model_lacks(encoder, cut, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(encoder, tmp_path / "out", *cut)
+    assert tree(tmp_path) == {}
+
+
+def test_rank_of_a_plain_table(tokens, tmp_path):
+    with pytest.raises(ValueError, match="rank: expected none .*plain table"):
+        export(build(tokens, ranks=()), tmp_path / "out", rank=3)
+    assert tree(tmp_path) == {}
+
+
+def test_an_occupied_place_stays_untouched(encoder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    before = tree(tmp_path)
+    for name in ("out", "file"):
+        with pytest.raises(ValueError, match="expected nothing there yet"):
+            export(encoder, tmp_path / name)
+    with pytest.raises(ValueError, match="could not be written"):
+        export(encoder, tmp_path / "file" / "below")
+    assert tree(tmp_path) == before
+
+
+def test_empty_places_are_used(encoder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".empty.partial").mkdir()  # what a killed export left
+    (tmp_path / ".empty.partial" / "junk").write_text("junk")
+    export(encoder, tmp_path / "empty", 5, 1, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert (tmp_path / "empty" / "modules.json").is_file()
+    assert not (tmp_path / "empty" / "junk").exists()
+    export(encoder, tmp_path / "new" / "deep", 5, 1, 3)
+    assert (tmp_path / "new" / "deep" / "modules.json").is_file()
+
+
+def test_a_failed_export_leaves_nothing(tokens, tmp_path):
+    # Fails in the last check, with all files written: the tokenizer knows more tokens than the
+    # model has rows.
+    broken = build(tokens, vocab_size=60)
+    with pytest.raises((ValueError, IndexError)):
+        export(broken, tmp_path / "out", 5, 1, 3)
+    assert tree(tmp_path) == {}
+
+
+def test_a_failed_export_leaves_no_parents(tokens, tmp_path):
+    broken = build(tokens, vocab_size=60)
+    with pytest.raises((ValueError, IndexError)):
+        export(broken, tmp_path / "new" / "out", 5, 1, 3)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("where", ["norm.weight", "embed_tokens.U"])
+def test_not_a_number_is_never_exported(tokens, where, tmp_path):
+    # A diverged run; and (U) only the padding token's row, which our packed texts never read but
+    # a reader that pads may.
+    broken = build(tokens)
+    with torch.no_grad():
+        weight = broken.model.get_parameter(where)
+        weight[tokens.token_to_id(tokenizer.PAD)] = torch.nan
+        if where == "norm.weight":
+            weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="expected the model's own vectors within"):
+        export(broken, tmp_path / "out", 5, 1, 3)
+    assert tree(tmp_path) == {}
+
+
+def test_a_bf16_encoder_is_checked_in_fp32(encoder, tmp_path):
+    worst = export(replace(encoder, bf16=True), tmp_path / "out", 5, 1, 3)
+    assert worst < 1e-5
+
+
+# ---- the command ----
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("MLEMBED_TRACEBACK", None)
+    return subprocess.run(
+        [sys.executable, "-m", "mlembed.export", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def model_directory(encoder, tmp_path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    pretrained.save(encoder.model, path)
+    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
+    return path
+
+
+def test_command(encoder, model_directory, tmp_path):
+    out = tmp_path / "out"
+    done = command(model_directory, out, "--dim", "5", "--exit", "1", "--rank", "3")
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout and "sentence-transformers and transformers" in done.stdout
+    agree(encoder, out, 5, 1, 3)
+
+
+def test_command_says_in_one_line_what_is_wrong(model_directory, tmp_path):
+    out = tmp_path / "out"
+    for arguments, message in [
+        ((model_directory, out, "--exit", "9"), "exit: expected at most the depth 3, got 9"),
+        ((tmp_path / "nowhere", out), "expected a directory or a hub id"),
+        ((model_directory, model_directory), "expected nothing there yet"),
+    ]:
+        done = command(*arguments)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr
+    assert not out.exists()

@@ -1,0 +1,217 @@
+"""The objective against its formula in plain Python, its weights, and the optimiser's schedule."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mlembed import config
+from mlembed.config import Loss, Model, Optim, Run
+from mlembed.data import Batch
+from mlembed.distributed import World
+from mlembed.loss import loss_table, sample_rank, weights
+from mlembed.model import Transformer
+from mlembed.optim import adamw, learning_rate
+from mlembed.pack import pack
+
+ALONE = World(0, 1, torch.device("cpu"))
+EXITS = ["uniform", "depth"]
+PREFIXES = ["uniform", "ml-embed"]
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("prefixes", PREFIXES)
+@pytest.mark.parametrize("dims", [(256,), (8, 256), (7, 100, 256), ()])
+def test_weights_sum_to_one(exits, prefixes, dims):
+    run = Run(
+        model=Model(exits=(1, 3, 4), matryoshka_dims=dims),
+        loss=Loss(exit_weights=exits, matryoshka_weights=prefixes),
+    )
+    w_EM = weights(run)
+    assert w_EM.shape == (3, len(run.model.matryoshka_dims)) and (w_EM > 0).all()
+    assert abs(w_EM.double().sum().item() - 1) < 1e-6
+
+
+def test_uniform_weights_are_equal():
+    run = Run(model=Model(exits=(1, 4), matryoshka_dims=(8, 16, 256)))
+    assert torch.allclose(weights(run), torch.full((2, 3), 1 / 6))
+
+
+def test_depth_weights_are_in_proportion_to_depth():
+    w_EM = weights(Run(model=Model(exits=(1, 2, 4)), loss=Loss(exit_weights="depth")))
+    w_E = w_EM.sum(1)
+    assert torch.allclose(w_E, torch.tensor([1.0, 2.0, 4.0]) / 7)
+
+
+def test_ml_embed_weights():
+    """w = 1 / (n sqrt(D / d)), n = 1 at the full width and one more at each smaller prefix."""
+    dims = (8, 16, 64, 256)
+    want = []
+    for i, d in enumerate(dims):
+        n = len(dims) - i
+        want.append(1.0 / (n * math.sqrt(256 / d)))
+    assert want[-1] == 1.0 and want[0] == pytest.approx(1 / (4 * math.sqrt(32)))
+    run = Run(
+        model=Model(exits=(2, 4), matryoshka_dims=dims), loss=Loss(matryoshka_weights="ml-embed")
+    )
+    for row in weights(run).tolist():
+        assert row == pytest.approx([w / sum(want) / 2 for w in want], rel=1e-6)
+
+
+# ---- the table of losses ----
+
+
+def by_hand(queries, docs, dims, temperature, targets, query_ids, doc_ids):
+    """InfoNCE with Python floats: [exit][prefix]."""
+    table = []
+    for exit_q, exit_d in zip(queries.tolist(), docs.tolist(), strict=True):
+        row = []
+        for d in dims:
+            total = 0.0
+            for i, q in enumerate(exit_q):
+                logits = {}
+                for j, c in enumerate(exit_d):
+                    if j != targets[i] and doc_ids[j] == query_ids[i]:
+                        continue
+                    dot = sum(a * b for a, b in zip(q[:d], c[:d], strict=True))
+                    length = math.hypot(*q[:d]) * math.hypot(*c[:d])
+                    logits[j] = dot / length / temperature
+                top = max(logits.values())
+                total += top + math.log(sum(math.exp(x - top) for x in logits.values()))
+                total -= logits[targets[i]]
+            row.append(total / len(exit_q))
+        table.append(row)
+    return torch.tensor(table, dtype=torch.float64)
+
+
+@pytest.fixture
+def batch():
+    """5 pairs, two with one id, 3 hard negatives of which one is another row's positive."""
+    pair_ids = torch.tensor([10, 11, 10, 12, 13])
+    doc_ids = torch.tensor([10, 11, 10, 12, 13, 20, 12, 21])
+    packed = pack([np.array([1])] * 13)
+    return Batch(packed, pair_ids, doc_ids, (8,), "x")
+
+
+@pytest.fixture
+def exits_END():
+    torch.manual_seed(0)
+    return torch.randn(2, 13, 16, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_loss_table_by_hand(batch, exits_END, symmetric, temperature):
+    run = Run(
+        model=Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=(3, 8, 16)),
+        loss=Loss(symmetric=symmetric, temperature=temperature),
+    )
+    got = loss_table(exits_END, batch, run, ALONE)
+    queries, docs = exits_END[:, :5], exits_END[:, 5:]
+    dims, ids, own = (3, 8, 16), batch.pair_ids.tolist(), range(5)
+    want = by_hand(queries, docs, dims, temperature, own, ids, batch.doc_ids.tolist())
+    if symmetric:
+        back = by_hand(docs[:, :5], queries, dims, temperature, own, ids, ids)
+        want = (want + back) / 2
+    assert got.dtype == torch.float64 and got.shape == (2, 3)
+    assert torch.allclose(got, want, rtol=1e-12, atol=0)
+
+
+def test_the_table_depends_on_the_directions(batch, exits_END):
+    shape = Model(hidden_size=16, num_hidden_layers=2)
+    one, both = (
+        loss_table(exits_END, batch, Run(model=shape, loss=Loss(symmetric=s)), ALONE)
+        for s in (False, True)
+    )
+    assert (one - both).abs().min() > 1e-3
+
+
+def test_gradients_reach_every_text(batch, exits_END):
+    run = Run(model=Model(hidden_size=16, num_hidden_layers=2))
+    leaf = exits_END.requires_grad_()
+    loss_table(leaf, batch, run, ALONE).sum().backward()
+    assert (leaf.grad.norm(dim=-1) > 0).all()
+    assert torch.allclose((leaf.grad * leaf).sum(-1), torch.zeros(2, 13, dtype=torch.float64))
+
+
+def test_perfect_vectors_lose_nothing(batch):
+    """Each pair on its own axis, hard negatives on others; equal ids do not count."""
+    axes = torch.eye(16)
+    exits_END = torch.cat([axes[:5], axes[:5], axes[5:8]]).repeat(2, 1, 1)
+    run = Run(model=Model(hidden_size=16, num_hidden_layers=2, matryoshka_dims=(16,)))
+    assert loss_table(exits_END, batch, run, ALONE).max() < 1e-6
+
+
+# ---- rank sampling ----
+
+
+def test_ranks_are_drawn_in_proportion():
+    ranks, n = (32, 64, 128), 4000
+    drawn = Counter(sample_rank(ranks, 3, step) for step in range(n))
+    assert set(drawn) == set(ranks)
+    for rank in ranks:
+        p = rank / sum(ranks)
+        assert abs(drawn[rank] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+def test_ranks_are_a_function_of_seed_and_step():
+    ranks = (1, 2, 3, 4)
+    first = [sample_rank(ranks, 5, step) for step in range(50)]
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert [sample_rank(ranks, 5, step) for step in reversed(range(50))][::-1] == first
+    assert [sample_rank(ranks, 6, step) for step in range(50)] != first
+    assert all(type(rank) is int for rank in first)
+
+
+def test_no_ranks():
+    assert sample_rank((), 0, 0) is None
+    assert sample_rank((7,), 0, 0) == 7
+
+
+# ---- optimiser ----
+
+
+def schedule(steps, **optim):
+    run = Run(steps=steps, optim=Optim(**optim))
+    return [learning_rate(step, run) for step in range(steps)]
+
+
+def test_schedule():
+    rates = schedule(200, lr=2.0, warmup_ratio=0.1, min_lr_ratio=0.05)
+    assert rates[:20] == pytest.approx([2.0 * (i + 1) / 20 for i in range(20)])
+    assert rates[20] == pytest.approx(2.0)  # the top of the cosine
+    assert all(a > b for a, b in zip(rates[20:-1], rates[21:], strict=True))
+    assert rates[-1] == pytest.approx(0.1)
+    for step in (50, 110, 180):
+        phase = (step - 20) / 179
+        want = 0.1 + (2.0 - 0.1) * (1 + math.cos(math.pi * phase)) / 2
+        assert rates[step] == pytest.approx(want)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_schedule_at_its_edges(steps, warmup, floor):
+    rates = schedule(steps, lr=1.0, warmup_ratio=warmup, min_lr_ratio=floor)
+    assert all(0 <= rate <= 1 + 1e-12 for rate in rates) and max(rates) == pytest.approx(1.0)
+    if warmup == 0 and steps > 1:
+        assert rates[0] == 1.0 and rates[-1] == pytest.approx(floor)
+
+
+@pytest.mark.parametrize("ranks", [(), (4, 8)])
+def test_every_parameter_in_exactly_one_group(ranks):
+    model = Transformer(dataclasses.replace(Model(), num_hidden_layers=2, exits=(), ranks=ranks))
+    cfg = config.Optim(lr=0.5, betas=(0.1, 0.2), weight_decay=0.3)
+    optimizer = adamw(model, cfg)
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.3), name
+    assert all(g["lr"] == 0.5 and g["betas"] == (0.1, 0.2) for g in optimizer.param_groups)
