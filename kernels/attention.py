@@ -61,7 +61,7 @@ def _attention_dense(
 
     def spread(x: Tensor) -> Tensor:
         rectangle = x.new_zeros(N * L, *x.shape[1:]).index_copy(0, slot_T, x)
-        return rearrange(rectangle, "(n l) h k -> n h l k", n=N)
+        return rearrange(rectangle, "(n l) h k -> n h l k", n=N, l=L)
 
     group = q.shape[1] // k.shape[1]
     q, k, v = spread(q), spread(k), spread(v)
@@ -124,6 +124,19 @@ def attention(
         raise ValueError(f"heads: expected Hkv to divide Hq, got {k.shape[1]} and {q.shape[1]}")
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k, v: expected a floating dtype, got {q.dtype}")
+    # Looking into a device tensor would wait for the device.
+    if cu_seqlens.device.type == "cpu":
+        lengths = cu_seqlens.diff()
+        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        if ends != (0, len(q)) or (len(lengths) and lengths.min() < 1):
+            raise ValueError(
+                f"cu_seqlens: expected 0 = first, rising, last = {len(q)}, "
+                f"got {cu_seqlens.tolist()}"
+            )
+        if len(lengths) and lengths.max() > max_seqlen:
+            raise ValueError(f"max_seqlen: expected {lengths.max()} or more, got {max_seqlen}")
     if impl == "reference":
         return attention_ref(
             q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale

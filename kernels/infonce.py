@@ -95,6 +95,8 @@ def infonce(
             "q, c: expected one dtype and device, got "
             f"{q.dtype} on {q.device} and {c.dtype} on {c.device}"
         )
+    if not q.is_floating_point():
+        raise ValueError(f"q, c: expected a floating dtype, got {q.dtype}")
     E, Q, D = q.shape
     C = c.shape[1]
     if not dims or list(dims) != sorted(set(dims)) or dims[0] < 1 or dims[-1] > D:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         )
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    missing = [path for path in target.parents if not path.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -46,6 +47,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise ValueError(f"{target}: could not be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for path in missing:  # made on the way; those that now hold something stay
+            with suppress(OSError):
+                path.rmdir()
 
 
 def flush(path: Path) -> None:
@@ -87,7 +91,7 @@ def save(
         ValueError: it could not be written; earlier checkpoints are untouched.
     """
     target = directory / f"step_{step:08d}"
-    if target.exists():  # saved already, by the same step of the same run
+    if (target / STATE).is_file():  # saved already, by the same step of the same run
         return target
     tensors = {f"optimizer.{n}": t for n, t in optimizer_tensors(model, optimizer).items()}
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -98,6 +102,7 @@ def save(
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / TRAINING)
         (partial / STATE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     for old in complete(directory)[:-keep]:
+        (old / STATE).unlink()  # first: a deletion that is interrupted leaves nothing complete
         shutil.rmtree(old)
     return target
 
@@ -116,7 +121,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
             prefix = f"optimizer.{names[parameter]}."
             found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
+                key: value.to(parameter.device)  # step, too: a fused optimiser has it there
                 for key, value in found.items()
             }
     torch.set_rng_state(tensors["rng.cpu"])

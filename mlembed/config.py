@@ -51,6 +51,9 @@ class Model:
     """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            positive(f"model.{name}", getattr(self, name))
+        positive("model.intermediate_size", self.intermediate_size)
         L, D = self.num_hidden_layers, self.hidden_size
         if not self.exits:
             exits = tuple(x for x in ML_EMBED_EXITS if x < L) + (L,)
@@ -122,6 +125,11 @@ class Optim:
     def __post_init__(self) -> None:
         positive("optim.lr", self.lr)
         positive("optim.max_grad_norm", self.max_grad_norm)
+        if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                "optim: expected weight_decay of 0 or more and betas in 0..1 (1 excluded), "
+                f"got {self.weight_decay} and {self.betas}"
+            )
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name}: expected 0..1, got {getattr(self, name)}")
@@ -172,6 +180,9 @@ class Run:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
             positive(name, getattr(self, name))
         positive("keep_checkpoints", self.keep_checkpoints)
+        for name in ("eval_every", "save_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_length < 2:
             raise ValueError(f"max_length: expected 2 or more tokens, got {self.max_length}")
         if self.max_length > self.model.max_position_embeddings:
@@ -181,7 +192,7 @@ class Run:
             )
         if not self.data:
             raise ValueError("data: expected at least one source, got none")
-        if not self.name or Path(self.name).name != self.name:
+        if self.name == ".." or not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name: expected a plain directory name, got {self.name!r}")
 
 
@@ -199,7 +210,7 @@ def tiny() -> Run:
     return Run(
         name="tiny",
         model=Model(
-            vocab_size=8192,
+            vocab_size=4096,
             hidden_size=192,
             num_hidden_layers=4,
             num_attention_heads=4,
@@ -271,6 +282,8 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
         raise ValueError(f"init: expected a checkpoint directory with config.json, got {directory}")
     if (nesting := directory / NESTING).is_file():
         stored = json.loads(nesting.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or "model" not in stored:
+            raise ValueError(f"{nesting}: expected an object with key 'model', found none")
         return from_dict(Model, stored["model"], str(nesting))
     hf = json.loads(path.read_text(encoding="utf-8"))
     if hf.get("model_type") != "qwen3":
@@ -278,7 +291,12 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     rotary = hf.get("rope_parameters") or {}
     scaling = hf.get("rope_scaling") or rotary
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    windows = "sliding_attention" in (hf.get("layer_types") or [])
+    layers = hf.get("layer_types")  # transformers 4 wrote none, but three keys that mean the same
+    first = hf.get("max_window_layers", 28)
+    sliding = hf.get("use_sliding_window") and first < hf.get("num_hidden_layers", 32)
+    windows = "sliding_attention" in layers if layers else bool(sliding)
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: expected hidden_act 'silu', got {hf['hidden_act']!r}")
     if kind != "default" or windows or hf.get("attention_bias"):
         raise ValueError(
             f"{path}: expected plain rotary positions, full attention and no attention bias, got "
@@ -314,7 +332,6 @@ def parse(args: Sequence[str]) -> Run:
         print("\n".join([f"usage: {usage}", *lines, "  FILE    a config.json that a run saved"]))
         raise SystemExit(0 if args else 2)
     name, *rest = args
-    rest = [f"--{arg}" if re.match(r"[a-z][\w.-]*=", arg) else arg for arg in rest]
     if name in RECIPES:
         base = RECIPES[name]()
     elif name.endswith(".json"):
@@ -324,6 +341,7 @@ def parse(args: Sequence[str]) -> Run:
             f"recipe: expected one of {sorted(RECIPES)}{near(name, RECIPES)}, got {name!r}"
         )
     known = [*flat_keys(Run), "help"]
+    rest = [f"--{arg}" if _is_override(arg, known) else arg for arg in rest]
     helping = {"-h", "--help"} & set(rest)
     for arg in rest:
         key = arg[2:].split("=")[0].replace("-", "_")
@@ -335,7 +353,8 @@ def parse(args: Sequence[str]) -> Run:
     init = finder.parse_known_args(rest)[0].init
     if init and not helping:  # the checkpoint's shape is what further keys override
         model = from_checkpoint(resolve(init), base.model)
-        base = dataclasses.replace(base, init=init, model=model)
+        longest = min(base.max_length, model.max_position_embeddings)
+        base = dataclasses.replace(base, init=init, model=model, max_length=longest)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -347,6 +366,13 @@ def parse(args: Sequence[str]) -> Run:
         words = re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()
         reason = " ".join(words).split(" For full helptext")[0]
         raise ValueError(reason.removeprefix("Value error ")) from None
+
+
+def _is_override(arg: str, known: Sequence[str]) -> bool:
+    """`optim.lr=1e-3`; other words with an equals sign are paths, as partitioned data has them."""
+    key, equals, _ = arg.partition("=")
+    ours = key.startswith(("model.", "loss.", "optim.")) or key.replace("-", "_") in known
+    return bool(equals) and ours
 
 
 def near(name: str, names: typing.Iterable[str]) -> str:

@@ -12,6 +12,7 @@ keep its share, so that runs of any number of processes see the same data.
 import functools
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -34,6 +37,7 @@ from .tokenizer import tokenize
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 PAIR = ("query", "positive")
 NWAY = ("id", "lang", "text")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,17 @@ class Table:
     """One source as text. Item i owns texts[starts[i]:starts[i + 1]].
 
     Of a pair table these are the query, the positive, then any hard negatives; of an n-way table,
-    translations. Items with equal `ids` are never each other's negatives.
+    translations. Texts with equal `ids` are never each other's negatives.
     """
 
     name: str
     nway: bool
     texts: list[str]
+    ids: np.ndarray  # int64 [texts]
     starts: np.ndarray  # int64 [items + 1]
-    ids: np.ndarray  # int64 [items]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.starts) - 1
 
 
 @functools.cache
@@ -81,11 +85,7 @@ def read(source: str) -> list[Table]:
         ValueError: nothing there, no usable columns, a malformed row (with file and line), no rows.
     """
     if source == "cldr":
-        # A source a kind: dates among dates, not among countries, make negatives that teach.
-        kinds: dict[str, list[dict[str, Any]]] = {}
-        for row in cldr_tables()[0].to_pylist():
-            kinds.setdefault(row["kind"], []).append(row)
-        return [_pairs(f"cldr/{kind}", "cldr", rows) for kind, rows in sorted(kinds.items())]
+        return [_pairs("cldr", "cldr", cldr_tables()[0].to_pylist())]
     return [_table(path) for path in files_of(source)]
 
 
@@ -118,15 +118,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         for name in required:
             value = row.get(name)
             row[name] = str(value) if name == "id" and isinstance(value, int) else value
-            if not isinstance(row[name], str) or not row[name].strip():
+            if not is_text(row[name]):
                 raise ValueError(f"{path}:{number}: {name}: expected text, got {value!r}")
         score = row.get("score")
         if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
             raise ValueError(f"{path}:{number}: score: expected a number 0..1, got {score!r}")
         negatives = row.get("negatives") or []
-        if not isinstance(negatives, list) or not all(
-            isinstance(text, str) and text.strip() for text in negatives
-        ):
+        if not isinstance(negatives, list) or not all(map(is_text, negatives)):
             raise ValueError(
                 f"{path}:{number}: negatives: expected a list of texts, got {negatives!r}"
             )
@@ -134,6 +132,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path}: expected rows, found none")
     return rows
+
+
+def is_text(value: Any) -> bool:
+    """A string with something in it, all of it Unicode (json may hold half a surrogate pair)."""
+    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
 def _layout(row: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -153,8 +156,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line.decode("utf-8")) if line.strip() else None
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not json: {error.msg}") from None
+            except ValueError as error:  # also of numbers with more digits than Python reads
+                raise ValueError(f"{path}:{number}: not json: {error}") from None
             if row is None and not line.strip():
                 continue
             if not isinstance(row, dict):
@@ -165,11 +168,12 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not parquet: {str(error).splitlines()[0]}") from None
     if "verse_id" in table.column_names and "id" not in table.column_names:
         names = ["id" if name == "verse_id" else name for name in table.column_names]
         table = table.rename_columns(names)
+    _layout(dict.fromkeys(table.column_names), f"{path}:1")
     kept = [c for c in (*PAIR, *NWAY, "negatives", "score", "kind") if c in table.column_names]
     yield from enumerate(table.select(kept).to_pylist(), 1)
 
@@ -182,17 +186,33 @@ def _table(path: Path) -> Table:
 
 def _pairs(name: str, where: str, rows: list[dict[str, Any]]) -> Table:
     texts: list[str] = []
-    starts, ids = [0], []
+    starts = [0]
     for row in rows:
         score = row.get("score")
         if score is not None and score < MIN_SCORE:
             continue
         texts += [row["query"], row["positive"], *(row.get("negatives") or [])]
         starts.append(len(texts))
-        ids.append(text_id(row["positive"]))
-    if not ids:
+    if not texts:
         raise ValueError(f"{where}: expected pairs with a score of {MIN_SCORE} or more, found none")
-    return Table(name, False, texts, np.array(starts), np.array(ids))
+    return Table(name, False, texts, _linked(texts, np.array(starts)), np.array(starts))
+
+
+def _linked(texts: list[str], starts: np.ndarray) -> np.ndarray:
+    """Ids of the texts of a pair table, equal for all that pairs link, directly or by others.
+
+    Two queries with the same positive, or two positives of the same query (a name in two
+    languages, two passages that answer), would be false negatives of each other.
+    """
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    number = np.array([place[text] for text in texts])
+    queries, positives = number[starts[:-1]], number[starts[:-1] + 1]
+    links = coo_array((np.ones(len(queries)), (queries, positives)), shape=(len(place),) * 2)
+    _, group = connected_components(links, directed=False)
+    _, first = np.unique(group, return_index=True)
+    distinct = list(place)
+    id_of_group = np.array([text_id(distinct[i]) for i in first])
+    return id_of_group[group[number]]
 
 
 def _nway(name: str, where: str, rows: list[dict[str, Any]]) -> Table:
@@ -202,14 +222,10 @@ def _nway(name: str, where: str, rows: list[dict[str, Any]]) -> Table:
     groups = {key: texts for key, texts in groups.items() if len(texts) > 1}
     if not groups:
         raise ValueError(f"{where}: expected ids with two texts or more, found none")
-    ends = np.cumsum([len(texts) for texts in groups.values()])
-    return Table(
-        name,
-        True,
-        [text for texts in groups.values() for text in texts],
-        np.concatenate([[0], ends]),
-        np.array([text_id(name, key) for key in groups]),
-    )
+    sizes = [len(texts) for texts in groups.values()]
+    ids = np.array([text_id(name, key) for key in groups])
+    texts = [text for group in groups.values() for text in group]
+    return Table(name, True, texts, np.repeat(ids, sizes), np.cumsum([0, *sizes]))
 
 
 def without(table: Table, held_out: set[str]) -> tuple[Table | None, int]:
@@ -217,23 +233,27 @@ def without(table: Table, held_out: set[str]) -> tuple[Table | None, int]:
 
     A pair goes as a whole; of an n-way item only the text goes, unless a single one remains.
     """
-    texts: list[str] = []
-    starts, ids = [0], []
-    for item, (begin, end) in enumerate(zip(table.starts[:-1], table.starts[1:], strict=True)):
-        group = table.texts[begin:end]
-        clean = [text for text in group if normalise(text) not in held_out]
-        kept = clean if len(clean) == len(group) or (table.nway and len(clean) > 1) else []
-        if kept:
-            texts += kept
-            starts.append(len(texts))
-            ids.append(table.ids[item])
-    dropped = len(table.texts) - len(texts)
-    if not ids:
-        return None, dropped
-    return Table(table.name, table.nway, texts, np.array(starts), np.array(ids)), dropped
+    kept: list[int] = []
+    starts = [0]
+    for begin, end in zip(table.starts[:-1].tolist(), table.starts[1:].tolist(), strict=True):
+        clean = [row for row in range(begin, end) if normalise(table.texts[row]) not in held_out]
+        if len(clean) == end - begin or (table.nway and len(clean) > 1):
+            kept += clean
+            starts.append(len(kept))
+    if not kept:
+        return None, len(table.texts)
+    texts = [table.texts[row] for row in kept]
+    clean_table = Table(table.name, table.nway, texts, table.ids[kept], np.array(starts))
+    return clean_table, len(table.texts) - len(kept)
 
 
 # ---- tables to batches ----
+
+
+@functools.lru_cache(maxsize=64)
+def permutation(seed: int, source: int, epoch: int, items: int) -> np.ndarray:
+    """Each epoch of a source is a permutation of its items."""
+    return np.random.default_rng([seed, 3, source, epoch]).permutation(items)
 
 
 @dataclass(frozen=True)
@@ -282,24 +302,17 @@ class Batches(Dataset[Batch]):
         for source in range(len(tables)):
             drawn = self.order == source
             self.turn[drawn] = np.arange(drawn.sum())
-        self._permutation = functools.lru_cache(maxsize=2 * len(tables))(self._permute)
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def _permute(self, source: int, epoch: int) -> np.ndarray:
-        """Each epoch of a source is a permutation of its items."""
-        return np.random.default_rng([self.seed, 3, source, epoch]).permutation(
-            len(self.tables[source])
-        )
-
     def _items(self, number: int) -> np.ndarray:
         source = int(self.order[number])
         at = self.turn[number] * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(at, len(self.tables[source]))
-        return np.array(
-            [self._permutation(source, int(e))[i] for e, i in zip(epochs, places, strict=True)]
-        )
+        n = len(self.tables[source])
+        epochs, places = np.divmod(at, n)
+        orders = {e: permutation(self.seed, source, e, n) for e in set(epochs.tolist())}
+        return np.array([orders[e][i] for e, i in zip(epochs.tolist(), places, strict=True)])
 
     def _rows(
         self, table: Table, item: int, rng: np.random.Generator
@@ -317,26 +330,20 @@ class Batches(Dataset[Batch]):
         source = int(self.order[number])
         table = self.tables[source]
         rng = np.random.default_rng([self.seed, 4, number])
-        items = self._items(number)
-        drawn = [self._rows(table, int(item), rng) for item in items]
+        drawn = [self._rows(table, int(item), rng) for item in self._items(number)]
         share = self.batch_size // self.world.size
-        rows: list[int] = []
-        doc_ids: list[int] = []
-        doc_sizes = []
-        for rank in range(self.world.size):
-            mine = slice(rank * share, (rank + 1) * share)
-            queries, positives, lists = zip(*drawn[mine], strict=True)
-            negatives = [row for negative in lists for row in negative]
-            doc_ids += table.ids[items[mine]].tolist()
-            doc_ids += [text_id(table.texts[row]) for row in negatives]
-            doc_sizes.append(share + len(negatives))
-            if rank == self.world.rank:
-                rows = [*queries, *positives, *negatives]
+        parts = []  # of each process: rows of its queries, of its documents
+        for first in range(0, self.batch_size, share):
+            queries, positives, negatives = zip(*drawn[first : first + share], strict=True)
+            parts.append(
+                (list(queries), [*positives, *(row for rows in negatives for row in rows)])
+            )
+        mine = [row for rows in parts[self.world.rank] for row in rows]
         tokens, offsets = self.tokens[source], self.offsets[source]
         return Batch(
-            pack([tokens[offsets[row] : offsets[row + 1]] for row in rows]),
-            torch.from_numpy(table.ids[items]),
-            torch.tensor(doc_ids),
-            tuple(doc_sizes),
+            pack([tokens[offsets[row] : offsets[row + 1]] for row in mine]),
+            torch.from_numpy(np.concatenate([table.ids[queries] for queries, _ in parts])),
+            torch.from_numpy(np.concatenate([table.ids[docs] for _, docs in parts])),
+            tuple(len(docs) for _, docs in parts),
             table.name,
         )

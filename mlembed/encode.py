@@ -50,6 +50,11 @@ class Encoder:
         model = pretrained.load(str(directory))
         text_to_ids = tokenizer.load(directory)
         limit = tokenizer.max_length(directory) or model.cfg.max_position_embeddings
+        if text_to_ids.get_vocab_size() > model.cfg.vocab_size:
+            raise ValueError(
+                f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
+                f"as the model has, got {text_to_ids.get_vocab_size()}"
+            )
         return Encoder(model.to(device).eval(), text_to_ids, limit)
 
     @torch.inference_mode()

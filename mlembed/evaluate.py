@@ -10,6 +10,7 @@ widths and depths.
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from . import checkpoint, cldr, data, log
+from .config import check_rising
 from .encode import Encoder
 from .model import num_parameters
 
@@ -107,7 +109,13 @@ def tatoeba(directory: Path) -> Bitext:
         other = english.with_name(f"tatoeba.{lang}-eng.{lang}")
         if not other.is_file():
             raise ValueError(f"{english}: expected {other.name} beside it, found none")
-        sides = [path.read_text(encoding="utf-8").splitlines() for path in (other, english)]
+        # Not splitlines: Unicode's other separators occur inside sentences.
+        sides = [
+            path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            if path.stat().st_size
+            else []
+            for path in (other, english)
+        ]
         if len(sides[0]) != len(sides[1]) or not sides[0]:
             raise ValueError(
                 f"{other}: expected as many lines as {english.name}, more than none, "
@@ -127,8 +135,7 @@ def sts(path: Path) -> STS:
     with path.open(encoding="utf-8", newline="") as file:
         for row in (reader := csv.DictReader(file)):
             try:
-                texts += [row["sentence1"], row["sentence2"]]
-                scores.append(float(row["score"]))
+                pair, score = [row["sentence1"], row["sentence2"]], float(row["score"])
             except KeyError as error:
                 raise ValueError(
                     f"{path}: expected columns sentence1, sentence2, score, no {error}"
@@ -137,6 +144,13 @@ def sts(path: Path) -> STS:
                 raise ValueError(
                     f"{path}:{reader.line_num}: score: expected a number, got {row['score']!r}"
                 ) from None
+            if None in pair or not math.isfinite(score):
+                raise ValueError(
+                    f"{path}:{reader.line_num}: sentence1, sentence2, score: expected two texts "
+                    f"and a number, got {pair[0]!r}, {pair[1]!r}, {score}"
+                )
+            texts += pair
+            scores.append(score)
     if not scores:
         raise ValueError(f"{path}: expected rows, found none")
     return STS(path.stem, texts, np.array(scores))
@@ -199,8 +213,13 @@ def grid(
     """
     cfg = encoder.model.cfg
     dims, exits = dims or cfg.matryoshka_dims, exits or cfg.exits
-    if max(dims) > cfg.hidden_size or min(dims) < 1:
-        raise ValueError(f"dim: expected 1..{cfg.hidden_size} (the width), got {tuple(dims)}")
+    check_rising("dim", sorted(set(dims)), cfg.hidden_size, "width")
+    check_rising("exit", exits, cfg.num_hidden_layers, "depth")
+    if ranks:
+        stored = cfg.ranks[-1] if cfg.ranks else 0
+        check_rising(
+            "rank", sorted(set(ranks)), stored, "stored rank" if stored else "none stored:"
+        )
     cells = []
     for rank in ranks or cfg.ranks or (None,):
         scores: dict[tuple[int, int], dict[str, Any]] = {}
@@ -237,7 +256,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     for rank, exit in dict.fromkeys((cell["rank"], cell["exit"]) for cell in cells):
         parameters = at[rank, exit, dims[0]]["parameters"]
         scores = "".join(f"{mean_score(at[rank, exit, dim]):>8.1f}" for dim in dims)
-        lines.append(f"{rank or 'table':>6}{exit:>6}{parameters / 1e6:>7.2f}M {scores}")
+        lines.append(f"{rank or 'table':>6}{exit:>6}{parameters / 1e6:>7.2f}M  {scores}")
     return "\n".join(lines)
 
 

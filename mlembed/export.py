@@ -158,17 +158,22 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     for reader, vectors in (("sentence-transformers", theirs), ("transformers", alone)):
         if vectors.shape != ours.shape:
             raise ValueError(f"{reader}: expected vectors {ours.shape}, read {vectors.shape}")
-        worst = max(worst, float(np.abs(vectors - ours).max()))
-        if not worst < TOLERANCE:
+        difference = float(np.abs(vectors - ours).max())
+        if not difference < TOLERANCE:  # also when it is not a number, which max() would drop
             raise ValueError(
-                f"{reader}: expected the model's own vectors within {TOLERANCE}, got {worst}"
+                f"{reader}: expected the model's own vectors within {TOLERANCE}, got {difference}"
             )
+        worst = max(worst, difference)
     return worst
 
 
 def model_card(encoder: Encoder, name: str, dim: int, exit: int, rank: int | None) -> str:
     """README.md with the front matter that the hub reads, and how to use the model."""
     cfg = encoder.model.cfg
+    bidirectional = (
+        "" if cfg.causal else "\nIts attention is bidirectional: transformers 5.2 or newer."
+    )
+    prefixes = ", ".join(str(d) for d in cfg.matryoshka_dims if d <= dim)
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -178,7 +183,7 @@ tags: [sentence-transformers, feature-extraction, sentence-similarity, matryoshk
 
 A multilingual text encoder trained with mlembed: {exit} of {cfg.num_hidden_layers} layers, width
 {dim} of {cfg.hidden_size}, vocabulary {f"rank {rank or cfg.ranks[-1]}" if cfg.ranks else "table"}.
-Smaller prefixes of its vectors are vectors too ({", ".join(str(d) for d in cfg.matryoshka_dims)}).
+Smaller prefixes of its vectors are vectors too ({prefixes}).{bidirectional}
 
 ```python
 from sentence_transformers import SentenceTransformer

@@ -83,7 +83,7 @@ class Log:
             kept = [line for line in self.lines() if step and line["step"] <= step]
             checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if tracker != "none":
-            self.track, self.close = _tracker(tracker, self.path.parent)
+            self.track, self.close = _tracker(tracker, self.path.parent, step)
 
     def lines(self) -> list[dict[str, Any]]:
         """What was logged so far; a last line that was cut off by a crash is left out."""
@@ -117,13 +117,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def _tracker(
-    name: str, directory: Path
+    name: str, directory: Path, step: int
 ) -> tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]:
     """TensorBoard event files in the run's directory, or wandb / trackio under the run's name."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(directory / "tensorboard"))
+        # What an earlier file says of later steps is written again, and not to be shown.
+        again = step + 1 if step else 0
+        writer = SummaryWriter(str(directory / "tensorboard"), purge_step=again)
 
         def write(values: Mapping[str, float], step: int) -> None:
             for key, value in values.items():

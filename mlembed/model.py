@@ -47,9 +47,8 @@ class Vocabulary(nn.Module):
 
     def table(self, rank: int | None = None) -> Tensor:
         """The merged table E(r) [V, D]. ValueError for a rank that is not stored."""
-        if not self.ranks:
-            return self.forward(torch.arange(len(self.weight)), rank)
-        return self.forward(torch.arange(len(self.U), device=self.U.device), rank)
+        rows = self.U if self.ranks else self.weight
+        return self.forward(torch.arange(len(rows), device=rows.device), rank)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -65,7 +65,10 @@ def load(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"tokenizer: expected {path}, which does not exist")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_padding()
     eos = special_tokens(directory).get("eos_token")
     if eos is None or tokenizer.token_to_id(eos) is None:
@@ -113,7 +116,16 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> lis
     ids = []
     for begin in range(0, len(texts), 8192):
         # Encodings are many times the size of their ids; a slice at a time bounds them.
-        encodings = tokenizer.encode_batch_fast(list(texts[begin : begin + 8192]))
+        some = list(texts[begin : begin + 8192])
+        try:
+            encodings = tokenizer.encode_batch_fast(some)
+        except TypeError:  # half a character (json's "\ud83d"): no encoding holds it
+            for row, text in enumerate(some, begin):
+                if any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise ValueError(
+                        f"text {row}: expected Unicode, got a lone surrogate in {text[:40]!r}"
+                    ) from None
+            raise
         ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
     return ids
 

@@ -1,12 +1,6 @@
-"""Files to tables to batches: real files, each mistake by file and line, and an order of batches
-that any process can draw alone."""
+"""Files to tables: real files, and each mistake in them by file and line."""
 
 import json
-import os
-import pickle
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from mlembed import config, data, tokenizer
-from mlembed.data import Batches, Table, text_id
-from mlembed.distributed import World
+from mlembed import data
+from mlembed.data import text_id
 
 CPU = torch.device("cpu")
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "train"
@@ -55,8 +47,23 @@ def test_pairs_jsonl(tmp_path):
     assert table.name == "p" and not table.nway and len(table) == 4
     assert items(table) == WANT
     assert table.starts.dtype == table.ids.dtype == np.int64
-    assert table.ids[1] == table.ids[3] == text_id("zwei")  # never each other's negatives
-    assert len(set(table.ids.tolist())) == 3
+    # one eins | two zwei drei vier | zwei two | 2 zwei: three pairs are linked by "zwei" and "two"
+    linked = [table.ids[i] for i in (2, 3, 6, 7, 8, 9)]
+    assert set(linked) == {text_id("two")}  # never each other's negatives
+    alone = table.ids[[0, 4, 5]].tolist()
+    assert alone == [text_id("one"), text_id("drei"), text_id("vier")]
+    assert table.ids[1] == table.ids[0]
+
+
+def test_a_negative_that_is_a_positive_elsewhere_is_known_as_such(tmp_path):
+    rows = [
+        {"query": "q", "positive": "a", "negatives": ["b", "c"]},
+        {"query": "q", "positive": "b"},
+        {"query": "r", "positive": "c"},
+    ]
+    (table,) = data.read(jsonl(tmp_path / "p.jsonl", rows))
+    of = dict(zip(table.texts, table.ids.tolist(), strict=True))
+    assert of["q"] == of["a"] == of["b"] != of["c"] == of["r"]
 
 
 def test_pairs_parquet_is_the_same_table(tmp_path):
@@ -103,7 +110,7 @@ def test_nway(tmp_path):
     ]
     (table,) = data.read(jsonl(tmp_path / "n.jsonl", rows))
     assert table.nway and items(table) == [["sea", "Meer", "mer"], ["seven", "sieben"]]
-    assert table.ids.tolist() == [text_id("n", "a"), text_id("n", "7")]
+    assert table.ids.tolist() == [text_id("n", "a")] * 3 + [text_id("n", "7")] * 2
 
 
 @pytest.mark.parametrize("column", ["id", "verse_id"])
@@ -264,7 +271,7 @@ def test_without_drops_whole_pairs(tmp_path):
     (table,) = data.read(jsonl(tmp_path / "p.jsonl", rows))
     clean, dropped = data.without(table, {data.normalise("meer"), data.normalise("FI")})
     assert items(clean) == [["a", "b", "c"]] and dropped == 8
-    assert clean.ids.tolist() == [text_id("b")]
+    assert clean.ids.tolist() == [text_id("a"), text_id("a"), text_id("c")]
     assert (clean.name, clean.nway) == ("p", False)
 
 
@@ -274,7 +281,7 @@ def test_without_drops_texts_of_nway_items(tmp_path):
     (table,) = data.read(jsonl(tmp_path / "n.jsonl", rows))
     clean, dropped = data.without(table, {"a"})
     assert items(clean) == [["b", "c"], ["e", "f"]] and dropped == 3
-    assert clean.ids.tolist() == [text_id("n", "1"), text_id("n", "3")]
+    assert clean.ids.tolist() == [text_id("n", "1")] * 2 + [text_id("n", "3")] * 2
 
 
 def test_without_may_leave_nothing_or_everything(tmp_path):
@@ -284,262 +291,3 @@ def test_without_may_leave_nothing_or_everything(tmp_path):
     same, dropped = data.without(table, {"other"})
     assert dropped == 0 and same.texts == table.texts
     assert same.ids.tolist() == table.ids.tolist()
-
-
-# ---- batches ----
-
-
-@pytest.fixture(scope="module")
-def tables():
-    """17 pairs of which two share a positive, with 0 to 3 negatives; 11 ids of 2 to 4 texts."""
-    texts, starts, ids = [], [0], []
-    for i in range(17):
-        positive = f"positive {min(i, 15)}"
-        texts += [f"query {i}", positive, *(f"negative {i} {j}" for j in range(i % 4))]
-        starts.append(len(texts))
-        ids.append(text_id(positive))
-    pairs = Table("pairs", False, texts, np.array(starts), np.array(ids))
-    texts, starts = [], [0]
-    for i in range(11):
-        texts += [f"id {i} language {j}" for j in range(2 + i % 3)]
-        starts.append(len(texts))
-    ids = np.array([text_id("nway", str(i)) for i in range(11)])
-    return [pairs, Table("nway", True, texts, np.array(starts), ids)]
-
-
-@pytest.fixture(scope="module")
-def learnt(tables):
-    return tokenizer.train([text for table in tables for text in table.texts], 300)
-
-
-@pytest.fixture
-def make(tables, learnt):
-    def make(which=tables, rank=0, size=1, negatives=2, **fields):
-        run = config.Run(
-            **{"batch_size": 4, "steps": 40, "loss": config.Loss(num_negatives=negatives)} | fields
-        )
-        return Batches(which, learnt, run, World(rank, size, CPU))
-
-    return make
-
-
-def texts_of(batch, learnt):
-    bounds = batch.packed.cu_seqlens.tolist()
-    return [
-        learnt.decode(batch.packed.ids_T[begin:end].tolist())
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
-
-
-def same(a, b):
-    tensors = ("ids_T", "pos_T", "cu_seqlens")
-    return (
-        all(torch.equal(getattr(a.packed, n), getattr(b.packed, n)) for n in tensors)
-        and a.packed.max_seqlen == b.packed.max_seqlen
-        and torch.equal(a.pair_ids, b.pair_ids)
-        and torch.equal(a.doc_ids, b.doc_ids)
-        and (a.doc_sizes, a.source) == (b.doc_sizes, b.source)
-    )
-
-
-def test_a_batch_is_a_function_of_its_number(make):
-    a, b, c = make(), make(), make()
-    assert len(a) == 40
-    forward = [a[i] for i in range(40)]
-    backward = [b[i] for i in reversed(range(40))][::-1]
-    assert all(same(x, y) for x, y in zip(forward, backward, strict=True))
-    assert same(c[33], forward[33]) and same(c[33], forward[33])  # also asked twice, and alone
-
-
-def test_a_longer_run_begins_with_the_same_batches(make):
-    short, long = make(steps=10), make(steps=30, gradient_accumulation_steps=2)
-    assert len(long) == 60
-    assert all(same(short[i], long[i]) for i in range(10))
-
-
-def test_seeds_differ(make):
-    a, b = make(), make(seed=1)
-    assert not all(same(a[i], b[i]) for i in range(5))
-
-
-def test_workers_give_the_same_batches(make):
-    """In whichever way worker processes start: forked, or fresh ones that unpickle the data set."""
-    batches = make()
-    copy = pickle.loads(pickle.dumps(batches))
-    assert all(same(batches[i], copy[i]) for i in range(len(batches)))
-    loader = DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    assert all(same(batches[i], batch) for i, batch in enumerate(loader))
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 17, 40])
-@pytest.mark.parametrize("which", [0, 1])
-def test_each_epoch_is_a_permutation(make, tables, learnt, which, batch_size):
-    table = tables[which]
-    batches = make([table], batch_size=batch_size, steps=-(-5 * len(table) // batch_size))
-    drawn = []
-    for number in range(len(batches)):
-        first = texts_of(batches[number], learnt)[:batch_size]
-        drawn += [int(text.split()[1]) for text in first]
-    n = len(table)
-    epochs = [drawn[i : i + n] for i in range(0, 5 * n, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 5
-
-
-def test_epochs_of_a_source_go_on_between_batches_of_another(make, tables, learnt):
-    batches = make(steps=200)
-    for table in tables:
-        of_source = [b for b in (batches[i] for i in range(200)) if b.source == table.name]
-        assert len(of_source) > 20
-        drawn = [int(t.split()[1]) for b in of_source for t in texts_of(b, learnt)[:4]]
-        n = len(table)
-        for i in range(0, len(drawn) - n, n):
-            assert sorted(drawn[i : i + n]) == list(range(n))
-
-
-def test_layout_of_a_pair_batch(make, tables, learnt):
-    """Queries, then their positives, then stored negatives of theirs, none twice."""
-    batches = make(tables[:1], negatives=2)
-    some = Counter()
-    for number in range(len(batches)):
-        batch = batches[number]
-        texts = texts_of(batch, learnt)
-        queries, positives, negatives = texts[:4], texts[4:8], texts[8:]
-        rows = [int(q.removeprefix("query ")) for q in queries]
-        assert positives == [f"positive {min(i, 15)}" for i in rows]
-        # A row may come twice where one epoch ends and the next begins.
-        times = Counter(rows)
-        assert Counter(int(text.split()[1]) for text in negatives) == Counter(
-            {i: times[i] * min(2, i % 4) for i in rows if i % 4}
-        )
-        for text, count in Counter(negatives).items():
-            assert count <= times[int(text.split()[1])]
-        assert all(int(t.split()[2]) < int(t.split()[1]) % 4 for t in negatives)
-        some.update(negatives)
-        assert batch.pair_ids.tolist() == [text_id(t) for t in positives]
-        assert batch.doc_ids.tolist() == [text_id(t) for t in positives + negatives]
-        assert batch.doc_sizes == (4 + len(negatives),)
-        assert batch.pair_ids.dtype == batch.doc_ids.dtype == torch.int64
-    assert len(some) == sum(i % 4 for i in range(17))  # all of them are drawn sooner or later
-
-
-@pytest.mark.parametrize("negatives, most", [(0, 0), (1, 1), (3, 3), (9, 3)])
-def test_number_of_negatives(make, tables, learnt, negatives, most):
-    batches = make(tables[:1], negatives=negatives)
-    texts = [texts_of(batches[i], learnt) for i in range(len(batches))]
-    times, drawn = (
-        Counter(t.split()[1] for row in texts for t in row[part])
-        for part in (slice(4), slice(8, None))
-    )
-    assert all(drawn[row] == times[row] * min(most, int(row) % 4) for row in times)
-
-
-def test_nway_pairs_are_two_different_texts_of_one_id(make, tables, learnt):
-    batches = make(tables[1:], steps=300)
-    ordered = Counter()
-    for number in range(len(batches)):
-        batch = batches[number]
-        texts = texts_of(batch, learnt)
-        assert len(texts) == 8
-        for query, positive, pair_id in zip(texts[:4], texts[4:], batch.pair_ids, strict=True):
-            (_, i, _, a), (_, j, _, b) = query.split(), positive.split()
-            assert i == j and a != b
-            assert pair_id == text_id("nway", i)
-            ordered[i, a, b] += 1
-        assert batch.doc_ids.tolist() == batch.pair_ids.tolist()
-    # Each ordered pair of languages occurs: neither side is reserved for some of them.
-    assert len(ordered) == sum((n := 2 + i % 3) * (n - 1) for i in range(11))
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_shares_together_are_the_single_process_batch(make, tables, learnt, size):
-    whole = make()
-    shares = [make(rank=rank, size=size) for rank in range(size)]
-    assert not any(b.order.tolist() != whole.order.tolist() for b in shares)
-    each = 4 // size
-    sources = set()
-    for number in range(len(whole)):
-        one, parts = whole[number], [b[number] for b in shares]
-        sources.add(one.source)
-        texts = texts_of(one, learnt)
-        split = [texts_of(part, learnt) for part in parts]
-        assert sum((t[:each] for t in split), []) == texts[:4]
-        assert sum((t[each : 2 * each] for t in split), []) == texts[4:8]
-        assert sum((t[2 * each :] for t in split), []) == texts[8:]
-        # What every process knows of the others: equal everywhere, process by process.
-        sizes = tuple(len(t) - each for t in split)
-        for part in parts:
-            assert part.source == one.source
-            assert torch.equal(part.pair_ids, one.pair_ids)
-            assert part.doc_sizes == sizes
-            assert torch.equal(part.doc_ids, parts[0].doc_ids)
-        if one.source == "pairs":
-            want = [text_id(t) for texts in split for t in texts[each:]]
-            assert parts[0].doc_ids.tolist() == want
-        assert sorted(parts[0].doc_ids.tolist()) == sorted(one.doc_ids.tolist())
-    assert sources == {"pairs", "nway"}
-
-
-def test_batch_size_must_divide_by_processes(make):
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, got 4"):
-        make(rank=0, size=3)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_sources_are_drawn_by_size_to_the_alpha(make, alpha):
-    sizes = (40, 400, 1000)
-    tables = [
-        Table(str(n), False, ["a", "b"] * n, np.arange(0, 2 * n + 1, 2), np.arange(n))
-        for n in sizes
-    ]
-    n = 3000
-    batches = make(tables, batch_size=1, steps=n, source_alpha=alpha)
-    drawn = Counter(batches[i].source for i in range(n))
-    weights = np.array(sizes, dtype=float) ** alpha
-    for size, p in zip(sizes, weights / weights.sum(), strict=True):
-        assert abs(drawn[str(size)] / n - p) < 4 * (p * (1 - p) / n) ** 0.5
-
-
-def test_texts_are_cut_to_max_length(make, learnt):
-    batches = make(max_length=3)
-    packed = batches[0].packed
-    assert packed.max_seqlen == 3
-    ends = packed.cu_seqlens[1:].long() - 1
-    assert (packed.ids_T[ends] == learnt.token_to_id(tokenizer.EOS)).all()
-
-
-# ---- ids ----
-
-SCRIPT = "from mlembed.data import text_id; print(text_id('Meer'), text_id('n', '7'), text_id(''))"
-
-
-@pytest.mark.parametrize("seed", ["0", "77"])
-def test_ids_are_the_same_in_every_process(seed):
-    out = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"PYTHONHASHSEED": seed},
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    ids = [int(word) for word in out.split()]
-    assert ids == [text_id("Meer"), text_id("n", "7"), text_id("")]
-    assert all(0 <= i < 2**63 for i in ids) and len(set(ids)) == 3
-
-
-def test_ids_tell_parts_apart():
-    assert text_id("a", "bc") != text_id("ab", "c") != text_id("abc")
-    many = {text_id(str(i)) for i in range(100_000)}
-    assert len(many) == 100_000 and max(many) < 2**63
-
-
-# ---- real files ----
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
-def test_every_shared_file_reads():
-    tables = data.read(str(SHARED))
-    assert len(tables) == len([*SHARED.glob("*.parquet"), *SHARED.glob("*.jsonl")])
-    for table in tables:
-        assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
-        assert table.starts[-1] == len(table.texts) and (np.diff(table.starts) >= 2).all()

@@ -56,15 +56,16 @@ def training(dtype, symmetric):
         steps=len(BATCHES),
         batch_size=8,
     )
-    texts, starts = [], [0]
+    texts, starts, ids = [], [0], []
     for i in range(24):
         texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
         starts.append(len(texts))
-    ids = np.array([data.text_id(f"positive {i % 20}") for i in range(24)])
-    pairs = data.Table("pairs", False, texts, np.array(starts), ids)
+        ids += [data.text_id(f"positive {i % 20}")] * 2
+        ids += [data.text_id(text) for text in texts[len(ids) :]]
+    pairs = data.Table("pairs", False, texts, np.array(ids), np.array(starts))
     texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
-    ids = np.array([data.text_id("nway", str(i)) for i in range(20)])
-    nway = data.Table("nway", True, texts, np.arange(0, 61, 3), ids)
+    groups = np.array([data.text_id("nway", text.split()[1]) for text in texts])
+    nway = data.Table("nway", True, texts, groups, np.arange(0, 61, 3))
     learnt = tokenizer.train([*pairs.texts, *nway.texts], 300)
     run = dataclasses.replace(
         run, model=dataclasses.replace(run.model, vocab_size=learnt.get_vocab_size())
