@@ -51,8 +51,37 @@ def _attention_dense(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """torch's dense attention. Only q, k, v are laid out on a rectangle, for this one call."""
-    T, N, L = q.shape[0], cu_seqlens.numel() - 1, max_seqlen
+    """torch's dense attention. Only q, k, v are laid out on rectangles, for this one call.
+
+    On CPUs one for each quarter of the sequences, which are alike in length where a batch is
+    sorted; on a device, where that would mean reading the lengths, a single one.
+    """
+    if q.device.type != "cpu" or cu_seqlens.numel() < 16:
+        return _rectangle(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    outs = []
+    for part in cu_seqlens[1:].chunk(4):  # the ends of its sequences
+        first = cu_seqlens[cu_seqlens < part[0]][-1:]
+        cu = torch.cat([first, part])
+        rows = slice(int(cu[0]), int(cu[-1]))
+        L = int(cu.diff().max())
+        outs.append(_rectangle(q[rows], k[rows], v[rows], cu - cu[0], L, causal, scale))
+    return torch.cat(outs)
+
+
+def _rectangle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    L: int,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Attention of sequences of at most L tokens on a rectangle [N, H, L, K], packed again.
+
+    A sequence starts at slot 0 of its row, so a causal query never reaches the unused tail.
+    """
+    T, N = q.shape[0], cu_seqlens.numel() - 1
     lengths = cu_seqlens.diff().long()
     texts = torch.arange(N, device=q.device)
     sequence_T = torch.repeat_interleave(texts, lengths, output_size=T)
@@ -66,7 +95,6 @@ def _attention_dense(
     group = q.shape[1] // k.shape[1]
     q, k, v = spread(q), spread(k), spread(v)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    # Sequences start at slot 0 of their row, so a causal query never reaches the unused tail.
     mask = None
     if not causal:
         mask = (torch.arange(L, device=q.device) < lengths[:, None])[:, None, None]

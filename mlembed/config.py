@@ -82,6 +82,19 @@ class Model:
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim: expected an even number, got {self.head_dim}")
 
+    def check(
+        self, dim: int | None = None, exit: int | None = None, rank: int | None = None
+    ) -> None:
+        """ValueError for a width, depth or vocabulary rank that a model of this shape lacks."""
+        if dim is not None and not 1 <= dim <= self.hidden_size:
+            raise ValueError(f"dim: expected 1..{self.hidden_size} (the width), got {dim}")
+        if exit is not None and not 1 <= exit <= self.num_hidden_layers:
+            raise ValueError(f"exit: expected 1..{self.num_hidden_layers} (the depth), got {exit}")
+        if rank is not None and not self.ranks:
+            raise ValueError(f"rank: expected none (the vocabulary is a plain table), got {rank}")
+        if rank is not None and not 1 <= rank <= self.ranks[-1]:
+            raise ValueError(f"rank: expected 1..{self.ranks[-1]} (the stored rank), got {rank}")
+
 
 def check_rising(name: str, values: Sequence[int], top: int, what: str) -> None:
     """ValueError unless `values` is non-empty, rises strictly, and lies in 1..top."""
@@ -209,6 +222,7 @@ def tiny() -> Run:
     """3D Matryoshka on CLDR text in two minutes of two CPU cores. All numbers are ours."""
     return Run(
         name="tiny",
+        steps=300,
         model=Model(
             vocab_size=4096,
             hidden_size=192,

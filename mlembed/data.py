@@ -260,12 +260,14 @@ def permutation(seed: int, source: int, epoch: int, items: int) -> np.ndarray:
 class Batch:
     """One process's share of a micro-batch, and what it must know of the others'.
 
-    packed: its queries, then its positives, then its hard negatives.
+    packed: its queries, positives and hard negatives, shortest first.
+    place: int64 [texts]; where in the pack each is, in the order queries, positives, negatives.
     pair_ids: int64 [pairs of all processes]. doc_ids: int64 [documents of all processes], process
     by process its positives, then its negatives. doc_sizes: documents of each process.
     """
 
     packed: PackedBatch
+    place: Tensor
     pair_ids: Tensor
     doc_ids: Tensor
     doc_sizes: tuple[int, ...]
@@ -340,8 +342,11 @@ class Batches(Dataset[Batch]):
             )
         mine = [row for rows in parts[self.world.rank] for row in rows]
         tokens, offsets = self.tokens[source], self.offsets[source]
+        # Sorted, neighbours are alike in length, which is what dense attention wants.
+        order = np.argsort([offsets[row + 1] - offsets[row] for row in mine], kind="stable")
         return Batch(
-            pack([tokens[offsets[row] : offsets[row + 1]] for row in mine]),
+            pack([tokens[offsets[mine[i]] : offsets[mine[i] + 1]] for i in order]),
+            torch.from_numpy(np.argsort(order)),
             torch.from_numpy(np.concatenate([table.ids[queries] for queries, _ in parts])),
             torch.from_numpy(np.concatenate([table.ids[docs] for _, docs in parts])),
             tuple(len(docs) for _, docs in parts),

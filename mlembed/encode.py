@@ -92,10 +92,9 @@ class Encoder:
         Raises:
             ValueError: dim above the width, exit above the depth, rank above the stored one.
         """
-        D, L = self.model.cfg.hidden_size, self.model.cfg.num_hidden_layers
-        if dim is not None and not 1 <= dim <= D:
-            raise ValueError(f"dim: expected 1..{D} (the width), got {dim}")
-        vectors = self.exits(texts, [L if exit is None else exit], rank)[0]
+        self.model.cfg.check(dim, exit, rank)
+        depth = self.model.cfg.num_hidden_layers if exit is None else exit
+        vectors = self.exits(texts, [depth], rank)[0]
         return F.normalize(vectors[:, :dim], dim=-1).numpy()
 
 

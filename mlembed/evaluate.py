@@ -24,7 +24,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from . import checkpoint, cldr, data, log
-from .config import check_rising
 from .encode import Encoder
 from .model import num_parameters
 
@@ -213,13 +212,9 @@ def grid(
     """
     cfg = encoder.model.cfg
     dims, exits = dims or cfg.matryoshka_dims, exits or cfg.exits
-    check_rising("dim", sorted(set(dims)), cfg.hidden_size, "width")
-    check_rising("exit", exits, cfg.num_hidden_layers, "depth")
-    if ranks:
-        stored = cfg.ranks[-1] if cfg.ranks else 0
-        check_rising(
-            "rank", sorted(set(ranks)), stored, "stored rank" if stored else "none stored:"
-        )
+    for sizes, name in ((dims, "dim"), (exits, "exit"), (ranks or (), "rank")):
+        for size in sizes:
+            cfg.check(**{name: size})
     cells = []
     for rank in ranks or cfg.ranks or (None,):
         scores: dict[tuple[int, int], dict[str, Any]] = {}

@@ -56,8 +56,7 @@ def export(
     cfg = encoder.model.cfg
     dim = cfg.hidden_size if dim is None else dim
     exit = cfg.num_hidden_layers if exit is None else exit
-    if not 1 <= dim <= cfg.hidden_size:
-        raise ValueError(f"dim: expected 1..{cfg.hidden_size} (the width), got {dim}")
+    cfg.check(dim, exit, rank)
     small = pretrained.cut(encoder.model, exit, rank)
     with atomic_directory(out) as partial:
         pretrained.save(small, partial)
@@ -171,7 +170,7 @@ def model_card(encoder: Encoder, name: str, dim: int, exit: int, rank: int | Non
     """README.md with the front matter that the hub reads, and how to use the model."""
     cfg = encoder.model.cfg
     bidirectional = (
-        "" if cfg.causal else "\nIts attention is bidirectional: transformers 5.2 or newer."
+        "" if cfg.causal else "\nIts attention looks both ways: transformers 5.2 or newer."
     )
     prefixes = ", ".join(str(d) for d in cfg.matryoshka_dims if d <= dim)
     return f"""---

@@ -22,7 +22,7 @@ def loss_table(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -
     """loss_EM fp32 [E, M] of this process's pairs against the candidates of all processes.
 
     Args:
-        exits_END: this process's texts: its queries, then their positives, then hard negatives.
+        exits_END: this process's texts, in the order of `batch.packed`.
         batch: whose ids (for all processes) tell false negatives apart.
 
     The mean over processes is the loss of the whole batch on one process, and so, as gathering
@@ -30,6 +30,7 @@ def loss_table(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -
     """
     device = exits_END.device
     pairs = len(batch.pair_ids) // world.size
+    exits_END = exits_END[:, batch.place.to(device)]
     queries, docs = exits_END[:, :pairs], exits_END[:, pairs:]
     pair_ids, doc_ids = batch.pair_ids.to(device), batch.doc_ids.to(device)
     mine = slice(world.rank * pairs, (world.rank + 1) * pairs)

@@ -38,10 +38,6 @@ class Vocabulary(nn.Module):
 
     def forward(self, ids_T: Tensor, rank: int | None) -> Tensor:
         if not self.ranks:
-            if rank is not None:
-                raise ValueError(
-                    f"rank: expected none (the vocabulary is a plain table), got {rank}"
-                )
             return F.embedding(ids_T, self.weight)
         return embed(ids_T, self.U, self.W, self.ranks[-1] if rank is None else rank)
 
@@ -168,6 +164,7 @@ class Transformer(nn.Module):
         """
         exits = self.cfg.exits if exits is None else exits
         config.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
+        self.cfg.check(rank=rank)
         # The residual stream keeps the weights' dtype; autocast narrows only what matmuls read.
         x_TD = self.embed_tokens(batch.ids_T, rank).to(self.norm.weight.dtype)
         cos_sin = self._rotation(batch.pos_T, x_TD.dtype)

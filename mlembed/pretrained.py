@@ -122,14 +122,9 @@ def load(source: str, cfg: config.Model | None = None) -> Transformer:
 def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     """A copy that ends at layer `exit` with vocabulary rank `rank`: nesting makes both a slice."""
     cfg = model.cfg
+    cfg.check(exit=exit, rank=rank)
     exits = (*(e for e in cfg.exits if e < exit), exit)
-    config.check_rising("exit", exits, cfg.num_hidden_layers, "depth")
-    ranks = cfg.ranks
-    if rank is not None:
-        if not ranks or not 1 <= rank <= ranks[-1]:
-            stored = f"1..{ranks[-1]}" if ranks else "none (the vocabulary is a plain table)"
-            raise ValueError(f"rank: expected {stored}, got {rank}")
-        ranks = (*(r for r in ranks if r < rank), rank)
+    ranks = cfg.ranks if rank is None else (*(r for r in cfg.ranks if r < rank), rank)
     small = Transformer(replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks))
     weights = model.state_dict()
     if ranks:

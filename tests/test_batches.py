@@ -53,11 +53,15 @@ def make(tables, learnt):
 
 
 def texts_of(batch, learnt):
-    bounds = batch.packed.cu_seqlens.tolist()
-    return [
+    """Queries, positives, negatives; in the pack itself the shortest come first."""
+    bounds = batch.packed.cu_seqlens
+    assert torch.equal(bounds.diff(), bounds.diff().sort().values)
+    packed = [
         learnt.decode(batch.packed.ids_T[begin:end].tolist())
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ]
+    assert sorted(batch.place.tolist()) == list(range(len(packed)))
+    return [packed[i] for i in batch.place]
 
 
 def same(a, b):
@@ -65,6 +69,7 @@ def same(a, b):
     return (
         all(torch.equal(getattr(a.packed, n), getattr(b.packed, n)) for n in tensors)
         and a.packed.max_seqlen == b.packed.max_seqlen
+        and torch.equal(a.place, b.place)
         and torch.equal(a.pair_ids, b.pair_ids)
         and torch.equal(a.doc_ids, b.doc_ids)
         and (a.doc_sizes, a.source) == (b.doc_sizes, b.source)
@@ -263,12 +268,3 @@ def test_ids_tell_parts_apart():
 
 
 # ---- real files ----
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
-def test_every_shared_file_reads():
-    tables = data.read(str(SHARED))
-    assert len(tables) == len([*SHARED.glob("*.parquet"), *SHARED.glob("*.jsonl")])
-    for table in tables:
-        assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
-        assert table.starts[-1] == len(table.texts) and (np.diff(table.starts) >= 2).all()

@@ -291,3 +291,12 @@ def test_without_may_leave_nothing_or_everything(tmp_path):
     same, dropped = data.without(table, {"other"})
     assert dropped == 0 and same.texts == table.texts
     assert same.ids.tolist() == table.ids.tolist()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
+def test_every_shared_file_reads():
+    tables = data.read(str(SHARED))
+    assert len(tables) == len([*SHARED.glob("*.parquet"), *SHARED.glob("*.jsonl")])
+    for table in tables:
+        assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
+        assert table.starts[-1] == len(table.texts) and (np.diff(table.starts) >= 2).all()

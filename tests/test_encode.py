@@ -223,7 +223,7 @@ WRONG = [
     ((0, None, None), r"dim: expected 1\.\.24 \(the width\), got 0"),
     ((25, None, None), r"dim: expected 1\.\.24 \(the width\), got 25"),
     ((-1, None, None), "dim: expected"),
-    ((None, 4, None), "exit: expected at most the depth 3, got 4"),
+    ((None, 4, None), r"exit: expected 1\.\.3 \(the depth\), got 4"),
     ((None, 0, None), "exit: expected"),
     ((None, None, 12), r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
     ((None, None, 0), "rank: expected"),

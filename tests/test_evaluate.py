@@ -368,10 +368,10 @@ def test_grid_of_a_plain_vocabulary(tasks):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        (dict(dims=[33]), r"dim: expected 1\.\.32 \(the width\), got \(33,\)"),
+        (dict(dims=[33]), r"dim: expected 1\.\.32 \(the width\), got 33"),
         (dict(dims=[0, 4]), r"dim: expected 1\.\.32"),
-        (dict(exits=[4]), "exit: expected at most the depth 3, got 4"),
-        (dict(exits=[0]), "exit: expected rising numbers from 1"),
+        (dict(exits=[4]), r"exit: expected 1\.\.3 \(the depth\), got 4"),
+        (dict(exits=[0]), r"exit: expected 1\.\.3 \(the depth\), got 0"),
         (dict(ranks=[9]), r"rank: expected 1\.\.8 \(the stored rank\), got 9"),
         (dict(ranks=[0]), r"rank: expected 1\.\.8"),
     ],
@@ -460,8 +460,8 @@ def test_command(directory, tmp_path, encoder):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--dim", "64"], "dim: expected 1..32 (the width), got (64,)"),
-        (["--exit", "9"], "exit: expected at most the depth 3, got 9"),
+        (["--dim", "64"], "dim: expected 1..32 (the width), got 64"),
+        (["--exit", "9"], "exit: expected 1..3 (the depth), got 9"),
         (["--rank", "16"], "rank: expected 1..8 (the stored rank), got 16"),
     ],
 )

@@ -331,9 +331,9 @@ def tree(path: Path) -> dict[str, bytes | None]:
         ((0, None, None), r"dim: expected 1\.\.24 \(the width\), got 0"),
         ((25, None, None), r"dim: expected 1\.\.24 \(the width\), got 25"),
         ((None, 0, None), "exit: expected"),
-        ((None, 4, None), "exit: expected at most the depth 3, got 4"),
-        ((None, None, 0), r"rank: expected 1\.\.11, got 0"),
-        ((None, None, 12), r"rank: expected 1\.\.11, got 12"),
+        ((None, 4, None), r"exit: expected 1\.\.3 \(the depth\), got 4"),
+        ((None, None, 0), r"rank: expected 1\.\.11 \(the stored rank\), got 0"),
+        ((None, None, 12), r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
     ],
 )
 def test_cuts_that_the_model_lacks(encoder, cut, message, tmp_path):
@@ -444,7 +444,7 @@ def test_command(encoder, model_directory, tmp_path):
 def test_command_says_in_one_line_what_is_wrong(model_directory, tmp_path):
     out = tmp_path / "out"
     for arguments, message in [
-        ((model_directory, out, "--exit", "9"), "exit: expected at most the depth 3, got 9"),
+        ((model_directory, out, "--exit", "9"), "exit: expected 1..3 (the depth), got 9"),
         ((tmp_path / "nowhere", out), "expected a directory or a hub id"),
         ((model_directory, model_directory), "expected nothing there yet"),
     ]:

@@ -95,7 +95,19 @@ def batch():
     pair_ids = torch.tensor([10, 11, 10, 12, 13])
     doc_ids = torch.tensor([10, 11, 10, 12, 13, 20, 12, 21])
     packed = pack([np.array([1])] * 13)
-    return Batch(packed, pair_ids, doc_ids, (8,), "x")
+    return Batch(packed, torch.arange(13), pair_ids, doc_ids, (8,), "x")
+
+
+def test_the_order_of_the_pack_is_undone(batch):
+    """The same texts packed in another order, and the places that say so, give the same loss."""
+    torch.manual_seed(0)
+    run = Run(model=Model(exits=(2, 4), matryoshka_dims=(64, 256)))
+    exits_END = torch.randn(2, 13, 256)
+    order = torch.randperm(13)
+    shuffled = dataclasses.replace(batch, place=order.argsort())
+    want = loss_table(exits_END, batch, run, ALONE)
+    got = loss_table(exits_END[:, order], shuffled, run, ALONE)
+    assert torch.equal(got, want)
 
 
 @pytest.fixture

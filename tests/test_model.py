@@ -338,10 +338,10 @@ def test_errors(nested):
 
 def test_errors_of_a_cut(nested):
     wrong = [
-        (nested, 5, None, "exit: expected at most the depth 4, got 5"),
-        (nested, 0, None, "exit: expected rising"),
-        (nested, 4, 21, r"rank: expected 1\.\.20, got 21"),
-        (nested, 4, 0, r"rank: expected 1\.\.20, got 0"),
+        (nested, 5, None, r"exit: expected 1\.\.4 \(the depth\), got 5"),
+        (nested, 0, None, r"exit: expected 1\.\.4 \(the depth\), got 0"),
+        (nested, 4, 21, r"rank: expected 1\.\.20 \(the stored rank\), got 21"),
+        (nested, 4, 0, r"rank: expected 1\.\.20 \(the stored rank\), got 0"),
         (build(CFG), 4, 11, "rank: expected none .*plain table.* got 11"),
     ]
     for model, exit, rank, message in wrong:
