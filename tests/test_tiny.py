@@ -1,0 +1,53 @@
+"""What `make train` runs, on the built-in text at full size, for a third of its steps: what the
+README promises of the result must hold already."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    args = ["tiny", "--steps", "100", "--output-dir", folder, "--tracker", "none"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "tiny" / "report" / "grid.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def score(report):
+    cells = {(c["dim"], c["exit"], c["rank"]): c["scores"]["cldr"] for c in report["cells"]}
+    return lambda dim=192, exit=4, rank=128: cells[dim, exit, rank]
+
+
+def test_dates_are_found(score):
+    for kind in ("date", "datetime"):
+        assert score()["by_kind"][kind] >= 0.5
+
+
+def test_well_above_the_untrained_model(report, score):
+    untrained = report["untrained"]["cldr"]
+    assert score()["score"] >= 1.5 * untrained["score"]
+    assert untrained["by_kind"]["date"] < 0.2  # digits alone do not give the dates away
+
+
+def test_half_the_width_and_half_the_depth_keep_most_of_it(score):
+    assert score(dim=96)["score"] >= 0.8 * score()["score"]
+    assert score(exit=2)["score"] >= 0.8 * score()["score"]
+
+
+def test_every_locale_is_scored_in_both_directions(score):
+    scores = score()
+    assert len(scores["by_language"]) >= 140
+    assert scores["to_pivot"] != scores["from_pivot"]
+    assert scores["score"] == pytest.approx(
+        (scores["to_pivot"] + scores["from_pivot"]) / 2, abs=0.01
+    )
