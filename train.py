@@ -66,7 +66,7 @@ def find_run(run: config.Run) -> tuple[Path, Path | None]:
 
 def read_text(run: config.Run, say: Any) -> tuple[list[data.Table], list[Any]]:
     """-> (training tables without any text of the evaluation, evaluation tasks)."""
-    tasks = [task for source in run.eval for task in evaluate.read(source)]
+    tasks = evaluate.read_all(run.eval)
     held_out = {data.normalise(text) for task in tasks for text in task.texts}
     tables = []
     for source in run.data:

@@ -51,6 +51,15 @@ class STS:
 # ---- what to score ----
 
 
+def read_all(sources: Sequence[str]) -> list[Bitext | STS]:
+    """All tasks of all sources. ValueError for two of one name: their scores would be one."""
+    tasks = [task for source in sources for task in read(source)]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"eval: expected distinct file or directory names, got {', '.join(names)}")
+    return tasks
+
+
 def read(source: str) -> list[Bitext | STS]:
     """`cldr`, a Tatoeba-layout directory, an n-way table, an STS csv, or a directory of the latter.
 
@@ -343,7 +352,7 @@ def main(
     """
     if out and Path(out).exists():
         raise ValueError(f"out: expected a new directory, got {out}, which exists")
-    tasks = [task for source in data for task in read(source)]
+    tasks = read_all(data)
     cells = grid(Encoder.load(model, device), tasks, dim, exit, rank, progress=True)
     print(table(cells))
     print(by_kind(cells[-1]["scores"], {}))

@@ -381,6 +381,18 @@ def test_sizes_that_the_model_lacks(encoder, tasks, sizes, message):
         evaluate.grid(encoder, tasks, **sizes)
 
 
+def test_two_tasks_of_one_name(tmp_path):
+    rows = [{"id": "1", "lang": lang, "text": lang} for lang in ("eng", "deu")]
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "dev.jsonl")
+        files[-1].write_text("\n".join(map(json.dumps, rows)))
+    assert len(evaluate.read_all([str(files[0])])) == 1
+    with pytest.raises(ValueError, match="distinct file or directory names, got dev, dev"):
+        evaluate.read_all([str(file) for file in files])
+
+
 # ---- showing ----
 
 
