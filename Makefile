@@ -17,8 +17,10 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 
 ifeq ($(strip $(VENV)),)
+# Nothing is installed there: kernels/ is found under the name it would be installed by.
 RUN   := $(PYTHON)
-READY :=
+READY := .path/mlembed_kernels
+export PYTHONPATH := $(CURDIR)/.path:$(CURDIR):$(PYTHONPATH)
 else
 RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -46,5 +48,9 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.path/mlembed_kernels:
+	mkdir -p .path
+	ln -s ../kernels $@
+
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .path $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -294,8 +294,9 @@ class Batches(Dataset[Batch]):
             ids = tokenize(tokenizer, table.texts, run.max_length)
             self.tokens.append(np.concatenate(ids))
             self.offsets.append(np.cumsum([0, *map(len, ids)]))
-        sizes = np.array([len(table) for table in tables], dtype=float)
-        p = sizes**run.source_alpha
+        # An n-way table of many languages holds more than its ids: as many pairs as texts / 2.
+        sizes = [len(t.texts) / 2 if t.nway else len(t) for t in tables]
+        p = np.array(sizes) ** run.source_alpha
         total = run.steps * run.gradient_accumulation_steps
         rng = np.random.default_rng([run.seed, 2])
         self.order = rng.choice(len(tables), size=total, p=p / p.sum())
