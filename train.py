@@ -336,11 +336,13 @@ def finish(job: Job) -> None:
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
     worst = export(job.encoder, directory / "model")
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
+    here, python = Path.cwd(), Path(sys.executable)
+    python = python.relative_to(here) if python.is_relative_to(here) else python
     out.say(
         f"model   {directory}/model: sentence-transformers and transformers open it, "
         f"vectors within {worst:.0e}\n"
-        f'encode  python -m mlembed.encode {directory} "Wednesday, May 4, 2050"\n'
-        f"export  python -m mlembed.export {directory} OUT --dim {dim} --exit {exit}"
+        f'encode  {python} -m mlembed.encode {directory} "Wednesday, May 4, 2050"\n'
+        f"export  {python} -m mlembed.export {directory} OUT --dim {dim} --exit {exit}"
     )
 
 

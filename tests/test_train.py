@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,7 +96,6 @@ def test_run_directory_and_table(whole):
     assert {(c["dim"], c["exit"], c["rank"]) for c in cells} == {
         (dim, exit, rank) for dim in (8, 32) for exit in (1, 2) for rank in (8, 16)
     }
-    assert f"python -m mlembed.encode {run}" in done.stdout
     assert "untrained" in done.stdout
     first, last = losses(run)[0], losses(run)[-1]
     assert last["loss"] < first["loss"]
@@ -104,16 +104,17 @@ def test_run_directory_and_table(whole):
     assert first["loss"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_the_printed_command_encodes(whole):
+def test_the_printed_commands_work(whole, tmp_path):
     run, done = whole
-    assert f'encode  python -m mlembed.encode {run} "Wednesday, May 4, 2050"' in done.stdout
+    commands = dict(re.findall(r"^(encode|export)  (.+)$", done.stdout, re.MULTILINE))
     encoded = subprocess.run(
-        [sys.executable, "-m", "mlembed.encode", str(run), "Wednesday, May 4, 2050"],
-        capture_output=True,
-        text=True,
-        check=True,
+        commands["encode"], shell=True, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert sum(float(x) ** 2 for x in encoded.stdout.split()) == pytest.approx(1, abs=1e-4)
+    vector = [float(x) for x in encoded.stdout.split()]
+    assert len(vector) == 32 and sum(x * x for x in vector) == pytest.approx(1, abs=1e-4)
+    export = commands["export"].replace(" OUT ", f" {tmp_path}/small ")
+    subprocess.run(export, shell=True, cwd=ROOT, capture_output=True, check=True)
+    assert (tmp_path / "small" / "modules.json").is_file()
 
 
 def test_a_saved_configuration_runs_again(whole, tmp_path):
