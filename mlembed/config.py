@@ -369,10 +369,15 @@ def parse(args: Sequence[str]) -> Run:
         model = from_checkpoint(resolve(init), base.model)
         longest = min(base.max_length, model.max_position_embeddings)
         base = dataclasses.replace(base, init=init, model=model, max_length=longest)
+    return _override(base, rest, f"train.py {name}")
+
+
+def _override(base: Run, args: Sequence[str], prog: str) -> Run:
+    """tyro's reading of the arguments, with its errors as one-line ValueErrors."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Run, default=base, args=rest, prog=f"train.py {name}")
+            return tyro.cli(Run, default=base, args=args, prog=prog)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise

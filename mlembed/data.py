@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import cldr, config
+from .cldr import normalise
 from .distributed import World
 from .pack import PackedBatch, pack
 from .tokenizer import tokenize
@@ -59,14 +59,9 @@ class Table:
 
 
 @functools.cache
-def cldr_tables(seed: int = 0) -> tuple[pa.Table, pa.Table]:
+def cldr_tables() -> tuple[pa.Table, pa.Table]:
     """The built-in text (train pairs, held-out n-way table), built once a process."""
-    return cldr.build(seed)
-
-
-def normalise(text: str) -> str:
-    """What makes two texts count as the same when training text is kept clear of evaluation."""
-    return unicodedata.normalize("NFKC", text).casefold().strip()
+    return cldr.build()
 
 
 def text_id(*parts: str) -> int:

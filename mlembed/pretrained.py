@@ -103,8 +103,17 @@ def load(source: str, cfg: config.Model | None = None) -> Transformer:
         weights["embed_tokens.weight"] = table
     elif (directory / FACTORS).is_file():
         with safe_open(directory / FACTORS, framework="pt") as tensors:
-            weights["embed_tokens.U"] = tensors.get_tensor("U")[:, : cfg.ranks[-1]]
-            weights["embed_tokens.W"] = tensors.get_tensor("W")[: cfg.ranks[-1]]
+            U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
+        # Another library may have trained the table on since; a sample of its rows tells.
+        fits = (len(U), W.shape[1]) == table.shape
+        some = slice(None, None, max(1, len(table) // 64))
+        if not fits or not torch.allclose(U[some] @ W, table[some].float(), rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"{directory}: expected the factors of {FACTORS} to give embed_tokens.weight, they "
+                "do not: remove that file to factorise the table anew"
+            )
+        weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
+        weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
     else:
         U, W = factorise(table, cfg.ranks[-1])
         weights["embed_tokens.U"], weights["embed_tokens.W"] = U, W

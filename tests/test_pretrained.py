@@ -114,6 +114,21 @@ def test_round_trip_is_exact(cfg, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
+def test_factors_of_another_table_are_refused(tmp_path):
+    """As when another library trained the merged table on and saved it in place."""
+    pretrained.save(randomise(Transformer(NESTED)), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["embed_tokens.weight"] += 0.01
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="expected the factors .* remove that file"):
+        pretrained.load(str(tmp_path))
+    (tmp_path / pretrained.FACTORS).unlink()
+    table = pretrained.load(str(tmp_path)).embed_tokens.table()
+    rank = NESTED.ranks[-1]
+    best = torch.linalg.svd(weights["embed_tokens.weight"].double()).S[rank:].norm()
+    assert (table - weights["embed_tokens.weight"]).norm() <= 1.01 * best + 1e-5
+
+
 def test_a_float64_model_is_saved_in_fp32(tmp_path):
     model = randomise(Transformer(NESTED))
     pretrained.save(model.double(), tmp_path)
