@@ -139,11 +139,11 @@ def train(run: config.Run, where: World) -> int:
         return 0
     job = set_up(run, where, directory, found, out)
     any_process(False, where)  # all have looked at the directory before one writes to it
+    out.open(run.tracker, start)
     if where.main:  # only now, so that a mistake in the arguments leaves nothing behind
         directory.mkdir(parents=True, exist_ok=True)
         resolved = json.dumps(config.to_dict(replace(run, resume=False)), indent=2)
         checkpoint.write_text(directory / "config.json", resolved + "\n")
-    out.open(run.tracker, start)
     if start == 0:
         score(job, 0)
     done = optimise(job, start)

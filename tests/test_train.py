@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,13 @@ def test_malformed_and_empty_data(tmp_path):
     empty.write_text("")
     assert str(empty) in line_of(train(*args, empty, code=1))
     assert not (tmp_path / "runs").exists()  # nothing to clear away before the next try
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed(arguments, tmp_path):
+    done = train(*arguments, "--output-dir", tmp_path / "runs", "--tracker", "wandb", code=1)
+    assert "pip install wandb" in line_of(done)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_run_is_not_overwritten(whole, arguments):
