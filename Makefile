@@ -8,8 +8,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# For small machines. Threads that wait spin briefly: not at all costs half as much time again, torch's
-# default stalls for seconds once anything else runs. Each batch has another number of tokens, so a
+# For small machines. Threads that wait spin briefly: a step of the tiny recipe takes 0.19 s, without
+# 0.25 s, and long spins (torch's default) stall it once anything else runs, 1.3 s against 0.4 s. Each batch has another number of tokens, so a
 # cache of matrix kernels by shape only grows; memory given back after a step is asked for by the next.
 export GOMP_SPINCOUNT ?= 1000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64

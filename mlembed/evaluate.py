@@ -9,6 +9,7 @@ widths and depths.
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -117,13 +118,7 @@ def tatoeba(directory: Path) -> Bitext:
         other = english.with_name(f"tatoeba.{lang}-eng.{lang}")
         if not other.is_file():
             raise ValueError(f"{english}: expected {other.name} beside it, found none")
-        # Not splitlines: Unicode's other separators occur inside sentences.
-        sides = [
-            path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            if path.stat().st_size
-            else []
-            for path in (other, english)
-        ]
+        sides = [_lines(path) for path in (other, english)]
         if len(sides[0]) != len(sides[1]) or not sides[0]:
             raise ValueError(
                 f"{other}: expected as many lines as {english.name}, more than none, "
@@ -137,28 +132,41 @@ def tatoeba(directory: Path) -> Bitext:
     return found
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file. Not splitlines: Unicode's other separators occur inside sentences."""
+    text = _text(path).replace("\r\n", "\n")
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def sts(path: Path) -> STS:
     """csv with columns sentence1, sentence2, score."""
     texts, scores = [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in (reader := csv.DictReader(file)):
-            try:
-                pair, score = [row["sentence1"], row["sentence2"]], float(row["score"])
-            except KeyError as error:
-                raise ValueError(
-                    f"{path}: expected columns sentence1, sentence2, score, no {error}"
-                ) from None
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{path}:{reader.line_num}: score: expected a number, got {row['score']!r}"
-                ) from None
-            if None in pair or not math.isfinite(score):
-                raise ValueError(
-                    f"{path}:{reader.line_num}: sentence1, sentence2, score: expected two texts "
-                    f"and a number, got {pair[0]!r}, {pair[1]!r}, {score}"
-                )
-            texts += pair
-            scores.append(score)
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    for row in reader:
+        try:
+            pair, score = [row["sentence1"], row["sentence2"]], float(row["score"])
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: expected columns sentence1, sentence2, score, no {error}"
+            ) from None
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}:{reader.line_num}: score: expected a number, got {row['score']!r}"
+            ) from None
+        if None in pair or not math.isfinite(score):
+            raise ValueError(
+                f"{path}:{reader.line_num}: sentence1, sentence2, score: expected two texts "
+                f"and a number, got {pair[0]!r}, {pair[1]!r}, {score}"
+            )
+        texts += pair
+        scores.append(score)
     if not scores:
         raise ValueError(f"{path}: expected rows, found none")
     return STS(path.stem, texts, np.array(scores))

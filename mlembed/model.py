@@ -131,8 +131,8 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Normal(0, 0.02) for matrices; what writes to the residual stream / sqrt(2 L).
 
-        The product of the vocabulary's factors has the same spread at full rank: U is
-        Normal(0, 0.02), W is orthogonal-like, Normal(0, 1 / sqrt(R)) of unit row-sum variance.
+        So is the product of the vocabulary's factors at full rank: with U of Normal(0, 0.02) and W
+        of Normal(0, 1 / sqrt(R)), an entry of U W has variance R 0.02^2 / R.
         """
         for name, weight in self.named_parameters():
             if weight.ndim == 1:

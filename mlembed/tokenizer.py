@@ -7,6 +7,7 @@ ignore `add_eos_token` for such tokenizers), also when it is cut to the maximum 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -70,7 +71,7 @@ def load(directory: Path) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_padding()
-    eos = special_tokens(directory).get("eos_token")
+    eos = eos_token(directory)
     if eos is None or tokenizer.token_to_id(eos) is None:
         raise ValueError(
             f"{directory}/tokenizer_config.json: expected a known eos_token, got {eos!r}"
@@ -80,13 +81,25 @@ def load(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def special_tokens(directory: Path) -> dict[str, str]:
-    """eos_token and pad_token, as far as a directory's tokenizer_config.json names them."""
+def eos_token(directory: Path) -> str | None:
+    """The EOS that a directory's tokenizer_config.json names."""
+    token = settings(directory).get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def max_length(directory: Path) -> int | None:
+    """`model_max_length` of a directory's tokenizer_config.json, where it is a real number."""
+    limit = settings(directory).get("model_max_length")
+    return int(limit) if limit and limit < 1e9 else None  # transformers writes 1e30 for "none"
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    """A directory's tokenizer_config.json, empty if it has none. ValueError if it is not json."""
     path = directory / "tokenizer_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = {key: stored.get(key) for key in ("eos_token", "pad_token")}
-    plain = {key: t.get("content") if isinstance(t, dict) else t for key, t in names.items()}
-    return {key: token for key, token in plain.items() if token}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
 
 
 def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
@@ -97,7 +110,7 @@ def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     portable.no_truncation()
     portable.save(str(directory / "tokenizer.json"))
     names = {"eos_token": eos, "pad_token": pad}
-    settings = {
+    written = {
         # Not the newest name: transformers 4 does not know `TokenizersBackend`.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
@@ -106,7 +119,7 @@ def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", names)):
+    for name, content in (("tokenizer_config.json", written), ("special_tokens_map.json", names)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -128,11 +141,3 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> lis
             raise
         ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
     return ids
-
-
-def max_length(directory: Path) -> int | None:
-    """`model_max_length` of a directory's tokenizer_config.json, where it is a real number."""
-    path = directory / "tokenizer_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    limit = stored.get("model_max_length")
-    return int(limit) if limit and limit < 1e9 else None  # transformers writes 1e30 for "none"

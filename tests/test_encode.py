@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_model import randomise
 
 from mlembed import config, pretrained, tokenizer
 from mlembed.encode import Encoder
@@ -63,16 +64,7 @@ def encoder() -> Encoder:
         matryoshka_dims=(5, 12, 24),
         ranks=(3, 11),
     )
-    model = Transformer(cfg)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # of a trained model's size: the initial 0.02 makes all layers the same
-        for name, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 1:
-                weight.copy_(1 + 0.3 * noise)
-            else:
-                weight.copy_(noise if "embed_tokens" in name else noise * weight.shape[1] ** -0.5)
-    return Encoder(model.eval(), tokens, MAX_LENGTH)
+    return Encoder(randomise(Transformer(cfg)), tokens, MAX_LENGTH)
 
 
 @pytest.fixture(scope="module")

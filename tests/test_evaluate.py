@@ -381,6 +381,16 @@ def test_sizes_that_the_model_lacks(encoder, tasks, sizes, message):
         evaluate.grid(encoder, tasks, **sizes)
 
 
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "tatoeba.deu-eng.eng").write_text("sea\n")
+    (tmp_path / "tatoeba.deu-eng.deu").write_bytes(b"Meer \xff\n")
+    with pytest.raises(ValueError, match=r"tatoeba\.deu-eng\.deu: not UTF-8 at byte 5"):
+        evaluate.read(str(tmp_path))
+    (tmp_path / "bad.csv").write_bytes(b"sentence1,sentence2,score\n\xe9,b,1\n")
+    with pytest.raises(ValueError, match=r"bad\.csv: not UTF-8 at byte 26"):
+        evaluate.read(str(tmp_path / "bad.csv"))
+
+
 def test_two_tasks_of_one_name(tmp_path):
     rows = [{"id": "1", "lang": lang, "text": lang} for lang in ("eng", "deu")]
     files = []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from random_model import randomise
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Model
@@ -70,16 +71,7 @@ def build(tokens, **changes) -> Encoder:
             **changes,
         }
     )
-    model = Transformer(cfg)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # of a trained model's size: the initial 0.02 makes all layers the same
-        for name, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 1:
-                weight.copy_(1 + 0.3 * noise)
-            else:
-                weight.copy_(noise if "embed_tokens" in name else noise * weight.shape[1] ** -0.5)
-    return Encoder(model.eval(), tokens, MAX_LENGTH)
+    return Encoder(randomise(Transformer(cfg)), tokens, MAX_LENGTH)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from random_model import randomise
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
@@ -33,20 +34,6 @@ NESTED = replace(CFG, ranks=(3, 11, 20))
 # One token, two, a prime, and 300: beyond 256 attention takes another path on the CPU.
 LENGTHS = (17, 1, 300, 2, 5)
 ALL_EXITS = (1, 2, 3, 4)
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights of a trained model's size: at the initial 0.02, attention is uniform and every layer
-    nearly the identity, and norms of weight 1 hide which norm is used."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 1:
-                weight.copy_(1 + 0.3 * noise)
-            else:
-                weight.copy_(noise if "embed_tokens" in name else noise * weight.shape[1] ** -0.5)
-    return model.eval()
 
 
 def build(cfg: config.Model) -> Transformer:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_model import randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,19 +42,6 @@ CFG = config.Model(
 NESTED = replace(CFG, ranks=(3, 11), causal=False, pooling="mean")
 IDS = [np.arange(n) * 7 % 101 for n in (1, 5, 23)]
 ALL_EXITS = (1, 2, 3)
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights that make every part of the model matter (the initial 0.02 hides most)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 1:
-                weight.copy_(1 + 0.3 * noise)
-            else:
-                weight.copy_(noise if "embed_tokens" in name else noise * weight.shape[1] ** -0.5)
-    return model.eval()
 
 
 def hf_config(**changes) -> Qwen3Config:

@@ -174,10 +174,14 @@ def test_saved_files_open_here(learnt, saved):
         (ours,), (theirs,) = (tokenizer.tokenize(t, [text], 32) for t in (learnt, again))
         assert ours.tolist() == theirs.tolist()
     assert tokenizer.max_length(saved) == 16
-    assert tokenizer.special_tokens(saved) == {
-        "eos_token": tokenizer.EOS,
-        "pad_token": tokenizer.PAD,
-    }
+    assert tokenizer.eos_token(saved) == tokenizer.EOS
+
+
+def test_settings_that_are_not_json(learnt, tmp_path):
+    tokenizer.save(learnt, tmp_path, 16)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": \n')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json:2: not json"):
+        tokenizer.load(tmp_path)
 
 
 def test_saving_after_truncation_stores_no_truncation(learnt, tmp_path):
@@ -222,7 +226,7 @@ def test_pad_falls_back_to_eos(tmp_path):
     other.pre_tokenizer = pre_tokenizers.Whitespace()
     other.add_special_tokens(["</s>"])
     tokenizer.save(tokenizer.append_eos(other, "</s>"), tmp_path, 8)
-    assert tokenizer.special_tokens(tmp_path) == {"eos_token": "</s>", "pad_token": "</s>"}
+    assert tokenizer.eos_token(tmp_path) == "</s>"
     assert tokenizer.load(tmp_path).encode("a").ids == [0, 1]
 
 
@@ -251,4 +255,4 @@ def test_max_length(limit, read, tmp_path):
 
 def test_max_length_without_a_file(tmp_path):
     assert tokenizer.max_length(tmp_path) is None
-    assert tokenizer.special_tokens(tmp_path) == {}
+    assert tokenizer.eos_token(tmp_path) is None
