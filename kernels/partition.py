@@ -1,0 +1,111 @@
+"""Log-partition of all pairs' similarities, at every exit and prefix, without the matrix.
+
+For exit e, prefix width d and temperature t, over the kept pairs (i, j) of rows x and columns y,
+
+    cos_ij = x_i[:d] . y_j[:d] / (|x_i[:d]| |y_j[:d]|)        z_ij = cos_ij / t
+    rows_i = log sum_j exp(z_ij)        columns_j = log sum_i exp(z_ij)        (-inf where none)
+
+A pair is dropped, from both, if j is row i's positive (its cosine comes back by itself, so that
+p - 1 is never formed from a rounded p), if any of their keys are equal, or if a text has left
+before exit e. `ceiling` drops likely false negatives as well: decided once for all exits and prefixes, at
+the widest prefix of the deepest exit at which both texts are present.
+
+Logarithms of sums merge exactly, log(exp(a) + exp(b)), and so do their gradients: candidates may
+come chunk by chunk.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cosine import unit
+
+WORKSPACE = 512 << 20  # bytes
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def present(counts: Tensor | None, E: int, n: int, device: torch.device) -> Tensor:
+    """bool [E, n]: which texts are still there at exit e, the first counts[e] or all."""
+    if counts is None:
+        return torch.ones(E, n, dtype=torch.bool, device=device)
+    return torch.arange(n, device=device) < counts[:, None]
+
+
+def partition_ref(
+    x: Tensor,
+    y: Tensor,
+    *,
+    dims: tuple[int, ...],
+    scale: Tensor,
+    positive: Tensor | None = None,
+    row_keys: Sequence[Tensor] = (),
+    col_keys: Sequence[Tensor] = (),
+    ceiling: Tensor | None = None,
+    row_counts: Tensor | None = None,
+    col_counts: Tensor | None = None,
+    columns: bool = False,
+    workspace: int = WORKSPACE,
+) -> Parts:
+    """The specification: one [R, S] matrix per exit and prefix. Arguments as in `partition`."""
+    E, R, S = x.shape[0], x.shape[1], y.shape[1]
+    # Half precision has a step of 0.06 at logit 16: products and sums are taken in fp32 or wider.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    here_x, here_y = present(row_counts, E, R, x.device), present(col_counts, E, S, x.device)
+    dropped = torch.zeros(R, S, dtype=torch.bool, device=x.device)
+    for row_key, col_key in zip(row_keys, col_keys, strict=True):
+        dropped |= row_key[:, None] == col_key[None, :]
+    if positive is not None:
+        dropped |= positive[:, None] == torch.arange(S, device=x.device)
+        inside = (positive >= 0) & (positive < S)
+        at = positive.clamp(0, max(S - 1, 0))
+    rows, cols, own = [], [], []
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(wide), y.to(wide)
+        if ceiling is not None:
+            dropped = dropped | _too_similar(x, y, dims[-1], ceiling, here_x, here_y)
+        for e in range(E):
+            drop = dropped | ~(here_x[e, :, None] & here_y[e, None, :])
+            for m, d in enumerate(dims):
+                unit_x, unit_y = unit(x[e, :, :d]), unit(y[e, :, :d])
+                z = (unit_x @ unit_y.T * scale[e, m].to(wide)).masked_fill(drop, -torch.inf)
+                rows.append(_logsumexp(z))
+                if columns:
+                    cols.append(_logsumexp(z.T))
+                if positive is not None:
+                    cos = (unit_x * unit_y[at]).sum(-1) if S else unit_x.sum(-1) * 0
+                    there = inside & here_x[e] & here_y[e, at] if S else inside
+                    own.append(cos.where(there, 0.0))
+    shape = E, len(dims), -1
+    return (
+        torch.stack(rows).view(*shape[:2], R),
+        torch.stack(cols).view(*shape[:2], S) if columns else None,
+        torch.stack(own).view(*shape[:2], R) if positive is not None else None,
+    )
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """Over the last axis; -inf with gradient 0 where nothing is kept (torch's gradient is NaN)."""
+    if not z.shape[-1]:
+        return z.sum(-1) - torch.inf
+    top = z.detach().amax(-1, keepdim=True)
+    top = top.where(top != -torch.inf, 0.0)
+    total = (z - top).exp().sum(-1)
+    empty = total == 0
+    return torch.where(empty, -torch.inf, total.where(~empty, 1.0).log() + top[..., 0])
+
+
+def _too_similar(
+    x: Tensor, y: Tensor, d: int, ceiling: Tensor, here_x: Tensor, here_y: Tensor
+) -> Tensor:
+    """bool [R, S]: cosine above the row's ceiling, as the deepest exit with both texts has it."""
+    drop = torch.zeros(x.shape[1], y.shape[1], dtype=torch.bool, device=x.device)
+    for e in range(x.shape[0]):
+        cos = unit(x[e, :, :d].detach()) @ unit(y[e, :, :d].detach()).T
+        judges = here_x[e, :, None] & here_y[e, None, :] & (ceiling[e] < torch.inf)[:, None]
+        drop = torch.where(judges, cos > ceiling[e, :, None], drop)
+    return drop
+
+
+def partition(x: Tensor, y: Tensor, *, impl: str = "auto", **options) -> Parts:
+    return partition_ref(x, y, **options)
