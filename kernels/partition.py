@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._check import use_triton
 from .cosine import unit
 
 WORKSPACE = 512 << 20  # bytes
@@ -45,7 +46,6 @@ def partition_ref(
     row_counts: Tensor | None = None,
     col_counts: Tensor | None = None,
     columns: bool = False,
-    workspace: int = WORKSPACE,
 ) -> Parts:
     """The specification: one [R, S] matrix per exit and prefix. Arguments as in `partition`."""
     E, R, S = x.shape[0], x.shape[1], y.shape[1]
@@ -107,5 +107,72 @@ def _too_similar(
     return drop
 
 
-def partition(x: Tensor, y: Tensor, *, impl: str = "auto", **options) -> Parts:
-    return partition_ref(x, y, **options)
+def partition(
+    x: Tensor,
+    y: Tensor,
+    *,
+    dims: tuple[int, ...],
+    scale: Tensor,
+    positive: Tensor | None = None,
+    row_keys: Sequence[Tensor] = (),
+    col_keys: Sequence[Tensor] = (),
+    ceiling: Tensor | None = None,
+    row_counts: Tensor | None = None,
+    col_counts: Tensor | None = None,
+    columns: bool = False,
+    workspace: int = WORKSPACE,
+    impl: str = "auto",
+) -> Parts:
+    """rows [E, M, R], columns [E, M, S] or None, cosines of the positives [E, M, R] or None.
+
+    fp32, or float64 for float64 inputs; differentiable in x, y and scale.
+
+    Args:
+        x, y: [E, R, D], [E, S, D] raw vectors of one dtype.
+        dims: prefix widths, rising, the last at most D.
+        scale: [E, M], 1 / t.
+        positive: int [R], each row's positive column; outside 0..S-1 it has none here, cosine 0.
+        row_keys, col_keys: ints [R] and [S], any number of pairs of them; equal means dropped.
+        ceiling: [E, R], cosine above which a pair is dropped; +inf where exit e does not decide.
+            Rows only: with it, columns must be False.
+        row_counts, col_counts: int [E], so many leading texts are present at exit e.
+        columns: whether the columns' partitions are wanted.
+        workspace: bytes that matrices of pairs may take at any time.
+        impl: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: ceiling with columns, an implementation that cannot be.
+    """
+    if ceiling is not None and columns:
+        raise ValueError("columns: expected False with ceilings, which belong to rows, got True")
+    if not use_triton(impl, x):
+        return partition_ref(
+            x,
+            y,
+            dims=dims,
+            scale=scale,
+            positive=positive,
+            row_keys=row_keys,
+            col_keys=col_keys,
+            ceiling=ceiling,
+            row_counts=row_counts,
+            col_counts=col_counts,
+            columns=columns,
+        )
+    from . import _partition_op  # imports triton, which not every platform has
+
+    rows, cols, own = _partition_op.partition_op(
+        x,
+        y,
+        scale,
+        positive,
+        torch.stack(list(row_keys)).long() if row_keys else None,
+        torch.stack(list(col_keys)).long() if col_keys else None,
+        None if ceiling is None else ceiling.detach(),
+        row_counts,
+        col_counts,
+        list(dims),
+        columns,
+        workspace,
+    )
+    return rows, cols if columns else None, None if positive is None else own

@@ -1,7 +1,61 @@
-"""Set before torch loads: one thread a test process (two run side by side), and no network."""
+"""Set before torch and triton load: one thread a test process (two run side by side), no network,
+and Triton's interpreter where there is no GPU. Memory that a kernel leaves unwritten reads NaN."""
 
+import math
 import os
+import sys
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Its own library is compiled, or interpreted, for good when it is imported.
+    assert "triton" not in sys.modules, "triton was imported before tests/conftest.py"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+PACKAGE = "mlembed_kernels"
+# torch remembers which functions take the device of `with torch.device(...)`, by identity, at its
+# first use: that has to be the true torch.empty.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
+def _filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make_filled(*args: object, **kwargs: object) -> torch.Tensor:
+        x = make(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return x
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == PACKAGE and x.is_floating_point():
+            with torch.no_grad():
+                x.fill_(math.nan)
+        return x
+
+    return make_filled
+
+
+# Made once: torch.compile remembers functions by identity, too.
+ALLOCATORS = [
+    (owner, name, _filled(getattr(owner, name)))
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ]
+]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not torch.utils.deterministic, which does it everywhere: its switch also makes CUDA's own
+    operators deterministic, and would hide that two calls differ."""
+    with monkeypatch.context() as patch:
+        for owner, name, filled in ALLOCATORS:
+            patch.setattr(owner, name, filled)
+        yield

@@ -1,62 +1,23 @@
-"""The nested contrastive loss against plain loops, finite differences and sentence-transformers."""
+"""The nested contrastive loss in float64 against its formula and finite differences, and what must
+not change it. By Triton: test_infonce_triton.py; losses it equals: test_infonce_published.py."""
 
 import math
 
+import loss_truth
 import pytest
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import (
-    MatryoshkaLoss,
-    MultipleNegativesRankingLoss,
-)
-from torch import Tensor, nn
+from loss_truth import ALL, CASES, DIMS, OWNER, C, D, E, K, Q, masked, pair, vectors
+from torch import Tensor
 
-from mlembed_kernels import infonce
+from mlembed_kernels import infonce, infonce_ref
 
-# E exits, Q queries, C candidates, D width: primes and unlike each other, so that no axis passes
-# for another; prefixes include a single coordinate, where a cosine is only a sign.
-E, Q, C, D = 2, 5, 7, 11
-DIMS = (1, 3, 8, 11)
+cases = pytest.mark.parametrize(("queries", "candidates", "options"), CASES.values(), ids=CASES)
 
 
-def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Of many lengths, as raw embeddings have."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    lengths = torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float64) * 9 + 0.1
-    return (x * lengths).to(dtype)
-
-
-def pair(q: int = Q, c: int = C, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return vectors(E, q, D, seed=1, dtype=dtype), vectors(E, c, D, seed=2, dtype=dtype)
-
-
-def by_hand(q, c, dims, temperature, target=None, query_ids=None, cand_ids=None) -> list:
-    """The formula of the module's docstring, one number at a time."""
-    q, c = q.tolist(), c.tolist()
-    target = list(range(len(q[0]))) if target is None else target.tolist()
-    table = []
-    for exit_q, exit_c in zip(q, c, strict=True):
-        losses = []
-        for d in dims:
-            rows = []
-            for i, a in enumerate(exit_q):
-                if target[i] < 0:
-                    continue
-                logits = []
-                for j, b in enumerate(exit_c):
-                    same = query_ids is not None and query_ids[i] == cand_ids[j]
-                    if same and j != target[i]:
-                        continue
-                    dot = math.fsum(x * y for x, y in zip(a[:d], b[:d], strict=True))
-                    cosine = dot / (math.hypot(*a[:d]) * math.hypot(*b[:d]))
-                    logits.append((j, cosine / temperature))
-                top = max(s for _, s in logits)
-                total = top + math.log(math.fsum(math.exp(s - top) for _, s in logits))
-                rows.append(total - dict(logits)[target[i]])
-            losses.append(math.fsum(rows) / max(len(rows), 1))
-        table.append(losses)
-    return table
+def inputs(queries: int, candidates: int, options: dict) -> dict:
+    q, c = pair(queries, candidates)
+    return {"q": q, "c": c, "dims": DIMS, **options}
 
 
 def with_gradients(
@@ -71,81 +32,186 @@ def with_gradients(
     return loss_EM.detach(), *torch.autograd.grad((loss_EM * weights).sum(), (q, c))
 
 
-def masked() -> dict:
-    """Query 0 has its own text twice among the candidates, queries 1 and 4 share a text, query 3
-    has no positive, query 2's positive is not on the diagonal; id 60 is nobody's."""
-    return {
-        "target": torch.tensor([0, 1, 5, -1, 4]),
-        "query_ids": torch.tensor([10, 11, 12, 13, 11]),
-        "cand_ids": torch.tensor([10, 11, 60, 10, 11, 12, 13]),
-    }
+def assert_same(got: dict, want: dict, rtol: float = 1e-11, atol: float = 1e-12) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(
+            got[name], want[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
-CASES = {
-    "square": (Q, Q, {}),
-    "more_candidates": (Q, C, {}),
-    "more_queries": (C, Q, {"target": torch.tensor([0, 4, 2, 2, 1, 0, 3])}),
-    "one_by_one": (1, 1, {}),
-    "one_query": (1, C, {"target": torch.tensor([C - 1])}),
-    "no_positive_for_some": (Q, C, {"target": torch.tensor([-1, 6, 0, -1, 2])}),
-    "false_negatives": (Q, C, masked()),
-}
-cases = pytest.mark.parametrize(("queries", "candidates", "options"), CASES.values(), ids=CASES)
+# ---- the formula ----
+
+
+@cases
+def test_equals_the_formula(queries, candidates, options):
+    all_inputs = inputs(queries, candidates, options)
+    got = loss_truth.results(infonce_ref, all_inputs)
+    assert got["output 0"].shape == (E, len(DIMS)) and got["output 0"].dtype == torch.float64
+    # Gradients are of the size of 1 / temperature.
+    assert_same(got, loss_truth.results(loss_truth.infonce, all_inputs), atol=1e-11)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
-@cases
-def test_equals_the_loop(queries, candidates, options, temperature):
-    q, c = pair(queries, candidates)
-    got = infonce(q, c, dims=DIMS, temperature=temperature, **options)
-    assert got.shape == (E, len(DIMS)) and got.dtype == torch.float64
-    want = torch.tensor(by_hand(q, c, DIMS, temperature, **options), dtype=torch.float64)
-    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("name", ["default", "all_ids", "symmetric_negatives", "leaving_all"])
+def test_temperatures(name, temperature):
+    queries, candidates, options = CASES[name]
+    all_inputs = inputs(queries, candidates, {**options, "temperature": temperature})
+    got = infonce(**all_inputs)
+    torch.testing.assert_close(got, loss_truth.infonce(**all_inputs), rtol=1e-11, atol=1e-12)
 
 
 def test_default_temperature():
     q, c = pair()
-    want = torch.tensor(by_hand(q, c, DIMS, 0.05), dtype=torch.float64)
-    torch.testing.assert_close(infonce(q, c, dims=DIMS), want, rtol=1e-11, atol=1e-12)
+    assert torch.equal(infonce(q, c, dims=DIMS), infonce(q, c, dims=DIMS, temperature=0.05))
+
+
+def by_hand(q, c, dims, temperature, target, query_ids, cand_ids) -> list:
+    """query_to_doc one number at a time: the truth itself has to be held to something."""
+    q, c, target = q.tolist(), c.tolist(), target.tolist()
+    table = []
+    for exit_q, exit_c in zip(q, c, strict=True):
+        losses = []
+        for d in dims:
+            rows = []
+            for i, a in enumerate(exit_q):
+                if target[i] < 0:
+                    continue
+                logits = {}
+                for j, b in enumerate(exit_c):
+                    if query_ids[i] != cand_ids[j] or j == target[i]:
+                        dot = math.fsum(x * y for x, y in zip(a[:d], b[:d], strict=True))
+                        logits[j] = dot / (math.hypot(*a[:d]) * math.hypot(*b[:d])) / temperature
+                total = math.log(math.fsum(map(math.exp, logits.values())))
+                rows.append(total - logits[target[i]])
+            losses.append(math.fsum(rows) / len(rows))
+        table.append(losses)
+    return table
+
+
+def test_the_truth_is_the_formula():
+    q, c = pair()
+    want = torch.tensor(by_hand(q, c, DIMS, 0.05, **masked()), dtype=torch.float64)
+    got = loss_truth.infonce(q, c, dims=DIMS, **masked())
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+WITHOUT = {  # an option's value that is as good as leaving it out, where that is not None
+    "directions": ("query_to_doc",),
+    "partition_mode": "joint",
+    "count_positive_twice": False,
+    "margin": 0.0,
+    "temperature": 0.05,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name, (queries, candidates, options) in CASES.items()
+        for option in options
+        # More queries than candidates need targets, directions=() needs negatives.
+        if not (option == "target" and queries > candidates)
+        and not (option == "negatives" and not options.get("directions", True))
+    ],
+)
+def test_every_option_of_every_case_is_felt(name, option):
+    """Or the comparisons above would hold without it."""
+    queries, candidates, options = CASES[name]
+    less = {**options, option: WITHOUT.get(option)}
+    if option in ("query_ids", "cand_ids"):
+        less |= {"query_ids": None, "cand_ids": None}
+    if option == "negatives":
+        less |= {"negatives_mask": None}
+    if option in ("directions", "partition_mode"):
+        less |= {"count_positive_twice": False}
+    full = loss_truth.infonce(**inputs(queries, candidates, options))
+    other = loss_truth.infonce(**inputs(queries, candidates, less))
+    assert (full - other).abs().max() > 1e-6
 
 
 @cases
 def test_gradcheck(queries, candidates, options):
-    # Without prefix 1: there a cosine is a sign, flat wherever it can be differentiated.
-    q, c = (x.requires_grad_() for x in pair(queries, candidates))
+    # Along a random direction of all inputs (fast mode): element by element they are compared with
+    # the truth's above. Without prefix 1: there a cosine is a sign, flat where it has a slope.
+    all_inputs = inputs(queries, candidates, options)
+    at = {"temperature": 0.3, **all_inputs, "dims": DIMS[1:]}
+    if isinstance(at["temperature"], Tensor):
+        few = at["temperature"].ndim and at["temperature"].shape[-1] == len(DIMS)
+        at["temperature"] = 0.2 + (at["temperature"][..., 1:] if few else at["temperature"])
+    names = [n for n, x in at.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves = [at.pop(n).clone().requires_grad_() for n in names]
     assert torch.autograd.gradcheck(
-        lambda a, b: infonce(a, b, dims=DIMS[1:], temperature=0.3, **options), (q, c)
+        lambda *x: infonce_ref(**dict(zip(names, x, strict=True)), **at), leaves, fast_mode=True
     )
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.01])
 def test_fp32_is_as_exact_as_eager(temperature):
-    # 67 candidates of width 61 (primes above a tile's 64 / below it). Near copies as positives put
-    # logits at the top of their range, 1 / temperature, where fp32 steps are widest.
+    # 67 candidates of width 61. Near copies as positives put logits at the top of their range,
+    # 1 / temperature, where fp32 steps are widest.
     q = vectors(1, 31, 61, seed=3).float()
     c = vectors(1, 67, 61, seed=4).float()
     c[:, :31] = q + 0.3 * c[:, :31]
-    dims = (7, 61)
 
-    def eager(q: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, c = (x.detach().clone().requires_grad_() for x in (q, c))
+    def eager(q: Tensor, c: Tensor) -> Tensor:
         losses = [
             F.cross_entropy(
                 F.cosine_similarity(q[0, :, None, :d], c[0, None, :, :d], dim=-1) / temperature,
                 torch.arange(31),
             )
-            for d in dims
+            for d in (7, 61)
         ]
-        loss = torch.stack(losses)
-        return loss.detach(), *torch.autograd.grad((loss * torch.tensor([1, 2])).sum(), (q, c))
+        return torch.stack(losses)[None]
 
-    truth = eager(q.double(), c.double())
-    got = with_gradients(q, c, dims=dims, temperature=temperature)
-    for name, a, e, t in zip(("loss", "dq", "dc"), got, eager(q, c), truth, strict=True):
-        # Floor: a logit near 1 / temperature is only known to half a step of fp32 there.
-        floor = torch.finfo(torch.float32).eps / temperature * t.abs().max().item()
-        error, allowed = ((x.double() - t).abs().max().item() for x in (a, e))
-        assert error <= allowed + floor, f"{name}: error {error}, eager {allowed}, floor {floor}"
+    truth = loss_truth.results(eager, {"q": q, "c": c})
+    allowed = loss_truth.results(eager, {"q": q, "c": c}, torch.float32)
+    options = {"dims": (7, 61), "temperature": temperature}
+    got = loss_truth.results(infonce_ref, {"q": q, "c": c, **options}, torch.float32)
+    loss_truth.assert_as_exact(got, allowed, truth, temperature)
+
+
+# ---- in pieces ----
+
+SPLITS = {"halves": (3, 4), "an_empty_one": (3, 0, 4), "empty_first": (0, 7), "singles": (1,) * 7}
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[:2] == (Q, C)])
+def test_pieces_equal_the_whole(name, sizes):
+    all_inputs = inputs(*CASES[name])
+    split = {**all_inputs}
+    if "cand_counts" in split:
+        start, counts = 0, []
+        for size in sizes:
+            counts.append((split["cand_counts"] - start).clamp(0, size))
+            start += size
+        split["cand_counts"] = counts
+
+    def of_pieces(c: Tensor, **options) -> Tensor:
+        return infonce_ref(c=list(c.split(sizes, dim=1)), **options)
+
+    got = loss_truth.results(of_pieces, split)
+    assert_same(got, loss_truth.results(infonce_ref, all_inputs))
+
+
+@pytest.mark.parametrize("name", ["default", "all_ids", "symmetric", "near_negative_margin"])
+def test_each_piece_loses_its_own_texts(name):
+    # The second piece's first texts outlive the first piece's last ones, which no whole could say.
+    options = {**CASES[name][2], "query_counts": torch.tensor([5, 5, 3])}
+    counts = [torch.tensor(n) for n in ([3, 2, 1], [0, 0, 0], [4, 3, 3])]
+    all_inputs = {**inputs(Q, C, options), "cand_counts": counts}
+
+    def of_pieces(function):
+        return lambda c, **rest: function(c=list(c.split((3, 0, 4), dim=1)), **rest)
+
+    got = loss_truth.results(of_pieces(infonce_ref), all_inputs)
+    want = loss_truth.results(of_pieces(loss_truth.infonce), all_inputs)
+    assert_same(got, want, atol=1e-11)
+
+
+# ---- what does not change it ----
 
 
 @pytest.mark.parametrize("d", DIMS)
@@ -179,15 +245,17 @@ def test_cosines_ignore_length(d):
 
 def test_permuting_rows_and_columns():
     q, c = pair()
-    options = masked()
+    options = {**masked(), "directions": ALL, "owner": OWNER, "false_negative_margin": 0.1}
     loss, dq, dc = with_gradients(q, c, dims=DIMS, **options)
     rows, columns = torch.tensor([3, 1, 4, 0, 2]), torch.tensor([6, 2, 0, 4, 1, 3, 5])
-    where = columns.argsort()  # old column -> new column
-    target = torch.where(options["target"] < 0, -1, where[options["target"]])[rows]
+    where, whose = columns.argsort(), rows.argsort()  # old -> new
+    owner = OWNER[columns]
     moved = {
-        "target": target,
+        **options,
+        "target": torch.where(options["target"] < 0, -1, where[options["target"]])[rows],
         "query_ids": options["query_ids"][rows],
         "cand_ids": options["cand_ids"][columns],
+        "owner": torch.where(owner < 0, -1, whose[owner]),
     }
     loss2, dq2, dc2 = with_gradients(q[:, rows], c[:, columns], dims=DIMS, **moved)
     torch.testing.assert_close(loss2, loss, rtol=1e-12, atol=1e-12)
@@ -197,16 +265,15 @@ def test_permuting_rows_and_columns():
 
 def test_exits_do_not_mix():
     q, c = pair()
-    both = infonce(q, c, dims=DIMS)
+    both = infonce(q, c, dims=DIMS, directions=ALL)
     for e in range(E):
-        alone = infonce(q[e : e + 1], c[e : e + 1], dims=DIMS)
+        alone = infonce(q[e : e + 1], c[e : e + 1], dims=DIMS, directions=ALL)
         torch.testing.assert_close(both[e : e + 1], alone, rtol=1e-13, atol=1e-13)
 
 
 def test_another_copy_of_the_own_text_changes_nothing():
     q, c = pair(Q, Q)
     ids = torch.arange(Q)
-    base = infonce(q, c, dims=DIMS, query_ids=ids, cand_ids=ids)
     copies = torch.cat([c, c], dim=1)
     # The copies are negatives for all but their owner: mask all of them for one query at a time.
     for i in range(Q):
@@ -220,68 +287,107 @@ def test_another_copy_of_the_own_text_changes_nothing():
         )
         own = infonce(q[:, i : i + 1], c, dims=DIMS, target=torch.tensor([i]))
         torch.testing.assert_close(one, own, rtol=1e-12, atol=1e-12)
-    unmasked = infonce(q, copies, dims=DIMS)
-    assert (unmasked > base + 0.01).all()
+    base = infonce(q, c, dims=DIMS, query_ids=ids, cand_ids=ids)
+    assert (infonce(q, copies, dims=DIMS) > base + 0.01).all()
 
 
-def test_no_row_has_a_positive():
-    q, c = pair()
-    loss, dq, dc = with_gradients(q, c, dims=DIMS, target=torch.full((Q,), -1))
-    assert (loss == 0).all() and (dq == 0).all() and (dc == 0).all()
+# ---- edges ----
 
 
-def test_no_negative_is_left():
+@pytest.mark.parametrize("name", ["default", "all", "symmetric_negatives", "near_doc_to_doc"])
+def test_no_row_has_a_positive(name):
+    options = {**CASES[name][2], "target": torch.full((Q,), -1)}
+    got = loss_truth.results(infonce, inputs(Q, C, options))
+    assert all((x == 0).all() for x in got.values())
+
+
+@pytest.mark.parametrize("directions", [ALL[:1], ALL[:2], ALL], ids=len)
+def test_no_negative_is_left(directions):
     # One id for all: only the positive remains, log(1) = 0, and nothing to learn.
-    q, c = pair()
     ids = {"query_ids": torch.zeros(Q, dtype=torch.int64), "cand_ids": torch.zeros(C).long()}
-    loss, dq, dc = with_gradients(q, c, dims=DIMS, **ids)
-    for x in (loss, dq, dc):
-        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-12)
+    got = loss_truth.results(infonce, inputs(Q, C, {**ids, "directions": directions}))
+    assert all((x == 0).all() for x in got.values())
 
 
-def test_no_queries():
-    q, c = vectors(E, 0, D), vectors(E, C, D)
-    loss, dq, dc = with_gradients(q, c, dims=DIMS)
-    assert (loss == 0).all() and dq.shape == q.shape and (dc == 0).all()
+def test_no_queries_no_candidates_no_own_negatives():
+    options = {"dims": DIMS, "directions": ALL}
+    none = torch.zeros(0, dtype=torch.int64)
+    q, c = pair()
+    for inputs_ in (
+        {"q": q[:, :0], "c": c},
+        {"q": q[:, :0], "c": c[:, :0]},
+        {"q": q, "c": c[:, :0], "target": torch.full((Q,), -1)},
+        {"q": q[:, :0], "c": c, "negatives": vectors(E, 0, K, D)},
+        {"q": q[:, :0], "c": c, "query_ids": none, "cand_ids": torch.arange(C)},
+        {"q": q, "c": c, "negatives": vectors(E, Q, 0, D), "target": torch.full((Q,), -1)},
+    ):
+        got = loss_truth.results(infonce, {**inputs_, **options})
+        assert all((x == 0).all() for x in got.values())
+    one = loss_truth.results(infonce, {"q": q, "c": c, "negatives": vectors(E, Q, 0, D), **options})
+    del one["gradient of negatives"]
+    assert_same(one, loss_truth.results(infonce, {"q": q, "c": c, **options}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_zero_prefix_is_finite(dtype):
-    # A dead unit can make a short prefix exactly zero, in a query, its positive or a negative.
-    # Not fp16: normalize's gradient at zero is 1e12 times its input's, beyond fp16's range.
-    q, c = pair(dtype=dtype)
+def zeroed() -> dict:
+    """A dead unit can make a short prefix exactly zero, in a query, its positive or a negative."""
+    q, c, own = *pair(), vectors(E, Q, K, D, seed=3)
     q[:, 1, :3] = 0
     c[:, 2, :3] = 0
-    c[:, 6, :] = 0
-    loss, dq, dc = with_gradients(q, c, dims=DIMS)
-    assert loss.isfinite().all()
-    assert dq.isfinite().all() and dc.isfinite().all()
+    c[:, 6] = 0
+    own[:, 0, 1] = 0
+    return {"q": q, "c": c, "negatives": own, "dims": DIMS, "directions": ALL}
 
 
+def test_a_zero_prefix_has_cosine_zero():
+    assert_same(
+        loss_truth.results(infonce, zeroed()),
+        loss_truth.results(loss_truth.infonce, zeroed()),
+        atol=1e-11,
+    )
+    # Query 1 against candidates 0..4 at prefix 3: all alike, whatever they are.
+    loss = infonce(zeroed()["q"][:, 1:2], pair()[1][:, :Q], dims=(3,), temperature=0.01)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(Q)), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_zero_prefix_is_finite(dtype):
+    got = loss_truth.results(infonce, zeroed(), dtype)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+@pytest.mark.parametrize("directions", [ALL[:1], ALL], ids=len)
 @pytest.mark.parametrize("side", ["query", "candidate"])
-def test_not_a_number_is_not_hidden(side):
+def test_not_a_number_is_not_hidden(side, directions):
     q, c = pair(dtype=torch.float32)
     # Coordinate 4 of exit 1: prefixes 1 and 3 and exit 0 stay clean, the others must say so.
     (q if side == "query" else c)[1, 2, 4] = torch.nan
-    loss = infonce(q, c, dims=DIMS)
+    loss = infonce(q, c, dims=DIMS, directions=directions)
     assert loss[0].isfinite().all() and loss[1, :2].isfinite().all() and loss[1, 2:].isnan().all()
 
 
+# "everything" reads the queries in several places, each of whose gradients is rounded before they
+# are summed: four halves of a step.
+@pytest.mark.parametrize(("name", "steps"), [("default", 0), ("everything", 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_computed_in_fp32(dtype):
-    q, c = pair(dtype=dtype)
-    loss, dq, dc = with_gradients(q, c, dims=DIMS, temperature=0.01)
-    wide, wide_dq, wide_dc = with_gradients(q.float(), c.float(), dims=DIMS, temperature=0.01)
-    assert loss.dtype == torch.float32 and dq.dtype == dc.dtype == dtype
-    assert torch.equal(loss, wide)
-    assert torch.equal(dq, wide_dq.to(dtype)) and torch.equal(dc, wide_dc.to(dtype))
+def test_half_precision_is_computed_in_fp32(dtype, name, steps):
+    all_inputs = loss_truth.rounded({**inputs(*CASES[name]), "temperature": 0.01}, dtype)
+    half = loss_truth.results(infonce, all_inputs, dtype)
+    full = loss_truth.results(infonce, all_inputs, torch.float32)
+    assert half["output 0"].dtype == torch.float32
+    assert torch.equal(half.pop("output 0"), full.pop("output 0"))
+    for gradient in half:
+        assert half[gradient].dtype == dtype
+        want = full[gradient].to(dtype)
+        atol = steps * torch.finfo(dtype).eps * want.abs().max().item()
+        torch.testing.assert_close(half[gradient], want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast_around_it_changes_nothing(dtype):
     q, c = pair(dtype=dtype)
-    plain = with_gradients(q, c, dims=DIMS, temperature=0.01)
-    inside = with_gradients(q, c, autocast=True, dims=DIMS, temperature=0.01)
+    options = {"dims": DIMS, "directions": ALL, "temperature": 0.01, "false_negative_margin": 0.1}
+    plain = with_gradients(q, c, **options)
+    inside = with_gradients(q, c, autocast=True, **options)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, inside, strict=True))
 
 
@@ -291,108 +397,123 @@ def test_temperature_001_with_near_copies():
     c = q + 1e-3 * vectors(1, 13, 61, seed=4).float()
     c = torch.cat([c, q[:, :5] + 2e-3 * vectors(1, 5, 61, seed=5).float()], dim=1)
     loss, dq, dc = with_gradients(q, c, dims=(61,), temperature=0.01)
-    want = torch.tensor(by_hand(q, c, (61,), 0.01))
+    want = loss_truth.infonce(q.double(), c.double(), dims=(61,), temperature=0.01)
     assert want.item() > 0.1  # the five near copies really compete with the positives
-    torch.testing.assert_close(loss, want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(loss.double(), want, rtol=0, atol=2e-5)
     assert dq.isfinite().all() and dc.isfinite().all()
 
 
 def test_reference_by_name():
     q, c = pair()
-    assert torch.equal(infonce(q, c, dims=DIMS, impl="reference"), infonce(q, c, dims=DIMS))
-
-
-# ---- sentence-transformers ----
-
-
-class Embeddings(nn.Module):
-    """Stands where sentence-transformers' losses expect a model: hands on vectors it is given."""
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"sentence_embedding": features["vectors"]}
-
-    def get_embedding_dimension(self) -> int:
-        return 61
-
-
-# In float64 the two may differ by rounding only; in fp32 by a few units of logits up to 20.
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["f64", "f32"]
-)
-@pytest.mark.parametrize("negatives", [0, 2])
-@pytest.mark.parametrize("temperature", [0.05, 0.5])
-def test_equals_sentence_transformers(temperature, negatives, dtype, tolerance):
-    n, dims = 31, (5, 16, 61)
-    generator = torch.Generator().manual_seed(7)
-    base = torch.randn(2 + negatives, n, 61, generator=generator, dtype=torch.float64)
-    base[1] += base[0]
-    columns = [x.to(dtype).requires_grad_() for x in base]
-
-    model = Embeddings()
-    ranking = MultipleNegativesRankingLoss(model, scale=1 / temperature)
-    matryoshka = MatryoshkaLoss(model, ranking, list(dims))
-    theirs = matryoshka([{"vectors": x} for x in columns], torch.empty(0))
-    their_gradients = torch.autograd.grad(theirs, columns)
-
-    candidates = torch.cat(columns[1:])  # positives, then each column of hard negatives
-    loss_EM = infonce(columns[0][None], candidates[None], dims=dims, temperature=temperature)
-    ours = loss_EM.sum()  # uniform weights there are ones
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    for a, b in zip(torch.autograd.grad(ours, columns), their_gradients, strict=True):
-        assert b.abs().max() > 1e-3
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert torch.equal(infonce(q, c, dims=DIMS, impl="reference"), infonce_ref(q, c, dims=DIMS))
 
 
 # ---- errors ----
 
+ZEROS = torch.zeros(E, Q, K, D, dtype=torch.float64)
+MASK = torch.ones(Q, K, dtype=torch.bool)
 WRONG = {
-    "impl": ({"impl": "triton"}, "impl: expected one of"),
+    "impl": ({"impl": "cuda"}, r"impl: expected one of \('auto', 'triton', 'reference'\)"),
+    "impl_float64": ({"impl": "triton"}, "impl: triton has fp32, bf16 and fp16, got torch.float64"),
+    "no_piece": ({"c": []}, "c: expected a tensor or at least one piece"),
     "dims_none": ({"dims": ()}, "dims: expected rising"),
     "dims_falling": ({"dims": (8, 3)}, "dims: expected rising"),
     "dims_twice": ({"dims": (3, 3)}, "dims: expected rising"),
     "dims_zero": ({"dims": (0, 3)}, "dims: expected rising"),
     "dims_too_wide": ({"dims": (3, D + 1)}, rf"dims: expected rising widths in 1\.\.{D}"),
+    "directions": ({"directions": ("query_to_doc", "x")}, "directions: expected some of"),
+    "direction_twice": ({"directions": ("query_to_doc",) * 2}, "directions: .* each once"),
+    "no_direction": ({"directions": ()}, "directions: expected at least one"),
+    "partition_mode": ({"partition_mode": "both"}, "partition_mode: expected 'joint' or"),
+    "query_to_query_alone": (
+        {"directions": (ALL[0], ALL[2]), "partition_mode": "per_direction"},
+        "partition_mode: expected 'joint' with",
+    ),
+    "doc_to_doc_alone": (
+        {"directions": (ALL[0], ALL[3]), "partition_mode": "per_direction"},
+        "partition_mode: expected 'joint' with",
+    ),
+    "negatives_of_no_direction": (
+        {"directions": ALL[1:2], "partition_mode": "per_direction", "negatives": ZEROS},
+        "directions: expected query_to_doc",
+    ),
+    "twice_of_one": ({"count_positive_twice": True}, "count_positive_twice: expected query_to_doc"),
+    "twice_per_direction": (
+        {**loss_truth.SYMMETRIC, "count_positive_twice": True},
+        "count_positive_twice: expected",
+    ),
     "temperature_zero": ({"temperature": 0.0}, "temperature: expected a positive"),
     "temperature_negative": ({"temperature": -1.0}, "temperature: expected a positive"),
     "temperature_nan": ({"temperature": math.nan}, "temperature: expected a positive"),
-    "target_short": ({"target": torch.zeros(Q - 1).long()}, rf"target: expected \[{Q}\]"),
+    "temperatures_zero": ({"temperature": torch.zeros(E, 1)}, "temperature: expected positive"),
+    "temperatures_nan": ({"temperature": torch.tensor(math.nan)}, "temperature: expected positive"),
+    "temperatures_integer": ({"temperature": torch.tensor(1)}, "temperature: expected floating"),
+    "temperatures_elsewhere": (
+        {"temperature": torch.ones(E, 1, device="meta")},
+        "temperature: expected floating numbers on cpu",
+    ),
+    "temperatures_of_exits": (
+        {"temperature": torch.ones(E)},
+        rf"temperature: expected to expand to \[{E}, {len(DIMS)}\], got \[{E}\]",
+    ),
+    "temperatures_3d": ({"temperature": torch.ones(1, 1, 1)}, "temperature: expected to expand"),
+    "target_short": ({"target": torch.zeros(Q - 1).long()}, rf"target: expected \[{Q}\] integers"),
+    "target_floating": ({"target": torch.zeros(Q)}, rf"target: expected \[{Q}\] integers"),
+    "target_elsewhere": ({"target": torch.zeros(Q, device="meta").long()}, "target: .* on cpu"),
     "target_large": ({"target": torch.full((Q,), C)}, rf"target: expected -1\.\.{C - 1}, got {C}"),
     "target_below": ({"target": torch.full((Q,), -2)}, "target: expected -1"),
-    "one_id": ({"query_ids": torch.arange(Q)}, "both or neither"),
-    "other_id": ({"cand_ids": torch.arange(C)}, "both or neither"),
+    "one_id": ({"query_ids": torch.arange(Q)}, "query_ids, cand_ids: expected both or neither"),
+    "other_id": ({"cand_ids": torch.arange(C)}, "query_ids, cand_ids: expected both or neither"),
     "ids_short": (
         {"query_ids": torch.arange(Q), "cand_ids": torch.arange(C - 1)},
-        rf"expected \[{Q}\] and \[{C}\], got \[{Q}\] and \[{C - 1}\]",
+        rf"cand_ids: expected \[{C}\] integers on cpu, got \[{C - 1}\]",
     ),
     "ids_swapped": (
         {"query_ids": torch.arange(C), "cand_ids": torch.arange(Q)},
-        "query_ids, cand_ids: expected",
+        rf"query_ids: expected \[{Q}\]",
+    ),
+    "owner": ({"owner": torch.arange(Q)}, rf"owner: expected \[{C}\] integers"),
+    "query_counts": ({"query_counts": torch.arange(E + 1)}, rf"query_counts: expected \[{E}\]"),
+    "cand_counts": ({"cand_counts": torch.ones(E)}, rf"cand_counts: expected \[{E}\] integers"),
+    "cand_counts_of_pieces": (
+        {"cand_counts": [torch.zeros(E).long()] * 2},
+        "cand_counts: expected one each for 1 pieces, got 2",
+    ),
+    "negatives_3d": ({"negatives": ZEROS[0]}, r"q, negatives: expected \[E, Q, D\] and \[E, Q, K"),
+    "negatives_of_others": ({"negatives": ZEROS[:, 1:]}, "q, negatives: expected"),
+    "negatives_narrow": ({"negatives": ZEROS[..., 1:]}, "q, negatives: expected"),
+    "negatives_float": ({"negatives": ZEROS.float()}, "q, negatives: expected one dtype"),
+    "mask_alone": ({"negatives_mask": MASK}, "negatives_mask: expected bool None beside negatives"),
+    "mask_short": (
+        {"negatives": ZEROS, "negatives_mask": MASK[1:]},
+        rf"negatives_mask: expected bool \[{Q}, {K}\]",
+    ),
+    "mask_integer": (
+        {"negatives": ZEROS, "negatives_mask": MASK.long()},
+        "negatives_mask: expected bool",
     ),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_options(options, message):
+    q, c = pair()
     with pytest.raises(ValueError, match=message):
-        infonce(*pair(), **{"dims": DIMS, **options})
+        infonce(**{"q": q, "c": c, "dims": DIMS, **options})
 
 
 def test_wrong_vectors():
     q, c = pair()
     wrong = [
-        (q[0], c, "q, c: expected"),
+        (q[0], c, r"q, c: expected \[E, Q, D\] and \[E, C, D\]"),
         (q, c[0], "q, c: expected"),
-        (q, c[..., :-1], "q, c: expected"),  # unlike widths
+        (q, [c, c[..., :-1]], "q, c: expected"),  # unlike widths
         (q[:1], c, "q, c: expected"),  # unlike exits
-        (q.float(), c, "expected one dtype and device"),
+        (q.float(), c, "q, c: expected one dtype and device"),
+        (q, c.to("meta"), "q, c: expected one dtype and device"),
         (*pair(C, Q), "target: needed when Q > C"),
+        (q.long(), c.long(), "q, c: expected a floating dtype, got torch.int64"),
     ]
     for a, b, message in wrong:
         with pytest.raises(ValueError, match=message):
             infonce(a, b, dims=DIMS)
-
-
-def test_integers_are_refused():
-    x = torch.ones(E, Q, D, dtype=torch.int64)
-    with pytest.raises(ValueError, match="int64"):
-        infonce(x, x, dims=DIMS)

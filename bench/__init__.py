@@ -1,0 +1,33 @@
+"""What the kernels cost: `python -m bench NAME`, from a plain checkout where nothing is installed.
+
+The folder `kernels/` is imported as mlembed_kernels, always this checkout's: a bench measures what
+stands beside it, also where another copy is installed. `python -m pytest -p bench` does the same
+for the kernels' tests.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class _Beside:
+    """Finds mlembed_kernels in the folder next to this one, when it is imported and not before."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "mlembed_kernels":
+            return None
+        folder = ROOT / "kernels"
+        return spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+sys.meta_path.insert(0, _Beside)

@@ -1,0 +1,312 @@
+"""python -m bench NAME... | all: is the kernel right, then how fast, against what else there is.
+
+Tests of the kernel come first; where they fail times are still taken, marked `"green": false`, and
+no speed-up is printed. Every finished measurement is appended to bench/results/ at once. The last
+line of stdout is one JSON object. Times need a CUDA device; --smoke runs every line on toy shapes
+anywhere, prints no times and writes nothing.
+"""
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from . import ROOT, report
+
+NAMES = ("infonce",)
+BROKEN = 70  # as in worker.py, which only the other process imports
+TESTS_SHARE = 0.3  # of the time, at most
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+class Run:
+    """One bench: its records as they come, in memory and in its results file."""
+
+    def __init__(self, name: str, args: argparse.Namespace, deadline: float) -> None:
+        self.name, self.args, self.deadline = name, args, deadline
+        self.bench: ModuleType = importlib.import_module(f"bench.{name}")
+        self.records: list[dict[str, Any]] = []
+        self.path: Path | None = None
+        self.environment: dict[str, Any] = {}
+        self.green = True
+        self.finished = True
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    def add(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "begin":
+            return
+        if record["kind"] == "environment":
+            if record == self.environment:
+                return
+            self.environment = record
+            if not self.args.smoke:
+                self.path = self.path or results_file(self.args.out, record["gpu"], self.name)
+        self.records.append(record)
+        if self.path is None:
+            return
+        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": stamp, "bench": self.name, **record}) + "\n")
+
+    # ---- the other process ----
+
+    def stage(self, stages: list[str], *options: str) -> bool:
+        """Run stages to their end, anew without what is done when the device is broken."""
+        skip: list[str] = []
+        while True:
+            before = len(self.records)
+            status, open_record = self.worker([*stages, *options, "--skip", *skip])
+            if status == 0:
+                return True
+            if open_record is not None:
+                late = "stopped: no time was left" if self.left() < 2 else f"died, status {status}"
+                kind = "sweep" if "config" in open_record else "row"
+                self.add({**open_record, "kind": kind, "status": "failed", "note": late})
+            skip += [key(record) for record in self.records[before:] if key(record)]
+            again = status == BROKEN or open_record is not None
+            if not again or self.left() < 20 or len(self.records) == before:
+                return False
+
+    def worker(self, arguments: list[str]) -> tuple[int, dict[str, Any] | None]:
+        """-> exit status, and what was begun and never ended."""
+        command = [sys.executable, "-m", "bench.worker", self.name, *arguments]
+        command += ["--seconds", f"{max(self.left() - 5, 0):.0f}"]
+        command += ["--smoke"] * self.args.smoke + ["--red"] * (not self.green)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        timer = threading.Timer(max(self.left(), 1), end, [process])
+        timer.start()
+        begun = None
+        try:
+            for record in records(process):
+                begun = record if record["kind"] == "begin" else None
+                self.add(record)
+            return process.wait(), begun
+        finally:
+            timer.cancel()
+            end(process)
+
+    # ---- stages ----
+
+    def check(self) -> None:
+        """The gate of the bench, then the kernel's tests."""
+        done = self.stage(["gate"])
+        found = self.of("gate")
+        self.green = done and bool(found) and all(record["ok"] for record in found)
+        if self.path is None:  # the worker said why
+            self.finished = False
+            return
+        print(report.gate(found) if done else "gate: RED, it did not finish", flush=True)
+        if not self.args.skip_tests:
+            self.tests()
+
+    def tests(self) -> None:
+        """The kernel's tests by pytest, where it is installed; a toy run only collects them."""
+        file = f"tests/kernels/test_{self.name}.py"
+        if importlib.util.find_spec("pytest") is None or not (ROOT / file).is_file():
+            self.add({"kind": "tests", "status": "absent", "note": f"no pytest, or no {file}"})
+            return
+        command = [sys.executable, "-m", "pytest", "-p", "bench", "-q", "-p", "no:cacheprovider"]
+        command += ["--collect-only"] * self.args.smoke
+        try:
+            done = subprocess.run(
+                [*command, file],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=max(TESTS_SHARE * self.left(), 1),
+            )
+            passed, lines = done.returncode == 0, done.stdout.strip().splitlines()
+            told = re.sub(r" in [\d.]+s.*", "", lines[-1]) if lines else "said nothing"
+        except subprocess.TimeoutExpired:
+            passed, lines, told = False, [], "stopped: they took too long"
+        self.green &= passed
+        failures = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
+        self.add({"kind": "tests", "ok": passed, "note": told, "failures": failures[:20]})
+        print(f"tests: {'green' if passed else 'RED'}, {told}", *failures[:5], sep="\n  ")
+
+    def cases(self, names: list[str]) -> None:
+        for name in names:
+            if self.left() < 15:
+                self.add(
+                    {"kind": "row", "case": name, "provider": "ours", "mode": "fwd+bwd"}
+                    | {"status": "skipped", "note": "no time was left"}
+                )
+                continue
+            self.finished &= self.stage([name])
+            self.print_case(name)
+
+    def print_case(self, name: str) -> None:
+        rows = [row for row in self.of("row") if row["case"] == name]
+        case, found = self.bench.CASES[name], self.of("ceilings")
+        print(f"\n{self.name}: {name}: {self.bench.about(case)}")
+        if found:
+            print("ceilings: matmul {tflops:.0f} TFLOP/s, copy {gbs:.0f} GB/s".format(**found[-1]))
+        for mode in case.modes:
+            measured = found and any(row["mode"] == mode for row in rows)
+            limits = found[-1]["tflops"], found[-1]["gbs"]
+            floors = self.bench.floors(case, mode, *limits) if measured else None
+            print(report.table(rows, mode, floors), flush=True)
+        for record in self.of("kernels"):
+            if record["case"] == name:
+                print(report.kernels(record), flush=True)
+
+    def smoke(self, names: list[str]) -> None:
+        """Everything once, in one process; only what did not run is news."""
+        self.finished = self.stage(["gate", *names, "sweep"])
+        found = self.of("gate")
+        self.green = bool(found) and all(record["ok"] for record in found)
+        print(report.gate(found))
+        if not self.args.skip_tests:
+            self.tests()
+        for record in self.of("row") + self.of("sweep") + self.of("kernels"):
+            name = record.get("provider") or record["kernel"]
+            note = f": {record['note']}" if record.get("note") else ""
+            mode = f" {record['mode']}" if "mode" in record else ""
+            print(f"{record['case']}{mode} {name} {record['status']}{note}")
+
+    def measure(self, names: list[str]) -> None:
+        self.check()
+        if self.path is None:
+            return
+        if self.args.sweep:
+            for case in self.args.case or [self.bench.SWEEP_CASE]:
+                self.finished &= self.stage(["sweep"], "--case", case)
+            print(report.sweep(self.of("sweep")), flush=True)
+            return
+        self.cases(names)
+        for target in self.bench.targets(self.of("row")):
+            met = "met" if target["met"] else "missed"
+            print(f"{target['target']}: {target['value']:.3f} ({target['limit']}: {met})")
+            self.add({"kind": "target", **target})
+
+    def result(self) -> dict[str, Any]:
+        """Small enough for the end of a log: medians only, the file has the rest."""
+        rows = self.of("row")
+        return {
+            "green": self.green,
+            "finished": self.finished,
+            "environment": {k: v for k, v in self.environment.items() if k != "kind"},
+            "ceilings": [{k: v for k, v in c.items() if k != "kind"} for c in self.of("ceilings")],
+            "ms": {} if self.args.smoke else report.compact(rows),
+            "ran": [key(row) for row in rows if row["status"] == "ran"] if self.args.smoke else [],
+            "failed": {
+                key(r): r["note"] for r in rows + self.of("sweep") if r["status"] == "failed"
+            },
+            "targets": [{k: v for k, v in t.items() if k != "kind"} for t in self.of("target")],
+            "file": None if self.path is None else self.path.name,
+        }
+
+
+def key(record: dict[str, Any]) -> str:
+    """A measurement's name, as --skip of the worker takes it."""
+    if record["kind"] == "row":
+        return f"{record['case']}:{record['provider']}:{record['mode']}"
+    if record["kind"] == "sweep":
+        return f"sweep:{record['kernel']}:{json.dumps(record.get('config'))}"
+    return ""
+
+
+def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """What the worker says; what libraries print besides goes to stderr."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith('{"kind": '):
+            yield json.loads(line)
+        else:
+            sys.stderr.write(line)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """The worker with what it started (compilers keep its pipe open)."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def results_file(folder: Path, gpu: str | None, name: str) -> Path:
+    """<date>-<gpu>-<name>.jsonl, added to when there is one."""
+    card = re.sub(r"[^a-z0-9]+", "-", (gpu or "cpu").lower().removeprefix("nvidia ")).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return folder / f"{today}-{card}-{name}.jsonl"
+
+
+def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
+    print(f"error: {what}: expected one of {', '.join(known)}, got {got!r}", file=sys.stderr)
+    sys.exit(2)
+
+
+def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Cases by bench, in the benches' order."""
+    for name in args.names:
+        if name not in (*NAMES, "all"):
+            wrong("bench", (*NAMES, "all"), name)
+    names = NAMES if "all" in args.names else tuple(n for n in NAMES if n in args.names)
+    cases = {name: tuple(importlib.import_module(f"bench.{name}").CASES) for name in names}
+    known = tuple(case for of_one in cases.values() for case in of_one)
+    for case in args.case:
+        if case not in known:
+            wrong("--case", known, case)
+    return {n: [c for c in of if not args.case or c in args.case] for n, of in cases.items()}
+
+
+def main() -> None:
+    parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all")
+    parser.add_argument("--list", action="store_true", help="benches and their cases")
+    parser.add_argument("--case", nargs="+", default=[], help="only these")
+    parser.add_argument("--seconds", type=float, default=530.0, help="in all; what is left shrinks")
+    parser.add_argument("--skip-tests", action="store_true", help="without pytest; the gate stays")
+    parser.add_argument("--sweep", action="store_true", help="time launch configurations instead")
+    parser.add_argument("--smoke", action="store_true", help="toy shapes, no times, any device")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="results' folder")
+    args = parser.parse_args()
+    if args.list:
+        args.names, args.case = args.names or ["all"], []
+        for name, cases in chosen(args).items():
+            print(f"{name}: {', '.join(cases)}")
+        return
+    if not args.names:
+        parser.error(f"expected a bench: {', '.join(NAMES)} or all")
+    todo = chosen(args)
+    start, results = time.monotonic(), {}
+    for at, (name, cases) in enumerate(todo.items(), 1):
+        # Benches share the time equally; what one leaves the next ones have.
+        left = args.seconds - (time.monotonic() - start)
+        run = Run(name, args, time.monotonic() + left / (len(todo) - at + 1))
+        (run.smoke if args.smoke else run.measure)(cases)
+        results[name] = run.result()
+    good = all(
+        r["green"] and r["finished"] and not (args.smoke and r["failed"]) for r in results.values()
+    )
+    print(json.dumps({"smoke": args.smoke, "ok": good, "benches": results}), flush=True)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Measures in a process of its own, one JSON line on stdout for everything that comes out.
+
+`python -m bench` starts it: a kernel that reads where it must not takes its process down, and all
+that came after; this way only itself. Everything is said the moment it is known.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from . import harness
+from .harness import Leaves, Missing, reason
+
+BROKEN = 70  # exit status: the device answers no more
+MS = 1000.0  # of repeats for each measurement
+RESERVE = 10  # seconds: nothing new is begun with less
+
+
+def say(kind: str, **values: Any) -> None:
+    print(json.dumps({"kind": kind, **values}), flush=True)
+
+
+class Worker:
+    """The stages of one bench on one device."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.bench = importlib.import_module(f"bench.{args.name}")
+        self.device, self.smoke, self.green = device, args.smoke, not args.red
+        self.skip = set(args.skip)
+        self.end = time.monotonic() + args.seconds
+        self.ceilings: dict[str, float] = {}
+
+    def run(self, stages: list[str], case: str | None) -> None:
+        say("environment", **harness.environment(self.device))
+        if stages != ["gate"]:
+            found = harness.ceilings(self.device, self.smoke)
+            self.ceilings = {} if self.smoke else found
+            say("ceilings", **self.ceilings)
+        for stage in stages:
+            if stage == "gate":
+                for verdict in self.bench.gate(self.device, self.smoke):
+                    self.green &= verdict["ok"]
+                    say("gate", **verdict)
+            elif stage == "sweep":
+                self.sweep(case or self.bench.SWEEP_CASE)
+            else:
+                self.case(stage)
+
+    def alive(self) -> None:
+        """An illegal access is heard of at every later call: leave, and be started anew."""
+        try:
+            harness.synchronize(self.device)
+        except RuntimeError:
+            sys.exit(BROKEN)
+
+    def sets(self, case: Any) -> list[Leaves]:
+        """Inputs past the L2; in a toy run two sets, so that they do rotate."""
+        first = self.bench.inputs(case, self.device, 0)
+        count = harness.sets_needed(first.nbytes(), harness.l2_bytes(self.device))
+        count = 2 if self.smoke else count
+        return [first, *(self.bench.inputs(case, self.device, i) for i in range(1, count))]
+
+    def shaped(self, name: str) -> Any:
+        case = self.bench.CASES[name]
+        return self.bench.toy(case) if self.smoke else case
+
+    # ---- providers ----
+
+    def case(self, name: str) -> None:
+        case = self.shaped(name)
+        sets: list[Leaves] = []
+        for provider in case.providers:
+            modes = [m for m in case.modes if f"{name}:{provider}:{m}" not in self.skip]
+            if not modes:
+                continue
+            at = {"case": name, "provider": provider}
+            if time.monotonic() > self.end - RESERVE:
+                for mode in modes:
+                    say("row", **at, mode=mode, status="skipped", note="no time was left")
+                continue
+            sets = sets or self.sets(case)
+            self.provider(case, sets, modes, at)
+            for inputs in sets:
+                inputs.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def provider(self, case: Any, sets: list[Leaves], modes: list[str], at: dict[str, str]) -> None:
+        for mode in modes:
+            say("begin", **at, mode=mode)
+            try:
+                step, note = self.bench.build(at["provider"], case, sets[0], self.smoke)
+                row = self.row(case, step, sets, mode, at["provider"])
+                say("row", **at, mode=mode, status="ran", note=note, **row)
+            except Missing as missing:
+                say("row", **at, mode=mode, status="absent", note=str(missing))
+            except Exception as error:  # out of memory, not supported: the run goes on
+                say("row", **at, mode=mode, status="failed", note=reason(error))
+                self.alive()
+        if at["provider"] == "ours" and at["case"] == self.bench.BREAKDOWN:
+            self.breakdown(case, sets, at)
+
+    def row(
+        self, case: Any, step: harness.Step, sets: list[Leaves], mode: str, provider: str
+    ) -> dict[str, Any]:
+        backward = mode != "fwd"
+        call = harness.rotating(step, sets, backward)
+        value = call(0)  # compiles
+        row: dict[str, Any] = {"value": None if value is None else float(value)}
+        if provider == "ours":
+            if backward and (spot := self.bench.spot(case, sets[0])) is not None:
+                row["spot"] = spot
+                self.green &= spot["ok"]
+            row["green"] = self.green
+        timing = harness.measure(call, self.device, *((0.0, 1) if self.smoke else (MS, 5)))
+        peak = harness.peak_bytes(step, sets, backward, self.device)
+        if self.smoke:
+            return row
+        tflops = self.bench.flops(case, mode) / timing.ms / 1e9
+        return row | {
+            **asdict(timing),
+            "tflops": tflops,
+            "gbs": self.bench.nbytes(case, mode) / timing.ms / 1e6,
+            "share": tflops / self.ceilings["tflops"],
+            "peak_mib": None if peak is None else peak / 2**20,
+            "sets": len(sets),
+        }
+
+    def breakdown(self, case: Any, sets: list[Leaves], at: dict[str, str]) -> None:
+        """Ours, forward and backward, by kernel."""
+        step, _ = self.bench.build("ours", case, sets[0], self.smoke)
+        try:
+            found = harness.kernel_times(harness.rotating(step, sets, True), self.device)
+        except Exception as error:  # no rights to the profiler, or ours failed above
+            say("kernels", **at, status="failed", note=reason(error))
+            self.alive()
+            return
+        total = sum(kernel["ms"] for kernel in found)
+        numbers = {} if self.smoke else {"total_ms": total, "top": found[:12]}
+        say("kernels", **at, status="ran", green=self.green, count=len(found), **numbers)
+
+    # ---- launch configurations ----
+
+    def sweep(self, name: str) -> None:
+        case = self.shaped(name)
+        sets = self.sets(case)
+        step, _ = self.bench.build("ours", case, sets[0], self.smoke)
+        for module_name, mode in self.bench.SWEEP.items():
+            try:
+                module = importlib.import_module(f"mlembed_kernels.{module_name}")
+                table = module.CONFIGS
+            except (ImportError, AttributeError) as error:
+                say("sweep", case=name, kernel=module_name, status="absent", note=reason(error))
+                continue
+            for kernel in list(table)[: 1 if self.smoke else None]:
+                self.sweep_kernel(table, kernel, step, sets, {"case": name, "mode": mode})
+
+    def sweep_kernel(
+        self,
+        table: dict[str, dict[str, int]],
+        kernel: str,
+        step: harness.Step,
+        sets: list[Leaves],
+        at: dict[str, str],
+    ) -> None:
+        """The present entry first, then each candidate in its place; the entry comes back."""
+        present = table[kernel]
+        budget = (0.0, 1) if self.smoke else (MS / 4, 5)
+        call = harness.rotating(step, sets, at["mode"] != "fwd")
+        wanted: tuple[float, ...] | None = None
+        try:
+            for config in candidates(self.bench.CANDIDATES, kernel, present, self.smoke):
+                here = {**at, "kernel": kernel, "config": config}
+                if f"sweep:{kernel}:{json.dumps(config)}" in self.skip:
+                    continue
+                if time.monotonic() > self.end - RESERVE:
+                    say("sweep", **here, status="skipped", note="no time was left")
+                    continue
+                say("begin", **here)
+                table[kernel] = config
+                try:
+                    got = digest(float(call(0)), sets[0])
+                    wanted = got if config == present else wanted
+                    right = wanted is None or agree(got, wanted)
+                    note = None if wanted else "the present entry gave nothing to compare with"
+                    timing = harness.measure(call, self.device, *budget)
+                    times = {} if self.smoke else asdict(timing)
+                    say("sweep", **here, status="ran", right=right, note=note, **times)
+                except Exception as error:  # does not compile, does not fit: that is a result
+                    say("sweep", **here, status="failed", note=reason(error))
+                    self.alive()
+        finally:
+            table[kernel] = present
+
+
+def candidates(
+    listed: dict[str, list[dict[str, int]]], kernel: str, present: dict[str, int], smoke: bool
+) -> Iterator[dict[str, int]]:
+    """The present entry, then what is listed for the kernel, or other warps and stages."""
+    others = listed.get(kernel)
+    if others is None:
+        both = itertools.product((4, 8), (2, 3, 4))
+        others = [{"num_warps": warps, "num_stages": stages} for warps, stages in both]
+    yield present
+    distinct = [{**present, **other} for other in others]
+    distinct = [c for i, c in enumerate(distinct) if c != present and c not in distinct[:i]]
+    yield from distinct[:1] if smoke else distinct
+
+
+def digest(loss: float, inputs: Leaves) -> tuple[float, ...]:
+    """Loss and the gradients' lengths: enough to see that something else was computed."""
+    lengths = [x.grad.float().norm().item() for x in inputs.stacked if x.grad is not None]
+    return loss, *lengths
+
+
+def agree(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and all(abs(x - y) <= 1e-3 * abs(y) for x, y in zip(a, b, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("stages", nargs="+", help="gate, sweep, or a case")
+    parser.add_argument("--case", help="of the sweep")
+    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--skip", nargs="*", default=[], help="what is done: case:provider:mode")
+    parser.add_argument("--red", action="store_true", help="the kernel's tests failed")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if not cuda and not args.smoke:
+        sys.exit("error: no CUDA device: times are only taken there, --smoke runs anywhere")
+    if not cuda:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    torch.manual_seed(0)
+    Worker(args, torch.device("cuda" if cuda else "cpu")).run(args.stages, args.case)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,487 @@
+"""Sums of exponentials over tiles of pairs, for every prefix of every exit: the forward kernels.
+
+A tile [BM, BN] of dots grows over the packed columns; at each prefix's end
+
+    e = 2^(dot u_i v_j log2(e)/t - shift)
+
+is summed over rows and, where asked for, columns. A cosine is at most 1, so one shift serves all
+pairs of a prefix: sums add over tiles, one exponential serves both directions, and nothing can
+overflow. What underflows is recognised by its sum and done again with a running maximum
+(`_exact_kernel`), which for temperatures above 0.014 never happens.
+
+Dropped pairs start at -1e30 instead of 0, once per tile: their exponentials are 0 at every prefix.
+
+Floor, per exit: 2 R S D / matrix rate (packed columns: 1.06 D for D = 1024, prefixes 8 to 1024) and
+M R S / 16 exponentials per clock and multiprocessor, which overlap at best. Bytes do not count.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._nest import ROWS, Nest, Packed, pack, padded, positive_cosines
+
+GONE = tl.constexpr(-1e30)
+LOG2E = 1.4426950408889634
+
+# Tiles per kernel, for half precision and for fp32, whose products are three tf32 ones (as exact as
+# fp32 to a few 1e-7) of operands twice as large. None of them has been timed. All are compiled for
+# sm_90 without spills; 128 registers let two programs share a multiprocessor, one's exponentials
+# under the other's products (the wide kernel has 8 warps for its 128 x 128 tile).
+CONFIGS: dict[str, dict[str, int]] = {
+    "narrow_forward": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
+    "wide_forward": {
+        "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
+    },
+    "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "near": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+}  # fmt: skip
+CONFIGS_FP32: dict[str, dict[str, int]] = {
+    "narrow_forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "wide_forward": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "near": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
+}
+
+
+def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    fp32 = dtype == torch.float32
+    table = CONFIGS_FP32 if fp32 else CONFIGS
+    return {**table[name], "PRECISION": "tf32x3" if fp32 else "ieee"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which pairs count, as the kernels read it; rows padded to RP, columns to SP."""
+
+    positive: Tensor | None  # int32 [RP], -1 none
+    row_keys: Tensor | None  # int64 [K, RP]
+    col_keys: Tensor | None  # int64 [K, SP]
+    near: Tensor | None = None  # int8 [chunk, SP], 1 = dropped
+    near_row: int = 0  # row of near[0]
+
+    def arguments(self, swap: bool, fallback: Tensor) -> dict[str, Any]:
+        """Keyword arguments of `_start`; swap: the kernel's rows are the columns here."""
+        keys = (self.row_keys, self.col_keys)
+        near, ld = self.near, self.near.stride(0) if self.near is not None else 0
+        return {
+            "POS": fallback if self.positive is None else self.positive,
+            "KX": fallback if keys[0] is None else keys[swap],
+            "KY": fallback if keys[0] is None else keys[not swap],
+            "NEAR": fallback if near is None else near,
+            "near_row": self.near_row,
+            "near_stride": ld,
+            "HAS_POS": self.positive is not None,
+            "N_KEYS": 0 if keys[0] is None else len(keys[0]),
+            "HAS_NEAR": near is not None,
+        }
+
+
+@triton.jit
+def _start(
+    rows, cols, NX, NY, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """What a tile's dots begin with: 0, or far below any dot where the pair is dropped.
+
+    What it reads is read here, so that it is not held in registers from one tile to the next.
+    """
+    x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
+    y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
+    acc = x_gone[:, None] + y_gone[None, :]
+    if HAS_POS:
+        if SWAP:
+            own = tl.load(POS + cols)[None, :] == rows[:, None]
+        else:
+            own = tl.load(POS + rows)[:, None] == cols[None, :]
+        acc = tl.where(own, GONE, acc)
+    for k in tl.static_range(N_KEYS):
+        same = tl.load(KX + k * RP + rows)[:, None] == tl.load(KY + k * SP + cols)[None, :]
+        acc = tl.where(same, GONE, acc)
+    if HAS_NEAR:
+        if SWAP:
+            at = (cols - near_row).to(tl.int64)[None, :] * near_stride + rows[:, None]
+        else:
+            at = (rows - near_row).to(tl.int64)[:, None] * near_stride + cols[None, :]
+        acc = tl.where(tl.load(NEAR + at) == 1, GONE, acc)
+    return acc
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right columns of a tile, in the registers they are in."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _quarters(x):
+    left, right = _halves(x)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit
+def _narrow_forward_kernel(
+    X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, NEAR,
+    row0, near_row, near_stride, RP, SP, tiles,
+    STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, COLUMNS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The narrow prefixes. ROWS fp32 [splits, E, M, RP]; COLS fp32 [E, row tiles, MN, SP]."""
+    split = tl.program_id(1)
+    e = tl.program_id(2).to(tl.int64)
+    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    x_rows = X + (e * RP + rows)[:, None] * DP
+    MN: tl.constexpr = len(STARTS)
+    x, u, shift, sums = (), (), (), ()
+    for m in tl.static_range(MN):
+        scale = tl.load(SCALE + e * M + m)
+        x = x + (tl.load(x_rows + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :]),)
+        u = u + (tl.load(U + (e * M + m) * RP + rows) * scale,)
+        shift = shift + (tl.load(SHIFT + e * M + m),)
+        sums = sums + (tl.zeros([BM], tl.float32),)
+    per = tl.cdiv(tiles, tl.num_programs(1))
+    for j in tl.range(split * per, tl.minimum(split * per + per, tiles)):
+        cols = j * BN + tl.arange(0, BN)
+        y_rows = Y + (e * SP + cols)[:, None] * DP
+        acc = _start(
+            rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+            HAS_POS, N_KEYS, HAS_NEAR, False,
+        )  # fmt: skip
+        new = ()
+        for m in tl.static_range(MN):
+            y = tl.load(y_rows + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :])
+            acc = tl.dot(x[m], y.T, acc, input_precision=PRECISION)
+            v = tl.load(V + (e * M + m) * SP + cols)
+            p = tl.exp2(acc * u[m][:, None] * v[None, :] - shift[m])
+            new = new + (sums[m] + tl.sum(p, 1),)
+            if COLUMNS:
+                out = ((e * tl.num_programs(0) + tl.program_id(0)) * MN + m) * SP + cols
+                tl.store(COLS + out, tl.sum(p, 0))
+        sums = new
+    for m in tl.static_range(MN):
+        tl.store(ROWS + ((split * tl.num_programs(2) + e) * M + m) * RP + rows, sums[m])
+
+
+@triton.jit
+def _wide_forward_kernel(
+    X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, NEAR,
+    row0, near_row, near_stride, RP, SP, tiles,
+    ENDS: tl.constexpr, FIRST: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, COLUMNS: tl.constexpr,
+    MP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The wide prefixes FIRST.., ending at ENDS; outputs as in the narrow kernel, COLS by WIDE.
+
+    One loop over (column tile, step), so that loads run ahead across tiles and prefixes.
+    """
+    split = tl.program_id(1)
+    e = tl.program_id(2).to(tl.int64)
+    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)[None, :]
+    x_tile = X + (e * RP + row0 + tl.program_id(0) * BM) * DP
+    x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
+    STEPS: tl.constexpr = DP // BK
+    WIDE: tl.constexpr = len(ENDS)
+    which = tl.arange(0, MP)[:, None]
+    sums = tl.zeros([MP, BM], tl.float32)
+    per = tl.cdiv(tiles, tl.num_programs(1))
+    first = split * per
+    last = tl.minimum(first + per, tiles)
+    cols = first * BN + tl.arange(0, BN)
+    acc = _start(
+        rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+        HAS_POS, N_KEYS, HAS_NEAR, False,
+    )  # fmt: skip
+    for t in tl.range(0, tl.maximum(last - first, 0) * STEPS):
+        step = t % STEPS
+        col0 = (first + t // STEPS) * BN
+        x = tl.load(x_tile + step * BK + x_at)
+        y = tl.load(Y + (e * SP + col0) * DP + step * BK + y_at)
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+        m = -1
+        for w in tl.static_range(WIDE):
+            m = tl.where(step == ENDS[w] // BK - 1, w, m)
+        if m >= 0:
+            at = e * M + FIRST + m
+            u = tl.load(U + at * RP + rows) * tl.load(SCALE + at)
+            dots = _quarters(acc)
+            total = tl.zeros([BM], tl.float32)
+            for h in tl.static_range(4):  # a quarter of the columns and registers at a time
+                quarter = col0 + h * (BN // 4) + tl.arange(0, BN // 4)
+                v = tl.load(V + at * SP + quarter)
+                p = tl.exp2(dots[h] * u[:, None] * v[None, :] - tl.load(SHIFT + at))
+                total += tl.sum(p, 1)
+                if COLUMNS:
+                    out = ((e * tl.num_programs(0) + tl.program_id(0)) * WIDE + m) * SP + quarter
+                    tl.store(COLS + out, tl.sum(p, 0))
+            sums += tl.where(which == m, total[None, :], 0.0)
+            if m == WIDE - 1:
+                ahead = tl.minimum(first + t // STEPS + 1, tiles - 1) * BN + tl.arange(0, BN)
+                acc = _start(
+                    rows, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+                    HAS_POS, N_KEYS, HAS_NEAR, False,
+                )  # fmt: skip
+    out = ((split * tl.num_programs(2) + e) * M + FIRST + which) * RP + rows[None, :]
+    tl.store(ROWS + out, sums, mask=which < WIDE)
+
+
+@triton.jit
+def _exact_kernel(
+    X, Y, U, V, SCALE, NX, NY, SUMS, LSE, POS, KX, KY, NEAR,
+    row0, near_row, near_stride, RP, SP, tiles,
+    ENDS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, SWAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LSE [E, M, RP] of rows whose SUMS are so small that terms may have been lost.
+
+    Returns at once where there are none, which is nearly everywhere nearly always.
+    """
+    e = tl.program_id(1).to(tl.int64)
+    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    nx = tl.load(NX + e)
+    lost = tl.zeros([BM], tl.int32)
+    for m in tl.static_range(M):
+        s = tl.load(SUMS + (e * M + m) * RP + rows)
+        lost = tl.where((s < 8.7e-19) & (rows < nx), 1, lost)  # 2^-60: all else is 2^-49 exact
+    if tl.max(lost) == 0:
+        return
+    k = tl.arange(0, 16)[None, :]
+    x_rows = X + (e * RP + rows)[:, None] * DP + k
+    tops, sums = (), ()
+    for _ in tl.static_range(M):
+        tops = tops + (tl.full([BM], GONE, tl.float32),)
+        sums = sums + (tl.zeros([BM], tl.float32),)
+    for j in range(tiles):
+        cols = j * BN + tl.arange(0, BN)
+        y_rows = Y + (e * SP + cols)[:, None] * DP + k
+        acc = _start(
+            rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+            HAS_POS, N_KEYS, HAS_NEAR, SWAP,
+        )  # fmt: skip
+        gone = acc < 0.5 * GONE
+        new_tops, new_sums = (), ()
+        for m in tl.static_range(M):
+            for at in range(ENDS[m - 1] if m else 0, ENDS[m], 16):
+                x = tl.load(x_rows + at)
+                acc = tl.dot(x, tl.load(y_rows + at).T, acc, input_precision=PRECISION)
+            u = tl.load(U + (e * M + m) * RP + rows) * tl.load(SCALE + e * M + m)
+            z = acc * u[:, None] * tl.load(V + (e * M + m) * SP + cols)[None, :]
+            z = tl.where(gone, GONE, z)
+            top = tl.maximum(tops[m], tl.max(z, 1))
+            p = tl.where(gone, 0.0, tl.exp2(z - top[:, None]))
+            new_sums = new_sums + (sums[m] * tl.exp2(tops[m] - top) + tl.sum(p, 1),)
+            new_tops = new_tops + (top,)
+        tops, sums = new_tops, new_sums
+    for m in tl.static_range(M):
+        at = (e * M + m) * RP + rows
+        redo = (tl.load(SUMS + at) < 8.7e-19) & (rows < nx)
+        lse = tl.where(
+            sums[m] == 0, -float("inf"), (tops[m] + tl.log2(sums[m])) * 0.6931471805599453
+        )
+        tl.store(LSE + at, lse, mask=redo)
+
+
+@triton.jit
+def _near_kernel(
+    X, Y, U, V, NX, NY, CEILING, NEAR, row0, RP, SP,
+    DP: tl.constexpr, M: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """NEAR int8 [chunk, SP], undecided where 2: at one exit, for pairs present, cosine > ceiling."""
+    local = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows, cols = row0 + local, tl.program_id(1) * BN + tl.arange(0, BN)
+    ceiling = tl.load(CEILING + rows)
+    judges = (rows < tl.load(NX)) & (ceiling < float("inf"))
+    out = NEAR + local.to(tl.int64)[:, None] * SP + cols[None, :]
+    near = tl.load(out).to(tl.int32)
+    decide = (near == 2) & judges[:, None] & (cols < tl.load(NY))[None, :]
+    if tl.max(tl.max(decide.to(tl.int32), 1)) == 0:
+        return
+    k = tl.arange(0, BK)[None, :]
+    x_rows = X + rows.to(tl.int64)[:, None] * DP + k
+    y_rows = Y + cols.to(tl.int64)[:, None] * DP + k
+    acc = tl.zeros([BM, BN], tl.float32)
+    for at in tl.range(0, DP, BK):
+        acc = tl.dot(tl.load(x_rows + at), tl.load(y_rows + at).T, acc, input_precision=PRECISION)
+    u = tl.load(U + (M - 1) * RP + rows)
+    v = tl.load(V + (M - 1) * SP + cols)
+    above = (acc * u[:, None] * v[None, :] > ceiling[:, None]).to(tl.int32)
+    tl.store(out, tl.where(decide, above, near).to(tl.int8))
+
+
+def steps(nest: Nest, wanted: int) -> int:
+    """Columns a step: as many as wanted and as divide every end."""
+    return next(bk for bk in (64, 32, 16) if bk <= wanted and nest.width % bk == 0)
+
+
+def groups_and_chunks(
+    E: int, rows: int, exit_bytes: int, row_bytes: int, workspace: int
+) -> tuple[list[slice], list[slice]]:
+    """Exits worked on together, and rows at a time (multiples of ROWS), within the workspace.
+
+    exit_bytes: per exit, linear in the batch; row_bytes: per exit and row, what is quadratic.
+    """
+    together = max(1, min(E, workspace // max(1, exit_bytes + rows * row_bytes)))
+    fit = workspace // max(1, row_bytes * together) // ROWS * ROWS
+    size = max(ROWS, min(rows, fit))
+    return (
+        [slice(e, min(e + together, E)) for e in range(0, E, together)],
+        [slice(r, min(r + size, rows)) for r in range(0, rows, size)],
+    )
+
+
+def near_mask(
+    x: Tensor,
+    y: Tensor,
+    nest: Nest,
+    counts: tuple[Tensor, Tensor],
+    ceiling: Tensor,
+    rows: slice,
+    everywhere: bool,
+) -> Tensor:
+    """int8 [rows, SP]: 1 where a pair is too similar. everywhere: all texts are at every exit."""
+    E, SP = x.shape[0], padded(y.shape[1])
+    n = rows.stop - rows.start
+    near = torch.full((n, SP), 2, dtype=torch.int8, device=x.device)
+    options = config("near", x.dtype)
+    options["BK"] = steps(nest, options["BK"])
+    for e in [E - 1] if everywhere else reversed(range(E)):
+        px = pack(x[e : e + 1], nest, counts[0][e : e + 1])
+        py = pack(y[e : e + 1], nest, counts[1][e : e + 1])
+        high = torch.nn.functional.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
+        _near_kernel[(n // options["BM"], SP // options["BN"])](
+            px.x, py.x, px.u, py.u, px.counts, py.counts, high, near,
+            rows.start, px.x.shape[1], SP, DP=nest.width, M=len(nest.starts), **options,
+        )  # fmt: skip
+    return near
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    nest: Nest,
+    scale: Tensor,
+    kept: Kept,
+    counts: tuple[Tensor, Tensor],
+    everywhere: bool,
+    ceiling: Tensor | None,
+    columns: bool,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [E, M, R], columns [E, M, S] (empty unless asked for), positives' cosines [E, M, R]."""
+    (E, R, _), S, M = x.shape, y.shape[1], len(nest.starts)
+    RP, SP = padded(R), padded(S)
+    rows_EMR = torch.empty(E, M, R, dtype=torch.float32, device=x.device)
+    cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
+    own_EMR = torch.zeros_like(rows_EMR) if kept.positive is not None else rows_EMR[..., :0].clone()
+    scale2 = (scale * LOG2E).contiguous()
+    shift2 = (scale2.abs() + torch.tensor(float(max(RP, SP))).log2().item() - 126).clamp(min=0)
+    smallest = min(config(name, x.dtype)["BM"] for name in ("narrow_forward", "wide_forward"))
+    row_bytes = (4 * M * SP // smallest if columns else 0) + (SP if ceiling is not None else 0)
+    groups, chunks = groups_and_chunks(
+        E, RP, (RP + SP) * nest.width * x.element_size(), row_bytes, workspace
+    )
+    # A mask of near pairs serves all exits; column sums are completed exit by exit.
+    order = [(g, c) for g in groups for c in chunks]
+    if ceiling is not None:
+        order = [(g, c) for c in chunks for g in groups]
+    done: tuple[slice | None, slice | None] = (None, None)
+    for group, chunk in order:
+        if group != done[0]:
+            px, py = (pack(v[group], nest, n[group]) for v, n in zip((x, y), counts, strict=True))
+            tile = _Tiles(px, py, nest, scale2[group], shift2[group], kept)
+            total = torch.zeros_like(py.u) if columns else None
+            if kept.positive is not None and chunk.start == 0:
+                own_EMR[group] = positive_cosines(px, py, nest, kept.positive)[..., :R]
+        if ceiling is not None and chunk != done[1]:
+            near = near_mask(x, y, nest, counts, ceiling, chunk, everywhere)
+            kept = Kept(kept.positive, kept.row_keys, kept.col_keys, near, chunk.start)
+        tile.kept = kept
+        done = group, chunk
+        sums, col_sums = tile.sums(chunk, columns)
+        here = slice(chunk.start, min(chunk.stop, R))
+        rows_EMR[group, :, here] = tile.logs(sums, chunk, swap=False)[..., here]
+        if total is not None and col_sums is not None:
+            total += col_sums
+            if chunk is chunks[-1]:
+                cols_EMS[group] = tile.logs(total, slice(0, SP), swap=True)[..., :S]
+    return rows_EMR, cols_EMS, own_EMR
+
+
+@dataclass
+class _Tiles:
+    """One group of exits' packed vectors, and the launches over them."""
+
+    x: Packed
+    y: Packed
+    nest: Nest
+    scale2: Tensor  # log2(e) / t, fp32 [E, M]
+    shift2: Tensor
+    kept: Kept
+
+    def sums(self, rows: slice, columns: bool) -> tuple[Tensor, Tensor | None]:
+        """2^-shift sums: of rows [E, M, RP] (only `rows` written), of columns over `rows`."""
+        x, y, nest = self.x, self.y, self.nest
+        (E, M, RP), SP, MN = x.u.shape, y.u.shape[2], nest.narrow
+        n = rows.stop - rows.start
+        narrow = config("narrow_forward", x.x.dtype)
+        wide = config("wide_forward", x.x.dtype)
+        splits = splits_of(n // narrow["BM"] * E, SP // narrow["BN"], x.x)
+        out = torch.empty(splits, E, M, RP, dtype=torch.float32, device=x.x.device)
+        empty = (E, 0, 0, SP)
+        cols = [
+            torch.empty(empty if not columns else (E, n // o["BM"], m, SP), device=x.x.device)
+            for o, m in ((narrow, MN), (wide, M - MN))
+        ]
+        shared = (
+            x.x, y.x, x.u, y.u, self.scale2, self.shift2, x.counts, y.counts, out,
+        )  # fmt: skip
+        for m, options, buffer in ((MN, narrow, cols[0]), (M - MN, wide, cols[1])):
+            if not m:
+                continue
+            kept = self.kept.arguments(False, x.counts)
+            common = {
+                "COLS": buffer, **kept, "row0": rows.start, "RP": RP, "SP": SP,
+                "tiles": SP // options["BN"], "DP": nest.width, "M": M, "COLUMNS": columns,
+            }  # fmt: skip
+            grid = (n // options["BM"], splits, E)
+            if options is narrow:
+                _narrow_forward_kernel[grid](
+                    *shared, STARTS=nest.starts[:MN], WIDTHS=nest.widths[:MN], **common, **options
+                )
+            else:
+                _wide_forward_kernel[grid](
+                    *shared, ENDS=nest.ends[MN:], FIRST=MN, MP=triton.next_power_of_2(m),
+                    **common, **options,
+                )  # fmt: skip
+        if not columns:
+            return out.sum(0), None
+        return out.sum(0), torch.cat([c.sum(1) for c in cols], dim=1)
+
+    def logs(self, sums: Tensor, rows: slice, swap: bool) -> Tensor:
+        """log-partitions [E, M, RP] of rows, or, swapped, of columns; exact where sums underflow."""
+        x, y = (self.y, self.x) if swap else (self.x, self.y)
+        (E, M, RP), SP = x.u.shape, y.u.shape[2]
+        lse = sums.log() + (self.shift2 / LOG2E)[..., None]
+        options = config("exact", x.x.dtype)
+        kept = self.kept.arguments(swap, x.counts)
+        _exact_kernel[((rows.stop - rows.start) // options["BM"], E)](
+            x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, sums, lse,
+            **kept, row0=rows.start, RP=RP, SP=SP, tiles=SP // options["BN"],
+            ENDS=self.nest.ends, DP=self.nest.width, M=M, SWAP=swap, **options,
+        )  # fmt: skip
+        return lse
+
+
+def splits_of(programs: int, tiles: int, x: Tensor) -> int:
+    """Parts of the columns, so that two programs come to every multiprocessor."""
+    if not x.is_cuda:
+        return 1
+    wanted = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return max(1, min(-(-wanted // programs), tiles))

@@ -1,0 +1,308 @@
+"""From raw vectors to tiles of nested prefixes, and gradients back.
+
+Band m of the vectors is [d_{m-1}, d_m). In the packed copy every band starts at a multiple of 16
+and is padded with zeros, so that a sum over columns up to a band's end is a prefix's product and
+no kernel below needs a mask on columns or rows:
+
+    narrow   the first bands, while their widths, as powers of two >= 16, add up to 128 columns:
+             their exponentials cost more than their products; all are handled in one tile
+    wide     the other bands, in steps of 64 columns
+
+Rows are padded to a multiple of 128 with zeros, and scaled by a power of two to a length in [1, 2):
+exact, and gradients of half precision vectors of any length stay in range.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NO_LENGTH = tl.constexpr(1e-12)  # as in cosine.py
+ROWS = 128  # every buffer's rows are a multiple of it
+NARROW = 128  # packed columns of the narrow prefixes, at most
+
+
+@dataclass(frozen=True)
+class Nest:
+    """Where band m lies: raw columns edges[m]:edges[m+1], packed ones starts[m]:+widths[m]."""
+
+    edges: tuple[int, ...]
+    starts: tuple[int, ...]
+    widths: tuple[int, ...]
+    narrow: int  # so many leading prefixes are narrow
+    width: int  # packed columns in all
+
+    @property
+    def narrow_width(self) -> int:
+        """Packed columns before the first wide band, a multiple of 16 (of 64 if there is one)."""
+        return self.starts[self.narrow] if self.narrow < len(self.starts) else self.width
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (*self.starts[1:], self.width)
+
+
+@lru_cache
+def nest_of(dims: tuple[int, ...]) -> Nest:
+    edges, starts, widths, at, narrow = (0, *dims), [], [], 0, 0
+    for m, (low, high) in enumerate(zip(edges, dims, strict=False)):
+        power = max(16, triton.next_power_of_2(high - low))
+        if narrow == m and at + power <= NARROW:
+            width, narrow = power, m + 1
+        else:
+            at, width = -(-at // 64) * 64, -(-(high - low) // 64) * 64
+        starts.append(at)
+        widths.append(width)
+        at += width
+    return Nest(edges, tuple(starts), tuple(widths), narrow, at)
+
+
+def padded(n: int) -> int:
+    return max(ROWS, -(-n // ROWS) * ROWS)
+
+
+@triton.jit
+def _pack_kernel(
+    X,  # [E, R, D] of any strides
+    PACKED,  # [E, RP, DP]
+    U,  # fp32 [E, M, RP], 1 / length of every packed prefix
+    UNIT,  # fp32 [E, RP], the power of two that packed = raw * UNIT
+    COUNTS,  # int32 [E], rows that are present
+    RP,
+    stride_e,
+    stride_r,
+    stride_d,
+    EDGES: tl.constexpr,
+    STARTS: tl.constexpr,
+    ENDS: tl.constexpr,
+    DP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    e = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    here = (rows < tl.load(COUNTS + e))[:, None]
+    k = tl.arange(0, 64)
+    x_rows = X + e * stride_e + rows.to(tl.int64)[:, None] * stride_r
+    M: tl.constexpr = len(STARTS)
+    squares = tl.zeros([BR], tl.float32)
+    lengths = ()
+    for m in tl.static_range(M):
+        for at in range(EDGES[m], EDGES[m + 1], 64):
+            col = (at + k)[None, :]
+            x = tl.load(x_rows + col * stride_d, mask=here & (col < EDGES[m + 1]), other=0.0)
+            x = x.to(tl.float32)
+            squares += tl.sum(x * x, 1)
+        lengths = lengths + (tl.sqrt(squares),)
+    # 2^-floor(log2 length), by its exponent's bits: exact.
+    full = lengths[M - 1]
+    bits = 0x7F000000 - (full.to(tl.int32, bitcast=True) & 0x7F800000)
+    unit = tl.where(full > NO_LENGTH, bits.to(tl.float32, bitcast=True), 1.0)
+    tl.store(UNIT + e * RP + rows, unit)
+    for m in tl.static_range(M):
+        u = tl.where(lengths[m] <= NO_LENGTH, 1.0, 1.0 / lengths[m])
+        tl.store(U + (e * M + m) * RP + rows, u / unit)
+        for at in range(0, ENDS[m] - STARTS[m], 64):
+            col = (EDGES[m] + at + k)[None, :]
+            x = tl.load(x_rows + col * stride_d, mask=here & (col < EDGES[m + 1]), other=0.0)
+            x = (x.to(tl.float32) * unit[:, None]).to(PACKED.dtype.element_ty)
+            to = (STARTS[m] + at + k)[None, :]
+            out = PACKED + (e * RP + rows)[:, None] * DP + to
+            tl.store(out, x, mask=to < ENDS[m])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A group of exits' vectors as tiles read them."""
+
+    x: Tensor  # [E, RP, DP]
+    u: Tensor  # fp32 [E, M, RP]
+    unit: Tensor  # fp32 [E, RP]
+    counts: Tensor  # int32 [E]
+
+
+def pack(x: Tensor, nest: Nest, counts: Tensor) -> Packed:
+    """x [E, R, D] -> packed. Reads x twice (once from cache), writes it once."""
+    E, R, _ = x.shape
+    RP, M = padded(R), len(nest.starts)
+    packed = torch.empty(E, RP, nest.width, dtype=x.dtype, device=x.device)
+    u = torch.empty(E, M, RP, dtype=torch.float32, device=x.device)
+    unit = torch.empty(E, RP, dtype=torch.float32, device=x.device)
+    _pack_kernel[(RP // 16, E)](
+        x,
+        packed,
+        u,
+        unit,
+        counts,
+        RP,
+        *x.stride(),
+        EDGES=nest.edges,
+        STARTS=nest.starts,
+        ENDS=nest.ends,
+        DP=nest.width,
+        BR=16,
+        num_warps=4,
+    )
+    return Packed(packed, u, unit, counts)
+
+
+@triton.jit
+def _positive_kernel(
+    X, Y, U, V, POS, NX, NY, COS, RP, SP, ENDS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr
+):
+    """COS [E, M, RP]: of each row with column POS [RP]; 0 where either is not present."""
+    e = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    pos = tl.load(POS + rows)
+    here = (rows < tl.load(NX + e)) & (pos >= 0) & (pos < tl.load(NY + e))
+    pos = tl.where(here, pos, 0)
+    k = tl.arange(0, 16)[None, :]
+    x_rows = X + (e * RP + rows)[:, None] * DP + k
+    y_rows = Y + (e * SP + pos)[:, None] * DP + k
+    M: tl.constexpr = len(ENDS)
+    dot = tl.zeros([BR], tl.float32)
+    for m in tl.static_range(M):
+        for at in range(ENDS[m - 1] if m else 0, ENDS[m], 16):
+            x = tl.load(x_rows + at).to(tl.float32)
+            y = tl.load(y_rows + at, mask=here[:, None], other=0.0).to(tl.float32)
+            dot += tl.sum(x * y, 1)
+        cos = dot * tl.load(U + (e * M + m) * RP + rows) * tl.load(V + (e * M + m) * SP + pos)
+        tl.store(COS + (e * M + m) * RP + rows, tl.where(here, cos, 0.0))
+
+
+def positive_cosines(x: Packed, y: Packed, nest: Nest, positive: Tensor) -> Tensor:
+    """fp32 [E, M, RP]; positive int32 [RP], anything outside the columns is none."""
+    cos = torch.empty_like(x.u)
+    (E, M, RP), SP = x.u.shape, y.u.shape[2]
+    _positive_kernel[(RP // 32, E)](
+        x.x, y.x, x.u, y.u, positive, x.counts, y.counts, cos, RP, SP,
+        ENDS=nest.ends, DP=nest.width, BR=32, num_warps=4,
+    )  # fmt: skip
+    return cos
+
+
+@triton.jit
+def _unpack_kernel(
+    G,  # fp32 [E, RP, DP], gradient of the packed dots, without the projection
+    X,  # [E, RP, DP], the side whose gradient this is
+    Y,  # [E, SP, DP], the other
+    U,
+    V,
+    ALONG,  # fp32 [E, M, RP], sum over the tiles of dL/dcos * cos
+    UNIT,
+    COUNTS,
+    COS,  # fp32 [E, M, N], of the positive pairs, by query
+    DCOS,
+    FIRST,  # int32 [RP + 1], row's partners are PARTNER[FIRST[row] : FIRST[row + 1]]
+    PARTNER,  # int32, the partner's row in Y (-1: none)
+    PAIR,  # int32, the pair's query
+    FACTOR,  # fp32 [E], G and ALONG are this much too small
+    OUT,  # [E, R, D]
+    R,
+    RP,
+    SP,
+    N,
+    EDGES: tl.constexpr,
+    STARTS: tl.constexpr,
+    ENDS: tl.constexpr,
+    DP: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """dx = UNIT (G - sum_m u_m^2 along_m x + sum over partners of dcos (u v y - cos u^2 x)), each
+    term of prefix m in its columns only."""
+    e = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    here = rows < tl.load(COUNTS + e)
+    unit = tl.load(UNIT + e * RP + rows)
+    factor = tl.load(FACTOR + e)
+    first = tl.load(FIRST + rows) if PAIRS else rows
+    last = tl.load(FIRST + rows + 1) if PAIRS else rows
+    most = tl.max(last - first) if PAIRS else 0
+    k = tl.arange(0, BK)
+    M: tl.constexpr = len(STARTS)
+    for band in tl.static_range(M):
+        for at in range(0, EDGES[band + 1] - EDGES[band], BK):
+            col = (STARTS[band] + at + k)[None, :]
+            raw = (EDGES[band] + at + k)[None, :]
+            inside = raw < EDGES[band + 1]
+            where = (e * RP + rows)[:, None] * DP + col
+            x = tl.load(X + where, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(G + where, mask=inside, other=0.0) * factor
+            along = tl.zeros([BR], tl.float32)
+            for m in tl.static_range(band, M):
+                u = tl.load(U + (e * M + m) * RP + rows)
+                along += u * u * tl.load(ALONG + (e * M + m) * RP + rows)
+            g -= factor * along[:, None] * x
+            for n in range(most):
+                has = first + n < last
+                partner = tl.load(PARTNER + first + n, mask=has, other=-1)
+                has = has & (partner >= 0)
+                partner = tl.where(has, partner, 0)
+                pair = tl.load(PAIR + first + n, mask=has, other=0)
+                y = tl.load(
+                    Y + (e * SP + partner)[:, None] * DP + col,
+                    mask=inside & has[:, None],
+                    other=0.0,
+                ).to(tl.float32)
+                along_x = tl.zeros([BR], tl.float32)
+                along_y = tl.zeros([BR], tl.float32)
+                for m in tl.static_range(band, M):
+                    u = tl.load(U + (e * M + m) * RP + rows)
+                    v = tl.load(V + (e * M + m) * SP + partner)
+                    at_pair = (e * M + m) * N + pair
+                    d = tl.load(DCOS + at_pair, mask=has, other=0.0)
+                    along_y += d * u * v
+                    along_x += d * u * u * tl.load(COS + at_pair, mask=has, other=0.0)
+                g += along_y[:, None] * y - along_x[:, None] * x
+            g = tl.where(here[:, None], g * unit[:, None], 0.0)
+            out = OUT + (e * R + rows)[:, None] * D + raw
+            tl.store(out, g.to(OUT.dtype.element_ty), mask=inside & (rows < R)[:, None])
+    for at in range(EDGES[M], D, BK):  # columns behind the last prefix
+        col = (at + k)[None, :]
+        out = OUT + (e * R + rows)[:, None] * D + col
+        tl.store(
+            out, tl.zeros([BR, BK], OUT.dtype.element_ty), mask=(col < D) & (rows < R)[:, None]
+        )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Positive pairs, listed by the rows of one side."""
+
+    cos: Tensor  # fp32 [E, M, N], by query
+    dcos: Tensor
+    first: Tensor
+    partner: Tensor
+    pair: Tensor
+
+
+def unpack(
+    out: Tensor,
+    grad: Tensor,
+    along: Tensor,
+    factor: Tensor,
+    x: Packed,
+    y: Packed,
+    nest: Nest,
+    pairs: Pairs | None,
+) -> None:
+    """Writes the gradient of the raw vectors into out [E, R, D]."""
+    E, R, D = out.shape
+    RP, SP = x.x.shape[1], y.x.shape[1]
+    none = x.counts
+    _unpack_kernel[(RP // 16, E)](
+        grad, x.x, y.x, x.u, y.u, along, x.unit, x.counts,
+        pairs.cos if pairs else grad,
+        pairs.dcos if pairs else grad,
+        pairs.first if pairs else none,
+        pairs.partner if pairs else none,
+        pairs.pair if pairs else none,
+        factor, out, R, RP, SP, pairs.cos.shape[2] if pairs else 0,
+        EDGES=nest.edges, STARTS=nest.starts, ENDS=nest.ends, DP=nest.width, D=D,
+        PAIRS=pairs is not None, BR=16, BK=64, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""`partition` as one node that torch.compile and CUDA graphs can carry."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backward import backward
+from ._forward import Kept, forward
+from ._nest import nest_of, padded
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _counts(counts: Tensor | None, x: Tensor) -> Tensor:
+    if counts is None:
+        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
+    return counts.clamp(0, x.shape[1]).to(torch.int32)
+
+
+def _kept(
+    positive: Tensor | None, row_keys: Tensor | None, col_keys: Tensor | None, R: int, S: int
+) -> Kept:
+    if positive is not None:
+        positive = positive.masked_fill((positive < 0) | (positive >= S), -1).to(torch.int32)
+        positive = F.pad(positive, (0, padded(R) - R), value=-1)
+    if row_keys is not None and col_keys is not None:
+        row_keys = F.pad(row_keys, (0, padded(R) - R))
+        col_keys = F.pad(col_keys, (0, padded(S) - S))
+    return Kept(positive, row_keys, col_keys)
+
+
+@torch.library.custom_op("mlembed::partition", mutates_args=())
+def partition_op(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    positive: Tensor | None,
+    row_keys: Tensor | None,
+    col_keys: Tensor | None,
+    ceiling: Tensor | None,
+    row_counts: Tensor | None,
+    col_counts: Tensor | None,
+    dims: list[int],
+    columns: bool,
+    workspace: int,
+) -> Outputs:
+    """rows [E, M, R], columns [E, M, S], positives' cosines [E, M, R]; empty where not asked for."""
+    return forward(
+        x,
+        y,
+        nest_of(tuple(dims)),
+        scale,
+        _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
+        (_counts(row_counts, x), _counts(col_counts, y)),
+        row_counts is None and col_counts is None,
+        ceiling,
+        columns,
+        workspace,
+    )
+
+
+@partition_op.register_fake
+def _(
+    x,
+    y,
+    scale,
+    positive,
+    row_keys,
+    col_keys,
+    ceiling,
+    row_counts,
+    col_counts,
+    dims,
+    columns,
+    workspace,
+):  # type: ignore[no-untyped-def]  # noqa: E501
+    (E, R, _), S, M = x.shape, y.shape[1], len(dims)
+    rows = x.new_empty(E, M, R, dtype=torch.float32)
+    cols = x.new_empty(E, M, S if columns else 0, dtype=torch.float32)
+    own = x.new_empty(E, M, R if positive is not None else 0, dtype=torch.float32)
+    return rows, cols, own
+
+
+@torch.library.custom_op("mlembed::partition_backward", mutates_args=())
+def _backward_op(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    positive: Tensor | None,
+    row_keys: Tensor | None,
+    col_keys: Tensor | None,
+    ceiling: Tensor | None,
+    row_counts: Tensor | None,
+    col_counts: Tensor | None,
+    dims: list[int],
+    columns: bool,
+    workspace: int,
+    rows: Tensor,
+    cols: Tensor,
+    own: Tensor,
+    drows: Tensor,
+    dcols: Tensor,
+    down: Tensor,
+) -> Outputs:
+    """dx, dy, dscale."""
+    return backward(
+        x,
+        y,
+        nest_of(tuple(dims)),
+        scale,
+        _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
+        (_counts(row_counts, x), _counts(col_counts, y)),
+        row_counts is None and col_counts is None,
+        ceiling,
+        (rows, drows),
+        (cols, dcols) if columns else None,
+        (own, down) if positive is not None else None,
+        workspace,
+    )
+
+
+@_backward_op.register_fake
+def _(x, y, scale, *others):  # type: ignore[no-untyped-def]
+    shape = scale.shape
+    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(shape, dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.dims, ctx.columns, ctx.workspace = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _grads(ctx, drows, dcols, down):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    dx, dy, dscale = _backward_op(
+        *saved[:9], ctx.dims, ctx.columns, ctx.workspace, *saved[9:], drows, dcols, down
+    )
+    return dx, dy, dscale, *(None,) * 9
+
+
+partition_op.register_autograd(_grads, setup_context=_setup)

@@ -1,0 +1,118 @@
+"""Compiles for Hopper (sm_90a), without a GPU, every kernel that a call would launch.
+
+    python tests/hopper.py CASE... -> one JSON object per kernel and specialisation
+
+The host code runs as it is, on CPU tensors; a launch becomes a compilation with the same arguments.
+Run without TRITON_INTERPRET: a process is either the interpreter or the compiler.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+seen: set[str] = set()
+
+
+class Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return None
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        said = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", f.name], check=True, capture_output=True, text=True
+        ).stdout
+    return {key.lower(): int(re.search(rf"{key}:(\d+)", said)[1]) for key in ("REG", "STACK")}
+
+
+def compile_instead(self: JITFunction, *args, grid, warmup=False, **kwargs):
+    if not warmup:
+        kernel = self.warmup(*args, grid=grid, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            ptx = kernel.asm["ptx"]
+            row = {
+                "kernel": self.fn.__name__,
+                "constexprs": {k: v for k, v in kwargs.items() if k.isupper() and not torch.is_tensor(v)},
+                "warps": kwargs.get("num_warps"),
+                "stages": kwargs.get("num_stages"),
+                "target": re.search(r"\.target (\S+)", ptx)[1],
+                "wgmma": ptx.count("wgmma.mma_async"),
+                "mma": len(re.findall(r"\bmma\.sync", ptx)),
+                "async_copies": ptx.count("cp.async"),
+                "shared": kernel.metadata.shared,
+                **resources(kernel.asm["cubin"]),
+            }
+            print(json.dumps(row), flush=True)
+        return kernel
+    return compiled(self, *args, grid=grid, warmup=True, **kwargs)
+
+
+def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool) -> None:
+    """Forward and backward. Small: only divisibility of sizes matters to the compiler."""
+    from mlembed_kernels._backward import backward
+    from mlembed_kernels._forward import Kept, forward
+    from mlembed_kernels._nest import nest_of
+
+    E, n, D = 2, 256, dims[-1]
+    x, y = torch.ones(E, n, D, dtype=dtype), torch.ones(E, n, D, dtype=dtype)
+    kept = Kept(
+        torch.zeros(n, dtype=torch.int32),
+        torch.zeros(1, n, dtype=torch.int64) if masks else None,
+        torch.zeros(1, n, dtype=torch.int64) if masks else None,
+    )
+    counts = torch.full((E,), n, dtype=torch.int32), torch.full((E,), n, dtype=torch.int32)
+    ceiling = torch.zeros(E, n) if masks and not columns else None
+    scale = torch.full((E, len(dims)), 20.0)
+    common = x, y, nest_of(dims), scale, kept, counts, True, ceiling
+    rows, cols, own = forward(*common, columns, 1 << 29)
+    backward(
+        *common, (rows, rows), (cols, cols) if columns else None, (own, own), 1 << 29
+    )
+
+
+WIDE = (8, 16, 32, 64, 128, 256, 512, 1024)
+CASES = {
+    f"{name}-{'both' if columns else 'rows'}{'-masks' if masks else ''}-{str(dtype)[6:]}": (
+        partition, dtype, dims, columns, masks,
+    )  # fmt: skip
+    for name, dims in {"1024": WIDE, "256": WIDE[:6], "128": WIDE[:5], "1": (1024,)}.items()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for columns in (False, True)
+    for masks in (False, True)
+}
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(Hopper())
+    compiled = JITFunction.run
+    JITFunction.run = compile_instead
+    for name in sys.argv[1:] or CASES:
+        function, *arguments = CASES[name]
+        function(*arguments)
