@@ -150,11 +150,9 @@ def runnable(loss_of: PairLoss, case: "Case", like: Tensor) -> tuple[int, ...]:
     """Prefixes that a library can run at all, tried on 256 rows. The rest is said in the result."""
     works = []
     for d in case.dims:
-        q, c = (torch.randn_like(like[:256, : case.D]).requires_grad_() for _ in "qc")
+        inputs = Leaves(*(torch.randn_like(like[:256])[None] for _ in "qc"))
         try:
-            by_pair(loss_of, (d,), case.temperature)(
-                Leaves(q.detach()[None], c.detach()[None]), True
-            )
+            by_pair(loss_of, (d,), case.temperature)(inputs, True)
             works.append(d)
         except Exception as error:  # whatever a library raises is its answer
             warnings.warn(f"prefix {d}: {error}", stacklevel=2)

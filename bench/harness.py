@@ -163,7 +163,7 @@ def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
     return {"tflops": 2 * n**3 / matmul.ms / 1e9, "gbs": 2 * size / copy.ms / 1e6}
 
 
-def kernel_times(call: Call, device: torch.device, repeats: int = 3) -> list[dict[str, Any]]:
+def kernel_times(call: Call, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Device kernels of one call, slowest first: ms and launches a call (on CPUs operators)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -26,7 +27,16 @@ RESERVE = 10  # seconds: nothing new is begun with less
 
 
 def say(kind: str, **values: Any) -> None:
-    print(json.dumps({"kind": kind, **values}), flush=True)
+    print(json.dumps({"kind": kind, **plain(values)}, allow_nan=False), flush=True)
+
+
+def plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: as text."""
+    if isinstance(value, dict):
+        return {key: plain(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(member) for member in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Worker:
@@ -137,9 +147,11 @@ class Worker:
 
     def breakdown(self, case: Any, sets: list[Leaves], at: dict[str, str]) -> None:
         """Ours, forward and backward, by kernel."""
+        say("begin", **at, mode="by kernel")
         step, _ = self.bench.build("ours", case, sets[0], self.smoke)
         try:
-            found = harness.kernel_times(harness.rotating(step, sets, True), self.device)
+            call, repeats = harness.rotating(step, sets, True), 1 if self.smoke else 3
+            found = harness.kernel_times(call, self.device, repeats)
         except Exception as error:  # no rights to the profiler, or ours failed above
             say("kernels", **at, status="failed", note=reason(error))
             self.alive()

@@ -82,7 +82,8 @@ def _narrow_backward_kernel(
 ):  # fmt: skip
     """GRAD fp32 [E, RP, DP] += in the narrow columns, ALONG fp32 [E, M, RP] += P cos over columns."""
     e = tl.program_id(1).to(tl.int64)
-    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    i0 = row0 + tl.program_id(0) * BM
+    rows = i0 + tl.arange(0, BM)
     row_at = (e * RP + rows)[:, None] * DP
     MN: tl.constexpr = len(STARTS)
     x, u, scale, lx, dx, grad, along = (), (), (), (), (), (), ()
@@ -96,7 +97,8 @@ def _narrow_backward_kernel(
         grad = grad + (_zeros(BM, WIDTHS[m]),)
         along = along + (tl.zeros([BM], tl.float32),)
     for j in tl.range(tiles):
-        cols = col0 + j * BN + tl.arange(0, BN)
+        j0 = col0 + j * BN
+        cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP
         y = ()
         for m in tl.static_range(MN):
@@ -105,8 +107,8 @@ def _narrow_backward_kernel(
         new_grad, new_along = (), ()
         for m in tl.static_range(MN - 1, -1, -1):
             acc = _start(
-                rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-                HAS_POS, N_KEYS, HAS_NEAR, SWAP,
+                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+                HAS_POS, N_KEYS, HAS_NEAR, SWAP, BM, BN,
             )  # fmt: skip
             for b in tl.static_range(m + 1):
                 acc = tl.dot(x[b], y[b].T, acc, input_precision=PRECISION)
@@ -147,17 +149,17 @@ def _wide_backward_kernel(
     height = tl.minimum(tiles_m - band, 8)
     im = band + pid % (8 * tiles_n) % height
     jn = pid % (8 * tiles_n) // height
-    local_m, local_n0 = im * BM + tl.arange(0, BM), jn * BN
-    rows, cols = row0 + local_m, col0 + local_n0 + tl.arange(0, BN)
+    i0, j0 = row0 + im * BM, col0 + jn * BN
+    local_m = im * BM + tl.arange(0, BM)
+    rows = row0 + local_m
     k = tl.arange(0, BK)[None, :]
-    x_tile = X + (e * RP + row0 + im * BM) * DP
-    y_tile = Y + (e * SP + col0 + local_n0) * DP
+    x_tile, y_tile = X + (e * RP + i0) * DP, Y + (e * SP + j0) * DP
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     WIDE: tl.constexpr = len(ENDS)
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
     acc = _start(
-        rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-        HAS_POS, N_KEYS, HAS_NEAR, False,
+        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+        HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
     )  # fmt: skip
     sums = _quarters(tl.zeros([BM, BN], tl.float32))
     total = 0
@@ -187,7 +189,7 @@ def _wide_backward_kernel(
             dots, new = _quarters(acc), ()
             along = tl.zeros([BM], tl.float32)
             for h in tl.static_range(4):  # a quarter of the columns and registers at a time
-                local_n = local_n0 + h * (BN // 4) + tl.arange(0, BN // 4)
+                local_n = jn * BN + h * (BN // 4) + tl.arange(0, BN // 4)
                 col_at = at * SP + col0 + local_n
                 v = tl.load(V + col_at)
                 p = _slope(
@@ -204,8 +206,8 @@ def _wide_backward_kernel(
             sums = new
             tl.store(ALONG_X + part_x * n_rows + local_m, along)
             acc = _start(
-                rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-                HAS_POS, N_KEYS, HAS_NEAR, False,
+                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+                HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
             )  # fmt: skip
 
 

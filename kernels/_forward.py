@@ -37,13 +37,13 @@ CONFIGS: dict[str, dict[str, int]] = {
     "wide_forward": {
         "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
     },
-    "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
     "near": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }  # fmt: skip
 CONFIGS_FP32: dict[str, dict[str, int]] = {
     "narrow_forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "wide_forward": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
-    "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
     "near": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
 }
 
@@ -59,8 +59,8 @@ class Kept:
     """Which pairs count, as the kernels read it; rows padded to RP, columns to SP."""
 
     positive: Tensor | None  # int32 [RP], -1 none
-    row_keys: Tensor | None  # int64 [K, RP]
-    col_keys: Tensor | None  # int64 [K, SP]
+    row_keys: Tensor | None  # int32 [K, RP]
+    col_keys: Tensor | None  # int32 [K, SP]
     near: Tensor | None = None  # int8 [chunk, SP], 1 = dropped
     near_row: int = 0  # row of near[0]
 
@@ -83,13 +83,16 @@ class Kept:
 
 @triton.jit
 def _start(
-    rows, cols, NX, NY, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+    row0, col0, NX, NY, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, SWAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """What a tile's dots begin with: 0, or far below any dot where the pair is dropped.
 
     What it reads is read here, so that it is not held in registers from one tile to the next.
     """
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    rows, cols = row0 + i, col0 + j
     x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
     y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
     acc = x_gone[:, None] + y_gone[None, :]
@@ -104,10 +107,12 @@ def _start(
         acc = tl.where(same, GONE, acc)
     if HAS_NEAR:
         if SWAP:
-            at = (cols - near_row).to(tl.int64)[None, :] * near_stride + rows[:, None]
+            near = NEAR + (col0 - near_row).to(tl.int64) * near_stride + row0
+            near = tl.load(near + j[None, :] * near_stride + i[:, None])
         else:
-            at = (rows - near_row).to(tl.int64)[:, None] * near_stride + cols[None, :]
-        acc = tl.where(tl.load(NEAR + at) == 1, GONE, acc)
+            near = NEAR + (row0 - near_row).to(tl.int64) * near_stride + col0
+            near = tl.load(near + i[:, None] * near_stride + j[None, :])
+        acc = tl.where(near == 1, GONE, acc)
     return acc
 
 
@@ -134,7 +139,8 @@ def _narrow_forward_kernel(
     """The narrow prefixes. ROWS fp32 [splits, E, M, RP]; COLS fp32 [E, row tiles, MN, SP]."""
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
-    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    i0 = row0 + tl.program_id(0) * BM
+    rows = i0 + tl.arange(0, BM)
     x_rows = X + (e * RP + rows)[:, None] * DP
     MN: tl.constexpr = len(STARTS)
     x, u, shift, sums = (), (), (), ()
@@ -146,11 +152,12 @@ def _narrow_forward_kernel(
         sums = sums + (tl.zeros([BM], tl.float32),)
     per = tl.cdiv(tiles, tl.num_programs(1))
     for j in tl.range(split * per, tl.minimum(split * per + per, tiles)):
-        cols = j * BN + tl.arange(0, BN)
+        j0 = j * BN
+        cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP
         acc = _start(
-            rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-            HAS_POS, N_KEYS, HAS_NEAR, False,
+            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+            HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
         )  # fmt: skip
         new = ()
         for m in tl.static_range(MN):
@@ -181,9 +188,10 @@ def _wide_forward_kernel(
     """
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
-    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    i0 = row0 + tl.program_id(0) * BM
+    rows = i0 + tl.arange(0, BM)
     k = tl.arange(0, BK)[None, :]
-    x_tile = X + (e * RP + row0 + tl.program_id(0) * BM) * DP
+    x_tile = X + (e * RP + i0) * DP
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     STEPS: tl.constexpr = DP // BK
     WIDE: tl.constexpr = len(ENDS)
@@ -192,16 +200,16 @@ def _wide_forward_kernel(
     per = tl.cdiv(tiles, tl.num_programs(1))
     first = split * per
     last = tl.minimum(first + per, tiles)
-    cols = first * BN + tl.arange(0, BN)
+    j0 = first * BN
     acc = _start(
-        rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-        HAS_POS, N_KEYS, HAS_NEAR, False,
+        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+        HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
     )  # fmt: skip
     for t in tl.range(0, tl.maximum(last - first, 0) * STEPS):
         step = t % STEPS
-        col0 = (first + t // STEPS) * BN
+        j0 = (first + t // STEPS) * BN
         x = tl.load(x_tile + step * BK + x_at)
-        y = tl.load(Y + (e * SP + col0) * DP + step * BK + y_at)
+        y = tl.load(Y + (e * SP + j0) * DP + step * BK + y_at)
         acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
         m = -1
         for w in tl.static_range(WIDE):
@@ -209,22 +217,23 @@ def _wide_forward_kernel(
         if m >= 0:
             at = e * M + FIRST + m
             u = tl.load(U + at * RP + rows) * tl.load(SCALE + at)
+            shift = tl.load(SHIFT + at)
             dots = _quarters(acc)
             total = tl.zeros([BM], tl.float32)
             for h in tl.static_range(4):  # a quarter of the columns and registers at a time
-                quarter = col0 + h * (BN // 4) + tl.arange(0, BN // 4)
+                quarter = j0 + h * (BN // 4) + tl.arange(0, BN // 4)
                 v = tl.load(V + at * SP + quarter)
-                p = tl.exp2(dots[h] * u[:, None] * v[None, :] - tl.load(SHIFT + at))
+                p = tl.exp2(dots[h] * u[:, None] * v[None, :] - shift)
                 total += tl.sum(p, 1)
                 if COLUMNS:
-                    out = ((e * tl.num_programs(0) + tl.program_id(0)) * WIDE + m) * SP + quarter
-                    tl.store(COLS + out, tl.sum(p, 0))
+                    out = ((e * tl.num_programs(0) + tl.program_id(0)) * WIDE + m) * SP
+                    tl.store(COLS + out + quarter, tl.sum(p, 0))
             sums += tl.where(which == m, total[None, :], 0.0)
             if m == WIDE - 1:
-                ahead = tl.minimum(first + t // STEPS + 1, tiles - 1) * BN + tl.arange(0, BN)
+                ahead = tl.minimum(j0 + BN, SP - BN)
                 acc = _start(
-                    rows, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-                    HAS_POS, N_KEYS, HAS_NEAR, False,
+                    i0, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+                    HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
                 )  # fmt: skip
     out = ((split * tl.num_programs(2) + e) * M + FIRST + which) * RP + rows[None, :]
     tl.store(ROWS + out, sums, mask=which < WIDE)
@@ -243,7 +252,8 @@ def _exact_kernel(
     Returns at once where there are none, which is nearly everywhere nearly always.
     """
     e = tl.program_id(1).to(tl.int64)
-    rows = row0 + tl.program_id(0) * BM + tl.arange(0, BM)
+    i0 = row0 + tl.program_id(0) * BM
+    rows = i0 + tl.arange(0, BM)
     nx = tl.load(NX + e)
     lost = tl.zeros([BM], tl.int32)
     for m in tl.static_range(M):
@@ -258,11 +268,12 @@ def _exact_kernel(
         tops = tops + (tl.full([BM], GONE, tl.float32),)
         sums = sums + (tl.zeros([BM], tl.float32),)
     for j in range(tiles):
-        cols = j * BN + tl.arange(0, BN)
+        j0 = j * BN
+        cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP + k
         acc = _start(
-            rows, cols, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-            HAS_POS, N_KEYS, HAS_NEAR, SWAP,
+            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
+            HAS_POS, N_KEYS, HAS_NEAR, SWAP, BM, BN,
         )  # fmt: skip
         gone = acc < 0.5 * GONE
         new_tops, new_sums = (), ()
@@ -432,6 +443,8 @@ class _Tiles:
         n = rows.stop - rows.start
         narrow = config("narrow_forward", x.x.dtype)
         wide = config("wide_forward", x.x.dtype)
+        if columns:  # their sums take the registers of a stage
+            wide["num_stages"] = 2
         splits = splits_of(n // narrow["BM"] * E, SP // narrow["BN"], x.x)
         out = torch.empty(splits, E, M, RP, dtype=torch.float32, device=x.x.device)
         empty = (E, 0, 0, SP)

@@ -24,9 +24,24 @@ def _kept(
         positive = positive.masked_fill((positive < 0) | (positive >= S), -1).to(torch.int32)
         positive = F.pad(positive, (0, padded(R) - R), value=-1)
     if row_keys is not None and col_keys is not None:
-        row_keys = F.pad(row_keys, (0, padded(R) - R))
-        col_keys = F.pad(col_keys, (0, padded(S) - S))
+        row_keys, col_keys = _ranks(row_keys, col_keys)
+        row_keys = F.pad(row_keys, (0, padded(R) - R), value=-1)
+        col_keys = F.pad(col_keys, (0, padded(S) - S), value=-1)
     return Kept(positive, row_keys, col_keys)
+
+
+def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys as int32 [K, n], equal where the keys [K, n] are; half the registers of int64.
+
+    Without torch.unique, whose size would have to be waited for: a key's rank among the columns'.
+    """
+    if not col_keys.shape[1]:
+        return torch.full_like(row_keys, -1, dtype=torch.int32), col_keys.int()
+    ordered = col_keys.sort(dim=1).values
+    rows = torch.searchsorted(ordered, row_keys)
+    found = ordered.gather(1, rows.clamp(max=ordered.shape[1] - 1)) == row_keys
+    cols = torch.searchsorted(ordered, col_keys)
+    return rows.masked_fill(~found, -1).int(), cols.int()
 
 
 @torch.library.custom_op("mlembed::partition", mutates_args=())

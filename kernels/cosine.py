@@ -15,6 +15,8 @@ reading: (1 + K) rows of D numbers in, M K numbers out; backward reads them agai
 import torch
 from torch import Tensor
 
+from ._check import use_triton
+
 NO_LENGTH = 1e-12
 
 
@@ -33,5 +35,17 @@ def cosine_ref(x: Tensor, y: Tensor, *, dims: tuple[int, ...]) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor, *, dims: tuple[int, ...], impl: str = "auto") -> Tensor:
-    """Cosines [E, M, R, K] of x [E, R, D] with its partners y [E, R, K, D]."""
-    return cosine_ref(x, y, dims=dims)
+    """Cosines [E, M, R, K] of x [E, R, D] with its partners y [E, R, K, D], fp32 or float64.
+
+    Args:
+        dims: prefix widths, rising, the last at most D.
+        impl: "auto", "triton" (CUDA; fp16, bf16, fp32) or "reference".
+
+    Raises:
+        ValueError: an implementation that cannot be.
+    """
+    if not use_triton(impl, x):
+        return cosine_ref(x, y, dims=dims)
+    from ._cosine_op import cosine_op  # imports triton, which not every platform has
+
+    return cosine_op(x, y, list(dims))[0]

@@ -85,8 +85,8 @@ def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: b
     x, y = torch.ones(E, n, D, dtype=dtype), torch.ones(E, n, D, dtype=dtype)
     kept = Kept(
         torch.zeros(n, dtype=torch.int32),
-        torch.zeros(1, n, dtype=torch.int64) if masks else None,
-        torch.zeros(1, n, dtype=torch.int64) if masks else None,
+        torch.zeros(1, n, dtype=torch.int32) if masks else None,
+        torch.zeros(1, n, dtype=torch.int32) if masks else None,
     )
     counts = torch.full((E,), n, dtype=torch.int32), torch.full((E,), n, dtype=torch.int32)
     ceiling = torch.zeros(E, n) if masks and not columns else None

