@@ -28,6 +28,7 @@ from . import ROOT, report
 NAMES = ("infonce",)
 BROKEN = 70  # as in worker.py, which only the other process imports
 TESTS_SHARE = 0.25  # of the time, at most
+LEAST = 15.0  # seconds that a case is begun with
 WORKER = [sys.executable, "-m", "bench.worker"]
 
 
@@ -167,7 +168,7 @@ class Run:
 
     def cases(self, names: list[str]) -> None:
         for name in names:
-            if self.left() < 15:
+            if self.left() < LEAST:
                 self.add(
                     {"kind": "row", "case": name, "provider": "ours", "mode": "fwd+bwd"}
                     | {"status": "skipped", "note": "no time was left"}
@@ -180,12 +181,11 @@ class Run:
         rows = [row for row in self.of("row") if row["case"] == name]
         case, found = self.bench.CASES[name], self.of("ceilings")
         print(f"\n{self.name}: {name}: {self.bench.about(case)}")
-        if found:
-            print("ceilings: matmul {tflops:.0f} TFLOP/s, copy {gbs:.0f} GB/s".format(**found[-1]))
+        limits = (found[-1]["tflops"], found[-1]["gbs"]) if found else None
+        if limits is not None:
+            print("ceilings: matmul {:.0f} TFLOP/s, copy {:.0f} GB/s".format(*limits))
         for mode in case.modes:
-            measured = found and any(row["mode"] == mode for row in rows)
-            limits = found[-1]["tflops"], found[-1]["gbs"]
-            floors = self.bench.floors(case, mode, *limits) if measured else None
+            floors = None if limits is None else self.bench.floors(case, mode, *limits)
             print(report.table(rows, mode, floors), flush=True)
         for record in self.of("kernels"):
             if record["case"] == name:
@@ -202,7 +202,7 @@ class Run:
         groups: dict[str, list[str]] = {}
         for record in self.of("row") + self.of("kernels") + self.of("sweep"):
             what = record.get("provider") or record["kernel"]
-            what += " by kernel" if record["kind"] == "kernels" else f" {record['mode']}"
+            what += " by kernel" if record["kind"] == "kernels" else f" {record.get('mode', '')}"
             note = f" ({record['note']})" if record["status"] == "failed" else ""
             group = f"{self.name} {record['kind']} {record['case']}: {record['status']}{note}"
             groups.setdefault(group, []).append(what)
@@ -229,7 +229,7 @@ class Run:
         rows = self.of("row")
         return {
             "green": self.green,
-            "finished": self.finished,
+            "finished": self.finished and not any(row["status"] == "skipped" for row in rows),
             "environment": {k: v for k, v in self.environment.items() if k != "kind"},
             "ceilings": {k: v for k, v in (self.of("ceilings") or [{}])[-1].items() if k != "kind"},
             "ran" if self.args.smoke else "ms": report.compact(rows),

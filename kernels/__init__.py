@@ -5,8 +5,24 @@ specification that every faster implementation is held to) and the public functi
 """
 
 from .attention import attention, attention_ref
+from .cosine import cosine, cosine_ref
+from .distill import distill, distill_ref
 from .embed import embed, embed_ref
 from .infonce import infonce, infonce_ref
+from .partition import partition, partition_ref
 
 __version__ = "0.1.0"
-__all__ = ["attention", "attention_ref", "embed", "embed_ref", "infonce", "infonce_ref"]
+__all__ = [
+    "attention",
+    "attention_ref",
+    "cosine",
+    "cosine_ref",
+    "distill",
+    "distill_ref",
+    "embed",
+    "embed_ref",
+    "infonce",
+    "infonce_ref",
+    "partition",
+    "partition_ref",
+]

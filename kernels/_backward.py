@@ -20,7 +20,7 @@ Floor, per exit: 4 x 2 R S D FLOPs (dots forward, dots again, dx, dy); here 1.9 
 Bytes: the workspace is written once and read twice, 2 bytes a pair and wide band.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._forward import LOG2E, Kept, _quarters, _start, near_mask
+from ._forward import GONE, KL, LOG2E, MSE, Kept, _pair, _quarters, _start, near_mask
 from ._nest import ROWS, Nest, Packed, Pairs, pack, padded, unpack
 
 # As in _forward. 128 x 128 with 8 warps for a matrix into the workspace is the shape that was measured
@@ -59,10 +59,22 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _slope(acc, u, v, lx, dx, ly, dy, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dL/dcos [BM, BN]; u carries log2(e)/t, lx and ly are in base 2."""
+def _slope(
+    acc, u, v, lx, dx, ly, dy, i0, j0, PAIR, pair_row, pair_stride,
+    MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dL/dcos [BM, BN]; u carries log2(e)/t, lx and ly are in base 2.
+
+    Against a teacher, u does not: of (cos - t)^2 / 2 or of p cos, times the row's slope.
+    """
     z = acc * u[:, None] * v[None, :]
-    if ROWS:
+    if MODE == MSE or MODE == KL:
+        p = _pair(i0, j0, PAIR, pair_row, pair_stride, SWAP, acc.shape[0], acc.shape[1])
+        if MODE == MSE:
+            p = z - p
+        d = dx[:, None] if ROWS else dy[None, :]
+        p = tl.where(acc > 0.5 * GONE, d * p, 0.0)
+    elif ROWS:
         p = dx[:, None] * tl.exp2(z - lx[:, None])
         if COLUMNS:
             p += dy[None, :] * tl.exp2(z - ly[None, :])
@@ -73,10 +85,10 @@ def _slope(acc, u, v, lx, dx, ly, dy, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def _narrow_backward_kernel(
-    X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, GRAD, ALONG, POS, KX, KY, NEAR,
-    row0, col0, near_row, near_stride, RP, SP, tiles,
+    X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, GRAD, ALONG, POS, KX, KY, PAIR,
+    row0, col0, pair_row, pair_stride, RP, SP, tiles,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, SWAP: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -107,8 +119,8 @@ def _narrow_backward_kernel(
         new_grad, new_along = (), ()
         for m in tl.static_range(MN - 1, -1, -1):
             acc = _start(
-                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-                HAS_POS, N_KEYS, HAS_NEAR, SWAP, BM, BN,
+                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+                HAS_POS, N_KEYS, MODE, SWAP, BM, BN,
             )  # fmt: skip
             for b in tl.static_range(m + 1):
                 acc = tl.dot(x[b], y[b].T, acc, input_precision=PRECISION)
@@ -116,7 +128,7 @@ def _narrow_backward_kernel(
             v = tl.load(V + col_at)
             p = _slope(
                 acc, u[m] * scale[m], v, lx[m], dx[m], tl.load(LY + col_at), tl.load(DY + col_at),
-                ROWS, COLUMNS,
+                i0, j0, PAIR, pair_row, pair_stride, MODE, SWAP, ROWS, COLUMNS,
             )  # fmt: skip
             p = p * v[None, :] * u[m][:, None]
             new_along = (along[m] + tl.sum(p * acc, 1),) + new_along
@@ -133,10 +145,10 @@ def _narrow_backward_kernel(
 
 @triton.jit
 def _wide_backward_kernel(
-    X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, G, ALONG_X, ALONG_Y, POS, KX, KY, NEAR,
-    row0, col0, near_row, near_stride, RP, SP, tiles_m, tiles_n,
+    X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, G, ALONG_X, ALONG_Y, POS, KX, KY, PAIR,
+    row0, col0, pair_row, pair_stride, RP, SP, tiles_m, tiles_n,
     ENDS: tl.constexpr, FIRST: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -158,8 +170,8 @@ def _wide_backward_kernel(
     WIDE: tl.constexpr = len(ENDS)
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
     acc = _start(
-        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-        HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
+        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+        HAS_POS, N_KEYS, MODE, False, BM, BN,
     )  # fmt: skip
     sums = _quarters(tl.zeros([BM, BN], tl.float32))
     total = 0
@@ -194,7 +206,8 @@ def _wide_backward_kernel(
                 v = tl.load(V + col_at)
                 p = _slope(
                     dots[h], u * tl.load(SCALE + at), v, lx, dx,
-                    tl.load(LY + col_at), tl.load(DY + col_at), ROWS, COLUMNS,
+                    tl.load(LY + col_at), tl.load(DY + col_at), i0, j0 + h * (BN // 4),
+                    PAIR, pair_row, pair_stride, MODE, False, ROWS, COLUMNS,
                 )  # fmt: skip
                 p = p * u[:, None] * v[None, :]
                 g = sums[h] + p
@@ -206,8 +219,8 @@ def _wide_backward_kernel(
             sums = new
             tl.store(ALONG_X + part_x * n_rows + local_m, along)
             acc = _start(
-                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-                HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
+                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+                HAS_POS, N_KEYS, MODE, False, BM, BN,
             )  # fmt: skip
 
 
@@ -295,11 +308,7 @@ def backward(
     dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
     dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
     dscale = torch.empty(E, M, dtype=torch.float32, device=x.device)
-    # The largest slope becomes 1: coefficients of fp16 vectors must not underflow.
-    most = rows[1].abs().amax((1, 2)) if R else scale.new_zeros(E)
-    if cols is not None and S:
-        most = torch.maximum(most, cols[1].abs().amax((1, 2)))
-    factor = most.masked_fill(most == 0, 1.0).float()
+    factor = largest(rows[1], cols[1] if cols is not None else None)
     pair_bytes = wide * x.element_size() + (ceiling is not None)
     whole = (RP + SP) * nest.width * (4 + x.element_size()) + pair_bytes * RP * SP
     together = max(1, min(E, workspace // whole))
@@ -310,13 +319,15 @@ def backward(
         sy = None
         if cols is not None:
             sy = Sides.of(cols[0][group], cols[1][group], scale[group], factor[group])
-        tiles = _Tiles(px, py, nest, scale[group] * LOG2E, kept, sx, sy)
+        tiles = Tiles(px, py, nest, scale[group] * LOG2E, kept, sx, sy)
         width = WIDTH if ceiling is None else SP  # near pairs are found by whole rows
         for rect in rectangles(RP, SP, width, pair_bytes * (group.stop - e), workspace):
-            near = None
-            if ceiling is not None:
-                near = near_mask(x, y, nest, counts, ceiling, rect[0], everywhere)
-            tiles.add(*rect, near)
+            if ceiling is None:
+                tiles.wide(*rect)
+                continue
+            near = near_mask(x, y, nest, counts, ceiling, rect[0], everywhere)
+            tiles.kept = replace(kept, pair=near, pair_row=rect[0].start, mode=1)
+            tiles.add(*rect)
         if nest.narrow and ceiling is None:
             tiles.narrow(slice(0, RP), slice(0, SP))
         pairs = _pairs(own, group, kept.positive, R, SP) if own is not None else (None, None)
@@ -325,6 +336,16 @@ def backward(
         unpack(dy[group], tiles.dy, tiles.along_y, f, py, px, nest, pairs[1])
         dscale[group] = tiles.along_x.sum(-1) * f[:, None] / scale[group]
     return dx, dy, dscale
+
+
+def largest(*slopes: Tensor | None) -> Tensor:
+    """fp32 [E], by which slopes are divided: coefficients of fp16 vectors must not underflow."""
+    most = [s.abs().amax((1, 2)) for s in slopes if s is not None and s.numel()]
+    given = next(s for s in slopes if s is not None)
+    if not most:
+        return torch.ones(len(given), dtype=torch.float32, device=given.device)
+    top = torch.stack(most).amax(0).float()
+    return top.masked_fill(top == 0, 1.0)
 
 
 def rectangles(
@@ -358,7 +379,7 @@ def _pairs(
     return by_row, Pairs(cos, dcos, first, order.int(), order.int())
 
 
-class _Tiles:
+class Tiles:
     """One group of exits: gradients grow as rectangles of pairs are added."""
 
     def __init__(
@@ -377,12 +398,9 @@ class _Tiles:
         self.dy = torch.zeros(y.x.shape, dtype=torch.float32, device=y.x.device)
         self.along_x, self.along_y = torch.zeros_like(x.u), torch.zeros_like(y.u)
 
-    def add(self, rows: slice, cols: slice, near: Tensor | None) -> None:
-        if near is not None:
-            k = self.kept
-            self.kept = Kept(k.positive, k.row_keys, k.col_keys, near, rows.start)
-            if self.nest.narrow:
-                self.narrow(rows, cols)
+    def add(self, rows: slice, cols: slice) -> None:
+        if self.nest.narrow:
+            self.narrow(rows, cols)
         if self.nest.narrow < len(self.nest.starts):
             self.wide(rows, cols)
 

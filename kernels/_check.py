@@ -146,19 +146,28 @@ def check_indices(
         ("query_counts", query_counts, E),
         *(("cand_counts", count, E) for count in counts),
     ):
-        if x is None:
-            continue
-        if x.shape != (n,) or x.is_floating_point() or x.device != device:
-            raise ValueError(
-                f"{name}: expected [{n}] integers on {device}, "
-                f"got {list(x.shape)} {x.dtype} on {x.device}"
-            )
+        if x is not None:
+            _check_integers(name, x, n, device)
     # On another device, what lies outside is no positive.
     if target is not None and target.device.type == "cpu" and target.numel():
         low, high = int(target.min()), int(target.max())
         if high >= C or low < -1:
             raise ValueError(f"target: expected -1..{C - 1}, got {low}..{high}")
     return counts
+
+
+def check_counts(E: int, device: torch.device, **counts: Tensor | None) -> None:
+    for name, x in counts.items():
+        if x is not None:
+            _check_integers(name, x, E, device)
+
+
+def _check_integers(name: str, x: Tensor, n: int, device: torch.device) -> None:
+    if x.shape != (n,) or x.is_floating_point() or x.device != device:
+        raise ValueError(
+            f"{name}: expected [{n}] integers on {device}, "
+            f"got {list(x.shape)} {x.dtype} on {x.device}"
+        )
 
 
 def scale_of(temperature: float | Tensor, like: Tensor, E: int, M: int) -> Tensor:

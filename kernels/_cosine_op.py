@@ -22,7 +22,11 @@ def _cosine_forward_kernel(
     x_rows = X + (e * R + rows)[:, None] * D
     for k in range(K):
         y_rows = Y + ((e * R + rows) * K + k)[:, None] * D
-        xx, xy, yy = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+        xx, xy, yy = (
+            tl.zeros([BR], tl.float32),
+            tl.zeros([BR], tl.float32),
+            tl.zeros([BR], tl.float32),
+        )
         for m in tl.static_range(M):
             for at in range(EDGES[m], EDGES[m + 1], BK):
                 col = (at + c)[None, :]

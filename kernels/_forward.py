@@ -15,7 +15,7 @@ Floor, per exit: 2 R S D / matrix rate (packed columns: 1.06 D for D = 1024, pre
 M R S / 16 exponentials per clock and multiprocessor, which overlap at best. Bytes do not count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor
 from ._nest import ROWS, Nest, Packed, pack, padded, positive_cosines
 
 GONE = tl.constexpr(-1e30)
+# What a chunk's matrix holds: 1 where pairs are too similar, a teacher's cosines, its probabilities.
+NEAR, MSE, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG2E = 1.4426950408889634
 
 # Tiles per kernel, for half precision and for fp32, whose products are three tf32 ones (as exact as
@@ -38,13 +40,13 @@ CONFIGS: dict[str, dict[str, int]] = {
         "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
     },
     "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
-    "near": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }  # fmt: skip
 CONFIGS_FP32: dict[str, dict[str, int]] = {
     "narrow_forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "wide_forward": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
     "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
-    "near": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -61,30 +63,46 @@ class Kept:
     positive: Tensor | None  # int32 [RP], -1 none
     row_keys: Tensor | None  # int32 [K, RP]
     col_keys: Tensor | None  # int32 [K, SP]
-    near: Tensor | None = None  # int8 [chunk, SP], 1 = dropped
-    near_row: int = 0  # row of near[0]
+    pair: Tensor | None = None  # [chunk, SP], something of every pair of a chunk of rows
+    pair_row: int = 0  # row of pair[0]
+    mode: int = 0  # what that is: NEAR, MSE or KL
 
     def arguments(self, swap: bool, fallback: Tensor) -> dict[str, Any]:
         """Keyword arguments of `_start`; swap: the kernel's rows are the columns here."""
         keys = (self.row_keys, self.col_keys)
-        near, ld = self.near, self.near.stride(0) if self.near is not None else 0
         return {
             "POS": fallback if self.positive is None else self.positive,
             "KX": fallback if keys[0] is None else keys[swap],
             "KY": fallback if keys[0] is None else keys[not swap],
-            "NEAR": fallback if near is None else near,
-            "near_row": self.near_row,
-            "near_stride": ld,
+            "PAIR": fallback if self.pair is None else self.pair,
+            "pair_row": self.pair_row,
+            "pair_stride": 0 if self.pair is None else self.pair.stride(0),
             "HAS_POS": self.positive is not None,
             "N_KEYS": 0 if keys[0] is None else len(keys[0]),
-            "HAS_NEAR": near is not None,
+            "MODE": self.mode,
         }
 
 
 @triton.jit
+def _pair(
+    row0, col0, PAIR, pair_row, pair_stride,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The tile [BM, BN] of PAIR at (row0, col0), transposed if SWAP."""
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    if SWAP:
+        tile = PAIR + (col0 - pair_row).to(tl.int64) * pair_stride + row0
+        at = j * pair_stride + i
+    else:
+        tile = PAIR + (row0 - pair_row).to(tl.int64) * pair_stride + col0
+        at = i * pair_stride + j
+    return tl.load(tile + at)
+
+
+@triton.jit
 def _start(
-    row0, col0, NX, NY, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, SWAP: tl.constexpr,
+    row0, col0, NX, NY, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """What a tile's dots begin with: 0, or far below any dot where the pair is dropped.
@@ -105,15 +123,19 @@ def _start(
     for k in tl.static_range(N_KEYS):
         same = tl.load(KX + k * RP + rows)[:, None] == tl.load(KY + k * SP + cols)[None, :]
         acc = tl.where(same, GONE, acc)
-    if HAS_NEAR:
-        if SWAP:
-            near = NEAR + (col0 - near_row).to(tl.int64) * near_stride + row0
-            near = tl.load(near + j[None, :] * near_stride + i[:, None])
-        else:
-            near = NEAR + (row0 - near_row).to(tl.int64) * near_stride + col0
-            near = tl.load(near + i[:, None] * near_stride + j[None, :])
+    if MODE == NEAR:
+        near = _pair(row0, col0, PAIR, pair_row, pair_stride, SWAP, BM, BN)
         acc = tl.where(near == 1, GONE, acc)
     return acc
+
+
+@triton.jit
+def _compare(dots, cos, teacher, MODE: tl.constexpr):
+    """A pair's term: (cos - t)^2, or p cos of the cross-entropy; 0 where a text is absent."""
+    term = teacher * cos
+    if MODE == MSE:
+        term = (cos - teacher) * (cos - teacher)
+    return tl.where(dots > 0.5 * GONE, term, 0.0)
 
 
 @triton.jit
@@ -130,10 +152,10 @@ def _quarters(x):
 
 @triton.jit
 def _narrow_forward_kernel(
-    X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, NEAR,
-    row0, near_row, near_stride, RP, SP, tiles,
+    X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, PAIR,
+    row0, pair_row, pair_stride, RP, SP, tiles,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The narrow prefixes. ROWS fp32 [splits, E, M, RP]; COLS fp32 [E, row tiles, MN, SP]."""
@@ -156,15 +178,20 @@ def _narrow_forward_kernel(
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP
         acc = _start(
-            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-            HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
+            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+            HAS_POS, N_KEYS, MODE, False, BM, BN,
         )  # fmt: skip
         new = ()
         for m in tl.static_range(MN):
             y = tl.load(y_rows + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :])
             acc = tl.dot(x[m], y.T, acc, input_precision=PRECISION)
             v = tl.load(V + (e * M + m) * SP + cols)
-            p = tl.exp2(acc * u[m][:, None] * v[None, :] - shift[m])
+            p = acc * u[m][:, None] * v[None, :]
+            if MODE == MSE or MODE == KL:
+                teacher = _pair(i0, j0, PAIR, pair_row, pair_stride, False, BM, BN)
+                p = _compare(acc, p, teacher, MODE)
+            else:
+                p = tl.exp2(p - shift[m])
             new = new + (sums[m] + tl.sum(p, 1),)
             if COLUMNS:
                 out = ((e * tl.num_programs(0) + tl.program_id(0)) * MN + m) * SP + cols
@@ -176,10 +203,10 @@ def _narrow_forward_kernel(
 
 @triton.jit
 def _wide_forward_kernel(
-    X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, NEAR,
-    row0, near_row, near_stride, RP, SP, tiles,
+    X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, PAIR,
+    row0, pair_row, pair_stride, RP, SP, tiles,
     ENDS: tl.constexpr, FIRST: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
     MP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The wide prefixes FIRST.., ending at ENDS; outputs as in the narrow kernel, COLS by WIDE.
@@ -202,8 +229,8 @@ def _wide_forward_kernel(
     last = tl.minimum(first + per, tiles)
     j0 = first * BN
     acc = _start(
-        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-        HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
+        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+        HAS_POS, N_KEYS, MODE, False, BM, BN,
     )  # fmt: skip
     for t in tl.range(0, tl.maximum(last - first, 0) * STEPS):
         step = t % STEPS
@@ -223,7 +250,13 @@ def _wide_forward_kernel(
             for h in tl.static_range(4):  # a quarter of the columns and registers at a time
                 quarter = j0 + h * (BN // 4) + tl.arange(0, BN // 4)
                 v = tl.load(V + at * SP + quarter)
-                p = tl.exp2(dots[h] * u[:, None] * v[None, :] - shift)
+                p = dots[h] * u[:, None] * v[None, :]
+                if MODE == MSE or MODE == KL:
+                    q0 = j0 + h * (BN // 4)
+                    teacher = _pair(i0, q0, PAIR, pair_row, pair_stride, False, BM, BN // 4)
+                    p = _compare(dots[h], p, teacher, MODE)
+                else:
+                    p = tl.exp2(p - shift)
                 total += tl.sum(p, 1)
                 if COLUMNS:
                     out = ((e * tl.num_programs(0) + tl.program_id(0)) * WIDE + m) * SP
@@ -232,8 +265,8 @@ def _wide_forward_kernel(
             if m == WIDE - 1:
                 ahead = tl.minimum(j0 + BN, SP - BN)
                 acc = _start(
-                    i0, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-                    HAS_POS, N_KEYS, HAS_NEAR, False, BM, BN,
+                    i0, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+                    HAS_POS, N_KEYS, MODE, False, BM, BN,
                 )  # fmt: skip
     out = ((split * tl.num_programs(2) + e) * M + FIRST + which) * RP + rows[None, :]
     tl.store(ROWS + out, sums, mask=which < WIDE)
@@ -241,10 +274,10 @@ def _wide_forward_kernel(
 
 @triton.jit
 def _exact_kernel(
-    X, Y, U, V, SCALE, NX, NY, SUMS, LSE, POS, KX, KY, NEAR,
-    row0, near_row, near_stride, RP, SP, tiles,
+    X, Y, U, V, SCALE, NX, NY, SUMS, LSE, POS, KX, KY, PAIR,
+    row0, pair_row, pair_stride, RP, SP, tiles,
     ENDS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, HAS_NEAR: tl.constexpr, SWAP: tl.constexpr,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LSE [E, M, RP] of rows whose SUMS are so small that terms may have been lost.
@@ -272,8 +305,8 @@ def _exact_kernel(
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP + k
         acc = _start(
-            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, NEAR, near_row, near_stride,
-            HAS_POS, N_KEYS, HAS_NEAR, SWAP, BM, BN,
+            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+            HAS_POS, N_KEYS, MODE, SWAP, BM, BN,
         )  # fmt: skip
         gone = acc < 0.5 * GONE
         new_tops, new_sums = (), ()
@@ -299,21 +332,23 @@ def _exact_kernel(
 
 
 @triton.jit
-def _near_kernel(
-    X, Y, U, V, NX, NY, CEILING, NEAR, row0, RP, SP,
-    DP: tl.constexpr, M: tl.constexpr,
+def _matrix_kernel(
+    X, Y, U, V, NX, NY, CEILING, OUT, row0, RP, SP,
+    DP: tl.constexpr, M: tl.constexpr, MODE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """NEAR int8 [chunk, SP], undecided where 2: at one exit, for pairs present, cosine > ceiling."""
+    """OUT [chunk, SP] of one exit's pairs. MODE NEAR: int8, where 2 (undecided) and both present,
+    whether the cosine is above the row's ceiling. Otherwise fp32, the cosine."""
     local = tl.program_id(0) * BM + tl.arange(0, BM)
     rows, cols = row0 + local, tl.program_id(1) * BN + tl.arange(0, BN)
-    ceiling = tl.load(CEILING + rows)
-    judges = (rows < tl.load(NX)) & (ceiling < float("inf"))
-    out = NEAR + local.to(tl.int64)[:, None] * SP + cols[None, :]
-    near = tl.load(out).to(tl.int32)
-    decide = (near == 2) & judges[:, None] & (cols < tl.load(NY))[None, :]
-    if tl.max(tl.max(decide.to(tl.int32), 1)) == 0:
-        return
+    out = OUT + local.to(tl.int64)[:, None] * SP + cols[None, :]
+    if MODE == NEAR:
+        ceiling = tl.load(CEILING + rows)
+        judges = (rows < tl.load(NX)) & (ceiling < float("inf"))
+        near = tl.load(out).to(tl.int32)
+        decide = (near == 2) & judges[:, None] & (cols < tl.load(NY))[None, :]
+        if tl.max(tl.max(decide.to(tl.int32), 1)) == 0:
+            return
     k = tl.arange(0, BK)[None, :]
     x_rows = X + rows.to(tl.int64)[:, None] * DP + k
     y_rows = Y + cols.to(tl.int64)[:, None] * DP + k
@@ -322,8 +357,12 @@ def _near_kernel(
         acc = tl.dot(tl.load(x_rows + at), tl.load(y_rows + at).T, acc, input_precision=PRECISION)
     u = tl.load(U + (M - 1) * RP + rows)
     v = tl.load(V + (M - 1) * SP + cols)
-    above = (acc * u[:, None] * v[None, :] > ceiling[:, None]).to(tl.int32)
-    tl.store(out, tl.where(decide, above, near).to(tl.int8))
+    cos = acc * u[:, None] * v[None, :]
+    if MODE == NEAR:
+        above = (cos > ceiling[:, None]).to(tl.int32)
+        tl.store(out, tl.where(decide, above, near).to(tl.int8))
+    else:
+        tl.store(out, cos)
 
 
 def steps(nest: Nest, wanted: int) -> int:
@@ -360,17 +399,24 @@ def near_mask(
     E, SP = x.shape[0], padded(y.shape[1])
     n = rows.stop - rows.start
     near = torch.full((n, SP), 2, dtype=torch.int8, device=x.device)
-    options = config("near", x.dtype)
-    options["BK"] = steps(nest, options["BK"])
     for e in [E - 1] if everywhere else reversed(range(E)):
         px = pack(x[e : e + 1], nest, counts[0][e : e + 1])
         py = pack(y[e : e + 1], nest, counts[1][e : e + 1])
         high = torch.nn.functional.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
-        _near_kernel[(n // options["BM"], SP // options["BN"])](
-            px.x, py.x, px.u, py.u, px.counts, py.counts, high, near,
-            rows.start, px.x.shape[1], SP, DP=nest.width, M=len(nest.starts), **options,
-        )  # fmt: skip
+        fill(near, px, py, nest, rows.start, high, 1)
     return near
+
+
+def fill(
+    out: Tensor, x: Packed, y: Packed, nest: Nest, row: int, ceiling: Tensor, mode: int
+) -> None:
+    """A matrix over the pairs of one exit, rows from `row`."""
+    options = config("matrix", x.x.dtype)
+    options["BK"] = steps(nest, options["BK"])
+    _matrix_kernel[(out.shape[0] // options["BM"], out.shape[1] // options["BN"])](
+        x.x, y.x, x.u, y.u, x.counts, y.counts, ceiling, out, row, x.x.shape[1], out.shape[1],
+        DP=nest.width, M=len(nest.starts), MODE=mode, **options,
+    )  # fmt: skip
 
 
 def forward(
@@ -406,13 +452,13 @@ def forward(
     for group, chunk in order:
         if group != done[0]:
             px, py = (pack(v[group], nest, n[group]) for v, n in zip((x, y), counts, strict=True))
-            tile = _Tiles(px, py, nest, scale2[group], shift2[group], kept)
+            tile = Tiles(px, py, nest, scale2[group], shift2[group], kept)
             total = torch.zeros_like(py.u) if columns else None
             if kept.positive is not None and chunk.start == 0:
                 own_EMR[group] = positive_cosines(px, py, nest, kept.positive)[..., :R]
         if ceiling is not None and chunk != done[1]:
             near = near_mask(x, y, nest, counts, ceiling, chunk, everywhere)
-            kept = Kept(kept.positive, kept.row_keys, kept.col_keys, near, chunk.start)
+            kept = replace(kept, pair=near, pair_row=chunk.start, mode=1)
         tile.kept = kept
         done = group, chunk
         sums, col_sums = tile.sums(chunk, columns)
@@ -426,7 +472,7 @@ def forward(
 
 
 @dataclass
-class _Tiles:
+class Tiles:
     """One group of exits' packed vectors, and the launches over them."""
 
     x: Packed

@@ -11,7 +11,8 @@ from ._nest import nest_of, padded
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _counts(counts: Tensor | None, x: Tensor) -> Tensor:
+def counts_of(counts: Tensor | None, x: Tensor) -> Tensor:
+    """int32 [E], how many rows of x [E, n, D] are present."""
     if counts is None:
         return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
     return counts.clamp(0, x.shape[1]).to(torch.int32)
@@ -66,7 +67,7 @@ def partition_op(
         nest_of(tuple(dims)),
         scale,
         _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
-        (_counts(row_counts, x), _counts(col_counts, y)),
+        (counts_of(row_counts, x), counts_of(col_counts, y)),
         row_counts is None and col_counts is None,
         ceiling,
         columns,
@@ -124,7 +125,7 @@ def _backward_op(
         nest_of(tuple(dims)),
         scale,
         _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
-        (_counts(row_counts, x), _counts(col_counts, y)),
+        (counts_of(row_counts, x), counts_of(col_counts, y)),
         row_counts is None and col_counts is None,
         ceiling,
         (rows, drows),

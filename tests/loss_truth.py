@@ -39,7 +39,7 @@ def cosine(x: Tensor, y: Tensor, *, dims: tuple[int, ...]) -> Tensor:
         for d in dims
         for i in range(R)
     ]
-    return torch.stack(table).view(E, len(dims), R, K)
+    return torch.stack(table).view(E, len(dims), R, K) if R else x.new_zeros(E, len(dims), 0, K)
 
 
 def log_sums(z: Tensor, keep: Tensor) -> Tensor:
@@ -322,6 +322,16 @@ CASES: dict[str, tuple[int, int, dict]] = {
     "leaving_all": (Q, C, {**TWICE, **leaving(), "owner": OWNER}),
     "leaving_negatives": (Q, C, {**SYMMETRIC, **own_negatives(), **leaving()}),
     "leaving_near": (Q, C, {"directions": ALL, **leaving(), "false_negative_margin": 0.1}),
+    # No query leaves, but positives do: what the deepest exit cannot judge, another does.
+    "candidates_leave_near": (
+        Q,
+        C,
+        {
+            "directions": ALL[1:3],
+            "cand_counts": torch.tensor([7, 4, 2]),
+            "false_negative_margin": 0.1,
+        },
+    ),
     "all_have_left": (Q, C, {**SYMMETRIC, **leaving((5, 3, 0), (7, 2, 1))}),
     "all_have_left_near": (
         Q,

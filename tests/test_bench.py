@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the files, whose kernels are told apart from the installed ones by their version."""
+    """A copy of the files; its kernels are told from the installed ones by their version."""
     path = tmp_path_factory.mktemp("checkout")
     for folder in ("bench", "kernels", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.jsonl")
@@ -76,7 +77,7 @@ assert importlib.util.find_spec("mlembed_kernels") is None
 import bench
 assert "torch" not in sys.modules
 import mlembed_kernels.infonce
-print(mlembed_kernels.__version__, mlembed_kernels.infonce.__file__)
+print(mlembed_kernels.__version__, sys.modules["mlembed_kernels.infonce"].__file__)
 """
     done = run(checkout, "-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -177,7 +178,7 @@ def test_a_provider_that_takes_its_process_down_takes_nothing_else(stubbed):
     assert result["ms"] == {"small": {"fwd+bwd": medians}}
     assert result["green"] and result["finished"] and status == 0
     cells = {line.split()[0]: line.split() for line in printed if line.split()}
-    assert cells["ours"][1:] == "50.000 50.000..50.000 25 25.0% 7 12 3.00 2.00".split()
+    assert " ".join(cells["ours"]) == "ours 50.000 50.000..50.000 25 25.0% 7 12 3.00 2.00"
     assert cells["eager"][-2:] == ["-", "0.67"] and cells["gemm"] == ["gemm", "failed"]
 
 
@@ -191,10 +192,20 @@ def test_red_takes_times_and_prints_no_speed_up(stubbed):
     assert status == 1 and last["ok"] is False and not last["benches"]["infonce"]["green"]
 
 
-def test_time_is_kept(stubbed):
-    status, _, last, lines = stubbed("slow", "--seconds", "17")
+def test_time_is_kept(stubbed, monkeypatch):
+    monkeypatch.setattr(command, "LEAST", 0.0)
+    start = time.monotonic()
+    status, _, last, lines = stubbed("slow", "--seconds", "2")  # its worker sleeps for a minute
+    assert time.monotonic() - start < 20
     assert status == 1 and not last["benches"]["infonce"]["finished"]
-    assert any(line["kind"] == "gate" for line in lines)
+    assert any(line["kind"] == "gate" for line in lines)  # what was obtained stays
+
+
+def test_what_no_time_is_left_for_is_said(stubbed):
+    status, _, last, lines = stubbed("died", "--seconds", "5")
+    assert status == 1 and not last["benches"]["infonce"]["finished"]
+    (row,) = (line for line in lines if line["kind"] == "row")
+    assert row["status"] == "skipped" and row["note"] == "no time was left"
 
 
 # ---- harness ----
@@ -228,12 +239,12 @@ def test_inputs_rotate_from_no_gradient():
 
     def step(inputs, backward):
         assert inputs.gradient_bytes() == 0 and torch.is_grad_enabled() == backward
-        (x,), total = inputs.stacked, sum(view.sum() for (view,) in inputs.views)
+        (x,), total = inputs.stacked, sum((view.sum() for (view,) in inputs.views), torch.zeros(()))
         assert inputs.views[0][0].data_ptr() == x.data_ptr()  # no copy
         if backward:
             (x.sum() + total).backward()
             assert inputs.gradient_bytes() == 192
-        return total
+        return total.detach()
 
     for backward in (True, False):
         call = harness.rotating(step, sets, backward)
