@@ -171,7 +171,8 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     )
     out.say(
         f"run    {where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}; "
-        "attention, embed and infonce by their PyTorch references"
+        f"infonce by {'Triton' if where.device.type == 'cuda' else 'its PyTorch reference'}, "
+        "attention and embed by their PyTorch references"
     )
     return Job(run, where, directory, out, tasks, batches, encoder, optimizer)
 
@@ -249,6 +250,8 @@ def one_step(
         with ddp.no_sync() if ddp and left else nullcontext():
             with torch.autocast(where.device.type, torch.bfloat16, enabled=half):
                 exits_END = (ddp or job.model)(batch.packed.to(where.device), rank=rank)
+            if half and where.device.type == "cuda":  # the loss's products are bf16 ones as well
+                exits_END = exits_END.bfloat16()
             loss_EM = loss_table(exits_END, batch, run, where) / run.gradient_accumulation_steps
             (weight_EM * loss_EM).sum().backward()
         table_EM += loss_EM.detach()

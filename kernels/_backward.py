@@ -16,7 +16,7 @@ R S D) and no memory.
     wide     G_b to a workspace, a rectangle of pairs at a time, then dx += G_b y, dy += G_b' x. The
              first wide G also goes to the narrow columns, which belong to all wide prefixes
 
-Floor, per exit: 4 x 2 R S D FLOPs (dots forward, dots again, dx, dy); here 1.9 of dots instead of 1.
+Floor, per exit: 3 x 2 R S D FLOPs (dots again, dx, dy); here 1.9 of dots instead of 1.
 Bytes: the workspace is written once and read twice, 2 bytes a pair and wide band.
 """
 
@@ -29,18 +29,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._forward import GONE, KL, LOG2E, MSE, Kept, _pair, _quarters, _start, near_mask
-from ._nest import ROWS, Nest, Packed, Pairs, pack, padded, unpack
+from ._nest import Nest, Packed, Pairs, pack, padded, unpack
+from ._tiles import (
+    GONE,
+    KL,
+    LOG2E,
+    MSE,
+    Kept,
+    _pair,
+    _quarters,
+    _start,
+    chunks,
+    groups,
+    near_mask,
+)
 
-# As in _forward. 128 x 128 with 8 warps for a matrix into the workspace is the shape that was measured
-# on an H200 (2026-11-20) with a stash in registers, which spilled, instead of a recomputation.
+# As in _forward. 128 x 128 with 8 warps is the shape of a throw-away version that was timed on an
+# H200 (2026-11-20) with a stash in registers, which spilled, instead of a recomputation.
 CONFIGS: dict[str, dict[str, int]] = {
     "narrow_backward": {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2},
     "wide_backward": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "product": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
 CONFIGS_FP32: dict[str, dict[str, int]] = {
-    "narrow_backward": {"BM": 128, "BN": 16, "num_warps": 8, "num_stages": 2},
+    "narrow_backward": {"BM": 128, "BN": 16, "num_warps": 8, "num_stages": 1},
     "wide_backward": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
     "product": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
@@ -92,7 +104,7 @@ def _narrow_backward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAD fp32 [E, RP, DP] += in the narrow columns, ALONG fp32 [E, M, RP] += P cos over columns."""
+    """GRAD fp32 [E, RP, narrow width] +=, ALONG fp32 [E, M, RP] += sum of P cos."""
     e = tl.program_id(1).to(tl.int64)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
@@ -137,7 +149,8 @@ def _narrow_backward_kernel(
             new_grad = (band,) + new_grad
         grad, along = new_grad, new_along
     for m in tl.static_range(MN):
-        out = GRAD + row_at + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :]
+        out = GRAD + (e * RP + rows)[:, None] * (STARTS[MN - 1] + WIDTHS[MN - 1])
+        out += (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :]
         tl.store(out, tl.load(out) + grad[m])
         out = ALONG + (e * M + m) * RP + rows
         tl.store(out, tl.load(out) + along[m])
@@ -147,7 +160,7 @@ def _narrow_backward_kernel(
 def _wide_backward_kernel(
     X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, G, ALONG_X, ALONG_Y, POS, KX, KY, PAIR,
     row0, col0, pair_row, pair_stride, RP, SP, tiles_m, tiles_n,
-    ENDS: tl.constexpr, FIRST: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    ENDS: tl.constexpr, FIRST: tl.constexpr, FROM: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,7 +178,7 @@ def _wide_backward_kernel(
     local_m = im * BM + tl.arange(0, BM)
     rows = row0 + local_m
     k = tl.arange(0, BK)[None, :]
-    x_tile, y_tile = X + (e * RP + i0) * DP, Y + (e * SP + j0) * DP
+    x_tile, y_tile = X + (e * RP + i0) * DP + FROM, Y + (e * SP + j0) * DP + FROM
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     WIDE: tl.constexpr = len(ENDS)
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
@@ -227,10 +240,11 @@ def _wide_backward_kernel(
 @triton.jit
 def _product_kernel(
     G, Y, GRAD, row0, col0, RP, SP, n_rows, n_cols, tiles_n,
-    STARTS: tl.constexpr, ENDS: tl.constexpr, DP: tl.constexpr, SWAP: tl.constexpr,
+    STARTS: tl.constexpr, ENDS: tl.constexpr, FROM: tl.constexpr, DP: tl.constexpr,
+    SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAD fp32 [E, RP, DP] += G_b y (swapped: G_b' x) in the columns STARTS[b]:ENDS[b] of band b.
+    """GRAD fp32 [E, RP, DP - FROM] += G_b y (swapped: G_b' x) in band b's columns STARTS:ENDS.
 
     G [bands, E, n_rows, n_cols]; the band of a column tile is found by counting tiles.
     """
@@ -257,7 +271,7 @@ def _product_kernel(
     else:
         g_at = g_base + local.to(tl.int64)[:, None] * n_cols + k[None, :]
         depth = n_cols
-    y_at = Y + (e * SP + col0 + k)[:, None] * DP + col[None, :]
+    y_at = Y + (e * SP + col0 + k)[:, None] * DP + FROM + col[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
     for _ in tl.range(0, depth, BK):
         y = tl.load(y_at, mask=inside, other=0.0)
@@ -265,7 +279,7 @@ def _product_kernel(
         acc = tl.dot(g, y, acc, input_precision=PRECISION)
         y_at += BK * DP
         g_at += BK * n_cols if SWAP else BK
-    out = GRAD + (e * RP + row0 + local)[:, None] * DP + col[None, :]
+    out = GRAD + (e * RP + row0 + local)[:, None] * (DP - FROM) + col[None, :]
     tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
 
 
@@ -292,7 +306,6 @@ def backward(
     scale: Tensor,
     kept: Kept,
     counts: tuple[Tensor, Tensor],
-    everywhere: bool,
     ceiling: Tensor | None,
     rows: tuple[Tensor, Tensor],
     cols: tuple[Tensor, Tensor] | None,
@@ -311,29 +324,26 @@ def backward(
     factor = largest(rows[1], cols[1] if cols is not None else None)
     pair_bytes = wide * x.element_size() + (ceiling is not None)
     whole = (RP + SP) * nest.width * (4 + x.element_size()) + pair_bytes * RP * SP
-    together = max(1, min(E, workspace // whole))
-    for e in range(0, E, together):
-        group = slice(e, min(e + together, E))
+    for group in groups(E, whole, workspace):
         px, py = (pack(v[group], nest, n[group]) for v, n in zip((x, y), counts, strict=True))
         sx = Sides.of(rows[0][group], rows[1][group], scale[group], factor[group])
         sy = None
         if cols is not None:
             sy = Sides.of(cols[0][group], cols[1][group], scale[group], factor[group])
         tiles = Tiles(px, py, nest, scale[group] * LOG2E, kept, sx, sy)
-        width = WIDTH if ceiling is None else SP  # near pairs are found by whole rows
-        for rect in rectangles(RP, SP, width, pair_bytes * (group.stop - e), workspace):
-            if ceiling is None:
-                tiles.wide(*rect)
-                continue
-            near = near_mask(x, y, nest, counts, ceiling, rect[0], everywhere)
-            tiles.kept = replace(kept, pair=near, pair_row=rect[0].start, mode=1)
-            tiles.add(*rect)
-        if nest.narrow and ceiling is None:
-            tiles.narrow(slice(0, RP), slice(0, SP))
         pairs = _pairs(own, group, kept.positive, R, SP) if own is not None else (None, None)
-        f = factor[group]
-        unpack(dx[group], tiles.dx, tiles.along_x, f, px, py, nest, pairs[0])
-        unpack(dy[group], tiles.dy, tiles.along_y, f, py, px, nest, pairs[1])
+        f, width = factor[group], SP
+        if ceiling is None:  # masks are made by whole rows
+            width = min(SP, WIDTH)
+            tiles.narrow(slice(0, RP))
+        for r in chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
+            if ceiling is not None:
+                near = near_mask(x, y, nest, counts, ceiling, r)
+                tiles.kept = replace(kept, pair=near, pair_row=r.start, mode=1)
+                tiles.narrow(r)
+            grad = tiles.wide(r, width)
+            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, nest, pairs[0], r.start)
+        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, nest, pairs[1])
         dscale[group] = tiles.along_x.sum(-1) * f[:, None] / scale[group]
     return dx, dy, dscale
 
@@ -346,21 +356,6 @@ def largest(*slopes: Tensor | None) -> Tensor:
         return torch.ones(len(given), dtype=torch.float32, device=given.device)
     top = torch.stack(most).amax(0).float()
     return top.masked_fill(top == 0, 1.0)
-
-
-def rectangles(
-    RP: int, SP: int, width: int, pair_bytes: int, workspace: int
-) -> list[tuple[slice, slice]]:
-    """Of pairs, within the workspace, at most so wide; none where they need no space."""
-    if pair_bytes == 0:
-        return []
-    width = min(SP, width)
-    height = max(ROWS, min(RP, workspace // (pair_bytes * width) // ROWS * ROWS))
-    return [
-        (slice(r, min(r + height, RP)), slice(c, min(c + width, SP)))
-        for r in range(0, RP, height)
-        for c in range(0, SP, width)
-    ]
 
 
 def _pairs(
@@ -380,7 +375,11 @@ def _pairs(
 
 
 class Tiles:
-    """One group of exits: gradients grow as rectangles of pairs are added."""
+    """One group of exits' gradients, growing as rows of pairs are added.
+
+    Of x only those of narrow prefixes are held for all rows; a chunk's wide ones are complete when
+    its rows are done. Of y all are held to the end.
+    """
 
     def __init__(
         self,
@@ -394,15 +393,14 @@ class Tiles:
     ) -> None:
         self.x, self.y, self.nest, self.scale2, self.kept = x, y, nest, scale2, kept
         self.sides = sx, sy
-        self.dx = torch.zeros(x.x.shape, dtype=torch.float32, device=x.x.device)
-        self.dy = torch.zeros(y.x.shape, dtype=torch.float32, device=y.x.device)
+        self.dx = self._zeros(x.x.shape[1], nest.narrow_width)
+        wide = nest.width - nest.wide if nest.ends else 0
+        self.dy = self._zeros(y.x.shape[1], nest.narrow_width), self._zeros(y.x.shape[1], wide)
         self.along_x, self.along_y = torch.zeros_like(x.u), torch.zeros_like(y.u)
 
-    def add(self, rows: slice, cols: slice) -> None:
-        if self.nest.narrow:
-            self.narrow(rows, cols)
-        if self.nest.narrow < len(self.nest.starts):
-            self.wide(rows, cols)
+    def _zeros(self, rows: int, width: int) -> Tensor:
+        size = self.x.x.shape[0], rows, width
+        return torch.zeros(size, dtype=torch.float32, device=self.x.x.device)
 
     def _shared(self, swap: bool) -> tuple[Tensor, ...]:
         x, y = (self.y, self.x) if swap else (self.x, self.y)
@@ -411,31 +409,48 @@ class Tiles:
         ly, dy = (sy.lse, sy.slope) if sy else (y.u, y.u)
         return x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, lx, dx, ly, dy
 
-    def narrow(self, rows: slice, cols: slice) -> None:
+    def narrow(self, rows: slice) -> None:
+        """Adds the narrow prefixes of these rows' pairs, to both sides."""
         MN, nest = self.nest.narrow, self.nest
+        if not MN:
+            return
         options = config("narrow_backward", self.x.x.dtype)
+        columns = slice(0, self.y.x.shape[1])
         for swap in (False, True):
-            mine, other = (cols, rows) if swap else (rows, cols)
+            mine, other = (columns, rows) if swap else (rows, columns)
             side_x, side_y = self.sides[::-1] if swap else self.sides
-            grad, along = (self.dy, self.along_y) if swap else (self.dx, self.along_x)
+            grad, along = (self.dy[0], self.along_y) if swap else (self.dx, self.along_x)
             E, RP, _ = grad.shape
             _narrow_backward_kernel[((mine.stop - mine.start) // options["BM"], E)](
                 *self._shared(swap), grad, along,
                 **self.kept.arguments(swap, self.x.counts),
                 row0=mine.start, col0=other.start, RP=RP,
-                SP=(self.dx if swap else self.dy).shape[1],
+                SP=(self.x if swap else self.y).x.shape[1],
                 tiles=(other.stop - other.start) // options["BN"],
                 STARTS=nest.starts[:MN], WIDTHS=nest.widths[:MN], DP=nest.width,
                 M=len(nest.starts), SWAP=swap, ROWS=side_x is not None,
                 COLUMNS=side_y is not None, **options,
             )  # fmt: skip
 
-    def wide(self, rows: slice, cols: slice) -> None:
+    def wide(self, rows: slice, width: int) -> Tensor:
+        """Adds the wide prefixes of these rows' pairs, so many columns at a time.
+
+        Returns the rows' gradient of them, fp32 [E, rows, wide width].
+        """
+        _, SP, wide = self.dy[1].shape
+        grad = self._zeros(rows.stop - rows.start, wide)
+        for c in range(0, SP if wide else 0, width):
+            self._rectangle(rows, slice(c, min(c + width, SP)), grad)
+        return grad
+
+    def _rectangle(self, rows: slice, cols: slice, grad: Tensor) -> None:
         nest, MN, M = self.nest, self.nest.narrow, len(self.nest.starts)
         x, y = self.x.x, self.y.x
         E, RP, SP = x.shape[0], x.shape[1], y.shape[1]
         n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
         options = config("wide_backward", x.dtype)
+        if sum(nest.ends) <= 2 * options["BK"]:  # two steps are unrolled, and then spill
+            options["BK"] //= 2
         tiles = n_rows // options["BM"], n_cols // options["BN"]
         g = torch.empty(M - MN, E, n_rows, n_cols, dtype=x.dtype, device=x.device)
         along_x = torch.empty(E, M - MN, tiles[1], n_rows, device=x.device)
@@ -444,20 +459,21 @@ class Tiles:
             *self._shared(False), g, along_x, along_y,
             **self.kept.arguments(False, self.x.counts),
             row0=rows.start, col0=cols.start, RP=RP, SP=SP, tiles_m=tiles[0], tiles_n=tiles[1],
-            ENDS=nest.ends[MN:], FIRST=MN, DP=nest.width, M=M, ROWS=True,
+            ENDS=nest.ends, FIRST=MN, FROM=nest.wide, DP=nest.width, M=M, ROWS=True,
             COLUMNS=self.sides[1] is not None, **options,
         )  # fmt: skip
         self.along_x[:, MN:, rows] += along_x.sum(2)
         self.along_y[:, MN:, cols] += along_y.sum(2)
         options = config("product", x.dtype)
-        starts = (0, *nest.starts[MN + 1 :])  # all narrow columns belong to the first wide prefix
-        ends = nest.ends[MN:]
-        tiles_n = sum(-(-(b - a) // options["BN"]) for a, b in zip(starts, ends, strict=True))
-        for swap in (False, True):
-            mine, other = (cols, rows) if swap else (rows, cols)
-            grad, with_ = (self.dy, x) if swap else (self.dx, y)
-            _product_kernel[((mine.stop - mine.start) // options["BM"] * tiles_n, E)](
-                g, with_, grad, mine.start, other.start, grad.shape[1], with_.shape[1],
-                n_rows, n_cols, tiles_n, STARTS=starts, ENDS=ends, DP=nest.width, SWAP=swap,
-                **options,
+        starts = 0, *nest.ends[:-1]  # all narrow columns belong to the first wide prefix
+        tiles_n = sum(-(-(b - a) // options["BN"]) for a, b in zip(starts, nest.ends, strict=True))
+        # Of x the chunk's rows, which begin at 0; of y the rows from cols.start.
+        for swap, mine, at, other, with_ in (
+            (False, grad, 0, cols.start, y),
+            (True, self.dy[1], cols.start, rows.start, x),
+        ):
+            n = n_cols if swap else n_rows
+            _product_kernel[(n // options["BM"] * tiles_n, E)](
+                g, with_, mine, at, other, mine.shape[1], with_.shape[1], n_rows, n_cols, tiles_n,
+                STARTS=starts, ENDS=nest.ends, FROM=nest.wide, DP=nest.width, SWAP=swap, **options,
             )  # fmt: skip

@@ -1,13 +1,12 @@
 """`distill`'s sums over tiles as one node that torch.compile and CUDA graphs can carry."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backward, _forward
-from ._forward import Kept, fill, groups_and_chunks
-from ._nest import Nest, Packed, nest_of, pack, padded, unpack
+from ._nest import nest_of, pack, padded, unpack
 from ._partition_op import counts_of
+from ._tiles import Kept, chunks, fill, groups
 
 MODES = {"mse": 2, "kl": 3}
 PAIR_BYTES = 8  # the teacher's matrix in fp32, and its entropy's terms
@@ -38,17 +37,6 @@ class _Teacher:
         return Kept(None, None, None, out, rows.start, MODES[self.kind]), entropy
 
 
-def _plan(
-    x: Tensor, y: Tensor, nest: Nest, exit_bytes: int, pair_bytes: int, alike: bool, workspace: int
-) -> tuple[list[slice], list[slice]]:
-    """Exits together, only where the teacher's matrix is the same for all, and rows at a time."""
-    E, RP, SP = x.shape[0], padded(x.shape[1]), padded(y.shape[1])
-    groups, chunks = groups_and_chunks(
-        E if alike else 1, RP, exit_bytes, pair_bytes * SP, workspace
-    )
-    return groups if alike else [slice(e, e + 1) for e in range(E)], chunks
-
-
 @torch.library.custom_op("mlembed::distill", mutates_args=())
 def distill_op(
     x: Tensor,
@@ -69,12 +57,12 @@ def distill_op(
     entropies = torch.empty(E, R, dtype=torch.float32, device=x.device)
     teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
     one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
-    linear = (padded(R) + padded(y.shape[1])) * nest.width * x.element_size()
-    alike = row_counts is None and col_counts is None
-    groups, chunks = _plan(x, y, nest, linear, PAIR_BYTES, alike, workspace)
-    for group in groups:
+    RP, SP = padded(R), padded(y.shape[1])
+    whole = (RP + SP) * nest.width * x.element_size() + PAIR_BYTES * RP * SP
+    # Where candidates leave, the teacher's probabilities differ by exit.
+    for group in groups(E, whole if col_counts is None else workspace, workspace):
         px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
-        for rows in chunks:
+        for rows in chunks(RP, PAIR_BYTES * SP, workspace):
             kept, entropy = teacher.kept(rows, ny[group][:1])
             tiles = _forward.Tiles(px, py, nest, one[group], one[group], kept)
             here = slice(rows.start, min(rows.stop, R))
@@ -112,21 +100,22 @@ def _backward_op(
     one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
     slope = dsums * (2.0 if kind == "mse" else 1.0)  # d (s - t)^2 = 2 (s - t) ds
     factor = _backward.largest(slope)
-    linear = (padded(R) + padded(S)) * nest.width * (4 + x.element_size())
-    pair_bytes = PAIR_BYTES + x.element_size() * (len(dims) - nest.narrow)
-    alike = row_counts is None and col_counts is None
-    groups, chunks = _plan(x, y, nest, linear, pair_bytes, alike, workspace)
-    for group in groups:
+    RP, SP = padded(R), padded(S)
+    wide_bytes = x.element_size() * (len(dims) - nest.narrow)
+    whole = (RP + SP) * nest.width * (4 + x.element_size()) + (PAIR_BYTES + wide_bytes) * RP * SP
+    for group in groups(E, whole if col_counts is None else workspace, workspace):
         px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
         none = torch.zeros_like(slope[group])
         sides = _backward.Sides.of(none, slope[group], one[group], factor[group])
         tiles = _backward.Tiles(px, py, nest, one[group], Kept(None, None, None), sides, None)
-        for rows in chunks:
-            tiles.kept = teacher.kept(rows, ny[group][:1])[0]
-            tiles.add(rows, slice(0, padded(S)))
         f = factor[group]
-        unpack(dx[group], tiles.dx, tiles.along_x, f, px, py, nest, None)
-        unpack(dy[group], tiles.dy, tiles.along_y, f, py, px, nest, None)
+        row_bytes = (PAIR_BYTES + wide_bytes * len(f)) * SP
+        for rows in chunks(RP, row_bytes, workspace):
+            tiles.kept = teacher.kept(rows, ny[group][:1])[0]
+            tiles.narrow(rows)
+            grad = tiles.wide(rows, SP)
+            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, nest, None, rows.start)
+        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, nest, None)
     return dx, dy
 
 

@@ -23,12 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nest import ROWS, Nest, Packed, pack, padded, positive_cosines
-
-GONE = tl.constexpr(-1e30)
-# What a chunk's matrix holds: 1 where pairs are too similar, a teacher's cosines, its probabilities.
-NEAR, MSE, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-LOG2E = 1.4426950408889634
+from ._nest import Nest, Packed, pack, padded, positive_cosines
+from ._tiles import (
+    GONE,
+    KL,
+    LOG2E,
+    MSE,
+    Kept,
+    _pair,
+    _quarters,
+    _start,
+    chunks,
+    groups,
+    near_mask,
+)
 
 # Tiles per kernel, for half precision and for fp32, whose products are three tf32 ones (as exact as
 # fp32 to a few 1e-7) of operands twice as large. None of them has been timed. All are compiled for
@@ -36,17 +44,23 @@ LOG2E = 1.4426950408889634
 # under the other's products (the wide kernel has 8 warps for its 128 x 128 tile).
 CONFIGS: dict[str, dict[str, int]] = {
     "narrow_forward": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
+    "narrow_forward_columns": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
+    "narrow_forward_matrix": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "wide_forward": {
         "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
     },
+    "wide_forward_columns": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
+    "wide_forward_matrix": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
     "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
-    "matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }  # fmt: skip
 CONFIGS_FP32: dict[str, dict[str, int]] = {
     "narrow_forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "narrow_forward_columns": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "narrow_forward_matrix": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2},
     "wide_forward": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "wide_forward_columns": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "wide_forward_matrix": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
     "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
-    "matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -56,79 +70,6 @@ def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return {**table[name], "PRECISION": "tf32x3" if fp32 else "ieee"}
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Which pairs count, as the kernels read it; rows padded to RP, columns to SP."""
-
-    positive: Tensor | None  # int32 [RP], -1 none
-    row_keys: Tensor | None  # int32 [K, RP]
-    col_keys: Tensor | None  # int32 [K, SP]
-    pair: Tensor | None = None  # [chunk, SP], something of every pair of a chunk of rows
-    pair_row: int = 0  # row of pair[0]
-    mode: int = 0  # what that is: NEAR, MSE or KL
-
-    def arguments(self, swap: bool, fallback: Tensor) -> dict[str, Any]:
-        """Keyword arguments of `_start`; swap: the kernel's rows are the columns here."""
-        keys = (self.row_keys, self.col_keys)
-        return {
-            "POS": fallback if self.positive is None else self.positive,
-            "KX": fallback if keys[0] is None else keys[swap],
-            "KY": fallback if keys[0] is None else keys[not swap],
-            "PAIR": fallback if self.pair is None else self.pair,
-            "pair_row": self.pair_row,
-            "pair_stride": 0 if self.pair is None else self.pair.stride(0),
-            "HAS_POS": self.positive is not None,
-            "N_KEYS": 0 if keys[0] is None else len(keys[0]),
-            "MODE": self.mode,
-        }
-
-
-@triton.jit
-def _pair(
-    row0, col0, PAIR, pair_row, pair_stride,
-    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The tile [BM, BN] of PAIR at (row0, col0), transposed if SWAP."""
-    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    if SWAP:
-        tile = PAIR + (col0 - pair_row).to(tl.int64) * pair_stride + row0
-        at = j * pair_stride + i
-    else:
-        tile = PAIR + (row0 - pair_row).to(tl.int64) * pair_stride + col0
-        at = i * pair_stride + j
-    return tl.load(tile + at)
-
-
-@triton.jit
-def _start(
-    row0, col0, NX, NY, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What a tile's dots begin with: 0, or far below any dot where the pair is dropped.
-
-    What it reads is read here, so that it is not held in registers from one tile to the next.
-    """
-    i, j = tl.arange(0, BM), tl.arange(0, BN)
-    rows, cols = row0 + i, col0 + j
-    x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
-    y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
-    acc = x_gone[:, None] + y_gone[None, :]
-    if HAS_POS:
-        if SWAP:
-            own = tl.load(POS + cols)[None, :] == rows[:, None]
-        else:
-            own = tl.load(POS + rows)[:, None] == cols[None, :]
-        acc = tl.where(own, GONE, acc)
-    for k in tl.static_range(N_KEYS):
-        same = tl.load(KX + k * RP + rows)[:, None] == tl.load(KY + k * SP + cols)[None, :]
-        acc = tl.where(same, GONE, acc)
-    if MODE == NEAR:
-        near = _pair(row0, col0, PAIR, pair_row, pair_stride, SWAP, BM, BN)
-        acc = tl.where(near == 1, GONE, acc)
-    return acc
-
-
 @triton.jit
 def _compare(dots, cos, teacher, MODE: tl.constexpr):
     """A pair's term: (cos - t)^2, or p cos of the cross-entropy; 0 where a text is absent."""
@@ -136,18 +77,6 @@ def _compare(dots, cos, teacher, MODE: tl.constexpr):
     if MODE == MSE:
         term = (cos - teacher) * (cos - teacher)
     return tl.where(dots > 0.5 * GONE, term, 0.0)
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right columns of a tile, in the registers they are in."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _quarters(x):
-    left, right = _halves(x)
-    return _halves(left) + _halves(right)
 
 
 @triton.jit
@@ -205,11 +134,11 @@ def _narrow_forward_kernel(
 def _wide_forward_kernel(
     X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, PAIR,
     row0, pair_row, pair_stride, RP, SP, tiles,
-    ENDS: tl.constexpr, FIRST: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    ENDS: tl.constexpr, FIRST: tl.constexpr, FROM: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
     MP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The wide prefixes FIRST.., ending at ENDS; outputs as in the narrow kernel, COLS by WIDE.
+    """The wide prefixes FIRST.., ending at FROM + ENDS; outputs as above, COLS [.., WIDE, SP].
 
     One loop over (column tile, step), so that loads run ahead across tiles and prefixes.
     """
@@ -218,9 +147,9 @@ def _wide_forward_kernel(
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     k = tl.arange(0, BK)[None, :]
-    x_tile = X + (e * RP + i0) * DP
+    x_tile = X + (e * RP + i0) * DP + FROM
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
-    STEPS: tl.constexpr = DP // BK
+    STEPS: tl.constexpr = (DP - FROM) // BK
     WIDE: tl.constexpr = len(ENDS)
     which = tl.arange(0, MP)[:, None]
     sums = tl.zeros([MP, BM], tl.float32)
@@ -236,7 +165,7 @@ def _wide_forward_kernel(
         step = t % STEPS
         j0 = (first + t // STEPS) * BN
         x = tl.load(x_tile + step * BK + x_at)
-        y = tl.load(Y + (e * SP + j0) * DP + step * BK + y_at)
+        y = tl.load(Y + (e * SP + j0) * DP + FROM + step * BK + y_at)
         acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
         m = -1
         for w in tl.static_range(WIDE):
@@ -276,7 +205,7 @@ def _wide_forward_kernel(
 def _exact_kernel(
     X, Y, U, V, SCALE, NX, NY, SUMS, LSE, POS, KX, KY, PAIR,
     row0, pair_row, pair_stride, RP, SP, tiles,
-    ENDS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -311,7 +240,7 @@ def _exact_kernel(
         gone = acc < 0.5 * GONE
         new_tops, new_sums = (), ()
         for m in tl.static_range(M):
-            for at in range(ENDS[m - 1] if m else 0, ENDS[m], 16):
+            for at in range(STARTS[m], STARTS[m] + WIDTHS[m], 16):
                 x = tl.load(x_rows + at)
                 acc = tl.dot(x, tl.load(y_rows + at).T, acc, input_precision=PRECISION)
             u = tl.load(U + (e * M + m) * RP + rows) * tl.load(SCALE + e * M + m)
@@ -331,94 +260,6 @@ def _exact_kernel(
         tl.store(LSE + at, lse, mask=redo)
 
 
-@triton.jit
-def _matrix_kernel(
-    X, Y, U, V, NX, NY, CEILING, OUT, row0, RP, SP,
-    DP: tl.constexpr, M: tl.constexpr, MODE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """OUT [chunk, SP] of one exit's pairs. MODE NEAR: int8, where 2 (undecided) and both present,
-    whether the cosine is above the row's ceiling. Otherwise fp32, the cosine."""
-    local = tl.program_id(0) * BM + tl.arange(0, BM)
-    rows, cols = row0 + local, tl.program_id(1) * BN + tl.arange(0, BN)
-    out = OUT + local.to(tl.int64)[:, None] * SP + cols[None, :]
-    if MODE == NEAR:
-        ceiling = tl.load(CEILING + rows)
-        judges = (rows < tl.load(NX)) & (ceiling < float("inf"))
-        near = tl.load(out).to(tl.int32)
-        decide = (near == 2) & judges[:, None] & (cols < tl.load(NY))[None, :]
-        if tl.max(tl.max(decide.to(tl.int32), 1)) == 0:
-            return
-    k = tl.arange(0, BK)[None, :]
-    x_rows = X + rows.to(tl.int64)[:, None] * DP + k
-    y_rows = Y + cols.to(tl.int64)[:, None] * DP + k
-    acc = tl.zeros([BM, BN], tl.float32)
-    for at in tl.range(0, DP, BK):
-        acc = tl.dot(tl.load(x_rows + at), tl.load(y_rows + at).T, acc, input_precision=PRECISION)
-    u = tl.load(U + (M - 1) * RP + rows)
-    v = tl.load(V + (M - 1) * SP + cols)
-    cos = acc * u[:, None] * v[None, :]
-    if MODE == NEAR:
-        above = (cos > ceiling[:, None]).to(tl.int32)
-        tl.store(out, tl.where(decide, above, near).to(tl.int8))
-    else:
-        tl.store(out, cos)
-
-
-def steps(nest: Nest, wanted: int) -> int:
-    """Columns a step: as many as wanted and as divide every end."""
-    return next(bk for bk in (64, 32, 16) if bk <= wanted and nest.width % bk == 0)
-
-
-def groups_and_chunks(
-    E: int, rows: int, exit_bytes: int, row_bytes: int, workspace: int
-) -> tuple[list[slice], list[slice]]:
-    """Exits worked on together, and rows at a time (multiples of ROWS), within the workspace.
-
-    exit_bytes: per exit, linear in the batch; row_bytes: per exit and row, what is quadratic.
-    """
-    together = max(1, min(E, workspace // max(1, exit_bytes + rows * row_bytes)))
-    fit = workspace // max(1, row_bytes * together) // ROWS * ROWS
-    size = max(ROWS, min(rows, fit))
-    return (
-        [slice(e, min(e + together, E)) for e in range(0, E, together)],
-        [slice(r, min(r + size, rows)) for r in range(0, rows, size)],
-    )
-
-
-def near_mask(
-    x: Tensor,
-    y: Tensor,
-    nest: Nest,
-    counts: tuple[Tensor, Tensor],
-    ceiling: Tensor,
-    rows: slice,
-    everywhere: bool,
-) -> Tensor:
-    """int8 [rows, SP]: 1 where a pair is too similar. everywhere: all texts are at every exit."""
-    E, SP = x.shape[0], padded(y.shape[1])
-    n = rows.stop - rows.start
-    near = torch.full((n, SP), 2, dtype=torch.int8, device=x.device)
-    for e in [E - 1] if everywhere else reversed(range(E)):
-        px = pack(x[e : e + 1], nest, counts[0][e : e + 1])
-        py = pack(y[e : e + 1], nest, counts[1][e : e + 1])
-        high = torch.nn.functional.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
-        fill(near, px, py, nest, rows.start, high, 1)
-    return near
-
-
-def fill(
-    out: Tensor, x: Packed, y: Packed, nest: Nest, row: int, ceiling: Tensor, mode: int
-) -> None:
-    """A matrix over the pairs of one exit, rows from `row`."""
-    options = config("matrix", x.x.dtype)
-    options["BK"] = steps(nest, options["BK"])
-    _matrix_kernel[(out.shape[0] // options["BM"], out.shape[1] // options["BN"])](
-        x.x, y.x, x.u, y.u, x.counts, y.counts, ceiling, out, row, x.x.shape[1], out.shape[1],
-        DP=nest.width, M=len(nest.starts), MODE=mode, **options,
-    )  # fmt: skip
-
-
 def forward(
     x: Tensor,
     y: Tensor,
@@ -426,7 +267,6 @@ def forward(
     scale: Tensor,
     kept: Kept,
     counts: tuple[Tensor, Tensor],
-    everywhere: bool,
     ceiling: Tensor | None,
     columns: bool,
     workspace: int,
@@ -439,15 +279,17 @@ def forward(
     own_EMR = torch.zeros_like(rows_EMR) if kept.positive is not None else rows_EMR[..., :0].clone()
     scale2 = (scale * LOG2E).contiguous()
     shift2 = (scale2.abs() + torch.tensor(float(max(RP, SP))).log2().item() - 126).clamp(min=0)
-    smallest = min(config(name, x.dtype)["BM"] for name in ("narrow_forward", "wide_forward"))
-    row_bytes = (4 * M * SP // smallest if columns else 0) + (SP if ceiling is not None else 0)
-    groups, chunks = groups_and_chunks(
-        E, RP, (RP + SP) * nest.width * x.element_size(), row_bytes, workspace
+    smallest = min(
+        config(name, x.dtype)["BM"] for name in ("narrow_forward_columns", "wide_forward_columns")
     )
+    row_bytes = (4 * M * SP // smallest if columns else 0) + (SP if ceiling is not None else 0)
+    whole = (RP + SP) * nest.width * x.element_size() + RP * row_bytes
+    by_exits = groups(E, whole, workspace)
+    by_rows = chunks(RP, row_bytes * by_exits[0].stop, workspace)
     # A mask of near pairs serves all exits; column sums are completed exit by exit.
-    order = [(g, c) for g in groups for c in chunks]
+    order = [(group, chunk) for group in by_exits for chunk in by_rows]
     if ceiling is not None:
-        order = [(g, c) for c in chunks for g in groups]
+        order = [(group, chunk) for chunk in by_rows for group in by_exits]
     done: tuple[slice | None, slice | None] = (None, None)
     for group, chunk in order:
         if group != done[0]:
@@ -457,7 +299,7 @@ def forward(
             if kept.positive is not None and chunk.start == 0:
                 own_EMR[group] = positive_cosines(px, py, nest, kept.positive)[..., :R]
         if ceiling is not None and chunk != done[1]:
-            near = near_mask(x, y, nest, counts, ceiling, chunk, everywhere)
+            near = near_mask(x, y, nest, counts, ceiling, chunk)
             kept = replace(kept, pair=near, pair_row=chunk.start, mode=1)
         tile.kept = kept
         done = group, chunk
@@ -466,7 +308,7 @@ def forward(
         rows_EMR[group, :, here] = tile.logs(sums, chunk, swap=False)[..., here]
         if total is not None and col_sums is not None:
             total += col_sums
-            if chunk is chunks[-1]:
+            if chunk is by_rows[-1]:
                 cols_EMS[group] = tile.logs(total, slice(0, SP), swap=True)[..., :S]
     return rows_EMR, cols_EMS, own_EMR
 
@@ -487,10 +329,9 @@ class Tiles:
         x, y, nest = self.x, self.y, self.nest
         (E, M, RP), SP, MN = x.u.shape, y.u.shape[2], nest.narrow
         n = rows.stop - rows.start
-        narrow = config("narrow_forward", x.x.dtype)
-        wide = config("wide_forward", x.x.dtype)
-        if columns:  # their sums take the registers of a stage
-            wide["num_stages"] = 2
+        variant = "_columns" if columns else "_matrix" if self.kept.mode else ""
+        narrow = config("narrow_forward" + variant, x.x.dtype)
+        wide = config("wide_forward" + variant, x.x.dtype)
         splits = splits_of(n // narrow["BM"] * E, SP // narrow["BN"], x.x)
         out = torch.empty(splits, E, M, RP, dtype=torch.float32, device=x.x.device)
         empty = (E, 0, 0, SP)
@@ -516,7 +357,7 @@ class Tiles:
                 )
             else:
                 _wide_forward_kernel[grid](
-                    *shared, ENDS=nest.ends[MN:], FIRST=MN, MP=triton.next_power_of_2(m),
+                    *shared, ENDS=nest.ends, FIRST=MN, FROM=nest.wide, MP=triton.next_power_of_2(m),
                     **common, **options,
                 )  # fmt: skip
         if not columns:
@@ -524,7 +365,7 @@ class Tiles:
         return out.sum(0), torch.cat([c.sum(1) for c in cols], dim=1)
 
     def logs(self, sums: Tensor, rows: slice, swap: bool) -> Tensor:
-        """log-partitions [E, M, RP] of rows, or, swapped, of columns; exact where sums underflow."""
+        """log-partitions [E, M, RP] of rows (swapped: columns); exact where sums underflow."""
         x, y = (self.y, self.x) if swap else (self.x, self.y)
         (E, M, RP), SP = x.u.shape, y.u.shape[2]
         lse = sums.log() + (self.shift2 / LOG2E)[..., None]
@@ -533,7 +374,8 @@ class Tiles:
         _exact_kernel[((rows.stop - rows.start) // options["BM"], E)](
             x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, sums, lse,
             **kept, row0=rows.start, RP=RP, SP=SP, tiles=SP // options["BN"],
-            ENDS=self.nest.ends, DP=self.nest.width, M=M, SWAP=swap, **options,
+            STARTS=self.nest.starts, WIDTHS=self.nest.widths, DP=self.nest.width, M=M, SWAP=swap,
+            **options,
         )  # fmt: skip
         return lse
 

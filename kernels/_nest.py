@@ -1,12 +1,13 @@
 """From raw vectors to tiles of nested prefixes, and gradients back.
 
-Band m of the vectors is [d_{m-1}, d_m). In the packed copy every band starts at a multiple of 16
-and is padded with zeros, so that a sum over columns up to a band's end is a prefix's product and
-no kernel below needs a mask on columns or rows:
+Band m of the vectors is [d_{m-1}, d_m). The packed copy has two sections, in which a sum over
+columns up to a band's end is a prefix's product, and no kernel below needs a mask:
 
     narrow   the first bands, while their widths, as powers of two >= 16, add up to 128 columns:
-             their exponentials cost more than their products; all are handled in one tile
-    wide     the other bands, in steps of 64 columns
+             their exponentials cost more than their products; all are handled in one tile. Every
+             band is padded with zeros
+    wide     all columns, if there are other bands: the narrow ones as one band, then the others,
+             each padded to a multiple of 64
 
 Rows are padded to a multiple of 128 with zeros, and scaled by a power of two to a length in [1, 2):
 exact, and gradients of half precision vectors of any length stay in range.
@@ -27,41 +28,72 @@ NARROW = 128  # packed columns of the narrow prefixes, at most
 
 @dataclass(frozen=True)
 class Nest:
-    """Where band m lies: raw columns edges[m]:edges[m+1], packed ones starts[m]:+widths[m]."""
+    """Where the bands lie in the packed copy.
+
+    Band m: raw columns edges[m]:edges[m+1], packed ones starts[m]:+widths[m]; the first `narrow` in
+    the narrow section, the others in the wide one, which is columns wide:width. There wide prefix
+    narrow + i ends at ends[i], counted from the section's beginning.
+    """
 
     edges: tuple[int, ...]
     starts: tuple[int, ...]
     widths: tuple[int, ...]
-    narrow: int  # so many leading prefixes are narrow
-    width: int  # packed columns in all
+    narrow: int
+    narrow_width: int
+    wide: int
+    width: int
+    ends: tuple[int, ...]
 
     @property
-    def narrow_width(self) -> int:
-        """Packed columns before the first wide band, a multiple of 16 (of 64 if there is one)."""
-        return self.starts[self.narrow] if self.narrow < len(self.starts) else self.width
+    def segments(self) -> tuple[tuple[int, ...], ...]:
+        """(raw start, raw end, packed start, packed width) of what is copied, as four tuples."""
+        copies = list(zip(self.edges, self.edges[1:], self.starts, self.widths, strict=False))
+        if self.ends and self.narrow:
+            low = self.edges[self.narrow]
+            copies.append((0, low, self.wide, _up(low, 64)))
+        return tuple(zip(*copies, strict=True))
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        return (*self.starts[1:], self.width)
+    def whole(self) -> tuple[int, int]:
+        """A range of packed columns that holds every raw column once."""
+        return (self.wide, self.width) if self.ends else (0, self.narrow_width)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 @lru_cache
 def nest_of(dims: tuple[int, ...]) -> Nest:
-    edges, starts, widths, at, narrow = (0, *dims), [], [], 0, 0
-    for m, (low, high) in enumerate(zip(edges, dims, strict=False)):
+    edges, starts, widths, ends = (0, *dims), [], [], []
+    for low, high in zip(edges, dims, strict=False):
         power = max(16, triton.next_power_of_2(high - low))
-        if narrow == m and at + power <= NARROW:
-            width, narrow = power, m + 1
-        else:
-            at, width = -(-at // 64) * 64, -(-(high - low) // 64) * 64
+        if sum(widths) + power > NARROW:
+            break
+        starts.append(sum(widths))
+        widths.append(power)
+    narrow, narrow_width = len(widths), sum(widths)
+    wide = _up(narrow_width, 64)
+    at = wide + _up(edges[narrow], 64)
+    for low, high in zip(edges[narrow:], dims[narrow:], strict=False):
         starts.append(at)
-        widths.append(width)
-        at += width
-    return Nest(edges, tuple(starts), tuple(widths), narrow, at)
+        widths.append(_up(high - low, 64))
+        at += widths[-1]
+        ends.append(at - wide)
+    return Nest(
+        edges,
+        tuple(starts),
+        tuple(widths),
+        narrow,
+        narrow_width,
+        wide,
+        at if ends else narrow_width,
+        tuple(ends),
+    )
 
 
 def padded(n: int) -> int:
-    return max(ROWS, -(-n // ROWS) * ROWS)
+    return max(ROWS, _up(n, ROWS))
 
 
 @triton.jit
@@ -76,17 +108,20 @@ def _pack_kernel(
     stride_r,
     stride_d,
     EDGES: tl.constexpr,
-    STARTS: tl.constexpr,
-    ENDS: tl.constexpr,
+    FROM: tl.constexpr,
+    UNTIL: tl.constexpr,
+    AT: tl.constexpr,
+    WIDTHS: tl.constexpr,
     DP: tl.constexpr,
     BR: tl.constexpr,
 ):
+    """Lengths, then copies: raw columns FROM:UNTIL to AT:+WIDTHS."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     here = (rows < tl.load(COUNTS + e))[:, None]
     k = tl.arange(0, 64)
     x_rows = X + e * stride_e + rows.to(tl.int64)[:, None] * stride_r
-    M: tl.constexpr = len(STARTS)
+    M: tl.constexpr = len(EDGES) - 1
     squares = tl.zeros([BR], tl.float32)
     lengths = ()
     for m in tl.static_range(M):
@@ -104,13 +139,13 @@ def _pack_kernel(
     for m in tl.static_range(M):
         u = tl.where(lengths[m] <= NO_LENGTH, 1.0, 1.0 / lengths[m])
         tl.store(U + (e * M + m) * RP + rows, u / unit)
-        for at in range(0, ENDS[m] - STARTS[m], 64):
-            col = (EDGES[m] + at + k)[None, :]
-            x = tl.load(x_rows + col * stride_d, mask=here & (col < EDGES[m + 1]), other=0.0)
+    for s in tl.static_range(len(AT)):
+        for at in range(0, WIDTHS[s], 64):
+            col = (FROM[s] + at + k)[None, :]
+            x = tl.load(x_rows + col * stride_d, mask=here & (col < UNTIL[s]), other=0.0)
             x = (x.to(tl.float32) * unit[:, None]).to(PACKED.dtype.element_ty)
-            to = (STARTS[m] + at + k)[None, :]
-            out = PACKED + (e * RP + rows)[:, None] * DP + to
-            tl.store(out, x, mask=to < ENDS[m])
+            out = PACKED + (e * RP + rows)[:, None] * DP + AT[s]
+            tl.store(out + (at + k)[None, :], x, mask=(at + k < WIDTHS[s])[None, :])
 
 
 @dataclass(frozen=True)
@@ -130,28 +165,20 @@ def pack(x: Tensor, nest: Nest, counts: Tensor) -> Packed:
     packed = torch.empty(E, RP, nest.width, dtype=x.dtype, device=x.device)
     u = torch.empty(E, M, RP, dtype=torch.float32, device=x.device)
     unit = torch.empty(E, RP, dtype=torch.float32, device=x.device)
-    _pack_kernel[(RP // 16, E)](
-        x,
-        packed,
-        u,
-        unit,
-        counts,
-        RP,
-        *x.stride(),
-        EDGES=nest.edges,
-        STARTS=nest.starts,
-        ENDS=nest.ends,
-        DP=nest.width,
-        BR=16,
+    start, end, at, width = nest.segments
+    _pack_kernel[(RP // 32, E)](
+        x, packed, u, unit, counts, RP, *x.stride(),
+        EDGES=nest.edges, FROM=start, UNTIL=end, AT=at, WIDTHS=width, DP=nest.width, BR=32,
         num_warps=4,
-    )
+    )  # fmt: skip
     return Packed(packed, u, unit, counts)
 
 
 @triton.jit
 def _positive_kernel(
-    X, Y, U, V, POS, NX, NY, COS, RP, SP, ENDS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr
-):
+    X, Y, U, V, POS, NX, NY, COS, RP, SP,
+    STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """COS [E, M, RP]: of each row with column POS [RP]; 0 where either is not present."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -161,10 +188,10 @@ def _positive_kernel(
     k = tl.arange(0, 16)[None, :]
     x_rows = X + (e * RP + rows)[:, None] * DP + k
     y_rows = Y + (e * SP + pos)[:, None] * DP + k
-    M: tl.constexpr = len(ENDS)
+    M: tl.constexpr = len(STARTS)
     dot = tl.zeros([BR], tl.float32)
     for m in tl.static_range(M):
-        for at in range(ENDS[m - 1] if m else 0, ENDS[m], 16):
+        for at in range(STARTS[m], STARTS[m] + WIDTHS[m], 16):
             x = tl.load(x_rows + at).to(tl.float32)
             y = tl.load(y_rows + at, mask=here[:, None], other=0.0).to(tl.float32)
             dot += tl.sum(x * y, 1)
@@ -175,17 +202,18 @@ def _positive_kernel(
 def positive_cosines(x: Packed, y: Packed, nest: Nest, positive: Tensor) -> Tensor:
     """fp32 [E, M, RP]; positive int32 [RP], anything outside the columns is none."""
     cos = torch.empty_like(x.u)
-    (E, M, RP), SP = x.u.shape, y.u.shape[2]
+    (E, _, RP), SP = x.u.shape, y.u.shape[2]
     _positive_kernel[(RP // 32, E)](
         x.x, y.x, x.u, y.u, positive, x.counts, y.counts, cos, RP, SP,
-        ENDS=nest.ends, DP=nest.width, BR=32, num_warps=4,
+        STARTS=nest.starts, WIDTHS=nest.widths, DP=nest.width, BR=32, num_warps=4,
     )  # fmt: skip
     return cos
 
 
 @triton.jit
 def _unpack_kernel(
-    G,  # fp32 [E, RP, DP], gradient of the packed dots, without the projection
+    GN,  # fp32 [E, RP, narrow width], gradient of the dots of narrow prefixes, not projected
+    GW,  # fp32 [E, GR, wide width], of wide prefixes, of rows row0..
     X,  # [E, RP, DP], the side whose gradient this is
     Y,  # [E, SP, DP], the other
     U,
@@ -200,15 +228,19 @@ def _unpack_kernel(
     PAIR,  # int32, the pair's query
     FACTOR,  # fp32 [E], G and ALONG are this much too small
     OUT,  # [E, R, D]
+    row0,
+    GR,
     R,
     RP,
     SP,
     N,
     EDGES: tl.constexpr,
     STARTS: tl.constexpr,
-    ENDS: tl.constexpr,
     DP: tl.constexpr,
     D: tl.constexpr,
+    NARROW: tl.constexpr,
+    WN: tl.constexpr,
+    WIDE: tl.constexpr,
     PAIRS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -216,7 +248,8 @@ def _unpack_kernel(
     """dx = UNIT (G - sum_m u_m^2 along_m x + sum over partners of dcos (u v y - cos u^2 x)), each
     term of prefix m in its columns only."""
     e = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    local = tl.program_id(0) * BR + tl.arange(0, BR)
+    rows = row0 + local
     here = rows < tl.load(COUNTS + e)
     unit = tl.load(UNIT + e * RP + rows)
     factor = tl.load(FACTOR + e)
@@ -230,9 +263,16 @@ def _unpack_kernel(
             col = (STARTS[band] + at + k)[None, :]
             raw = (EDGES[band] + at + k)[None, :]
             inside = raw < EDGES[band + 1]
-            where = (e * RP + rows)[:, None] * DP + col
-            x = tl.load(X + where, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(G + where, mask=inside, other=0.0) * factor
+            x_at = (e * RP + rows)[:, None] * DP + col
+            x = tl.load(X + x_at, mask=inside, other=0.0).to(tl.float32)
+            g = tl.zeros([BR, BK], tl.float32)
+            if band < NARROW:
+                g += tl.load(GN + (e * RP + rows)[:, None] * WN + col, mask=inside, other=0.0)
+            if DP > WIDE:  # there the narrow bands are one, as they were
+                from_ = raw if band < NARROW else col - WIDE
+                g_at = (e * GR + local)[:, None] * (DP - WIDE) + from_
+                g += tl.load(GW + g_at, mask=inside, other=0.0)
+            g *= factor
             along = tl.zeros([BR], tl.float32)
             for m in tl.static_range(band, M):
                 u = tl.load(U + (e * M + m) * RP + rows)
@@ -283,26 +323,29 @@ class Pairs:
 
 def unpack(
     out: Tensor,
-    grad: Tensor,
+    narrow: Tensor,
+    wide: Tensor,
     along: Tensor,
     factor: Tensor,
     x: Packed,
     y: Packed,
     nest: Nest,
     pairs: Pairs | None,
+    row0: int = 0,
 ) -> None:
-    """Writes the gradient of the raw vectors into out [E, R, D]."""
+    """Writes raw vectors' gradients into out [E, R, D], for the rows from row0 that wide has."""
     E, R, D = out.shape
     RP, SP = x.x.shape[1], y.x.shape[1]
     none = x.counts
-    _unpack_kernel[(RP // 16, E)](
-        grad, x.x, y.x, x.u, y.u, along, x.unit, x.counts,
-        pairs.cos if pairs else grad,
-        pairs.dcos if pairs else grad,
+    _unpack_kernel[(wide.shape[1] // 32, E)](
+        narrow, wide, x.x, y.x, x.u, y.u, along, x.unit, x.counts,
+        pairs.cos if pairs else along,
+        pairs.dcos if pairs else along,
         pairs.first if pairs else none,
         pairs.partner if pairs else none,
         pairs.pair if pairs else none,
-        factor, out, R, RP, SP, pairs.cos.shape[2] if pairs else 0,
-        EDGES=nest.edges, STARTS=nest.starts, ENDS=nest.ends, DP=nest.width, D=D,
-        PAIRS=pairs is not None, BR=16, BK=64, num_warps=4,
+        factor, out, row0, wide.shape[1], R, RP, SP, pairs.cos.shape[2] if pairs else 0,
+        EDGES=nest.edges, STARTS=nest.starts, DP=nest.width, D=D, NARROW=nest.narrow,
+        WN=nest.narrow_width, WIDE=nest.wide if nest.ends else nest.width,
+        PAIRS=pairs is not None, BR=32, BK=64, num_warps=8,
     )  # fmt: skip

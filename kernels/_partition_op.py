@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._backward import backward
-from ._forward import Kept, forward
+from ._forward import forward
 from ._nest import nest_of, padded
+from ._tiles import Kept
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -60,7 +61,7 @@ def partition_op(
     columns: bool,
     workspace: int,
 ) -> Outputs:
-    """rows [E, M, R], columns [E, M, S], positives' cosines [E, M, R]; empty where not asked for."""
+    """rows [E, M, R], columns [E, M, S], positives' cosines [E, M, R]; empty if not asked for."""
     return forward(
         x,
         y,
@@ -68,7 +69,6 @@ def partition_op(
         scale,
         _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
         (counts_of(row_counts, x), counts_of(col_counts, y)),
-        row_counts is None and col_counts is None,
         ceiling,
         columns,
         workspace,
@@ -126,7 +126,6 @@ def _backward_op(
         scale,
         _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
         (counts_of(row_counts, x), counts_of(col_counts, y)),
-        row_counts is None and col_counts is None,
         ceiling,
         (rows, drows),
         (cols, dcols) if columns else None,

@@ -15,7 +15,7 @@ reading: (1 + K) rows of D numbers in, M K numbers out; backward reads them agai
 import torch
 from torch import Tensor
 
-from ._check import use_triton
+from ._check import check_impl, use_triton
 
 NO_LENGTH = 1e-12
 
@@ -44,7 +44,8 @@ def cosine(x: Tensor, y: Tensor, *, dims: tuple[int, ...], impl: str = "auto") -
     Raises:
         ValueError: an implementation that cannot be.
     """
-    if not use_triton(impl, x):
+    check_impl(impl)
+    if not use_triton(impl, x, dots=False):
         return cosine_ref(x, y, dims=dims)
     from ._cosine_op import cosine_op  # imports triton, which not every platform has
 

@@ -19,7 +19,7 @@ pass than the loss.
 import torch
 from torch import Tensor
 
-from ._check import check_counts, check_vectors, scale_of, use_triton
+from ._check import check_counts, check_impl, check_vectors, scale_of, use_triton
 from .cosine import unit
 from .partition import WORKSPACE, partition, present
 
@@ -47,7 +47,9 @@ def distill_ref(
     here_c = present(cand_counts, E, C, q.device)
     losses = []
     with torch.autocast(q.device.type, enabled=False):
-        q, c = q.to(scale_EM.dtype), c.to(scale_EM.dtype)
+        # What has left is not looked at, whatever it holds.
+        q = q.to(scale_EM.dtype).masked_fill(~here_q[..., None], 0)
+        c = c.to(scale_EM.dtype).masked_fill(~here_c[..., None], 0)
         t = unit(teacher_q.detach().to(q.dtype)) @ unit(teacher_c.detach().to(q.dtype)).T
         for e in range(E):
             kept = here_q[e, :, None] & here_c[e, None, :]
@@ -97,6 +99,7 @@ def distill(
     Raises:
         ValueError: any argument other than the above.
     """
+    check_impl(impl)
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
     check_vectors(q, [c], dims, None, None, impl)
@@ -112,7 +115,6 @@ def distill(
             f"teacher_temperature: expected a positive number, got {teacher_temperature}"
         )
     check_counts(E, q.device, query_counts=query_counts, cand_counts=cand_counts)
-    counts = {"query_counts": query_counts, "cand_counts": cand_counts}
     if not use_triton(impl, q):
         return distill_ref(
             q,
@@ -123,7 +125,8 @@ def distill(
             kind=kind,
             temperature=temperature,
             teacher_temperature=teacher_temperature,
-            **counts,
+            query_counts=query_counts,
+            cand_counts=cand_counts,
         )
     from ._distill_op import distill_op  # imports triton, which not every platform has
 

@@ -6,7 +6,8 @@ positive t(i) and margin a,
     z_i = (cos(q_i, c_t(i)) - a) / t
     loss_ed = mean_i  log( k exp(z_i) + N_i ) - z_i
 
-N_i the sum of exp(cos / t) over query i's negatives, the mean over queries that have a positive. Which negatives, by `directions`:
+N_i the sum of exp(cos / t) over query i's negatives, the mean over the queries with a positive.
+Which negatives, by `directions`:
 
     query_to_doc    q_i with c_j,            j != t(i)
     doc_to_query    c_t(i) with q_k,         t(k) != t(i)
@@ -29,6 +30,7 @@ With N the log-partition from `partition`, the loss is softplus(log N - z): its 
 [E, M, Q]; what is quadratic in the batch is in partition.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,16 +39,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_indices, check_objective, check_vectors, scale_of
+from ._check import check_impl, check_indices, check_objective, check_vectors, scale_of
 from .cosine import cosine
 from .partition import WORKSPACE, partition, present
 
 NOTHING = -1e30  # log of an empty sum, finite so that its gradient is 0 and not NaN
 
 
-def infonce_ref(q: Tensor, c: Tensor | Sequence[Tensor], **options: object) -> Tensor:
+def infonce_ref(
+    q: Tensor,
+    c: Tensor | Sequence[Tensor],
+    *,
+    dims: tuple[int, ...],
+    temperature: float | Tensor = 0.05,
+    target: Tensor | None = None,
+    negatives: Tensor | None = None,
+    negatives_mask: Tensor | None = None,
+    directions: tuple[str, ...] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    count_positive_twice: bool = False,
+    margin: float = 0.0,
+    query_ids: Tensor | None = None,
+    cand_ids: Tensor | None = None,
+    owner: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    query_counts: Tensor | None = None,
+    cand_counts: Tensor | Sequence[Tensor] | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
     """The specification: `infonce` over the references of `partition` and `cosine`."""
-    return infonce(q, c, **options, impl="reference")  # type: ignore[arg-type]
+    return infonce(**locals(), impl="reference")
 
 
 def infonce(
@@ -104,6 +126,7 @@ def infonce(
     Raises:
         ValueError: any argument other than the above.
     """
+    check_impl(impl)
     pieces = [c] if isinstance(c, Tensor) else list(c)
     check_vectors(q, pieces, dims, negatives, negatives_mask, impl)
     check_objective(directions, partition_mode, count_positive_twice, negatives is not None)
@@ -167,7 +190,7 @@ class _Pairs:
         """Ids of the positives; what stands for a missing one does not matter."""
         if self.cand_ids is None or not len(self.cand_ids):
             return () if self.cand_ids is None else (self.target,)
-        return (self.cand_ids[self.target.clamp(min=0)],)
+        return (self.cand_ids[self.target.clamp(0, len(self.cand_ids) - 1)],)
 
     def located(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """For each query: is its positive in piece k, [Q] and at each exit [E, Q], and where."""
@@ -180,7 +203,7 @@ class _Pairs:
 
     def has_positive(self) -> Tensor:
         """bool [E, Q]: query and positive are both present."""
-        there = present(self.query_counts, *self.q.shape[:2], self.q.device)
+        there = present(self.query_counts, self.q.shape[0], self.q.shape[1], self.q.device)
         inside = torch.zeros_like(there)
         for k in range(len(self.pieces)):
             inside |= self.located(k)[1]
@@ -295,7 +318,7 @@ def _loss(
     groups = list(parts.values())
     if partition_mode == "joint":
         groups = [[part for group in groups for part in group]]
-    log_k = torch.tensor(2.0).log().item() if count_positive_twice else 0.0
+    log_k = math.log(2.0) if count_positive_twice else 0.0
     losses = []
     for group in groups:
         log_N = torch.stack(group).clamp(min=NOTHING).logsumexp(0)

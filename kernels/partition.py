@@ -7,8 +7,8 @@ For exit e, prefix width d and temperature t, over the kept pairs (i, j) of rows
 
 A pair is dropped, from both, if j is row i's positive (its cosine comes back by itself, so that
 p - 1 is never formed from a rounded p), if any of their keys are equal, or if a text has left
-before exit e. `ceiling` drops likely false negatives as well: decided once for all exits and prefixes, at
-the widest prefix of the deepest exit at which both texts are present.
+before exit e. `ceiling` drops likely false negatives as well: decided once for all exits and
+prefixes, at the widest prefix of the deepest exit at which both texts are present.
 
 Logarithms of sums merge exactly, log(exp(a) + exp(b)), and so do their gradients: candidates may
 come chunk by chunk.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._check import use_triton
+from ._check import check_impl, use_triton
 from .cosine import unit
 
 WORKSPACE = 512 << 20  # bytes
@@ -46,6 +46,7 @@ def partition_ref(
     row_counts: Tensor | None = None,
     col_counts: Tensor | None = None,
     columns: bool = False,
+    workspace: int = WORKSPACE,
 ) -> Parts:
     """The specification: one [R, S] matrix per exit and prefix. Arguments as in `partition`."""
     E, R, S = x.shape[0], x.shape[1], y.shape[1]
@@ -61,7 +62,9 @@ def partition_ref(
         at = positive.clamp(0, max(S - 1, 0))
     rows, cols, own = [], [], []
     with torch.autocast(x.device.type, enabled=False):
-        x, y = x.to(wide), y.to(wide)
+        # What has left is not looked at, whatever it holds.
+        x = x.to(wide).masked_fill(~here_x[..., None], 0)
+        y = y.to(wide).masked_fill(~here_y[..., None], 0)
         if ceiling is not None:
             dropped = dropped | _too_similar(x, y, dims[-1], ceiling, here_x, here_y)
         for e in range(E):
@@ -143,6 +146,7 @@ def partition(
     Raises:
         ValueError: ceiling with columns, an implementation that cannot be.
     """
+    check_impl(impl)
     if ceiling is not None and columns:
         raise ValueError("columns: expected False with ceilings, which belong to rows, got True")
     if not use_triton(impl, x):
@@ -158,6 +162,7 @@ def partition(
             row_counts=row_counts,
             col_counts=col_counts,
             columns=columns,
+            workspace=workspace,
         )
     from . import _partition_op  # imports triton, which not every platform has
 

@@ -36,16 +36,20 @@ def loss_table(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -
     mine = slice(world.rank * pairs, (world.rank + 1) * pairs)
     rows = torch.arange(pairs, device=device)
     dims, temperature = run.model.matryoshka_dims, run.loss.temperature
+    # Where all queries are here, one pass over the pairs serves both directions.
+    both = run.loss.symmetric and world.size == 1
     loss_EM = infonce(
         queries,
         gather(docs, batch.doc_sizes),
         dims=dims,
         temperature=temperature,
         target=rows + sum(batch.doc_sizes[: world.rank]),
+        directions=("query_to_doc", "doc_to_query") if both else ("query_to_doc",),
+        partition_mode="per_direction",
         query_ids=pair_ids[mine],
         cand_ids=doc_ids,
     )
-    if not run.loss.symmetric:
+    if both or not run.loss.symmetric:
         return loss_EM
     reverse_EM = infonce(
         docs[:, :pairs],
