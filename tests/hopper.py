@@ -60,7 +60,9 @@ def compile_instead(self: JITFunction, *args, grid, warmup=False, **kwargs):
             ptx = kernel.asm["ptx"]
             row = {
                 "kernel": self.fn.__name__,
-                "constexprs": {k: v for k, v in kwargs.items() if k.isupper() and not torch.is_tensor(v)},
+                "constexprs": {
+                    k: v for k, v in kwargs.items() if k.isupper() and not torch.is_tensor(v)
+                },
                 "warps": kwargs.get("num_warps"),
                 "stages": kwargs.get("num_stages"),
                 "target": re.search(r"\.target (\S+)", ptx)[1],
@@ -75,13 +77,16 @@ def compile_instead(self: JITFunction, *args, grid, warmup=False, **kwargs):
     return compiled(self, *args, grid=grid, warmup=True, **kwargs)
 
 
-def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool) -> None:
-    """Forward and backward. Small: only divisibility of sizes matters to the compiler."""
+def partition(
+    dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool, n: int = 256
+) -> None:
+    """Forward and backward. Small: to the compiler only divisibility of sizes matters, and 1."""
     from mlembed_kernels._backward import backward
-    from mlembed_kernels._forward import Kept, forward
+    from mlembed_kernels._forward import forward
     from mlembed_kernels._nest import nest_of
+    from mlembed_kernels._tiles import Kept
 
-    E, n, D = 2, 256, dims[-1]
+    E, D = 2, dims[-1]
     x, y = torch.ones(E, n, D, dtype=dtype), torch.ones(E, n, D, dtype=dtype)
     kept = Kept(
         torch.zeros(n, dtype=torch.int32),
@@ -91,23 +96,49 @@ def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: b
     counts = torch.full((E,), n, dtype=torch.int32), torch.full((E,), n, dtype=torch.int32)
     ceiling = torch.zeros(E, n) if masks and not columns else None
     scale = torch.full((E, len(dims)), 20.0)
-    common = x, y, nest_of(dims), scale, kept, counts, True, ceiling
+    common = x, y, nest_of(dims), scale, kept, counts, ceiling
     rows, cols, own = forward(*common, columns, 1 << 29)
-    backward(
-        *common, (rows, rows), (cols, cols) if columns else None, (own, own), 1 << 29
+    backward(*common, (rows, rows), (cols, cols) if columns else None, (own, own), 1 << 29)
+
+
+def distill(dtype: torch.dtype, dims: tuple[int, ...], kind: str) -> None:
+    from mlembed_kernels import _distill_op
+
+    x, t = torch.ones(2, 256, dims[-1], dtype=dtype), torch.ones(256, 768, dtype=dtype)
+    args = x, x, t, t, None, None
+    options = list(dims), kind, 0.05, 1 << 29
+    sums, _ = _distill_op.distill_op(*args, *options)
+    _distill_op._backward_op(*args, sums, *options)
+
+
+def cosine(dtype: torch.dtype, dims: tuple[int, ...], partners: int = 4) -> None:
+    from mlembed_kernels import _cosine_op
+
+    x, y = (
+        torch.ones(2, 256, dims[-1], dtype=dtype),
+        torch.ones(2, 256, partners, dims[-1], dtype=dtype),
     )
+    out = _cosine_op.cosine_op(x, y, list(dims))
+    _cosine_op._backward_op(x, y, *out, out[0], list(dims))
 
 
-WIDE = (8, 16, 32, 64, 128, 256, 512, 1024)
-CASES = {
-    f"{name}-{'both' if columns else 'rows'}{'-masks' if masks else ''}-{str(dtype)[6:]}": (
-        partition, dtype, dims, columns, masks,
-    )  # fmt: skip
-    for name, dims in {"1024": WIDE, "256": WIDE[:6], "128": WIDE[:5], "1": (1024,)}.items()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for columns in (False, True)
-    for masks in (False, True)
-}
+# Names: shape, what is asked for, dtype.
+FULL = (8, 16, 32, 64, 128, 256, 512, 1024)
+SHAPES = {"1024": FULL, "256": FULL[:6], "896": (*FULL[:7], 896), "plain": (1024,)}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASES: dict[str, tuple] = {}
+for dtype_name, dtype in DTYPES.items():
+    for shape, dims in SHAPES.items():
+        for wanted in ("rows", "rows-masks", "both", "both-masks"):
+            CASES[f"{shape}-{wanted}-{dtype_name}"] = (
+                partition, dtype, dims, "both" in wanted, "masks" in wanted,
+            )  # fmt: skip
+    for kind in ("mse", "kl"):
+        CASES[f"{kind}-{dtype_name}"] = (distill, dtype, FULL, kind)
+    CASES[f"cosine-{dtype_name}"] = (cosine, dtype, FULL)
+    # A size of 1 is another kernel: one tile of pairs, one partner.
+    CASES[f"one-{dtype_name}"] = (partition, dtype, FULL[:5], True, True, 128)
+    CASES[f"one_partner-{dtype_name}"] = (cosine, dtype, FULL[:5], 1)
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Hopper())

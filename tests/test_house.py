@@ -21,6 +21,7 @@ from mlembed import config
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(p for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py")
 OURS = sorted(p for p in (ROOT / "mlembed").glob("*.py") if p.name != "__init__.py")
+BENCH = sorted(p for p in (ROOT / "bench").glob("*.py") if p.name != "__init__.py")
 MOST_LINES = 550
 
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
@@ -97,7 +98,7 @@ def test_there_are_no_cycles():
 
 def test_kernels_are_imported_under_their_own_name():
     """`import kernels` would find Hugging Face's package, or hide it."""
-    for path in [*OURS, *KERNELS, ROOT / "train.py", *(ROOT / "tests").rglob("*.py")]:
+    for path in [*OURS, *KERNELS, *BENCH, ROOT / "train.py", *(ROOT / "tests").rglob("*.py")]:
         assert "kernels" not in {name.partition(".")[0] for name, d in imports(path) if not d}, path
 
 
@@ -116,6 +117,7 @@ def python_files():
     names = listed.stdout.split() if listed.returncode == 0 else []
     return [ROOT / name for name in names if (ROOT / name).is_file()] or [
         *OURS,
+        *BENCH,
         *KERNELS,
         *ROOT.glob("*.py"),
         *(ROOT / "tests").rglob("*.py"),
@@ -132,7 +134,10 @@ def test_no_file_is_too_long():
 # ---- kernels ----
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
+PUBLIC = [path for path in KERNELS if not path.name.startswith("_")]
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda p: p.stem)
 def test_a_kernel_has_its_specification_its_name_and_its_test(path):
     name = path.stem
     assert (ROOT / "tests" / "kernels" / f"test_{name}.py").is_file()
@@ -152,6 +157,14 @@ def test_a_kernel_has_its_specification_its_name_and_its_test(path):
     nothing = {p.name: None for p in given if p.default is p.empty}
     with pytest.raises(ValueError, match="impl: expected one of .*got 'fastest'"):
         public(**nothing, impl="fastest")  # looked at first, and never replaced by another
+
+
+@pytest.mark.parametrize("path", [p for p in KERNELS if p not in PUBLIC], ids=lambda p: p.stem)
+def test_what_several_kernels_share_stays_inside(path):
+    users = [p for p in KERNELS if (path.stem, 1) in imports(p)]
+    assert ast.get_docstring(ast.parse(path.read_text())) and users
+    for other in [*OURS, ROOT / "train.py"]:
+        assert not re.search(rf"kernels(\.| import ){path.stem}\b", other.read_text()), other
 
 
 def test_kernels_say_their_version():
@@ -279,7 +292,7 @@ def test_the_two_readers_below_read():
 
 
 TRAIN = [c[c.index("train.py") + 1 :] for c in commands(README) if "train.py" in c]
-MODULES = [c[2:] for c in commands(README) if re.match(r"python3? -m mlembed", " ".join(c))]
+MODULES = [c[2:] for c in commands(README) if re.match(r"python3? -m (mlembed|bench)", " ".join(c))]
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +337,8 @@ def help_of(module):
 @pytest.mark.parametrize("args", MODULES, ids=" ".join)
 def test_module_commands_of_the_readme_exist(args):
     module, *rest = args
-    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     said = help_of(module)
     for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
         assert re.search(rf"(^|[\s|\[]){re.escape(flag)}([\s,|=\]]|$)", said), flag
@@ -335,7 +349,8 @@ def test_paths_of_the_readme_exist():
     assert not missing
     if tree(README):  # and no file of the packages is left out
         drawn = {str(path) for path in tree(README)}
-        assert {f"mlembed/{p.name}" for p in OURS} | {f"kernels/{p.name}" for p in KERNELS} <= drawn
+        files = [*OURS, *KERNELS, *BENCH]
+        assert {str(p.relative_to(ROOT)) for p in files} <= drawn
 
 
 def test_every_module_with_a_command_has_a_help():

@@ -9,7 +9,7 @@ import torch
 from loss_truth import ALL, CASES, DEVICE, TWICE, K, Q, assert_as_exact, masked, results, vectors
 from torch import Tensor
 
-from mlembed_kernels import infonce, infonce_ref
+from mlembed_kernels import _check, infonce, infonce_ref
 
 pytest.importorskip("triton")
 
@@ -267,11 +267,9 @@ def test_compiled(impl):
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
-def test_by_name_it_needs_triton(monkeypatch):
-    from triton import knobs
-
+def test_on_a_cpu_by_name_only_and_only_interpreted(monkeypatch):
     q, c = loss_truth.pair(dtype=torch.float32)
-    assert torch.equal(infonce(q, c, dims=DIMS), infonce_ref(q, c, dims=DIMS))  # auto, on a CPU
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    assert torch.equal(infonce(q, c, dims=DIMS), infonce_ref(q, c, dims=DIMS))
+    monkeypatch.setattr(_check, "INTERPRETED", False)
     with pytest.raises(ValueError, match="impl: triton needs CUDA"):
         by_triton(q=q, c=c, dims=DIMS)

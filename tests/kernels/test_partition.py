@@ -475,6 +475,10 @@ def test_wrong_arguments():
         partition(**inputs(), impl="fast")
     with pytest.raises(ValueError, match="impl: triton has fp32, bf16 and fp16"):
         partition(**inputs(), impl="triton")
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="impl: triton's interpreter has no bf16 products"):
+            half = {name: inputs()[name].bfloat16() for name in ("x", "y")}
+            partition(**{**inputs(), **half}, impl="triton")
 
 
 def test_unwritten_memory_is_nan():

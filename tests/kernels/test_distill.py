@@ -1,0 +1,163 @@
+"""Distilled similarities against plain float64 formulas, whole and in Triton's interpreter."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlembed_kernels import distill
+
+IMPLS = ("reference", "triton")
+
+
+def vectors(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def by_hand(q, c, tq, tc, dims, kind, temperature, teacher_temperature, nq, nc) -> Tensor:
+    """The docstring's formulas over the texts that are present, nothing masked."""
+    losses = []
+    for e, d in itertools.product(range(len(q)), dims):
+        s = F.normalize(q[e, : nq[e], :d], dim=-1) @ F.normalize(c[e, : nc[e], :d], dim=-1).T
+        t = F.normalize(tq[: nq[e]], dim=-1) @ F.normalize(tc[: nc[e]], dim=-1).T
+        if kind == "mse":
+            losses.append(((s - t) ** 2).mean())
+        else:
+            p, log_r = (t / teacher_temperature).softmax(-1), (s / temperature).log_softmax(-1)
+            losses.append((p * (p.log() - log_r)).sum(-1).mean())
+    return torch.stack(losses).view(len(q), len(dims))
+
+
+# E, Q, C, D, teacher's width, dims, do texts leave: one narrow prefix; narrow and wide ones; a
+# tile and one more row; a teacher wider and narrower than the student, not a multiple of 16.
+SHAPES = {
+    "small": (1, 3, 5, 11, 7, (11,), False),
+    "nested": (2, 20, 33, 150, 40, (3, 8, 64, 150), False),
+    "leaving": (3, 20, 33, 70, 140, (8, 70), True),
+    "two_tiles": (1, 129, 130, 48, 16, (16, 48), False),
+}
+# The smallest workspace makes chunks of 128 rows: two for 129.
+WORKSPACES = {"roomy": 1 << 29, "tight": 1}
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES.values(), ids=WORKSPACES)
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_formula(shape, kind, workspace):
+    E, Q, C, D, Dt, dims, leave = shape
+    x = vectors(E, Q, D, seed=1), vectors(E, C, D, seed=2), vectors(Q, Dt, seed=3)
+    x = *(v.float() for v in x), vectors(C, Dt, seed=4).float()
+    nq, nc = ([n - 4 * e * leave for e in range(E)] for n in (Q, C))
+    counts = {"query_counts": torch.tensor(nq), "cand_counts": torch.tensor(nc)} if leave else {}
+    weights = torch.arange(1.0, E * len(dims) + 1).view(E, -1)
+    results = []
+    for name, dtype in (("truth", torch.float64), *((i, torch.float32) for i in IMPLS)):
+        q, c = (v.to(dtype).requires_grad_() for v in x[:2])
+        t = torch.full((E, len(dims)), 0.05, dtype=dtype, requires_grad=True)
+        if name == "truth":
+            loss = by_hand(*(q, c, x[2].double(), x[3].double()), dims, kind, 0.05, 0.02, nq, nc)
+        else:
+            loss = distill(
+                *(q, c, *x[2:]),
+                dims=dims,
+                kind=kind,
+                temperature=t,
+                teacher_temperature=0.02,
+                workspace=workspace,
+                impl=name,
+                **counts,
+            )
+            assert loss.dtype == torch.float32
+        results.append((loss, *torch.autograd.grad((loss * weights).sum(), (q, c))))
+        assert all(v.isfinite().all() for v in results[-1])
+    for truth, reference, triton in zip(*results, strict=True):
+        top = truth.abs().max().item()
+        error = [(v.double() - truth).abs().max().item() for v in (reference, triton)]
+        # Logits up to 20 are known to half a step of fp32 there.
+        floor = torch.finfo(torch.float32).eps * 20 * top
+        assert top > 0 and error[0] < 2 * floor and error[1] <= error[0] + floor, (error, floor)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_temperature_learns(impl):
+    q, c, tq, tc = vectors(1, 4, 8, seed=1), vectors(1, 6, 8, seed=2), *vectors(2, 6, 8, seed=3)
+    tq = tq[:4]
+
+    def loss(t: float) -> Tensor:
+        wide = impl == "reference"
+        q_, c_, tq_, tc_ = (v if wide else v.float() for v in (q, c, tq, tc))
+        temperature = torch.tensor(t, dtype=q_.dtype, requires_grad=True)
+        out = distill(q_, c_, tq_, tc_, dims=(8,), kind="kl", temperature=temperature, impl=impl)
+        return torch.stack([out.sum(), *torch.autograd.grad(out.sum(), temperature)]).detach()
+
+    h = 1e-6 if impl == "reference" else 1e-3
+    slope = (loss(0.3 + h)[0] - loss(0.3 - h)[0]) / (2 * h)
+    assert math.isclose(loss(0.3)[1].item(), slope.item(), rel_tol=1e-6 if h < 1e-4 else 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_deepest_exit_teaches_itself_nothing(impl, kind):
+    # Exit self-distillation: the teacher is the model's own last exit, at full width.
+    q, c = vectors(2, 9, 16, seed=1).float(), vectors(2, 7, 16, seed=2).float()
+    q.requires_grad_()
+    loss = distill(q, c, q[-1], c[-1], dims=(8, 16), kind=kind, impl=impl)
+    assert (loss[0] > 1e-3).all() and loss[1, 0] > 1e-3
+    torch.testing.assert_close(loss[1, 1], torch.tensor(0.0), atol=2e-6, rtol=0)
+    grad = torch.autograd.grad(loss[0].sum(), q)[0]
+    assert grad[0].abs().max() > 0 and (grad[1] == 0).all()  # none to the teacher
+
+
+def test_twice_the_same_bits():
+    q, c = vectors(1, 70, 80, seed=1).float(), vectors(1, 50, 80, seed=2).float()
+    q.requires_grad_()
+    runs = []
+    for _ in range(2):
+        loss = distill(
+            q, c, q[0], c[0, :, :40].repeat(1, 2), dims=(8, 80), kind="kl", impl="triton"
+        )
+        runs.append((loss, *torch.autograd.grad(loss.sum(), q)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiled(impl):
+    q, c = vectors(1, 5, 16, seed=1).float(), vectors(1, 6, 16, seed=2).float()
+
+    def loss(x: Tensor) -> Tensor:
+        return distill(x, c, q[0], c[0], dims=(8, 16), kind="kl", impl=impl).sum()
+
+    x = (q * 0.5 + vectors(1, 5, 16, seed=3).float()).requires_grad_()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for f in (loss, compiled):
+        x.grad = None
+        value = f(x)
+        value.backward()
+        if f is loss:
+            want = value.detach(), x.grad
+    torch.testing.assert_close((value.detach(), x.grad), want, rtol=1e-5, atol=1e-6)
+
+
+WRONG = {
+    "kind": ({"kind": "cosine"}, "kind: expected one of"),
+    "dims": ({"dims": (8, 99)}, "dims: expected rising widths"),
+    "temperature": ({"temperature": 0.0}, "temperature: expected a positive"),
+    "teacher_temperature": ({"teacher_temperature": -1.0}, "teacher_temperature: expected"),
+    "counts": ({"query_counts": torch.ones(3, dtype=torch.int64)}, r"query_counts: expected \[2\]"),
+    "teacher": ({"teacher_q": torch.ones(4, 3)}, "teacher_q, teacher_c: expected"),
+    "teachers_width": ({"teacher_c": torch.ones(6, 4)}, r"expected \[E, Q, D\] and \[E, C, D\]"),
+    "impl": ({"impl": "fast"}, "impl: expected one of"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(wrong, message):
+    x = torch.ones(2, 5, 16)
+    given = {"q": x, "c": torch.ones(2, 6, 16), "teacher_q": x[0, :, :3], "dims": (8, 16)}
+    given |= {"teacher_c": torch.ones(6, 3)} | wrong
+    with pytest.raises(ValueError, match=message):
+        distill(**given)

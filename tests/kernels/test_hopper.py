@@ -1,0 +1,43 @@
+"""Every kernel as it is shipped, compiled ahead of time for sm_90a: what no CPU run can show."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Of all of tests/hopper.py (about five minutes) those that need most registers, each kernel, each
+# dtype: everything at once; masks of near pairs; a teacher; fp32, whose products are three.
+CASES = {
+    "bf16": ("1024-rows-bf16", "1024-both-masks-bf16"),
+    "masks": ("256-rows-masks-bf16", "one-bf16", "one_partner-bf16"),
+    "teacher": ("mse-bf16", "kl-fp32"),
+    "fp32": ("256-both-masks-fp32",),
+}
+# Element-wise kernels, and the repair of underflow with its tiles of 32 rows, have no warpgroups.
+NO_WGMMA = {
+    "_pack_kernel", "_unpack_kernel", "_positive_kernel", "_exact_kernel",
+    "_cosine_forward_kernel", "_cosine_backward_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+def test_compiles_for_hopper_without_spills(cases, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)  # and nothing from another run
+    script = Path(__file__).parents[1] / "hopper.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, *cases], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) >= 8
+    for kernel in kernels:
+        assert kernel["target"] == "sm_90a"
+        assert kernel["stack"] == 0 and kernel["reg"] <= 255, f"spills: {kernel}"
+        assert kernel["shared"] <= 227 * 1024, kernel
+        if kernel["kernel"] not in NO_WGMMA:
+            assert kernel["wgmma"] > 0 and kernel["mma"] == 0, kernel
+            assert kernel["async_copies"] > 0 or kernel["stages"] == 1, kernel

@@ -1,0 +1,117 @@
+"""What the loss in Triton promises besides its values: sizes, memory, geometry, its operators."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlembed_kernels import infonce, infonce_ref
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pair(E: int, Q: int, C: int, D: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, c = (torch.randn(E, n, D, generator=generator) for n in (Q, C))
+    c[:, : min(Q, C)] += q[:, : min(Q, C)]
+    return q.to(DEVICE).requires_grad_(), c.to(DEVICE).requires_grad_()
+
+
+# Rows far beyond a tile; the widths of models (LEALLA-large's, F2LLM's pruned ones, Qwen3's), with
+# prefixes that fill neither a step of 64 columns nor a tile.
+SIZES = {
+    "rows_1000": (1, 1000, 1000, 16, (8, 16)),
+    "width_320": (1, 5, 7, 320, (8, 64, 320)),
+    "width_896": (1, 5, 7, 896, (8, 16, 32, 64, 128, 256, 512, 896)),
+    "width_1024": (2, 3, 5, 1024, (8, 128, 1024)),
+    "width_2560": (1, 3, 4, 2560, (2560,)),
+    "prefixes_of_40": (1, 5, 7, 200, (40, 80, 120, 160, 200)),
+}
+
+
+@pytest.mark.parametrize(("E", "Q", "C", "D", "dims"), SIZES.values(), ids=SIZES)
+def test_sizes(E, Q, C, D, dims):
+    q, c = pair(E, Q, C, D)
+    results = []
+    for x, y, loss in (
+        (q.double(), c.double(), infonce_ref),
+        (q, c, infonce_ref),
+        (q, c, lambda *a, **k: infonce(*a, **k, impl="triton")),
+    ):
+        out = loss(x, y, dims=dims)
+        results.append((out, *torch.autograd.grad(out.sum(), (q, c))))
+    for truth, eager, ours in zip(*results, strict=True):
+        errors = [(v.double() - truth).abs().max().item() for v in (eager, ours)]
+        # exp(z - log sum): both are up to 20, known to half a step of fp32 there each.
+        floor = 2 * torch.finfo(torch.float32).eps * 20 * truth.abs().max().item()
+        assert errors[1] <= errors[0] + floor, (errors, floor)
+
+
+def test_the_loss_has_no_slope_along_a_vector():
+    q, c = pair(2, 33, 40, 80)
+    with torch.no_grad():
+        q *= torch.logspace(-6, 6, 33, device=DEVICE)[:, None]  # any length
+    loss = infonce(
+        q, c, dims=(8, 24, 80), directions=("query_to_doc", "doc_to_query"), impl="triton"
+    )
+    for x, dx in zip((q, c), torch.autograd.grad(loss.sum(), (q, c)), strict=True):
+        along = (x * dx).sum(-1).abs()
+        assert dx.abs().max() > 1e-3
+        assert (along <= 1e-5 * x.norm(dim=-1) * dx.norm(dim=-1) + 1e-7).all()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and not t._is_view():
+                self.bytes = max(self.bytes, t.numel() * t.element_size())
+        return out
+
+
+MATRICES = {
+    "rows": {},
+    "both": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    "near": {"false_negative_margin": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", MATRICES.values(), ids=MATRICES)
+def test_no_matrix_of_pairs_beyond_the_workspace(options):
+    # 640 x 640 pairs, padded to nothing; 128 rows of them, the least that is worked on at a time,
+    # are 320 KB in fp32. All of them are 1.6 MB a band, and linear buffers 640 x 128 x 4 = 320 KB.
+    q, c = pair(1, 640, 640, 130)
+    workspace = 400 << 10
+    with Largest() as made:
+        loss = infonce(q, c, dims=(130,), workspace=workspace, impl="triton", **options)
+        roomy = infonce(q, c, dims=(130,), workspace=1 << 30, impl="triton", **options)
+        assert torch.equal(loss, roomy)
+        made.bytes = 0
+        loss.sum().backward()
+    linear = 640 * 256 * 4
+    assert made.bytes <= max(workspace, linear)
+
+
+def test_operators_are_what_torch_expects():
+    from mlembed_kernels._cosine_op import cosine_op
+    from mlembed_kernels._distill_op import distill_op
+    from mlembed_kernels._partition_op import partition_op
+
+    x, y = pair(2, 5, 6, 24)
+    scale = torch.full((2, 2), 20.0, device=DEVICE, requires_grad=True)
+    at, many = torch.arange(5, device=DEVICE), torch.rand(2, 5, 3, 24, device=DEVICE)
+    masks = None, None, None, None, None
+    tx, ty = torch.rand(5, 8, device=DEVICE), torch.rand(6, 8, device=DEVICE)
+    for op, args in (
+        (partition_op, (x, y, scale, at, *masks, [8, 24], True, 1 << 20)),
+        (cosine_op, (x, many.requires_grad_(), [8, 24])),
+        (distill_op, (x, y, tx, ty, None, None, [8, 24], "kl", 0.05, 1 << 20)),
+    ):
+        assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
