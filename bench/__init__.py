@@ -7,7 +7,7 @@ for the kernels' tests.
 
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -16,18 +16,26 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class _Beside:
-    """Finds mlembed_kernels in the folder next to this one, when it is imported and not before."""
+    """Finds mlembed_kernels in the folder next to this one, when it is imported and not before.
+
+    Its modules too, or none: a finder of an installed copy would fill in files that are not here.
+    """
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != "mlembed_kernels":
+        if name == "mlembed_kernels":
+            folder = ROOT / "kernels"
+            return spec_from_file_location(
+                name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            )
+        if not name.startswith("mlembed_kernels."):
             return None
-        folder = ROOT / "kernels"
-        return spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
+        spec = PathFinder.find_spec(name, path)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return spec
 
 
 sys.meta_path.insert(0, _Beside)

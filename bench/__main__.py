@@ -132,7 +132,11 @@ class Run:
         On a GPU they compile for every shape. Where that outlasts its share of the time, the gate
         decides alone, and the result says so.
         """
-        files = [f"tests/kernels/{p.name}" for p in ROOT.glob(f"tests/kernels/test_{self.name}*")]
+        files = [
+            path.relative_to(ROOT).as_posix()
+            for name in self.bench.TESTS
+            for path in ROOT.glob(f"tests/kernels/test_{name}*.py")
+        ]
         if importlib.util.find_spec("pytest") is None or not files:
             self.add({"kind": "tests", "ok": None, "note": "pytest or the tests are not there"})
             return

@@ -21,6 +21,7 @@ import torch
 from . import harness
 from .harness import Leaves, Missing, reason
 
+Config = dict[str, int | None]
 BROKEN = 70  # exit status: the device answers no more
 MS = 1000.0  # of repeats for each measurement
 RESERVE = 10  # seconds: nothing new is begun with less
@@ -163,22 +164,28 @@ class Worker:
     # ---- launch configurations ----
 
     def sweep(self, name: str) -> None:
+        """Every kernel that the case launches, one after the other."""
         case = self.shaped(name)
         sets = self.sets(case)
         step, _ = self.bench.build("ours", case, sets[0], self.smoke)
+        table_name = "CONFIGS_FP32" if sets[0].stacked[0].dtype == torch.float32 else "CONFIGS"
         for module_name, mode in self.bench.SWEEP.items():
+            at = {"case": name, "mode": mode}
             try:
                 module = importlib.import_module(f"mlembed_kernels.{module_name}")
-                table = module.CONFIGS
-            except (ImportError, AttributeError) as error:
-                say("sweep", case=name, kernel=module_name, status="absent", note=reason(error))
+                seen = Seen(getattr(module, table_name))
+                setattr(module, table_name, seen)
+                harness.rotating(step, sets, mode != "fwd")(0)
+            except Exception as error:  # no such module or table, or ours fails as it is
+                say("sweep", **at, kernel=module_name, status="failed", note=reason(error))
+                self.alive()
                 continue
-            for kernel in list(table)[: 1 if self.smoke else None]:
-                self.sweep_kernel(table, kernel, step, sets, {"case": name, "mode": mode})
+            for kernel in sorted(seen.names)[: 1 if self.smoke else None]:
+                self.sweep_kernel(seen, kernel, step, sets, at)
 
     def sweep_kernel(
         self,
-        table: dict[str, dict[str, int]],
+        table: dict[str, Config],
         kernel: str,
         step: harness.Step,
         sets: list[Leaves],
@@ -214,18 +221,37 @@ class Worker:
             table[kernel] = present
 
 
+class Seen(dict[str, Config]):
+    """A table in place of another that notes which entries are read."""
+
+    def __init__(self, table: dict[str, Config]) -> None:
+        super().__init__(table)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Config:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
 def candidates(
-    listed: dict[str, list[dict[str, int]]], kernel: str, present: dict[str, int], smoke: bool
-) -> Iterator[dict[str, int]]:
-    """The present entry, then what is listed for the kernel, or other warps and stages."""
-    others = listed.get(kernel)
-    if others is None:
+    listed: dict[str, list[Config]], kernel: str, present: Config, smoke: bool
+) -> Iterator[Config]:
+    """The present entry, then what is listed for the kernel or for all `kernel_...` of its name.
+
+    What a candidate does not name is as in the present entry; None takes an option away. A kernel
+    that is not listed gets other warps and stages.
+    """
+    of = [name for name in listed if kernel == name or kernel.startswith(f"{name}_")]
+    if of:
+        others = listed[max(of, key=len)]
+    else:
         both = itertools.product((4, 8), (2, 3, 4))
         others = [{"num_warps": warps, "num_stages": stages} for warps, stages in both]
     yield present
-    distinct = [{**present, **other} for other in others]
-    distinct = [c for i, c in enumerate(distinct) if c != present and c not in distinct[:i]]
-    yield from distinct[:1] if smoke else distinct
+    merged = [{**present, **other} for other in others]
+    merged = [{k: v for k, v in config.items() if v is not None} for config in merged]
+    merged = [c for i, c in enumerate(merged) if c != present and c not in merged[:i]]
+    yield from merged[:1] if smoke else merged
 
 
 def digest(loss: float, inputs: Leaves) -> tuple[float, ...]:
