@@ -42,6 +42,7 @@ from ._tiles import (
     chunks,
     groups,
     near_mask,
+    options_of,
 )
 
 # As in _forward. 128 x 128 with 8 warps is the shape of a throw-away version that was timed on an
@@ -60,9 +61,7 @@ WIDTH = 16384  # of a rectangle of pairs: sums over row chunks then cost little
 
 
 def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    fp32 = dtype == torch.float32
-    table = CONFIGS_FP32 if fp32 else CONFIGS
-    return {**table[name], "PRECISION": "tf32x3" if fp32 else "ieee"}
+    return options_of(CONFIGS, CONFIGS_FP32, name, dtype)
 
 
 @triton.jit

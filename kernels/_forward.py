@@ -36,6 +36,7 @@ from ._tiles import (
     chunks,
     groups,
     near_mask,
+    options_of,
 )
 
 # Tiles per kernel, for half precision and for fp32, whose products are three tf32 ones (as exact as
@@ -65,9 +66,7 @@ CONFIGS_FP32: dict[str, dict[str, int]] = {
 
 
 def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    fp32 = dtype == torch.float32
-    table = CONFIGS_FP32 if fp32 else CONFIGS
-    return {**table[name], "PRECISION": "tf32x3" if fp32 else "ieee"}
+    return options_of(CONFIGS, CONFIGS_FP32, name, dtype)
 
 
 @triton.jit

@@ -19,8 +19,17 @@ GONE = tl.constexpr(-1e30)
 NEAR, MSE, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG2E = 1.4426950408889634
 # See _forward.
-CONFIG = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-CONFIG_FP32 = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+CONFIGS = {"matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}}
+CONFIGS_FP32 = {"matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}}
+
+
+def options_of(
+    half: dict[str, dict[str, int]], fp32: dict[str, dict[str, int]], name: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A kernel's launch options; fp32's products are three tf32 ones."""
+    if dtype == torch.float32:
+        return {**fp32[name], "PRECISION": "tf32x3"}
+    return {**half[name], "PRECISION": "ieee"}
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,7 @@ def fill(
     out: Tensor, x: Packed, y: Packed, nest: Nest, row: int, ceiling: Tensor, mode: int
 ) -> None:
     """A matrix over the pairs of one exit, rows from `row`."""
-    fp32 = x.x.dtype == torch.float32
-    options: dict[str, Any] = dict(CONFIG_FP32 if fp32 else CONFIG)
-    options["PRECISION"] = "tf32x3" if fp32 else "ieee"
+    options = options_of(CONFIGS, CONFIGS_FP32, "matrix", x.x.dtype)
     # As many columns a step as divide every prefix's end.
     first, last = nest.whole
     options["BK"] = next(k for k in (64, 32, 16) if k <= options["BK"] and last % k == 0)
