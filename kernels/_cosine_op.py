@@ -91,11 +91,12 @@ def cosine_op(x: Tensor, y: Tensor, dims: list[int]) -> Outputs:
     (E, R, D), K, M = x.shape, y.shape[2], len(dims)
     cos, v = (x.new_empty(E, M, R, K, dtype=torch.float32) for _ in range(2))
     u = x.new_empty(E, M, R, dtype=torch.float32)
-    if cos.numel():
-        _cosine_forward_kernel[(triton.cdiv(R, 16), E)](
-            x.contiguous(), y.contiguous(), cos, u, v, R, K, D,
-            EDGES=(0, *dims), BR=16, BK=64, num_warps=4,
-        )  # fmt: skip
+    with torch.cuda.device_of(x):  # where triton launches
+        if cos.numel():
+            _cosine_forward_kernel[(triton.cdiv(R, 16), E)](
+                x.contiguous(), y.contiguous(), cos, u, v, R, K, D,
+                EDGES=(0, *dims), BR=16, BK=64, num_warps=4,
+            )  # fmt: skip
     return cos, u, v
 
 
@@ -112,11 +113,12 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     (E, R, D), K = x.shape, y.shape[2]
     dx, dy = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
-    if cos.numel():
-        _cosine_backward_kernel[(triton.cdiv(R, 16), E)](
-            x.contiguous(), y.contiguous(), cos, u, v, dcos.contiguous(), dx, dy, R, K, D,
-            EDGES=(0, *dims), BR=16, BK=64, num_warps=4,
-        )  # fmt: skip
+    with torch.cuda.device_of(x):
+        if cos.numel():
+            _cosine_backward_kernel[(triton.cdiv(R, 16), E)](
+                x.contiguous(), y.contiguous(), cos, u, v, dcos.contiguous(), dx, dy, R, K, D,
+                EDGES=(0, *dims), BR=16, BK=64, num_warps=4,
+            )  # fmt: skip
     return dx, dy
 
 

@@ -51,24 +51,25 @@ def distill_op(
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
     """sum_j (s - t)^2 or sum_j p s, fp32 [E, M, R], and the entropy of p, fp32 [E, R]."""
-    nest, (E, R, _) = nest_of(tuple(dims)), x.shape
-    nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
-    sums = torch.empty(E, len(dims), R, dtype=torch.float32, device=x.device)
-    entropies = torch.empty(E, R, dtype=torch.float32, device=x.device)
-    teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
-    one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
-    RP, SP = padded(R), padded(y.shape[1])
-    whole = (RP + SP) * nest.width * x.element_size() + PAIR_BYTES * RP * SP
-    # Where candidates leave, the teacher's probabilities differ by exit.
-    for group in groups(E, whole if col_counts is None else workspace, workspace):
-        px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
-        for rows in chunks(RP, PAIR_BYTES * SP, workspace):
-            kept, entropy = teacher.kept(rows, ny[group][:1])
-            tiles = _forward.Tiles(px, py, nest, one[group], one[group], kept)
-            here = slice(rows.start, min(rows.stop, R))
-            sums[group, :, here] = tiles.sums(rows, False)[0][..., here]
-            entropies[group, here] = entropy[: here.stop - here.start]
-    return sums, entropies
+    with torch.cuda.device_of(x):  # where triton launches
+        nest, (E, R, _) = nest_of(tuple(dims)), x.shape
+        nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
+        sums = torch.empty(E, len(dims), R, dtype=torch.float32, device=x.device)
+        entropies = torch.empty(E, R, dtype=torch.float32, device=x.device)
+        teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
+        one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
+        RP, SP = padded(R), padded(y.shape[1])
+        whole = (RP + SP) * nest.width * x.element_size() + PAIR_BYTES * RP * SP
+        # Where candidates leave, the teacher's probabilities differ by exit.
+        for group in groups(E, whole if col_counts is None else workspace, workspace):
+            px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
+            for rows in chunks(RP, PAIR_BYTES * SP, workspace):
+                kept, entropy = teacher.kept(rows, ny[group][:1])
+                tiles = _forward.Tiles(px, py, nest, one[group], one[group], kept)
+                here = slice(rows.start, min(rows.stop, R))
+                sums[group, :, here] = tiles.sums(rows, False)[0][..., here]
+                entropies[group, here] = entropy[: here.stop - here.start]
+        return sums, entropies
 
 
 @distill_op.register_fake
@@ -92,31 +93,34 @@ def _backward_op(
     temperature: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    nest, (E, R, D), S = nest_of(tuple(dims)), x.shape, y.shape[1]
-    nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
-    dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
-    dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
-    teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
-    one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
-    slope = dsums * (2.0 if kind == "mse" else 1.0)  # d (s - t)^2 = 2 (s - t) ds
-    factor = _backward.largest(slope)
-    RP, SP = padded(R), padded(S)
-    wide_bytes = x.element_size() * (len(dims) - nest.narrow)
-    whole = (RP + SP) * nest.width * (4 + x.element_size()) + (PAIR_BYTES + wide_bytes) * RP * SP
-    for group in groups(E, whole if col_counts is None else workspace, workspace):
-        px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
-        none = torch.zeros_like(slope[group])
-        sides = _backward.Sides.of(none, slope[group], one[group], factor[group])
-        tiles = _backward.Tiles(px, py, nest, one[group], Kept(None, None, None), sides, None)
-        f = factor[group]
-        row_bytes = (PAIR_BYTES + wide_bytes * len(f)) * SP
-        for rows in chunks(RP, row_bytes, workspace):
-            tiles.kept = teacher.kept(rows, ny[group][:1])[0]
-            tiles.narrow(rows)
-            grad = tiles.wide(rows, SP)
-            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, nest, None, rows.start)
-        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, nest, None)
-    return dx, dy
+    with torch.cuda.device_of(x):
+        nest, (E, R, D), S = nest_of(tuple(dims)), x.shape, y.shape[1]
+        nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
+        dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
+        dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
+        teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
+        one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
+        slope = dsums * (2.0 if kind == "mse" else 1.0)  # d (s - t)^2 = 2 (s - t) ds
+        factor = _backward.largest(slope)
+        RP, SP = padded(R), padded(S)
+        wide_bytes = x.element_size() * (len(dims) - nest.narrow)
+        whole = (RP + SP) * nest.width * (4 + x.element_size()) + (
+            PAIR_BYTES + wide_bytes
+        ) * RP * SP
+        for group in groups(E, whole if col_counts is None else workspace, workspace):
+            px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
+            none = torch.zeros_like(slope[group])
+            sides = _backward.Sides.of(none, slope[group], one[group], factor[group])
+            tiles = _backward.Tiles(px, py, nest, one[group], Kept(None, None, None), sides, None)
+            f = factor[group]
+            row_bytes = (PAIR_BYTES + wide_bytes * len(f)) * SP
+            for rows in chunks(RP, row_bytes, workspace):
+                tiles.kept = teacher.kept(rows, ny[group][:1])[0]
+                tiles.narrow(rows)
+                grad = tiles.wide(rows, SP)
+                unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, nest, None, rows.start)
+            unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, nest, None)
+        return dx, dy
 
 
 @_backward_op.register_fake

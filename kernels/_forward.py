@@ -41,8 +41,8 @@ from ._tiles import (
 
 # Tiles per kernel, for half precision and for fp32, whose products are three tf32 ones (as exact as
 # fp32 to a few 1e-7) of operands twice as large. None of them has been timed. All are compiled for
-# sm_90 without spills; 128 registers let two programs share a multiprocessor, one's exponentials
-# under the other's products (the wide kernel has 8 warps for its 128 x 128 tile).
+# sm_90 without spills, but for 8 bytes in some of the repair's. With 128 registers two programs of
+# the wide kernel's 8 warps share a multiprocessor, one's exponentials under the other's products.
 CONFIGS: dict[str, dict[str, int]] = {
     "narrow_forward": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
     "narrow_forward_columns": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},

@@ -62,34 +62,23 @@ def partition_op(
     workspace: int,
 ) -> Outputs:
     """rows [E, M, R], columns [E, M, S], positives' cosines [E, M, R]; empty if not asked for."""
-    return forward(
-        x,
-        y,
-        nest_of(tuple(dims)),
-        scale,
-        _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
-        (counts_of(row_counts, x), counts_of(col_counts, y)),
-        ceiling,
-        columns,
-        workspace,
-    )
+    with torch.cuda.device_of(x):  # where triton launches
+        return forward(
+            x,
+            y,
+            nest_of(tuple(dims)),
+            scale,
+            _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
+            (counts_of(row_counts, x), counts_of(col_counts, y)),
+            ceiling,
+            columns,
+            workspace,
+        )
 
 
 @partition_op.register_fake
-def _(
-    x,
-    y,
-    scale,
-    positive,
-    row_keys,
-    col_keys,
-    ceiling,
-    row_counts,
-    col_counts,
-    dims,
-    columns,
-    workspace,
-):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(x, y, scale, positive, *others):  # type: ignore[no-untyped-def]
+    *_, dims, columns, _ = others
     (E, R, _), S, M = x.shape, y.shape[1], len(dims)
     rows = x.new_empty(E, M, R, dtype=torch.float32)
     cols = x.new_empty(E, M, S if columns else 0, dtype=torch.float32)
@@ -119,19 +108,20 @@ def _backward_op(
     down: Tensor,
 ) -> Outputs:
     """dx, dy, dscale."""
-    return backward(
-        x,
-        y,
-        nest_of(tuple(dims)),
-        scale,
-        _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
-        (counts_of(row_counts, x), counts_of(col_counts, y)),
-        ceiling,
-        (rows, drows),
-        (cols, dcols) if columns else None,
-        (own, down) if positive is not None else None,
-        workspace,
-    )
+    with torch.cuda.device_of(x):
+        return backward(
+            x,
+            y,
+            nest_of(tuple(dims)),
+            scale,
+            _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
+            (counts_of(row_counts, x), counts_of(col_counts, y)),
+            ceiling,
+            (rows, drows),
+            (cols, dcols) if columns else None,
+            (own, down) if positive is not None else None,
+            workspace,
+        )
 
 
 @_backward_op.register_fake
