@@ -1,7 +1,8 @@
 """The operations that make 3D Matryoshka training expensive; they know nothing of mlembed.
 
 Each file holds one operation: its mathematics, its plain PyTorch reference `x_ref` (the
-specification that every faster implementation is held to) and the public function `x`.
+specification that every faster implementation is held to) and the public function `x`. Files that
+begin with _ are what they share, and the Triton behind them, imported only when asked for.
 """
 
 from .attention import attention, attention_ref

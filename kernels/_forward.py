@@ -15,6 +15,7 @@ Floor, per exit: 2 R S D / matrix rate (packed columns: 1.06 D for D = 1024, pre
 M R S / 16 exponentials per clock and multiprocessor, which overlap at best. Bytes do not count.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -277,7 +278,7 @@ def forward(
     cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
     own_EMR = torch.zeros_like(rows_EMR) if kept.positive is not None else rows_EMR[..., :0].clone()
     scale2 = (scale * LOG2E).contiguous()
-    shift2 = (scale2.abs() + torch.tensor(float(max(RP, SP))).log2().item() - 126).clamp(min=0)
+    shift2 = (scale2.abs() + math.log2(max(RP, SP)) - 126).clamp(min=0)
     smallest = min(
         config(name, x.dtype)["BM"] for name in ("narrow_forward_columns", "wide_forward_columns")
     )
