@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 NO_LENGTH = tl.constexpr(1e-12)  # as in cosine.py
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -85,7 +85,7 @@ def _cosine_backward_kernel(
             tl.store(DX + x_rows + col, dx.to(DX.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("mlembed::cosine", mutates_args=())
+@library.custom_op("mlembed::cosine", mutates_args=())
 def cosine_op(x: Tensor, y: Tensor, dims: list[int]) -> Outputs:
     """cos [E, M, R, K], and the inverse lengths [E, M, R] and [E, M, R, K] for the gradient."""
     (E, R, D), K, M = x.shape, y.shape[2], len(dims)
@@ -107,7 +107,7 @@ def _(x, y, dims):  # type: ignore[no-untyped-def]
     return cos, x.new_empty(E, M, R, dtype=torch.float32), v
 
 
-@torch.library.custom_op("mlembed::cosine_backward", mutates_args=())
+@library.custom_op("mlembed::cosine_backward", mutates_args=())
 def _backward_op(
     x: Tensor, y: Tensor, cos: Tensor, u: Tensor, v: Tensor, dcos: Tensor, dims: list[int]
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """`distill`'s sums over tiles as one node that torch.compile and CUDA graphs can carry."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import _backward, _forward
 from ._nest import nest_of, pack, padded, unpack
@@ -37,7 +37,7 @@ class _Teacher:
         return Kept(None, None, None, out, rows.start, MODES[self.kind]), entropy
 
 
-@torch.library.custom_op("mlembed::distill", mutates_args=())
+@library.custom_op("mlembed::distill", mutates_args=())
 def distill_op(
     x: Tensor,
     y: Tensor,
@@ -79,7 +79,7 @@ def _(x, y, teacher_x, teacher_y, row_counts, col_counts, dims, kind, temperatur
     return sums, x.new_empty(E, R, dtype=torch.float32)
 
 
-@torch.library.custom_op("mlembed::distill_backward", mutates_args=())
+@library.custom_op("mlembed::distill_backward", mutates_args=())
 def _backward_op(
     x: Tensor,
     y: Tensor,

@@ -11,8 +11,9 @@ overflow. What underflows is recognised by its sum and done again with a running
 
 Dropped pairs start at -1e30 instead of 0, once per tile: their exponentials are 0 at every prefix.
 
-Floor, per exit: 2 R S D / matrix rate (packed columns: 1.06 D for D = 1024, prefixes 8 to 1024) and
-M R S / 16 exponentials per clock and multiprocessor, which overlap at best. Bytes do not count.
+Floor, per exit: 2 R S D / matrix rate (here 1.08 D for D = 1024, prefixes 8 to 1024: the narrow
+ones are done apart) and M R S / 16 exponentials per clock and multiprocessor, which overlap at
+best. Bytes do not count.
 """
 
 import math

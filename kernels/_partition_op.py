@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from ._backward import backward
 from ._forward import forward
@@ -46,7 +46,7 @@ def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
     return rows.masked_fill(~found, -1).int(), cols.int()
 
 
-@torch.library.custom_op("mlembed::partition", mutates_args=())
+@library.custom_op("mlembed::partition", mutates_args=())
 def partition_op(
     x: Tensor,
     y: Tensor,
@@ -86,7 +86,7 @@ def _(x, y, scale, positive, *others):  # type: ignore[no-untyped-def]
     return rows, cols, own
 
 
-@torch.library.custom_op("mlembed::partition_backward", mutates_args=())
+@library.custom_op("mlembed::partition_backward", mutates_args=())
 def _backward_op(
     x: Tensor,
     y: Tensor,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._check import check_counts, check_impl, check_vectors, scale_of, use_triton
 from .cosine import unit
-from .partition import WORKSPACE, partition, present
+from .partition import NOTHING, WORKSPACE, partition, present
 
 KINDS = ("mse", "kl")
 
@@ -63,9 +63,6 @@ def distill_ref(
                 rows = (log_p.exp() * (log_p - log_r)).where(kept, 0).sum(-1)
                 losses.append(rows.sum() / kept.any(-1).sum().clamp(min=1))
     return torch.stack(losses).view(E, len(dims))
-
-
-NOTHING = -1e30  # log of what is absent, finite so that its gradient is 0 and not NaN
 
 
 def distill(

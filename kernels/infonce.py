@@ -41,9 +41,7 @@ from torch import Tensor
 
 from ._check import check_impl, check_indices, check_objective, check_vectors, scale_of
 from .cosine import cosine
-from .partition import WORKSPACE, partition, present
-
-NOTHING = -1e30  # log of an empty sum, finite so that its gradient is 0 and not NaN
+from .partition import NOTHING, WORKSPACE, partition, present
 
 
 def infonce_ref(

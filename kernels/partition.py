@@ -23,6 +23,7 @@ from ._check import check_impl, use_triton
 from .cosine import unit
 
 WORKSPACE = 512 << 20  # bytes
+NOTHING = -1e30  # for the log of an empty sum: finite, so that its gradient is 0 and not NaN
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 
 

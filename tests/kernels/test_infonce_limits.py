@@ -99,6 +99,49 @@ def test_no_matrix_of_pairs_beyond_the_workspace(options):
     assert made.bytes <= max(workspace, linear)
 
 
+cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")
+
+
+def step(q: Tensor, c: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    options = {"directions": ("query_to_doc", "doc_to_query"), "false_negative_margin": 0.1}
+    loss = infonce(
+        q, c, dims=(8, 200), temperature=temperature, query_ids=ids, cand_ids=ids, **options
+    )
+    return loss, *torch.autograd.grad(loss.sum(), (q, c, temperature))
+
+
+@cuda_only
+def test_nothing_waits_for_the_device():
+    q, c = pair(2, 130, 130, 200)
+    given = q, c, torch.arange(130, device=DEVICE), torch.tensor(0.05, device=DEVICE)
+    given[3].requires_grad_()
+    step(*given)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda_only
+def test_in_a_cuda_graph():
+    q, c = pair(2, 130, 130, 200)
+    given = q, c, torch.arange(130, device=DEVICE), torch.tensor(0.05, device=DEVICE)
+    given[3].requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*given)
+    with torch.no_grad():
+        q += 0.1 * c  # other numbers in the same places
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(*given), strict=True))
+
+
 def test_operators_are_what_torch_expects():
     from mlembed_kernels._cosine_op import cosine_op
     from mlembed_kernels._distill_op import distill_op
