@@ -35,6 +35,7 @@ from mlembed.export import export
 from mlembed.loss import loss_table, sample_rank, weights
 from mlembed.model import Transformer, num_parameters
 from mlembed.optim import adamw, learning_rate
+from mlembed_kernels.attention import WIDTHS
 
 # ---- the run's directory ----
 
@@ -52,13 +53,19 @@ def find_run(run: config.Run) -> tuple[Path, Path | None]:
         return directory, None
     if not saved.is_file():
         raise ValueError(f"{directory}: expected a run to resume, found none")
-    before, now = (config.to_dict(replace(r, resume=False)) for r in (config.load(saved), run))
+    before, now = (resumable(r) for r in (config.load(saved), run))
     if differing := sorted(config.differences(before, now)):
         raise ValueError(
             f"--resume: expected the configuration of {saved}, got other values for "
             + ", ".join(differing)
         )
     return directory, next(reversed(checkpoint.complete(directory / "checkpoints")), None)
+
+
+def resumable(run: config.Run) -> dict[str, Any]:
+    """What has to be the same to go on with a run. By what attention is computed has not: the next
+    machine may lack it."""
+    return config.to_dict(replace(run, resume=False, model=replace(run.model, attention="auto")))
 
 
 # ---- text, tokenizer, model ----
@@ -89,7 +96,8 @@ def build(
     """Model and tokenizer from a checkpoint of this run, from `init`, or from scratch."""
     torch.manual_seed(run.seed)
     if found:
-        return pretrained.load(str(found)), tokenizer.load(found)
+        shape = config.from_checkpoint(found, run.model)
+        return pretrained.load(str(found), shape), tokenizer.load(found)
     if run.init:
         return pretrained.load(run.init, run.model), tokenizer.load(config.resolve(run.init))
     learnt = tokenizer.train((t for table in tables for t in table.texts), run.model.vocab_size)
@@ -165,14 +173,20 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     half = bf16(run, where.device)
     encoder = Encoder(model, learnt, run.max_length, bf16=half)
     batches = data.Batches(tables, learnt, run, where)
+    if run.model.attention != "auto":  # one that is not to be had says so before the run begins
+        encoder.exits(["a text"])
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
         f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
     )
+    cuda = where.device.type == "cuda"
+    attention = run.model.attention
+    if attention == "auto":
+        attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
     out.say(
         f"run    {where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}; "
-        f"infonce by {'Triton' if where.device.type == 'cuda' else 'its PyTorch reference'}, "
-        "attention and embed by their PyTorch references"
+        f"attention by {attention}, infonce by {'triton' if cuda else 'its PyTorch reference'}, "
+        "embed by its PyTorch reference"
     )
     return Job(run, where, directory, out, tasks, batches, encoder, optimizer)
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from . import ROOT, report
 
-NAMES = ("infonce",)
+NAMES = "infonce", "attention"
 BROKEN = 70  # as in worker.py, which only the other process imports
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds that a case is begun with
@@ -174,7 +174,8 @@ class Run:
         for name in names:
             if self.left() < LEAST:
                 self.add(
-                    {"kind": "row", "case": name, "provider": "ours", "mode": "fwd+bwd"}
+                    {"kind": "row", "case": name, "provider": "ours"}
+                    | {"mode": self.bench.CASES[name].modes[0]}
                     | {"status": "skipped", "note": "no time was left"}
                 )
                 continue
@@ -190,7 +191,7 @@ class Run:
             print("ceilings: matmul {:.0f} TFLOP/s, copy {:.0f} GB/s".format(*limits))
         for mode in case.modes:
             floors = None if limits is None else self.bench.floors(case, mode, *limits)
-            print(report.table(rows, mode, floors), flush=True)
+            print(report.table(rows, mode, floors, self.bench.BASELINES), flush=True)
         for record in self.of("kernels"):
             if record["case"] == name:
                 print(report.kernels(record), flush=True)
@@ -218,7 +219,7 @@ class Run:
         if self.path is None:
             return
         if self.args.sweep:
-            for case in self.args.case or [self.bench.SWEEP_CASE]:
+            for case in names if self.args.case else [self.bench.SWEEP_CASE]:
                 self.finished &= self.stage(["sweep"], "--case", case)
             print(report.sweep(self.of("sweep")), flush=True)
             return

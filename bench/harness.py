@@ -21,10 +21,16 @@ from torch import Tensor
 
 from . import ROOT
 
-Step = Callable[["Leaves", bool], Tensor | None]  # inputs, with backward? -> the loss, if it is one
-
-
+FORWARD, BACKWARD, TRAIN = "fwd", "bwd", "fwd+bwd"  # modes: what is timed
+Step = Callable[[Any, bool], Any]  # inputs, with backward? -> what came out: a loss, or tensors
 Call = Callable[[int], Any]  # on the set of this number
+
+
+# Others' code whose versions a result is read with, where it is there.
+PACKAGES = (
+    *("flash-attn", "flash-attn-3", "flash-attn-4", "xformers"),
+    *("sentence-transformers", "cut-cross-entropy", "inf-cl", "liger-kernel"),
+)
 
 
 class Missing(Exception):
@@ -51,6 +57,44 @@ class Leaves:
 
     def gradient_bytes(self) -> int:
         return sum(x.grad.nbytes for x in self.all() if x.grad is not None)
+
+
+class Apart:
+    """A step that is a function of tensors: its backward can be timed without its forward."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        prepare: Callable[[Any], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    ) -> None:
+        """function: leaves -> a tensor, or several. prepare: inputs -> the leaves, and the
+        gradients of what the function gives; once for each set, outside of every time."""
+        self.function, self.prepare = function, prepare
+        self.prepared: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+
+    def of(self, inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if id(inputs) not in self.prepared:
+            self.prepared[id(inputs)] = self.prepare(inputs)
+        return self.prepared[id(inputs)]
+
+    def outs(self, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = self.function(*leaves)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def __call__(self, inputs: Any, backward: bool) -> tuple[Tensor, ...]:
+        """What the function gives and, with backward, the gradients of the leaves."""
+        leaves, behind = self.of(inputs)
+        outs = self.outs(leaves)
+        if not backward:
+            return outs
+        return *(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, behind)
+
+    def backward(self, inputs: Any) -> Callable[[], tuple[Tensor, ...]]:
+        """The forward now; the gradients whenever the result is called."""
+        leaves, behind = self.of(inputs)
+        with torch.enable_grad():
+            outs = self.outs(leaves)
+        return lambda: torch.autograd.grad(outs, leaves, behind, retain_graph=True)
 
 
 # ---- times ----
@@ -108,6 +152,8 @@ def timed(call: Call, repeats: int, device: torch.device) -> list[float]:
             times.append((time.perf_counter() - start) * 1e3)
         return times
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
+    # The device waits (clocks) until the host is ahead: else what is short times Python's launches.
+    torch.cuda._sleep(int(min(repeats * 5e-4, 0.1) * 1.8e9))
     for i, (start_event, end_event) in enumerate(events):
         start_event.record()
         call(i)
@@ -123,10 +169,19 @@ def measure(call: Call, device: torch.device, budget_ms: float, least: int = 5) 
     return summary(timed(call, min(max(int(budget_ms / once), least), 200), device))
 
 
-def rotating(step: Step, sets: list[Leaves], backward: bool) -> Call:
-    """Call i works on set i, from no gradients, with autograd only where it is measured."""
+def rotating(step: Step, sets: list[Any], mode: str) -> Call:
+    """Call i works on set i, from no gradients, with autograd only where it is measured.
 
-    def call(i: int) -> Tensor | None:
+    For the backward alone every set's forward is done here: what it saves rotates too.
+    """
+    if mode == BACKWARD:
+        if not isinstance(step, Apart):
+            raise TypeError(f"{mode}: expected a step whose backward stands alone, got {step}")
+        calls = [step.backward(inputs) for inputs in sets]
+        return lambda i: calls[i % len(calls)]()
+    backward = mode != FORWARD
+
+    def call(i: int) -> Any:
         inputs = sets[i % len(sets)]
         inputs.clear()
         with torch.set_grad_enabled(backward):
@@ -135,8 +190,17 @@ def rotating(step: Step, sets: list[Leaves], backward: bool) -> Call:
     return call
 
 
-def peak_bytes(step: Step, sets: list[Leaves], backward: bool, device: torch.device) -> int | None:
-    """Most memory at any time beyond all inputs and the gradients that are left at the end."""
+def size_of(result: Any) -> float:
+    """A loss as it is; of tensors the length of all their numbers."""
+    if isinstance(result, Tensor) and result.ndim == 0:
+        return float(result)
+    tensors = [result] if isinstance(result, Tensor) else result
+    return torch.stack([x.detach().float().norm() for x in tensors]).norm().item()
+
+
+def peak_bytes(call: Call, sets: list[Any], device: torch.device) -> int | None:
+    """Most memory at any time beyond all inputs, and what is left at the end: outputs and
+    gradients."""
     if device.type != "cuda":
         return None
     for inputs in sets:
@@ -144,10 +208,11 @@ def peak_bytes(step: Step, sets: list[Leaves], backward: bool, device: torch.dev
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    rotating(step, sets, backward)(0)
+    result = call(0)
     torch.cuda.synchronize(device)
     most = torch.cuda.max_memory_allocated(device)
-    return max(most - before - sets[0].gradient_bytes(), 0)
+    outputs = sum(x.nbytes for x in result) if isinstance(result, tuple) else 0
+    return max(most - before - outputs - sets[0].gradient_bytes(), 0)
 
 
 def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
@@ -232,6 +297,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
+        "cudnn": torch.backends.cudnn.version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "kernels": mlembed_kernels.__version__,
         "sources": sources.hexdigest()[:12],
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),

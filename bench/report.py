@@ -5,10 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = (
-    *("provider", "ms", "p20..p80", "TFLOP/s", "of matmul", "GB/s", "peak MiB"),
-    *("x eager", "x compile"),
-)
+COLUMNS = (*("provider", "ms", "p20..p80", "TFLOP/s", "of matmul", "GB/s", "of copy", "peak MiB"),)
 ANOTHER = 0.05  # relative: bf16 sums of bf16 losses come within 2 %
 
 
@@ -44,7 +41,7 @@ def differs(rows: list[Row], row: Row) -> str | None:
     return None
 
 
-def cells(rows: list[Row], row: Row) -> list[str]:
+def cells(rows: list[Row], row: Row, baselines: tuple[str, ...]) -> list[str]:
     if row.get("ms") is None:
         return [row["provider"], row["status"]]
     peak = row.get("peak_mib")
@@ -55,9 +52,9 @@ def cells(rows: list[Row], row: Row) -> list[str]:
         f"{row['tflops']:.0f}",
         f"{row['share']:.1%}",
         f"{row['gbs']:.0f}",
+        f"{row['copy_share']:.1%}",
         "-" if peak is None else f"{peak:.0f}",
-        ratio(rows, row, "eager"),
-        ratio(rows, row, "compile"),
+        *(ratio(rows, row, baseline) for baseline in baselines),
     ]
 
 
@@ -73,10 +70,15 @@ def aligned(lines: list[list[str]]) -> list[str]:
     ]
 
 
-def table(rows: list[Row], mode: str, floors: dict[str, float] | None) -> str:
-    """One case in one mode; `rows` are the case's."""
+def table(
+    rows: list[Row], mode: str, floors: dict[str, float] | None, baselines: tuple[str, ...]
+) -> str:
+    """One case in one mode, with speed-ups against `baselines`; `rows` are the case's."""
     mine = [row for row in rows if row["mode"] == mode]
-    lines = aligned([list(COLUMNS), *(cells(rows, row) for row in mine)])
+    lines = aligned(
+        [[*COLUMNS, *(f"x {name}" for name in baselines)]]
+        + [cells(rows, row, baselines) for row in mine]
+    )
     notes = []
     for row in mine:
         for note in (row.get("note"), differs(rows, row)):

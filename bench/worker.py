@@ -106,10 +106,12 @@ class Worker:
                 torch.cuda.empty_cache()
 
     def provider(self, case: Any, sets: list[Leaves], modes: list[str], at: dict[str, str]) -> None:
+        built = None
         for mode in modes:
             say("begin", **at, mode=mode)
             try:
-                step, note = self.bench.build(at["provider"], case, sets[0], self.smoke)
+                built = built or self.bench.build(at["provider"], case, sets[0], self.smoke)
+                step, note = built
                 row = self.row(case, step, sets, mode, at["provider"])
                 say("row", **at, mode=mode, status="ran", note=note, **row)
             except Missing as missing:
@@ -117,31 +119,33 @@ class Worker:
             except Exception as error:  # out of memory, not supported: the run goes on
                 say("row", **at, mode=mode, status="failed", note=reason(error))
                 self.alive()
-        if at["provider"] == "ours" and at["case"] == self.bench.BREAKDOWN:
+        if at["provider"] == "ours" and at["case"] in self.bench.BREAKDOWN:
             self.breakdown(case, sets, at)
 
     def row(
         self, case: Any, step: harness.Step, sets: list[Leaves], mode: str, provider: str
     ) -> dict[str, Any]:
-        backward = mode != "fwd"
-        call = harness.rotating(step, sets, backward)
-        value = call(0)  # compiles
-        row: dict[str, Any] = {"value": None if value is None else float(value)}
+        call = harness.rotating(step, sets, mode)
+        got = call(0)  # compiles
+        row: dict[str, Any] = {"value": None if got is None else harness.size_of(got)}
         if provider == "ours":
-            if backward and (spot := self.bench.spot(case, sets[0])) is not None:
+            if (spot := self.bench.spot(case, sets[0], mode, got)) is not None:
                 row["spot"] = spot
                 self.green &= spot["ok"]
             row["green"] = self.green
+        del got
         timing = harness.measure(call, self.device, *((0.0, 1) if self.smoke else (MS, 5)))
-        peak = harness.peak_bytes(step, sets, backward, self.device)
+        peak = harness.peak_bytes(call, sets, self.device)
         if self.smoke:
             return row
         tflops = self.bench.flops(case, mode) / timing.ms / 1e9
+        gbs = self.bench.nbytes(case, mode) / timing.ms / 1e6
         return row | {
             **asdict(timing),
             "tflops": tflops,
-            "gbs": self.bench.nbytes(case, mode) / timing.ms / 1e6,
+            "gbs": gbs,
             "share": tflops / self.ceilings["tflops"],
+            "copy_share": gbs / self.ceilings["gbs"],
             "peak_mib": None if peak is None else peak / 2**20,
             "sets": len(sets),
         }
@@ -151,7 +155,7 @@ class Worker:
         say("begin", **at, mode="by kernel")
         step, _ = self.bench.build("ours", case, sets[0], self.smoke)
         try:
-            call, repeats = harness.rotating(step, sets, True), 1 if self.smoke else 3
+            call, repeats = harness.rotating(step, sets, harness.TRAIN), 1 if self.smoke else 3
             found = harness.kernel_times(call, self.device, repeats)
         except Exception as error:  # no rights to the profiler, or ours failed above
             say("kernels", **at, status="failed", note=reason(error))
@@ -175,7 +179,7 @@ class Worker:
                 module = importlib.import_module(f"mlembed_kernels.{module_name}")
                 seen = Seen(getattr(module, table_name))
                 setattr(module, table_name, seen)
-                harness.rotating(step, sets, mode != "fwd")(0)
+                harness.rotating(step, sets, mode)(0)
             except Exception as error:  # no such module or table, or ours fails as it is
                 say("sweep", **at, kernel=module_name, status="failed", note=reason(error))
                 self.alive()
@@ -194,7 +198,7 @@ class Worker:
         """The present entry first, then each candidate in its place; the entry comes back."""
         present = table[kernel]
         budget = (0.0, 1) if self.smoke else (MS / 4, 5)
-        call = harness.rotating(step, sets, at["mode"] != "fwd")
+        call = harness.rotating(step, sets, at["mode"])
         wanted: tuple[float, ...] | None = None
         try:
             for config in candidates(self.bench.CANDIDATES, kernel, present, self.smoke):
@@ -207,7 +211,7 @@ class Worker:
                 say("begin", **here)
                 table[kernel] = config
                 try:
-                    got = digest(float(call(0)), sets[0])
+                    got = digest(harness.size_of(call(0)), sets[0])
                     wanted = got if config == present else wanted
                     right = None if wanted is None else agree(got, wanted)
                     note = None if wanted else "unchecked: the present entry did not run"
@@ -254,10 +258,10 @@ def candidates(
     yield from merged[:1] if smoke else merged
 
 
-def digest(loss: float, inputs: Leaves) -> tuple[float, ...]:
-    """Loss and the gradients' lengths: enough to see that something else was computed."""
+def digest(value: float, inputs: Leaves) -> tuple[float, ...]:
+    """What came out, and the gradients' lengths: enough to see that something else was computed."""
     lengths = [x.grad.float().norm().item() for x in inputs.stacked if x.grad is not None]
-    return loss, *lengths
+    return value, *lengths
 
 
 def agree(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -49,6 +49,8 @@ class Model:
     """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
     ranks: tuple[int, ...] = ()
     """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
+    attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = "auto"
+    """What computes attention. auto: our Triton on CUDA, torch elsewhere; a name never changes."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -287,6 +289,7 @@ def resolve(source: str) -> Path:
 def from_checkpoint(directory: Path, model: Model) -> Model:
     """`model` with the shape of a Qwen3 checkpoint, exits and prefixes by their default rules and
     ranks as far as the width allows; for a directory that mlembed saved, exactly what was saved.
+    What computes attention is always `model`'s: it belongs to a machine, not to weights.
 
     Raises:
         ValueError: no config.json, another architecture, or a variant that `model.py` has not.
@@ -298,7 +301,8 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
         stored = json.loads(nesting.read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or "model" not in stored:
             raise ValueError(f"{nesting}: expected an object with key 'model', found none")
-        return from_dict(Model, stored["model"], str(nesting))
+        saved = from_dict(Model, stored["model"], str(nesting))
+        return dataclasses.replace(saved, attention=model.attention)
     hf = json.loads(path.read_text(encoding="utf-8"))
     if hf.get("model_type") != "qwen3":
         raise ValueError(f"{path}: expected model_type 'qwen3', got {hf.get('model_type')!r}")

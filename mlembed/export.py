@@ -12,6 +12,7 @@ later ones apply it after Normalize, which leaves vectors shorter than one.
 """
 
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -136,7 +137,9 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    ours = replace(encoder, bf16=False).encode(PROBES, dim, exit, rank)
+    plain = copy(encoder.model)  # the same weights, in fp32, which a named attention may not have
+    plain.cfg = replace(plain.cfg, attention="auto")
+    ours = replace(encoder, model=plain, bf16=False).encode(PROBES, dim, exit, rank)
     sentence = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     theirs = sentence.encode(list(PROBES), convert_to_numpy=True, show_progress_bar=False)
     hf = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()

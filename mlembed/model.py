@@ -66,7 +66,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, eps=cfg.rms_norm_eps)
         self.k_norm = RMSNorm(K, eps=cfg.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, batch: PackedBatch, cos_sin: tuple[Tensor, Tensor], impl: str
+    ) -> Tensor:
         q, k, v = (
             rearrange(proj(x_TD), "t (h k) -> t h k", k=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -80,8 +82,9 @@ class Attention(nn.Module):
             k,
             v,
             cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
             causal=self.causal,
+            impl=impl,
+            work=batch.work,
         )
         return self.o_proj(rearrange(out, "t h k -> t (h k)"))
 
@@ -111,8 +114,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), batch, cos_sin)
+    def forward(
+        self, x_TD: Tensor, batch: PackedBatch, cos_sin: tuple[Tensor, Tensor], impl: str
+    ) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), batch, cos_sin, impl)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -160,7 +165,8 @@ class Transformer(nn.Module):
             rank: vocabulary rank, 1..stored; the stored one by default.
 
         Raises:
-            ValueError: an exit deeper than the model, a rank that is not stored.
+            ValueError: an exit deeper than the model, a rank that is not stored, a configured
+                attention that this machine or dtype has not.
         """
         exits = self.cfg.exits if exits is None else exits
         config.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
@@ -170,7 +176,7 @@ class Transformer(nn.Module):
         cos_sin = self._rotation(batch.pos_T, x_TD.dtype)
         pooled = []
         for depth, layer in enumerate(self.layers[: exits[-1]], 1):
-            x_TD = layer(x_TD, batch, cos_sin)
+            x_TD = layer(x_TD, batch, cos_sin, self.cfg.attention)
             if depth in exits:
                 pooled.append(self._pool(x_TD, batch))
         return torch.stack(pooled)

@@ -10,30 +10,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlembed_kernels import Work
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """N texts end to end, without padding.
 
     ids_T: int64 [T] tokens. pos_T: int64 [T] position of each token in its own text.
-    cu_seqlens: int32 [N + 1]; text i is ids_T[cu_seqlens[i]:cu_seqlens[i + 1]].
-    max_seqlen: tokens of the longest text, on the host.
+    work: what attention has to compute, listed on the host once for all layers.
     """
 
     ids_T: Tensor
     pos_T: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
+    work: Work
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [N + 1]; text i is ids_T[cu_seqlens[i]:cu_seqlens[i + 1]]."""
+        return self.work.cu_seqlens
 
     def __len__(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        return self.work.sequences
 
     def to(self, device: torch.device) -> "PackedBatch":
         return PackedBatch(
             self.ids_T.to(device, non_blocking=True),
             self.pos_T.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
-            self.max_seqlen,
+            self.work.to(device),
         )
 
 
@@ -53,8 +57,7 @@ def pack(texts: Sequence[np.ndarray]) -> PackedBatch:
     return PackedBatch(
         torch.from_numpy(np.concatenate(texts).astype(np.int64)),
         torch.from_numpy(positions),
-        torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        int(lengths.max()),
+        Work.of(torch.from_numpy(np.concatenate([[0], ends]))),
     )
 
 

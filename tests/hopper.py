@@ -122,6 +122,22 @@ def cosine(dtype: torch.dtype, dims: tuple[int, ...], partners: int = 4) -> None
     _cosine_op._backward_op(x, y, *out, out[0], list(dims))
 
 
+def attention(
+    dtype: torch.dtype, heads: tuple[int, int], K: int, causal: bool, skip: bool = False,
+    lengths: tuple[int, ...] = (48, 16, 192),
+) -> None:  # fmt: skip
+    """Short and longer sequences, forward and backward."""
+    from mlembed_kernels import Work
+    from mlembed_kernels._attention_backward import backward
+    from mlembed_kernels._attention_forward import forward
+
+    work = Work.of(torch.tensor([0, *lengths]).cumsum(0))
+    q, k = (torch.ones(work.tokens, H, K, dtype=dtype) for H in heads)
+    alive = torch.ones(work.tokens, dtype=torch.bool) if skip else None
+    o, lse = forward(q, k, k, work, alive, 0.1, causal)
+    backward(o, q, k, k, o, lse, work, alive, 0.1, causal)
+
+
 # Names: shape, what is asked for, dtype.
 FULL = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = {"1024": FULL, "256": FULL[:6], "896": (*FULL[:7], 896), "plain": (1024,)}
@@ -136,7 +152,14 @@ for dtype_name, dtype in DTYPES.items():
     for kind in ("mse", "kl"):
         CASES[f"{kind}-{dtype_name}"] = (distill, dtype, FULL, kind)
     CASES[f"cosine-{dtype_name}"] = (cosine, dtype, FULL)
-    # A size of 1 is another kernel: one tile of pairs, one partner.
+    for heads in ((16, 8), (12, 12), (12, 4), (32, 8)):
+        for K in (32, 64, 96, 128):
+            for causal in (True, False):
+                name = f"attention-{heads[0]}-{heads[1]}-{K}{'-causal' * causal}-{dtype_name}"
+                CASES[name] = (attention, dtype, heads, K, causal)
+    CASES[f"attention-skip-{dtype_name}"] = (attention, dtype, (16, 8), 128, True, True)
+    CASES[f"attention-one-{dtype_name}"] = (attention, dtype, (1, 1), 64, False, False, (1,))
+    # A size of 1 is another kernel: one tile of pairs, one partner, one token.
     CASES[f"one-{dtype_name}"] = (partition, dtype, FULL[:5], True, True, 128)
     CASES[f"one_partner-{dtype_name}"] = (cosine, dtype, FULL[:5], 1)
 

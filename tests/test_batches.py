@@ -68,7 +68,7 @@ def same(a, b):
     tensors = ("ids_T", "pos_T", "cu_seqlens")
     return (
         all(torch.equal(getattr(a.packed, n), getattr(b.packed, n)) for n in tensors)
-        and a.packed.max_seqlen == b.packed.max_seqlen
+        and a.packed.work.max_seqlen == b.packed.work.max_seqlen
         and torch.equal(a.place, b.place)
         and torch.equal(a.pair_ids, b.pair_ids)
         and torch.equal(a.doc_ids, b.doc_ids)
@@ -237,7 +237,7 @@ def test_sources_are_drawn_by_size_to_the_alpha(make, alpha):
 def test_texts_are_cut_to_max_length(make, learnt):
     batches = make(max_length=3)
     packed = batches[0].packed
-    assert packed.max_seqlen == 3
+    assert packed.work.max_seqlen == 3
     ends = packed.cu_seqlens[1:].long() - 1
     assert (packed.ids_T[ends] == learnt.token_to_id(tokenizer.EOS)).all()
 

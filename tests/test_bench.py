@@ -50,7 +50,7 @@ def run(cwd, *args):
 
 def test_smoke_runs_everything_and_gives_no_numbers(checkout):
     before = sorted(checkout.rglob("bench/results/*"))
-    done = run(checkout, "-m", "bench", "all", "--smoke", "--case", "reference", "both")
+    done = run(checkout, "-m", "bench", "infonce", "--smoke", "--case", "reference", "both")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["smoke"] and last["ok"]
@@ -94,9 +94,9 @@ def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fastest"], "error: bench: expected one of infonce, all, got 'fastest'"),
+        (["fastest"], "error: bench: expected one of infonce, attention, all, got 'fastest'"),
         (["all", "--case", "tiny"], "error: --case: expected one of reference, both, "),
-        ([], "error: expected a bench: infonce or all"),
+        ([], "error: expected a bench: infonce, attention or all"),
         (["all", "--fast"], "error: unrecognized arguments: --fast"),
         (["all", "--seconds", "soon"], "error: argument --seconds: invalid float value: 'soon'"),
     ],
@@ -114,7 +114,9 @@ def test_a_wrong_call_is_one_line_and_status_2(args, message, monkeypatch, capsy
 def test_list(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--list"])
     command.main()
-    assert capsys.readouterr().out == "infonce: reference, both, small, labse, e1, huge\n"
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "infonce: reference, both, small, labse, e1, huge"
+    assert told[1].startswith("attention: short, mid, long, skip, ") and len(told) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -148,7 +150,7 @@ for provider, ms in {"ours": 50.0, "eager": 150.0, "gemm": None, "compile": 100.
         os._exit(70) if MODE == "broken" else os.abort()
     own = {"green": not red} if provider == "ours" else {}
     say("row", **at, **own, status="ran", note=None, value=3.0, ms=ms, p20=ms, p80=ms,
-        tflops=25.0, gbs=7.0, share=0.25, peak_mib=12.0)
+        tflops=25.0, gbs=7.0, share=0.25, copy_share=0.007, peak_mib=12.0)
 """
 
 
@@ -185,7 +187,7 @@ def test_a_provider_that_takes_its_process_down_takes_nothing_else(stubbed):
     assert result["ms"] == {"small": {"fwd+bwd": medians}}
     assert result["green"] and result["finished"] and status == 0
     cells = {line.split()[0]: line.split() for line in printed if line.split()}
-    assert " ".join(cells["ours"]) == "ours 50.000 50.000..50.000 25 25.0% 7 12 3.00 2.00"
+    assert " ".join(cells["ours"]) == "ours 50.000 50.000..50.000 25 25.0% 7 0.7% 12 3.00 2.00"
     assert cells["eager"][-2:] == ["-", "0.67"] and cells["gemm"] == ["gemm", "failed"]
 
 
@@ -252,6 +254,7 @@ def test_a_row_is_what_was_measured(measuring):
         assert row["tflops"] == pytest.approx(bench.flops(case, mode) / row["ms"] / 1e9)
         assert row["gbs"] == pytest.approx(bench.nbytes(case, mode) / row["ms"] / 1e6)
         assert row["share"] == pytest.approx(row["tflops"] / 2.0)
+        assert row["copy_share"] == pytest.approx(row["gbs"] / 3.0)
         assert row["green"] and row["sets"] == 1 and row["peak_mib"] is None
     assert rows["ours", "fwd+bwd"]["spot"]["ok"] and rows["gemm", "fwd"]["value"] is None
     (kernels,) = (r for r in records if r["kind"] == "kernels")
@@ -259,12 +262,14 @@ def test_a_row_is_what_was_measured(measuring):
     assert len(top) == 12 and top == sorted(top, reverse=True)
     assert 0 < sum(top) <= kernels["total_ms"] * 1.0001
     assert "ours, fwd+bwd" in report.kernels(kernels)
-    assert report.table(list(rows.values()), "fwd", None).count("\n") >= len(case.providers)
+    assert report.table(list(rows.values()), "fwd", None, bench.BASELINES).count("\n") >= len(
+        case.providers
+    )
 
 
 def test_a_wrong_gradient_at_full_size_is_red(measuring, monkeypatch):
     make, said = measuring
-    monkeypatch.setattr(bench, "spot", lambda case, inputs: {"ok": False})
+    monkeypatch.setattr(bench, "spot", lambda case, inputs, mode, got: {"ok": False})
     make("reference:ours:fwd").case("reference")
     rows = [r for r in said() if r["kind"] == "row" and r["provider"] == "ours"]
     assert [(row["status"], row["green"]) for row in rows] == [("ran", False)]
@@ -352,9 +357,34 @@ def test_inputs_rotate_from_no_gradient():
             assert inputs.gradient_bytes() == 192
         return total.detach()
 
-    for backward in (True, False):
-        call = harness.rotating(step, sets, backward)
+    for mode in ("fwd+bwd", "fwd"):
+        call = harness.rotating(step, sets, mode)
         assert [float(call(i)) for i in range(3)] == [24.0] * 3
+    with pytest.raises(TypeError, match="bwd: expected a step whose backward stands alone"):
+        harness.rotating(step, sets, "bwd")
+
+
+def test_a_backward_alone_runs_no_forward_and_rotates():
+    sets = [Leaves(torch.full((1, 3), float(i))) for i in (2, 3)]
+    seen = []
+
+    def cube(x):
+        seen.append(x)
+        return x**3, 2 * x
+
+    ones = torch.ones(1, 3)
+    step = harness.Apart(cube, lambda inputs: (inputs.stacked, (ones, ones)))
+    call = harness.rotating(step, sets, "bwd")
+    assert len(seen) == 2 and seen[0] is sets[0].stacked[0]
+    for i, want in enumerate([14.0, 29.0, 14.0]):  # 3 x^2 + 2
+        torch.testing.assert_close(call(i), (torch.full((1, 3), want),))
+    assert len(seen) == 2 and sets[0].gradient_bytes() == 0
+    outs = harness.rotating(step, sets, "fwd")(1)
+    assert not outs[0].requires_grad and [x[0, 0].item() for x in outs] == [27.0, 6.0]
+    outs = harness.rotating(step, sets, "fwd+bwd")(0)
+    assert [x[0, 0].item() for x in outs] == [8.0, 4.0, 14.0]
+    assert harness.size_of((torch.ones(9), torch.full((4, 4), 1.0))) == 5.0
+    assert harness.size_of(torch.tensor(-2.5)) == -2.5
 
 
 def test_judged():

@@ -156,9 +156,10 @@ def test_the_gate_sees(wrong, monkeypatch):
 def test_the_spot_check_sees():
     case, inputs = case_and_inputs("huge", torch.float32)
     loss_and_gradients(baselines.eager_stacked(case, True), inputs)
-    assert bench.spot(case, inputs)["ok"]
+    assert bench.spot(case, inputs, "fwd+bwd", None)["ok"]
     inputs.stacked[0].grad[0, case.B - 1, 3] += 1e-3
-    assert not bench.spot(case, inputs)["ok"]
+    assert not bench.spot(case, inputs, "fwd+bwd", None)["ok"]
+    assert bench.spot(case, inputs, "fwd", None) is None
 
 
 def test_targets_need_both_numbers_and_green():
@@ -177,10 +178,11 @@ def test_targets_need_both_numbers_and_green():
 def test_another_loss_is_no_speed_up():
     def row(provider, value, ms, note=None):
         at = {"case": "small", "mode": "fwd", "provider": provider, "note": note}
-        numbers = {"ms": ms, "p20": ms, "p80": ms, "tflops": 1.0, "share": 0.1, "gbs": 1.0}
+        numbers = {"ms": ms, "p20": ms, "p80": ms, "tflops": 1.0, "share": 0.1}
+        numbers |= {"gbs": 1.0, "copy_share": 0.1}
         return {**at, **numbers, "value": value, "status": "ran"}
 
     rows = [row("eager", 10.0, 4.0), row("liger", 10.2, 2.0), row("inf_cl", 8.0, 1.0)]
     rows += [row("gemm", None, 0.5), row("cut_cross_entropy", 10.0, 1.0, "without prefixes 8")]
     assert [report.ratio(rows, r, "eager") for r in rows] == ["-", "2.00", "-", "-", "-"]
-    assert "inf_cl: another loss: 8, eager 10" in report.table(rows, "fwd", None)
+    assert "inf_cl: another loss: 8, eager 10" in report.table(rows, "fwd", None, bench.BASELINES)

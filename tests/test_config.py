@@ -207,6 +207,7 @@ def test_an_integer_stands_for_a_float(tmp_path):
         (("optim",), "lr", True, ["lr", "expected float"]),
         (("optim",), "betas", [0.9], ["betas", "expected 2 values", "got 1"]),
         (("loss",), "exit_weights", "heavy", ["exit_weights", "uniform", "depth", "heavy"]),
+        (("model",), "attention", "flash", ["attention", "flash_attn", "'flash'"]),
         (("model",), "exits", [1, "4"], ["exits", "expected int", "'4'"]),
         (("model",), "exits", [1, 5], ["exits", "depth", "4", "5"]),
     ],
@@ -465,6 +466,18 @@ def test_a_directory_of_ours_gives_back_exactly_what_was_saved(tmp_path):
     (tmp_path / config.NESTING).write_text("{}")
     with pytest.raises(ValueError, match=config.NESTING):
         config.from_checkpoint(tmp_path, Model())
+
+
+@pytest.mark.parametrize("stored", ["flash_attn", None])
+def test_what_computes_attention_is_not_the_checkpoints(stored, tmp_path):
+    """It belongs to a machine: what was trained by a package loads where that is missing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    model = {"attention": stored} if stored else {}
+    (tmp_path / config.NESTING).write_text(json.dumps({"model": model}))
+    assert config.from_checkpoint(tmp_path, Model()).attention == "auto"
+    assert config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
+    run = config.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
+    assert run.model.attention == "varlen"
 
 
 def test_init_takes_the_checkpoints_shape_and_keys_override_it(tmp_path):

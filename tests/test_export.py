@@ -401,6 +401,13 @@ def test_a_bf16_encoder_is_checked_in_fp32(encoder, tmp_path):
     assert worst < 1e-5
 
 
+def test_an_encoder_whose_attention_has_no_fp32(tokens, tmp_path):
+    varlen = build(tokens, attention="varlen")  # half precision on CUDA alone
+    assert export(varlen, tmp_path / "out", 5, 1, 3) < 1e-5
+    assert varlen.model.cfg.attention == "varlen"  # of the encoder itself nothing changes
+    assert Encoder.load(str(tmp_path / "out"), "cpu").model.cfg.attention == "auto"
+
+
 # ---- the command ----
 
 

@@ -301,8 +301,17 @@ def test_packing_keeps_texts_apart():
     assert isinstance(batch, PackedBatch) and len(batch) == 3
     assert batch.ids_T.tolist() == [5, 6, 7, 8, 9, 5]
     assert batch.pos_T.tolist() == [0, 1, 2, 0, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.max_seqlen == 3
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.work.max_seqlen == 3
     assert batch.cu_seqlens.dtype == torch.int32 and batch.ids_T.dtype == torch.int64
+
+
+def test_attention_by_name_is_what_is_asked_for():
+    batch = pack(texts())
+    auto, sdpa = build(CFG), build(replace(CFG, attention="sdpa"))
+    assert torch.equal(auto(batch), sdpa(batch))  # on the CPU
+    for name in ("varlen", "flash_attn", "xformers"):
+        with pytest.raises(ValueError, match=f"impl: {name} needs CUDA, got cpu"):
+            build(replace(CFG, attention=name))(batch)
 
 
 def test_errors(nested):

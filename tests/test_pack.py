@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from mlembed.pack import budgeted, pack
+from mlembed_kernels import Work
 
 # One token, a prime, equal neighbours, a long one: boundaries off by one show in each.
 LENGTHS = (3, 1, 7, 1, 1, 64, 2)
@@ -24,7 +26,7 @@ def test_pack_gives_every_text_back(texts):
     for text, begin, end in zip(texts, bounds[:-1], bounds[1:], strict=True):
         assert batch.ids_T[begin:end].tolist() == text.tolist()
         assert batch.pos_T[begin:end].tolist() == list(range(len(text)))
-    assert batch.max_seqlen == 64 and type(batch.max_seqlen) is int
+    assert batch.work.max_seqlen == 64 and type(batch.work.max_seqlen) is int
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
@@ -44,8 +46,25 @@ def test_pack_copies(texts):
 
 def test_to_moves_everything(texts):
     batch = pack(texts).to(torch.device("meta"))
-    assert {t.device.type for t in (batch.ids_T, batch.pos_T, batch.cu_seqlens)} == {"meta"}
-    assert len(batch) == len(texts) and batch.max_seqlen == 64
+    tensors = (batch.ids_T, batch.pos_T, batch.cu_seqlens, batch.work.buffer)
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert len(batch) == len(texts) and batch.work.max_seqlen == 64
+
+
+def test_the_work_of_attention_is_listed_once(texts):
+    batch = pack(texts)
+    assert batch.work.tokens == len(batch.ids_T) and batch.work.sequences == len(texts)
+    assert batch.cu_seqlens.data_ptr() == batch.work.buffer.data_ptr()  # no second copy of it
+    assert torch.equal(batch.work.buffer, Work.of(batch.cu_seqlens).buffer)
+
+
+def test_worker_processes_hand_it_over(texts):
+    loader = DataLoader([pack(texts), pack(texts[:1])], batch_size=None, num_workers=1)
+    for got, want in zip(loader, (pack(texts), pack(texts[:1])), strict=True):
+        assert len(got) == len(want) and got.work.max_seqlen == want.work.max_seqlen
+        assert torch.equal(got.ids_T, want.ids_T) and torch.equal(got.pos_T, want.pos_T)
+        assert torch.equal(got.work.buffer, want.work.buffer)
+        assert got.work.counts == want.work.counts
 
 
 def test_nothing_to_pool_is_an_error():

@@ -102,6 +102,12 @@ def test_round_trip_is_exact(cfg, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
+def test_what_computes_attention_is_not_saved(tmp_path):
+    pretrained.save(Transformer(replace(CFG, attention="flash_attn")), tmp_path)
+    assert "attention" not in json.loads((tmp_path / config.NESTING).read_text())["model"]
+    assert pretrained.load(str(tmp_path)).cfg == CFG
+
+
 def test_factors_of_another_table_are_refused(tmp_path):
     """As when another library trained the merged table on and saved it in place."""
     pretrained.save(randomise(Transformer(NESTED)), tmp_path)

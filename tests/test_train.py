@@ -148,6 +148,19 @@ def test_killed_and_resumed_equals_uninterrupted(whole, arguments, tmp_path):
         assert mine.read_bytes() == theirs.read_bytes()
 
 
+def test_a_run_may_go_on_by_another_attention(arguments, tmp_path):
+    args = [*arguments, "--output-dir", tmp_path, "--name", "moved", "--tracker", "none"]
+    args += ["--steps", 2, "--model.attention"]
+    assert "attention by sdpa, " in train(*args, "sdpa").stdout
+    shutil.rmtree(tmp_path / "moved" / "model")
+    done = train(*args, "auto", "--resume")  # which is sdpa where there is no GPU
+    assert (
+        tmp_path / "moved" / "model" / "config.json"
+    ).is_file() and "attention by " in done.stdout
+    saved = json.loads((tmp_path / "moved" / "config.json").read_text())
+    assert saved["model"]["attention"] == "auto"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop(arguments, tmp_path, number):
     args = [*arguments, "--output-dir", tmp_path, "--name", "stopped", "--steps", 100_000]
@@ -269,6 +282,12 @@ def test_malformed_and_empty_data(tmp_path):
     empty.write_text("")
     assert str(empty) in line_of(train(*args, empty, code=1))
     assert not (tmp_path / "runs").exists()  # nothing to clear away before the next try
+
+
+def test_an_attention_that_this_machine_has_not(arguments, tmp_path):
+    args = ["--output-dir", tmp_path / "runs", "--device", "cpu", "--model.attention", "flash_attn"]
+    assert "flash_attn needs CUDA, got cpu" in line_of(train(*arguments, *args, code=1))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from attention_truth import NAMES, bounds, inputs, results, rows_of
 
-from mlembed_kernels import attention, attention_ref
+from mlembed_kernels import Work, attention, attention_ref
 
 # Shapes that hurt: single tokens (softmax over one key), primes (no tile or vector width divides
-# them), one long text among short ones (a rectangle that is mostly unused). "dense" takes its own
+# them), one long text among short ones (a rectangle that is mostly unused). "sdpa" takes its own
 # softmax up to 256 tokens and torch's SDPA from 257 on, so both sides of that step are here.
 LENGTHS = {
     "one_token": [1],
@@ -20,6 +20,7 @@ LENGTHS = {
     "last_of_softmax": [256, 1, 3],
     "first_of_sdpa": [3, 257, 1],
     "sdpa_prime": [1, 263, 31],
+    "quarters": [9, 9, 8, 8, 8, 7, 5, 5, 4, 3, 3, 2, 2, 1, 1, 1, 1],  # a rectangle for each
 }
 # (Hq, Hkv): no grouping, grouping by two and three, all queries on one key head.
 HEADS = [(1, 1), (4, 2), (6, 2), (3, 1)]
@@ -27,29 +28,8 @@ ragged = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def inputs(
-    lengths: list[int], heads: tuple[int, int] = (4, 2), K: int = 8, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in float64; twice unit variance, so that softmax is far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    T = sum(lengths)
-    return tuple(
-        2 * torch.randn(T, H, K, generator=generator, dtype=torch.float64)
-        for H in (heads[0], heads[1], heads[1])
-    )
-
-
 def layout(lengths: list[int]) -> dict:
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return {"cu_seqlens": ends, "max_seqlen": max(lengths)}
-
-
-def with_gradients(function, qkv, **options) -> list[Tensor]:
-    """Output and the gradients of q, k, v for a fixed random cotangent."""
-    qkv = [x.detach().clone().requires_grad_() for x in qkv]
-    out = function(*qkv, **options)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, qkv, cotangent)]
+    return {"cu_seqlens": bounds(lengths)}
 
 
 @both_masks
@@ -76,11 +56,12 @@ def test_reference_is_the_formula(heads, causal):
 @both_masks
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @ragged
-def test_dense_equals_reference_in_float64(lengths, heads, causal):
+def test_sdpa_equals_reference_in_float64(lengths, heads, causal):
     qkv, options = inputs(lengths, heads), {"causal": causal, **layout(lengths)}
-    truth = with_gradients(attention_ref, qkv, **options)
-    got = with_gradients(attention, qkv, impl="dense", **options)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, truth, strict=True):
+    truth = results(attention_ref, qkv, **options)
+    got = results(attention, qkv, impl="sdpa", **options)
+    for name in NAMES:
+        a, b = got[name], truth[name]
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -88,17 +69,18 @@ def test_dense_equals_reference_in_float64(lengths, heads, causal):
 @both_masks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ragged
-def test_dense_is_as_exact_as_eager(lengths, dtype, causal):
+def test_sdpa_is_as_exact_as_eager(lengths, dtype, causal):
     # Same bits into both; eager is the plain loop in the same dtype. The floor is in units in the
     # last place of the largest value: 4 for another order of sums, 16 for torch's flash kernel,
     # whose backward takes exp(score - logsumexp) anew: 2.5 times eager's RMS error in fp32.
     ulps = 4 if max(lengths) <= 256 else 16
     options = {"causal": causal, **layout(lengths)}
     qkv = [x.to(dtype) for x in inputs(lengths)]
-    truth = with_gradients(attention_ref, [x.double() for x in qkv], **options)
-    eager = with_gradients(attention_ref, qkv, **options)
-    got = with_gradients(attention, qkv, impl="dense", **options)
-    for name, a, e, t in zip(("out", "dq", "dk", "dv"), got, eager, truth, strict=True):
+    truth = results(attention_ref, [x.double() for x in qkv], **options)
+    eager = results(attention_ref, qkv, **options)
+    got = results(attention, qkv, impl="sdpa", **options)
+    for name in NAMES:
+        a, e, t = got[name], eager[name], truth[name]
         assert a.dtype == dtype
         floor = ulps * torch.finfo(dtype).eps * t.abs().max().item()
         error, allowed = ((x.double() - t).abs().max().item() for x in (a, e))
@@ -106,13 +88,13 @@ def test_dense_is_as_exact_as_eager(lengths, dtype, causal):
 
 
 @both_masks
-@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
 def test_scale(impl, causal):
     lengths = [5, 1, 7]
     q, k, v = inputs(lengths)
     options = {"causal": causal, "impl": impl, **layout(lengths)}
     default = attention(q, k, v, **options)
-    torch.testing.assert_close(attention(q, k, v, scale=8**-0.5, **options), default)
+    torch.testing.assert_close(attention(q, k, v, scale=16**-0.5, **options), default)
     # A factor on the scores can as well be put on q; scale 0 weighs all visible keys alike.
     torch.testing.assert_close(
         attention(q, k, v, scale=0.3, **options), attention(q * 0.3, k, v, scale=1.0, **options)
@@ -124,18 +106,18 @@ def test_scale(impl, causal):
         torch.testing.assert_close(part, mean.repeat_interleave(2, dim=1))
 
 
-# 256/257: the softmax and the SDPA side of "dense"; the neighbours are what could leak.
+# 256/257: the softmax and the SDPA side of "sdpa"; the neighbours are what could leak.
 @both_masks
 @pytest.mark.parametrize("longest", [19, 257])
 def test_sequences_are_independent(longest, causal):
     lengths = [7, 1, longest, 2]
     q, k, v = inputs(lengths)
-    options = {"causal": causal, "impl": "dense", **layout(lengths)}
+    options = {"causal": causal, "impl": "sdpa", **layout(lengths)}
     packed = attention(q, k, v, **options)
     begin = 0
     for n in lengths:
         rows = slice(begin, begin + n)
-        alone = attention(q[rows], k[rows], v[rows], causal=causal, impl="dense", **layout([n]))
+        alone = attention(q[rows], k[rows], v[rows], causal=causal, impl="sdpa", **layout([n]))
         torch.testing.assert_close(packed[rows], alone, rtol=1e-12, atol=1e-13)
         # Not-a-number in every other text reaches neither values nor gradients of this one.
         others = torch.ones(len(q), dtype=torch.bool)
@@ -154,7 +136,7 @@ def test_sequences_are_independent(longest, causal):
 def test_no_gradient_crosses_sequences(longest, causal):
     lengths = [7, 1, longest, 2]
     qkv = [x.requires_grad_() for x in inputs(lengths)]
-    out = attention(*qkv, causal=causal, impl="dense", **layout(lengths))
+    out = attention(*qkv, causal=causal, impl="sdpa", **layout(lengths))
     for i, rows in enumerate(torch.arange(len(out)).split(lengths)):
         grads = torch.autograd.grad(out[rows].square().sum(), qkv, retain_graph=True)
         for grad in grads:
@@ -170,8 +152,8 @@ def test_permuting_sequences_permutes_the_result(longest, causal):
     order = [3, 0, 4, 2, 1]
     parts = [x.split(lengths) for x in inputs(lengths)]
     moved = [torch.cat([x[i] for i in order]) for x in parts]
-    options = {"causal": causal, "impl": "dense"}
-    before = with_gradients(attention, inputs(lengths), **options, **layout(lengths))[0]
+    options = {"causal": causal, "impl": "sdpa"}
+    before = results(attention, inputs(lengths), **options, **layout(lengths))["out"]
     after = attention(*moved, **options, **layout([lengths[i] for i in order]))
     want = torch.cat([before.split(lengths)[i] for i in order])
     torch.testing.assert_close(after, want, rtol=1e-12, atol=1e-13)
@@ -180,11 +162,11 @@ def test_permuting_sequences_permutes_the_result(longest, causal):
 @pytest.mark.parametrize("n", [23, 263])
 def test_causal_output_ignores_what_follows(n):
     q, k, v = inputs([n])
-    whole = attention(q, k, v, causal=True, impl="dense", **layout([n]))
+    whole = attention(q, k, v, causal=True, impl="sdpa", **layout([n]))
     for m in (1, 2, n - 1):
-        part = attention(q[:m], k[:m], v[:m], causal=True, impl="dense", **layout([m]))
+        part = attention(q[:m], k[:m], v[:m], causal=True, impl="sdpa", **layout([m]))
         torch.testing.assert_close(whole[:m], part, rtol=1e-12, atol=1e-13)
-    both = attention(q, k, v, causal=False, impl="dense", **layout([n]))
+    both = attention(q, k, v, causal=False, impl="sdpa", **layout([n]))
     assert (both[0] - whole[0]).abs().max() > 0.01  # the first token sees the rest only here
     torch.testing.assert_close(both[-1], whole[-1], rtol=1e-12, atol=1e-13)
 
@@ -195,7 +177,7 @@ def test_grouped_heads_equal_repeated_heads():
     q, k, v = inputs(lengths, (6, 2))
     options = {"causal": True, **layout(lengths)}
     keys, values = (torch.stack([x[:, 0]] * 3 + [x[:, 1]] * 3, dim=1) for x in (k, v))
-    for impl in ("dense", "reference"):
+    for impl in ("sdpa", "reference"):
         grouped = attention(q, k, v, impl=impl, **options)
         torch.testing.assert_close(grouped, attention(q, keys, values, impl=impl, **options))
 
@@ -204,7 +186,7 @@ def test_under_autocast_it_follows_its_inputs():
     # The model calls it under bf16 autocast; fp32 inputs then may lose precision, never meaning.
     lengths = [7, 1, 19]
     qkv = [x.float() for x in inputs(lengths)]
-    options = {"causal": True, "impl": "dense", **layout(lengths)}
+    options = {"causal": True, "impl": "sdpa", **layout(lengths)}
     plain = attention(*qkv, **options)
     with torch.autocast("cpu", torch.bfloat16):
         half = attention(*qkv, **options)
@@ -232,44 +214,98 @@ def test_errors():
             attention(*arguments, **{**options, **extra})
 
 
-@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
 def test_integers_are_refused(impl):
     x = torch.ones(5, 2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="int64"):
         attention(x, x, x, causal=True, impl=impl, **layout([2, 3]))
 
 
-@pytest.mark.parametrize(
-    ("cu_seqlens", "max_seqlen"),
-    [
-        ([0, 3, 5], 2),  # shorter than the longest text: its third token would land on the next
-        ([0, 3, 4], 3),  # the last token belongs to no text
-        ([0, 3, 6], 3),  # a text that ends after the last token
-        ([1, 3, 5], 3),  # the first token belongs to no text
-        ([0, 4, 3, 5], 4),  # falling
-    ],
-)
-def test_boundaries_that_do_not_fit_are_refused_on_the_host(cu_seqlens, max_seqlen):
-    # On the CPU looking costs nothing; what is not refused mixes texts without a word.
+# ---- which sequences, on what ----
+
+every = pytest.mark.parametrize("impl", ["sdpa", "reference"])
+
+
+@both_masks
+@every
+@pytest.mark.parametrize("flags", [[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0], [0] * 4, [1] * 4])
+def test_active_sequences_alone_are_read(flags, impl, causal):
+    lengths, active = [3, 1, 5, 2], torch.tensor(flags, dtype=torch.bool)
+    options = {**layout(lengths), "causal": causal, "impl": impl}
+    here = rows_of(lengths, [i for i, flag in enumerate(flags) if flag])
+    qkv = inputs(lengths)
+    q, k, v = (x.masked_fill(~here[:, None, None], torch.nan).requires_grad_() for x in qkv)
+    out = attention(q, k, v, active=active, **options)
+    alone = [n for n, flag in zip(lengths, flags, strict=True) if flag]
+    assert (out[~here] == 0).all()
+    if alone:
+        part = [x[here].requires_grad_() for x in qkv]
+        want = attention_ref(*part, **layout(alone), causal=causal)
+        torch.testing.assert_close(out[here], want, rtol=1e-12, atol=1e-13)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        wanted = torch.autograd.grad(want.square().sum(), part)
+        for a, b in zip(grads, wanted, strict=True):
+            assert (a[~here] == 0).all()
+            torch.testing.assert_close(a[here], b, rtol=1e-11, atol=1e-12)
+    if flags == sorted(flags, reverse=True):
+        for count in (torch.tensor(sum(flags)), torch.tensor([sum(flags)], dtype=torch.int32)):
+            assert torch.equal(attention(q, k, v, active=count, **options), out)
+
+
+@every
+@pytest.mark.parametrize("count", [-1, 5])
+def test_a_count_beyond_either_end(count, impl):
+    lengths = [3, 1, 5]
+    qkv, options = inputs(lengths), {**layout(lengths), "causal": True, "impl": impl}
+    out = attention(*qkv, active=torch.tensor(count), **options)
+    whole = attention(*qkv, **options)
+    assert torch.equal(out, whole if count > 0 else torch.zeros_like(whole))
+
+
+@every
+def test_a_prefix_is_a_batch_of_its_own(impl):
+    lengths = [7, 19, 1, 2, 64, 3]
+    qkv, whole = inputs(lengths), bounds(lengths)
+    options = {"causal": True, "impl": impl}
+    everything = attention(*qkv, cu_seqlens=whole, **options)
+    for n in range(len(lengths) + 1):
+        T = sum(lengths[:n])
+        cu = whole[: n + 1]
+        part = attention(*(x[:T] for x in qkv), cu_seqlens=cu, work=Work.of(cu), **options)
+        torch.testing.assert_close(part, everything[:T], rtol=1e-12, atol=1e-13)
+
+
+@every
+@pytest.mark.parametrize("cu_seqlens", [[0, 3, 4], [0, 3, 6], [1, 3, 5], [0, 4, 3, 5], [0, 5, 5]])
+def test_boundaries_that_do_not_fit_are_refused(cu_seqlens, impl):
+    # Of no text the last token or the first; beyond the last; falling; an empty text.
     q, k, v = inputs([5])
     boundaries = torch.tensor(cu_seqlens, dtype=torch.int32)
-    with pytest.raises(ValueError, match="seqlen"):
-        attention(q, k, v, cu_seqlens=boundaries, max_seqlen=max_seqlen, causal=False)
+    with pytest.raises(ValueError, match="cu_seqlens: expected"):
+        attention(q, k, v, cu_seqlens=boundaries, causal=False, impl=impl)
 
 
-@pytest.mark.parametrize("impl", ["dense", "reference"])
-def test_a_longer_rectangle_changes_nothing(impl):
-    # max_seqlen may be a bound (a bucket for compiled shapes), not only the exact maximum.
-    lengths = [3, 1, 2]
-    q, k, v = inputs(lengths)
-    options = {**layout(lengths), "causal": False, "impl": impl}
-    exact = attention(q, k, v, **options)
-    torch.testing.assert_close(attention(q, k, v, **{**options, "max_seqlen": 11}), exact)
+@every
+def test_work_of_another_batch_is_refused(impl):
+    q, k, v = inputs([2, 3])
+    for lengths, device in (([5], "cpu"), ([2, 4], "cpu"), ([1, 1, 3], "cpu"), ([2, 3], "meta")):
+        work = Work.of(bounds(lengths)).to(device)
+        with pytest.raises(ValueError, match="expected"):
+            attention(q, k, v, **layout([2, 3]), causal=False, work=work, impl=impl)
 
 
-@pytest.mark.parametrize("impl", ["dense", "reference"])
+@every
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (5,)], ids=str)
+def test_active_of_another_shape_is_refused(shape, impl):
+    q, k, v = inputs([2, 2, 1])
+    for active in (torch.ones(shape).bool(), torch.ones(shape).long(), torch.ones(shape)):
+        with pytest.raises(ValueError, match=r"active: expected bool \[3\]"):
+            attention(q, k, v, **layout([2, 2, 1]), causal=False, active=active, impl=impl)
+
+
+@every
 def test_no_sequences(impl):
     # cu_seqlens [0] is N = 0, T = 0: rising, ends at T.
     x = torch.zeros(0, 2, 4)
-    out = attention(x, x, x, cu_seqlens=torch.tensor([0]), max_seqlen=0, causal=False, impl=impl)
+    out = attention(x, x, x, cu_seqlens=torch.tensor([0]), causal=False, impl=impl)
     assert out.shape == (0, 2, 4)
