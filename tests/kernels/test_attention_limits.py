@@ -19,15 +19,15 @@ from attention_truth import (
     same_bits,
     triton,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 from mlembed_kernels import Work
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs triton, which is not installed")
 
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")
+cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA: a device to wait for")
 # Sequences 0, 1, 2 share a tile and 4, 5 another, on either side of a long one.
 LENGTHS = [3, 5, 2, 66, 1, 4]
 HALF = torch.float16
@@ -434,7 +434,7 @@ def test_operators_are_what_torch_expects():
     q, k, v = (x.requires_grad_() for x in on(DEVICE, HALF, inputs(lengths, (2, 1))))
     for alive in (None, work.alive_T(torch.tensor(1, device=DEVICE))):
         args = q, k, v, work.buffer, alive, counts, 0.25, alive is None
-        assert set(torch.library.opcheck(attention_op, args).values()) == {"SUCCESS"}
+        assert set(library.opcheck(attention_op, args).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("by_count", [False, True], ids=["all", "count"])
@@ -513,7 +513,7 @@ def test_rows_far_apart():
     lengths, step = [64, 64, 64, 130], 1 << 23
     T = sum(lengths)
     if torch.cuda.mem_get_info()[0] < 3 * T * step:
-        pytest.skip("needs 8 GB")
+        pytest.skip("needs 8 GB of device memory")
     whole = torch.empty(T, step, dtype=torch.bfloat16, device=DEVICE)
     qkv, _ = batch(torch.bfloat16, lengths)
     far = [

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlembed_kernels import Work, attention, attention_ref
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs triton, which is not installed")
 from mlembed_kernels import _attention_forward  # noqa: E402
 
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
