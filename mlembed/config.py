@@ -18,8 +18,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 NESTING = "mlembed_config.json"  # what a model directory of ours says of its nesting
 ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; the last layer joins
 
@@ -119,6 +117,9 @@ class Loss:
     """w_m equal, or ML-Embed's 1 / (n sqrt(D / d)), n counted down from the full width."""
     num_negatives: int = 1
     """Hard negatives drawn per row where the data has them; shared by all queries of the batch."""
+    ranks: Literal["sampled", "all"] = "sampled"
+    """sampled: one vocabulary rank a step, in proportion to itself (ML-Embed). all: every rank each
+    step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
 
     def __post_init__(self) -> None:
         positive("loss.temperature", self.temperature)
@@ -136,6 +137,8 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """fp32 masters, or matrices kept in bf16 alone and rounded stochastically after each step."""
 
     def __post_init__(self) -> None:
         positive("optim.lr", self.lr)
@@ -148,6 +151,39 @@ class Optim:
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name}: expected 0..1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep each group, a query with its documents, runs in training (layer-skip training)."""
+
+    exits: tuple[int, ...] = ()
+    """Depths to leave at, some of model.exits, the last = all layers. Empty: all run to the end."""
+    shares: tuple[float, ...] = ()
+    """How much of a batch's tokens leaves at each, summing to one. Empty: equal shares."""
+    layer_dropout: float = 0.0
+    """A text skips layer l of 0..L-1 with probability layer_dropout * S(t) * (2^(l / (L-1)) - 1)
+    (LayerSkip, arXiv 2404.16710)."""
+    dropout_schedule: Literal["constant", "exponential"] = "constant"
+    """S(t) at step t of T: 1, as LayerSkip fine-tunes, or 2^(t / T) - 1, as it pre-trains."""
+    curriculum: Literal["none", "rotational", "gradual"] = "none"
+    """Exits with a loss at a step, the last always: all of them; every `rotation`-th, the next ones
+    at the next step; from the deepest on, all of them after half of the run."""
+    rotation: int = 2
+
+    def __post_init__(self) -> None:
+        positive("depth.rotation", self.rotation)
+        if not 0 <= self.layer_dropout < 1:
+            raise ValueError(f"depth.layer_dropout: expected 0..1, got {self.layer_dropout}")
+        if self.shares and len(self.shares) != len(self.exits):
+            raise ValueError(
+                f"depth.shares: expected one for each of depth.exits {self.exits}, "
+                f"got {self.shares}"
+            )
+        if self.shares and (min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6):
+            raise ValueError(
+                f"depth.shares: expected positive numbers that sum to 1, got {self.shares}"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,8 +200,12 @@ class Run:
     """What to score: `cldr`, Tatoeba-layout directories, n-way tables, scored pairs (STS csv)."""
     init: str = ""
     """Start from this Qwen3 checkpoint (directory or hub id): weights, shape and tokenizer."""
+    init_factors: Literal["uniform", "frequency"] = "uniform"
+    """How `init`'s table is factorised: every token alike, or by how often the training text has
+    it, so that frequent ones are the nearest."""
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
+    depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
     steps: int = 1000
     """Optimiser steps."""
@@ -175,11 +215,20 @@ class Run:
     """Micro-batches a step. It averages gradients; it adds no negatives."""
     max_length: int = 64
     """Tokens a text, EOS included; longer ones are cut, keeping EOS."""
+    pack_tokens: int = 65_536
+    """Most tokens of one packed forward; queries and documents are packed apart."""
     source_alpha: float = 0.5
     """A batch's source is drawn in proportion to (pairs in it) ** alpha (GTE, section 3.2)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device multiplies it natively, fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks on both sides of attention; auto: on CUDA."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """What the backward computes again: nothing; every block; as many, from the first on, as keep
+    what the others save within `activation_gib`."""
+    activation_gib: float = 32.0
+    """GiB a process, for selective checkpointing."""
     seed: int = 0
     eval_every: int = 0
     """Score the full size every so many steps; 0 = only at the end."""
@@ -194,7 +243,8 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
             positive(name, getattr(self, name))
-        positive("keep_checkpoints", self.keep_checkpoints)
+        for name in ("keep_checkpoints", "pack_tokens", "activation_gib"):
+            positive(name, getattr(self, name))
         for name in ("eval_every", "save_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -205,6 +255,17 @@ class Run:
                 "max_length: expected at most model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}, got {self.max_length}"
             )
+        if self.depth.exits:
+            where = "model.exits"
+            check_rising("depth.exits", self.depth.exits, self.model.exits[-1], where)
+            odd = sorted(set(self.depth.exits) - set(self.model.exits))
+            if odd or self.depth.exits[-1] != self.model.exits[-1]:
+                raise ValueError(
+                    f"depth.exits: expected some of {where} {self.model.exits}, the last among "
+                    f"them, got {self.depth.exits}"
+                )
+        if self.optim.weights == "bf16" and self.precision == "fp32":
+            raise ValueError("precision: expected bf16 or auto with optim.weights bf16, got fp32")
         if not self.data:
             raise ValueError("data: expected at least one source, got none")
         if self.name == ".." or not self.name or Path(self.name).name != self.name:
@@ -378,6 +439,8 @@ def parse(args: Sequence[str]) -> Run:
 
 def _override(base: Run, args: Sequence[str], prog: str) -> Run:
     """tyro's reading of the arguments, with its errors as one-line ValueErrors."""
+    import tyro  # here, as benches read shapes where it is not installed
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -394,7 +457,7 @@ def _override(base: Run, args: Sequence[str], prog: str) -> Run:
 def _is_override(arg: str, known: Sequence[str]) -> bool:
     """`optim.lr=1e-3`; other words with an equals sign are paths, as partitioned data has them."""
     key, equals, _ = arg.partition("=")
-    ours = key.startswith(("model.", "loss.", "optim.")) or key.replace("-", "_") in known
+    ours = key.startswith(("model.", "loss.", "depth.", "optim.")) or key.replace("-", "_") in known
     return bool(equals) and ours
 
 
