@@ -5,6 +5,7 @@ specification that every faster implementation is held to) and the public functi
 begin with _ are what they share, and the Triton behind them, imported only when asked for.
 """
 
+from ._occurrences import Occurrences
 from ._work import Work
 from .attention import attention, attention_ref
 from .cosine import cosine, cosine_ref
@@ -15,6 +16,7 @@ from .partition import partition, partition_ref
 
 __version__ = "0.1.0"
 __all__ = [
+    "Occurrences",
     "Work",
     "attention",
     "attention_ref",
