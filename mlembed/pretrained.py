@@ -5,20 +5,26 @@ merged into one table, and beside these what keeps the nesting: `mlembed_config.
 prefixes, ranks) and `mlembed_factors.safetensors` (U and W), which other libraries ignore.
 """
 
+import hashlib
 import json
+import os
+import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import config
+from . import checkpoint, config
 from .model import Transformer
 
 FACTORS = "mlembed_factors.safetensors"
+CACHED = 1  # version of what `factorise` computes and how the cache holds it
+CHUNK = 2**23  # elements of a table in float64 at once: 64 MiB
 
 
 def hf_config(cfg: config.Model) -> dict[str, Any]:
@@ -70,27 +76,158 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def factorise(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Truncated SVD of [V, D] -> U diag(s) [V, R] and V^T [R, D], best directions first (ML-Embed).
+# ---- the vocabulary's factors ----
 
-    From the D x D Gram matrix in float64, as V is far larger than D: E^T E = Q s^2 Q^T gives
-    W = Q_r^T and U = E Q_r.
+
+def factorise(table: Tensor, rank: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Truncated SVD of E [V, D] -> U [V, R] and W [R, D] in fp32, best directions first (ML-Embed).
+
+    Minimises sum_v c_v |E_v - U_v W|^2, with c_v = counts_v + 1, or 1 without counts: the more
+    often a token occurs, the nearer it is kept, and none is given up. For rows W that are
+    orthonormal the best U_v is E_v W^T, whatever c_v, and what it misses is
+    sum_v c_v |E_v|^2 - tr(W G W^T) with G = sum_v c_v E_v^T E_v = E^T C E, least for the
+    eigenvectors of G of the largest eigenvalues: those of the SVD of sqrt(C) E. The first r
+    columns and rows are therefore the factors of rank r.
+
+    G [D, D] is summed in float64 by chunks of rows, as V is far larger than D. An eigenvector's
+    sign is arbitrary: its largest component is made positive.
+
+    Args:
+        table: [V, D], any floating dtype.
+        rank: 1..D.
+        counts: [V], how often each token occurs, int or float.
+
+    Raises:
+        ValueError: another rank, counts that are not V numbers of 0 or more, a table with
+            infinities or NaN.
     """
-    _, basis = torch.linalg.eigh(table.double().T @ table.double())
-    W = basis.flip(-1)[:, :rank].T
-    return (table.double() @ W.T).float(), W.float().contiguous()
+    V, D = table.shape
+    if not 1 <= rank <= D:
+        raise ValueError(f"rank: expected 1..{D} (the table's width), got {rank}")
+    gram_DD = torch.zeros(D, D, dtype=torch.float64)
+    root_V1 = _checked(counts, V).sqrt()[:, None]
+    rows = max(1, CHUNK // D)
+    for begin in range(0, V, rows):
+        some = slice(begin, begin + rows)
+        E = table[some].to(torch.float64, copy=True).mul_(root_V1[some])
+        gram_DD.addmm_(E.T, E)
+    if not gram_DD.isfinite().all():
+        raise ValueError("embed_tokens.weight: expected finite numbers, found others")
+    W = torch.linalg.eigh(gram_DD)[1].flip(-1)[:, :rank].T.contiguous()
+    W *= W.gather(1, W.abs().argmax(1, keepdim=True)).sign()
+    U = torch.empty(V, rank, dtype=torch.float32)
+    for begin in range(0, V, rows):
+        some = slice(begin, begin + rows)
+        U[some] = table[some].double() @ W.T
+    return U, W.float()
 
 
-def load(source: str, cfg: config.Model | None = None) -> Transformer:
+def _checked(counts: Tensor | None, V: int) -> Tensor:
+    """c_v in float64 [V], see `factorise`."""
+    if counts is None:
+        return torch.ones(V, dtype=torch.float64)
+    if counts.shape != (V,):
+        got = list(counts.shape)
+        raise ValueError(f"counts: expected a number for each of {V} tokens, got shape {got}")
+    if not (counts.isfinite() & (counts >= 0)).all():
+        raise ValueError("counts: expected finite numbers of 0 or more, found others")
+    return counts.double() + 1
+
+
+def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`factorise`, computed once: later calls, in any process, read the result from disk.
+
+    It is kept in $MLEMBED_CACHE/factors, by default ~/.cache/mlembed/factors, under a name that
+    depends on every bit of the arguments. A file that is damaged is replaced; one that cannot be
+    written is a warning. ValueErrors are those of `factorise`.
+    """
+    V, D = table.shape
+    given = [table] if counts is None else [table, counts]
+    key = _digest(f"factors {CACHED}, rank {rank}", *given)
+    home = os.path.expanduser(os.environ.get("MLEMBED_CACHE") or "~/.cache/mlembed")
+    path = Path(home) / "factors" / f"{key}.safetensors"
+    if (found := _read_factors(path, (V, rank, D))) is not None:
+        return found
+    U, W = factorise(table, rank, counts)
+    try:
+        _write_factors(path, U, W)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"{path}: factors of the vocabulary could not be kept there, and will be computed "
+            f"again: {error}",
+            stacklevel=2,
+        )
+    return U, W
+
+
+def _read_factors(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
+    """U [V, R] and W [R, D] of a cached file, shape being (V, R, D); None where it has not them."""
+    V, R, D = shape
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
+            digest = (tensors.metadata() or {}).get("digest")
+    except (OSError, SafetensorError):
+        return None
+    whole = U.shape == (V, R) and W.shape == (R, D) and digest == _digest(path.stem, U, W)
+    return (U, W) if whole else None
+
+
+def _write_factors(path: Path, U: Tensor, W: Tensor) -> None:
+    """As a whole, whoever else writes it: in a directory of this process's own, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
+        file = Path(partial) / path.name
+        save_file({"U": U, "W": W}, file, metadata={"digest": _digest(path.stem, U, W)})
+        checkpoint.flush(file)
+        file.replace(path)
+    checkpoint.flush(path.parent)
+
+
+def _digest(note: str, *tensors: Tensor) -> str:
+    """sha256 of a note and of tensors' dtypes, shapes and bytes."""
+    total = hashlib.sha256(note.encode())
+    for tensor in tensors:
+        total.update(f"\n{tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        total.update(flat.view(torch.uint8).numpy().data)  # numpy knows bytes, but no bf16
+    return total.hexdigest()
+
+
+def warn_beyond_break_even(cfg: config.Model) -> None:
+    """UserWarning where ranks are so high that U and W hold more than a plain table would.
+
+    R (V + D) > V D, so beyond the break-even V D / (V + D), a little less than D.
+    """
+    V, D = cfg.vocab_size, cfg.hidden_size
+    most = V * D // (V + D)
+    if beyond := [str(rank) for rank in cfg.ranks if rank > most]:
+        warnings.warn(
+            f"model.ranks: expected at most the break-even {most} of {V} tokens by width {D}, got "
+            f"{', '.join(beyond)}: these factors hold more than the plain table; leave them out, "
+            "or all ranks for the table itself",
+            stacklevel=2,
+        )
+
+
+# ---- reading and writing directories ----
+
+
+def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = None) -> Transformer:
     """A Transformer from a directory that mlembed saved, or from any Qwen3 checkpoint.
+
+    A table that is to have ranks is factorised, once (`cached_factors`); factors that mlembed saved
+    are read as they are.
 
     Args:
         source: directory or hub id.
         cfg: shape and nesting. By default what the directory's `mlembed_config.json` says, or else
             the checkpoint's shape with the default exits and prefixes and a plain vocabulary.
+        counts: [V], how often each token occurs in the text to come, where a table is factorised.
 
     Raises:
-        ValueError: no such checkpoint, another architecture, missing or misshapen weights.
+        ValueError: no such checkpoint, another architecture, missing or misshapen weights, counts
+            of another vocabulary.
     """
     directory = config.resolve(source)
     cfg = cfg or config.from_checkpoint(directory, config.Model())
@@ -115,7 +252,7 @@ def load(source: str, cfg: config.Model | None = None) -> Transformer:
         weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
         weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
     else:
-        U, W = factorise(table, cfg.ranks[-1])
+        U, W = cached_factors(table, cfg.ranks[-1], counts)
         weights["embed_tokens.U"], weights["embed_tokens.W"] = U, W
     model = Transformer(cfg)
     own = model.state_dict()

@@ -1,14 +1,21 @@
 """Set before torch and triton load: one thread a test process (two run side by side), no network,
-and Triton's interpreter where there is no GPU. Memory that a kernel leaves unwritten reads NaN."""
+a cache of the tests' own, and Triton's interpreter where there is no GPU. Memory that a kernel
+leaves unwritten reads NaN."""
 
+import atexit
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "MLEMBED_CACHE" not in os.environ:  # in the processes that run side by side it is, by then
+    os.environ["MLEMBED_CACHE"] = tempfile.mkdtemp(prefix="mlembed-")
+    atexit.register(shutil.rmtree, os.environ["MLEMBED_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -238,40 +238,6 @@ def test_a_plain_checkpoint_is_factorised_on_request(rank, tmp_path):
         torch.testing.assert_close(our_exits(model, r), hf_exits(hf), rtol=0, atol=1e-4)
 
 
-# ---- the factorisation ----
-
-
-# V > D as vocabularies are, V < D as no one expects, square.
-@pytest.mark.parametrize("shape", [(101, 24), (7, 24), (24, 24)], ids=str)
-def test_factorise_is_the_best_approximation(shape):
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(shape, generator=generator)
-    table = table * torch.logspace(0, -2, shape[1])  # spectra fall
-    full = min(shape)
-    U, s, Vh = torch.linalg.svd(table.double(), full_matrices=False)
-    for rank in (1, full // 2, full):
-        left, right = pretrained.factorise(table, rank)
-        assert left.shape == (shape[0], rank) and right.shape == (rank, shape[1])
-        assert left.dtype == right.dtype == torch.float32
-        best = (U[:, :rank] * s[:rank]) @ Vh[:rank]
-        torch.testing.assert_close((left @ right).double(), best, rtol=0, atol=1e-5)
-        # Best direction first, and right is orthonormal: what a lower rank slices is best there.
-        norms = left.norm(dim=0).double()
-        torch.testing.assert_close(norms, s[:rank], rtol=1e-4, atol=1e-5)
-        identity = torch.eye(rank)
-        torch.testing.assert_close(right @ right.T, identity, rtol=0, atol=1e-5)
-    torch.testing.assert_close(left @ right, table, rtol=0, atol=1e-5)
-
-
-def test_factorise_of_a_table_of_low_rank():
-    # Rank 3 in a table of width 24: nothing is lost at 3, and the empty directions are no NaN.
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(101, 3, generator=generator) @ torch.randn(3, 24, generator=generator)
-    for rank in (3, 24):
-        left, right = pretrained.factorise(table, rank)
-        torch.testing.assert_close(left @ right, table, rtol=0, atol=1e-5)
-
-
 # ---- errors ----
 
 
