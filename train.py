@@ -29,12 +29,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mlembed import checkpoint, config, data, evaluate, log, pretrained, tokenizer
+from mlembed.activations import Kept, recomputed
+from mlembed.depth import enabled
 from mlembed.distributed import World, any_process, world
 from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.loss import loss_table, sample_rank, weights
+from mlembed.loss import loss_table, ranks_of, weights
 from mlembed.model import Transformer, num_parameters
-from mlembed.optim import adamw, learning_rate
+from mlembed.optim import adamw, learning_rate, to_weights
+from mlembed.pack import PackedBatch
 from mlembed_kernels.attention import WIDTHS
 
 # ---- the run's directory ----
@@ -63,9 +66,19 @@ def find_run(run: config.Run) -> tuple[Path, Path | None]:
 
 
 def resumable(run: config.Run) -> dict[str, Any]:
-    """What has to be the same to go on with a run. By what attention is computed has not: the next
-    machine may lack it."""
-    return config.to_dict(replace(run, resume=False, model=replace(run.model, attention="auto")))
+    """What has to be the same to go on with a run. What fits a machine has not: the next one may
+    lack an attention or a compiler, or have less memory."""
+    plain = config.Run()
+    return config.to_dict(
+        replace(
+            run,
+            resume=False,
+            model=replace(run.model, attention="auto"),
+            compile=plain.compile,
+            activation_checkpointing=plain.activation_checkpointing,
+            activation_gib=plain.activation_gib,
+        )
+    )
 
 
 # ---- text, tokenizer, model ----
@@ -90,19 +103,31 @@ def read_text(run: config.Run, say: Any) -> tuple[list[data.Table], list[Any]]:
     return tables, tasks
 
 
+def text_to_ids(run: config.Run, found: Path | None, tables: list[data.Table]) -> Tokenizer:
+    """The tokenizer of a checkpoint of this run, of `init`, or one learnt from the text."""
+    if found or run.init:
+        return tokenizer.load(found or config.resolve(run.init))
+    return tokenizer.train((t for table in tables for t in table.texts), run.model.vocab_size)
+
+
 def build(
-    run: config.Run, found: Path | None, tables: list[data.Table]
-) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer from a checkpoint of this run, from `init`, or from scratch."""
+    run: config.Run, found: Path | None, learnt: Tokenizer, batches: data.Batches, where: World
+) -> Transformer:
+    """The model of a checkpoint of this run, of `init`, or with random weights."""
     torch.manual_seed(run.seed)
     if found:
-        shape = config.from_checkpoint(found, run.model)
-        return pretrained.load(str(found), shape), tokenizer.load(found)
-    if run.init:
-        return pretrained.load(run.init, run.model), tokenizer.load(config.resolve(run.init))
-    learnt = tokenizer.train((t for table in tables for t in table.texts), run.model.vocab_size)
-    model = replace(run.model, vocab_size=learnt.get_vocab_size())
-    return Transformer(model), learnt
+        return pretrained.load(str(found), config.from_checkpoint(found, run.model))
+    if not run.init:
+        return Transformer(replace(run.model, vocab_size=learnt.get_vocab_size()))
+    counts = None
+    if run.init_factors == "frequency":
+        counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+    if not where.main:  # a table is factorised once, and found in the cache by the others
+        any_process(False, where)
+    model = pretrained.load(run.init, run.model, counts)
+    if where.main:
+        any_process(False, where)
+    return model
 
 
 def bf16(run: config.Run, device: torch.device) -> bool:
@@ -130,6 +155,7 @@ class Job:
     batches: data.Batches
     encoder: Encoder
     optimizer: torch.optim.Optimizer
+    kept: Kept | None
 
     @property
     def model(self) -> Transformer:
@@ -164,31 +190,48 @@ def train(run: config.Run, where: World) -> int:
 def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
     """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
     tables, tasks = read_text(run, out.say)
-    model, learnt = build(run, found, tables)
-    model.to(where.device)
+    learnt = text_to_ids(run, found, tables)
+    batches = data.Batches(tables, learnt, run, where)
+    model = build(run, found, learnt, batches, where).to(where.device)
+    to_weights(model, run.optim)
     run = replace(run, model=model.cfg)
     optimizer = adamw(model, run.optim)
     if found:
         checkpoint.restore(found, model, optimizer)
     half = bf16(run, where.device)
+    compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
+    if compiled:
+        model.compile_blocks()
     encoder = Encoder(model, learnt, run.max_length, bf16=half)
-    batches = data.Batches(tables, learnt, run, where)
     if run.model.attention != "auto":  # one that is not to be had says so before the run begins
         encoder.exits(["a text"])
+    kept = Kept.by(model, half) if run.activation_checkpointing == "selective" else None
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
         f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
     )
+    out.say(f"run    {what_runs(run, where, half, compiled)}")
+    return Job(run, where, directory, out, tasks, batches, encoder, optimizer, kept)
+
+
+def what_runs(run: config.Run, where: World, half: bool, compiled: bool) -> str:
+    """Processes, precision, and by what each expensive operation is computed."""
     cuda = where.device.type == "cuda"
     attention = run.model.attention
     if attention == "auto":
         attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
-    out.say(
-        f"run    {where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}; "
-        f"attention by {attention}, infonce by {'triton' if cuda else 'its PyTorch reference'}, "
-        "embed by its PyTorch reference"
+    weights = " of bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
+    again = {
+        "none": "nothing",
+        "block": "all blocks",
+        "selective": f"blocks beyond {run.activation_gib:g} GiB",
+    }[run.activation_checkpointing]
+    return (
+        f"{where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}{weights}; "
+        f"attention by {attention}, "
+        f"infonce and embed by {'triton' if cuda else 'their PyTorch references'}, "
+        f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
     )
-    return Job(run, where, directory, out, tasks, batches, encoder, optimizer)
 
 
 def optimise(job: Job, start: int) -> int:
@@ -218,17 +261,16 @@ def optimise(job: Job, start: int) -> int:
     )
     feed = iter(loader)
     ddp = DistributedDataParallel(model) if where.size > 1 else None
-    weight_EM = weights(run).to(where.device)
     tokens, clock = 0, time.perf_counter()
     with tqdm(total=run.steps, initial=start, disable=not where.main, desc=run.name) as bar:
         for step in range(start, run.steps):
-            table_EM, norm, step_tokens = one_step(job, step, feed, ddp, weight_EM)
-            tokens += step_tokens
+            result = one_step(job, step, feed, ddp)
+            tokens += result.tokens
             done = step + 1
             bar.update()
             if done % run.log_every == 0 or done == run.steps:
                 rate = tokens / (time.perf_counter() - clock)
-                loss = record(job, done, table_EM, weight_EM, norm, rate)
+                loss = record(job, done, result, rate)
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
                 tokens, clock = 0, time.perf_counter()
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
@@ -245,65 +287,97 @@ def optimise(job: Job, start: int) -> int:
     return run.steps
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step gave: the exits that had a loss, loss_EM of this process at them and what each
+    entry weighs, the queries of all processes at each, gradient norm, tokens of all processes."""
+
+    exits: tuple[int, ...]
+    loss_EM: Tensor
+    weight_EM: Tensor
+    queries: list[int]
+    norm: Tensor
+    tokens: int
+
+
 def one_step(
-    job: Job,
-    step: int,
-    feed: Iterator[data.Batch],
-    ddp: DistributedDataParallel | None,
-    weight_EM: Tensor,
-) -> tuple[Tensor, Tensor, int]:
-    """One optimiser step -> (loss_EM of this process, gradient norm, tokens of all processes)."""
-    run, where, half = job.run, job.where, job.encoder.bf16
+    job: Job, step: int, feed: Iterator[data.Batch], ddp: DistributedDataParallel | None
+) -> Step:
+    """One optimiser step."""
+    run, where = job.run, job.where
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    rank = sample_rank(run.model.ranks, run.seed, step)
-    table_EM, tokens = torch.zeros_like(weight_EM), 0
-    for left in reversed(range(run.gradient_accumulation_steps)):
+    exits = enabled(run.model.exits, run.depth, step, run.steps)
+    weight_EM = weights(run, exits).to(where.device)
+    ranks = ranks_of(run, step)
+    micro_batches = run.gradient_accumulation_steps
+    table_EM, tokens, queries = torch.zeros_like(weight_EM), 0, [0] * len(exits)
+    for left in reversed(range(micro_batches)):
         batch = next(feed)
-        # Gradients are reduced over processes once a step, with its last micro-batch.
-        with ddp.no_sync() if ddp and left else nullcontext():
-            with torch.autocast(where.device.type, torch.bfloat16, enabled=half):
-                exits_END = (ddp or job.model)(batch.packed.to(where.device), rank=rank)
-            if half and where.device.type == "cuda":  # the loss's products are bf16 ones as well
-                exits_END = exits_END.bfloat16()
-            loss_EM = loss_table(exits_END, batch, run, where) / run.gradient_accumulation_steps
-            (weight_EM * loss_EM).sum().backward()
-        table_EM += loss_EM.detach()
-        tokens += len(batch.packed.ids_T) * where.size
+        packs = [pack.to(where.device) for pack in batch.packs]
+        for rank, share in ranks:
+            # Gradients are reduced over processes once a step, with its last backward.
+            last = not left and rank == ranks[-1][0]
+            with nullcontext() if last or not ddp else ddp.no_sync():
+                exits_END = forward(job, packs, ddp or job.model, exits, rank)
+                loss_EM = loss_table(exits_END, batch, run, where, exits) * share / micro_batches
+                (weight_EM * loss_EM).sum().backward()
+            table_EM += loss_EM.detach()
+        tokens += batch.tokens * where.size
+        here = [int((batch.query_depths >= exit).sum()) for exit in exits]
+        queries = [so_far + n for so_far, n in zip(queries, here, strict=True)]
     norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), run.optim.max_grad_norm)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    return table_EM, norm, tokens
+    return Step(exits, table_EM, weight_EM, queries, norm, tokens)
 
 
-def record(
-    job: Job, step: int, table_EM: Tensor, weight_EM: Tensor, norm: Tensor, rate: float
-) -> float:
+def forward(
+    job: Job,
+    packs: list[PackedBatch],
+    model: torch.nn.Module,
+    exits: tuple[int, ...],
+    rank: int | None,
+) -> Tensor:
+    """exits_END of all packs, one after the other."""
+    device, half = job.where.device.type, job.encoder.bf16
+    again = recomputed(job.run, job.kept, packs)
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        parts = [model(pack, exits=exits, rank=rank, recompute=again) for pack in packs]
+    exits_END = torch.cat(parts, dim=1)
+    # On CUDA the loss's products are bf16 ones as well.
+    return exits_END.bfloat16() if half and device == "cuda" else exits_END
+
+
+def record(job: Job, step: int, result: Step, rate: float) -> float:
     """Log the losses of a step, averaged over processes; -> the weighted loss.
 
     Raises:
         ValueError: the loss or the gradient is no longer a finite number.
     """
+    table_EM = result.loss_EM
     if job.where.size > 1:
         torch.distributed.all_reduce(table_EM)
         table_EM = table_EM / job.where.size
-    loss, gradient = (weight_EM * table_EM).sum().item(), norm.item()
+    loss, gradient = (result.weight_EM * table_EM).sum().item(), result.norm.item()
     if not math.isfinite(loss) or not math.isfinite(gradient):
         raise ValueError(
             f"loss: expected finite numbers, got loss {loss} and gradient norm {gradient} "
             f"at step {step}; a lower --optim.lr may help"
         )
-    shape = job.run.model
+    shape, run = job.run.model, job.run
     losses = {
         f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(shape.matryoshka_dims, row, strict=True)}
-        for exit, row in zip(shape.exits, table_EM.tolist(), strict=True)
+        for exit, row in zip(result.exits, table_EM.tolist(), strict=True)
     }
     values = {
         "loss": loss,
         "grad_norm": gradient,
-        "lr": learning_rate(step - 1, job.run),
-        "rank": sample_rank(shape.ranks, job.run.seed, step - 1),
+        "lr": learning_rate(step - 1, run),
+        "rank": ranks_of(run, step - 1)[-1][0],
         "tokens_per_second": rate,
+        # Of those that run as deep: each is a negative of the others.
+        "queries": {f"exit_{e}": n for e, n in zip(result.exits, result.queries, strict=True)},
         "losses": losses,
     }
     job.out.metrics(step, "train", values)

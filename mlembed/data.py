@@ -21,17 +21,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import cldr, config
+from . import cldr, config, depth
 from .cldr import normalise
 from .distributed import World
-from .pack import PackedBatch, pack
+from .pack import Batch, collate
 from .tokenizer import tokenize
 
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
@@ -251,24 +249,6 @@ def permutation(seed: int, source: int, epoch: int, items: int) -> np.ndarray:
     return np.random.default_rng([seed, 3, source, epoch]).permutation(items)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One process's share of a micro-batch, and what it must know of the others'.
-
-    packed: its queries, positives and hard negatives, shortest first.
-    place: int64 [texts]; where in the pack each is, in the order queries, positives, negatives.
-    pair_ids: int64 [pairs of all processes]. doc_ids: int64 [documents of all processes], process
-    by process its positives, then its negatives. doc_sizes: documents of each process.
-    """
-
-    packed: PackedBatch
-    place: Tensor
-    pair_ids: Tensor
-    doc_ids: Tensor
-    doc_sizes: tuple[int, ...]
-    source: str
-
-
 class Batches(Dataset[Batch]):
     """Micro-batches 0, 1, .. of a run, each a function of its number (see the module's docstring).
 
@@ -282,8 +262,7 @@ class Batches(Dataset[Batch]):
             raise ValueError(
                 f"batch_size: expected a multiple of {world.size} processes, got {run.batch_size}"
             )
-        self.tables, self.world, self.seed = tables, world, run.seed
-        self.batch_size, self.num_negatives = run.batch_size, run.loss.num_negatives
+        self.tables, self.world, self.run = tables, world, run
         self.tokens, self.offsets = [], []
         for table in tables:
             ids = tokenize(tokenizer, table.texts, run.max_length)
@@ -304,47 +283,49 @@ class Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.order)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs in the training text -> int64 [vocab_size]."""
+        counts = [np.bincount(tokens, minlength=vocab_size) for tokens in self.tokens]
+        return np.sum(counts, axis=0)
+
     def _items(self, number: int) -> np.ndarray:
         source = int(self.order[number])
-        at = self.turn[number] * self.batch_size + np.arange(self.batch_size)
+        at = self.turn[number] * self.run.batch_size + np.arange(self.run.batch_size)
         n = len(self.tables[source])
         epochs, places = np.divmod(at, n)
-        orders = {e: permutation(self.seed, source, e, n) for e in set(epochs.tolist())}
+        orders = {e: permutation(self.run.seed, source, e, n) for e in set(epochs.tolist())}
         return np.array([orders[e][i] for e, i in zip(epochs.tolist(), places, strict=True)])
 
-    def _rows(
-        self, table: Table, item: int, rng: np.random.Generator
-    ) -> tuple[int, int, list[int]]:
+    def _rows(self, table: Table, item: int, rng: np.random.Generator) -> list[int]:
         """Row numbers of an item's query, positive and hard negatives."""
         begin, end = int(table.starts[item]), int(table.starts[item + 1])
         if table.nway:
             first, second = rng.choice(end - begin, size=2, replace=False)
-            return begin + int(first), begin + int(second), []
+            return [begin + int(first), begin + int(second)]
         stored = np.arange(begin + 2, end)
-        k = min(self.num_negatives, len(stored))
-        return begin, begin + 1, rng.choice(stored, size=k, replace=False).tolist() if k else []
+        k = min(self.run.loss.num_negatives, len(stored))
+        negatives = rng.choice(stored, size=k, replace=False).tolist() if k else []
+        return [begin, begin + 1, *negatives]
 
     def __getitem__(self, number: int) -> Batch:
         source = int(self.order[number])
-        table = self.tables[source]
-        rng = np.random.default_rng([self.seed, 4, number])
-        drawn = [self._rows(table, int(item), rng) for item in self._items(number)]
-        share = self.batch_size // self.world.size
-        parts = []  # of each process: rows of its queries, of its documents
-        for first in range(0, self.batch_size, share):
-            queries, positives, negatives = zip(*drawn[first : first + share], strict=True)
-            parts.append(
-                (list(queries), [*positives, *(row for rows in negatives for row in rows)])
-            )
-        mine = [row for rows in parts[self.world.rank] for row in rows]
+        table, run = self.tables[source], self.run
         tokens, offsets = self.tokens[source], self.offsets[source]
-        # Sorted, neighbours are alike in length, which is what dense attention wants.
-        order = np.argsort([offsets[row + 1] - offsets[row] for row in mine], kind="stable")
-        return Batch(
-            pack([tokens[offsets[mine[i]] : offsets[mine[i] + 1]] for i in order]),
-            torch.from_numpy(np.argsort(order)),
-            torch.from_numpy(np.concatenate([table.ids[queries] for queries, _ in parts])),
-            torch.from_numpy(np.concatenate([table.ids[docs] for _, docs in parts])),
-            tuple(len(docs) for _, docs in parts),
-            table.name,
+        rng = np.random.default_rng([run.seed, 4, number])
+        groups = [self._rows(table, int(item), rng) for item in self._items(number)]
+        lengths = np.array([(offsets[np.add(rows, 1)] - offsets[rows]).sum() for rows in groups])
+        depth_rng = np.random.default_rng([run.seed, 5, number])
+        last, texts = run.model.num_hidden_layers, sum(map(len, groups))
+        step = number // run.gradient_accumulation_steps
+        depths = depth.drawn(lengths, run.depth, last, depth_rng, self.world.size)
+        return collate(
+            groups,
+            lambda row: tokens[offsets[row] : offsets[row + 1]],
+            table.ids,
+            depths,
+            depth.runs(texts, run.depth, last, step, run.steps, depth_rng),
+            rank=self.world.rank,
+            size=self.world.size,
+            max_tokens=run.pack_tokens,
+            source=table.name,
         )

@@ -51,22 +51,22 @@ def world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Rows of all processes, in rank order, with gradient to every one of them.
+def gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Rows of every process, in rank order, with gradient to every one of them.
 
     Args:
         x: [E, n, D], n = sizes[own rank].
         sizes: rows of each process, known to all (no extra communication).
 
     Returns:
-        [E, sum(sizes), D]. The backward sums, for each row, what all processes' losses ask of it.
+        [E, size, D] of each process. The backward sums, for each row, what all processes' losses
+        ask of it.
     """
     if len(sizes) == 1:
-        return x
+        return [x]
     # Collectives move equal shapes: shorter slabs are filled up with rows that are cut off again.
     filled = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
-    slabs = all_gather(filled)
-    return torch.cat([slab[:, :n] for slab, n in zip(slabs, sizes, strict=True)], dim=1)
+    return [slab[:, :n] for slab, n in zip(all_gather(filled), sizes, strict=True)]
 
 
 def any_process(flag: bool, where: World) -> bool:

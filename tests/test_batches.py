@@ -53,26 +53,38 @@ def make(tables, learnt):
 
 
 def texts_of(batch, learnt):
-    """Queries, positives, negatives; in the pack itself the shortest come first."""
-    bounds = batch.packed.cu_seqlens
-    assert torch.equal(bounds.diff(), bounds.diff().sort().values)
-    packed = [
-        learnt.decode(batch.packed.ids_T[begin:end].tolist())
-        for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-    ]
-    assert sorted(batch.place.tolist()) == list(range(len(packed)))
-    return [packed[i] for i in batch.place]
+    """Queries, positives, negatives; in a pack itself the shortest come first."""
+    texts = []
+    for packed in batch.packs:
+        bounds = packed.cu_seqlens
+        assert torch.equal(bounds.diff(), bounds.diff().sort().values)
+        texts += [
+            learnt.decode(packed.ids_T[begin:end].tolist())
+            for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        ]
+    assert sorted(batch.place.tolist()) == list(range(len(texts)))
+    return [texts[i] for i in batch.place]
 
 
 def same(a, b):
-    tensors = ("ids_T", "pos_T", "cu_seqlens")
+    tensors = ("place", "target", "query_ids", "query_depths", "doc_ids", "doc_depths")
     return (
-        all(torch.equal(getattr(a.packed, n), getattr(b.packed, n)) for n in tensors)
-        and a.packed.work.max_seqlen == b.packed.work.max_seqlen
-        and torch.equal(a.place, b.place)
-        and torch.equal(a.pair_ids, b.pair_ids)
-        and torch.equal(a.doc_ids, b.doc_ids)
+        all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
         and (a.doc_sizes, a.source) == (b.doc_sizes, b.source)
+        and len(a.packs) == len(b.packs)
+        and all(map(same_pack, a.packs, b.packs))
+    )
+
+
+def same_pack(a, b):
+    return (
+        all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("ids_T", "pos_T", "cu_seqlens"))
+        and [until for until, _ in a.live] == [until for until, _ in b.live]
+        and all(
+            torch.equal(x.buffer, y.buffer) for (_, x), (_, y) in zip(a.live, b.live, strict=True)
+        )
+        and a.kept.keys() == b.kept.keys()
+        and all(torch.equal(a.kept[d].rows_T, b.kept[d].rows_T) for d in a.kept)
     )
 
 
@@ -150,10 +162,10 @@ def test_layout_of_a_pair_batch(make, tables, learnt):
             assert count <= times[int(text.split()[1])]
         assert all(int(t.split()[2]) < int(t.split()[1]) % 4 for t in negatives)
         some.update(negatives)
-        assert batch.pair_ids.tolist() == [text_id(t) for t in positives]
+        assert batch.query_ids.tolist() == [text_id(t) for t in positives]
         assert batch.doc_ids.tolist() == [text_id(t) for t in positives + negatives]
         assert batch.doc_sizes == (4 + len(negatives),)
-        assert batch.pair_ids.dtype == batch.doc_ids.dtype == torch.int64
+        assert batch.query_ids.dtype == batch.doc_ids.dtype == torch.int64
     assert len(some) == sum(i % 4 for i in range(17))  # all of them are drawn sooner or later
 
 
@@ -175,12 +187,12 @@ def test_nway_pairs_are_two_different_texts_of_one_id(make, tables, learnt):
         batch = batches[number]
         texts = texts_of(batch, learnt)
         assert len(texts) == 8
-        for query, positive, pair_id in zip(texts[:4], texts[4:], batch.pair_ids, strict=True):
+        for query, positive, pair_id in zip(texts[:4], texts[4:], batch.query_ids, strict=True):
             (_, i, _, a), (_, j, _, b) = query.split(), positive.split()
             assert i == j and a != b
             assert pair_id == text_id("nway", i)
             ordered[i, a, b] += 1
-        assert batch.doc_ids.tolist() == batch.pair_ids.tolist()
+        assert batch.doc_ids.tolist() == batch.query_ids.tolist()
     # Each ordered pair of languages occurs: neither side is reserved for some of them.
     assert len(ordered) == sum((n := 2 + i % 3) * (n - 1) for i in range(11))
 
@@ -197,16 +209,19 @@ def test_shares_together_are_the_single_process_batch(make, tables, learnt, size
         sources.add(one.source)
         texts = texts_of(one, learnt)
         split = [texts_of(part, learnt) for part in parts]
-        assert sum((t[:each] for t in split), []) == texts[:4]
-        assert sum((t[each : 2 * each] for t in split), []) == texts[4:8]
-        assert sum((t[2 * each :] for t in split), []) == texts[8:]
+        # Which process has a pair is decided by the work; it has all of it.
+        pairs = [pair for t in split for pair in zip(t[:each], t[each : 2 * each], strict=True)]
+        assert sorted(pairs) == sorted(zip(texts[:4], texts[4:8], strict=True))
+        assert sorted(sum((t[2 * each :] for t in split), [])) == sorted(texts[8:])
         # What every process knows of the others: equal everywhere, process by process.
         sizes = tuple(len(t) - each for t in split)
         for part in parts:
             assert part.source == one.source
-            assert torch.equal(part.pair_ids, one.pair_ids)
+            assert torch.equal(part.query_ids.sort().values, one.query_ids.sort().values)
             assert part.doc_sizes == sizes
             assert torch.equal(part.doc_ids, parts[0].doc_ids)
+            assert torch.equal(part.query_ids, parts[0].query_ids)
+            assert part.target.tolist() == list(range(each))
         if one.source == "pairs":
             want = [text_id(t) for texts in split for t in texts[each:]]
             assert parts[0].doc_ids.tolist() == want
@@ -236,10 +251,10 @@ def test_sources_are_drawn_by_size_to_the_alpha(make, alpha):
 
 def test_texts_are_cut_to_max_length(make, learnt):
     batches = make(max_length=3)
-    packed = batches[0].packed
-    assert packed.work.max_seqlen == 3
-    ends = packed.cu_seqlens[1:].long() - 1
-    assert (packed.ids_T[ends] == learnt.token_to_id(tokenizer.EOS)).all()
+    for packed in batches[0].packs:
+        assert packed.work.max_seqlen == 3
+        ends = packed.cu_seqlens[1:].long() - 1
+        assert (packed.ids_T[ends] == learnt.token_to_id(tokenizer.EOS)).all()
 
 
 # ---- ids ----

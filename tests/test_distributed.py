@@ -34,13 +34,16 @@ def gathered(where):
     rows, weights = rows_and_weights(where.size)
     begin = sum(sizes[: where.rank])
     own = rows[:, begin : begin + sizes[where.rank]].clone().requires_grad_()
-    whole = gather(own, sizes)
+    whole = torch.cat(gather(own, sizes), dim=1)
     (whole**2 * weights[where.rank]).sum().backward()
     return whole.detach(), own.grad
 
 
-def training(dtype, symmetric):
-    """A run with every nesting, and its text: pairs with 0 to 3 hard negatives, and n-way ids."""
+def training(dtype, symmetric, skip):
+    """A run with every nesting, and its text: pairs with 0 to 3 hard negatives, and n-way ids.
+
+    skip: some groups leave after the first layer, and texts are in more packs than two.
+    """
     run = config.Run(
         model=config.Model(
             vocab_size=300,
@@ -53,8 +56,10 @@ def training(dtype, symmetric):
             ranks=(4, 8),
         ),
         loss=config.Loss(num_negatives=2, symmetric=symmetric),
+        depth=config.Depth(exits=(1, 2), shares=(0.3, 0.7)) if skip else config.Depth(),
         steps=len(BATCHES),
         batch_size=8,
+        pack_tokens=20 if skip else 65_536,
     )
     texts, starts, ids = [], [0], []
     for i in range(24):
@@ -75,15 +80,18 @@ def training(dtype, symmetric):
     return run, [pairs, nway], learnt, model
 
 
-def step(where, number, dtype, symmetric):
-    """-> (loss_EM, gradients, (source, documents of each process)) of a batch, as train.py does."""
-    run, tables, learnt, model = training(dtype, symmetric)
+def step(where, number, dtype, symmetric, skip):
+    """-> (loss_EM, gradients, (source, documents of each process, queries of all that leave early,
+    own packs)) of a batch, as train.py does."""
+    run, tables, learnt, model = training(dtype, symmetric, skip)
     batch = data.Batches(tables, learnt, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model
-    loss_EM = loss_table(wrapped(batch.packed, rank=4), batch, run, where)
+    exits_END = torch.cat([wrapped(pack, rank=4) for pack in batch.packs], dim=1)
+    loss_EM = loss_table(exits_END, batch, run, where)
     (weights(run) * loss_EM).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return loss_EM.detach(), gradients, (batch.source, batch.doc_sizes)
+    gone = int((batch.query_depths < 2).sum())
+    return loss_EM.detach(), gradients, (batch.source, batch.doc_sizes, gone, len(batch.packs))
 
 
 def process(where, out: Path):
@@ -99,7 +107,9 @@ def process(where, out: Path):
     for dtype in (torch.float32, torch.float64):
         for symmetric in (True, False):
             for number in BATCHES:
-                found[dtype, symmetric, number] = step(where, number, dtype, symmetric)
+                for skip in (False, True):
+                    case = dtype, symmetric, skip, number
+                    found[case] = step(where, number, dtype, symmetric, skip)
     torch.save(found, out / f"{where.rank}.pt")
 
 
@@ -138,23 +148,24 @@ def test_gather_backward_sums_what_all_losses_ask(found):
 
 def test_gather_alone_is_the_identity():
     x = torch.randn(2, 3, 4)
-    assert gather(x, [3]) is x
+    assert gather(x, [3])[0] is x
 
 
 # ---- a whole step ----
 
 CASES = [
-    pytest.param(dtype, symmetric, number, id=f"{name}-{symmetric}-{number}")
+    pytest.param(dtype, symmetric, skip, number, id=f"{name}-{symmetric}-{skip}-{number}")
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64"))
     for symmetric in (True, False)
+    for skip in (False, True)
     for number in BATCHES
 ]
 
 
-@pytest.mark.parametrize("dtype, symmetric, number", CASES)
-def test_loss_is_the_single_process_loss(found, dtype, symmetric, number):
-    want, _, (source, _) = step(ALONE, number, dtype, symmetric)
-    parts = [process[dtype, symmetric, number] for process in found]
+@pytest.mark.parametrize("dtype, symmetric, skip, number", CASES)
+def test_loss_is_the_single_process_loss(found, dtype, symmetric, skip, number):
+    want, _, (source, *_) = step(ALONE, number, dtype, symmetric, skip)
+    parts = [process[dtype, symmetric, skip, number] for process in found]
     assert {part[2][0] for part in parts} == {source}
     got = torch.stack([part[0] for part in parts]).mean(0)
     assert got.shape == (2, 3)  # exits 1, 2; widths 8, 16, 32
@@ -162,12 +173,12 @@ def test_loss_is_the_single_process_loss(found, dtype, symmetric, number):
     assert max((part[0] - want).abs().max() for part in parts) > 1e-3  # each has its own queries
 
 
-@pytest.mark.parametrize("dtype, symmetric, number", CASES)
-def test_gradients_are_the_single_process_gradients(found, dtype, symmetric, number):
+@pytest.mark.parametrize("dtype, symmetric, skip, number", CASES)
+def test_gradients_are_the_single_process_gradients(found, dtype, symmetric, skip, number):
     """After DistributedDataParallel's averaging, on every process, for every parameter."""
-    _, want, _ = step(ALONE, number, dtype, symmetric)
+    _, want, _ = step(ALONE, number, dtype, symmetric, skip)
     for process in found:
-        got = process[dtype, symmetric, number][1]
+        got = process[dtype, symmetric, skip, number][1]
         assert got.keys() == want.keys()
         for name, gradient in want.items():
             assert gradient.norm() > 0, name
@@ -178,9 +189,12 @@ def test_gradients_are_the_single_process_gradients(found, dtype, symmetric, num
 
 def test_batches_are_of_both_kinds_and_unequal_shares(found):
     """Otherwise the two tests above would say little about padding and false negatives."""
-    seen = [found[0][torch.float32, True, number][2] for number in BATCHES]
-    assert {source for source, _ in seen} == {"pairs", "nway"}
-    assert any(len(set(sizes)) > 1 for _, sizes in seen)
+    for skip in (False, True):
+        seen = [found[0][torch.float32, True, skip, number][2] for number in BATCHES]
+        assert {source for source, *_ in seen} == {"pairs", "nway"}
+        assert any(len(set(sizes)) > 1 for _, sizes, *_ in seen)
+        assert all((gone > 0) == skip for *_, gone, _ in seen)
+        assert max(packs for *_, packs in seen) > 2 or not skip
 
 
 # ---- who is who ----

@@ -28,7 +28,8 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
     {"attention_interface", "checkpoint", "cldr", "config", "distributed", "pack", "tokenizer"},
-    {"data", "model", "log"},
+    {"depth", "model", "log"},
+    {"activations", "data"},
     {"pretrained", "optim", "loss", "distill", "gradcache"},
     {"encode"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},

@@ -10,12 +10,11 @@ import torch
 
 from mlembed import config
 from mlembed.config import Loss, Model, Optim, Run
-from mlembed.data import Batch
 from mlembed.distributed import World
 from mlembed.loss import loss_table, sample_rank, weights
 from mlembed.model import Transformer
 from mlembed.optim import adamw, learning_rate
-from mlembed.pack import pack
+from mlembed.pack import Batch, pack
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXITS = ["uniform", "depth"]
@@ -95,7 +94,9 @@ def batch():
     pair_ids = torch.tensor([10, 11, 10, 12, 13])
     doc_ids = torch.tensor([10, 11, 10, 12, 13, 20, 12, 21])
     packed = pack([np.array([1])] * 13)
-    return Batch(packed, torch.arange(13), pair_ids, doc_ids, (8,), "x")
+    deep = torch.full((8,), 99)
+    own = torch.arange(5)
+    return Batch((packed,), torch.arange(13), own, pair_ids, deep[:5], doc_ids, deep, (8,), "x")
 
 
 def test_the_order_of_the_pack_is_undone(batch):
@@ -125,7 +126,7 @@ def test_loss_table_by_hand(batch, exits_END, symmetric, temperature):
     )
     got = loss_table(exits_END, batch, run, ALONE)
     queries, docs = exits_END[:, :5], exits_END[:, 5:]
-    dims, ids, own = (3, 8, 16), batch.pair_ids.tolist(), range(5)
+    dims, ids, own = (3, 8, 16), batch.query_ids.tolist(), range(5)
     want = by_hand(queries, docs, dims, temperature, own, ids, batch.doc_ids.tolist())
     if symmetric:
         back = by_hand(docs[:, :5], queries, dims, temperature, own, ids, ids)

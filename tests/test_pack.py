@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mlembed.pack import budgeted, pack
+from mlembed.pack import budgeted, collate, pack, packs, shared_out
 from mlembed_kernels import Work
 
 # One token, a prime, equal neighbours, a long one: boundaries off by one show in each.
@@ -99,3 +99,162 @@ def test_budgeted_keeps_the_order_of_equal_lengths():
 
 def test_budgeted_of_nothing():
     assert budgeted(np.array([], dtype=np.int64), 10) == []
+
+
+# ---- texts that leave ----
+
+
+def test_those_that_are_there_are_a_prefix(texts):
+    depths = np.array([4, 4, 4, 2, 2, 1, 1])
+    batch = pack(texts, depths)
+    whole = pack(texts)
+    assert torch.equal(batch.ids_T, whole.ids_T) and torch.equal(batch.pos_T, whole.pos_T)
+    assert [until for until, _ in batch.live] == [1, 2, 4]
+    for depth, there in {1: 7, 2: 5, 3: 3, 4: 3}.items():
+        work = batch.work_at(depth)
+        assert work.sequences == there and work.tokens == sum(LENGTHS[:there])
+        assert torch.equal(work.buffer, Work.of(whole.cu_seqlens[: there + 1]).buffer)
+    assert batch.work_at(5) is None
+    assert whole.work_at(1) is whole.work_at(1000) is whole.work
+
+
+def test_all_of_one_depth(texts):
+    batch = pack(texts, np.full(7, 3))
+    assert batch.work_at(3) is batch.work and batch.work_at(4) is None
+
+
+def test_texts_that_skip_a_layer(texts):
+    depths = np.array([3, 3, 3, 2, 2, 2, 2])
+    runs = np.ones((3, 7), dtype=bool)
+    runs[0, [1, 5]] = False
+    runs[1] = False  # all would: the first does not
+    runs[2, 3:] = False  # they are not there any more
+    batch = pack(texts, depths, runs).to(torch.device("cpu"))
+    assert sorted(batch.kept) == [1, 2]
+    bounds = np.concatenate([[0], np.cumsum(LENGTHS)])
+    for depth, who in ((1, [0, 2, 3, 4, 6]), (2, [0])):
+        kept = batch.kept[depth]
+        rows = [row for i in who for row in range(bounds[i], bounds[i + 1])]
+        assert kept.rows_T.tolist() == rows
+        assert kept.work.cu_seqlens.diff().tolist() == [LENGTHS[i] for i in who]
+    assert runs[1].any() == False  # noqa: E712  the caller's array is as it was
+
+
+def test_depths_that_rise_are_an_error(texts):
+    for wrong in ([1, 2, 2, 2, 2, 2, 2], [3] * 6, [1, 1, 1, 1, 1, 1, 0]):
+        with pytest.raises(ValueError, match="depths: expected one a text, falling, from 1 on"):
+            pack(texts, np.array(wrong))
+
+
+# ---- even shares ----
+
+
+def cases():
+    """Lengths and depths of groups: as they come, of one length, one huge, fewer than shares."""
+    rng = np.random.default_rng(3)
+    yield rng.lognormal(4, 1, 256).astype(np.int64) + 1, rng.choice([7, 14, 21, 28], 256)
+    yield np.full(64, 5), np.full(64, 4)
+    yield np.array([10_000, 1, 1, 1, 1, 1, 1, 1]), np.array([1, 2, 2, 2, 2, 2, 2, 2])
+    yield np.array([3, 4]), np.array([2, 1])
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", range(4))
+def test_shares_have_as_much_to_do(case, shares):
+    lengths, depths = list(cases())[case]
+    n = len(lengths)
+    parts = shared_out(lengths, depths, shares)
+    assert len(parts) == shares
+    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
+    for depth in np.unique(depths):  # at every layer
+        there = [lengths[part][depths[part] >= depth].sum() for part in parts]
+        assert max(there) - min(there) <= lengths.max()
+        if case == 0 and shares <= 4:
+            assert max(there) / min(there) < 1.02
+    if n % shares == 0:
+        even = shared_out(lengths, depths, shares, n // shares)
+        assert [len(part) for part in even] == [n // shares] * shares
+        assert sorted(np.concatenate(even).tolist()) == list(range(n))
+
+
+def test_the_deepest_are_on_every_share():
+    depths = np.array([1, 1, 1, 2, 2, 1, 1, 1])
+    parts = shared_out(np.array([900, 1, 1, 1, 500, 1, 1, 1]), depths, 2, 4)
+    assert all((depths[part] == 2).any() for part in parts)
+
+
+@pytest.mark.parametrize("budget", [1, 10, 64, 500, 100_000])
+@pytest.mark.parametrize("case", range(4))
+def test_packs_within_a_budget(case, budget):
+    lengths, depths = list(cases())[case]
+    found = packs(lengths, depths, budget)
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(lengths)))
+    for rows in found:
+        assert len(rows) == 1 or lengths[rows].sum() <= budget
+        assert (np.diff(depths[rows]) <= 0).all()  # deepest first
+        same = np.diff(depths[rows]) == 0
+        assert (np.diff(lengths[rows])[same] >= 0).all()  # then shortest first
+    if case == 0 and budget == 500:
+        assert len(found) <= 1.2 * lengths.sum() / budget + (lengths > budget).sum()
+    if budget == 100_000:
+        assert len(found) == 1
+
+
+# ---- a step's texts ----
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("max_tokens", [30, 10_000])
+def test_collate(size, skip, max_tokens):
+    """Every group whole, on one process; queries and documents apart; deepest first."""
+    rng = np.random.default_rng(1)
+    tables = [rng.integers(0, 100, n) for n in rng.integers(1, 20, 80)]
+    groups, row = [], 0
+    for negatives in rng.integers(0, 5, 16).tolist():
+        groups.append(list(range(row, row + 2 + negatives)))
+        row += 2 + negatives
+    ids = rng.integers(0, 10**6, 80)
+    depths = rng.choice([1, 2, 4], 16) if skip else np.full(16, 4)
+    depths[:4] = 4
+    seen = []
+    for rank in range(size):
+        batch = collate(
+            groups, tables.__getitem__, ids, depths, None,
+            rank=rank, size=size, max_tokens=max_tokens, source="s",
+        )  # fmt: skip
+        texts, of_pack = [], []
+        for i, one in enumerate(batch.packs):
+            bounds = one.cu_seqlens.tolist()
+            assert len(one) == 1 or bounds[-1] <= max_tokens
+            texts += [one.ids_T[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+            of_pack += [i] * len(one)
+            # A text runs as deep as its pack says.
+            one_depths = [sum(j < w.sequences for _, w in one.live) for j in range(len(one))]
+            assert one_depths == sorted(one_depths, reverse=True)
+        order = batch.place.tolist()
+        n, each = 16 // size, 16 // size * rank
+        queries, docs = order[:n], order[n:]
+        assert not {of_pack[i] for i in queries} & {of_pack[i] for i in docs}
+        own_ids = batch.query_ids[each : each + n].tolist()
+        first_doc = sum(batch.doc_sizes[:rank])
+        doc_ids = batch.doc_ids[first_doc : first_doc + batch.doc_sizes[rank]].tolist()
+        assert len(docs) == len(doc_ids)
+        doc_depths = batch.doc_depths[first_doc : first_doc + batch.doc_sizes[rank]]
+        query_depths = batch.query_depths[each : each + n]
+        assert (query_depths.diff() <= 0).all() and (doc_depths.diff() <= 0).all()
+        assert query_depths.max() == 4
+        for i, at in enumerate(queries):
+            (group,) = (g for g in groups if ids[g[0]] == own_ids[i])
+            seen.append(group[0])
+            positive = int(batch.target[i])
+            assert texts[at] == tables[group[0]].tolist()
+            assert texts[docs[positive]] == tables[group[1]].tolist()
+            assert doc_ids[positive] == ids[group[1]]
+            assert query_depths[i] == doc_depths[positive] == depths[groups.index(group)]
+            for negative in group[2:]:
+                at_doc = doc_ids.index(ids[negative])
+                assert texts[docs[at_doc]] == tables[negative].tolist()
+                assert doc_depths[at_doc] == query_depths[i]
+        assert batch.tokens == sum(map(len, texts))
+    assert sorted(seen) == [group[0] for group in groups]
