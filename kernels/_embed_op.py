@@ -23,10 +23,10 @@ from ._check import INTERPRETED
 from ._occurrences import Occurrences
 
 WORKSPACE = 64 << 20  # bytes of all temporaries together, whatever T, n, D and r
-# By kernel, for half precision and for fp32, whose products are three tf32 ones; "masters": fp32
-# factors rounded as they are read. All are compiled for sm_90a without spills, none has been timed.
-# With 128 registers two programs of `project` share a multiprocessor, one's writing under the
-# other's products.
+# By kernel, for half precision and for fp32, whose products are three tf32 ones. "masters": fp32
+# factors, rounded as they are read. "odd": rows that do not begin on 16 bytes, read one number at a
+# time. All are compiled for sm_90a without spills, none has been timed. With 128 registers two
+# programs of `project` share a multiprocessor, one's writing under the other's products.
 CONFIGS: dict[str, dict[str, int]] = {
     "project": {
         "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
@@ -34,29 +34,30 @@ CONFIGS: dict[str, dict[str, int]] = {
     "project_masters": {
         "BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
     },
+    "project_odd": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 1},
     "sum": {"BM": 16, "BN": 256, "AHEAD": 4, "num_warps": 4, "num_stages": 1},
     "total": {"BP": 32, "BN": 128, "num_warps": 4, "num_stages": 1},
     "gather": {"BM": 16, "BN": 256, "num_warps": 4, "num_stages": 1},
 }  # fmt: skip
 CONFIGS_FP32: dict[str, dict[str, int]] = {
     "project": {"BM": 64, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "project_odd": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
     "sum": {"BM": 16, "BN": 128, "AHEAD": 4, "num_warps": 4, "num_stages": 1},
     "total": {"BP": 32, "BN": 128, "num_warps": 4, "num_stages": 1},
     "gather": {"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 1},
 }
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """Launch options; the interpreter, which has registers for anything, takes one table."""
     wide = dtype == torch.float32
-    return (CONFIGS_FP32 if wide and not INTERPRETED else CONFIGS)[name]
+    return {**(CONFIGS_FP32 if wide and not INTERPRETED else CONFIGS)[name]}
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _project_kernel(
     X, W, OUT, IDS, FIRST, COUNT, ORDER, rows, K, N, x_row, x_col, w_k, w_n, out_row,
-    SPREAD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """SPREAD: X[IDS] W, each row to OUT[ORDER[FIRST + 0..COUNT)]; else X W to OUT[IDS]."""
@@ -75,9 +76,9 @@ def _project_kernel(
     for at in tl.range(0, K, BK):
         x_mask = here[:, None] & (at + k < K)[None, :]
         w_mask = (at + k < K)[:, None] & (col < N)[None, :]
-        x = tl.load(x_tile + tl.cast(at, tl.int64) * x_col, mask=x_mask, other=0.0).to(DTYPE)
+        x = tl.load(x_tile + tl.cast(at, tl.int64) * x_col, mask=x_mask, other=0.0)
         w = tl.load(w_tile + tl.cast(at, tl.int64) * w_k, mask=w_mask, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
     y = acc.to(OUT.dtype.element_ty)
     if SPREAD:
         first = tl.load(FIRST + row, mask=here, other=0)
@@ -148,14 +149,20 @@ def _project(
 ) -> None:
     """spread: first, count and order of the parts whose tokens are `ids`."""
     rows, (K, N) = len(ids), w.shape
-    masters = "_masters" if x.dtype == torch.float32 and w.dtype != torch.float32 else ""
-    options = config("project" + masters, w.dtype)
+    name = "project"
+    if any(step % 16 for step in (x.stride(0), max(w.stride()), out.stride(0))):
+        name = "project_odd"
+    elif x.dtype != w.dtype:
+        name = "project_masters"
+    options = config(name, w.dtype)
+    if N <= 64:
+        options |= {"BN": 64}
     first, count, order = spread or (ids, ids, ids)
     grid = (triton.cdiv(rows, options["BM"]) * triton.cdiv(N, options["BN"]),)
     _project_kernel[grid](
         x, w, out, ids, first, count, order, rows, K, N, *x.stride(), *w.stride(), out.stride(0),
-        SPREAD=spread is not None, DTYPE=DTYPES[w.dtype],
-        PRECISION="tf32x3" if w.dtype == torch.float32 else "ieee", **options,
+        SPREAD=spread is not None, PRECISION="tf32x3" if w.dtype == torch.float32 else "ieee",
+        **options,
     )  # fmt: skip
 
 
@@ -182,7 +189,7 @@ def _sums(dx: Tensor, occurrences: Occurrences, tokens: slice, parts: slice) -> 
         return out
     options = config("total", dx.dtype)
     n, of_these = parts.stop - parts.start, slice(tokens.start, tokens.start + several)
-    width = max(WORKSPACE // 8 // (4 * n) // options["BN"] * options["BN"], options["BN"])
+    width = max(WORKSPACE // 8 // (4 * n) // 16 * 16, 16)
     for c in range(0, D, width):
         some = slice(c, min(c + width, D))
         partial = torch.empty(n, some.stop - c, dtype=torch.float32, device=dx.device)
@@ -232,11 +239,12 @@ def backward(
         s, ids = _sums(dx, o, tokens, parts), o.ids_n[tokens]
         if of[0]:
             _project(s, w.T, dU, ids, None)
-        size = max(WORKSPACE // 8 // (rank * dx.element_size()), 64) if of[1] else len(ids)
+        size = max(WORKSPACE // 8 // (rank * dx.element_size()), 64)
         for a in range(0, len(ids) if of[1] else 0, size):
             some = slice(a, a + size)
-            product = _product(_rows(U[:, :rank], ids[some], dtype), s[some])
-            whole = product if whole is None else whole.add_(product)
+            part = _rows(U[:, :rank], ids[some], dtype), s[some]
+            whole = _product(*part) if whole is None else whole.add_(_product(*part))
+            del part
         del s
     if whole is not None:
         dW[:rank] = whole
@@ -250,7 +258,8 @@ def run(U: Tensor, W: Tensor, rank: int, dtype: torch.dtype, occurrences: Occurr
 
 
 def _occurrences(buffer: Tensor, counts: list[int], bounds: list[int]) -> Occurrences:
-    return Occurrences(buffer, *counts, tuple(bounds))
+    tokens, distinct, lowest, highest, parts, several = counts
+    return Occurrences(buffer, tokens, distinct, lowest, highest, parts, several, tuple(bounds))
 
 
 @library.custom_op("mlembed::embed", mutates_args=())

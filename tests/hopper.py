@@ -138,6 +138,18 @@ def attention(
     backward(o, q, k, k, o, lse, work, alive, 0.1, causal)
 
 
+def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int], rank: int) -> None:
+    """Forward and backward; sizes V, R, D. One token has several parts, most have one."""
+    from mlembed_kernels import Occurrences
+    from mlembed_kernels._embed_op import backward, forward
+
+    V, R, D = sizes
+    o = Occurrences.of(torch.cat([torch.zeros(48, dtype=torch.int64), torch.arange(V)]))
+    U, W = torch.ones(V, R, dtype=factors), torch.ones(R, D, dtype=factors)
+    x = forward(U, W, o, rank, dtype)
+    backward(x, U, W, o, rank, (True, True))
+
+
 # Names: shape, what is asked for, dtype.
 FULL = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = {"1024": FULL, "256": FULL[:6], "896": (*FULL[:7], 896), "plain": (1024,)}
@@ -159,6 +171,15 @@ for dtype_name, dtype in DTYPES.items():
                 CASES[name] = (attention, dtype, heads, K, causal)
     CASES[f"attention-skip-{dtype_name}"] = (attention, dtype, (16, 8), 128, True, True)
     CASES[f"attention-one-{dtype_name}"] = (attention, dtype, (1, 1), 64, False, False, (1,))
+    for rank in (1, 64, 65, 512):
+        CASES[f"embed-{rank}-{dtype_name}"] = (embed, dtype, dtype, (256, 512, 1024), rank)
+        if dtype != torch.float32:
+            name = f"embed-{rank}-masters-{dtype_name}"
+            CASES[name] = (embed, torch.float32, dtype, (256, 512, 1024), rank)
+            CASES[f"embed-odd-masters-{dtype_name}"] = (
+                embed, torch.float32, dtype, (257, 65, 131), 65,
+            )  # fmt: skip
+    CASES[f"embed-odd-{dtype_name}"] = (embed, dtype, dtype, (257, 65, 131), 65)
     # A size of 1 is another kernel: one tile of pairs, one partner, one token.
     CASES[f"one-{dtype_name}"] = (partition, dtype, FULL[:5], True, True, 128)
     CASES[f"one_partner-{dtype_name}"] = (cosine, dtype, FULL[:5], 1)

@@ -1,11 +1,13 @@
 """The nested vocabulary against lookups in the merged table, in numpy and float64."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mlembed_kernels import embed, embed_ref
+from mlembed_kernels import Occurrences, embed, embed_ref
 
 # Primes, so that no two axes can be exchanged unnoticed. Ranks: one column, the middle, all.
 V, R, D = 53, 11, 17
@@ -91,19 +93,81 @@ def test_ids_of_both_widths(factors, dtype):
     torch.testing.assert_close(embed(torch.tensor(IDS, dtype=dtype), U, W, R), wide)
 
 
-def test_errors(factors):
+# ---- what is refused ----
+
+
+META = torch.device("meta")
+TOKENS = torch.tensor(IDS)
+# Changes to good arguments, and what is said.
+REFUSED = {
+    "no_rank": ({"rank": 0}, r"rank: expected 1\.\.11 \(the stored rank\), got 0"),
+    "negative_rank": ({"rank": -1}, r"rank: expected 1\.\.11 .*got -1"),
+    "rank_beyond": ({"rank": R + 1}, "rank: expected .* got 12"),
+    "ranks_unlike": ({"W": torch.zeros(R - 1, D)}, "U, W: expected .*, got"),
+    "U_flat": ({"U": torch.zeros(R)}, "U, W: expected"),
+    "W_flat": ({"W": torch.zeros(R)}, "U, W: expected"),
+    "no_rows": ({"U": torch.zeros(0, R)}, r"U, W: expected .*got \[0, 11\]"),
+    "no_width": ({"W": torch.zeros(R, 0)}, "U, W: expected"),
+    "dtypes": ({"W": torch.zeros(R, D).half()}, "one floating dtype, got .*float32 and .*float16"),
+    "integers": ({"U": torch.ones(V, R).long(), "W": torch.ones(R, D).long()}, "one floating"),
+    "devices": ({"W": torch.zeros(R, D, device=META)}, "one device, got cpu, cpu, meta"),
+    "ids_elsewhere": ({"ids": TOKENS.to(META)}, "one device, got meta, cpu, cpu"),
+    "none": ({"ids": TOKENS[:0]}, r"ids: expected .* at least one, got torch.int64 \[0\]"),
+    "two_axes": ({"ids": TOKENS[None]}, r"ids: expected int32 or int64 \[T\].*\[1, 7\]"),
+    "floats": ({"ids": TOKENS.float()}, "ids: expected int32 or int64 .*got torch.float32"),
+    "flags": ({"ids": TOKENS > 2}, "ids: expected int32 or int64 .*got torch.bool"),
+    "below": ({"ids": TOKENS - 1}, r"ids: expected 0\.\.52, got -1\.\.51"),
+    "beyond": ({"ids": TOKENS + 1}, r"ids: expected 0\.\.52, got 1\.\.53"),
+    "impl": ({"impl": "fastest"}, "impl: expected one of .*got 'fastest'"),
+    "fewer": ({"occurrences": Occurrences.of(TOKENS[1:])}, r"occurrences: expected .*got \(6, "),
+    "others": ({"occurrences": Occurrences.of(TOKENS.flip(0))}, "occurrences: .*those of others"),
+    "elsewhere": ({"occurrences": Occurrences.of(TOKENS).to(META)}, "occurrences: .*'meta'"),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "auto"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, impl, monkeypatch):
+    op = pytest.importorskip("mlembed_kernels._embed_op") if impl == "triton" else None
+    if op is not None:
+        monkeypatch.setattr(op, "run", lambda *_: pytest.fail("launched"))
+    module = importlib.import_module("mlembed_kernels.embed")  # its function has its name
+    monkeypatch.setattr("mlembed_kernels._check.INTERPRETED", True)
+    monkeypatch.setattr(module, "embed_ref", lambda *_: pytest.fail("computed"))
+    change, message = REFUSED[name]
+    given = {"ids": TOKENS, "U": torch.zeros(V, R), "W": torch.zeros(R, D), "rank": 2}
+    with pytest.raises(ValueError, match=message):
+        embed(**{"impl": impl, **given, **change})
+
+
+def test_triton_by_name_never_falls_back(monkeypatch):
+    U, W = torch.zeros(V, R), torch.zeros(R, D)
+    with pytest.raises(ValueError, match="impl: triton has fp32, bf16 and fp16, got torch.float64"):
+        embed(TOKENS, U.double(), W.double(), 1, impl="triton")
+    monkeypatch.setattr("mlembed_kernels._check.INTERPRETED", True)
+    with pytest.raises(ValueError, match="interpreter has no bf16 products, got torch.bfloat16"):
+        embed(TOKENS, U.bfloat16(), W.bfloat16(), 1, impl="triton")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="no bf16 products, got autocast's torch.bfloat16"),
+    ):
+        embed(TOKENS, U, W, 1, impl="triton")
+    monkeypatch.setattr("mlembed_kernels._check.INTERPRETED", False)
+    with pytest.raises(ValueError, match="impl: triton needs CUDA .*got cpu"):
+        embed(TOKENS, U, W, 1, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_autocast_does_what_it_does_to_a_product(factors, impl):
+    U, W = (x.float() for x in factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = embed(TOKENS, U, W, 5, impl=impl)
+        assert torch.equal(got, U[TOKENS, :5] @ W[:5]) and got.dtype == torch.bfloat16
+        double = embed(TOKENS, *factors, 5, impl=impl)
+    assert double.dtype == torch.float64
+
+
+def test_occurrences_are_taken_by_every_implementation(factors):
     U, W = factors
-    ids = torch.tensor(IDS)
-    wrong = [
-        ((ids, U, W, 0), {}, r"rank: expected 1\.\.11 \(the stored rank\), got 0"),
-        ((ids, U, W, -1), {}, "rank: expected"),
-        ((ids, U, W, R + 1), {}, "rank: expected .* got 12"),
-        ((ids, U, W[:-1], 1), {}, "U, W: expected"),
-        ((ids, U[0], W, 1), {}, "U, W: expected"),
-        ((ids, U, W[0], 1), {}, "U, W: expected"),
-        ((ids, U, W, 1), {"impl": "fastest"}, "impl: expected one of"),
-        ((ids[:0], U, W, 1), {}, r"ids: expected .* at least one, got torch.int64 \[0\]"),
-    ]
-    for arguments, options, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            embed(*arguments, **options)
+    of = Occurrences.of(TOKENS)
+    assert torch.equal(embed(TOKENS, U, W, 5, occurrences=of), embed(TOKENS, U, W, 5))
