@@ -157,6 +157,8 @@ def _project(
     options = config(name, w.dtype)
     if N <= 64:
         options |= {"BN": 64}
+    if K <= options["BK"]:  # one step: there is nothing to run ahead of
+        options |= {"num_stages": 1}
     first, count, order = spread or (ids, ids, ids)
     grid = (triton.cdiv(rows, options["BM"]) * triton.cdiv(N, options["BN"]),)
     _project_kernel[grid](

@@ -94,9 +94,12 @@ def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fastest"], "error: bench: expected one of infonce, attention, all, got 'fastest'"),
+        (
+            ["fastest"],
+            "error: bench: expected one of infonce, attention, embed, all, got 'fastest'",
+        ),
         (["all", "--case", "tiny"], "error: --case: expected one of reference, both, "),
-        ([], "error: expected a bench: infonce, attention or all"),
+        ([], "error: expected a bench: infonce, attention, embed or all"),
         (["all", "--fast"], "error: unrecognized arguments: --fast"),
         (["all", "--seconds", "soon"], "error: argument --seconds: invalid float value: 'soon'"),
     ],
@@ -116,7 +119,8 @@ def test_list(monkeypatch, capsys):
     command.main()
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "infonce: reference, both, small, labse, e1, huge"
-    assert told[1].startswith("attention: short, mid, long, skip, ") and len(told) == 2
+    assert told[1].startswith("attention: short, mid, long, skip, ")
+    assert told[2] == "embed: step, masters, rank64, lealla" and len(told) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")

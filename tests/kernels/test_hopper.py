@@ -18,11 +18,14 @@ CASES = {
     "attention": ("attention-16-8-128-causal-bf16", "attention-skip-bf16", "attention-one-bf16"),
     "heads": ("attention-12-12-96-bf16", "attention-12-4-64-fp16"),
     "attention_fp32": ("attention-12-12-64-causal-fp32",),
+    "embed": ("embed-512-bf16", "embed-65-masters-bf16", "embed-1-fp16", "embed-odd-fp16"),
+    "embed_fp32": ("embed-512-fp32", "embed-odd-fp32"),
 }
 # Element-wise kernels, and the repair of underflow with its tiles of 32 rows, have no warpgroups.
 NO_WGMMA = {
     "_pack_kernel", "_unpack_kernel", "_positive_kernel", "_exact_kernel",
     "_cosine_forward_kernel", "_cosine_backward_kernel",
+    "_sum_kernel", "_total_kernel", "_gather_kernel",
 }  # fmt: skip
 # Runs only where a NaN was found, with the tile of another kernel, whose bits it repeats.
 SPILLS = {"_apart_backward_kernel": 128}
