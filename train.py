@@ -194,6 +194,7 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     batches = data.Batches(tables, learnt, run, where)
     model = build(run, found, learnt, batches, where).to(where.device)
     to_weights(model, run.optim)
+    pretrained.warn_beyond_break_even(model.cfg)
     run = replace(run, model=model.cfg)
     optimizer = adamw(model, run.optim)
     if found:
@@ -256,6 +257,7 @@ def optimise(job: Job, start: int) -> int:
     loader = DataLoader(
         Subset(job.batches, micro_batches),
         batch_size=None,
+        generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
         num_workers=workers,
         worker_init_fn=ignore_interrupt,
     )

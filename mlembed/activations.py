@@ -72,7 +72,7 @@ def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
     weight = model.norm.weight
     batch = pack([np.zeros(32, dtype=np.int64)] * (tokens // 32)).to(weight.device)
     dtype = torch.bfloat16 if bf16 else weight.dtype
-    x_TD = torch.randn(tokens, model.cfg.hidden_size, device=weight.device, dtype=dtype)
+    x_TD = torch.ones(tokens, model.cfg.hidden_size, device=weight.device, dtype=dtype)
     cos_sin = model.rotation(batch.pos_T)
     shared = [*model.parameters(), *cos_sin, batch.work.buffer]  # not a block's own
     known = {x.untyped_storage().data_ptr() for x in shared}

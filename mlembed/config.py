@@ -215,7 +215,7 @@ class Run:
     """Micro-batches a step. It averages gradients; it adds no negatives."""
     max_length: int = 64
     """Tokens a text, EOS included; longer ones are cut, keeping EOS."""
-    pack_tokens: int = 65_536
+    pack_tokens: int = 131_072
     """Most tokens of one packed forward; queries and documents are packed apart."""
     source_alpha: float = 0.5
     """A batch's source is drawn in proportion to (pairs in it) ** alpha (GTE, section 3.2)."""

@@ -12,7 +12,6 @@ later ones apply it after Normalize, which leaves vectors shorter than one.
 """
 
 import json
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -137,8 +136,10 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    plain = copy(encoder.model)  # the same weights, in fp32, which a named attention may not have
+    # The same weights in fp32, eager, by an attention that has it.
+    plain = pretrained.cut(encoder.model, encoder.model.cfg.num_hidden_layers, None)
     plain.cfg = replace(plain.cfg, attention="auto")
+    plain.to(encoder.model.norm.weight.device).eval()
     ours = replace(encoder, model=plain, bf16=False).encode(PROBES, dim, exit, rank)
     sentence = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     theirs = sentence.encode(list(PROBES), convert_to_numpy=True, show_progress_bar=False)

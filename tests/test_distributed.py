@@ -59,7 +59,7 @@ def training(dtype, symmetric, skip):
         depth=config.Depth(exits=(1, 2), shares=(0.3, 0.7)) if skip else config.Depth(),
         steps=len(BATCHES),
         batch_size=8,
-        pack_tokens=20 if skip else 65_536,
+        pack_tokens=20 if skip else 131_072,
     )
     texts, starts, ids = [], [0], []
     for i in range(24):

@@ -11,7 +11,7 @@ import torch
 from mlembed import config
 from mlembed.config import Loss, Model, Optim, Run
 from mlembed.distributed import World
-from mlembed.loss import loss_table, sample_rank, weights
+from mlembed.loss import loss_table, ranks_of, sample_rank, weights
 from mlembed.model import Transformer
 from mlembed.optim import adamw, learning_rate
 from mlembed.pack import Batch, pack
@@ -160,6 +160,50 @@ def test_perfect_vectors_lose_nothing(batch):
     assert loss_table(exits_END, batch, run, ALONE).max() < 1e-6
 
 
+# ---- texts that leave ----
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_only_those_that_are_there_count(symmetric, exits_END):
+    """At each exit the loss is that of the groups that run as deep, alone; with targets anywhere.
+
+    Of 5 pairs two leave at the first exit; documents are ordered deepest first.
+    """
+    query_depths = torch.tensor([2, 2, 2, 1, 1])
+    doc_depths = torch.tensor([2, 2, 2, 2, 2, 1, 1, 1])
+    query_ids = torch.tensor([10, 11, 12, 13, 14])
+    doc_ids = torch.tensor([11, 10, 12, 20, 21, 13, 14, 22])
+    target = torch.tensor([1, 0, 2, 5, 6])
+    batch = Batch(
+        (), torch.arange(13), target, query_ids, query_depths, doc_ids, doc_depths, (8,), "x"
+    )
+    run = Run(
+        model=Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=(3, 16)),
+        loss=Loss(symmetric=symmetric),
+    )
+    leaf = exits_END.clone()
+    leaf[1, [3, 4, 10, 11, 12]] = torch.nan  # who has left is not looked at
+    got = loss_table(leaf, batch, run, ALONE)
+    for e, (n, docs) in enumerate(((5, 8), (3, 5))):
+        queries, cands = exits_END[e : e + 1, :n], exits_END[e : e + 1, 5 : 5 + docs]
+        own, ids = target[:n].tolist(), query_ids[:n].tolist()
+        common = (3, 16), 0.05
+        want = by_hand(queries, cands, *common, own, ids, doc_ids[:docs].tolist())
+        if symmetric:
+            anchors = cands[:, target[:n]]
+            back = by_hand(anchors, queries, *common, range(n), ids, ids)
+            want = (want + back) / 2
+        assert torch.allclose(got[e : e + 1], want, rtol=1e-12, atol=0)
+    deepest = loss_table(leaf[1:], batch, run, ALONE, exits=(2,))
+    assert torch.allclose(deepest, got[1:], rtol=1e-12, atol=0)
+
+
+def test_weights_of_some_exits_sum_to_one():
+    run = Run(model=Model(exits=(1, 2, 4)), loss=Loss(exit_weights="depth"))
+    w_EM = weights(run, (2, 4))
+    assert torch.allclose(w_EM.sum(1), torch.tensor([2.0, 4.0]) / 6)
+
+
 # ---- rank sampling ----
 
 
@@ -180,6 +224,19 @@ def test_ranks_are_a_function_of_seed_and_step():
     assert [sample_rank(ranks, 5, step) for step in reversed(range(50))][::-1] == first
     assert [sample_rank(ranks, 6, step) for step in range(50)] != first
     assert all(type(rank) is int for rank in first)
+
+
+def test_all_ranks_are_what_sampling_estimates():
+    """Each step every rank, weighing what its probability is."""
+    shape = Model(ranks=(4, 8, 16))
+    every = ranks_of(Run(model=shape, loss=Loss(ranks="all")), 3)
+    assert every == [(4, 4 / 28), (8, 8 / 28), (16, 16 / 28)]
+    assert sum(share for _, share in every) == pytest.approx(1)
+    drawn = Counter(ranks_of(Run(model=shape), step)[0][0] for step in range(4000))
+    for rank, share in every:
+        assert drawn[rank] / 4000 == pytest.approx(share, abs=4 * (share / 4000) ** 0.5)
+    assert ranks_of(Run(model=shape), 3) == [(sample_rank((4, 8, 16), 0, 3), 1.0)]
+    assert ranks_of(Run(loss=Loss(ranks="all")), 0) == [(None, 1.0)]  # a plain table
 
 
 def test_no_ranks():

@@ -148,6 +148,55 @@ def test_killed_and_resumed_equals_uninterrupted(whole, arguments, tmp_path):
         assert mine.read_bytes() == theirs.read_bytes()
 
 
+# Groups leave at both exits, texts skip layers, exits take turns; every rank each step; weights in
+# bf16, rounded stochastically; blocks recomputed; packs of a few texts.
+SKIP = [
+    *("--depth.exits", "1", "2", "--depth.layer-dropout", "0.3", "--depth.curriculum"),
+    *("rotational", "--depth.dropout-schedule", "exponential", "--loss.ranks", "all"),
+    *("--optim.weights", "bf16", "--precision", "bf16", "--pack-tokens", "64"),
+    *("--activation-checkpointing", "selective", "--activation-gib", "0.0001"),
+]
+
+
+def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path):
+    """Everything that is drawn at random is drawn again: to the last bit."""
+    args = [*arguments, *SKIP, "--steps", 8, "--save-every", 4, "--tracker", "none"]
+    done = train(*args, "--output-dir", tmp_path / "whole")
+    assert "bf16 weights, rounded stochastically" in done.stdout
+    assert "recomputed: blocks beyond 0.0001 GiB" in done.stdout
+    trace = losses(tmp_path / "whole" / "tiny")
+    lines = (tmp_path / "whole" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    queries = [json.loads(line).get("queries") for line in lines]
+    # At an odd step the first exit has no loss; about half of the tokens leave there.
+    assert [sorted(line["losses"]) for line in trace[:2]] == [["exit_1", "exit_2"], ["exit_2"]]
+    seen = [found for found in queries if found]
+    assert all(found.get("exit_1", 8) == 8 and 1 <= found["exit_2"] < 8 for found in seen)
+    args += ["--output-dir", tmp_path / "cut"]
+    train(*args)
+    cut = tmp_path / "cut" / "tiny"
+    shutil.rmtree(cut / "model")
+    shutil.rmtree(cut / "checkpoints" / "step_00000008")
+    # What fits a machine may change: the next one recomputes nothing.
+    plain = [a for a in args if a not in ("--activation-checkpointing", "selective")]
+    done = train(*plain, "--resume")
+    assert "recomputed: nothing" in done.stdout
+    assert losses(cut) == trace
+    folders = cut, tmp_path / "whole" / "tiny"
+    mine, theirs = (folder / "model" / "model.safetensors" for folder in folders)
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_layer_skip_on_two_processes_equals_one(arguments, tmp_path):
+    args = [*arguments, "--depth.exits", 1, 2, "--steps", 4, "--tracker", "none"]
+    args += ["--pack-tokens", 64, "--depth.shares", 0.3, 0.7]
+    train(*args, "--output-dir", tmp_path / "one")
+    train(*args, "--output-dir", tmp_path / "two", processes=2)
+    one, two = (losses(tmp_path / name / "tiny") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
 def test_a_run_may_go_on_by_another_attention(arguments, tmp_path):
     args = [*arguments, "--output-dir", tmp_path, "--name", "moved", "--tracker", "none"]
     args += ["--steps", 2, "--model.attention"]
@@ -264,6 +313,9 @@ def line_of(done):
         (["tiny", "--model.matryoshka-dims", "64", "999"], "999"),
         (["tiny", "--model.exits", "2", "9"], "9"),
         (["tiny", "--model.ranks", "64", "999"], "999"),
+        (["tiny", "--depth.exits", "1", "3", "4"], "depth.exits"),
+        (["tiny", "--depth.layer-dropout", "1.5"], "depth.layer_dropout"),
+        (["tiny", "--optim.weights", "bf16", "--precision", "fp32"], "precision"),
         (["tiny", "--init", "no/such/checkpoint/"], "no/such/checkpoint"),
         (["no_such.json"], "no_such.json"),
     ],
