@@ -7,9 +7,10 @@
     total    of the parts of a token that has several
     gather   rows of U in the dtype of the products; those of dW are torch's
 
-What is written lies in memory: of parts with many occurrences much, beside few products. Tiles of
-both ends of the list, which is in the order of occurrences, are begun in turn, so that the one's
-writing goes on under the other's products.
+Forward, parts with many occurrences write much beside few products. Tiles of both ends of the list,
+which is in the order of occurrences, are begun in turn, so that the one's writing goes on under the
+other's products. Backward, zeros of all other rows of dU are most of what is written: programs that
+are done with their tile each write a share of them.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, library
 from ._check import INTERPRETED
 from ._occurrences import Occurrences
 
+FILLERS = 264  # programs, from which on they write dU's zeros: two a multiprocessor of Hopper's
 WORKSPACE = 64 << 20  # bytes of all temporaries together, whatever T, n, D and r
 # By kernel, for half precision and for fp32, whose products are three tf32 ones. "masters": fp32
 # factors, rounded as they are read. "odd": rows that do not begin on 16 bytes, read one number at a
@@ -54,13 +56,32 @@ def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return {**(CONFIGS_FP32 if wide and not INTERPRETED else CONFIGS)[name]}
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _fill(OUT, SEEN, V, R, N, first, last, out_row, FR: tl.constexpr, FC: tl.constexpr):
+    """Zeros in rows first..last of OUT [V, R], but in the first N columns of rows that are SEEN."""
+    last = tl.minimum(last, V)
+    for at in range(first, last, FR):
+        row = at + tl.arange(0, FR)
+        seen = tl.load(SEEN + row, mask=row < last, other=0) != 0
+        out = OUT + row.to(tl.int64)[:, None] * out_row
+        for c in range(0, R, FC):
+            col = c + tl.arange(0, FC)
+            mask = (row < last)[:, None] & (col < R)[None, :]
+            mask = mask & ((col >= N)[None, :] | (seen == 0)[:, None])
+            tl.store(out + col[None, :], tl.zeros([FR, FC], OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
 def _project_kernel(
-    X, W, OUT, IDS, FIRST, COUNT, ORDER, rows, K, N, x_row, x_col, w_k, w_n, out_row,
-    SPREAD: tl.constexpr, PRECISION: tl.constexpr,
+    X, W, OUT, IDS, FIRST, COUNT, ORDER, SEEN, rows, K, N, V, R, share,
+    x_row, x_col, w_k, w_n, out_row,
+    SPREAD: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """SPREAD: X[IDS] W, each row to OUT[ORDER[FIRST + 0..COUNT)]; else X W to OUT[IDS]."""
+    """SPREAD: X[IDS] W, each row to OUT[ORDER[FIRST + 0..COUNT)]; else X W to OUT[IDS].
+
+    FILL: and zeros to all else of OUT [V, R], `share` rows a program.
+    """
     tiles = tl.cdiv(rows, BM)
     slot = tl.program_id(0) // tl.cdiv(N, BN)
     tile = tl.where(slot % 2 == 0, slot // 2, tiles - 1 - slot // 2)
@@ -90,6 +111,9 @@ def _project_kernel(
     else:
         mask = here[:, None] & (col < N)[None, :]
         tl.store(OUT + ids[:, None] * out_row + col[None, :], y, mask=mask)
+    if FILL:
+        begin = tl.program_id(0) * share
+        _fill(OUT, SEEN, V, R, N, begin, begin + share, out_row, 16, BN)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -145,9 +169,15 @@ def _gather_kernel(X, OUT, IDS, rows, N, x_row, x_col, BM: tl.constexpr, BN: tl.
 
 
 def _project(
-    x: Tensor, w: Tensor, out: Tensor, ids: Tensor, spread: tuple[Tensor, Tensor, Tensor] | None
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    ids: Tensor,
+    spread: tuple[Tensor, Tensor, Tensor] | None = None,
+    seen: Tensor | None = None,
 ) -> None:
-    """spread: first, count and order of the parts whose tokens are `ids`."""
+    """spread: first, count and order of the parts whose tokens are `ids`. seen: int8 [V], rows that
+    are written at some time; given once, all else of `out` is written too."""
     rows, (K, N) = len(ids), w.shape
     name = "project"
     if any(step % 16 for step in (x.stride(0), max(w.stride()), out.stride(0))):
@@ -157,14 +187,18 @@ def _project(
     options = config(name, w.dtype)
     if N <= 64:
         options |= {"BN": 64}
-    if K <= options["BK"]:  # one step: there is nothing to run ahead of
+    if options["BK"] >= K:  # one step: there is nothing to run ahead of
         options |= {"num_stages": 1}
+    programs = triton.cdiv(rows, options["BM"]) * triton.cdiv(N, options["BN"])
+    if seen is not None and programs < FILLERS:  # too few to write so much
+        out.zero_()
+        seen = None
     first, count, order = spread or (ids, ids, ids)
-    grid = (triton.cdiv(rows, options["BM"]) * triton.cdiv(N, options["BN"]),)
-    _project_kernel[grid](
-        x, w, out, ids, first, count, order, rows, K, N, *x.stride(), *w.stride(), out.stride(0),
-        SPREAD=spread is not None, PRECISION="tf32x3" if w.dtype == torch.float32 else "ieee",
-        **options,
+    _project_kernel[(programs,)](
+        x, w, out, ids, first, count, order, ids if seen is None else seen, rows, K, N,
+        *out.shape, triton.cdiv(len(out), programs), *x.stride(), *w.stride(), out.stride(0),
+        SPREAD=spread is not None, FILL=seen is not None,
+        PRECISION="tf32x3" if w.dtype == torch.float32 else "ieee", **options,
     )  # fmt: skip
 
 
@@ -234,13 +268,16 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dU and dW, empty where they are not asked for; a chunk of distinct tokens at a time."""
     o, dtype, D = occurrences, dx.dtype, dx.shape[1]
-    dU = torch.zeros(U.shape if of[0] else 0, dtype=U.dtype, device=U.device)
+    dU = torch.empty(U.shape if of[0] else 0, dtype=U.dtype, device=U.device)
+    seen = torch.zeros(len(dU), dtype=torch.int8, device=U.device)
+    if of[0]:
+        seen.index_fill_(0, o.ids_n.long(), 1)
     dW = torch.zeros(W.shape if of[1] else 0, dtype=W.dtype, device=W.device)
     w, whole = W[:rank].to(dtype).contiguous(), None
     for tokens, parts in o.chunks(WORKSPACE // 4 * 3 // (D * dx.element_size())):
         s, ids = _sums(dx, o, tokens, parts), o.ids_n[tokens]
         if of[0]:
-            _project(s, w.T, dU, ids, None)
+            _project(s, w.T, dU, ids, seen=seen if tokens.start == 0 else None)
         size = max(WORKSPACE // 8 // (rank * dx.element_size()), 64)
         for a in range(0, len(ids) if of[1] else 0, size):
             some = slice(a, a + size)

@@ -139,15 +139,15 @@ def attention(
 
 
 def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int], rank: int) -> None:
-    """Forward and backward; sizes V, R, D. One token has several parts, most have one."""
-    from mlembed_kernels import Occurrences
-    from mlembed_kernels._embed_op import backward, forward
+    """Forward and backward; sizes V, R, D. One token has several parts."""
+    from mlembed_kernels import Occurrences, _embed_op
 
     V, R, D = sizes
     o = Occurrences.of(torch.cat([torch.zeros(48, dtype=torch.int64), torch.arange(V)]))
     U, W = torch.ones(V, R, dtype=factors), torch.ones(R, D, dtype=factors)
-    x = forward(U, W, o, rank, dtype)
-    backward(x, U, W, o, rank, (True, True))
+    x = _embed_op.forward(U, W, o, rank, dtype)
+    for _embed_op.FILLERS in (1 << 30, 0):  # as for few tokens, and for many
+        _embed_op.backward(x, U, W, o, rank, (True, True))
 
 
 # Names: shape, what is asked for, dtype.

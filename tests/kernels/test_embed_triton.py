@@ -180,6 +180,19 @@ def test_a_nan_stays_with_its_token():
     assert got["dU"].isnan().any(1).nonzero().tolist() == [[int(token)]]
 
 
+@dtypes
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("name", ["one", "distinct", "ends", "stream"])
+def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
+    """Where there are many: the same bits as zeros in advance, of every row and column."""
+    U, W = factors(dtype)
+    ids, dx = IDS[name], cotangent(IDS[name], D, dtype)
+    want = run(ids, U, W, rank, dx)
+    monkeypatch.setattr(module(), "FILLERS", 1)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda _: pytest.fail("in advance"))
+    same_bits(run(ids, U, W, rank, dx), want)
+
+
 # ---- the order of sums, and of anything else ----
 
 
@@ -316,12 +329,14 @@ def small(monkeypatch):
 REPEATED = [*IDS["stream"], *IDS["same"]]
 
 
+@pytest.mark.parametrize("fillers", [1, 1 << 30], ids=["filled", "zeroed"])
 @dtypes
-def test_in_chunks_as_at_once(dtype, small):
+def test_in_chunks_as_at_once(dtype, fillers, small, monkeypatch):
     U, W = factors(dtype)
     dx = cotangent(REPEATED, D, dtype)
     want = run(REPEATED, U, W, 65, dx)
     small(4 << 10)
+    monkeypatch.setattr(module(), "FILLERS", fillers)
     o = Occurrences.of(torch.tensor(REPEATED)).to(DEVICE)
     chunks = o.chunks(module().WORKSPACE // 4 * 3 // (D * dx.element_size()))
     assert len(chunks) > 9 and sum(parts.stop > parts.start for _, parts in chunks) > 1
@@ -346,8 +361,9 @@ def test_no_temporary_beyond_the_workspace(dtype, small):
     most = made.most - x.nbytes - dU.nbytes - dW.nbytes
     # On a CPU halves are turned into fp32 for their product.
     turned = 0 if DEVICE == "cuda" or dtype == torch.float32 else 2 * op.WORKSPACE
-    assert op.WORKSPACE // 2 < most <= op.WORKSPACE + 2 * 4 * rank * D + turned
-    assert [shape for shape in made.shapes if shape[0] >= 5000] == [(5000, R)]  # dU alone
+    flags = len(U) + 8 * o.distinct  # of the rows that are there, a byte each
+    assert op.WORKSPACE // 2 < most <= op.WORKSPACE + flags + 2 * 4 * rank * D + turned
+    assert [shape for shape in made.shapes if shape[0] >= 5000] == [(5000, R), (5000,)]
 
 
 def test_what_is_saved():
