@@ -131,7 +131,10 @@ def build(
 
 
 def bf16(run: config.Run, device: torch.device) -> bool:
-    """Whether to autocast: on request, or where the device multiplies bf16 natively."""
+    """Whether to autocast: on request, where the device multiplies bf16 natively, and always where
+    the weights are bf16, which no fp32 vector can be multiplied with."""
+    if run.optim.weights == "bf16":
+        return True
     if run.precision != "auto":
         return run.precision == "bf16"
     if device.type == "cuda":
@@ -194,7 +197,8 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     batches = data.Batches(tables, learnt, run, where)
     model = build(run, found, learnt, batches, where).to(where.device)
     to_weights(model, run.optim)
-    pretrained.warn_beyond_break_even(model.cfg)
+    if where.main:
+        pretrained.warn_beyond_break_even(model.cfg)
     run = replace(run, model=model.cfg)
     optimizer = adamw(model, run.optim)
     if found:

@@ -12,6 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from mlembed import config
+from train import bf16
 
 ROOT = Path(__file__).parents[1]
 # A model and a text small enough that a run is all start-up.
@@ -184,6 +188,14 @@ def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path
     folders = cut, tmp_path / "whole" / "tiny"
     mine, theirs = (folder / "model" / "model.safetensors" for folder in folders)
     assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_bf16_weights_are_never_multiplied_in_fp32(monkeypatch):
+    """Also on a machine without bf16 products of its own."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    cpu = torch.device("cpu")
+    for weights, want in (("fp32", False), ("bf16", True)):
+        assert bf16(config.Run(optim=config.Optim(weights=weights)), cpu) is want
 
 
 def test_layer_skip_on_two_processes_equals_one(arguments, tmp_path):
