@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from . import ROOT, report
 
-NAMES = "infonce", "attention", "embed"
+NAMES = "infonce", "attention", "embed", "train_step"
 BROKEN = 70  # as in worker.py, which only the other process imports
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds that a case is begun with
@@ -191,10 +191,15 @@ class Run:
             print("ceilings: matmul {:.0f} TFLOP/s, copy {:.0f} GB/s".format(*limits))
         for mode in case.modes:
             floors = None if limits is None else self.bench.floors(case, mode, *limits)
-            print(report.table(rows, mode, floors, self.bench.BASELINES), flush=True)
+            table = getattr(self.bench, "table", report.table)
+            print(table(rows, mode, floors, self.bench.BASELINES), flush=True)
         for record in self.of("kernels"):
             if record["case"] == name:
                 print(report.kernels(record), flush=True)
+        for record in self.of("stages"):
+            if record["case"] == name:
+                whole = report.ms_of(rows, name, case.modes[0], "ours")
+                print(report.stages(record, whole), flush=True)
 
     def smoke(self, names: list[str]) -> None:
         """Everything once, in one process; no number comes out."""
@@ -205,9 +210,10 @@ class Run:
         if not self.args.skip_tests:
             self.tests()
         groups: dict[str, list[str]] = {}
-        for record in self.of("row") + self.of("kernels") + self.of("sweep"):
+        for record in self.of("row") + self.of("kernels") + self.of("stages") + self.of("sweep"):
             what = record.get("provider") or record["kernel"]
-            what += " by kernel" if record["kind"] == "kernels" else f" {record.get('mode', '')}"
+            by = {"kernels": "by kernel", "stages": "by stage"}
+            what += f" {by.get(record['kind'], record.get('mode', ''))}"
             note = f" ({record['note']})" if record["status"] == "failed" else ""
             group = f"{self.name} {record['kind']} {record['case']}: {record['status']}{note}"
             groups.setdefault(group, []).append(what)
@@ -217,6 +223,9 @@ class Run:
     def measure(self, names: list[str]) -> None:
         self.check()
         if self.path is None:
+            return
+        if self.args.sweep and not self.bench.SWEEP:
+            print(f"{self.name}: nothing to sweep, it launches no kernel of its own", flush=True)
             return
         if self.args.sweep:
             for case in names if self.args.case else [self.bench.SWEEP_CASE]:

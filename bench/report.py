@@ -106,6 +106,29 @@ def kernels(row: Row) -> str:
     return "\n".join([f"ours, fwd+bwd: {row['total_ms']:.2f} ms in kernels", *aligned(lines)])
 
 
+def stages(row: Row, whole: float | None) -> str:
+    """Where a step's time goes; `whole` is how long it takes, with what no kernel fills."""
+    if row.get("stages") is None:
+        return f"stages of ours: {row['status']} {row.get('note', '')}".rstrip()
+    lines = [["stage", "ms", "of the step", "floor, ms", "of its ceiling"]]
+    total = sum(stage["ms"] or 0.0 for stage in row["stages"].values())
+    lines += [staged(name, whole, **stage) for name, stage in row["stages"].items()]
+    if whole is not None and whole > total:
+        lines.append(staged("no kernel", whole, whole - total, None))
+    known = f", step {whole:.2f} ms" if whole is not None else ""
+    other = [f"  other: {', '.join(row['other'])}"] if row["other"] else []
+    head = f"ours by stage: {total:.2f} ms in kernels{known}"
+    return "\n".join([head, *aligned(lines), *other])
+
+
+def staged(name: str, whole: float | None, ms: float | None, floor_ms: float | None) -> list[str]:
+    floor = "-" if floor_ms is None else f"{floor_ms:.3f}"
+    if not ms:
+        return [name, "-", "-", floor, "-"]
+    share = "-" if whole is None else f"{ms / whole:.1%}"
+    return [name, f"{ms:.3f}", share, floor, "-" if floor_ms is None else f"{floor_ms / ms:.1%}"]
+
+
 def sweep(rows: list[Row]) -> str:
     """Every kernel's configurations, the fastest right one first."""
     lines = [["kernel", "ms", "of what", "configuration"]]
@@ -125,7 +148,11 @@ def gate(rows: list[Row]) -> str:
     lines = [f"gate: {right} of {len(rows)} checks within eager's error"]
     for row in rows:
         if not row["ok"]:
-            parts = {k: row[k] for k in ("error", "same_bits", "loss", "dq", "dc") if k in row}
+            parts = {
+                k: row[k]
+                for k in ("error", "same_bits", "loss", "dq", "dc", "gradients")
+                if k in row
+            }
             lines.append(f"  RED {row['check']} {row['dtype']}: {json.dumps(parts)[:400]}")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ that came after; this way only itself. Everything is said the moment it is known
 """
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -102,6 +103,7 @@ class Worker:
             self.provider(case, sets, modes, at)
             for inputs in sets:
                 inputs.clear()
+            gc.collect()  # of a model too, before the next one is made
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -120,7 +122,7 @@ class Worker:
                 say("row", **at, mode=mode, status="failed", note=reason(error))
                 self.alive()
         if at["provider"] == "ours" and at["case"] in self.bench.BREAKDOWN:
-            self.breakdown(case, sets, at)
+            self.breakdown(case, built, sets, at)
 
     def row(
         self, case: Any, step: harness.Step, sets: list[Leaves], mode: str, provider: str
@@ -128,14 +130,20 @@ class Worker:
         call = harness.rotating(step, sets, mode)
         got = call(0)  # compiles
         row: dict[str, Any] = {"value": None if got is None else harness.size_of(got)}
-        if provider == "ours":
+        if provider in getattr(self.bench, "OURS", ("ours",)):
             if (spot := self.bench.spot(case, sets[0], mode, got)) is not None:
                 row["spot"] = spot
                 self.green &= spot["ok"]
             row["green"] = self.green
         del got
-        timing = harness.measure(call, self.device, *((0.0, 1) if self.smoke else (MS, 5)))
-        peak = harness.peak_bytes(call, sets, self.device)
+        least = getattr(self.bench, "REPEATS", 5)
+        timing = harness.measure(call, self.device, *((0.0, 1) if self.smoke else (MS, least)))
+        # What a bench reads off itself, as a whole step's memory, or the peak of a call.
+        if (own := getattr(self.bench, "numbers", None)) is not None:
+            numbers = own(case, step, sets[0], timing.ms)
+        else:
+            peak = harness.peak_bytes(call, sets, self.device)
+            numbers = {"peak_mib": None if peak is None else peak / 2**20}
         if self.smoke:
             return row
         tflops = self.bench.flops(case, mode) / timing.ms / 1e9
@@ -146,15 +154,15 @@ class Worker:
             "gbs": gbs,
             "share": tflops / self.ceilings["tflops"],
             "copy_share": gbs / self.ceilings["gbs"],
-            "peak_mib": None if peak is None else peak / 2**20,
+            **numbers,
             "sets": len(sets),
         }
 
-    def breakdown(self, case: Any, sets: list[Leaves], at: dict[str, str]) -> None:
-        """Ours, forward and backward, by kernel."""
+    def breakdown(self, case: Any, built: Any, sets: list[Leaves], at: dict[str, str]) -> None:
+        """Ours, forward and backward, by kernel, and by stage where the bench has stages."""
         say("begin", **at, mode="by kernel")
-        step, _ = self.bench.build("ours", case, sets[0], self.smoke)
         try:
+            step, _ = built or self.bench.build("ours", case, sets[0], self.smoke)
             call, repeats = harness.rotating(step, sets, harness.TRAIN), 1 if self.smoke else 3
             found = harness.kernel_times(call, self.device, repeats)
         except Exception as error:  # no rights to the profiler, or ours failed above
@@ -164,11 +172,25 @@ class Worker:
         total = sum(kernel["ms"] for kernel in found)
         numbers = {} if self.smoke else {"total_ms": total, "top": found[:12]}
         say("kernels", **at, status="ran", green=self.green, count=len(found), **numbers)
+        if hasattr(self.bench, "stages"):
+            self.stages(case, step, sets[0], at)
+
+    def stages(self, case: Any, step: harness.Step, inputs: Any, at: dict[str, str]) -> None:
+        say("begin", **at, mode="by stage")
+        try:
+            found = self.bench.stages(case, step, inputs, self.ceilings)
+        except Exception as error:
+            say("stages", **at, status="failed", note=reason(error))
+            self.alive()
+            return
+        say("stages", **at, status="ran", green=self.green, **({} if self.smoke else found))
 
     # ---- launch configurations ----
 
     def sweep(self, name: str) -> None:
         """Every kernel that the case launches, one after the other."""
+        if not self.bench.SWEEP:
+            return
         case = self.shaped(name)
         sets = self.sets(case)
         step, _ = self.bench.build("ours", case, sets[0], self.smoke)
