@@ -317,6 +317,7 @@ def qwen3() -> Run:
         optim=Optim(lr=1e-5, min_lr_ratio=0.01),
         steps=10_000,
         max_length=512,
+        activation_checkpointing="selective",
     )
 
 

@@ -25,6 +25,16 @@ def test_everything_runs_to_the_end_by_default():
     assert drawn(tokens(5), config.Depth(), 28, rng()).tolist() == [28] * 5
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_groups_come_as_near_as_they_can(seed):
+    """Of four alike 20 % are one, not none; of three depths with a quarter, a quarter, a half..."""
+    alike = np.full(4, 9)
+    few = config.Depth(exits=(1, 2), shares=(0.2, 0.8))
+    assert sorted(drawn(alike, few, 2, rng(seed))) == [1, 2, 2, 2]
+    more = config.Depth(exits=(1, 2, 4), shares=(0.25, 0.25, 0.5))
+    assert sorted(drawn(alike, more, 4, rng(seed))) == [1, 2, 4, 4]
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("shares", [(), (0.1, 0.2, 0.3, 0.4), (0.7, 0.1, 0.1, 0.1)])
 @pytest.mark.parametrize("n", [16, 97, 1000])

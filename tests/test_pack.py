@@ -258,3 +258,26 @@ def test_collate(size, skip, max_tokens):
                 assert doc_depths[at_doc] == query_depths[i]
         assert batch.tokens == sum(map(len, texts))
     assert sorted(seen) == [group[0] for group in groups]
+
+
+@pytest.mark.parametrize("max_tokens", [30, 10_000])
+def test_collated_texts_skip_the_layers_that_were_drawn_for_them(max_tokens):
+    """Text i is tokens i; where all of a pack would skip a layer, its first does not."""
+    groups = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 10]]
+    text = [np.full(i + 1, i) for i in range(11)]
+    depths = np.array([2, 1, 2, 2])
+    runs_LN = np.random.default_rng(0).random((2, 11)) < 0.5
+    batch = collate(groups, text.__getitem__, np.arange(11), depths, runs_LN, max_tokens=max_tokens)
+    checked = 0
+    for one in batch.packs:
+        for depth in (1, 2):
+            work = one.work_at(depth)
+            if work is None:
+                continue
+            there = dict.fromkeys(one.ids_T[: work.tokens].tolist())
+            kept = one.kept.get(depth)
+            ran = there if kept is None else dict.fromkeys(one.ids_T[kept.rows_T].tolist())
+            want = [i for i in there if runs_LN[depth - 1, i]]
+            assert list(ran) == (want or list(there)[:1])
+            checked += len(want) not in (0, len(there))
+    assert checked

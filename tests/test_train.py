@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from mlembed import config
-from train import bf16
+from mlembed.distributed import World
+from mlembed.log import Log
+from mlembed.loss import loss_table
+from train import bf16, one_step, set_up
 
 ROOT = Path(__file__).parents[1]
 # A model and a text small enough that a run is all start-up.
@@ -188,6 +191,30 @@ def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path
     folders = cut, tmp_path / "whole" / "tiny"
     mine, theirs = (folder / "model" / "model.safetensors" for folder in folders)
     assert mine.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_all_ranks_in_one_step(arguments, tmp_path, micro_batches):
+    """Losses and gradients at each rank, weighted as sampling would weigh them, added up."""
+    options = ["--loss.ranks", "all", "--gradient-accumulation-steps", micro_batches, "--steps", 1]
+    run = config.parse([str(x) for x in (*arguments, *options)])
+    where = World(0, 1, torch.device("cpu"))
+    job = set_up(run, where, tmp_path, None, Log(tmp_path, main=False))
+    run, model = job.run, job.model
+    want, batches = torch.zeros(2, 2), [job.batches[i] for i in range(micro_batches)]
+    for rank, share in ((8, 8 / 24), (16, 16 / 24)):
+        for batch in batches:
+            exits_END = torch.cat([model(pack, rank=rank) for pack in batch.packs], dim=1)
+            loss_EM = loss_table(exits_END, batch, run, where) * share / micro_batches
+            (loss_EM / 4).sum().backward()  # uniform weights
+            want += loss_EM.detach()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    model.zero_grad()
+    got = one_step(job, 0, iter(batches), None)
+    torch.testing.assert_close(got.loss_EM, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.norm, norm, rtol=1e-5, atol=0)
+    assert got.queries == [8 * micro_batches] * 2
+    assert got.tokens == sum(batch.tokens for batch in batches)
 
 
 def test_bf16_weights_are_never_multiplied_in_fp32(monkeypatch):
