@@ -23,7 +23,8 @@ from .baselines import imported
 from .harness import Missing
 
 if TYPE_CHECKING:
-    from .train_step import Case, Texts, Trained
+    from .train_step import Trained
+    from .train_step_cases import Case, Texts
 
 Peer = tuple[nn.Module, Callable[["Trained", "Texts"], Tensor], str]  # model, loss, a note
 
@@ -99,7 +100,8 @@ def padded(case: "Case", start: Transformer) -> Peer:
     """The public ML-Embed way: every exit normed over all tokens, a loss for each exit and prefix,
     blocks recomputed."""
     model = qwen3(start)
-    model.gradient_checkpointing_enable()
+    # Named so up to transformers 5, where the other name comes up.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     made: dict[str, Tensor] = {}
 
     def loss(step: "Trained", inputs: "Texts") -> Tensor:

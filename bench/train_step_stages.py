@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from . import harness
 
 if TYPE_CHECKING:
-    from .train_step import Texts, Trained
+    from .train_step import Trained
+    from .train_step_cases import Texts
 
 STAGES = (
     *("embedding", "attention", "products", "point-wise", "loss", "optimiser"),
@@ -36,7 +37,7 @@ MODULES = {
 # of CUTLASS's and have its name in theirs, so attention comes before products. aten:: are operators
 # on CPUs, where there are no kernels.
 PARTS = {
-    "attention": ("flash", "fmha", "attention", "_scaled_dot_product"),
+    "attention": ("flash", "fmha", "attention", "scaled_dot_product"),
     "products": (
         *(
             "nvjet",
@@ -101,38 +102,84 @@ def by_name(kernel: str) -> str:
 @contextmanager
 def marked(step: "Trained", mark: Callable[[str], None]) -> Iterator[None]:
     """Within it `mark` is told what begins: a stage of WHEN, or the blocks."""
-    vocabulary: Any = step.model.embed_tokens
-    parameters = list(vocabulary.parameters())
-    gradients = [0]
-
-    def grown(_: Tensor) -> None:
-        """All its parameters have this pack's gradient."""
-        gradients[0] += 1
-        if gradients[0] % len(parameters) == 0:
-            mark("blocks")
-
-    def begun(_: nn.Module, given: Any) -> None:
-        mark("embedding")
-
-    def ended(_: nn.Module, given: Any, x_TD: Tensor) -> None:
-        mark("blocks")
-        if x_TD.requires_grad:
-            x_TD.register_hook(lambda grad: mark("embedding"))
+    embedding = Embedding(step.model.embed_tokens, mark)
 
     def told(stage: str) -> None:
         """A backward begins with what the forward ended with: the loss."""
         if stage != "backward":
             mark("blocks" if stage == "end" else stage)
 
-    hooks = [vocabulary.register_forward_pre_hook(begun), vocabulary.register_forward_hook(ended)]
-    hooks += [p.register_post_accumulate_grad_hook(grown) for p in parameters]
     before, step.mark = step.mark, told
     try:
         yield
     finally:
         step.mark = before
-        for hook in hooks:
+        embedding.remove()
+
+
+class Embedding:
+    """Tells when an embedding begins and ends, forward and backward, whatever it is made of.
+
+    In the backward every pack's ends with its last node. What follows the last pack's is the sum
+    over packs and the accumulation, which are the embedding's too: it ends with those.
+    """
+
+    def __init__(self, vocabulary: Any, mark: Callable[[str], None]) -> None:
+        self.mark, self.packs, self.left = mark, 0, 0
+        parameters = list(vocabulary.parameters())
+        self.parameters = len(parameters)
+        self.hooks = [
+            vocabulary.register_forward_pre_hook(self.begun),
+            vocabulary.register_forward_hook(self.ended),
+            *(p.register_post_accumulate_grad_hook(self.grown) for p in parameters),
+        ]
+
+    def begun(self, _: nn.Module, given: Any) -> None:
+        self.mark("embedding")
+
+    def ended(self, _: nn.Module, given: Any, x_TD: Tensor) -> None:
+        self.mark("blocks")
+        if x_TD.grad_fn is None:
+            return
+        self.packs += 1
+        nodes = last_nodes(x_TD.grad_fn)
+        running = [len(nodes)]
+
+        def done(*_: Any) -> None:
+            running[0] -= 1
+            if running[0]:
+                return
+            self.packs -= 1
+            if self.packs:
+                self.mark("blocks")
+
+        x_TD.register_hook(lambda grad: self.mark("embedding"))
+        for node in nodes:
+            node.register_hook(done)
+
+    def grown(self, _: Tensor) -> None:
+        self.left = (self.left or self.parameters) - 1
+        if not self.left:
+            self.mark("blocks")
+
+    def remove(self) -> None:
+        for hook in self.hooks:
             hook.remove()
+
+
+def last_nodes(root: Any) -> list[Any]:
+    """Nodes of a graph that give parameters their gradients, each once."""
+    found, todo, seen = [], [root], {root}
+    while todo:
+        node = todo.pop()
+        following = [other for other, _ in node.next_functions if other is not None]
+        if any(not other.next_functions for other in following):
+            found.append(node)
+        for other in following:
+            if other.next_functions and other not in seen:
+                seen.add(other)
+                todo.append(other)
+    return found
 
 
 def profiled(step: "Trained", inputs: "Texts") -> list[Kernel]:
