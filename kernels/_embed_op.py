@@ -118,7 +118,7 @@ def _project_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _sum_kernel(
-    X, OUT, ORDER, FIRST, COUNT, rows, N, x_row, x_col, out_row,
+    X, OUT, ORDER, FIRST, COUNT, rows, N, x_row, x_col,
     AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """OUT [rows, N]: sums of X[ORDER[FIRST + 0..COUNT)], AHEAD of them loaded at a time."""
@@ -136,7 +136,7 @@ def _sum_kernel(
             mask = some[:, None] & (col < N)[None, :]
             x = tl.load(X + at[:, None] * x_row + columns, mask=mask, other=0.0)
             acc += x.to(tl.float32)
-    out = OUT + row.to(tl.int64)[:, None] * out_row + col[None, :]
+    out = OUT + row.to(tl.int64)[:, None] * N + col[None, :]
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=here[:, None] & (col < N)[None, :])
 
 
@@ -209,7 +209,7 @@ def _sum(x: Tensor, out: Tensor, order: Tensor, first: Tensor, count: Tensor) ->
     options = config("sum", x.dtype)
     grid = (triton.cdiv(rows, options["BM"]), triton.cdiv(N, options["BN"]))
     _sum_kernel[grid](
-        x, out, order, first, count, rows, N, *x.stride(), out.stride(0), **options
+        x, out, order, first, count, rows, N, *x.stride(), **options
     )  # fmt: skip
 
 
