@@ -206,7 +206,7 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     half = bf16(run, where.device)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
-        model.compile_blocks()
+        model.compile_blocks(lean=run.activation_checkpointing == "selective")
     encoder = Encoder(model, learnt, run.max_length, bf16=half)
     if run.model.attention != "auto":  # one that is not to be had says so before the run begins
         encoder.exits(["a text"])
@@ -229,7 +229,8 @@ def what_runs(run: config.Run, where: World, half: bool, compiled: bool) -> str:
     again = {
         "none": "nothing",
         "block": "all blocks",
-        "selective": f"blocks beyond {run.activation_gib:g} GiB",
+        "selective": f"blocks beyond {run.activation_gib:g} GiB"
+        + (" and what is element-wise" if compiled else ""),
     }[run.activation_checkpointing]
     return (
         f"{where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}{weights}; "

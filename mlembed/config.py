@@ -226,7 +226,7 @@ class Run:
     """torch.compile of the blocks on both sides of attention; auto: on CUDA."""
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     """What the backward computes again: nothing; every block; as many, from the first on, as keep
-    what the others save within `activation_gib`."""
+    what the others save within `activation_gib`, and of compiled blocks what is element-wise."""
     activation_gib: float = 32.0
     """GiB a process, for selective checkpointing."""
     seed: int = 0

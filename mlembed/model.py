@@ -14,13 +14,18 @@ Letters: E exits, N texts, T packed tokens, D width, H heads, K head width, V vo
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from mlembed_kernels import Occurrences, Work, attention, embed
 
@@ -147,6 +152,29 @@ class Block(nn.Module):
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def keep_products(ctx: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    kept = operator in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def lean_half(half: Callable[..., Any]) -> Callable[..., Any]:
+    """A half of a block, for the compiler, that keeps products alone."""
+
+    def run(*args: Any) -> Any:
+        return checkpoint(
+            half,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(create_selective_checkpoint_contexts, keep_products),
+        )
+
+    return run
+
+
 class Exit(torch.autograd.Function):
     """x_TD, rows_N, staying -> (x[:staying], x[rows]): what goes on, and what is pooled.
 
@@ -211,11 +239,19 @@ class Transformer(nn.Module):
                 std = len(weight) ** -0.5
             nn.init.normal_(weight, std=std)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str = "inductor", lean: bool = False) -> None:
         """torch.compile of the blocks' halves, once for all layers and any number of tokens: norms,
-        RoPE with QK-norm and SwiGLU each become part of a kernel beside the products."""
-        self._before = torch.compile(Block.before, dynamic=True, backend=backend)
-        self._after = torch.compile(Block.after, dynamic=True, backend=backend)
+        RoPE with QK-norm and SwiGLU each become part of a kernel beside the products.
+
+        lean: of the halves only products are kept for the backward, and what is element-wise is
+        computed again. By itself the compiler keeps whatever a product reads, as it would write it
+        anew: 45,160 bytes a token and layer of Qwen3-0.6B in bf16, attention's included, instead of
+        34,816 (counted on a CPU, torch 2.13).
+        """
+        halves = (lean_half(f) if lean else f for f in (Block.before, Block.after))
+        self._before, self._after = (
+            torch.compile(half, dynamic=True, backend=backend) for half in halves
+        )
 
     def forward(
         self,

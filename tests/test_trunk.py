@@ -26,11 +26,11 @@ def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
     return graph.forward
 
 
-def build(cfg=NESTED, backend=None, dtype=torch.float32) -> Transformer:
+def build(cfg=NESTED, backend=None, dtype=torch.float32, lean=False) -> Transformer:
     model = randomise(Transformer(cfg)).to(dtype)
     if backend is not None:
         torch._dynamo.reset()
-        model.compile_blocks(backend)
+        model.compile_blocks(backend, lean=lean)
     return model
 
 
@@ -38,10 +38,11 @@ def build(cfg=NESTED, backend=None, dtype=torch.float32) -> Transformer:
 
 
 @pytest.mark.parametrize("recompute", [0, 2, 4])
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("how", [(None, False), ("aot_eager", False), ("aot_eager", True)], ids=str)
 @pytest.mark.parametrize("cfg", [CFG, NESTED], ids=["table", "factors"])
-def test_equals_transformers_however_it_is_run(cfg, backend, recompute):
-    model = build(cfg, backend)
+def test_equals_transformers_however_it_is_run(cfg, how, recompute):
+    backend, lean = how
+    model = build(cfg, backend, lean=lean)
     ids = texts()
     got = model(pack(ids), exits=ALL_EXITS, recompute=recompute)
     assert got.requires_grad
@@ -50,7 +51,7 @@ def test_equals_transformers_however_it_is_run(cfg, backend, recompute):
 
 
 def test_equals_transformers_compiled_to_machine_code():
-    model = build(NESTED, "inductor")
+    model = build(NESTED, "inductor", lean=True)
     for lengths in ((17, 1, 30), (5, 9)):
         ids = texts(lengths)
         got = model(pack(ids), exits=ALL_EXITS, recompute=1)
@@ -65,9 +66,10 @@ def test_equals_transformers_compiled_to_machine_code():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n)
 
 
-def test_token_counts_do_not_compile_anew():
+@pytest.mark.parametrize("lean", [False, True])
+def test_token_counts_do_not_compile_anew(lean):
     """One graph a half for training and one for inference, whatever the batch or the layer."""
-    model = build(NESTED, counting)
+    model = build(NESTED, counting, lean=lean)
     COUNTED["backend"] = 0
     lengths = [(3, 4), (17, 1, 30), (64,), (2, 2, 2, 2, 9), (2, 1), (31, 33), (5,) * 20]
     for some in lengths:
@@ -158,13 +160,14 @@ def test_leaving_equals_every_text_alone(causal, pooling, exits, skip, recompute
 def test_leaving_in_a_compiled_trunk():
     ids, exits = texts(LENGTHS), ALL_EXITS
     results = []
-    for backend in (None, "aot_eager"):
-        model = build(NESTED, backend, torch.float64)
+    for backend, lean in ((None, False), ("aot_eager", False), ("aot_eager", True)):
+        model = build(NESTED, backend, torch.float64, lean)
         got = model(pack(ids, DEPTHS, skipped()), exits=exits, recompute=2)
         (got * cotangents(exits)).sum().backward()
         results.append([got.detach(), *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    for a, b, c in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
+        torch.testing.assert_close(c, a, rtol=0, atol=1e-12)
 
 
 def test_nobody_left_is_computed():
@@ -238,11 +241,11 @@ WIDE = replace(
 )
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("how", [(None, False), ("aot_eager", False), ("aot_eager", True)], ids=str)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_probe_foresees_what_is_kept(bf16, backend):
+def test_the_probe_foresees_what_is_kept(bf16, how):
     """Blocks and inputs, within what else a forward keeps (rotation, pooling, embedding)."""
-    model = build(WIDE, backend).train()
+    model = build(WIDE, how[0], lean=how[1]).train()
     kept = Kept.by(model, bf16)
     batch = pack(texts((32,) * 32))  # dense attention, as on CPUs, keeps what grows with lengths
     T, L = 1024, 4
@@ -254,6 +257,16 @@ def test_the_probe_foresees_what_is_kept(bf16, backend):
         other = T * (2 * 4 * CFG.head_dim + 8 * 20 + 4 * WIDE.hidden_size + 64)
         assert foreseen <= got * 1.01 and got <= foreseen + other
     assert kept.input < 0.2 * kept.per_token
+
+
+def test_lean_blocks_keep_products_alone():
+    """Per token, of widths D, F and heads: x, q k v before and q k behind their norms, attention's
+    output, its projection, gate and up. Dense attention's own, the same in both, aside."""
+    D, F_ = WIDE.hidden_size, WIDE.intermediate_size
+    q, kv = (n * WIDE.head_dim for n in (WIDE.num_attention_heads, WIDE.num_key_value_heads))
+    plain, lean = (Kept.by(build(WIDE, "aot_eager", lean=x), True).per_token for x in (False, True))
+    assert plain - lean == pytest.approx(2 * (2 * D + F_), rel=0.1)  # normed twice, silu(gate) up
+    assert lean >= 2 * (2 * D + 2 * q + 3 * kv + 2 * F_)
 
 
 def test_as_many_blocks_as_the_budget_asks():
