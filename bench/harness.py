@@ -29,7 +29,7 @@ Call = Callable[[int], Any]  # on the set of this number
 # Others' code whose versions a result is read with, where it is there.
 PACKAGES = (
     *("flash-attn", "flash-attn-3", "flash-attn-4", "xformers"),
-    *("sentence-transformers", "cut-cross-entropy", "inf-cl", "liger-kernel"),
+    *("sentence-transformers", "transformers", "cut-cross-entropy", "inf-cl", "liger-kernel"),
 )
 
 
@@ -228,6 +228,12 @@ def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
     return {"tflops": 2 * n**3 / matmul.ms / 1e9, "gbs": 2 * size / copy.ms / 1e6}
 
 
+def annotates(event: Any, name: str) -> bool:
+    """Is it a span around kernels, of an optimiser or a compiled graph, and no kernel itself?"""
+    known = "## Call", "Torch-Compiled", "Optimizer.", "ProfilerStep"
+    return getattr(event, "is_user_annotation", False) or name.startswith(known)
+
+
 def kernel_times(call: Call, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Device kernels of one call, slowest first: ms and launches a call (on CPUs operators)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -240,7 +246,8 @@ def kernel_times(call: Call, device: torch.device, repeats: int) -> list[dict[st
         synchronize(device)
     found = []
     for event in profiler.key_averages():
-        if device.type == "cuda" and event.device_type.name != "CUDA":
+        on_device = event.device_type.name == "CUDA" and not annotates(event, event.key)
+        if device.type == "cuda" and not on_device:
             continue
         micro = getattr(event, f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
         row = {"ms": micro / 1e3 / repeats, "launches": event.count / repeats}
@@ -289,7 +296,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     import mlembed_kernels
 
     sources = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in [*sorted(ROOT.glob("kernels/*.py")), *sorted(ROOT.glob("mlembed/*.py"))]:
         sources.update(path.name.encode() + path.read_bytes())
     known = {
         "gpu": None,

@@ -174,13 +174,14 @@ def differentiated(loss: Tensor, model: Transformer) -> tuple[Tensor, Gradients]
 
 
 def verdict(check: Check, device: torch.device) -> dict[str, Any]:
-    """An error up to eager's is right. Floor, of the truth's size: one step of the dtype, for sums
-    in another order; an fp32 logit is known to its step over the temperature."""
+    """An error up to eager's is right. Floor, of the truth's size: two steps of the dtype, as the
+    largest of thousands of errors is another in another order of sums; an fp32 logit is known to
+    its step over the temperature."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     got_loss, got = packed(check, device)
     eager_loss, eager = alone(check, dtype)
     truth_loss, truth = alone(check, torch.float64)
-    floor = torch.finfo(dtype).eps + 64 * EPS32 / check.run.loss.temperature
+    floor = 2 * torch.finfo(dtype).eps + 64 * EPS32 / check.run.loss.temperature
     loss = judged(got_loss, eager_loss, truth_loss, floor)
     parts = {name: judged(x, eager[name], truth[name], floor) for name, x in got.items()}
     worst = max(parts, key=lambda name: (not parts[name]["ok"], parts[name]["rms"]))

@@ -88,7 +88,9 @@ def qwen3(start: Transformer) -> Any:
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        model = transformers.Qwen3Model(shape).to(dtype)
+        model = transformers.Qwen3Model(shape)
+    for weight in model.parameters():  # frequencies of positions, which are none, stay in fp32
+        weight.data = weight.data.to(dtype)
     state = {k: v for k, v in start.state_dict().items() if not k.startswith("embed_tokens")}
     with torch.no_grad():
         state["embed_tokens.weight"] = start.embed_tokens.table()

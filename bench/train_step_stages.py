@@ -63,7 +63,6 @@ PARTS = {
     ),
 }
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
-ANNOTATIONS = "## Call", "Torch-Compiled", "Optimizer.", "ProfilerStep"  # spans, no kernels
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,9 @@ def our_kernels() -> dict[str, str]:
 
 def by_name(kernel: str) -> str:
     """The stage of a kernel that runs among the blocks'."""
-    if (ours := our_kernels().get(kernel)) is not None:
-        return ours
+    for name, stage in our_kernels().items():
+        if kernel == name or kernel.startswith(f"{name}_"):  # Triton may append what is constant
+            return stage
     lower = kernel.lower()
     found = (stage for stage, parts in PARTS.items() if any(part in lower for part in parts))
     return next(found, "other")
@@ -215,7 +215,7 @@ def events(found: Iterable[Any], cuda: bool) -> list[tuple[str, float]]:
     kind = "CUDA" if cuda else "CPU"
     ran = []
     for event in found:
-        span = getattr(event, "is_user_annotation", False) or event.name.startswith(ANNOTATIONS)
+        span = harness.annotates(event, event.name)
         if event.device_type.name != kind or (span and event.name != MARK):
             continue
         micro = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
