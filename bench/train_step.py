@@ -118,7 +118,8 @@ def ours(
     elif compiled:
         if not smoke:
             torch._dynamo.reset()  # what others compiled counts towards its limit
-        model.compile_blocks("inductor" if device.type == "cuda" else "aot_eager")
+        backend = "inductor" if device.type == "cuda" else "aot_eager"
+        model.compile_blocks(backend, lean=keep == "selective")
     half = device.type == "cuda" or weights == "bf16"
     kept = Kept.by(model, half) if keep == "selective" else None
     loss = partial(our_loss, run=run, kept=kept, deep=deep, half=half)

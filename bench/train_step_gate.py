@@ -38,7 +38,7 @@ class Check:
     negatives: int = 2
     longest: int = 150
     skips: bool = False
-    again: int = 0  # layers computed again in the backward
+    again: int = 0  # layers computed again in the backward; of the others what is element-wise
     liger: bool = False
     max_tokens: int = 700  # of a pack
     symmetric: bool = False
@@ -145,7 +145,8 @@ def packed(check: Check, device: torch.device) -> tuple[Tensor, Gradients]:
     else:
         if device.type == "cuda":
             torch._dynamo.reset()  # what other checks compiled counts towards its limit
-        model.compile_blocks("inductor" if device.type == "cuda" else "aot_eager")
+        backend = "inductor" if device.type == "cuda" else "aot_eager"
+        model.compile_blocks(backend, lean=check.again > 0)
     rows, depths = texts(check)
     P, n = check.pairs, check.negatives
     groups = [[i, P + i, *range(2 * P + i * n, 2 * P + (i + 1) * n)] for i in range(P)]

@@ -325,7 +325,7 @@ def test_the_gate_sees(wrong, monkeypatch):
         return table * {"loss": 1.01, "nan": torch.nan}.get(wrong, 1.0)
 
     monkeypatch.setattr(checked, "loss_table", faulty)
-    monkeypatch.setattr(checked.Transformer, "compile_blocks", lambda self, backend: None)
+    monkeypatch.setattr(checked.Transformer, "compile_blocks", lambda self, *_, **options: None)
     found = list(checked.gate(CPU, True))
     assert [v["check"] for v in found] == [c.name for c in checked.checks() if not c.liger]
     assert all(v["ok"] == (wrong == "nothing") for v in found)
@@ -336,7 +336,7 @@ def test_the_gate_sees_a_text_that_runs_too_deep(monkeypatch):
     right = checked.collate
     deep = lambda g, t, i, depths, *rest, **more: right(g, t, i, depths * 0 + 4, *rest, **more)  # noqa: E731
     monkeypatch.setattr(checked, "collate", deep)
-    monkeypatch.setattr(checked.Transformer, "compile_blocks", lambda self, backend: None)
+    monkeypatch.setattr(checked.Transformer, "compile_blocks", lambda self, *_, **options: None)
     assert {v["check"]: v["ok"] for v in checked.gate(CPU, True)} == {
         "whole": True,
         "skipping": False,
@@ -423,7 +423,7 @@ def test_times_become_rows_stages_and_targets(capsys, monkeypatch):
     toys = {name: replace(TOYS[name], providers=few[name]) for name in few}
     monkeypatch.setattr(bench, "CASES", toys)
     monkeypatch.setattr(worker, "MS", 1.0)
-    monkeypatch.setattr(bench.Transformer, "compile_blocks", lambda self, backend: None)
+    monkeypatch.setattr(bench.Transformer, "compile_blocks", lambda self, *_, **options: None)
     made = worker_of(smoke=False)
     for name in toys:
         made.case(name)
