@@ -77,8 +77,9 @@ def test_equals_the_formula(shape, kind, workspace):
     for truth, reference, triton in zip(*results, strict=True):
         top = truth.abs().max().item()
         error = [(v.double() - truth).abs().max().item() for v in (reference, triton)]
-        # Logits up to 20 are known to half a step of fp32 there.
-        floor = torch.finfo(torch.float32).eps * 20 * top
+        # Logits up to 20, for KL also the teacher's up to 50, are known to half a step of fp32
+        # there: how near it comes depends on how a processor's exponentials round.
+        floor = torch.finfo(torch.float32).eps * (50 if kind == "kl" else 20) * top
         assert top > 0 and error[0] < 2 * floor and error[1] <= error[0] + floor, (error, floor)
 
 
