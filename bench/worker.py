@@ -194,7 +194,9 @@ class Worker:
         case = self.shaped(name)
         sets = self.sets(case)
         step, _ = self.bench.build("ours", case, sets[0], self.smoke)
-        table_name = "CONFIGS_FP32" if sets[0].stacked[0].dtype == torch.float32 else "CONFIGS"
+        masters = getattr(case, "masters", False)  # read in fp32, computed with in bf16
+        wide = sets[0].stacked[0].dtype == torch.float32 and not masters
+        table_name = "CONFIGS_FP32" if wide else "CONFIGS"
         for module_name, mode in self.bench.SWEEP.items():
             at = {"case": name, "mode": mode}
             try:
