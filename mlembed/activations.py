@@ -46,7 +46,7 @@ class Kept:
         """
         whole, light = [], []
         for depth in range(1, layers + 1):
-            works = [work for pack in packs if (work := pack.work_at(depth)) is not None]
+            works = [work for one in packs if (work := one.work_at(depth)) is not None]
             tokens = sum(work.tokens for work in works)
             whole.append(len(works) * self.fixed + tokens * self.per_token)
             light.append(tokens * self.input)

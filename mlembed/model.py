@@ -179,8 +179,6 @@ class Exit(torch.autograd.Function):
     """x_TD, rows_N, staying -> (x[:staying], x[rows]): what goes on, and what is pooled.
 
     One gradient buffer [T, D], where two slices would each fill and add one. The rows differ.
-    What goes on is the same memory, but no view to autograd: to the compiler a view is another kind
-    of input, and nothing here is written in place.
     """
 
     @staticmethod
@@ -188,7 +186,7 @@ class Exit(torch.autograd.Function):
         ctx.save_for_backward(rows_N)
         ctx.shape, ctx.staying = x_TD.shape, staying
         ctx.set_materialize_grads(False)
-        return x_TD[:staying].detach(), x_TD[rows_N]
+        return x_TD[:staying], x_TD[rows_N]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -314,7 +312,8 @@ class Transformer(nn.Module):
         self, layer: nn.Module, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], work: Work
     ) -> Tensor:
         """One layer over the first work.tokens rows of a pack."""
-        cos_TK, sin_TK = (table[: len(x_TD)].detach() for table in cos_sin)  # no views
+        # To the compiler a view of a table is another input than a table: it would compile anew.
+        cos_TK, sin_TK = (table[: len(x_TD)].detach() for table in cos_sin)
         q, k, v = self._before(layer, x_TD, cos_TK, sin_TK)
         out_THK = attention(
             q,

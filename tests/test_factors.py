@@ -402,16 +402,7 @@ def test_processes_that_race_end_with_a_whole_file(cache, tmp_path, computed):
 
 
 def saved_by_transformers(directory):
-    shape = dict(
-        vocab_size=101,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=10,
-        intermediate_size=37,
-    )
-    hf = randomise(Qwen3Model(Qwen3Config(**shape)))
+    hf = randomise(Qwen3Model(Qwen3Config(**pretrained.hf_config(CFG))))
     table, counts = falling(101, 24)
     hf.embed_tokens.weight.data = table
     hf.save_pretrained(directory)
