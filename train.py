@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mlembed import checkpoint, config, data, evaluate, log, pretrained, tokenizer
+from mlembed import arguments, checkpoint, config, data, evaluate, log, pretrained, tokenizer
 from mlembed.activations import Kept, recomputed
 from mlembed.depth import enabled
 from mlembed.distributed import World, any_process, world
@@ -450,7 +450,7 @@ def ignore_interrupt(worker: int) -> None:
 
 
 def main() -> int:
-    run = config.parse(sys.argv[1:])
+    run = arguments.parse(sys.argv[1:])
     with world(run.device) as where:
         return train(run, where)
 

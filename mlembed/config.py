@@ -1,16 +1,12 @@
-"""One run as a value: frozen dataclasses, named recipes, strict reading of what users write.
+"""One run as a value: frozen dataclasses, named recipes, strict reading of saved ones.
 
-`python train.py RECIPE --optim.lr 1e-3` starts from a recipe and overrides it field by field; the
-resolved configuration is saved as `config.json`, which `python train.py config.json` re-runs.
+A run's resolved configuration is saved as `config.json`, which `python train.py config.json`
+re-runs; `arguments.py` reads what users write behind it.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import difflib
-import io
 import json
-import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +43,9 @@ class Model:
     """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
     ranks: tuple[int, ...] = ()
     """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
+    dropout: float = 0.0
+    """In training, the share of what attention and the MLP add to the residual stream that is
+    dropped, the rest scaled up."""
     attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = "auto"
     """What computes attention. auto: our Triton on CUDA, torch elsewhere; a name never changes."""
 
@@ -79,6 +78,8 @@ class Model:
                 "model.num_key_value_heads: expected a divisor of num_attention_heads "
                 f"{self.num_attention_heads}, got {self.num_key_value_heads}"
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: expected 0..1 (1 excluded), got {self.dropout}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim: expected an even number, got {self.head_dim}")
 
@@ -120,9 +121,21 @@ class Loss:
     ranks: Literal["sampled", "all"] = "sampled"
     """sampled: one vocabulary rank a step, in proportion to itself (ML-Embed). all: every rank each
     step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
+    negatives_across: Literal["gather", "ring"] = "gather"
+    """How other processes' texts become candidates: all at once, or passed around, so that no
+    process ever holds more than two processes' texts."""
+    memory_bank: int = 0
+    """Documents of earlier steps, of the batch's source, that are negatives of its queries as well
+    (MoCo's queue, arXiv 1911.05722); no gradient reaches them. Whole micro-batches, the newest."""
+    bank_on: Literal["device", "host"] = "device"
+    """Where these are kept; from pinned host memory they come micro-batch by micro-batch."""
 
     def __post_init__(self) -> None:
         positive("loss.temperature", self.temperature)
+        if self.memory_bank < 0:
+            raise ValueError(f"loss.memory_bank: expected 0 or more, got {self.memory_bank}")
+        if self.memory_bank and self.ranks == "all":
+            raise ValueError("loss.ranks: expected sampled with a memory bank, got all")
         if self.num_negatives < 0:
             raise ValueError(f"loss.num_negatives: expected 0 or more, got {self.num_negatives}")
 
@@ -227,25 +240,42 @@ class Run:
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     """What the backward computes again: nothing; every block; as many, from the first on, as keep
     what the others save within `activation_gib`, and of compiled blocks what is element-wise."""
-    activation_gib: float = 32.0
-    """GiB a process, for selective checkpointing."""
+    activation_gib: float = 0.0
+    """GiB a process, for what blocks keep for the backward: with selective checkpointing, with the
+    gradient cache, or both. 0: as much as a probe finds."""
+    gradient_cache: bool = False
+    """Encode pack by pack without a graph, take the loss of all, then encode again with one, for
+    batches beyond memory (GradCache, arXiv 2101.06983). Packs whose graphs fit `activation_gib`
+    keep them, and are encoded once. Loss and gradients are the same."""
+    engine: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes hold the model: each all of it, or (FSDP2) a shard of weights,
+    gradients and moments."""
+    cpu_offload: bool = False
+    """With fsdp: shards and moments are in host memory, and the optimiser computes there."""
     seed: int = 0
     eval_every: int = 0
     """Score the full size every so many steps; 0 = only at the end."""
     save_every: int = 500
     """Checkpoint every so many steps; 0 = only at the end."""
     keep_checkpoints: int = 2
+    save_async: bool = True
+    """Write checkpoints while training goes on: only copying to host memory makes it wait."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is no finite number: end the run, or leave the step out. Either
+    way weights and moments stay as they were, and the first bad tensor is named."""
     log_every: int = 10
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     resume: bool = False
-    """Go on from the run directory's last checkpoint."""
+    """Go on from the run directory's last checkpoint that is whole."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys whose values may differ from the run's when it goes on, e.g. `steps optim.lr`."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
             positive(name, getattr(self, name))
-        for name in ("keep_checkpoints", "pack_tokens", "activation_gib"):
+        for name in ("keep_checkpoints", "pack_tokens"):
             positive(name, getattr(self, name))
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("eval_every", "save_every", "seed", "activation_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_length < 2:
@@ -266,6 +296,17 @@ class Run:
                 )
         if self.optim.weights == "bf16" and self.precision == "fp32":
             raise ValueError("precision: expected bf16 or auto with optim.weights bf16, got fp32")
+        if self.optim.weights == "bf16" and self.engine == "fsdp":
+            raise ValueError("optim.weights: expected fp32 with engine fsdp, got bf16")
+        if self.cpu_offload and self.engine != "fsdp":
+            raise ValueError(f"engine: expected fsdp with cpu_offload, got {self.engine}")
+        if self.loss.memory_bank and self.depth.curriculum != "none":
+            raise ValueError(
+                "depth.curriculum: expected none with loss.memory_bank, as kept documents have the "
+                f"exits of their step, got {self.depth.curriculum}"
+            )
+        if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
+            raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")
         if not self.data:
             raise ValueError("data: expected at least one source, got none")
         if self.name == ".." or not self.name or Path(self.name).name != self.name:
@@ -395,71 +436,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     )
 
 
-# ---- from the command line and from json ----
-
-
-def parse(args: Sequence[str]) -> Run:
-    """`RECIPE | config.json` and overrides (`--optim.lr 1e-3` or `optim.lr=1e-3`) -> Run.
-
-    Raises:
-        ValueError: an unknown recipe or key (with near names), a value that does not fit.
-    """
-    usage = f"python train.py {{{','.join(RECIPES)}}} [--help] [--key value ..]"
-    if not args or args[0] in ("-h", "--help"):
-        lines = [
-            f"  {name:8}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()
-        ]
-        print("\n".join([f"usage: {usage}", *lines, "  FILE    a config.json that a run saved"]))
-        raise SystemExit(0 if args else 2)
-    name, *rest = args
-    if name in RECIPES:
-        base = RECIPES[name]()
-    elif name.endswith(".json"):
-        base = load(name)
-    else:
-        raise ValueError(
-            f"recipe: expected one of {sorted(RECIPES)}{near(name, RECIPES)}, got {name!r}"
-        )
-    known = [*flat_keys(Run), "help"]
-    rest = [f"--{arg}" if _is_override(arg, known) else arg for arg in rest]
-    helping = {"-h", "--help"} & set(rest)
-    for arg in rest:
-        key = arg[2:].split("=")[0].replace("-", "_")
-        negated = key.rpartition(".")[2].startswith("no_")
-        if arg.startswith("--") and key not in known and not negated:
-            raise ValueError(f"--{key}: no such key{near(key, known)}")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--init", default=base.init if name in RECIPES else "")
-    init = finder.parse_known_args(rest)[0].init
-    if init and not helping:  # the checkpoint's shape is what further keys override
-        model = from_checkpoint(resolve(init), base.model)
-        longest = min(base.max_length, model.max_position_embeddings)
-        base = dataclasses.replace(base, init=init, model=model, max_length=longest)
-    return _override(base, rest, f"train.py {name}")
-
-
-def _override(base: Run, args: Sequence[str], prog: str) -> Run:
-    """tyro's reading of the arguments, with its errors as one-line ValueErrors."""
-    import tyro  # here, as benches read shapes where it is not installed
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(Run, default=base, args=args, prog=prog)
-    except SystemExit as end:
-        if end.code == 0:  # --help
-            raise
-        # tyro draws a box around what was wrong, a ValueError of ours included: one line of it.
-        words = re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()
-        reason = " ".join(words).split(" For full helptext")[0]
-        raise ValueError(reason.removeprefix("Value error ")) from None
-
-
-def _is_override(arg: str, known: Sequence[str]) -> bool:
-    """`optim.lr=1e-3`; other words with an equals sign are paths, as partitioned data has them."""
-    key, equals, _ = arg.partition("=")
-    ours = key.startswith(("model.", "loss.", "depth.", "optim.")) or key.replace("-", "_") in known
-    return bool(equals) and ours
+# ---- from and to json ----
 
 
 def near(name: str, names: typing.Iterable[str]) -> str:

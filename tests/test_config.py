@@ -7,14 +7,14 @@ import shlex
 import pytest
 from transformers import Qwen3Config
 
-from mlembed import config
+from mlembed import arguments, config
 from mlembed.config import Loss, Model, Optim, Run
 
 # ---- recipes and overrides ----
 
 
 def test_recipes_parse_to_themselves():
-    assert config.parse(["tiny"]) == config.tiny()
+    assert arguments.parse(["tiny"]) == config.tiny()
     assert config.tiny().model.exits == (1, 2, 4)
 
 
@@ -40,7 +40,7 @@ def test_recipes_parse_to_themselves():
     ],
 )
 def test_an_override_changes_its_field_and_no_other(args, dotted, value):
-    run = config.parse(["tiny", *args])
+    run = arguments.parse(["tiny", *args])
     found = run
     for part in dotted.split("."):
         found = getattr(found, part)
@@ -54,14 +54,14 @@ def test_many_overrides_at_once():
         "tiny --steps 7 --data a.jsonl b --model.num-hidden-layers 2 --model.exits 1 2 "
         "--optim.warmup-ratio 0 --model.no-causal --model.pooling mean"
     )
-    run = config.parse(shlex.split(line))
+    run = arguments.parse(shlex.split(line))
     assert (run.steps, run.data, run.optim.warmup_ratio) == (7, ("a.jsonl", "b"), 0.0)
     assert (run.model.exits, run.model.causal, run.model.pooling) == ((1, 2), False, "mean")
 
 
 def test_unknown_recipe_names_the_near_one():
     with pytest.raises(ValueError, match=r"expected one of .*'tiny'.*near: tiny.*got 'tyni'"):
-        config.parse(["tyni"])
+        arguments.parse(["tyni"])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_unknown_recipe_names_the_near_one():
 )
 def test_unknown_key_names_near_ones(key, near):
     with pytest.raises(ValueError) as caught:
-        config.parse(["tiny", key, "1"])
+        arguments.parse(["tiny", key, "1"])
     assert "no such key" in str(caught.value)
     assert "near: " in str(caught.value) and near in str(caught.value)
 
@@ -108,28 +108,28 @@ def test_impossible_values_are_refused_from_the_command_line_too(args, capsys):
 def refusal(args, capsys):
     """What the command line says as it refuses: a ValueError (exit status 1) or an exit."""
     with pytest.raises((ValueError, SystemExit)) as caught:
-        config.parse(args)
+        arguments.parse(args)
     assert getattr(caught.value, "code", 1) not in (0, None)
     return str(caught.value) + "".join(capsys.readouterr())
 
 
 def test_a_path_with_an_equals_sign_is_a_path():
     """As partitioned data sets are laid out."""
-    run = config.parse(["tiny", "--data", "lang=en/part.parquet", "model.jsonl", "--steps", "3"])
+    run = arguments.parse(["tiny", "--data", "lang=en/part.parquet", "model.jsonl", "--steps", "3"])
     assert run.data == ("lang=en/part.parquet", "model.jsonl") and run.steps == 3
 
 
 def test_keys_without_dashes():
-    run = config.parse(["tiny", "optim.lr=1e-3", "batch-size=8", "name=x"])
+    run = arguments.parse(["tiny", "optim.lr=1e-3", "batch-size=8", "name=x"])
     assert (run.optim.lr, run.batch_size, run.name) == (1e-3, 8, "x")
     with pytest.raises(ValueError, match=r"no such key.*near: .*optim\.lr"):
-        config.parse(["tiny", "optim.lrr=1"])
+        arguments.parse(["tiny", "optim.lrr=1"])
 
 
 def test_help_lists_the_recipes(capsys):
     for args, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
         with pytest.raises(SystemExit) as caught:
-            config.parse(args)
+            arguments.parse(args)
         assert caught.value.code == code
         printed = capsys.readouterr().out
         assert all(name in printed for name in config.RECIPES)
@@ -137,7 +137,7 @@ def test_help_lists_the_recipes(capsys):
 
 def test_help_of_a_recipe_needs_no_checkpoint(capsys):
     with pytest.raises(SystemExit) as caught:
-        config.parse(["qwen3", "--help"])
+        arguments.parse(["qwen3", "--help"])
     assert caught.value.code == 0
     assert "--optim.lr" in capsys.readouterr().out
 
@@ -170,8 +170,8 @@ def test_config_json_round_trip(run, tmp_path):
 
 def test_a_saved_config_can_be_parsed_and_overridden(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_dict(config.parse(["tiny", "--steps", "9"]))))
-    run = config.parse([str(path), "--name", "again"])
+    path.write_text(json.dumps(config.to_dict(arguments.parse(["tiny", "--steps", "9"]))))
+    run = arguments.parse([str(path), "--name", "again"])
     assert run == dataclasses.replace(config.tiny(), steps=9, name="again")
 
 
@@ -180,7 +180,7 @@ def test_a_saved_config_with_init_keeps_its_own_shape(tmp_path):
     run = dataclasses.replace(config.tiny(), init=str(tmp_path / "gone"))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_dict(run)))
-    assert config.parse([str(path)]) == run
+    assert arguments.parse([str(path)]) == run
 
 
 def test_an_integer_stands_for_a_float(tmp_path):
@@ -229,7 +229,7 @@ def test_load_names_a_missing_file_and_the_line_of_bad_json(tmp_path):
     with pytest.raises(ValueError, match="none.json, which does not exist"):
         config.load(tmp_path / "none.json")
     with pytest.raises(ValueError, match="none.json, which does not exist"):
-        config.parse([str(tmp_path / "none.json")])
+        arguments.parse([str(tmp_path / "none.json")])
     path = tmp_path / "config.json"
     path.write_text('{\n"steps": 3,\n"name" "x"\n}')
     with pytest.raises(ValueError, match=r"config\.json:3: not json"):
@@ -374,7 +374,7 @@ def test_configurations_are_frozen():
 
 def test_differences_name_dotted_keys():
     a = config.to_dict(config.tiny())
-    b = config.to_dict(config.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
+    b = config.to_dict(arguments.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
     assert sorted(config.differences(a, b)) == ["data", "optim.lr", "steps"]
     assert list(config.differences(a, a)) == []
     assert sorted(config.differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 1, "d": 2}})) == [
@@ -476,14 +476,14 @@ def test_what_computes_attention_is_not_the_checkpoints(stored, tmp_path):
     (tmp_path / config.NESTING).write_text(json.dumps({"model": model}))
     assert config.from_checkpoint(tmp_path, Model()).attention == "auto"
     assert config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
-    run = config.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
+    run = arguments.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
     assert run.model.attention == "varlen"
 
 
 def test_init_takes_the_checkpoints_shape_and_keys_override_it(tmp_path):
     wide = dict(hidden_size=1024, vocab_size=2000, max_position_embeddings=4096)
     directory = qwen3_directory(tmp_path, 5, **wide)
-    run = config.parse(["qwen3", "--init", str(directory), "--model.exits", "1", "3"])
+    run = arguments.parse(["qwen3", "--init", str(directory), "--model.exits", "1", "3"])
     assert run.init == str(directory)
     assert run.model.hidden_size == 1024 and run.model.num_hidden_layers == 3
     assert run.model.exits == (1, 3) and run.model.ranks == config.qwen3().model.ranks
@@ -496,5 +496,5 @@ def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
     are overridden, so nothing is wrong with this command."""
     directory = qwen3_directory(tmp_path, 5)
     keys = ["--model.ranks", "8", "16", "--max_length", "32"]
-    run = config.parse(["qwen3", "--init", str(directory), *keys])
+    run = arguments.parse(["qwen3", "--init", str(directory), *keys])
     assert (run.model.ranks, run.max_length, run.model.hidden_size) == ((8, 16), 32, 64)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mlembed_kernels
-from mlembed import config
+from mlembed import arguments, config
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(p for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py")
@@ -27,11 +27,20 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
-    {"attention_interface", "checkpoint", "cldr", "config", "distributed", "pack", "tokenizer"},
-    {"depth", "model", "log"},
-    {"activations", "data"},
-    {"pretrained", "optim", "loss", "distill", "gradcache"},
-    {"encode"},
+    {
+        "attention_interface",
+        "bank",
+        "checkpoint",
+        "cldr",
+        "config",
+        "distributed",
+        "pack",
+        "tokenizer",
+    },
+    {"arguments", "depth", "model", "log"},
+    {"activations", "data", "guards", "ring"},
+    {"pretrained", "optim", "loss", "distill", "engine"},
+    {"encode", "gradcache"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -320,14 +329,14 @@ def test_train_commands_of_the_readme_parse(args, stand_ins):
         args[0] = str(stand_ins / "run.json")
     if "--help" in args:
         with pytest.raises(SystemExit) as caught:
-            config.parse(args)
+            arguments.parse(args)
         assert caught.value.code == 0
         return
     if "--init" in args:
         args[args.index("--init") + 1] = str(stand_ins)
     elif args[0] == "qwen3":
         args += ["--init", str(stand_ins)]
-    assert isinstance(config.parse(args), config.Run)
+    assert isinstance(arguments.parse(args), config.Run)
 
 
 @cache

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mlembed import config
+from mlembed.arguments import parse
 from mlembed.distributed import World
 from mlembed.log import Log
 from mlembed.loss import loss_table
@@ -197,7 +198,7 @@ def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path
 def test_all_ranks_in_one_step(arguments, tmp_path, micro_batches):
     """Losses and gradients at each rank, weighted as sampling would weigh them, added up."""
     options = ["--loss.ranks", "all", "--gradient-accumulation-steps", micro_batches, "--steps", 1]
-    run = config.parse([str(x) for x in (*arguments, *options)])
+    run = parse([str(x) for x in (*arguments, *options)])
     where = World(0, 1, torch.device("cpu"))
     job = set_up(run, where, tmp_path, None, Log(tmp_path, main=False))
     run, model = job.run, job.model
