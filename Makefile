@@ -1,5 +1,6 @@
 # make train        set up .venv where it is missing, then train, evaluate and export the tiny model
 # make test         the same set-up, then every test
+# make test-slow    those that take minutes: a run that is killed thirty times
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -26,13 +27,16 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test check setup clean
+.PHONY: train test test-slow check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-slow: setup
+	$(RUN) -m pytest -m slow $(ARGS)
 
 check: setup
 	$(RUN) -m ruff check .

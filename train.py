@@ -4,18 +4,16 @@
     python train.py tiny --data a.jsonl b.parquet --eval tatoeba_dir --name mine
     python train.py tiny --resume                     # go on from the last checkpoint
     python train.py runs/tiny/config.json --name again
-    torchrun --nproc_per_node 8 train.py qwen3 --init DIR --data DIR
+    torchrun --nproc_per_node 8 train.py qwen3 --init DIR --data DIR --engine fsdp --gradient-cache
 
 A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*, report/, model/.
 """
 
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -24,62 +22,36 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mlembed import arguments, checkpoint, config, data, evaluate, log, pretrained, tokenizer
-from mlembed.activations import Kept, recomputed
+from mlembed import (
+    arguments,
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    gradcache,
+    guards,
+    log,
+    pretrained,
+    resume,
+    tokenizer,
+)
+from mlembed.activations import Kept
+from mlembed.bank import Bank
 from mlembed.depth import enabled
 from mlembed.distributed import World, any_process, world
 from mlembed.encode import Encoder
+from mlembed.engine import Engine
+from mlembed.engine import first_bad as first_bad_gradient
 from mlembed.export import export
 from mlembed.loss import loss_table, ranks_of, weights
 from mlembed.model import Transformer, num_parameters
 from mlembed.optim import adamw, learning_rate, to_weights
-from mlembed.pack import PackedBatch
 from mlembed_kernels.attention import WIDTHS
 
-# ---- the run's directory ----
-
-
-def find_run(run: config.Run) -> tuple[Path, Path | None]:
-    """-> (directory, checkpoint to go on from). A directory that holds another run is refused."""
-    directory = Path(run.output_dir) / run.name
-    saved = directory / "config.json"
-    if not run.resume:
-        if directory.exists() and any(directory.iterdir()):
-            raise ValueError(
-                f"{directory}: expected no run there yet, found one; "
-                "go on with it by --resume, or choose another --name"
-            )
-        return directory, None
-    if not saved.is_file():
-        raise ValueError(f"{directory}: expected a run to resume, found none")
-    before, now = (resumable(r) for r in (config.load(saved), run))
-    if differing := sorted(config.differences(before, now)):
-        raise ValueError(
-            f"--resume: expected the configuration of {saved}, got other values for "
-            + ", ".join(differing)
-        )
-    return directory, next(reversed(checkpoint.complete(directory / "checkpoints")), None)
-
-
-def resumable(run: config.Run) -> dict[str, Any]:
-    """What has to be the same to go on with a run. What fits a machine has not: the next one may
-    lack an attention or a compiler, or have less memory."""
-    plain = config.Run()
-    return config.to_dict(
-        replace(
-            run,
-            resume=False,
-            model=replace(run.model, attention="auto"),
-            compile=plain.compile,
-            activation_checkpointing=plain.activation_checkpointing,
-            activation_gib=plain.activation_gib,
-        )
-    )
-
+BANK = "bank."  # before the names of its tensors in a checkpoint
 
 # ---- text, tokenizer, model ----
 
@@ -116,7 +88,8 @@ def build(
     """The model of a checkpoint of this run, of `init`, or with random weights."""
     torch.manual_seed(run.seed)
     if found:
-        return pretrained.load(str(found), config.from_checkpoint(found, run.model))
+        saved = config.from_checkpoint(found, run.model)
+        return pretrained.load(str(found), replace(saved, dropout=run.model.dropout))
     if not run.init:
         return Transformer(replace(run.model, vocab_size=learnt.get_vocab_size()))
     counts = None
@@ -148,7 +121,7 @@ def bf16(run: config.Run, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """A run with everything it was built into."""
+    """A run with everything it was built into. budget: bytes for graphs, inf where none is set."""
 
     run: config.Run
     where: World
@@ -157,34 +130,37 @@ class Job:
     tasks: list[Any]
     batches: data.Batches
     encoder: Encoder
+    engine: Engine
     optimizer: torch.optim.Optimizer
     kept: Kept | None
+    budget: float
+    bank: Bank | None
+    saver: checkpoint.Saver
 
     @property
     def model(self) -> Transformer:
-        return self.encoder.model
+        return self.engine.model
 
 
 def train(run: config.Run, where: World) -> int:
     """-> exit status: 0 finished, 130 stopped by a signal after saving."""
-    directory, found = find_run(run)
-    start = json.loads((found / checkpoint.STATE).read_text())["step"] if found else 0
-    out = log.Log(directory, where.main)
+    out = log.Log(Path(run.output_dir) / run.name, where.main)
+    directory, found = resume.find_run(run, where, out.say)
+    start = resume.step_of(found)
     out.say(log.header(where.device))
     if (directory / "model").exists():
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, found, out)
     any_process(False, where)  # all have looked at the directory before one writes to it
-    out.open(run.tracker, start)
     if where.main:  # only now, so that a mistake in the arguments leaves nothing behind
-        directory.mkdir(parents=True, exist_ok=True)
-        resolved = json.dumps(config.to_dict(replace(run, resume=False)), indent=2)
-        checkpoint.write_text(directory / "config.json", resolved + "\n")
-    if start == 0:
-        score(job, 0)
-    done = optimise(job, start)
-    if done == run.steps and where.main:
+        resume.write_config(run, directory, start)
+    out.open(run.tracker, start)
+    with job.saver:  # what is being written is on disk before the group, or the process, ends
+        if start == 0:
+            score(job, 0)
+        done = optimise(job, start)
+    if done == run.steps:
         finish(job)
     out.close()
     return 0 if done == run.steps else 130
@@ -200,9 +176,6 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     if where.main:
         pretrained.warn_beyond_break_even(model.cfg)
     run = replace(run, model=model.cfg)
-    optimizer = adamw(model, run.optim)
-    if found:
-        checkpoint.restore(found, model, optimizer)
     half = bf16(run, where.device)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
@@ -210,16 +183,31 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     encoder = Encoder(model, learnt, run.max_length, bf16=half)
     if run.model.attention != "auto":  # one that is not to be had says so before the run begins
         encoder.exits(["a text"])
-    kept = Kept.by(model, half) if run.activation_checkpointing == "selective" else None
+    limited = run.gradient_cache or run.activation_checkpointing == "selective"
+    kept = Kept.by(model, half) if limited else None
+    budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
+    engine = Engine.of(model, run, where, half)
+    optimizer = adamw(model, run.optim)
+    bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
+    if found:
+        checkpoint.restore(found, model, optimizer, where.rank, where.size)
+        if bank is not None:
+            stored = checkpoint.read(found, BANK)
+            tensors = {name.removeprefix(BANK): x for name, x in stored.items()}
+            bank.load(tensors, where.device)
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
         f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
     )
-    out.say(f"run    {what_runs(run, where, half, compiled)}")
-    return Job(run, where, directory, out, tasks, batches, encoder, optimizer, kept)
+    out.say(f"run    {what_runs(run, where, half, compiled, budget)}")
+    saver = checkpoint.Saver(
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
+    )
+    built = encoder, engine, optimizer, kept, budget, bank, saver
+    return Job(run, where, directory, out, tasks, batches, *built)
 
 
-def what_runs(run: config.Run, where: World, half: bool, compiled: bool) -> str:
+def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
     """Processes, precision, and by what each expensive operation is computed."""
     cuda = where.device.type == "cuda"
     attention = run.model.attention
@@ -229,11 +217,15 @@ def what_runs(run: config.Run, where: World, half: bool, compiled: bool) -> str:
     again = {
         "none": "nothing",
         "block": "all blocks",
-        "selective": f"blocks beyond {run.activation_gib:g} GiB"
+        "selective": f"blocks beyond {budget / 2**30:.3g} GiB"
         + (" and what is element-wise" if compiled else ""),
     }[run.activation_checkpointing]
+    if run.gradient_cache:
+        again += f", encoded again: packs beyond {budget / 2**30:.3g} GiB of graphs"
+    spread = {1: ""}.get(where.size, f" by {run.engine}{', offloaded' if run.cpu_offload else ''}")
     return (
-        f"{where.size} x {where.device.type}, {'bf16 autocast' if half else 'fp32'}{weights}; "
+        f"{where.size} x {where.device.type}{spread}, "
+        f"{'bf16 autocast' if half else 'fp32'}{weights}; "
         f"attention by {attention}, "
         f"infonce and embed by {'triton' if cuda else 'their PyTorch references'}, "
         f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
@@ -243,35 +235,34 @@ def what_runs(run: config.Run, where: World, half: bool, compiled: bool) -> str:
 def optimise(job: Job, start: int) -> int:
     """Steps start..steps-1, with logs, checkpoints and scores as configured; -> steps done.
 
-    A signal ends the run after the step in hand, saved; a second one ends it at once.
+    A signal ends the run after the step in hand, saved; a second Ctrl-C ends it at once.
     """
-    run, where, model = job.run, job.where, job.model
-    stop: list[int] = []
+    run, where = job.run, job.where
+    stop: list[float] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        # torchrun passes on what a terminal or SLURM has already sent to all: that is one signal.
+        if stop and number == signal.SIGINT and time.monotonic() - stop[0] > 2:
+            raise KeyboardInterrupt
+        stop.append(time.monotonic())
 
     before = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
-    micro_batches = range(
-        start * run.gradient_accumulation_steps, run.steps * run.gradient_accumulation_steps
-    )
+    micro_batches = range(batches_of(run, start)[0], batches_of(run, run.steps)[0])
     workers = 2 if where.device.type == "cuda" else 0
     loader = DataLoader(
         Subset(job.batches, micro_batches),
         batch_size=None,
         generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
         num_workers=workers,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
     )
     feed = iter(loader)
-    ddp = DistributedDataParallel(model) if where.size > 1 else None
     tokens, clock = 0, time.perf_counter()
     with tqdm(total=run.steps, initial=start, disable=not where.main, desc=run.name) as bar:
         for step in range(start, run.steps):
-            result = one_step(job, step, feed, ddp)
+            result = guarded(job, step, feed)
             tokens += result.tokens
             done = step + 1
             bar.update()
@@ -294,10 +285,17 @@ def optimise(job: Job, start: int) -> int:
     return run.steps
 
 
+def batches_of(run: config.Run, step: int) -> range:
+    """Numbers of a step's micro-batches."""
+    count = run.gradient_accumulation_steps
+    return range(step * count, (step + 1) * count)
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step gave: the exits that had a loss, loss_EM of this process at them and what each
-    entry weighs, the queries of all processes at each, gradient norm, tokens of all processes."""
+    entry weighs, the queries of all processes at each, gradient norm, tokens of all processes, and
+    the first tensor that was not finite, if any; then the step was left out."""
 
     exits: tuple[int, ...]
     loss_EM: Tensor
@@ -305,13 +303,45 @@ class Step:
     queries: list[int]
     norm: Tensor
     tokens: int
+    bad: str | None
 
 
-def one_step(
-    job: Job, step: int, feed: Iterator[data.Batch], ddp: DistributedDataParallel | None
-) -> Step:
-    """One optimiser step."""
-    run, where = job.run, job.where
+def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
+    """One optimiser step, whose failures say what to do.
+
+    Raises:
+        ValueError: out of memory; numbers that are not finite, by configuration.
+    """
+    run = job.run
+    try:
+        result = one_step(job, step, feed)
+    except RuntimeError as error:
+        if not guards.out_of_memory(error):
+            raise
+        tokens = max(pack.work.tokens for pack in job.batches[batches_of(run, step)[0]].packs)
+        free = gradcache.free_bytes(job.where.device)
+        reason = guards.advice(error, run, step + 1, tokens, job.budget, free)
+        raise ValueError(reason) from None
+    if result.bad is None:
+        return result
+    sources = (job.batches.order[number] for number in batches_of(run, step))
+    source = ", ".join(sorted({job.batches.tables[i].name for i in sources}))
+    said = f"step {step + 1}, source {source}: {result.bad}"
+    job.out.metrics(step + 1, "skipped", {"source": source, "bad": result.bad})
+    if run.non_finite == "skip" and not result.bad.startswith("weight"):
+        job.out.say(f"skipped {said}")
+        return result
+    if not result.bad.startswith("weight"):
+        save(job, step)  # what the step left as it was
+    raise ValueError(
+        f"loss: expected finite numbers, got others at {said}; weights and moments are those "
+        "before it. A lower --optim.lr may help, --non-finite skip leaves such steps out"
+    )
+
+
+def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
+    """Gradients of all micro-batches and ranks, then one update."""
+    run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
     exits = enabled(run.model.exits, run.depth, step, run.steps)
@@ -319,59 +349,88 @@ def one_step(
     ranks = ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     table_EM, tokens, queries = torch.zeros_like(weight_EM), 0, [0] * len(exits)
+    engine.begin()
     for left in reversed(range(micro_batches)):
         batch = next(feed)
-        packs = [pack.to(where.device) for pack in batch.packs]
         for rank, share in ranks:
             # Gradients are reduced over processes once a step, with its last backward.
-            last = not left and rank == ranks[-1][0]
-            with nullcontext() if last or not ddp else ddp.no_sync():
-                exits_END = forward(job, packs, ddp or job.model, exits, rank)
-                loss_EM = loss_table(exits_END, batch, run, where, exits) * share / micro_batches
-                (weight_EM * loss_EM).sum().backward()
-            table_EM += loss_EM.detach()
+            sync = not left and rank == ranks[-1][0]
+            one_pass = Pass(step, exits, rank, weight_EM, share / micro_batches)
+            table_EM += add_gradients(job, batch, one_pass, (left, rank or 0), sync)
         tokens += batch.tokens * where.size
         here = [int((batch.query_depths >= exit).sum()) for exit in exits]
         queries = [so_far + n for so_far, n in zip(queries, here, strict=True)]
-    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), run.optim.max_grad_norm)
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    return Step(exits, table_EM, weight_EM, queries, norm, tokens)
+    norm = engine.norm()
+    finite = bool(norm.isfinite() & table_EM.isfinite().all())
+    bad = None
+    if any_process(not finite, where):
+        bad = first_bad(job, table_EM, exits)
+    else:
+        engine.clip(norm, run.optim.max_grad_norm)
+        job.optimizer.step()
+    if job.bank is not None:
+        job.bank.commit() if bad is None else job.bank.discard()
+    engine.zero()
+    return Step(exits, table_EM, weight_EM, queries, norm, tokens, bad)
 
 
-def forward(
-    job: Job,
-    packs: list[PackedBatch],
-    model: torch.nn.Module,
-    exits: tuple[int, ...],
-    rank: int | None,
+@dataclass(frozen=True)
+class Pass:
+    """What a pass of a step is about: exits with a loss, vocabulary rank, weights of the loss."""
+
+    step: int
+    exits: tuple[int, ...]
+    rank: int | None
+    weight_EM: Tensor
+    share: float
+
+
+def add_gradients(
+    job: Job, batch: data.Batch, one: Pass, draw: tuple[int, int], sync: bool
 ) -> Tensor:
-    """exits_END of all packs, one after the other."""
-    device, half = job.where.device.type, job.encoder.bf16
-    again = recomputed(job.run, job.kept, packs)
-    with torch.autocast(device, torch.bfloat16, enabled=half):
-        parts = [model(pack, exits=exits, rank=rank, recompute=again) for pack in packs]
-    exits_END = torch.cat(parts, dim=1)
-    # On CUDA the loss's products are bf16 ones as well.
-    return exits_END.bfloat16() if half and device == "cuda" else exits_END
+    """Forward, loss and backward of a micro-batch at one rank -> its share of loss_EM, detached."""
+    run, where, half = job.run, job.where, job.encoder.bf16
+    device, p = where.device, run.model.dropout
+    packs = [pack.to(device) for pack in batch.packs]
+    keeps, again, final = gradcache.keeping(run, job.kept, packs, job.budget)
+    tables: list[Tensor] = []
+
+    def forward(i: int, sync: bool) -> Tensor:
+        seed = run.seed, 6, one.step, *draw, where.rank, i
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+        with autocast, gradcache.drawing(seed, p, device):
+            return job.engine.forward(
+                packs[i], exits=one.exits, rank=one.rank, recompute=again[i], sync=sync
+            )
+
+    def loss(exits_END: Tensor) -> Tensor:
+        # On CUDA the loss's products are bf16 ones as well.
+        exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
+        loss_EM = loss_table(exits_END, batch, run, where, one.exits, job.bank) * one.share
+        tables.append(loss_EM.detach())
+        return (one.weight_EM * loss_EM).sum()
+
+    gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
+    return tables[0]
+
+
+def first_bad(job: Job, table_EM: Tensor, exits: tuple[int, ...]) -> str:
+    """What was not finite, in the order in which it was computed: weights, losses, gradients. Of
+    the first two a process sees its own, of gradients what all have."""
+    gradient = first_bad_gradient(job.model)  # communicates: all processes ask
+    found = guards.bad_weight(job.model) or guards.bad_loss(
+        table_EM, exits, job.run.model.matryoshka_dims
+    )
+    return found or f"gradient of {gradient or 'nothing by itself, but their norm'}"
 
 
 def record(job: Job, step: int, result: Step, rate: float) -> float:
-    """Log the losses of a step, averaged over processes; -> the weighted loss.
-
-    Raises:
-        ValueError: the loss or the gradient is no longer a finite number.
-    """
+    """Log the losses of a step, averaged over processes; -> the weighted loss."""
     table_EM = result.loss_EM
     if job.where.size > 1:
         torch.distributed.all_reduce(table_EM)
         table_EM = table_EM / job.where.size
     loss, gradient = (result.weight_EM * table_EM).sum().item(), result.norm.item()
-    if not math.isfinite(loss) or not math.isfinite(gradient):
-        raise ValueError(
-            f"loss: expected finite numbers, got loss {loss} and gradient norm {gradient} "
-            f"at step {step}; a lower --optim.lr may help"
-        )
     shape, run = job.run.model, job.run
     losses = {
         f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(shape.matryoshka_dims, row, strict=True)}
@@ -392,27 +451,32 @@ def record(job: Job, step: int, result: Step, rate: float) -> float:
 
 
 def save(job: Job, step: int) -> None:
-    """A checkpoint, written by the main process."""
+    """A checkpoint of everything that the next step depends on; all processes call it."""
 
-    def write_model(directory: Path) -> None:
-        pretrained.save(job.model, directory)
+    def write_beside(directory: Path) -> None:
+        pretrained.describe(job.run.model, directory)
         tokenizer.save(job.encoder.tokenizer, directory, job.run.max_length)
 
-    if job.where.main:
-        checkpoints, keep = job.directory / "checkpoints", job.run.keep_checkpoints
-        checkpoint.save(checkpoints, step, write_model, job.model, job.optimizer, keep)
+    tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
+    if job.bank is not None:
+        tensors |= {BANK + name: x for name, x in job.bank.state().items()}
+    job.saver.save(step, tensors, write_beside)
+
+
+def whole(job: Job) -> Encoder | None:
+    """On the main process, an encoder with all the weights; all processes call it."""
+    model = job.engine.whole()
+    return replace(job.encoder, model=model) if model is not None else None
 
 
 def score(job: Job, step: int) -> None:
     """Score the full size (the whole grid comes at the end)."""
-    if not job.tasks or not job.where.main:
+    if not job.tasks or (encoder := whole(job)) is None:
         return
     shape = job.run.model
-    job.model.eval()
     (cell,) = evaluate.grid(
-        job.encoder, job.tasks, shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+        encoder, job.tasks, shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
     )
-    job.model.train()
     percent = evaluate.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
@@ -421,10 +485,11 @@ def score(job: Job, step: int) -> None:
 def finish(job: Job) -> None:
     """Score the grid, write report/ and model/, and say how to go on."""
     run, directory, out = job.run, job.directory, job.out
-    job.model.eval()
+    if (encoder := whole(job)) is None:
+        return
     if job.tasks:
         began = time.perf_counter()
-        cells = evaluate.grid(job.encoder, job.tasks, progress=True)
+        cells = evaluate.grid(encoder, job.tasks, progress=True)
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": config.to_dict(run), "commit": log.commit(), "untrained": untrained}
@@ -432,7 +497,7 @@ def finish(job: Job) -> None:
         out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
         spent = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
-    worst = export(job.encoder, directory / "model")
+    worst = export(encoder, directory / "model")
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     here, python = Path.cwd(), Path(sys.executable)
     python = python.relative_to(here) if python.is_relative_to(here) else python
@@ -444,9 +509,10 @@ def finish(job: Job) -> None:
     )
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the run decides when its loaders end."""
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C, and SLURM's SIGTERM, reach every process; the run decides when its loaders end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def main() -> int:

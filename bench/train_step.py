@@ -139,7 +139,7 @@ def our_loss(
     """As train.py computes it, in one process."""
     device = inputs.device
     batch, packs = inputs.packs(deep)
-    again = recomputed(run, kept, packs)
+    again = recomputed(run, kept, packs, run.activation_gib * 2**30)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         parts = [step.model(pack, recompute=again) for pack in packs]
     exits_END = torch.cat(parts, dim=1)

@@ -5,9 +5,10 @@ whole matrices. So it is also what layer-skip training promises. It and eager's 
 computation in the dtype of ours, come from the host, by the kernels' references.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mlembed import config
 from mlembed.distributed import World
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
-from mlembed.pack import collate, pack
+from mlembed.pack import Batch, collate, pack
 
 from .attention_gate import EPS32
 from .harness import Missing, judged, reason
@@ -98,9 +99,9 @@ def texts(check: Check) -> tuple[list[np.ndarray], np.ndarray]:
     return rows, depths
 
 
-def made(check: Check, device: torch.device) -> Transformer:
+def made(check: Check, device: torch.device, dropout: float = 0.0) -> Transformer:
     torch.manual_seed(3)
-    model = Transformer(check.run.model)
+    model = Transformer(replace(check.run.model, dropout=dropout))
     with torch.no_grad():
         for weight in model.parameters():  # norms that are not 1, scores that are not 0
             weight.mul_(1 + 0.1 * torch.randn_like(weight))
@@ -109,6 +110,7 @@ def made(check: Check, device: torch.device) -> Transformer:
     return model.to(device)
 
 
+@cache  # a check's truth is asked for by everything that is held to it
 def alone(check: Check, dtype: torch.dtype) -> tuple[Tensor, Gradients]:
     """Loss and gradients, text by text on the host: in float64 the truth, in another dtype eager's
     (bf16: autocast)."""
@@ -143,21 +145,8 @@ def packed(check: Check, device: torch.device) -> tuple[Tensor, Gradients]:
     if check.liger:
         model._before, model._after = liger_halves(device)
     else:
-        if device.type == "cuda":
-            torch._dynamo.reset()  # what other checks compiled counts towards its limit
-        backend = "inductor" if device.type == "cuda" else "aot_eager"
-        model.compile_blocks(backend, lean=check.again > 0)
-    rows, depths = texts(check)
-    P, n = check.pairs, check.negatives
-    groups = [[i, P + i, *range(2 * P + i * n, 2 * P + (i + 1) * n)] for i in range(P)]
-    batch = collate(
-        groups,
-        lambda row: rows[row],
-        np.arange(len(rows)),
-        depths,
-        None,
-        max_tokens=run.pack_tokens,
-    )
+        compile_for(model, device, lean=check.again > 0)
+    batch = batch_of(check)
     half = device.type == "cuda"
     with torch.autocast("cuda", torch.bfloat16) if half else nullcontext():
         parts = [model(some.to(device), recompute=check.again) for some in batch.packs]
@@ -167,6 +156,26 @@ def packed(check: Check, device: torch.device) -> tuple[Tensor, Gradients]:
     return differentiated((weights(run).to(device) * loss_EM).sum(), model)
 
 
+def compile_for(model: Transformer, device: torch.device, lean: bool) -> None:
+    if device.type == "cuda":
+        torch._dynamo.reset()  # what other checks compiled counts towards its limit
+    model.compile_blocks("inductor" if device.type == "cuda" else "aot_eager", lean=lean)
+
+
+def batch_of(check: Check) -> Batch:
+    rows, depths = texts(check)
+    P, n = check.pairs, check.negatives
+    groups = [[i, P + i, *range(2 * P + i * n, 2 * P + (i + 1) * n)] for i in range(P)]
+    return collate(
+        groups,
+        lambda row: rows[row],
+        np.arange(len(rows)),
+        depths,
+        None,
+        max_tokens=check.max_tokens,
+    )
+
+
 def differentiated(loss: Tensor, model: Transformer) -> tuple[Tensor, Gradients]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters)
@@ -174,12 +183,15 @@ def differentiated(loss: Tensor, model: Transformer) -> tuple[Tensor, Gradients]
     return loss.detach().cpu(), found
 
 
-def verdict(check: Check, device: torch.device) -> dict[str, Any]:
+Computed = Callable[[Check, torch.device], tuple[Tensor, Gradients]]
+
+
+def verdict(check: Check, device: torch.device, compute: Computed = packed) -> dict[str, Any]:
     """An error up to eager's is right. Floor, of the truth's size: two steps of the dtype, as the
     largest of thousands of errors is another in another order of sums; an fp32 logit is known to
     its step over the temperature."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    got_loss, got = packed(check, device)
+    got_loss, got = compute(check, device)
     eager_loss, eager = alone(check, dtype)
     truth_loss, truth = alone(check, torch.float64)
     floor = 2 * torch.finfo(dtype).eps + 64 * EPS32 / check.run.loss.temperature

@@ -126,8 +126,10 @@ def padded(case: "Case", start: Transformer) -> Peer:
     return model, loss, "padded to the longest text, weights bf16, blocks recomputed"
 
 
-def sentence_transformers(case: "Case", start: Transformer) -> Peer:
+def sentence_transformers(case: "Case", start: Transformer, cached: bool = True) -> Peer:
     """MatryoshkaLoss(CachedMultipleNegativesRankingLoss), its model opened as a user opens one.
+
+    cached: otherwise MultipleNegativesRankingLoss, with a graph of all texts.
 
     Raises:
         Missing: it is not installed, or tokenizers is not.
@@ -147,13 +149,16 @@ def sentence_transformers(case: "Case", start: Transformer) -> Peer:
     model = st.SentenceTransformer(modules=[transformer, pooling], device=str(device)).train()
     run = case.run
     directions = ("query_to_doc", "doc_to_query") if run.loss.symmetric else ("query_to_doc",)
-    ranking = losses.CachedMultipleNegativesRankingLoss(
-        model,
-        scale=1 / run.loss.temperature,
-        mini_batch_size=case.mini_batch,
-        directions=directions,
-        partition_mode="per_direction",
-    )
+    options = {
+        "scale": 1 / run.loss.temperature,
+        "directions": directions,
+        "partition_mode": "per_direction",
+    }
+    if cached:
+        options["mini_batch_size"] = case.mini_batch
+        ranking = losses.CachedMultipleNegativesRankingLoss(model, **options)
+    else:
+        ranking = losses.MultipleNegativesRankingLoss(model, **options)
     w_M = weights(run)[-1]
     dims = list(run.model.matryoshka_dims)
     matryoshka = losses.MatryoshkaLoss(model, ranking, dims, (w_M / w_M.sum()).tolist())
@@ -167,7 +172,8 @@ def sentence_transformers(case: "Case", start: Transformer) -> Peer:
         return value
 
     table = " of a plain table," if run.model.ranks else ""
-    return model, loss, f"last layer only,{table} mini-batches of {case.mini_batch}, weights bf16"
+    of = f"mini-batches of {case.mini_batch}" if cached else "one batch"
+    return model, loss, f"last layer only,{table} {of}, weights bf16"
 
 
 def columns(case: "Case", inputs: "Texts") -> list[dict[str, Tensor]]:

@@ -172,8 +172,8 @@ def partition(
         y,
         scale,
         positive,
-        torch.stack(list(row_keys)).long() if row_keys else None,
-        torch.stack(list(col_keys)).long() if col_keys else None,
+        _stacked(row_keys),
+        _stacked(col_keys),
         None if ceiling is None else ceiling.detach(),
         row_counts,
         col_counts,
@@ -182,3 +182,81 @@ def partition(
         workspace,
     )
     return rows, cols if columns else None, None if positive is None else own
+
+
+def partition_backward(
+    x: Tensor,
+    y: Tensor,
+    outputs: Parts,
+    slopes: Parts,
+    *,
+    dims: tuple[int, ...],
+    scale: Tensor,
+    positive: Tensor | None = None,
+    row_keys: Sequence[Tensor] = (),
+    col_keys: Sequence[Tensor] = (),
+    ceiling: Tensor | None = None,
+    row_counts: Tensor | None = None,
+    col_counts: Tensor | None = None,
+    columns: bool = False,
+    workspace: int = WORKSPACE,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dx [E, R, D], dy [E, S, D], dscale [E, M] of `partition`, by hand.
+
+    For callers that hand y through and keep no graph of it: what autograd would return, from
+    nothing but the inputs and the outputs. Not differentiable.
+
+    Args:
+        outputs: what `partition` returned for the other arguments, which are its own.
+        slopes: dL/d of each output, None where that is None.
+
+    Raises:
+        ValueError: an implementation that cannot be.
+    """
+    check_impl(impl)
+    if use_triton(impl, x):
+        from . import _partition_op
+
+        empty = scale.new_empty(*scale.shape, 0, dtype=torch.float32)  # what was not asked for
+        saved = [empty if part is None else part.contiguous() for part in (*outputs, *slopes)]
+        with torch.no_grad():
+            return _partition_op._backward_op(
+                x,
+                y,
+                scale,
+                positive,
+                _stacked(row_keys),
+                _stacked(col_keys),
+                ceiling,
+                row_counts,
+                col_counts,
+                list(dims),
+                columns,
+                workspace,
+                *saved,
+            )
+    with torch.enable_grad():
+        x, y, scale = (t.detach().requires_grad_() for t in (x, y, scale))
+        again = partition_ref(
+            x,
+            y,
+            dims=dims,
+            scale=scale,
+            positive=positive,
+            row_keys=row_keys,
+            col_keys=col_keys,
+            ceiling=ceiling,
+            row_counts=row_counts,
+            col_counts=col_counts,
+            columns=columns,
+            workspace=workspace,
+        )
+    wanted = [part for part in again if part is not None]
+    given = [slope for slope in slopes if slope is not None]
+    dx, dy, dscale = torch.autograd.grad(wanted, (x, y, scale), given)
+    return dx, dy, dscale
+
+
+def _stacked(keys: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(keys)).long() if keys else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import config
-from .model import Transformer
+from .model import Transformer, mode
 from .pack import PackedBatch, pack
 
 SIZES = 256, 512  # tokens of the probe: two points of a line
@@ -58,13 +58,15 @@ class Kept:
         return layers
 
 
-def recomputed(run: config.Run, kept: Kept | None, packs: Sequence[PackedBatch]) -> int:
-    """The layers to recompute in a step of these packs, as configured."""
+def recomputed(
+    run: config.Run, kept: Kept | None, packs: Sequence[PackedBatch], budget: float
+) -> int:
+    """The layers to recompute in a step of these packs, as configured, for `budget` bytes."""
     layers = run.model.num_hidden_layers
     if run.activation_checkpointing != "selective":
         return layers if run.activation_checkpointing == "block" else 0
     assert kept is not None
-    return kept.blocks(packs, layers, run.activation_gib * 2**30)
+    return kept.blocks(packs, layers, budget)
 
 
 def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
@@ -85,7 +87,8 @@ def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
         return x
 
     autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
-    with torch.enable_grad(), autocast, saved_tensors_hooks(note, lambda x: x):
+    keeping = saved_tensors_hooks(note, lambda x: x)
+    with mode(model, training=True), torch.enable_grad(), autocast, keeping:
         out = model.block(model.layers[0], x_TD.requires_grad_(), cos_sin, batch.work)
     total = sum(found.values())
     del out  # only now: memory of what is kept is nobody else's

@@ -1,25 +1,46 @@
 """Save and find training state. A checkpoint is complete or it is not there.
 
-`checkpoints/step_00000500/` is a model directory like any other (export and encode read it) plus
-`training.safetensors` (optimiser moments, random state) and `state.json`. It is written under
-another name, flushed to disk, then renamed; only then are older ones deleted.
+`checkpoints/step_00000500/` holds safetensors that torch.distributed.checkpoint writes, of every
+process the shards that it has: `model.<name>`, `optimizer.<parameter>.<key>`, `rng.<device>.<rank>`
+and what else a run hands over. Beside them are the json files of a model directory, so that encode
+and export read it, and `state.json`: the step, how many processes there were, and size and sha256
+of every file. It is written under another name, flushed to disk, then renamed; only then are older
+ones deleted.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.fsdp import FSDPModule
 
-TRAINING = "training.safetensors"
 STATE = "state.json"
+SHARDS = "shard-*.safetensors"
+FILE = 2**30  # bytes of a file, about: each is put together in memory before it is written
+
+# Alone, a process has no group, which is no mistake. Here, as filters are no thread's own.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+T = TypeVar("T")
+
+
+# ---- files ----
 
 
 @contextmanager
@@ -73,38 +94,264 @@ def write_text(path: Path, text: str) -> None:
         raise ValueError(f"{path}: could not be written: {error}") from None
 
 
-def save(
-    directory: Path,
-    step: int,
-    write_model: Callable[[Path], None],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> Path:
-    """Write `directory/step_<step>` and delete all but the `keep` newest.
+# ---- saving ----
+
+
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
+) -> dict[str, Tensor]:
+    """What training goes on from: weights, the optimiser's moments and step counts, and the random
+    state of this process. Tensors are those in use; DTensors stay what they are.
 
     Args:
-        write_model: writes the model and its tokenizer into a directory.
-        keep: how many to keep, the new one included.
-
-    Raises:
-        ValueError: it could not be written; earlier checkpoints are untouched.
+        model: without DistributedDataParallel around it. What FSDP2 has gathered is divided again:
+            gathered parameters are other objects than those that the optimiser knows.
     """
-    target = directory / f"step_{step:08d}"
-    if (target / STATE).is_file():  # saved already, by the same step of the same run
-        return target
-    tensors = {f"optimizer.{n}": t for n, t in optimizer_tensors(model, optimizer).items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors[f"rng.cpu.{rank}"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    with atomic_directory(target) as partial:
-        write_model(partial)
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / TRAINING)
-        (partial / STATE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        tensors[f"rng.cuda.{rank}"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+class Saver:
+    """Writes the checkpoints of a run, in the background if asked to, one at a time.
+
+    Made, used and closed by all processes alike. As a context manager it waits at the end for what
+    is being written, which has to be before the process group ends: gloo aborts otherwise.
+
+    Args:
+        directory: `checkpoints`, one for all processes; no other run writes there.
+        rank, size: this process, and how many there are.
+        keep: how many checkpoints to keep, the new one included.
+        background: copy to host memory and write while training goes on; else write at once.
+    """
+
+    def __init__(
+        self, directory: Path, rank: int, size: int, keep: int, background: bool = True
+    ) -> None:
+        self.directory, self.rank, self.size = directory, rank, size
+        self.keep, self.background = keep, background
+        # Its own, so that what the writing thread sends does not mix with training's collectives.
+        self.group = dist.new_group(backend="gloo") if size > 1 else None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+
+    def save(
+        self, step: int, tensors: dict[str, Tensor], write_beside: Callable[[Path], None]
+    ) -> None:
+        """Write `step_<step>`, unless it is there already, and delete all but the `keep` newest.
+
+        Waits for the checkpoint before it. Once this returns, tensors may change.
+
+        Args:
+            tensors: by name. A DTensor is written in shards; any other tensor that several
+                processes name is written once, by one of them, and has to be the same on all.
+            write_beside: writes config.json and the like into a directory, on the main process; in
+                the background if that is where checkpoints are written.
+
+        Raises:
+            ValueError: it, or the one before it, could not be written, on all processes alike;
+                earlier checkpoints are untouched.
+        """
+        self.wait()
+        if not self.background:
+            now = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            return self._write(step, now, write_beside)
+        form = torch.contiguous_format
+        copies = {  # of DTensors, DTensors on the host
+            name: tensor.detach().to("cpu", copy=True, memory_format=form)
+            for name, tensor in tensors.items()
+        }
+        self.writing = self.thread.submit(self._write, step, copies, write_beside)
+
+    def wait(self) -> None:
+        """Until all is on disk.
+
+        Raises:
+            ValueError: it could not be written. Said once; the next call has nothing to wait for.
+        """
+        if (writing := self.writing) is not None:
+            wait_for([writing])  # interrupted, it can be waited for again
+            self.writing = None
+            writing.result()
+
+    def close(self) -> None:
+        """`wait`, then end the thread and its process group. Raises what `wait` raises."""
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
+            if self.group is not None:
+                dist.destroy_process_group(self.group)
+                self.group = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except ValueError:
+            if error is None:  # else what ended the block is said
+                raise
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], write_beside: Callable[[Path], None]
+    ) -> None:
+        """A checkpoint, by all processes together."""
+        target = self.directory / f"step_{step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            if not self._on_main(lambda: _begin(target, partial)):
+                return
+            with _one_line_failures():
+                dcp.save(
+                    tensors,  # type: ignore[arg-type]  # a dict is invariant
+                    storage_writer=_Writer(str(partial), save_distributed=True),
+                    process_group=self.group,
+                    no_dist=self.size == 1,
+                )
+            files: dict[str, Any] = {}
+            for written in self._everywhere(lambda: self._written(partial, write_beside)):
+                files |= written
+            state = {"step": step, "processes": self.size, "files": dict(sorted(files.items()))}
+            self._on_main(lambda: _finish(state, partial, target))
+        except (ValueError, RuntimeError) as error:  # RuntimeError: gloo lost a process
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"{target}: could not be written: {error}") from error
+        self._on_main(lambda: _prune(self.directory, self.keep))
+
+    def _written(self, partial: Path, write_beside: Callable[[Path], None]) -> dict[str, Any]:
+        """Size and sha256 of each file that this process wrote, flushed: its shards and, on the
+        main process, what is beside them."""
+        paths = list(partial.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
+        if self.rank == 0:
+            write_beside(partial)
+            others = set(partial.rglob("*")) - set(partial.glob(SHARDS))
+            paths += [path for path in others if path.is_file()]
+        for path in paths:
+            flush(path)
+        sums = _sha256_of(paths)
+        return {
+            path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sum}
+            for path, sum in zip(paths, sums, strict=True)
+        }
+
+    def _everywhere(self, what: Callable[[], T]) -> list[T]:
+        """What `what` gives on every process, in rank order.
+
+        Raises:
+            ValueError: it failed on one; raised by all, as others would wait for ever otherwise.
+        """
+        mine: tuple[T | None, str | None]
+        cause = None
+        try:
+            mine = what(), None
+        except Exception as error:
+            known = isinstance(error, OSError | ValueError | SafetensorError)
+            mine = None, str(error) if known else f"{type(error).__name__}: {error}"
+            cause = error
+        found: list[Any] = [mine]
+        if self.group is not None:
+            found = [None] * self.size
+            dist.all_gather_object(found, mine, group=self.group)
+        for _, reason in found:
+            if reason is not None:
+                raise ValueError(reason) from cause
+        return [result for result, _ in found]
+
+    def _on_main(self, what: Callable[[], T]) -> T | None:
+        """What `what` gives on the main process, to all; ValueErrors as `_everywhere`."""
+        return self._everywhere(lambda: what() if self.rank == 0 else None)[0]
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Several files a process, each of one kind (model, optimizer, ..) and of about FILE bytes."""
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Called by the main process with what each process is to write."""
+        sizes = {
+            item.index.fqn: item.tensor_data.properties.dtype.itemsize
+            * item.tensor_data.size.numel()
+            for plan in plans
+            for item in plan.items
+            if item.tensor_data is not None
+        }
+        files: dict[str, int] = {}
+        last, room = "", 0
+        for name in sorted(sizes):
+            kind = name.partition(".")[0]
+            new = kind != last or room < sizes[name]
+            # Processes share a tensor, or the tensors, so that each writes about its part.
+            room = (FILE * len(plans) if new else room) - sizes[name]
+            files[name] = max(files.values(), default=0) + new
+            last = kind
+        self.fqn_to_index_mapping = files
+        return super().prepare_global_plan(plans)
+
+
+def _begin(target: Path, partial: Path) -> bool:
+    """Make way for a checkpoint; -> whether there is one to write."""
+    if (target / STATE).is_file():  # saved already, by the same step of the same run
+        return False
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError("expected nothing there yet, found something")
+    for left in target.parent.glob(".step_*.partial"):  # by a process that was killed
+        shutil.rmtree(left)
+    partial.mkdir(parents=True)
+    return True
+
+
+def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
+    """Write `state.json`; everything is on disk before the name is."""
+    for name, file in state["files"].items():
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise ValueError(f"{name}: expected a directory that all processes share")
+    text = json.dumps({**state, "sha256": _seal(state)}, indent=1) + "\n"
+    (partial / STATE).write_text(text, encoding="utf-8")
+    flush(partial / STATE)
+    for path in (*partial.rglob("*"), partial):
+        if path.is_dir():
+            flush(path)
+    partial.rename(target)  # replaces an empty directory, never a full one
+    flush(target.parent)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints. ValueError where one cannot be deleted."""
     for old in complete(directory)[:-keep]:
-        (old / STATE).unlink()  # first: a deletion that is interrupted leaves nothing complete
-        shutil.rmtree(old)
-    return target
+        try:
+            (old / STATE).unlink()  # first: a deletion that is interrupted leaves nothing complete
+            shutil.rmtree(old)
+        except OSError as error:
+            raise ValueError(f"{old}: could not be deleted: {error}") from None
+
+
+@contextmanager
+def _one_line_failures() -> Iterator[None]:
+    """torch.distributed.checkpoint's exception, which is no Exception, as a ValueError."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        of_all = [f"process {rank}: {one}" for rank, (one, _) in error.failures.items()]
+        raise ValueError("; ".join(of_all)) from error
+
+
+# ---- finding ----
 
 
 def complete(directory: Path) -> list[Path]:
@@ -112,28 +359,189 @@ def complete(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob(f"step_*/{STATE}"))
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Give optimiser and random generators their saved state; -> the contents of `state.json`."""
-    tensors = load_file(path / TRAINING)
+def newest(
+    directory: Path, say: Callable[[str], None] = print, set_aside: bool = False
+) -> Path | None:
+    """The last checkpoint in which every file is what was written, None where there is none at all.
+    For the main process: every byte is read.
+
+    Args:
+        say: told of each damaged one that is newer, in a line.
+        set_aside: rename these to `damaged_step_..`, so that their steps can be saved again.
+
+    Raises:
+        ValueError: there are some, all damaged; none is renamed.
+    """
+    bad: list[tuple[Path, str]] = []
+    good = None
+    for path in sorted(directory.glob("step_*"), reverse=True):
+        if (what := damage(path)) is None:
+            good = path
+            break
+        bad.append((path, what))
+    if good is None and complete(directory):
+        lines = "; ".join(f"{path.name}/{what}" for path, what in bad)
+        raise ValueError(
+            f"{directory}: expected a checkpoint that is whole, all are damaged: {lines}"
+        )
+    if good is None:  # nothing but what was left of deletions
+        return None
+    for path, what in bad:
+        note = ""
+        if set_aside:
+            names = (f"damaged_{path.name}{f'_{i}' if i else ''}" for i in range(10_000))
+            aside = next(path.with_name(name) for name in names if not (directory / name).exists())
+            path.rename(aside)
+            note = f", renamed to {aside.name}"
+        say(f"{path} is damaged{note}; {good.name} is used instead. {what}")
+    return good
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint: `state.json` not as it was written, and each file that is
+    missing, surplus (a shard that would be read), of another size or of another content. None if
+    nothing is."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        seal = state.pop("sha256")
+    except FileNotFoundError:
+        return f"{STATE}: expected a file, found none"
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        return f"{STATE}: expected the json that was written, found other text ({error})"
+    if seal != (found := _seal(state)):
+        return f"{STATE}: expected sha256 {seal} of its contents, found {found}"
+    wrong, whole = [], {}
+    for name, file in state["files"].items():
+        if not (path / name).is_file():
+            wrong.append(f"{name}: expected a file, found none")
+        elif (size := (path / name).stat().st_size) != file["bytes"]:
+            wrong.append(f"{name}: expected {file['bytes']} bytes, found {size}")
+        else:
+            whole[path / name] = file["sha256"]
+    for file, sum in zip(whole, _sha256_of(whole), strict=True):
+        if sum != whole[file]:
+            name = file.relative_to(path).as_posix()
+            wrong.append(f"{name}: expected sha256 {whole[file]}, found {sum}")
+    surplus = {file.name for file in path.glob("*.safetensors")} - state["files"].keys()
+    wrong += [f"{name}: expected no such file, found one" for name in sorted(surplus)]
+    return "; ".join(wrong) or None
+
+
+def _seal(state: dict[str, Any]) -> str:
+    """sha256 of what `state.json` says."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of(paths: Iterable[Path]) -> list[str]:
+    """Of every file, several at once."""
+
+    def one(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(one, paths))
+
+
+# ---- loading ----
+
+
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int
+) -> dict[str, Any]:
+    """Give a model, its optimiser and this process's random generators their saved state, in
+    place; -> the contents of `state.json`. Every process reads what it holds, whatever the number
+    of processes that saved and however these had divided the parameters.
+
+    Random generators stay as they are if a run of another number of processes saved.
+
+    Args:
+        model: without DistributedDataParallel around it; values go over in its dtypes.
+        optimizer: of this model; gets state, in the dtypes saved, for the parameters that had some.
+
+    Raises:
+        ValueError: other names or shapes than the model's; files that cannot be read.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    stored = _stored(path)
+    into = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    moments: dict[str, list[str]] = {}
+    for name in stored:
+        if name.startswith("optimizer."):
+            moments.setdefault(name.split(".", 1)[1].rpartition(".")[0], []).append(name)
     names = {p: name for name, p in model.named_parameters()}
+    optimizer.state.clear()
     for group in optimizer.param_groups:
+        on_device = bool(group.get("fused") or group.get("capturable"))  # where they want `step`
         for parameter in group["params"]:
-            prefix = f"optimizer.{names[parameter]}."
-            found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device)  # step, too: a fused optimiser has it there
-                for key, value in found.items()
-            }
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as `<parameter>.<key>` tensors (moments and step counts)."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+            for name in moments.get(names[parameter], ()):
+                made = _empty_state(parameter, stored[name], on_device)
+                optimizer.state[parameter][name.rpartition(".")[2]] = made
+                into[name] = made
+    kinds = ("model.", "optimizer.")
+    expected = {name for name in stored if name.startswith(kinds)}
+    for name in sorted(expected | into.keys()):
+        got = list(stored[name].size) if name in stored else "none"
+        want = list(into[name].shape) if name in into else "none"
+        if got != want:
+            raise ValueError(f"{path}: {name}: expected shape {want}, got {got}")
+    own = (f"rng.cpu.{rank}", f"rng.cuda.{rank}") if state.get("processes") == size else ()
+    rng = {
+        name: torch.empty(stored[name].size, dtype=torch.uint8) for name in own if name in stored
     }
+    _load(path, {**into, **rng})
+    for name, value in rng.items():
+        if name.startswith("rng.cpu."):
+            torch.set_rng_state(value)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(value)
+    return state
+
+
+def _empty_state(parameter: Tensor, stored: TensorStorageMetadata, on_device: bool) -> Tensor:
+    """Room for a moment, divided as the parameter is, or for a step count."""
+    if not stored.size:
+        device = parameter.device if on_device else torch.device("cpu")
+        return torch.zeros((), dtype=stored.properties.dtype, device=device)
+    return torch.zeros_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
+
+
+def read(path: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint whose names begin with `prefix`, whole and on the CPU, in the
+    shapes and dtypes saved; no group of processes is needed.
+
+    Raises:
+        ValueError: files that cannot be read, or not all that were written.
+    """
+    tensors = {
+        name: torch.empty(one.size, dtype=one.properties.dtype)
+        for name, one in _stored(path).items()
+        if name.startswith(prefix)
+    }
+    _load(path, tensors)
+    return tensors
+
+
+def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape, dtype and shards of every tensor. ValueError where a shard is missing: torch would
+    leave its elements as they are."""
+    try:
+        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: could not be read: {error}") from None
+    for name, one in found.items():
+        assert isinstance(one, TensorStorageMetadata)
+        if sum(chunk.sizes.numel() for chunk in one.chunks) != one.size.numel():
+            raise ValueError(f"{path}: {name}: expected all of its shards, some are missing")
+    return found  # type: ignore[return-value]  # narrowed above
+
+
+def _load(path: Path, into: dict[str, Tensor]) -> None:
+    """Fill tensors in place. No process waits for another: each reads what it holds."""
+    if into:
+        try:
+            with _one_line_failures():
+                reader = dcp.HuggingFaceStorageReader(str(path))
+                dcp.load(into, storage_reader=reader, no_dist=True)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{path}: could not be read: {error}") from error

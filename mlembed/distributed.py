@@ -5,12 +5,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+
+# torch 2.13 renamed these two, and warns of the older names.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,25 @@ def gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         return [x]
     # Collectives move equal shapes: shorter slabs are filled up with rows that are cut off again.
     filled = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
-    return [slab[:, :n] for slab, n in zip(all_gather(filled), sizes, strict=True)]
+    slabs = _Gather.apply(filled, len(sizes)).unbind()
+    return [slab[:, :n] for slab, n in zip(slabs, sizes, strict=True)]
+
+
+class _Gather(torch.autograd.Function):
+    """[E, n, D] of one shape everywhere -> [processes, E, n, D]; gradients are summed by owner."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        whole = x.new_empty(size * x.shape[0], *x.shape[1:])
+        all_gather(whole, x)
+        return whole.view(size, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (whole,) = gradients
+        own = whole.new_empty(whole.shape[1:])
+        reduce_scatter(own, whole.flatten(0, 1).contiguous(), op=dist.ReduceOp.SUM)
+        return own, None
 
 
 def any_process(flag: bool, where: World) -> bool:
@@ -76,3 +98,12 @@ def any_process(flag: bool, where: World) -> bool:
     shared = torch.tensor([float(flag)], device=where.device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return bool(shared.item())
+
+
+def broadcast(number: int, where: World) -> int:
+    """The main process's number (int64), on all."""
+    if where.size == 1:
+        return number
+    shared = torch.tensor([number], dtype=torch.int64, device=where.device)
+    dist.broadcast(shared, src=0)
+    return int(shared.item())

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import config, log, pretrained, tokenizer
-from .model import Transformer
+from .model import Transformer, mode
 from .pack import budgeted, pack
 
 
@@ -65,7 +65,10 @@ class Encoder:
         rank: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order."""
+        """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order.
+
+        Nothing is dropped, also while the model is being trained.
+        """
         cfg = self.model.cfg
         exits = cfg.exits if exits is None else exits
         device = self.model.norm.weight.device
@@ -75,7 +78,7 @@ class Encoder:
         packs = budgeted(np.array([len(text) for text in ids], dtype=np.int64), self.max_tokens)
         for rows in tqdm(packs, desc="encoding", disable=not progress, leave=False):
             batch = pack([ids[row] for row in rows]).to(device)
-            with half:
+            with half, mode(self.model, training=False):
                 vectors = self.model(batch, exits=exits, rank=rank)
             out[:, torch.from_numpy(rows)] = vectors.float().cpu()
         return out

@@ -13,7 +13,8 @@ Letters: E exits, N texts, T packed tokens, D width, H heads, K head width, V vo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,11 +72,17 @@ class Vocabulary(nn.Module):
         return embed(ids, self.U, self.W, rank, impl="reference")
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What to compute in where weights are of `dtype`: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RMSNorm(nn.RMSNorm):
-    """In the dtype of its weight (fp32 masters), also where autocast hands it bf16."""
+    """In fp32, or its weight's fp64, also where autocast hands it bf16, or FSDP2 a bf16 weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        dtype = wide(self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -141,15 +148,34 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.input_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.dropout = cfg.dropout
+
+    def forward(
+        self, x_TD: Tensor, run: Callable[..., Tensor], *args: Any, recompute: bool = False
+    ) -> Tensor:
+        """run(self, x_TD, *args), as a call of this module, which is what FSDP2's hooks are on.
+
+        What is recomputed in the backward calls `run` alone: the hooks have had their turn.
+        """
+        if not recompute:
+            return run(self, x_TD, *args)
+        drops = self.dropout > 0 and self.training  # the same again; saving the state costs
+        return checkpoint(run, self, x_TD, *args, use_reentrant=False, preserve_rng_state=drops)
 
     def before(self, x_TD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the layer."""
-        return self.self_attn(self.input_layernorm(x_TD), cos_TK, sin_TK)
+        normed_TD = self.input_layernorm(x_TD).to(x_TD.dtype)
+        return self.self_attn(normed_TD, cos_TK, sin_TK)
 
     def after(self, x_TD: Tensor, out_THK: Tensor) -> Tensor:
         """The residual stream behind the layer, out_THK being what attention gave."""
-        x_TD = x_TD + self.self_attn.o_proj(out_THK.flatten(1))
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        x_TD = x_TD + self.dropped(self.self_attn.o_proj(out_THK.flatten(1)))
+        normed_TD = self.post_attention_layernorm(x_TD).to(x_TD.dtype)
+        return x_TD + self.dropped(self.mlp(normed_TD))
+
+    def dropped(self, x_TD: Tensor) -> Tensor:
+        # Without dropout a compiled half is the same for training and evaluation.
+        return F.dropout(x_TD, self.dropout) if self.dropout and self.training else x_TD
 
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -160,15 +186,16 @@ def keep_products(ctx: Any, operator: Any, *args: Any, **options: Any) -> Checkp
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def lean_half(half: Callable[..., Any]) -> Callable[..., Any]:
-    """A half of a block, for the compiler, that keeps products alone."""
+def lean_half(half: Callable[..., Any], dropout: bool) -> Callable[..., Any]:
+    """A half of a block, for the compiler, that keeps products alone; with `dropout`, what it takes
+    to drop the same again as well."""
 
     def run(*args: Any) -> Any:
         return checkpoint(
             half,
             *args,
             use_reentrant=False,
-            preserve_rng_state=False,
+            preserve_rng_state=dropout,
             context_fn=partial(create_selective_checkpoint_contexts, keep_products),
         )
 
@@ -246,7 +273,8 @@ class Transformer(nn.Module):
         anew: 44 KiB a token and layer of Qwen3-0.6B in bf16 instead of 34, attention's included
         (bench/LOG.md).
         """
-        halves = (lean_half(f) if lean else f for f in (Block.before, Block.after))
+        drops = self.cfg.dropout > 0
+        halves = (lean_half(f, drops) if lean else f for f in (Block.before, Block.after))
         self._before, self._after = (
             torch.compile(half, dynamic=True, backend=backend) for half in halves
         )
@@ -287,13 +315,8 @@ class Transformer(nn.Module):
             if work is None:
                 break
             run = self._kept if depth in batch.kept else self.block
-            some = batch.kept.get(depth, work)
-            if depth <= recompute and torch.is_grad_enabled():
-                x_TD = checkpoint(
-                    run, layer, x_TD, cos_sin, some, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_TD = run(layer, x_TD, cos_sin, some)
+            again = depth <= recompute and torch.is_grad_enabled()
+            x_TD = layer(x_TD, run, cos_sin, batch.kept.get(depth, work), recompute=again)
             further = batch.work_at(depth + 1) if depth < exits[-1] else None
             staying = 0 if further is None else further.tokens
             if depth in exits:
@@ -303,8 +326,7 @@ class Transformer(nn.Module):
             elif staying < len(x_TD):
                 x_TD, _ = Exit.apply(x_TD, work.cu_seqlens[:0].long(), staying)
         if len(pooled) < len(exits):  # deeper than any of the texts
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            nobody_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide)
+            nobody_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))
             pooled += [nobody_ND] * (len(exits) - len(pooled))
         return torch.stack(pooled)
 
@@ -337,12 +359,12 @@ class Transformer(nn.Module):
     def rotation(self, pos_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, K / 2] of position x frequency, theta^(-2i/K) for i = 0..K/2-1.
 
-        In the norms' dtype: position 4000 times frequency 1 has no fraction left in bf16.
+        In fp32 at least, as norms are: position 4000 times frequency 1 has no fraction in bf16.
         """
         K = self.cfg.head_dim
         exponent = torch.arange(0, K, 2, device=pos_T.device, dtype=torch.float32) / K
         angle = pos_T.float()[:, None] * self.cfg.rope_theta**-exponent
-        dtype = self.norm.weight.dtype
+        dtype = wide(self.norm.weight.dtype)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _exit(self, x_TD: Tensor, work: Work, staying: int) -> tuple[Tensor, Tensor]:
@@ -360,7 +382,18 @@ class Transformer(nn.Module):
             rows_N = end - 1 if self.cfg.pooling == "last" else begin
             x_TD, pooled = Exit.apply(x_TD, rows_N, staying)
             pooled = self.norm(pooled)
-        return x_TD, pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+        return x_TD, pooled
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, the model is in training or in evaluation mode; then in the one that it was in."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 # ---- sizes ----

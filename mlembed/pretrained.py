@@ -2,7 +2,9 @@
 
 A directory holds `config.json` and `model.safetensors` as any Qwen3 model has them, the vocabulary
 merged into one table, and beside these what keeps the nesting: `mlembed_config.json` (exits,
-prefixes, ranks) and `mlembed_factors.safetensors` (U and W), which other libraries ignore.
+prefixes, ranks) and `mlembed_factors.safetensors` (U and W), which other libraries ignore. A
+training checkpoint (checkpoint.py), which has the weights in shards and no merged table, is read
+as well.
 """
 
 import hashlib
@@ -64,7 +66,11 @@ def hf_config(cfg: config.Model) -> dict[str, Any]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint (one file or shards), names without a leading `model.`."""
+    """All tensors of a model (one file, several, or a training checkpoint's shards), names without
+    a leading `model.`. ValueError where there are none."""
+    if any(directory.glob(checkpoint.SHARDS)):
+        found = checkpoint.read(directory, "model.")
+        return {name.removeprefix("model."): tensor for name, tensor in found.items()}
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{directory}: expected model.safetensors, found none")
@@ -214,7 +220,8 @@ def warn_beyond_break_even(cfg: config.Model) -> None:
 
 
 def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = None) -> Transformer:
-    """A Transformer from a directory that mlembed saved, or from any Qwen3 checkpoint.
+    """A Transformer from a directory that mlembed saved, a training checkpoint included, or from
+    any Qwen3 checkpoint.
 
     A table that is to have ranks is factorised, once (`cached_factors`); factors that mlembed saved
     are read as they are.
@@ -234,26 +241,21 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
     weights = read_weights(directory)
     weights.pop("lm_head.weight", None)
     table = weights.pop("embed_tokens.weight", None)
-    if table is None:
+    if table is None and "embed_tokens.U" not in weights:
         raise ValueError(f"{directory}: expected embed_tokens.weight, found none")
-    if not cfg.ranks:
+    if table is None:  # a training checkpoint
+        U, W = (weights.pop(f"embed_tokens.{name}") for name in "UW")
+        if not cfg.ranks:
+            weights["embed_tokens.weight"] = U.float() @ W.float()
+    elif not cfg.ranks:
         weights["embed_tokens.weight"] = table
     elif (directory / FACTORS).is_file():
-        with safe_open(directory / FACTORS, framework="pt") as tensors:
-            U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
-        # Another library may have trained the table on since; a sample of its rows tells.
-        fits = (len(U), W.shape[1]) == table.shape
-        some = slice(None, None, max(1, len(table) // 64))
-        if not fits or not torch.allclose(U[some] @ W, table[some].float(), rtol=1e-3, atol=1e-4):
-            raise ValueError(
-                f"{directory}: expected the factors of {FACTORS} to give embed_tokens.weight, they "
-                "do not: remove that file to factorise the table anew"
-            )
-        weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
-        weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
+        U, W = _saved_factors(directory, table)
     else:
         U, W = cached_factors(table, cfg.ranks[-1], counts)
-        weights["embed_tokens.U"], weights["embed_tokens.W"] = U, W
+    if cfg.ranks:
+        weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
+        weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
     model = Transformer(cfg)
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
@@ -263,6 +265,21 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
+
+
+def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
+    """U and W beside a merged table. ValueError where they give another."""
+    with safe_open(directory / FACTORS, framework="pt") as tensors:
+        U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
+    # Another library may have trained the table on since; a sample of its rows tells.
+    fits = (len(U), W.shape[1]) == table.shape
+    some = slice(None, None, max(1, len(table) // 64))
+    if not fits or not torch.allclose(U[some] @ W, table[some].float(), rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"{directory}: expected the factors of {FACTORS} to give embed_tokens.weight, they "
+            "do not: remove that file to factorise the table anew"
+        )
+    return U, W
 
 
 def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
@@ -289,6 +306,11 @@ def save(model: Transformer, directory: Path) -> None:
         weights["embed_tokens.weight"] = factors["U"] @ factors["W"]
         save_file(factors, directory / FACTORS, metadata={"format": "pt"})
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    describe(cfg, directory)
+
+
+def describe(cfg: config.Model, directory: Path) -> None:
+    """Write config.json and the nesting, which weights of this shape are beside."""
     hf = json.dumps(hf_config(cfg), indent=2) + "\n"
     (directory / "config.json").write_text(hf, encoding="utf-8")
     # What computes attention is left out: a model trained by flash_attn also loads on a laptop.

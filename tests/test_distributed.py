@@ -1,9 +1,9 @@
 """Real gloo processes against one: gathered rows and their gradients, the loss, and the gradients
 of a whole step. Run as a script (by torchrun), this file is one of these processes."""
 
-import dataclasses
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config, data, tokenizer
-from mlembed.distributed import World, any_process, gather, world
+from mlembed.distributed import World, any_process, broadcast, gather, world
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside
+GATHERED = (torch.float64, torch.float32, torch.bfloat16)
 BATCHES = (0, 1, 2, 3)
 
 
@@ -28,10 +29,10 @@ def rows_and_weights(size):
     return rows, torch.randn(size, *rows.shape, generator=generator, dtype=torch.float64)
 
 
-def gathered(where):
+def gathered(where, dtype):
     """-> (what this process gathered, the gradient of its own rows)."""
     sizes = SIZES[where.size]
-    rows, weights = rows_and_weights(where.size)
+    rows, weights = (x.to(dtype) for x in rows_and_weights(where.size))
     begin = sum(sizes[: where.rank])
     own = rows[:, begin : begin + sizes[where.rank]].clone().requires_grad_()
     whole = torch.cat(gather(own, sizes), dim=1)
@@ -39,14 +40,31 @@ def gathered(where):
     return whole.detach(), own.grad
 
 
+@cache
+def text():
+    """Pairs with 0 to 3 hard negatives, n-way ids, and a tokenizer of both."""
+    texts, starts, ids = [], [0], []
+    for i in range(24):
+        texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
+        starts.append(len(texts))
+        ids += [data.text_id(f"positive {i % 20}")] * 2
+        ids += [data.text_id(text) for text in texts[len(ids) :]]
+    pairs = data.Table("pairs", False, texts, np.array(ids), np.array(starts))
+    texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
+    groups = np.array([data.text_id("nway", text.split()[1]) for text in texts])
+    nway = data.Table("nway", True, texts, groups, np.arange(0, 61, 3))
+    return [pairs, nway], tokenizer.train([*pairs.texts, *nway.texts], 300)
+
+
 def training(dtype, symmetric, skip):
-    """A run with every nesting, and its text: pairs with 0 to 3 hard negatives, and n-way ids.
+    """A run with every nesting, its text, tokenizer and model.
 
     skip: some groups leave after the first layer, and texts are in more packs than two.
     """
+    tables, learnt = text()
     run = config.Run(
         model=config.Model(
-            vocab_size=300,
+            vocab_size=learnt.get_vocab_size(),
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
@@ -61,23 +79,8 @@ def training(dtype, symmetric, skip):
         batch_size=8,
         pack_tokens=20 if skip else 131_072,
     )
-    texts, starts, ids = [], [0], []
-    for i in range(24):
-        texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
-        starts.append(len(texts))
-        ids += [data.text_id(f"positive {i % 20}")] * 2
-        ids += [data.text_id(text) for text in texts[len(ids) :]]
-    pairs = data.Table("pairs", False, texts, np.array(ids), np.array(starts))
-    texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
-    groups = np.array([data.text_id("nway", text.split()[1]) for text in texts])
-    nway = data.Table("nway", True, texts, groups, np.arange(0, 61, 3))
-    learnt = tokenizer.train([*pairs.texts, *nway.texts], 300)
-    run = dataclasses.replace(
-        run, model=dataclasses.replace(run.model, vocab_size=learnt.get_vocab_size())
-    )
     torch.manual_seed(0)
-    model = Transformer(run.model).to(dtype)
-    return run, [pairs, nway], learnt, model
+    return run, tables, learnt, Transformer(run.model).to(dtype)
 
 
 def step(where, number, dtype, symmetric, skip):
@@ -98,7 +101,8 @@ def process(where, out: Path):
     """Everything one process is asked for. Local to this function, so that nothing that used the
     group is alive when the group ends."""
     found = {
-        "gather": gathered(where),
+        "gather": {dtype: gathered(where, dtype) for dtype in GATHERED},
+        "broadcast": broadcast(7 + (1 << 40) + where.rank, where),
         "any": [
             any_process(flag, where) for flag in (False, where.rank == where.size - 1, where.main)
         ],
@@ -125,25 +129,30 @@ def found(request, tmp_path_factory):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "terminate called" not in done.stderr and "Traceback" not in done.stderr
+    for trouble in ("terminate called", "Traceback", "`torch.distributed."):  # is deprecated
+        assert trouble not in done.stderr
     return [torch.load(out / f"{i}.pt", weights_only=False) for i in range(request.param)]
 
 
 # ---- gather ----
 
 
-def test_gather_forward(found):
+@pytest.mark.parametrize("dtype", GATHERED)
+def test_gather_forward(found, dtype):
     rows, _ = rows_and_weights(len(found))
     for process in found:
-        assert torch.equal(process["gather"][0], rows)
+        assert torch.equal(process["gather"][dtype][0], rows.to(dtype))
 
 
-def test_gather_backward_sums_what_all_losses_ask(found):
-    rows, weights = rows_and_weights(len(found))
+@pytest.mark.parametrize("dtype", GATHERED)
+def test_gather_backward_sums_what_all_losses_ask(found, dtype):
+    rows, weights = (x.to(dtype).double() for x in rows_and_weights(len(found)))
     rows.requires_grad_()
     sum((rows**2 * w).sum() for w in weights).backward()
-    got = torch.cat([process["gather"][1] for process in found], dim=1)
-    assert torch.allclose(got, rows.grad, rtol=1e-12, atol=0)
+    got = torch.cat([process["gather"][dtype][1] for process in found], dim=1)
+    terms = sum((2 * rows * w).abs() for w in weights).detach()  # each rounded, and their sums
+    assert got.dtype == dtype
+    assert ((got - rows.grad).abs() <= 4 * torch.finfo(dtype).eps * terms).all()
 
 
 def test_gather_alone_is_the_identity():
@@ -203,6 +212,11 @@ def test_batches_are_of_both_kinds_and_unequal_shares(found):
 def test_any_process(found):
     assert [process["any"] for process in found] == [[False, True, True]] * len(found)
     assert any_process(True, ALONE) and not any_process(False, ALONE)
+
+
+def test_broadcast(found):
+    assert [process["broadcast"] for process in found] == [7 + (1 << 40)] * len(found)
+    assert broadcast(5, ALONE) == 5
 
 
 def test_world_in_processes(found):

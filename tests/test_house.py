@@ -38,7 +38,7 @@ LEVELS = [
         "tokenizer",
     },
     {"arguments", "depth", "model", "log"},
-    {"activations", "data", "guards", "ring"},
+    {"activations", "data", "guards", "resume", "ring"},
     {"pretrained", "optim", "loss", "distill", "engine"},
     {"encode", "gradcache"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},

@@ -21,10 +21,12 @@ from transformers import (
     Qwen3Model,
 )
 
+import mlembed.checkpoint
 from mlembed import config, pretrained
 from mlembed.model import Transformer
 from mlembed.pack import pack
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # As in test_model.py: prime vocabulary, heads x head_dim unlike the width, an odd theta.
 CFG = config.Model(
     vocab_size=101,
@@ -178,6 +180,52 @@ def test_stored_factors_keep_their_order(tmp_path):
     # And a plain table can be asked for.
     plain = pretrained.load(str(tmp_path), replace(NESTED, ranks=()))
     torch.testing.assert_close(our_exits(plain), our_exits(model), rtol=0, atol=1e-5)
+
+
+# ---- training checkpoints ----
+
+
+def in_shards(model: Transformer, directory: Path, monkeypatch) -> Path:
+    """A checkpoint of several files, with more in it than weights."""
+    monkeypatch.setattr(mlembed.checkpoint, "FILE", 1000)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = mlembed.checkpoint.training_tensors(model, optimizer, 0)
+    with mlembed.checkpoint.Saver(directory, 0, 1, 1, background=False) as saver:
+        saver.save(7, tensors, lambda path: pretrained.describe(model.cfg, path))
+    return directory / "step_00000007"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cfg", [CFG, NESTED], ids=["table", "factors"])
+def test_a_training_checkpoint_is_read_exactly(cfg, dtype, tmp_path, monkeypatch):
+    model = randomise(Transformer(cfg)).to(dtype)
+    path = in_shards(model, tmp_path, monkeypatch)
+    assert len(list(path.glob("shard-*.safetensors"))) > 9
+    assert not list(path.glob("model*.safetensors"))
+    again = pretrained.load(str(path))
+    assert again.cfg == cfg
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert after[name].dtype == torch.float32 and torch.equal(after[name], weight.float()), name
+    next(path.glob("shard-00001-model-00003-*")).unlink()
+    refused(path, "expected")
+
+
+def test_a_training_checkpoint_at_other_ranks(tmp_path, monkeypatch):
+    path = in_shards(model := randomise(Transformer(NESTED)), tmp_path / "factors", monkeypatch)
+    lower = pretrained.load(str(path), replace(NESTED, ranks=(3,)))
+    assert torch.equal(our_exits(lower), our_exits(model, 3))
+    plain = pretrained.load(str(path), replace(NESTED, ranks=()))
+    torch.testing.assert_close(our_exits(plain), our_exits(model), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"embed_tokens.U: expected shape \[101, 20\]"):
+        pretrained.load(str(path), replace(NESTED, ranks=(3, 20)))
+    path = in_shards(model := randomise(Transformer(CFG)), tmp_path / "table", monkeypatch)
+    factors = pretrained.load(str(path), replace(CFG, ranks=(3, 24)))
+    torch.testing.assert_close(our_exits(factors), our_exits(model), rtol=0, atol=1e-4)
 
 
 # ---- transformers' directories ----

@@ -211,7 +211,7 @@ def test_all_ranks_in_one_step(arguments, tmp_path, micro_batches):
             want += loss_EM.detach()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     model.zero_grad()
-    got = one_step(job, 0, iter(batches), None)
+    got = one_step(job, 0, iter(batches))
     torch.testing.assert_close(got.loss_EM, want, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.norm, norm, rtol=1e-5, atol=0)
     assert got.queries == [8 * micro_batches] * 2
