@@ -266,7 +266,7 @@ def optimise(job: Job, start: int) -> int:
             tokens += result.tokens
             done = step + 1
             bar.update()
-            if done % run.log_every == 0 or done == run.steps:
+            if result.bad is None and (done % run.log_every == 0 or done == run.steps):
                 rate = tokens / (time.perf_counter() - clock)
                 loss = record(job, done, result, rate)
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
@@ -415,13 +415,15 @@ def add_gradients(
 
 
 def first_bad(job: Job, table_EM: Tensor, exits: tuple[int, ...]) -> str:
-    """What was not finite, in the order in which it was computed: weights, losses, gradients. Of
-    the first two a process sees its own, of gradients what all have."""
-    gradient = first_bad_gradient(job.model)  # communicates: all processes ask
-    found = guards.bad_weight(job.model) or guards.bad_loss(
-        table_EM, exits, job.run.model.matryoshka_dims
-    )
-    return found or f"gradient of {gradient or 'nothing by itself, but their norm'}"
+    """What was not finite, in the order in which it was computed: weights, losses, gradients. All
+    processes call it, and agree on whether it is weights; of these and of losses each sees its own.
+    """
+    gradient = first_bad_gradient(job.model)
+    weight = guards.bad_weight(job.model)
+    if any_process(weight is not None, job.where):
+        return weight or "weight that another process holds"
+    loss = guards.bad_loss(table_EM, exits, job.run.model.matryoshka_dims)
+    return loss or f"gradient of {gradient or 'nothing by itself, but their norm'}"
 
 
 def record(job: Job, step: int, result: Step, rate: float) -> float:

@@ -300,6 +300,12 @@ class Run:
             raise ValueError("optim.weights: expected fp32 with engine fsdp, got bf16")
         if self.cpu_offload and self.engine != "fsdp":
             raise ValueError(f"engine: expected fsdp with cpu_offload, got {self.engine}")
+        most = self.batch_size * (1 + self.loss.num_negatives)
+        if 0 < self.loss.memory_bank < most:
+            raise ValueError(
+                f"loss.memory_bank: expected 0 or at least the {most} documents of a micro-batch, "
+                f"got {self.loss.memory_bank}"
+            )
         if self.loss.memory_bank and self.depth.curriculum != "none":
             raise ValueError(
                 "depth.curriculum: expected none with loss.memory_bank, as kept documents have the "

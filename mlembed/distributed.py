@@ -2,6 +2,8 @@
 
 import gc
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +48,10 @@ def world(device: str = "auto") -> Iterator[World]:
     if kind == "cuda":
         torch.cuda.set_device(where)
     if size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))
+        own = fresh(store, rank, size)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     try:
         yield World(rank, size, where)
     finally:
@@ -98,6 +103,27 @@ def any_process(flag: bool, where: World) -> bool:
     shared = torch.tensor([float(flag)], device=where.device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return bool(shared.item())
+
+
+def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store, the same on all processes, that no earlier attempt wrote to.
+
+    torchrun keeps one store over restarts, in which a process may still find the addresses of those
+    that died. So the main process draws a name; an answer to a question that carries a name of its
+    own is new, and so is an acknowledgement of an answer.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        name = store.get(f"answer/{question}").decode()
+        store.set(f"{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    for other in range(1, size):
+        while not store.check([f"{name}/{other}"]):
+            store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def broadcast(number: int, where: World) -> int:

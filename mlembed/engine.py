@@ -45,7 +45,8 @@ class Engine:
     @staticmethod
     def of(model: Transformer, run: config.Run, where: World, half: bool) -> "Engine":
         """The configured one. All processes call it, with a model of equal shape on their device;
-        the weights become those of the main process (ddp), or are cut from each one's (fsdp).
+        the weights become those of the main process (ddp), or each keeps a shard of its own, which
+        have to be equal (fsdp).
 
         Args:
             half: whether forwards run under bf16 autocast.
@@ -99,7 +100,7 @@ class Engine:
             torch._foreach_mul_(grads, factor.to(grads[0].device))
 
     def zero(self) -> None:
-        """Drop the gradients, after a step or instead of one."""
+        """Drop the gradients, after the last backward, whether or not the optimiser used them."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
@@ -191,16 +192,12 @@ class Sharded(Engine):
         dist.all_reduce(square)
         return square.sqrt().to(grads[0].dtype)
 
-    def zero(self) -> None:
-        for part in self.parts:
-            part.reshard()
-        super().zero()
-
     def whole(self) -> Transformer | None:
         weights: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            full = parameter.detach().to(self.where.device).full_tensor()
+            shard = parameter.detach().to(self.where.device)  # where collectives are
+            assert isinstance(shard, DTensor), "expected shards: between steps"
+            full = shard.full_tensor()
             if self.where.main:
                 weights[name] = full
         if not self.where.main:

@@ -21,8 +21,8 @@ def to_weights(model: nn.Module, cfg: config.Optim) -> None:
 
 
 def adamw(model: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
-    """Weight decay on matrices, none on norms. fp32 weights: torch's, fused on every device; bf16
-    ones (what `to_weights` made): StochasticAdamW."""
+    """Weight decay on matrices, none on norms. fp32 weights, shards of them (FSDP2) as well:
+    torch's, fused on every device; bf16 ones (what `to_weights` made): StochasticAdamW."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -86,7 +86,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         assert state["exp_avg"].dtype == torch.float32, "expected fp32 moments: load_state_dict?"
-        state["step"] = state["step"].cpu() + 1  # checkpoint.restore puts it on the device
+        state["step"] = state["step"].cpu() + 1  # where load_state_dict may put it elsewhere
         step = state["step"].item()
         weights, grads = parameter.view(-1), parameter.grad.reshape(-1)  # which may be strided
         firsts, seconds = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 
 import pytest
@@ -498,3 +499,35 @@ def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
     keys = ["--model.ranks", "8", "16", "--max_length", "32"]
     run = arguments.parse(["qwen3", "--init", str(directory), *keys])
     assert (run.model.ranks, run.max_length, run.model.hidden_size) == ((8, 16), 32, 64)
+
+
+# ---- big batches, many processes ----
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optim": Optim(weights="bf16"), "engine": "fsdp"}, "optim.weights: expected fp32"),
+        ({"cpu_offload": True}, "engine: expected fsdp with cpu_offload, got ddp"),
+        ({"loss": Loss(memory_bank=255)}, "at least the 256 documents of a micro-batch, got 255"),
+        (
+            {"loss": Loss(memory_bank=256), "depth": config.Depth(curriculum="gradual")},
+            "depth.curriculum: expected none with loss.memory_bank",
+        ),
+        ({"allow_changed": ("steps", "optim.lrr")}, "allow_changed: no such key optim.lrr"),
+        ({"activation_gib": -1.0}, "activation_gib: expected 0 or more, got -1.0"),
+    ],
+)
+def test_runs_that_cannot_be(change, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Run(**change)
+
+
+def test_losses_and_models_that_cannot_be():
+    with pytest.raises(ValueError, match="loss.memory_bank: expected 0 or more, got -1"):
+        Loss(memory_bank=-1)
+    with pytest.raises(ValueError, match="loss.ranks: expected sampled with a memory bank"):
+        Loss(memory_bank=512, ranks="all")
+    with pytest.raises(ValueError, match="model.dropout: expected 0..1"):
+        Model(dropout=1.0)
+    assert Run(loss=Loss(memory_bank=256), engine="fsdp", cpu_offload=True).activation_gib == 0

@@ -202,6 +202,23 @@ def test_bf16_stays_near_and_returns_fp32(encoder):
     assert (half * encoder.encode(TEXTS)).sum(1).min() > 0.99
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_under_training_drops_nothing_and_goes_on_training(encoder, fails, monkeypatch):
+    model = Transformer(replace(encoder.model.cfg, dropout=0.5))
+    model.load_state_dict(encoder.model.state_dict())
+    training = Encoder(model.train(), encoder.tokenizer, MAX_LENGTH)
+    for mode in (True, False):
+        model.train(mode)
+        assert torch.equal(training.exits(TEXTS), encoder.exits(TEXTS))
+        assert {module.training for module in model.modules()} == {mode}
+    if fails:
+        monkeypatch.setattr(model, "rotation", None)
+        model.train()
+        with pytest.raises(TypeError):
+            training.exits(TEXTS)
+        assert all(module.training for module in model.modules())
+
+
 def test_encoding_leaves_the_model_alone(encoder):
     before = {n: w.clone() for n, w in encoder.model.state_dict().items()}
     first = encoder.encode(TEXTS, 5, 1, 3)

@@ -30,7 +30,7 @@ SMALL = [
 ]
 SKIP = ["--depth.exits", "1", "2", "--depth.shares", "0.3", "0.7"]
 DROPOUT = ["--model.dropout", "0.3"]
-# What is asked for -> (arguments, the step). With this seed steps 0 and 3 are of pairs, 1 and 2 n-way.
+# What is asked for -> (arguments, the step). By this seed steps 0 and 3 are of pairs, 1, 2 n-way.
 OBJECTIVES = {
     "symmetric": ([], 0),
     "one way": (["--loss.no-symmetric"], 1),

@@ -296,6 +296,113 @@ def test_initial_spread_of_the_vocabulary():
     assert product.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+# ---- dropout ----
+
+DROPS = replace(NESTED, dropout=0.4)
+
+
+def drawn(model: Transformer, seed: int = 1, recompute: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    return model(pack(texts((5, 1, 29))), exits=ALL_EXITS, recompute=recompute)
+
+
+def test_dropout_is_off_in_evaluation(nested):
+    model = build(DROPS)
+    assert not model.training
+    assert torch.equal(drawn(model), drawn(nested))
+    model.train()
+    a, b, again = drawn(model, 1), drawn(model, 2), drawn(model, 1)
+    assert torch.equal(a, again) and not torch.allclose(a, b, atol=0.1)
+    # Without dropout the mode is no matter.
+    assert torch.equal(drawn(build(NESTED).train()), drawn(nested))
+
+
+def test_dropout_scales_what_it_keeps():
+    """Of what attention and the MLP add, each entry by itself: nothing of it, or 1 / (1 - p)."""
+    layer = build(DROPS).train().layers[0]
+    whole = build(NESTED).layers[0]
+    x_TD, out_THK = torch.zeros(500, 24), torch.randn(500, 4, 10)
+    for silent in ("mlp.down_proj", "self_attn.o_proj"):
+        for one in (layer, whole):
+            torch.nn.init.zeros_(one.get_submodule(silent).weight)
+        if silent == "self_attn.o_proj":
+            weight = torch.randn(24, 37)
+            x_TD = torch.randn(500, 24)
+            for one in (layer, whole):
+                one.mlp.down_proj.weight.data = weight
+        share = (layer.after(x_TD, out_THK) - x_TD) / (whole.after(x_TD, out_THK) - x_TD)
+        kept = share > 0.5
+        assert kept.float().mean().item() == pytest.approx(0.6, abs=0.02)
+        torch.testing.assert_close(share, kept / 0.6, rtol=1e-2, atol=1e-3)
+
+
+def gradients(model: Transformer, recompute: int = 0) -> dict[str, Tensor]:
+    model.zero_grad()
+    weights = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(3))
+    (drawn(model, recompute=recompute) * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", [1, 4])
+def test_what_is_recomputed_drops_the_same(recompute):
+    model = build(DROPS).train()
+    want, got = gradients(model), gradients(model, recompute)
+    for name, gradient in want.items():
+        assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_dropout_in_compiled_blocks(lean):
+    """Forward and backward drop the same: on the way to an exit a step is what the gradient says.
+    And compiled halves follow the mode."""
+    torch._dynamo.reset()
+    model = build(DROPS)
+    plain = drawn(model).detach()
+    model.compile_blocks("aot_eager", lean=lean)
+    model.train()
+    for recompute in (0, 2):
+        model.double()
+        found = gradients(model, recompute)
+        generator = torch.Generator().manual_seed(4)
+        steps = {n: torch.randn(g.shape, generator=generator).double() for n, g in found.items()}
+        weights = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(3))
+        ends = []
+        for size in (1e-6, -1e-6):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.add_(size * steps[name])
+            ends.append((drawn(model, recompute=recompute) * weights).sum().item())
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.sub_(size * steps[name])
+        slope = sum((g * steps[name]).sum().item() for name, g in found.items())
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+    model.float().eval()
+    torch.testing.assert_close(drawn(model).detach(), plain, rtol=0, atol=1e-5)
+    assert not torch.allclose(drawn(model.train()).detach(), plain, atol=0.1)
+
+
+# ---- narrow weights ----
+
+
+def test_norms_and_rotations_of_bf16_weights_are_fp32():
+    """As FSDP2 hands them over: position 4000 has no fraction in bf16."""
+    model, narrow = build(CFG), build(CFG).bfloat16()
+    positions = torch.tensor([0, 1, 4000, 4001])
+    for a, b in zip(model.rotation(positions), narrow.rotation(positions), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b)
+    assert model.double().rotation(positions)[0].dtype == torch.float64
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = narrow.norm.weight.float()
+    want = F.rms_norm(x.float(), (24,), weight, CFG.rms_norm_eps)
+    assert torch.equal(narrow.norm(x), want)
+    with torch.no_grad():
+        batch = pack(texts((5, 1, 29)))
+        got, want = narrow(batch, exits=ALL_EXITS), build(CFG)(batch, exits=ALL_EXITS)
+    assert got.dtype == torch.float32
+    assert F.cosine_similarity(got, want, dim=-1).min() > 0.99
+
+
 def test_packing_keeps_texts_apart():
     batch = pack([np.array([5, 6, 7]), np.array([8]), np.array([9, 5])])
     assert isinstance(batch, PackedBatch) and len(batch) == 3

@@ -400,9 +400,10 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     """Weights, moments and the random numbers of the rounding, in a process that is elsewhere."""
     model, optimizer = fresh()
     train(model, optimizer, 3)
-    path = checkpoint.save(
-        tmp_path, 3, lambda p: pretrained.save(model, p), model, optimizer, keep=1
-    )
+    with checkpoint.Saver(tmp_path, 0, 1, keep=1, background=False) as saver:
+        tensors = checkpoint.training_tensors(model, optimizer, 0)
+        saver.save(3, tensors, lambda p: pretrained.describe(model.cfg, p))
+    path = tmp_path / "step_00000003"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, optimizer, 4)
     ends = []
@@ -413,7 +414,7 @@ def test_training_goes_on_bit_for_bit(tmp_path):
             assert p.dtype == before[name].dtype and torch.equal(p, before[name]), name
         resumed = adamw(again, BF16)
         torch.manual_seed(1)
-        assert checkpoint.restore(path, again, resumed) == {"step": 3}
+        assert checkpoint.restore(path, again, resumed, 0, 1)["step"] == 3
         if seed:
             torch.manual_seed(seed)
         train(again, resumed, 4)

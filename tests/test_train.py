@@ -264,6 +264,7 @@ def test_signals_save_and_stop(arguments, tmp_path, number):
     while process.poll() is None and not (metrics.exists() and losses(tmp_path / "stopped")):
         time.sleep(0.02)
     process.send_signal(number)
+    process.send_signal(number)  # as torchrun does, of what a terminal has sent to all already
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "go on with --resume" in out
@@ -409,12 +410,12 @@ def test_full_disk_keeps_what_was_saved(arguments, tmp_path):
 
     wrapper = (
         "import resource, runpy, sys, mlembed.checkpoint as c\n"
-        "real = c.save\n"
-        "def save(directory, step, *rest):\n"
+        "real = c.Saver.save\n"
+        "def save(self, step, *rest):\n"
         f"    limit = {largest // 2} if step > 2 else resource.RLIM_INFINITY\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
-        "    return real(directory, step, *rest)\n"
-        "c.save = save\n"
+        "    return real(self, step, *rest)\n"
+        "c.Saver.save = save\n"
         "sys.argv = ['train.py', *sys.argv[1:]]\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
