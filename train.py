@@ -144,6 +144,7 @@ class Job:
 
 def train(run: config.Run, where: World) -> int:
     """-> exit status: 0 finished, 130 stopped by a signal after saving."""
+    log.check_tracker(run.tracker)
     out = log.Log(Path(run.output_dir) / run.name, where.main)
     directory, found = resume.find_run(run, where, out.say)
     start = resume.step_of(found)

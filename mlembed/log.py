@@ -116,6 +116,17 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield prefix + key, float(value)
 
 
+def check_tracker(name: str) -> None:
+    """ValueError where the package of a tracker is not installed."""
+    try:
+        if name not in ("tensorboard", "none"):
+            __import__(name)
+    except ImportError:
+        raise ValueError(
+            f"tracker: expected {name} to be installed, it is not: pip install {name}"
+        ) from None
+
+
 def _tracker(
     name: str, directory: Path, step: int
 ) -> tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]:
@@ -132,11 +143,7 @@ def _tracker(
                 writer.add_scalar(key, value, step)
 
         return write, writer.close
-    try:
-        module = __import__(name)
-    except ImportError:
-        raise ValueError(
-            f"tracker: expected {name} to be installed, it is not: pip install {name}"
-        ) from None
+    check_tracker(name)
+    module = __import__(name)
     module.init(project="mlembed", name=directory.name)
     return (lambda values, step: module.log(dict(values), step=step)), module.finish
