@@ -58,18 +58,20 @@ NAME = "layers.1.mlp.down_proj.weight"
 
 
 def test_a_bad_gradient_is_skipped_and_harms_nothing(tmp_path, capsys):
-    job, feed = job_of(tmp_path, "--non-finite", "skip")
+    job, feed = job_of(tmp_path, "--non-finite", "skip", "--loss.memory-bank", 64)
     assert guarded(job, 0, feed).bad is None
-    before = snapshot(job)
+    before, held = snapshot(job), job.bank.state()
     hook = poisoned(job, NAME)
     result = guarded(job, 1, feed)
     assert result.bad == f"gradient of {NAME}"
     after = snapshot(job)
     assert before.keys() == after.keys() and len(before) > 40
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert job.bank.state().keys() == held.keys()  # nor are its documents negatives of others
     assert f"skipped step 2, source pairs: gradient of {NAME}" in capsys.readouterr().out
     hook.remove()
     assert guarded(job, 2, feed).bad is None
+    assert len(job.bank.state()) > len(held) > 0
     assert all(x.isfinite().all() for x in snapshot(job).values())
     assert not torch.equal(before[NAME], snapshot(job)[NAME])
     (line,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
