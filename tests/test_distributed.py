@@ -3,16 +3,19 @@ of a whole step. Run as a script (by torchrun), this file is one of these proces
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config, data, tokenizer
-from mlembed.distributed import World, any_process, broadcast, gather, world
+from mlembed.distributed import World, any_process, broadcast, fresh, gather, world
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 
@@ -222,6 +225,20 @@ def test_broadcast(found):
 def test_world_in_processes(found):
     size = len(found)
     assert [process["world"] for process in found] == [(i, size, i == 0) for i in range(size)]
+
+
+def test_a_restart_does_not_find_what_the_attempt_before_it_wrote():
+    """One store for three attempts; processes arrive in any order, and old questions are there."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=10))
+    for attempt in range(3):
+        order = [(0, 1, 2), (2, 1, 0), (1, 0, 2)][attempt]
+        with ThreadPoolExecutor(3) as threads:
+            asked = {rank: threads.submit(fresh, store, rank, 3) for rank in order}
+            own = {rank: future.result(timeout=20) for rank, future in asked.items()}
+        assert not own[1].check(["address"])
+        own[0].set("address", f"of attempt {attempt}")
+        assert {part.get("address").decode() for part in own.values()} == {f"of attempt {attempt}"}
 
 
 def test_world_alone(monkeypatch):
