@@ -13,11 +13,12 @@ from .distributed import World, broadcast
 def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None]:
     """-> (directory, checkpoint to go on from). A directory that holds another run is refused.
 
-    A restart by torchrun (`--max-restarts`) goes on with what there is, as `resume` does.
+    A restart by torchrun (`--max-restarts`) or SLURM goes on with what there is, as `resume` does.
     """
     directory = Path(run.output_dir) / run.name
     saved = directory / "config.json"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    counts = (os.environ.get(f"{by}_RESTART_COUNT") for by in ("TORCHELASTIC", "SLURM"))
+    restarted = any(int(count or 0) > 0 for count in counts)
     if restarted and not saved.is_file():
         return directory, None
     if not run.resume and not restarted:

@@ -253,6 +253,17 @@ def test_a_changed_configuration_is_refused_by_its_keys_unless_allowed(arguments
         changed([*args, "--allow-changed", "stepz"])
 
 
+@pytest.mark.parametrize("by", ["TORCHELASTIC", "SLURM"])
+def test_a_restart_goes_on_without_being_asked_to(arguments, whole, tmp_path, monkeypatch, by):
+    args = [*arguments, "--output-dir", whole.parent, "--steps", STEPS]
+    with pytest.raises(ValueError, match="expected no run there yet, found one"):
+        changed(args)
+    monkeypatch.setenv(f"{by}_RESTART_COUNT", "1")
+    assert changed(args)[1].name == f"step_{STEPS:08d}"
+    early = [*arguments, "--output-dir", tmp_path, "--steps", STEPS]  # nothing was written yet
+    assert changed(early) == (tmp_path / "tiny", None)
+
+
 def test_what_fits_a_machine_may_change(arguments, whole):
     machine = ["--no-gradient-cache", "--activation-gib", 3, "--no-save-async"]
     machine += ["--loss.negatives-across", "ring", "--loss.bank-on", "host"]
