@@ -123,7 +123,7 @@ class Loss:
     step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
     negatives_across: Literal["gather", "ring"] = "gather"
     """How other processes' texts become candidates: all at once, or passed around, so that no
-    process ever holds more than two processes' texts."""
+    process ever holds more than its own and two others' (one in hand, one arriving)."""
     memory_bank: int = 0
     """Documents of earlier steps, of the batch's source, that are negatives of its queries as well
     (MoCo's queue, arXiv 1911.05722); no gradient reaches them. Whole micro-batches, the newest."""
