@@ -36,6 +36,8 @@ from mlembed import (
     log,
     pretrained,
     resume,
+    shapes,
+    strict,
     tokenizer,
 )
 from mlembed.activations import Kept
@@ -78,7 +80,7 @@ def read_text(run: config.Run, say: Any) -> tuple[list[data.Table], list[Any]]:
 def text_to_ids(run: config.Run, found: Path | None, tables: list[data.Table]) -> Tokenizer:
     """The tokenizer of a checkpoint of this run, of `init`, or one learnt from the text."""
     if found or run.init:
-        return tokenizer.load(found or config.resolve(run.init))
+        return tokenizer.load(found or shapes.resolve(run.init))
     return tokenizer.train((t for table in tables for t in table.texts), run.model.vocab_size)
 
 
@@ -88,7 +90,7 @@ def build(
     """The model of a checkpoint of this run, of `init`, or with random weights."""
     torch.manual_seed(run.seed)
     if found:
-        saved = config.from_checkpoint(found, run.model)
+        saved = shapes.from_checkpoint(found, run.model)
         return pretrained.load(str(found), replace(saved, dropout=run.model.dropout))
     if not run.init:
         return Transformer(replace(run.model, vocab_size=learnt.get_vocab_size()))
@@ -495,7 +497,7 @@ def finish(job: Job) -> None:
         cells = evaluate.grid(encoder, job.tasks, progress=True)
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
-        extra = {"run": config.to_dict(run), "commit": log.commit(), "untrained": untrained}
+        extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         evaluate.write_report(directory / "report", cells, extra)
         out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
         spent = time.perf_counter() - began

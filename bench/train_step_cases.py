@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlembed import config
+from mlembed import config, recipes
 from mlembed.depth import drawn
 from mlembed.model import num_parameters
 from mlembed.pack import Batch, PackedBatch, collate
@@ -92,7 +92,7 @@ SKIP = config.Depth(exits=(7, 14, 21, 28))  # in equal shares
 
 def of_qwen3(depth: config.Depth | None = None, **options: Any) -> config.Run:
     """As the recipe has it: ML-Embed's weights, temperature and learning rate, one direction."""
-    recipe = config.qwen3()
+    recipe = recipes.qwen3()
     model = config.Model(**{**QWEN3, **options})
     return replace(recipe, model=model, depth=depth or recipe.depth, activation_gib=ACTIVATION_GIB)
 

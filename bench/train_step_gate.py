@@ -73,7 +73,8 @@ class Check:
             matryoshka_dims=(8, self.width // 2, self.width),
             ranks=self.ranks,
         )
-        loss = config.Loss(symmetric=self.symmetric, matryoshka_weights="ml-embed")
+        directions: Any = "symmetric" if self.symmetric else "query_to_doc"
+        loss = config.Loss(directions=directions, matryoshka_weights="ml-embed")
         return config.Run(model=model, loss=loss, pack_tokens=self.max_tokens)
 
 

@@ -58,7 +58,7 @@ def dense(exits_END: Tensor, pairs: int, run: config.Run, depths: Tensor | None 
             a, b = (F.normalize(x[:, :d], dim=-1) for x in (q, docs))
             logits = a @ b.T / loss.temperature
             one = F.cross_entropy(logits, target)
-            if loss.symmetric:
+            if loss.directions == "symmetric":
                 one = (one + F.cross_entropy(logits[:, : len(q)].T, target)) / 2
             table.append(one)
     return torch.stack(table).view(len(exits), -1)
@@ -148,7 +148,11 @@ def sentence_transformers(case: "Case", start: Transformer, cached: bool = True)
     pooling = modules.Pooling(case.run.model.hidden_size, pooling_mode="lasttoken")
     model = st.SentenceTransformer(modules=[transformer, pooling], device=str(device)).train()
     run = case.run
-    directions = ("query_to_doc", "doc_to_query") if run.loss.symmetric else ("query_to_doc",)
+    directions = (
+        ("query_to_doc", "doc_to_query")
+        if run.loss.directions == "symmetric"
+        else ("query_to_doc",)
+    )
     options = {
         "scale": 1 / run.loss.temperature,
         "directions": directions,

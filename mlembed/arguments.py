@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from . import config
+from . import config, recipes, shapes, strict
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -19,37 +19,37 @@ def parse(args: Sequence[str]) -> config.Run:
     Raises:
         ValueError: an unknown recipe or key (with near names), a value that does not fit.
     """
-    usage = f"python train.py {{{','.join(config.RECIPES)}}} [--help] [--key value ..]"
+    usage = f"python train.py {{{','.join(recipes.RECIPES)}}} [--help] [--key value ..]"
     if not args or args[0] in ("-h", "--help"):
         lines = [
             f"  {name:8}{(make.__doc__ or '').splitlines()[0]}"
-            for name, make in config.RECIPES.items()
+            for name, make in recipes.RECIPES.items()
         ]
         print("\n".join([f"usage: {usage}", *lines, "  FILE    a config.json that a run saved"]))
         raise SystemExit(0 if args else 2)
     name, *rest = args
-    if name in config.RECIPES:
-        base = config.RECIPES[name]()
+    if name in recipes.RECIPES:
+        base = recipes.RECIPES[name]()
     elif name.endswith(".json"):
         base = config.load(name)
     else:
         raise ValueError(
-            f"recipe: expected one of {sorted(config.RECIPES)}"
-            f"{config.near(name, config.RECIPES)}, got {name!r}"
+            f"recipe: expected one of {sorted(recipes.RECIPES)}"
+            f"{strict.near(name, recipes.RECIPES)}, got {name!r}"
         )
-    known = [*config.flat_keys(config.Run), "help"]
+    known = [*strict.flat_keys(config.Run), "help"]
     rest = [f"--{arg}" if _is_override(arg, known) else arg for arg in rest]
     helping = {"-h", "--help"} & set(rest)
     for arg in rest:
         key = arg[2:].split("=")[0].replace("-", "_")
         negated = key.rpartition(".")[2].startswith("no_")
         if arg.startswith("--") and key not in known and not negated:
-            raise ValueError(f"--{key}: no such key{config.near(key, known)}")
+            raise ValueError(f"--{key}: no such key{strict.near(key, known)}")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--init", default=base.init if name in config.RECIPES else "")
+    finder.add_argument("--init", default=base.init if name in recipes.RECIPES else "")
     init = finder.parse_known_args(rest)[0].init
     if init and not helping:  # the checkpoint's shape is what further keys override
-        model = config.from_checkpoint(config.resolve(init), base.model)
+        model = shapes.from_checkpoint(shapes.resolve(init), base.model)
         longest = min(base.max_length, model.max_position_embeddings)
         base = dataclasses.replace(base, init=init, model=model, max_length=longest)
     return _override(base, rest, f"train.py {name}")

@@ -4,24 +4,24 @@ A run's resolved configuration is saved as `config.json`, which `python train.py
 re-runs; `arguments.py` reads what users write behind it.
 """
 
-import dataclasses
-import difflib
 import json
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-NESTING = "mlembed_config.json"  # what a model directory of ours says of its nesting
+from .strict import flat_keys, from_dict
+
 ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; the last layer joins
 
 
 @dataclass(frozen=True)
 class Model:
-    """Shape and nesting of the encoder (names as in a Hugging Face Qwen3 configuration)."""
+    """Shape and nesting of the encoder (names as in Hugging Face configurations)."""
 
+    style: Literal["qwen3", "bert"] = "qwen3"
+    """Blocks: RMSNorm before, rotary positions, SwiGLU, no biases; or LayerNorm behind, learned
+    positions, GELU, biases."""
     vocab_size: int = 8192
     """Tokens; when the tokenizer is trained here, how many it may learn."""
     hidden_size: int = 256
@@ -32,11 +32,18 @@ class Model:
     intermediate_size: int = 768
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-12
     max_position_embeddings: int = 512
+    """Tokens of the longest text that there are positions for."""
+    position_offset: int = 0
+    """Rows of a BERT's position table before position 0: 0, or 2 as RoBERTa and XLM-R have it."""
+    type_vocab_size: int = 2
+    """Rows of a BERT's segment table, of which the first is added to every token."""
     causal: bool = True
     """Each token sees only what precedes it (as Qwen3 does); otherwise the whole text."""
-    pooling: Literal["last", "mean", "cls"] = "last"
-    """What stands for a text: its last token (EOS), the mean of all tokens, or the first."""
+    pooling: Literal["last", "mean", "cls", "pooler"] = "last"
+    """What stands for a text: its last token (EOS), the mean of all tokens, the first ([CLS]), or
+    BERT's pooler, tanh of a dense layer over the first."""
     exits: tuple[int, ...] = ()
     """Depths where texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, 24, .. all."""
     matryoshka_dims: tuple[int, ...] = ()
@@ -82,6 +89,22 @@ class Model:
             raise ValueError(f"model.dropout: expected 0..1 (1 excluded), got {self.dropout}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim: expected an even number, got {self.head_dim}")
+        if self.style == "bert":
+            self._check_bert()
+        elif self.pooling == "pooler":
+            raise ValueError("model.pooling: expected last, mean or cls without style bert")
+
+    def _check_bert(self) -> None:
+        positive("model.type_vocab_size", self.type_vocab_size)
+        heads = self.num_attention_heads
+        if self.causal:
+            raise ValueError("model.causal: expected False with style bert, got True")
+        if self.num_key_value_heads != heads or heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                "model: expected as many key-value heads as heads, together hidden_size "
+                f"{self.hidden_size} wide, with style bert, got {self.num_key_value_heads} and "
+                f"{heads} heads of {self.head_dim}"
+            )
 
     def check(
         self, dim: int | None = None, exit: int | None = None, rank: int | None = None
@@ -110,14 +133,32 @@ class Loss:
     """The 3D objective: sum over exits and prefixes of w_e w_m loss_em, weights summing to one."""
 
     temperature: float = 0.05
-    symmetric: bool = True
-    """Mean of query-to-document and document-to-query; otherwise the first alone."""
-    exit_weights: Literal["uniform", "depth"] = "uniform"
-    """w_e equal (ML-Embed), or in proportion to the exit's depth."""
-    matryoshka_weights: Literal["uniform", "ml-embed"] = "uniform"
-    """w_m equal, or ML-Embed's 1 / (n sqrt(D / d)), n counted down from the full width."""
-    num_negatives: int = 1
-    """Hard negatives drawn per row where the data has them; shared by all queries of the batch."""
+    """Of sources that have none of their own."""
+    directions: Literal["query_to_doc", "symmetric", "gte"] = "symmetric"
+    """Of retrieval: a softmax over documents; the mean of that and one over queries; or GTE's one
+    softmax over both and over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)."""
+    count_positive_twice: bool = True
+    """With gte: both sums that hold the positive count it, as the paper prints them."""
+    margin: float = 0.0
+    """Of bitext: what the positives' cosines are lowered by (LaBSE, arXiv 2007.01852: 0.3)."""
+    hard_negatives: Literal["shared", "own", "separate"] = "shared"
+    """Of retrieval and bitext: candidates of all queries of the batch; of their own query, in one
+    softmax with the others' positives; of their own query, in a softmax of its own whose loss is
+    added (ML-Embed's released code)."""
+    num_negatives: int = 7
+    """Hard negatives drawn per row where the data has them: ML-Embed's numbers, by task."""
+    clustering_negatives: int = 9
+    classification_negatives: int = 1
+    exit_weights: Literal["uniform", "depth", "inverse", "log", "custom"] = "uniform"
+    """w_e equal (ML-Embed); in proportion to the exit's depth l; 1 / l (2DMSE, arXiv 2402.14776 v1)
+    or 1 / (1 + ln(1 + l)) (ESE, its v3) for all but the last, which weighs 1; or as given."""
+    custom_exit_weights: tuple[float, ...] = ()
+    matryoshka_weights: Literal["uniform", "ml-embed", "custom"] = "uniform"
+    """w_m equal; ML-Embed's 1 / (n sqrt(D / d)), n counted down from the full width; as given."""
+    custom_matryoshka_weights: tuple[float, ...] = ()
+    normalise_weights: bool = True
+    """Weights sum to one. Otherwise prefixes' stay as their rule has them, and so do exits' but for
+    `uniform`, which is a mean over exits in ML-Embed as well: the published losses' scale."""
     ranks: Literal["sampled", "all"] = "sampled"
     """sampled: one vocabulary rank a step, in proportion to itself (ML-Embed). all: every rank each
     step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
@@ -136,18 +177,39 @@ class Loss:
             raise ValueError(f"loss.memory_bank: expected 0 or more, got {self.memory_bank}")
         if self.memory_bank and self.ranks == "all":
             raise ValueError("loss.ranks: expected sampled with a memory bank, got all")
-        if self.num_negatives < 0:
-            raise ValueError(f"loss.num_negatives: expected 0 or more, got {self.num_negatives}")
+        for name in ("num_negatives", "clustering_negatives", "classification_negatives"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("exit_weights", "matryoshka_weights"):
+            given = getattr(self, f"custom_{name}")
+            if (getattr(self, name) == "custom") != bool(given) or any(w < 0 for w in given):
+                raise ValueError(
+                    f"loss.custom_{name}: expected numbers of 0 or more with loss.{name} custom, "
+                    f"and none otherwise, got {given} with {getattr(self, name)}"
+                )
+            if given and not sum(given) > 0:
+                raise ValueError(f"loss.custom_{name}: expected one above 0, got {given}")
+        if not 0 <= self.margin < 2:
+            raise ValueError(f"loss.margin: expected 0..2 (2 excluded), got {self.margin}")
+        if self.directions == "gte" and (self.negatives_across == "ring" or self.memory_bank):
+            raise ValueError(
+                "loss.directions: expected query_to_doc or symmetric with a ring or a memory bank, "
+                "got gte"
+            )
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; the rate warms up linearly, then falls as a cosine to `min_lr_ratio` of itself."""
+    """AdamW; the rate warms up linearly, then falls to `min_lr_ratio` of itself."""
 
     lr: float = 2e-3
     min_lr_ratio: float = 0.05
+    schedule: Literal["cosine", "linear"] = "cosine"
     warmup_ratio: float = 0.05
+    """Share of the steps; `warmup_steps`, where it is above 0, instead."""
+    warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -156,6 +218,9 @@ class Optim:
     def __post_init__(self) -> None:
         positive("optim.lr", self.lr)
         positive("optim.max_grad_norm", self.max_grad_norm)
+        positive("optim.eps", self.eps)
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps: expected 0 or more, got {self.warmup_steps}")
         if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
                 "optim: expected weight_decay of 0 or more and betas in 0..1 (1 excluded), "
@@ -164,6 +229,108 @@ class Optim:
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name}: expected 0..1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """What a student learns from a teacher, beside, or instead of, the contrastive loss.
+
+    loss = contrastive L + features F + logits S + between_exits B, each a table over exits and
+    prefixes with the weights of L.
+    """
+
+    teacher: str = ""
+    """Directory or hub id of a sentence-transformers or transformers model, which encodes each
+    batch's texts with its own tokenizer."""
+    embeddings: str = ""
+    """Or a directory of a teacher's vectors, which `python -m mlembed.teacher` wrote."""
+    prompt: str = ""
+    """What the teacher reads before each query; its documents have none."""
+    batch_tokens: int = 16_384
+    """Tokens that the teacher encodes at once, padding included."""
+    contrastive: float = 1.0
+    features: float = 0.0
+    """Mean squared difference of the vectors' coordinates."""
+    feature_form: Literal["raw", "normalised"] = "raw"
+    align: Literal["truncate", "pca", "projection"] = "truncate"
+    """How vectors of two widths are compared, at a prefix d: with the teacher's first d coordinates
+    (ML-Embed's code); with its first d principal ones; or, by a learnt matrix of which d columns
+    are used, in the teacher's space."""
+    logits: float = 0.0
+    """Difference of the cosines of queries and documents, student's and teacher's."""
+    logit_form: Literal["mse", "kl"] = "mse"
+    teacher_temperature: float = 0.05
+    """Of kl, beside the student's own."""
+    exits: Literal["last", "all"] = "last"
+    """Which exits have `features` and `logits`."""
+    between_exits: float = 0.0
+    """`logits` of every other exit towards the last one's, of whole width and without gradient."""
+
+    def __post_init__(self) -> None:
+        terms = ("contrastive", "features", "logits", "between_exits")
+        if min(getattr(self, name) for name in terms) < 0 or self.learns == 0:
+            given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
+            raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
+        positive("distill.teacher_temperature", self.teacher_temperature)
+        positive("distill.batch_tokens", self.batch_tokens)
+        if self.teacher and self.embeddings:
+            raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
+        needs, has = bool(self.features or self.logits), bool(self.teacher or self.embeddings)
+        if needs != has:
+            raise ValueError(
+                "distill: expected a teacher (or its embeddings) with features or logits above 0, "
+                f"and none without, got teacher {self.teacher or self.embeddings or 'none'}, "
+                f"features {self.features}, logits {self.logits}"
+            )
+
+    @property
+    def learns(self) -> float:
+        """Sum of the terms' weights."""
+        return self.contrastive + self.features + self.logits + self.between_exits
+
+
+TASKS = ("retrieval", "clustering", "classification", "bitext", "sts")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of training text, as a mixture file lists them."""
+
+    path: str
+    """File, directory, `name` of parallel files name.xx and name.yy, hub id, or `cldr`."""
+    name: str = ""
+    """In logs and in the draw of its items. Empty: the file's or directory's own."""
+    task: Literal["auto", "retrieval", "clustering", "classification", "bitext", "sts"] = "auto"
+    """Which loss. auto: bitext for n-way tables and parallel files, retrieval otherwise."""
+    weight: float = 1.0
+    """With `sampling` weights: its share of the batches, beside the others'."""
+    cap: int = 0
+    """At most so many items, chosen at random; 0: all."""
+    prompt: str = ""
+    """Before each query, e.g. "Instruct: Find the answer\\nQuery: "; documents have another."""
+    document_prompt: str = ""
+    temperature: float = 0.0
+    """0: the loss's."""
+    num_negatives: int = -1
+    """-1: the task's."""
+    corpus: str = ""
+    """File with the documents (_id or doc_id, text [, title]) that rows name by their ids."""
+    subset: str = ""
+    """Of a hub id: its configuration."""
+    split: str = "train"
+    streaming: bool = False
+    """Read as it comes, batch by batch, instead of stored and shuffled as a whole."""
+    rows: int = 0
+    """Of a stream: how many there are, for `sampling` alpha and exhaust."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("source: expected a path, got none")
+        for name in ("weight", "temperature", "cap", "rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"source {self.path}: {name}: expected 0 or more, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -207,12 +374,17 @@ class Run:
     """The run's directory is OUTPUT_DIR/NAME."""
     output_dir: str = "runs"
     data: tuple[str, ...] = ("cldr",)
-    """Training text: `cldr` (built in), or .jsonl / .parquet files or directories of them, holding
-    pairs (query, positive, ..) or n-way tables (id, lang, text). Each batch comes from one file."""
+    """Training text: `cldr` (built in); .jsonl, .csv, .tsv, .parquet files or directories of them;
+    `name` of parallel files name.xx and name.yy; hub ids; or a mixture, a .json file {"sources":
+    [{"path": .., "task": .., "prompt": .., ..}, ..]}. Each batch comes from one source."""
+    sources: tuple[Source, ...] = ()
+    """What the mixtures among `data` list, filled in from them."""
     eval: tuple[str, ...] = ("cldr",)
     """What to score: `cldr`, Tatoeba-layout directories, n-way tables, scored pairs (STS csv)."""
     init: str = ""
-    """Start from this Qwen3 checkpoint (directory or hub id): weights, shape and tokenizer."""
+    """Start from this checkpoint (a run, a directory or a hub id): weights, shape, tokenizer."""
+    tokenizer: str = ""
+    """Without `init`: that of this directory or hub id. Empty: one learnt from the text."""
     init_factors: Literal["uniform", "frequency"] = "uniform"
     """How `init`'s table is factorised: every token alike, or by how often the training text has
     it, so that frequent ones are the nearest."""
@@ -220,8 +392,11 @@ class Run:
     loss: Loss = field(default_factory=Loss)
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
+    distill: Distill = field(default_factory=Distill)
     steps: int = 1000
     """Optimiser steps."""
+    epochs: float = 0.0
+    """Above 0, instead of `steps`: how often as many items are drawn as there are."""
     batch_size: int = 128
     """Pairs a micro-batch, over all processes; each is a negative of all others in it."""
     gradient_accumulation_steps: int = 1
@@ -230,8 +405,14 @@ class Run:
     """Tokens a text, EOS included; longer ones are cut, keeping EOS."""
     pack_tokens: int = 131_072
     """Most tokens of one packed forward; queries and documents are packed apart."""
+    sampling: Literal["alpha", "weights", "exhaust"] = "alpha"
+    """A batch's source is drawn in proportion to (pairs in it) ** `source_alpha` (GTE, 2308.03281);
+    to the weights of `sources`; or to the batches left in it until none has any (ML-Embed)."""
     source_alpha: float = 0.5
-    """A batch's source is drawn in proportion to (pairs in it) ** alpha (GTE, section 3.2)."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """A malformed row ends the run, by file and line; or it is left out, counted and listed."""
+    loader_workers: int = -1
+    """Processes that make batches ready; -1: two on CUDA, none on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device multiplies it natively, fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -275,7 +456,7 @@ class Run:
             positive(name, getattr(self, name))
         for name in ("keep_checkpoints", "pack_tokens"):
             positive(name, getattr(self, name))
-        for name in ("eval_every", "save_every", "seed", "activation_gib"):
+        for name in ("eval_every", "save_every", "seed", "activation_gib", "epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_length < 2:
@@ -313,8 +494,21 @@ class Run:
             )
         if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")
-        if not self.data:
+        if not self.data and not self.sources:
             raise ValueError("data: expected at least one source, got none")
+        if self.tokenizer and self.init:
+            raise ValueError("tokenizer: expected none with init, which has its own, got both")
+        if self.loader_workers < -1:
+            raise ValueError(f"loader_workers: expected -1 or more, got {self.loader_workers}")
+        for name, nested in (
+            ("exit_weights", self.model.exits),
+            ("matryoshka_weights", self.model.matryoshka_dims),
+        ):
+            given = getattr(self.loss, f"custom_{name}")
+            if given and len(given) != len(nested):
+                raise ValueError(
+                    f"loss.custom_{name}: expected {len(nested)}, for {nested}, got {given}"
+                )
         if self.name == ".." or not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name: expected a plain directory name, got {self.name!r}")
 
@@ -325,147 +519,7 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
-# ---- recipes ----
-
-
-def tiny() -> Run:
-    """3D Matryoshka on CLDR text in two minutes of two CPU cores. All numbers are ours."""
-    return Run(
-        name="tiny",
-        steps=300,
-        model=Model(
-            vocab_size=4096,
-            hidden_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=48,
-            intermediate_size=512,
-            exits=(1, 2, 4),
-            matryoshka_dims=(12, 24, 48, 96, 192),
-            ranks=(32, 64, 128),
-            max_position_embeddings=512,
-        ),
-    )
-
-
-def qwen3() -> Run:
-    """3D Matryoshka from a Qwen3 checkpoint: `--init DIR`, and `--data` of your own.
-
-    Exits, prefixes, prefix weights, temperature, betas, weight decay, clipping, the learning rate
-    1e-5 -> 1e-7 and the stored rank 512 are those of ML-Embed's released code (arXiv 2605.15081);
-    batch, length and steps are ours, and so is one softmax over all candidates.
-    """
-    return Run(
-        name="qwen3",
-        init="Qwen/Qwen3-0.6B-Base",
-        model=Model(hidden_size=1024, ranks=(64, 128, 256, 512), max_position_embeddings=4096),
-        loss=Loss(symmetric=False, matryoshka_weights="ml-embed", num_negatives=7),
-        optim=Optim(lr=1e-5, min_lr_ratio=0.01),
-        steps=10_000,
-        max_length=512,
-        activation_checkpointing="selective",
-    )
-
-
-RECIPES: dict[str, Callable[[], Run]] = {"tiny": tiny, "qwen3": qwen3}
-
-
-# ---- shapes of checkpoints ----
-
-
-def resolve(source: str) -> Path:
-    """A local directory as it is; otherwise a hub id, of which only safetensors and json are taken.
-
-    Raises:
-        ValueError: neither.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"model: expected a directory or a hub id, got {source}, which is neither")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's client raises many kinds, all of them "not to be had"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"model: {source} is no local directory, and the hub did not give it: {reason}"
-        ) from None
-
-
-def from_checkpoint(directory: Path, model: Model) -> Model:
-    """`model` with the shape of a Qwen3 checkpoint, exits and prefixes by their default rules and
-    ranks as far as the width allows; for a directory that mlembed saved, exactly what was saved.
-    What computes attention is always `model`'s: it belongs to a machine, not to weights.
-
-    Raises:
-        ValueError: no config.json, another architecture, or a variant that `model.py` has not.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"init: expected a checkpoint directory with config.json, got {directory}")
-    if (nesting := directory / NESTING).is_file():
-        stored = json.loads(nesting.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or "model" not in stored:
-            raise ValueError(f"{nesting}: expected an object with key 'model', found none")
-        saved = from_dict(Model, stored["model"], str(nesting))
-        return dataclasses.replace(saved, attention=model.attention)
-    hf = json.loads(path.read_text(encoding="utf-8"))
-    if hf.get("model_type") != "qwen3":
-        raise ValueError(f"{path}: expected model_type 'qwen3', got {hf.get('model_type')!r}")
-    rotary = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or rotary
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    layers = hf.get("layer_types")  # transformers 4 wrote none, but three keys that mean the same
-    first = hf.get("max_window_layers", 28)
-    sliding = hf.get("use_sliding_window") and first < hf.get("num_hidden_layers", 32)
-    windows = "sliding_attention" in layers if layers else bool(sliding)
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: expected hidden_act 'silu', got {hf['hidden_act']!r}")
-    if kind != "default" or windows or hf.get("attention_bias"):
-        raise ValueError(
-            f"{path}: expected plain rotary positions, full attention and no attention bias, got "
-            f"rope_type {kind!r}, sliding windows {windows}, bias {hf.get('attention_bias')}"
-        )
-    same = [f.name for f in fields(Model) if f.name in hf and f.name != "rope_theta"]
-    theta = rotary.get("rope_theta") or hf.get("rope_theta") or 10_000.0  # Qwen3's own default
-    return dataclasses.replace(
-        model,
-        **{name: hf[name] for name in same},
-        rope_theta=float(theta),
-        causal=hf.get("is_causal", True),
-        exits=(),
-        matryoshka_dims=(),
-        ranks=tuple(rank for rank in model.ranks if rank <= hf["hidden_size"]),
-    )
-
-
-# ---- from and to json ----
-
-
-def near(name: str, names: typing.Iterable[str]) -> str:
-    """The hint ", near: a, b" of an error about an unknown name, or nothing."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    leaf = name.rpartition(".")[2]
-    close += [n for n in names if n.rpartition(".")[2] == leaf and n not in close]
-    return f" (near: {', '.join(close)})" if close else ""
-
-
-def flat_keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, nested dataclasses included."""
-    keys = []
-    for f, kind in zip(fields(cls), typing.get_type_hints(cls).values(), strict=True):
-        nested = isinstance(kind, type) and is_dataclass(kind)
-        keys += flat_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
-    return keys
-
-
-def to_dict(run: Any) -> dict[str, Any]:
-    """Nested plain values, tuples as lists: what json gives back."""
-    return json.loads(json.dumps(dataclasses.asdict(run)))
+# ---- from a file ----
 
 
 def load(path: str | Path) -> Run:
@@ -477,42 +531,3 @@ def load(path: str | Path) -> Run:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
     return from_dict(Run, data, str(path))
-
-
-def from_dict(cls: type, data: Any, where: str) -> Any:
-    """Strict inverse of `to_dict`: every key known, every value of its field's type."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise ValueError(f"{where}: no such key {key!r}{near(key, hints)}")
-    return cls(**{key: _typed(hints[key], value, f"{where}: {key}") for key, value in data.items()})
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    if is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, list):
-        if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise ValueError(f"{where}: expected {len(inner)} values, got {len(value)}")
-        return tuple(_typed(inner[0], item, where) for item in value)
-    if origin is Literal and value in inner:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
-        return value
-    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-    raise ValueError(f"{where}: expected {expected}, got {value!r}")
-
-
-def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ between two nested dictionaries."""
-    for key in a.keys() | b.keys():
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            yield prefix + key

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from . import config, log, pretrained, tokenizer
+from . import log, pretrained, shapes, tokenizer
 from .model import Transformer, mode
 from .pack import budgeted, pack
 
@@ -111,7 +111,7 @@ def model_directory(source: str) -> Path:
                 f"a checkpoint {path}/checkpoints/step_* can be given instead"
             )
         return path / "model"
-    return config.resolve(source)
+    return shapes.resolve(source)
 
 
 def main(

@@ -60,6 +60,7 @@ def loss_table(
             passing[process] = bank.copied(Slab(vectors_EnD, ids, counts))
 
     ring = run.loss.negatives_across == "ring" and world.size > 1
+    symmetric = run.loss.directions == "symmetric"
     slabs = [] if ring else gather(docs, batch.doc_sizes)
     for process, slab in enumerate(slabs):
         keep(process, slab)
@@ -67,9 +68,9 @@ def loss_table(
         loss_EM = _infonce(queries, docs, slabs, pairs, run)
     else:
         if ring:
-            logs, own_EMQ = ringed(queries, docs, pairs, run.loss.symmetric, keep)
+            logs, own_EMQ = ringed(queries, docs, pairs, symmetric, keep)
         else:
-            logs, own_EMQ = _partitions(queries, docs, slabs, pairs, run.loss.symmetric)
+            logs, own_EMQ = _partitions(queries, docs, slabs, pairs, symmetric)
         if held:
             logs[0].append(streamed(queries, held, pairs))
         loss_EM = _loss(logs, own_EMQ, pairs)
@@ -123,7 +124,7 @@ def _infonce(
     rank, size = pairs.where.rank, pairs.where.size
     n = len(pairs.target)
     # Where all queries are here, one pass over the pairs serves both directions.
-    both = run.loss.symmetric and size == 1
+    both = (run.loss.directions == "symmetric") and size == 1
     common: dict[str, Any] = {
         "dims": run.model.matryoshka_dims,
         "temperature": run.loss.temperature,
@@ -139,7 +140,7 @@ def _infonce(
         cand_ids=torch.cat(list(pairs.doc_ids)),
         **common,
     )
-    if run.loss.symmetric and not both:
+    if (run.loss.directions == "symmetric") and not both:
         reverse_EM = infonce(
             docs[:, pairs.target],
             **_candidates(gather(queries, [n] * size), pairs.query_counts),

@@ -30,8 +30,8 @@ def adamw(model: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
         {"params": plain, "weight_decay": 0.0},
     ]
     if cfg.weights == "bf16":
-        return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+        return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -131,10 +131,12 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, run: config.Run) -> float:
-    """Rate of step 0..steps-1: linear warm-up, then a cosine from lr to lr * min_lr_ratio."""
-    cfg, warmup = run.optim, round(run.optim.warmup_ratio * run.steps)
+    """Rate of step 0..steps-1: linear warm-up, then a cosine or a line, lr to lr * min_lr_ratio."""
+    cfg = run.optim
+    warmup = cfg.warmup_steps or round(cfg.warmup_ratio * run.steps)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, run.steps - 1 - warmup)
     floor = cfg.min_lr_ratio
-    return cfg.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+    left = 1 - done if cfg.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return cfg.lr * (floor + (1 - floor) * left)

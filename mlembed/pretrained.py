@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checkpoint, config
+from . import checkpoint, config, shapes, strict
 from .model import Transformer
 
 FACTORS = "mlembed_factors.safetensors"
@@ -236,8 +236,8 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
         ValueError: no such checkpoint, another architecture, missing or misshapen weights, counts
             of another vocabulary.
     """
-    directory = config.resolve(source)
-    cfg = cfg or config.from_checkpoint(directory, config.Model())
+    directory = shapes.resolve(source)
+    cfg = cfg or shapes.from_checkpoint(directory, config.Model())
     weights = read_weights(directory)
     weights.pop("lm_head.weight", None)
     table = weights.pop("embed_tokens.weight", None)
@@ -314,6 +314,6 @@ def describe(cfg: config.Model, directory: Path) -> None:
     hf = json.dumps(hf_config(cfg), indent=2) + "\n"
     (directory / "config.json").write_text(hf, encoding="utf-8")
     # What computes attention is left out: a model trained by flash_attn also loads on a laptop.
-    shape = {key: value for key, value in config.to_dict(cfg).items() if key != "attention"}
+    shape = {key: value for key, value in strict.to_dict(cfg).items() if key != "attention"}
     nesting = {"model": shape}
-    (directory / config.NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")
+    (directory / shapes.NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config
+from . import checkpoint, config, strict
 from .distributed import World, broadcast
 
 
@@ -31,7 +31,7 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
     if not saved.is_file():
         raise ValueError(f"{directory}: expected a run to resume, found none")
     before, now = (resumable(r) for r in (config.load(saved), run))
-    differing = set(config.differences(before, now)) - set(run.allow_changed)
+    differing = set(strict.differences(before, now)) - set(run.allow_changed)
     if differing:
         raise ValueError(
             f"--resume: expected the configuration of {saved}, got other values for "
@@ -57,7 +57,7 @@ def resumable(run: config.Run) -> dict[str, Any]:
         *("compile", "activation_checkpointing", "activation_gib", "gradient_cache", "engine"),
         *("cpu_offload", "save_async", "non_finite", "allow_changed", "resume"),
     )
-    return config.to_dict(
+    return strict.to_dict(
         replace(
             run,
             model=replace(run.model, attention="auto"),
@@ -72,7 +72,7 @@ def write_config(run: config.Run, directory: Path, start: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
     plain = replace(run, resume=False, allow_changed=())
-    resolved = json.dumps(config.to_dict(plain), indent=2) + "\n"
+    resolved = json.dumps(strict.to_dict(plain), indent=2) + "\n"
     if path.is_file() and (before := path.read_text(encoding="utf-8")) != resolved:
         checkpoint.write_text(directory / f"config_until_{start}.json", before)
     checkpoint.write_text(path, resolved)

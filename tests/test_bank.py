@@ -162,7 +162,11 @@ def given(texts, symmetric=True):
     model = Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=DIMS)
     torch.manual_seed(0)
     leaf = torch.randn(2, PAIRS + DOCS, 16, dtype=torch.float64, requires_grad=True)
-    return leaf, batch, Run(model=model, loss=Loss(symmetric=symmetric))
+    return (
+        leaf,
+        batch,
+        Run(model=model, loss=Loss(directions="symmetric" if symmetric else "query_to_doc")),
+    )
 
 
 def with_gradient(leaf, loss_EM):

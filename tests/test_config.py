@@ -8,15 +8,15 @@ import shlex
 import pytest
 from transformers import Qwen3Config
 
-from mlembed import arguments, config
+from mlembed import arguments, config, recipes, shapes, strict
 from mlembed.config import Loss, Model, Optim, Run
 
 # ---- recipes and overrides ----
 
 
 def test_recipes_parse_to_themselves():
-    assert arguments.parse(["tiny"]) == config.tiny()
-    assert config.tiny().model.exits == (1, 2, 4)
+    assert arguments.parse(["tiny"]) == recipes.tiny()
+    assert recipes.tiny().model.exits == (1, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_recipes_parse_to_themselves():
         (["--model.matryoshka-dims", "8", "192"], "model.matryoshka_dims", (8, 192)),
         (["--model.matryoshka_dims", "8", "192"], "model.matryoshka_dims", (8, 192)),
         (["--optim.betas", "0.8", "0.9"], "optim.betas", (0.8, 0.9)),
-        (["--loss.no-symmetric"], "loss.symmetric", False),
+        (["--loss.directions", "query_to_doc"], "loss.directions", "query_to_doc"),
         (["--loss.matryoshka-weights", "ml-embed"], "loss.matryoshka_weights", "ml-embed"),
         (["--resume"], "resume", True),
         (["--steps", "3"], "steps", 3),
@@ -46,8 +46,8 @@ def test_an_override_changes_its_field_and_no_other(args, dotted, value):
     for part in dotted.split("."):
         found = getattr(found, part)
     assert found == value and type(found) is type(value)
-    before, after = config.to_dict(config.tiny()), config.to_dict(run)
-    assert set(config.differences(before, after)) <= {dotted}
+    before, after = strict.to_dict(recipes.tiny()), strict.to_dict(run)
+    assert set(strict.differences(before, after)) <= {dotted}
 
 
 def test_many_overrides_at_once():
@@ -133,7 +133,7 @@ def test_help_lists_the_recipes(capsys):
             arguments.parse(args)
         assert caught.value.code == code
         printed = capsys.readouterr().out
-        assert all(name in printed for name in config.RECIPES)
+        assert all(name in printed for name in recipes.RECIPES)
 
 
 def test_help_of_a_recipe_needs_no_checkpoint(capsys):
@@ -144,7 +144,7 @@ def test_help_of_a_recipe_needs_no_checkpoint(capsys):
 
 
 def test_flat_keys_are_exactly_the_fields():
-    keys = config.flat_keys(Run)
+    keys = strict.flat_keys(Run)
     assert len(keys) == len(set(keys))
     assert {"steps", "optim.lr", "model.exits", "loss.temperature"} <= set(keys)
     assert not {"optim", "model", "loss"} & set(keys)
@@ -156,38 +156,38 @@ def test_flat_keys_are_exactly_the_fields():
 @pytest.mark.parametrize(
     "run",
     [
-        config.tiny(),
-        config.qwen3(),
+        recipes.tiny(),
+        recipes.qwen3(),
         Run(),
         Run(model=Model(causal=False, pooling="mean"), optim=Optim(betas=(0.5, 0.6)), eval=()),
     ],
 )
 def test_config_json_round_trip(run, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_dict(run)))
+    path.write_text(json.dumps(strict.to_dict(run)))
     assert config.load(path) == run
     assert hash(config.load(path)) == hash(run)  # tuples came back as tuples
 
 
 def test_a_saved_config_can_be_parsed_and_overridden(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_dict(arguments.parse(["tiny", "--steps", "9"]))))
+    path.write_text(json.dumps(strict.to_dict(arguments.parse(["tiny", "--steps", "9"]))))
     run = arguments.parse([str(path), "--name", "again"])
-    assert run == dataclasses.replace(config.tiny(), steps=9, name="again")
+    assert run == dataclasses.replace(recipes.tiny(), steps=9, name="again")
 
 
 def test_a_saved_config_with_init_keeps_its_own_shape(tmp_path):
     """The checkpoint it started from may be gone; the resolved shape is in the file."""
-    run = dataclasses.replace(config.tiny(), init=str(tmp_path / "gone"))
+    run = dataclasses.replace(recipes.tiny(), init=str(tmp_path / "gone"))
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_dict(run)))
+    path.write_text(json.dumps(strict.to_dict(run)))
     assert arguments.parse([str(path)]) == run
 
 
 def test_an_integer_stands_for_a_float(tmp_path):
-    stored = config.to_dict(config.tiny())
+    stored = strict.to_dict(recipes.tiny())
     stored["optim"]["lr"] = 1
-    run = config.from_dict(Run, stored, "here")
+    run = strict.from_dict(Run, stored, "here")
     assert run.optim.lr == 1.0 and type(run.optim.lr) is float
 
 
@@ -214,7 +214,7 @@ def test_an_integer_stands_for_a_float(tmp_path):
     ],
 )
 def test_load_is_strict(place, key, value, words, tmp_path):
-    stored = config.to_dict(config.tiny())
+    stored = strict.to_dict(recipes.tiny())
     inner = stored
     for part in place:
         inner = inner[part]
@@ -367,18 +367,18 @@ def test_the_edges_are_allowed():
 
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.tiny().steps = 3
+        recipes.tiny().steps = 3
 
 
 # ---- differences ----
 
 
 def test_differences_name_dotted_keys():
-    a = config.to_dict(config.tiny())
-    b = config.to_dict(arguments.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
-    assert sorted(config.differences(a, b)) == ["data", "optim.lr", "steps"]
-    assert list(config.differences(a, a)) == []
-    assert sorted(config.differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 1, "d": 2}})) == [
+    a = strict.to_dict(recipes.tiny())
+    b = strict.to_dict(arguments.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
+    assert sorted(strict.differences(a, b)) == ["data", "optim.lr", "steps"]
+    assert list(strict.differences(a, a)) == []
+    assert sorted(strict.differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 1, "d": 2}})) == [
         "a.d",
         "c",
     ]
@@ -415,7 +415,7 @@ def qwen3_directory(path, style, theta=1_000_000.0, **changes):
 @pytest.mark.parametrize("style", [4, 5])
 def test_shape_of_a_transformers_checkpoint(style, tmp_path):
     directory = qwen3_directory(tmp_path, style)
-    model = config.from_checkpoint(directory, Model(ranks=(8, 16), pooling="mean"))
+    model = shapes.from_checkpoint(directory, Model(ranks=(8, 16), pooling="mean"))
     for name, value in SHAPE.items():
         assert getattr(model, name) == value, name
     assert model.rope_theta == 1_000_000.0 and type(model.rope_theta) is float
@@ -426,7 +426,7 @@ def test_shape_of_a_transformers_checkpoint(style, tmp_path):
 @pytest.mark.parametrize("style", [4, 5])
 def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
     directory = qwen3_directory(tmp_path, style, is_causal=False)
-    assert config.from_checkpoint(directory, Model()).causal is False
+    assert shapes.from_checkpoint(directory, Model()).causal is False
 
 
 @pytest.mark.parametrize(
@@ -443,30 +443,30 @@ def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
 def test_variants_that_the_model_has_not_are_refused(style, changes, words, tmp_path):
     directory = qwen3_directory(tmp_path, style, **changes)
     with pytest.raises(ValueError) as caught:
-        config.from_checkpoint(directory, Model())
+        shapes.from_checkpoint(directory, Model())
     assert str(directory) in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(ValueError, match=r"expected a checkpoint directory with config\.json"):
-        config.from_checkpoint(tmp_path, Model())
+        shapes.from_checkpoint(tmp_path, Model())
     for source in (str(tmp_path / "none"), "./none", "just_a_name", "a/b/c"):
         with pytest.raises(ValueError, match="neither"):
-            config.resolve(source)
+            shapes.resolve(source)
 
 
 def test_a_directory_of_ours_gives_back_exactly_what_was_saved(tmp_path):
     saved = Model(exits=(3, 4), matryoshka_dims=(5, 256), ranks=(7, 9), pooling="cls")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    (tmp_path / config.NESTING).write_text(json.dumps({"model": config.to_dict(saved)}))
-    assert config.from_checkpoint(tmp_path, Model()) == saved
-    (tmp_path / config.NESTING).write_text(json.dumps({"model": {"exitz": [1]}}))
-    with pytest.raises(ValueError, match=f"{config.NESTING}.*exitz.*near.*exits"):
-        config.from_checkpoint(tmp_path, Model())
-    (tmp_path / config.NESTING).write_text("{}")
-    with pytest.raises(ValueError, match=config.NESTING):
-        config.from_checkpoint(tmp_path, Model())
+    (tmp_path / shapes.NESTING).write_text(json.dumps({"model": strict.to_dict(saved)}))
+    assert shapes.from_checkpoint(tmp_path, Model()) == saved
+    (tmp_path / shapes.NESTING).write_text(json.dumps({"model": {"exitz": [1]}}))
+    with pytest.raises(ValueError, match=f"{shapes.NESTING}.*exitz.*near.*exits"):
+        shapes.from_checkpoint(tmp_path, Model())
+    (tmp_path / shapes.NESTING).write_text("{}")
+    with pytest.raises(ValueError, match=shapes.NESTING):
+        shapes.from_checkpoint(tmp_path, Model())
 
 
 @pytest.mark.parametrize("stored", ["flash_attn", None])
@@ -474,9 +474,9 @@ def test_what_computes_attention_is_not_the_checkpoints(stored, tmp_path):
     """It belongs to a machine: what was trained by a package loads where that is missing."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     model = {"attention": stored} if stored else {}
-    (tmp_path / config.NESTING).write_text(json.dumps({"model": model}))
-    assert config.from_checkpoint(tmp_path, Model()).attention == "auto"
-    assert config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
+    (tmp_path / shapes.NESTING).write_text(json.dumps({"model": model}))
+    assert shapes.from_checkpoint(tmp_path, Model()).attention == "auto"
+    assert shapes.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
     run = arguments.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
     assert run.model.attention == "varlen"
 
@@ -487,9 +487,9 @@ def test_init_takes_the_checkpoints_shape_and_keys_override_it(tmp_path):
     run = arguments.parse(["qwen3", "--init", str(directory), "--model.exits", "1", "3"])
     assert run.init == str(directory)
     assert run.model.hidden_size == 1024 and run.model.num_hidden_layers == 3
-    assert run.model.exits == (1, 3) and run.model.ranks == config.qwen3().model.ranks
+    assert run.model.exits == (1, 3) and run.model.ranks == recipes.qwen3().model.ranks
     assert run.model.matryoshka_dims == (8, 16, 32, 64, 128, 256, 512, 1024)
-    assert run.optim == config.qwen3().optim
+    assert run.optim == recipes.qwen3().optim
 
 
 def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
@@ -509,9 +509,12 @@ def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
     [
         ({"optim": Optim(weights="bf16"), "engine": "fsdp"}, "optim.weights: expected fp32"),
         ({"cpu_offload": True}, "engine: expected fsdp with cpu_offload, got ddp"),
-        ({"loss": Loss(memory_bank=255)}, "at least the 256 documents of a micro-batch, got 255"),
         (
-            {"loss": Loss(memory_bank=256), "depth": config.Depth(curriculum="gradual")},
+            {"loss": Loss(memory_bank=1023)},
+            "at least the 1024 documents of a micro-batch, got 1023",
+        ),
+        (
+            {"loss": Loss(memory_bank=1024), "depth": config.Depth(curriculum="gradual")},
             "depth.curriculum: expected none with loss.memory_bank",
         ),
         ({"allow_changed": ("steps", "optim.lrr")}, "allow_changed: no such key optim.lrr"),
@@ -530,4 +533,4 @@ def test_losses_and_models_that_cannot_be():
         Loss(memory_bank=512, ranks="all")
     with pytest.raises(ValueError, match="model.dropout: expected 0..1"):
         Model(dropout=1.0)
-    assert Run(loss=Loss(memory_bank=256), engine="fsdp", cpu_offload=True).activation_gib == 0
+    assert Run(loss=Loss(memory_bank=1024), engine="fsdp", cpu_offload=True).activation_gib == 0

@@ -76,7 +76,7 @@ def training(dtype, symmetric, skip):
             intermediate_size=48,
             ranks=(4, 8),
         ),
-        loss=config.Loss(num_negatives=2, symmetric=symmetric),
+        loss=config.Loss(num_negatives=2, directions="symmetric" if symmetric else "query_to_doc"),
         depth=config.Depth(exits=(1, 2), shares=(0.3, 0.7)) if skip else config.Depth(),
         steps=len(BATCHES),
         batch_size=8,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mlembed_kernels
-from mlembed import arguments, config
+from mlembed import arguments, config, recipes, strict
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(p for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py")
@@ -27,20 +27,13 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
-    {
-        "attention_interface",
-        "bank",
-        "checkpoint",
-        "cldr",
-        "config",
-        "distributed",
-        "pack",
-        "tokenizer",
-    },
-    {"arguments", "depth", "model", "log"},
-    {"activations", "data", "guards", "resume", "ring"},
-    {"pretrained", "optim", "loss", "distill", "engine"},
-    {"encode", "gradcache"},
+    {"attention_interface", "bank", "checkpoint", "cldr", "distributed", "pack", "strict"},
+    {"config", "tokenizer"},
+    {"depth", "log", "recipes", "shapes", "sources"},
+    {"arguments", "blocks", "teacher", "tokens"},
+    {"data", "guards", "model", "resume", "ring"},
+    {"activations", "pretrained", "optim", "loss", "distill"},
+    {"encode", "engine", "gradcache"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -311,11 +304,11 @@ MODULES = [c[2:] for c in commands(README) if re.match(r"python3? -m (mlembed|be
 def stand_ins(tmp_path_factory):
     """For what the reader has and we have not: a saved config.json and a Qwen3 checkpoint."""
     path = tmp_path_factory.mktemp("stand_ins")
-    (path / "run.json").write_text(json.dumps(config.to_dict(config.tiny())))
+    (path / "run.json").write_text(json.dumps(strict.to_dict(recipes.tiny())))
     small = config.Model(hidden_size=1024, max_position_embeddings=32_768)
     shape = {"model_type": "qwen3"} | {
         key: value
-        for key, value in config.to_dict(small).items()
+        for key, value in strict.to_dict(small).items()
         if key not in ("exits", "matryoshka_dims", "ranks", "pooling", "causal", "rope_theta")
     }
     (path / "config.json").write_text(json.dumps(shape | {"rope_theta": 1e6}))

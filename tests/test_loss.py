@@ -122,7 +122,7 @@ def exits_END():
 def test_loss_table_by_hand(batch, exits_END, symmetric, temperature):
     run = Run(
         model=Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=(3, 8, 16)),
-        loss=Loss(symmetric=symmetric, temperature=temperature),
+        loss=Loss(directions="symmetric" if symmetric else "query_to_doc", temperature=temperature),
     )
     got = loss_table(exits_END, batch, run, ALONE)
     queries, docs = exits_END[:, :5], exits_END[:, 5:]
@@ -138,7 +138,12 @@ def test_loss_table_by_hand(batch, exits_END, symmetric, temperature):
 def test_the_table_depends_on_the_directions(batch, exits_END):
     shape = Model(hidden_size=16, num_hidden_layers=2)
     one, both = (
-        loss_table(exits_END, batch, Run(model=shape, loss=Loss(symmetric=s)), ALONE)
+        loss_table(
+            exits_END,
+            batch,
+            Run(model=shape, loss=Loss(directions="symmetric" if s else "query_to_doc")),
+            ALONE,
+        )
         for s in (False, True)
     )
     assert (one - both).abs().min() > 1e-3
@@ -179,7 +184,7 @@ def test_only_those_that_are_there_count(symmetric, exits_END):
     )
     run = Run(
         model=Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=(3, 16)),
-        loss=Loss(symmetric=symmetric),
+        loss=Loss(directions="symmetric" if symmetric else "query_to_doc"),
     )
     leaf = exits_END.clone()
     leaf[1, [3, 4, 10, 11, 12]] = torch.nan  # who has left is not looked at

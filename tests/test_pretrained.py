@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import mlembed.checkpoint
-from mlembed import config, pretrained
+from mlembed import config, pretrained, shapes
 from mlembed.model import Transformer
 from mlembed.pack import pack
 
@@ -106,7 +106,7 @@ def test_round_trip_is_exact(cfg, tmp_path):
 
 def test_what_computes_attention_is_not_saved(tmp_path):
     pretrained.save(Transformer(replace(CFG, attention="flash_attn")), tmp_path)
-    assert "attention" not in json.loads((tmp_path / config.NESTING).read_text())["model"]
+    assert "attention" not in json.loads((tmp_path / shapes.NESTING).read_text())["model"]
     assert pretrained.load(str(tmp_path)).cfg == CFG
 
 

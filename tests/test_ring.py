@@ -78,7 +78,12 @@ def wide(where, across, symmetric):
         (), torch.arange(2 * N), torch.arange(N), ids, deep, ids, deep, (N,) * where.size, "x"
     )
     shape = config.Model(hidden_size=D, num_hidden_layers=1, exits=(1,), matryoshka_dims=(D,))
-    run = config.Run(model=shape, loss=config.Loss(negatives_across=across, symmetric=symmetric))
+    run = config.Run(
+        model=shape,
+        loss=config.Loss(
+            negatives_across=across, directions="symmetric" if symmetric else "query_to_doc"
+        ),
+    )
     generator = torch.Generator().manual_seed(where.rank)
     exits_END = torch.randn(1, 2 * N, D, generator=generator).requires_grad_()
     return lambda: loss_table(exits_END, batch, run, where).sum()

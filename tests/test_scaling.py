@@ -105,7 +105,7 @@ def test_candidates_send_what_our_code_sends(across, monkeypatch):
     monkeypatch.setattr(distributed, "all_gather", all_gather)
     monkeypatch.setattr(distributed, "reduce_scatter", reduce_scatter)
     m = config.Model(hidden_size=32, exits=(1, 4), matryoshka_dims=(8, 32))
-    run = config.Run(model=m, loss=config.Loss(symmetric=False, negatives_across=across))
+    run = config.Run(model=m, loss=config.Loss(directions="query_to_doc", negatives_across=across))
     groups = [[2 * i, 2 * i + 1] for i in range(n * pairs)]
     text = [np.array([i, i + 1]) for i in range(2 * n * pairs)]
     full = np.full(n * pairs, 4)
