@@ -32,8 +32,8 @@ LEVELS = [
     {"depth", "log", "recipes", "shapes", "sources"},
     {"arguments", "blocks", "teacher", "tokens"},
     {"data", "guards", "model", "resume", "ring"},
-    {"activations", "pretrained", "optim", "loss", "distill"},
-    {"encode", "engine", "gradcache"},
+    {"activations", "engine", "pretrained", "optim", "loss", "distill"},
+    {"encode", "gradcache"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
