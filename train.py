@@ -3,6 +3,7 @@
     python train.py tiny                              # on the built-in text, two CPU cores
     python train.py tiny --data a.jsonl b.parquet --eval tatoeba_dir --name mine
     python train.py tiny --resume                     # go on from the last checkpoint
+    python train.py gte-base-unsupervised --data mixture.json
     python train.py runs/tiny/config.json --name again
     torchrun --nproc_per_node 8 train.py qwen3 --init DIR --data DIR --engine fsdp --gradient-cache
 
@@ -10,6 +11,8 @@ A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*,
 """
 
 import math
+import os
+import resource
 import signal
 import sys
 import time
@@ -20,7 +23,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -34,15 +36,16 @@ from mlembed import (
     gradcache,
     guards,
     log,
+    prepare,
     pretrained,
     resume,
-    shapes,
     strict,
     tokenizer,
 )
 from mlembed.activations import Kept
 from mlembed.bank import Bank
 from mlembed.depth import enabled
+from mlembed.distill import Distiller, rows_of
 from mlembed.distributed import World, any_process, world
 from mlembed.encode import Encoder
 from mlembed.engine import Engine
@@ -51,72 +54,9 @@ from mlembed.export import export
 from mlembed.loss import loss_table, ranks_of, weights
 from mlembed.model import Transformer, num_parameters
 from mlembed.optim import adamw, learning_rate, to_weights
-from mlembed_kernels.attention import WIDTHS
+from mlembed.teacher import Teacher
 
-BANK = "bank."  # before the names of its tensors in a checkpoint
-
-# ---- text, tokenizer, model ----
-
-
-def read_text(run: config.Run, say: Any) -> tuple[list[data.Table], list[Any]]:
-    """-> (training tables without any text of the evaluation, evaluation tasks)."""
-    tasks = evaluate.read_all(run.eval)
-    held_out = {data.normalise(text) for task in tasks for text in task.texts}
-    tables = []
-    for source in run.data:
-        for table in data.read(source):
-            clean, dropped = data.without(table, held_out)
-            if clean is None:
-                raise ValueError(f"{table.name}: expected training text, all of it is evaluation's")
-            kind = "n-way ids" if clean.nway else "pairs"
-            note = f", {dropped} texts of the evaluation left out" if dropped else ""
-            say(f"train  {table.name}: {len(clean)} {kind}, {len(clean.texts)} texts{note}")
-            tables.append(clean)
-    for task in tasks:
-        say(f"eval   {task.name}: {len(task.texts)} texts")
-    return tables, tasks
-
-
-def text_to_ids(run: config.Run, found: Path | None, tables: list[data.Table]) -> Tokenizer:
-    """The tokenizer of a checkpoint of this run, of `init`, or one learnt from the text."""
-    if found or run.init:
-        return tokenizer.load(found or shapes.resolve(run.init))
-    return tokenizer.train((t for table in tables for t in table.texts), run.model.vocab_size)
-
-
-def build(
-    run: config.Run, found: Path | None, learnt: Tokenizer, batches: data.Batches, where: World
-) -> Transformer:
-    """The model of a checkpoint of this run, of `init`, or with random weights."""
-    torch.manual_seed(run.seed)
-    if found:
-        saved = shapes.from_checkpoint(found, run.model)
-        return pretrained.load(str(found), replace(saved, dropout=run.model.dropout))
-    if not run.init:
-        return Transformer(replace(run.model, vocab_size=learnt.get_vocab_size()))
-    counts = None
-    if run.init_factors == "frequency":
-        counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
-    if not where.main:  # a table is factorised once, and found in the cache by the others
-        any_process(False, where)
-    model = pretrained.load(run.init, run.model, counts)
-    if where.main:
-        any_process(False, where)
-    return model
-
-
-def bf16(run: config.Run, device: torch.device) -> bool:
-    """Whether to autocast: on request, where the device multiplies bf16 natively, and always where
-    the weights are bf16, which no fp32 vector can be multiplied with."""
-    if run.optim.weights == "bf16":
-        return True
-    if run.precision != "auto":
-        return run.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
+BANK, DISTILLER = "bank.", "distiller."  # before the names of their tensors in a checkpoint
 
 # ---- one run ----
 
@@ -137,6 +77,8 @@ class Job:
     kept: Kept | None
     budget: float
     bank: Bank | None
+    teacher: Teacher | None
+    distiller: Distiller | None
     saver: checkpoint.Saver
 
     @property
@@ -163,23 +105,34 @@ def train(run: config.Run, where: World) -> int:
         if start == 0:
             score(job, 0)
         done = optimise(job, start)
-    if done == run.steps:
+    if done == job.run.steps:
         finish(job)
     out.close()
-    return 0 if done == run.steps else 130
+    return 0 if done == job.run.steps else 130
 
 
 def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
     """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
-    tables, tasks = read_text(run, out.say)
-    learnt = text_to_ids(run, found, tables)
-    batches = data.Batches(tables, learnt, run, where)
-    model = build(run, found, learnt, batches, where).to(where.device)
+    text = prepare.read_text(run, out.say)
+    learnt = prepare.text_to_ids(run, found, text)
+    if run.epochs:
+        run = replace(run, steps=data.steps_of(run, text.tables, text.streams))
+    teacher, stored, distiller = prepare.teachers(run, text, found, where)
+    batches = data.Batches(
+        text.tables,
+        learnt,
+        run,
+        where,
+        streams=text.streams,
+        teacher=stored,
+        held_out=text.held_out,
+    )
+    model = prepare.build(run, found, learnt, batches, where).to(where.device)
     to_weights(model, run.optim)
     if where.main:
         pretrained.warn_beyond_break_even(model.cfg)
     run = replace(run, model=model.cfg)
-    half = bf16(run, where.device)
+    half = prepare.bf16(run, where.device)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
@@ -195,44 +148,26 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     if found:
         checkpoint.restore(found, model, optimizer, where.rank, where.size)
         if bank is not None:
-            stored = checkpoint.read(found, BANK)
-            tensors = {name.removeprefix(BANK): x for name, x in stored.items()}
-            bank.load(tensors, where.device)
+            held = checkpoint.read(found, BANK)
+            bank.load({n.removeprefix(BANK): x for n, x in held.items()}, where.device)
+        if distiller is not None:
+            held = checkpoint.read(found, DISTILLER)
+            distiller.load({n.removeprefix(DISTILLER): x for n, x in held.items()})
+    for name, count in zip(batches.names, batches.truncated, strict=False):
+        if count:
+            out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
         f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
     )
-    out.say(f"run    {what_runs(run, where, half, compiled, budget)}")
+    if teacher is not None:
+        out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
+    out.say(f"run    {prepare.what_runs(run, where, half, compiled, budget)}")
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
     )
-    built = encoder, engine, optimizer, kept, budget, bank, saver
-    return Job(run, where, directory, out, tasks, batches, *built)
-
-
-def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
-    """Processes, precision, and by what each expensive operation is computed."""
-    cuda = where.device.type == "cuda"
-    attention = run.model.attention
-    if attention == "auto":
-        attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
-    weights = " of bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
-    again = {
-        "none": "nothing",
-        "block": "all blocks",
-        "selective": f"blocks beyond {budget / 2**30:.3g} GiB"
-        + (" and what is element-wise" if compiled else ""),
-    }[run.activation_checkpointing]
-    if run.gradient_cache:
-        again += f", encoded again: packs beyond {budget / 2**30:.3g} GiB of graphs"
-    spread = {1: ""}.get(where.size, f" by {run.engine}{', offloaded' if run.cpu_offload else ''}")
-    return (
-        f"{where.size} x {where.device.type}{spread}, "
-        f"{'bf16 autocast' if half else 'fp32'}{weights}; "
-        f"attention by {attention}, "
-        f"infonce and embed by {'triton' if cuda else 'their PyTorch references'}, "
-        f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
-    )
+    built = encoder, engine, optimizer, kept, budget, bank, teacher, distiller, saver
+    return Job(run, where, directory, out, text.tasks, batches, *built)
 
 
 def optimise(job: Job, start: int) -> int:
@@ -252,16 +187,7 @@ def optimise(job: Job, start: int) -> int:
     before = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
-    micro_batches = range(batches_of(run, start)[0], batches_of(run, run.steps)[0])
-    workers = 2 if where.device.type == "cuda" else 0
-    loader = DataLoader(
-        Subset(job.batches, micro_batches),
-        batch_size=None,
-        generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-    )
-    feed = iter(loader)
+    feed = iter(loader(job, start))
     tokens, clock = 0, time.perf_counter()
     with tqdm(total=run.steps, initial=start, disable=not where.main, desc=run.name) as bar:
         for step in range(start, run.steps):
@@ -288,20 +214,41 @@ def optimise(job: Job, start: int) -> int:
     return run.steps
 
 
+def loader(job: Job, start: int) -> DataLoader:
+    """The micro-batches from step `start` on, made ready by as many processes as configured."""
+    run, workers = job.run, job.run.loader_workers
+    if workers < 0:
+        workers = 2 if job.where.device.type == "cuda" else 0
+    if workers:  # a tensor on its way is an open file, and a batch has dozens of them
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not fork
+    return DataLoader(
+        Subset(job.batches, range(batches_of(run, start)[0], batches_of(run, run.steps)[0])),
+        batch_size=None,
+        generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+    )
+
+
 def batches_of(run: config.Run, step: int) -> range:
     """Numbers of a step's micro-batches."""
     count = run.gradient_accumulation_steps
     return range(step * count, (step + 1) * count)
 
 
+Terms = dict[str, Tensor]  # loss_EM by name: contrastive, and what is distilled
+
+
 @dataclass(frozen=True)
 class Step:
-    """What a step gave: the exits that had a loss, loss_EM of this process at them and what each
-    entry weighs, the queries of all processes at each, gradient norm, tokens of all processes, and
-    the first tensor that was not finite, if any; then the step was left out."""
+    """What a step gave: the exits that had a loss, by term loss_EM of this process at them and what
+    each entry weighs, the queries of all processes at each, gradient norm, tokens of all processes,
+    and the first tensor that was not finite, if any; then the step was left out."""
 
     exits: tuple[int, ...]
-    loss_EM: Tensor
+    losses: Terms
     weight_EM: Tensor
     queries: list[int]
     norm: Tensor
@@ -327,8 +274,8 @@ def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
         raise ValueError(reason) from None
     if result.bad is None:
         return result
-    sources = (job.batches.order[number] for number in batches_of(run, step))
-    source = ", ".join(sorted({job.batches.tables[i].name for i in sources}))
+    numbers = (job.batches.order[number] for number in batches_of(run, step))
+    source = ", ".join(sorted({job.batches.names[i] for i in numbers}))
     said = f"step {step + 1}, source {source}: {result.bad}"
     job.out.metrics(step + 1, "skipped", {"source": source, "bad": result.bad})
     if run.non_finite == "skip" and not result.bad.startswith("weight"):
@@ -351,30 +298,44 @@ def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
     weight_EM = weights(run, exits).to(where.device)
     ranks = ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
-    table_EM, tokens, queries = torch.zeros_like(weight_EM), 0, [0] * len(exits)
+    losses: Terms = {}
+    tokens, queries = 0, [0] * len(exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         batch = next(feed)
+        if job.teacher is not None:
+            assert batch.texts is not None
+            vectors = job.teacher.encode(batch.texts, queries=len(batch.target))
+            batch = replace(batch, teacher_ND=vectors)
         for rank, share in ranks:
             # Gradients are reduced over processes once a step, with its last backward.
             sync = not left and rank == ranks[-1][0]
             one_pass = Pass(step, exits, rank, weight_EM, share / micro_batches)
-            table_EM += add_gradients(job, batch, one_pass, (left, rank or 0), sync)
+            for name, loss_EM in add_gradients(
+                job, batch, one_pass, (left, rank or 0), sync
+            ).items():
+                losses[name] = losses.get(name, 0) + loss_EM
         tokens += batch.tokens * where.size
         here = [int((batch.query_depths >= exit).sum()) for exit in exits]
         queries = [so_far + n for so_far, n in zip(queries, here, strict=True)]
     norm = engine.norm()
-    finite = bool(norm.isfinite() & table_EM.isfinite().all())
+    finite = bool(norm.isfinite() & torch.stack(list(losses.values())).isfinite().all())
+    finite = finite and (job.distiller is None or job.distiller.finite())
     bad = None
     if any_process(not finite, where):
-        bad = first_bad(job, table_EM, exits)
+        bad = first_bad(job, losses, exits)
     else:
         engine.clip(norm, run.optim.max_grad_norm)
         job.optimizer.step()
+    if job.distiller is not None:
+        if bad is None:
+            job.distiller.step(learning_rate(step, run), run.optim.max_grad_norm)
+        else:
+            job.distiller.discard()
     if job.bank is not None:
         job.bank.commit() if bad is None else job.bank.discard()
     engine.zero()
-    return Step(exits, table_EM, weight_EM, queries, norm, tokens, bad)
+    return Step(exits, losses, weight_EM, queries, norm, tokens, bad)
 
 
 @dataclass(frozen=True)
@@ -390,13 +351,13 @@ class Pass:
 
 def add_gradients(
     job: Job, batch: data.Batch, one: Pass, draw: tuple[int, int], sync: bool
-) -> Tensor:
-    """Forward, loss and backward of a micro-batch at one rank -> its share of loss_EM, detached."""
+) -> Terms:
+    """Forward, loss and backward of a micro-batch at one rank -> its share of each loss_EM."""
     run, where, half = job.run, job.where, job.encoder.bf16
     device, p = where.device, run.model.dropout
     packs = [pack.to(device) for pack in batch.packs]
     keeps, again, final = gradcache.keeping(run, job.kept, packs, job.budget)
-    tables: list[Tensor] = []
+    found: Terms = {}
 
     def forward(i: int, sync: bool) -> Tensor:
         seed = run.seed, 6, one.step, *draw, where.rank, i
@@ -409,15 +370,30 @@ def add_gradients(
     def loss(exits_END: Tensor) -> Tensor:
         # On CUDA the loss's products are bf16 ones as well.
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
-        loss_EM = loss_table(exits_END, batch, run, where, one.exits, job.bank) * one.share
-        tables.append(loss_EM.detach())
-        return (one.weight_EM * loss_EM).sum()
+        terms = {}
+        if run.distill.contrastive:
+            terms["contrastive"] = loss_table(exits_END, batch, run, where, one.exits, job.bank)
+        if job.distiller is not None:
+            terms |= job.distiller.tables(exits_END, batch, run, where, one.exits)
+        found.update({name: loss_EM.detach() * one.share for name, loss_EM in terms.items()})
+        return one.share * weighted(run, one.weight_EM, terms)
 
     gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
-    return tables[0]
+    return found
 
 
-def first_bad(job: Job, table_EM: Tensor, exits: tuple[int, ...]) -> str:
+def weighted(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
+    """The loss: terms by their weights, entries by theirs, which a term that only some exits have
+    shares out among these."""
+    total = weight_EM.new_zeros(())
+    for name, loss_EM in terms.items():
+        here_EM = weight_EM * rows_of(run.distill, name, len(weight_EM)).to(weight_EM)[:, None]
+        here_EM = here_EM * (weight_EM.sum() / here_EM.sum().clamp(min=1e-30))
+        total = total + getattr(run.distill, name) * (here_EM * loss_EM).sum()
+    return total
+
+
+def first_bad(job: Job, losses: Terms, exits: tuple[int, ...]) -> str:
     """What was not finite, in the order in which it was computed: weights, losses, gradients. All
     processes call it, and agree on whether it is weights; of these and of losses each sees its own.
     """
@@ -425,22 +401,29 @@ def first_bad(job: Job, table_EM: Tensor, exits: tuple[int, ...]) -> str:
     weight = guards.bad_weight(job.model)
     if any_process(weight is not None, job.where):
         return weight or "weight that another process holds"
-    loss = guards.bad_loss(table_EM, exits, job.run.model.matryoshka_dims)
+    dims = job.run.model.matryoshka_dims
+    named = ((name, guards.bad_loss(table, exits, dims)) for name, table in losses.items())
+    loss = next((f"{bad} ({name})" for name, bad in named if bad), None)
     return loss or f"gradient of {gradient or 'nothing by itself, but their norm'}"
 
 
 def record(job: Job, step: int, result: Step, rate: float) -> float:
     """Log the losses of a step, averaged over processes; -> the weighted loss."""
-    table_EM = result.loss_EM
+    losses, run = result.losses, job.run
     if job.where.size > 1:
-        torch.distributed.all_reduce(table_EM)
-        table_EM = table_EM / job.where.size
-    loss, gradient = (result.weight_EM * table_EM).sum().item(), result.norm.item()
-    shape, run = job.run.model, job.run
-    losses = {
-        f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(shape.matryoshka_dims, row, strict=True)}
-        for exit, row in zip(result.exits, table_EM.tolist(), strict=True)
+        together = torch.stack(list(losses.values()))
+        torch.distributed.all_reduce(together)
+        losses = dict(zip(losses, together / job.where.size, strict=True))
+    loss, gradient = weighted(run, result.weight_EM, losses).item(), result.norm.item()
+    dims = run.model.matryoshka_dims
+    by_term = {
+        name: {
+            f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(dims, row, strict=True)}
+            for exit, row in zip(result.exits, loss_EM.tolist(), strict=True)
+        }
+        for name, loss_EM in losses.items()
     }
+    contrastive = by_term.pop("contrastive", {})
     values = {
         "loss": loss,
         "grad_norm": gradient,
@@ -449,7 +432,8 @@ def record(job: Job, step: int, result: Step, rate: float) -> float:
         "tokens_per_second": rate,
         # Of those that run as deep: each is a negative of the others.
         "queries": {f"exit_{e}": n for e, n in zip(result.exits, result.queries, strict=True)},
-        "losses": losses,
+        "losses": contrastive,
+        **({"distilled": by_term} if by_term else {}),
     }
     job.out.metrics(step, "train", values)
     return loss
@@ -465,6 +449,8 @@ def save(job: Job, step: int) -> None:
     tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
     if job.bank is not None:
         tensors |= {BANK + name: x for name, x in job.bank.state().items()}
+    if job.distiller is not None:
+        tensors |= {DISTILLER + name: x for name, x in job.distiller.state().items()}
     job.saver.save(step, tensors, write_beside)
 
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from . import ROOT, report
 
-NAMES = "infonce", "attention", "embed", "train_step", "gradcache"
+NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "loader"
 BROKEN = 70  # as in worker.py, which only the other process imports
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds that a case is begun with
@@ -93,7 +93,7 @@ class Run:
 
     def worker(self, arguments: list[str]) -> tuple[int, dict[str, Any] | None]:
         """-> exit status, and what was begun and never ended."""
-        command = [*WORKER, self.name, *arguments]
+        command = [*getattr(self.bench, "WORKER", WORKER), self.name, *arguments]
         command += ["--seconds", f"{max(self.left() - 5, 0):.0f}"]
         command += ["--smoke"] * self.args.smoke + ["--red"] * (not self.green)
         begun = None

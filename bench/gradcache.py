@@ -217,7 +217,7 @@ class Cached(Trained):
     ) -> None:
         super().__init__(model, adamw(model, run.optim), no_graph, before)
         self.run, self.keep, self.half = replace(run, gradient_cache=True), keep, half
-        device = model.norm.weight.device
+        device = model.device
         self.engine = Engine.of(model, self.run, World(0, 1, device), half)
         self.kept = Kept.by(model, half)
         self.budget, self.twice = 0.0, 0.0

@@ -145,7 +145,7 @@ def sweep(rows: list[Row]) -> str:
 def gate(rows: list[Row]) -> str:
     """A line for all that is right, and one for everything that is not."""
     right = sum(row["ok"] for row in rows)
-    lines = [f"gate: {right} of {len(rows)} checks within eager's error"]
+    lines = [f"gate: {right} of {len(rows)} checks right"]
     for row in rows:
         if not row["ok"]:
             parts = {

@@ -2,9 +2,8 @@
 
 A step is forward, loss, backward, clipping, optimiser and clearing, over texts that lie on the
 device: in training a loader's process packs them. Ours is what train.py runs on CUDA. Token ids are
-a Zipf stream (bench/embed.py), lengths those that were measured on 2026-11-20. Of LEALLA-small it
-is width, depth, heads, feed-forward and vocabulary; its blocks are Qwen3's here, until BERT's are
-there.
+a Zipf stream (bench/embed.py), lengths those that were measured on 2026-11-20. LEALLA-small is as
+published, but for its vocabulary, which is nested.
 
 What a step must do at least, and how that is counted, is in bench/train_step_cases.py.
 """

@@ -11,6 +11,8 @@ products    6 FLOPs for each token and weight of the layers' matrices, 2 D K (Hq
 attention   14 Hq K FLOPs for each pair (3.5 times 4 Hq K); (5 Hq + 6 Hkv) K elements a token
 point-wise  norms, rotary positions, SwiGLU, residuals, each half of a block in one pass: forward
             9 D + 2 (Hq + Hkv) K + 3 I elements a token, backward 8 D + 3 (Hq + Hkv) K + 5 I
+            A BERT's MLP has no gate: 2 where products have 3 of I. Its norms are behind, and there
+            is nothing to do to q and k: point-wise forward 6 D + 2 I, backward 8 D + 3 I.
 embedding   of a plain table n D numbers are read, T D elements written; backward T D are read and
             V D numbers written, dense; of a nested one as in bench/embed.py (fp32 factors)
 loss        6 Q C D FLOPs an exit, 6 (Q + C) D bytes (bench/infonce.py)
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlembed import config, recipes
+from mlembed import config, recipes, shapes
 from mlembed.depth import drawn
 from mlembed.model import num_parameters
 from mlembed.pack import Batch, PackedBatch, collate
@@ -75,18 +77,12 @@ QWEN3: dict[str, Any] = {
     "exits": (1, 2, 4, 8, 16, 24, 28),
     "matryoshka_dims": NESTED,
 }
-LEALLA: dict[str, Any] = {
-    "vocab_size": 501_153,
-    "hidden_size": 128,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 16,
-    "intermediate_size": 512,
-    "exits": (6, 12, 18, 24),
-    "matryoshka_dims": NESTED[:5],
-    "ranks": (16, 32, 64),
-}
+LEALLA = replace(
+    shapes.SHAPES["lealla-small"],
+    exits=(6, 12, 18, 24),
+    matryoshka_dims=NESTED[:5],
+    ranks=(16, 32, 64),
+)
 SKIP = config.Depth(exits=(7, 14, 21, 28))  # in equal shares
 
 
@@ -122,7 +118,7 @@ CASES = {
         case("step_nested", of_qwen3(ranks=(64, 128, 256, 512)), "ours", "ours_bf16"),
         Case(
             name="lealla",
-            run=config.Run(model=config.Model(**LEALLA), optim=config.Optim(lr=1e-5)),
+            run=config.Run(model=LEALLA, optim=config.Optim(lr=1e-5)),
             pairs=8192,
             queries=(20, 0.6, 5, 128),
             docs=(20, 0.6, 5, 128),
@@ -138,12 +134,16 @@ def toy(case: Case) -> Case:
     model = case.run.model
     exits = model.exits
     layers = {e: i for i, e in enumerate(exits, 1)}  # as many layers as exits
+    bert = model.style == "bert"
     small = config.Model(
+        style=model.style,
+        causal=model.causal,
+        pooling=model.pooling,
         vocab_size=97,
         hidden_size=32,
         num_hidden_layers=len(exits),
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2 if bert else 1,
         head_dim=16,
         intermediate_size=48,
         exits=tuple(layers.values()),
@@ -251,6 +251,8 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
     m = case.run.model
     D, K, Hq, Hkv = m.hidden_size, m.head_dim, m.num_attention_heads, m.num_key_value_heads
     I, V, heads = m.intermediate_size, m.vocab_size, (Hq + Hkv) * K  # noqa: E741
+    ups = 2 if m.style == "bert" else 3  # matrices of I
+    point_wise = 17 * D + 5 * heads + 8 * I if m.style == "qwen3" else 14 * D + 5 * I
     layers = [there(case, depth) for depth in range(1, m.num_hidden_layers + 1)]
     S = float(sum(n.sum() for n in layers))
     P = float(sum((n * (n + 1) / 2 if m.causal else n * n).sum() for n in layers))
@@ -267,10 +269,10 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
         "embedding": (rows, read + 2 * 2 * T * D + written),
         "attention": (14 * Hq * K * P, 2 * (5 * Hq + 6 * Hkv) * K * S),
         "products": (
-            6 * (2 * D * heads + 3 * D * I) * S,
-            3 * 2 * (4 * D + 2 * heads + 3 * I) * S,
+            6 * (2 * D * heads + ups * D * I) * S,
+            3 * 2 * (4 * D + 2 * heads + ups * I) * S,
         ),
-        "point-wise": (0.0, 2 * (17 * D + 5 * heads + 8 * I) * S),
+        "point-wise": (0.0, 2 * point_wise * S),
         "loss": (
             float(sum(6 * n * n * docs * D for n in alive)),
             float(sum(6 * n * (1 + docs) * D for n in alive)),

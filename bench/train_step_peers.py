@@ -1,8 +1,8 @@
 """Who else takes the same step: models of transformers, with and without sentence-transformers.
 
-Both are Qwen3 with our weights (a nested vocabulary merged into a table), padded to the longest
-text, by torch's attention, in bf16 with moments in bf16. With flash-attn installed they would
-unpad inside. Each is made once for a case: a model, and its loss on the texts.
+Both are Qwen3 or BERT with our weights (a nested vocabulary merged into a table), padded to the
+longest text, by torch's attention, in bf16 with moments in bf16. With flash-attn installed they
+would unpad inside. Each is made once for a case: a model, and its loss on the texts.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlembed import config
+from mlembed import config, pretrained
 from mlembed.loss import weights
 from mlembed.model import Transformer
 
@@ -64,44 +64,33 @@ def dense(exits_END: Tensor, pairs: int, run: config.Run, depths: Tensor | None 
     return torch.stack(table).view(len(exits), -1)
 
 
-def qwen3(start: Transformer) -> Any:
+def transformers_model(start: Transformer) -> Any:
     """transformers' model with the weights of ours, on its device: bf16 on GPUs.
 
     Raises:
         Missing: transformers is not installed.
     """
     transformers = imported("transformers", "transformers")
-    cfg, device = start.cfg, start.norm.weight.device
-    shape = transformers.Qwen3Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        num_key_value_heads=cfg.num_key_value_heads,
-        head_dim=cfg.head_dim,
-        intermediate_size=cfg.intermediate_size,
-        rms_norm_eps=cfg.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        max_position_embeddings=cfg.max_position_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+    cfg, device = start.cfg, start.device
+    kind = "Bert" if cfg.style == "bert" else "Qwen3"
+    named = pretrained.hf_config(cfg) | {"attn_implementation": "sdpa"}
+    shape = getattr(transformers, f"{kind}Config")(**named)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        model = transformers.Qwen3Model(shape)
+        model = getattr(transformers, f"{kind}Model")(shape)
     for weight in model.parameters():  # frequencies of positions, which are none, stay in fp32
         weight.data = weight.data.to(dtype)
     state = {k: v for k, v in start.state_dict().items() if not k.startswith("embed_tokens")}
     with torch.no_grad():
         state["embed_tokens.weight"] = start.embed_tokens.table()
-    model.load_state_dict(state)
+    model.load_state_dict({pretrained.hf_name(k, cfg): v for k, v in state.items()})
     return model.train()
 
 
 def padded(case: "Case", start: Transformer) -> Peer:
     """The public ML-Embed way: every exit normed over all tokens, a loss for each exit and prefix,
     blocks recomputed."""
-    model = qwen3(start)
+    model = transformers_model(start)
     # Named so up to transformers 5, where the other name comes up.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     made: dict[str, Tensor] = {}
@@ -117,6 +106,9 @@ def padded(case: "Case", start: Transformer) -> Peer:
         exits = []
         for exit in case.run.model.exits:
             h = out.hidden_states[exit]
+            if start.cfg.style == "bert":
+                exits.append(model.pooler(h))
+                continue
             # The last is normed already.
             h = h if exit == case.run.model.num_hidden_layers else model.norm(h)
             exits.append(h[rows, made["last"]])
@@ -138,15 +130,21 @@ def sentence_transformers(case: "Case", start: Transformer, cached: bool = True)
     module = "sentence_transformers.sentence_transformer"
     losses = imported(f"{module}.losses", "sentence-transformers")
     modules = imported(f"{module}.modules", "sentence-transformers")
-    model = qwen3(start)
+    model = transformers_model(start)
     device, dtype = model.device, model.dtype
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
         tokenizer().save_pretrained(folder)
         transformer = modules.Transformer(folder, model_kwargs={"dtype": dtype})
-    pooling = modules.Pooling(case.run.model.hidden_size, pooling_mode="lasttoken")
-    model = st.SentenceTransformer(modules=[transformer, pooling], device=str(device)).train()
+    bert, D = case.run.model.style == "bert", case.run.model.hidden_size
+    parts = [transformer, modules.Pooling(D, pooling_mode="cls" if bert else "lasttoken")]
+    if bert:  # as LaBSE's modules
+        parts.append(modules.Dense(D, D, activation_function=nn.Tanh()))
+        own = {f"linear.{name}": x.detach() for name, x in start.pooler.named_parameters()}
+        parts[-1].load_state_dict(own)
+        parts[-1].to(dtype)
+    model = st.SentenceTransformer(modules=parts, device=str(device)).train()
     run = case.run
     directions = (
         ("query_to_doc", "doc_to_query")

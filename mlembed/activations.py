@@ -36,7 +36,7 @@ class Kept:
         """
         small, large = (_saved(model, tokens, bf16) for tokens in SIZES)
         per_token = (large - small) / (SIZES[1] - SIZES[0])
-        width = 2 if bf16 else model.norm.weight.element_size()
+        width = 2 if bf16 else model.dtype.itemsize
         return Kept(small - SIZES[0] * per_token, per_token, width * model.cfg.hidden_size)
 
     def blocks(self, packs: Sequence[PackedBatch], layers: int, budget: float) -> int:
@@ -71,12 +71,11 @@ def recomputed(
 
 def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
     """Bytes of all memory that a block of the model saves, its weights aside."""
-    weight = model.norm.weight
-    batch = pack([np.zeros(32, dtype=np.int64)] * (tokens // 32)).to(weight.device)
-    dtype = torch.bfloat16 if bf16 else weight.dtype
-    x_TD = torch.ones(tokens, model.cfg.hidden_size, device=weight.device, dtype=dtype)
-    cos_sin = model.rotation(batch.pos_T)
-    shared = [*model.parameters(), *cos_sin, batch.work.buffer]  # not a block's own
+    batch = pack([np.zeros(32, dtype=np.int64)] * (tokens // 32)).to(model.device)
+    dtype = torch.bfloat16 if bf16 else model.dtype
+    x_TD = torch.ones(tokens, model.cfg.hidden_size, device=model.device, dtype=dtype)
+    tables = model.rotation(batch.pos_T)
+    shared = [*model.parameters(), *tables, batch.work.buffer]  # not a block's own
     known = {x.untyped_storage().data_ptr() for x in shared}
     found: dict[int, int] = {}
 
@@ -86,10 +85,10 @@ def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return x
 
-    autocast = torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
+    autocast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
     keeping = saved_tensors_hooks(note, lambda x: x)
     with mode(model, training=True), torch.enable_grad(), autocast, keeping:
-        out = model.block(model.layers[0], x_TD.requires_grad_(), cos_sin, batch.work)
+        out = model.block(model.layers[0], x_TD.requires_grad_(), tables, batch.work)
     total = sum(found.values())
     del out  # only now: memory of what is kept is nobody else's
     return total

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from . import config, recipes, shapes, strict
+from . import config, recipes, shapes, sources, strict
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -19,13 +19,15 @@ def parse(args: Sequence[str]) -> config.Run:
     Raises:
         ValueError: an unknown recipe or key (with near names), a value that does not fit.
     """
-    usage = f"python train.py {{{','.join(recipes.RECIPES)}}} [--help] [--key value ..]"
+    usage = "python train.py RECIPE | FILE [--help] [--key value ..]"
     if not args or args[0] in ("-h", "--help"):
         lines = [
-            f"  {name:8}{(make.__doc__ or '').splitlines()[0]}"
+            f"  {name:24}{(make.__doc__ or '').splitlines()[0]}"
             for name, make in recipes.RECIPES.items()
         ]
-        print("\n".join([f"usage: {usage}", *lines, "  FILE    a config.json that a run saved"]))
+        print(
+            "\n".join([f"usage: {usage}", *lines, f"  {'FILE':24}a config.json that a run saved"])
+        )
         raise SystemExit(0 if args else 2)
     name, *rest = args
     if name in recipes.RECIPES:
@@ -51,8 +53,11 @@ def parse(args: Sequence[str]) -> config.Run:
     if init and not helping:  # the checkpoint's shape is what further keys override
         model = shapes.from_checkpoint(shapes.resolve(init), base.model)
         longest = min(base.max_length, model.max_position_embeddings)
-        base = dataclasses.replace(base, init=init, model=model, max_length=longest)
-    return _override(base, rest, f"train.py {name}")
+        base = dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
+    said = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}
+    if "steps" in said and "epochs" not in said:
+        base = dataclasses.replace(base, epochs=0.0)
+    return sources.expand(_override(base, rest, f"train.py {name}"))
 
 
 def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:

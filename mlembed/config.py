@@ -275,6 +275,11 @@ class Distill:
         positive("distill.batch_tokens", self.batch_tokens)
         if self.teacher and self.embeddings:
             raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
+        if self.prompt and not self.teacher:
+            raise ValueError(
+                "distill.prompt: expected none without distill.teacher (stored embeddings have "
+                f"theirs), got {self.prompt!r}"
+            )
         needs, has = bool(self.features or self.logits), bool(self.teacher or self.embeddings)
         if needs != has:
             raise ValueError(
@@ -481,7 +486,8 @@ class Run:
             raise ValueError("optim.weights: expected fp32 with engine fsdp, got bf16")
         if self.cpu_offload and self.engine != "fsdp":
             raise ValueError(f"engine: expected fsdp with cpu_offload, got {self.engine}")
-        most = self.batch_size * (1 + self.loss.num_negatives)
+        shared = self.loss.hard_negatives == "shared"
+        most = self.batch_size * (1 + self.loss.num_negatives * shared)
         if 0 < self.loss.memory_bank < most:
             raise ValueError(
                 f"loss.memory_bank: expected 0 or at least the {most} documents of a micro-batch, "
@@ -491,6 +497,12 @@ class Run:
             raise ValueError(
                 "depth.curriculum: expected none with loss.memory_bank, as kept documents have the "
                 f"exits of their step, got {self.depth.curriculum}"
+            )
+        lone = self.distill.learns == self.distill.between_exits
+        if lone and (len(self.model.exits) == 1 or self.depth.curriculum != "none"):
+            raise ValueError(
+                "distill.between_exits: expected another term beside it where a step may have one "
+                f"exit, got none, with exits {self.model.exits}, curriculum {self.depth.curriculum}"
             )
         if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")

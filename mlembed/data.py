@@ -1,282 +1,244 @@
-"""Training text: files to tables, tables to an order of batches that is a function of a seed.
+"""Tables to an order of batches that is a function of a seed.
 
-A table's items are what is drawn. Of a pair table (query, positive, optional negatives) an item is
-a row; of an n-way table (id, lang, text) it is an id, all of whose texts are translations of each
-other, and two of them are drawn as query and positive.
+A batch comes from one source. Which source, which of its items and which of their texts depend on
+(seed, batch number) alone: there is no position to save, and every process draws the whole batch
+and keeps its share, so that runs of any number of processes, and of loader workers, see the same
+data. sources.py reads what tables hold, tokens.py tokenises them, streams.py has sources that are
+read as they come.
 
-A batch comes from one source. Which source, which items and which of their texts depend on (seed,
-batch number) alone: there is no position to save, and every process can draw the whole batch and
-keep its share, so that runs of any number of processes see the same data.
+Letters: B items of a micro-batch, K negatives of an item.
 """
 
-import functools
-import hashlib
-import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from . import cldr, config, depth
-from .cldr import normalise
+from . import config, depth
 from .distributed import World
 from .pack import Batch, collate
-from .tokenizer import tokenize
+from .sources import Table
+from .streams import Stream, name_of
+from .tokens import Tokens, tokenised
 
-MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
-PAIR = ("query", "positive")
-NWAY = ("id", "lang", "text")
-SURROGATE = re.compile("[\ud800-\udfff]")
+if TYPE_CHECKING:
+    from .teacher import Stored
 
+# First numbers of seeds: an order, permutations, and each batch's texts and depths.
+ORDER, ITEMS, TEXTS, DEPTHS = 2, 3, 4, 5
 
-@dataclass(frozen=True)
-class Table:
-    """One source as text. Item i owns texts[starts[i]:starts[i + 1]].
-
-    Of a pair table these are the query, the positive, then any hard negatives; of an n-way table,
-    translations. Texts with equal `ids` are never each other's negatives.
-    """
-
-    name: str
-    nway: bool
-    texts: list[str]
-    ids: np.ndarray  # int64 [texts]
-    starts: np.ndarray  # int64 [items + 1]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
+# ---- which source ----
 
 
-@functools.cache
-def cldr_tables() -> tuple[pa.Table, pa.Table]:
-    """The built-in text (train pairs, held-out n-way table), built once a process."""
-    return cldr.build()
+def sizes_of(
+    run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source] = ()
+) -> list[float]:
+    """How many items each source has, tables first.
 
-
-def text_id(*parts: str) -> int:
-    """A 63-bit id of a text, the same in every process and on every machine."""
-    digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") >> 1
-
-
-# ---- files to tables ----
-
-
-def read(source: str) -> list[Table]:
-    """`cldr`, a .jsonl or .parquet file, or a directory of them -> one Table a file.
+    An n-way table of many languages holds more than its ids: as many pairs as texts / 2. A stream
+    has as many as it says.
 
     Raises:
-        ValueError: nothing there, no usable columns, a malformed row (with file and line), no rows.
+        ValueError: a stream that does not say.
     """
-    if source == "cldr":
-        return [_pairs("cldr", "cldr", cldr_tables()[0].to_pylist())]
-    return [_table(path) for path in files_of(source)]
-
-
-def files_of(source: str) -> list[Path]:
-    """The data files of a path: itself, or what a directory holds, sorted."""
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".parquet"))
-        if not files:
-            raise ValueError(f"data: expected .jsonl or .parquet files in {source}, found none")
-        return files
-    if not path.is_file():
-        raise ValueError(f"data: expected a file or directory, got {source}, which does not exist")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"data: expected .jsonl or .parquet, got {source}")
-    return [path]
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file, which have the columns of a pair table or all of an n-way table.
-
-    Raises:
-        ValueError: other columns, no rows, or the first malformed row, as file:line (for parquet
-            the row number) and the reason.
-    """
-    rows: list[dict[str, Any]] = []
-    required: tuple[str, ...] = ()
-    for number, row in (_jsonl_rows if path.suffix == ".jsonl" else _parquet_rows)(path):
-        required = required or _layout(row, f"{path}:{number}")
-        for name in required:
-            value = row.get(name)
-            row[name] = str(value) if name == "id" and isinstance(value, int) else value
-            if not is_text(row[name]):
-                raise ValueError(f"{path}:{number}: {name}: expected text, got {value!r}")
-        score = row.get("score")
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-            raise ValueError(f"{path}:{number}: score: expected a number 0..1, got {score!r}")
-        negatives = row.get("negatives") or []
-        if not isinstance(negatives, list) or not all(map(is_text, negatives)):
+    for source in streams:
+        if not source.rows:
             raise ValueError(
-                f"{path}:{number}: negatives: expected a list of texts, got {negatives!r}"
+                f"source {source.path}: rows: expected how many the stream has, for epochs or "
+                f"sampling {run.sampling}, got 0"
             )
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: expected rows, found none")
-    return rows
+    sizes = [len(table.texts) / 2 if table.nway else len(table) for table in tables]
+    return [*sizes, *(float(source.rows) for source in streams)]
 
 
-def is_text(value: Any) -> bool:
-    """A string with something in it, all of it Unicode (json may hold half a surrogate pair)."""
-    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
+def steps_of(
+    run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source] = ()
+) -> int:
+    """Optimiser steps of a run: `steps` or, with `epochs` e, ceil(e n / (B accumulated batches))
+    of n items in all.
 
-
-def _layout(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    for columns in (PAIR, NWAY):
-        if row.keys() >= set(columns):
-            return columns
-    raise ValueError(
-        f"{where}: expected columns {', '.join(PAIR)} [, negatives, score] or {', '.join(NWAY)}, "
-        f"got {', '.join(row) or 'none'}"
-    )
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8: {error.reason}") from None
-            except ValueError as error:  # also of numbers with more digits than Python reads
-                raise ValueError(f"{path}:{number}: not json: {error}") from None
-            if row is None and not line.strip():
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected an object, got {type(row).__name__}")
-            yield number, row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not parquet: {str(error).splitlines()[0]}") from None
-    if "verse_id" in table.column_names and "id" not in table.column_names:
-        names = ["id" if name == "verse_id" else name for name in table.column_names]
-        table = table.rename_columns(names)
-    _layout(dict.fromkeys(table.column_names), f"{path}:1")
-    kept = [c for c in (*PAIR, *NWAY, "negatives", "score", "kind") if c in table.column_names]
-    yield from enumerate(table.select(kept).to_pylist(), 1)
-
-
-def _table(path: Path) -> Table:
-    rows = rows_of(path)
-    make = _pairs if "query" in rows[0] and "positive" in rows[0] else _nway
-    return make(path.stem, str(path), rows)
-
-
-def _pairs(name: str, where: str, rows: list[dict[str, Any]]) -> Table:
-    texts: list[str] = []
-    starts = [0]
-    for row in rows:
-        score = row.get("score")
-        if score is not None and score < MIN_SCORE:
-            continue
-        texts += [row["query"], row["positive"], *(row.get("negatives") or [])]
-        starts.append(len(texts))
-    if not texts:
-        raise ValueError(f"{where}: expected pairs with a score of {MIN_SCORE} or more, found none")
-    return Table(name, False, texts, _linked(texts, np.array(starts)), np.array(starts))
-
-
-def _linked(texts: list[str], starts: np.ndarray) -> np.ndarray:
-    """Ids of the texts of a pair table, equal for all that pairs link, directly or by others.
-
-    Two queries with the same positive, or two positives of the same query (a name in two
-    languages, two passages that answer), would be false negatives of each other.
+    Raises:
+        ValueError: `epochs` of a stream that does not say how many rows it has.
     """
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    number = np.array([place[text] for text in texts])
-    queries, positives = number[starts[:-1]], number[starts[:-1] + 1]
-    links = coo_array((np.ones(len(queries)), (queries, positives)), shape=(len(place),) * 2)
-    _, group = connected_components(links, directed=False)
-    _, first = np.unique(group, return_index=True)
-    distinct = list(place)
-    id_of_group = np.array([text_id(distinct[i]) for i in first])
-    return id_of_group[group[number]]
+    if not run.epochs:
+        return run.steps
+    total = sum(sizes_of(run, tables, streams))
+    return math.ceil(run.epochs * total / (run.batch_size * run.gradient_accumulation_steps))
 
 
-def _nway(name: str, where: str, rows: list[dict[str, Any]]) -> Table:
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row["text"])
-    groups = {key: texts for key, texts in groups.items() if len(texts) > 1}
-    if not groups:
-        raise ValueError(f"{where}: expected ids with two texts or more, found none")
-    sizes = [len(texts) for texts in groups.values()]
-    ids = np.array([text_id(name, key) for key in groups])
-    texts = [text for group in groups.values() for text in group]
-    return Table(name, True, texts, np.repeat(ids, sizes), np.cumsum([0, *sizes]))
+def source_order(
+    run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source], total: int
+) -> np.ndarray:
+    """The source of each of `total` batches, tables first -> int64 [total].
 
+    alpha: p_i ~ n_i^alpha (GTE, arXiv 2308.03281). weights: p_i ~ the source's weight; what one
+    source has in several files shares it, in proportion to their items. exhaust: all batches of all
+    sources, ceil(n_i / B) each, in a random order, then again in another (ML-Embed's released
+    code). The first batches of a longer run are those of a shorter one.
 
-def without(table: Table, held_out: set[str]) -> tuple[Table | None, int]:
-    """The table less every text that evaluation uses, and how many texts went.
-
-    A pair goes as a whole; of an n-way item only the text goes, unless a single one remains.
+    Raises:
+        ValueError: a stream without `rows` where they count; weights that are all 0.
     """
-    kept: list[int] = []
-    starts = [0]
-    for begin, end in zip(table.starts[:-1].tolist(), table.starts[1:].tolist(), strict=True):
-        clean = [row for row in range(begin, end) if normalise(table.texts[row]) not in held_out]
-        if len(clean) == end - begin or (table.nway and len(clean) > 1):
-            kept += clean
-            starts.append(len(kept))
-    if not kept:
-        return None, len(table.texts)
-    texts = [table.texts[row] for row in kept]
-    clean_table = Table(table.name, table.nway, texts, table.ids[kept], np.array(starts))
-    return clean_table, len(table.texts) - len(kept)
+    if run.sampling == "exhaust":
+        counts = [math.ceil(n / run.batch_size) for n in sizes_of(run, tables, streams)]
+        each = np.repeat(np.arange(len(counts)), counts)
+        rounds = [
+            np.random.default_rng([run.seed, ORDER, round]).permutation(each)
+            for round in range(math.ceil(total / len(each)))
+        ]
+        return np.concatenate(rounds)[:total]
+    if run.sampling == "alpha":
+        p = np.array(sizes_of(run, tables, streams)) ** run.source_alpha
+    else:
+        p = np.array(_weights(run, tables, streams))
+        if not p.sum() > 0:
+            raise ValueError("sources: expected weights of which one is above 0, got all 0")
+    rng = np.random.default_rng([run.seed, ORDER])
+    return rng.choice(len(p), size=total, p=p / p.sum())
 
 
-# ---- tables to batches ----
+def _weights(
+    run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source]
+) -> list[float]:
+    items: dict[config.Source, float] = {}
+    sizes = sizes_of(run, tables)
+    for table, size in zip(tables, sizes, strict=True):
+        items[table.source] = items.get(table.source, 0.0) + size
+    of_tables = [
+        table.source.weight * size / items[table.source]
+        for table, size in zip(tables, sizes, strict=True)
+    ]
+    return of_tables + [source.weight for source in streams]
 
 
-@functools.lru_cache(maxsize=64)
+# ---- which items, which of their texts ----
+
+
 def permutation(seed: int, source: int, epoch: int, items: int) -> np.ndarray:
-    """Each epoch of a source is a permutation of its items."""
-    return np.random.default_rng([seed, 3, source, epoch]).permutation(items)
+    """Each epoch of a source is a permutation of its items -> int32 or int64 [items]."""
+    numbers = np.arange(items, dtype=np.int32 if items < 2**31 else np.int64)
+    return np.random.default_rng([seed, ITEMS, source, epoch]).permutation(numbers)
+
+
+def num_negatives(loss: config.Loss, source: config.Source, task: str) -> int:
+    """How many hard negatives an item of a source has at most: its own number, or its task's.
+
+    Raises:
+        ValueError: none for clustering or classification, whose loss is of nothing else.
+    """
+    by_task = {
+        "clustering": loss.clustering_negatives,
+        "classification": loss.classification_negatives,
+        "sts": 0,
+    }
+    given = source.num_negatives >= 0
+    count = source.num_negatives if given else by_task.get(task, loss.num_negatives)
+    if task in ("clustering", "classification") and not count:
+        key = f"source {source.path}: num_negatives" if given else f"loss.{task}_negatives"
+        raise ValueError(f"{key}: expected 1 or more for {task}, got 0")
+    return count
+
+
+def some_of(count_B: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarray:
+    """K different numbers below each count, in random order -> int64 [B, K], -1 behind the last of
+    rows whose count is less.
+
+    The j-th draw is of the count - j that are left, and becomes the number itself by going past
+    those that are not, from the least on: B K^2 / 2 comparisons, however large the counts.
+    """
+    drawn = np.full((len(count_B), K), -1, dtype=np.int64)
+    gone = np.empty((len(count_B), 0), dtype=np.int64)  # rising
+    for j in range(min(K, int(count_B.max(initial=0)))):
+        pick = rng.integers(0, np.maximum(count_B - j, 1))
+        for at in gone.T:
+            pick += pick >= at
+        drawn[:, j] = np.where(count_B > j, pick, -1)
+        gone = np.sort(np.column_stack([gone, pick]), axis=1)
+    return drawn
+
+
+def drawn_rows(
+    nway: bool, begin_B: np.ndarray, end_B: np.ndarray, K: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """Rows of each item's query, positive and at most K hard negatives, of texts begin..end.
+
+    Of an n-way item two different texts, in either order; of a pair its first two and some others.
+    """
+    if nway:
+        rows = begin_B[:, None] + some_of(end_B - begin_B, 2, rng)
+        return rows.tolist()
+    negatives = some_of(end_B - begin_B - 2, K, rng)
+    rows = begin_B[:, None] + np.column_stack([np.tile([0, 1], (len(begin_B), 1)), negatives + 2])
+    counts = 2 + (negatives >= 0).sum(1)
+    if (counts == rows.shape[1]).all():
+        return rows.tolist()
+    return [row[:n] for row, n in zip(rows.tolist(), counts.tolist(), strict=True)]
+
+
+# ---- batches ----
 
 
 class Batches(Dataset[Batch]):
     """Micro-batches 0, 1, .. of a run, each a function of its number (see the module's docstring).
 
-    Texts are tokenised once, on construction, and held as flat int32 arrays.
+    Sources are the tables, then the streams. Tables are tokenised on construction, or their tokens
+    found where they are kept; streams as they come.
+
+    order: int64 [micro-batches], each one's source. names: of the sources. truncated: texts of each
+    table that were longer than `max_length`.
     """
 
     def __init__(
-        self, tables: Sequence[Table], tokenizer: Tokenizer, run: config.Run, world: World
+        self,
+        tables: Sequence[Table],
+        tokenizer: Tokenizer,
+        run: config.Run,
+        world: World,
+        *,
+        streams: Sequence[config.Source] = (),
+        teacher: "Stored | None" = None,
+        held_out: AbstractSet[str] = frozenset(),
     ) -> None:
+        """
+        Args:
+            streams: sources that are read as they come. held_out: normalised texts that they are
+                read without; tables are without them already.
+            teacher: its vectors, for `Batch.teacher_ND`.
+
+        Raises:
+            ValueError: no sources; a batch that processes cannot share alike; as `source_order` and
+                `num_negatives`.
+        """
         if run.batch_size % world.size:
             raise ValueError(
                 f"batch_size: expected a multiple of {world.size} processes, got {run.batch_size}"
             )
-        self.tables, self.world, self.run = tables, world, run
-        self.tokens, self.offsets = [], []
-        for table in tables:
-            ids = tokenize(tokenizer, table.texts, run.max_length)
-            self.tokens.append(np.concatenate(ids))
-            self.offsets.append(np.cumsum([0, *map(len, ids)]))
-        # An n-way table of many languages holds more than its ids: as many pairs as texts / 2.
-        sizes = [len(t.texts) / 2 if t.nway else len(t) for t in tables]
-        p = np.array(sizes) ** run.source_alpha
-        total = run.steps * run.gradient_accumulation_steps
-        rng = np.random.default_rng([run.seed, 2])
-        self.order = rng.choice(len(tables), size=total, p=p / p.sum())
+        if not tables and not streams:
+            raise ValueError("data: expected at least one source, got none")
+        self.tables, self.world, self.run, self.teacher = tables, world, run, teacher
+        self.streams = [
+            Stream(source, run.seed, len(tables) + i, run.bad_rows, held_out)
+            for i, source in enumerate(streams)
+        ]
+        self.tokenizer = tokenizer
+        self.tokens: list[Tokens] = [
+            tokenised(table, tokenizer, run.max_length, world.main) for table in tables
+        ]
+        self.truncated = [tokens.truncated for tokens in self.tokens]
+        self.names = [table.name for table in tables] + [name_of(source) for source in streams]
+        self.negatives = [num_negatives(run.loss, table.source, table.task) for table in tables]
+        self.negatives += [num_negatives(run.loss, s.source, s.task) for s in self.streams]
+        self.order = source_order(run, tables, streams, run.steps * run.gradient_accumulation_steps)
+        self.permutations: dict[int, tuple[int, np.ndarray]] = {}  # epoch and items of each table
         # How often the batch's source was drawn before: where in the source its items begin.
-        self.turn = np.zeros(total, dtype=np.int64)
-        for source in range(len(tables)):
+        self.turn = np.zeros(len(self.order), dtype=np.int64)
+        for source in range(len(self.names)):
             drawn = self.order == source
             self.turn[drawn] = np.arange(drawn.sum())
 
@@ -284,48 +246,113 @@ class Batches(Dataset[Batch]):
         return len(self.order)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the training text -> int64 [vocab_size]."""
-        counts = [np.bincount(tokens, minlength=vocab_size) for tokens in self.tokens]
+        """How often each token occurs in the tables -> int64 [vocab_size].
+
+        Raises:
+            ValueError: no tables: nobody has read the streams yet.
+        """
+        if not self.tokens:
+            raise ValueError(
+                "init_factors: expected uniform where all sources are streams, got frequency"
+            )
+        counts = [np.bincount(tokens.flat, minlength=vocab_size) for tokens in self.tokens]
         return np.sum(counts, axis=0)
-
-    def _items(self, number: int) -> np.ndarray:
-        source = int(self.order[number])
-        at = self.turn[number] * self.run.batch_size + np.arange(self.run.batch_size)
-        n = len(self.tables[source])
-        epochs, places = np.divmod(at, n)
-        orders = {e: permutation(self.run.seed, source, e, n) for e in set(epochs.tolist())}
-        return np.array([orders[e][i] for e, i in zip(epochs.tolist(), places, strict=True)])
-
-    def _rows(self, table: Table, item: int, rng: np.random.Generator) -> list[int]:
-        """Row numbers of an item's query, positive and hard negatives."""
-        begin, end = int(table.starts[item]), int(table.starts[item + 1])
-        if table.nway:
-            first, second = rng.choice(end - begin, size=2, replace=False)
-            return [begin + int(first), begin + int(second)]
-        stored = np.arange(begin + 2, end)
-        k = min(self.run.loss.num_negatives, len(stored))
-        negatives = rng.choice(stored, size=k, replace=False).tolist() if k else []
-        return [begin, begin + 1, *negatives]
 
     def __getitem__(self, number: int) -> Batch:
         source = int(self.order[number])
-        table, run = self.tables[source], self.run
-        tokens, offsets = self.tokens[source], self.offsets[source]
-        rng = np.random.default_rng([run.seed, 4, number])
-        groups = [self._rows(table, int(item), rng) for item in self._items(number)]
-        lengths = np.array([(offsets[np.add(rows, 1)] - offsets[rows]).sum() for rows in groups])
-        depth_rng = np.random.default_rng([run.seed, 5, number])
-        last, texts = run.model.num_hidden_layers, sum(map(len, groups))
-        step = number // run.gradient_accumulation_steps
-        depths = depth.drawn(lengths, run.depth, last, depth_rng, self.world.size)
+        if source < len(self.tables):
+            return self._of_table(number, source)
+        return self._of_stream(number, source)
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        """Of each table the last one is kept, 4 bytes an item."""
+        if self.permutations.get(source, (-1,))[0] != epoch:
+            items = len(self.tables[source])
+            self.permutations[source] = epoch, permutation(self.run.seed, source, epoch, items)
+        return self.permutations[source][1]
+
+    def _of_table(self, number: int, source: int) -> Batch:
+        table, tokens = self.tables[source], self.tokens[source]
+        at = self.turn[number] * self.run.batch_size + np.arange(self.run.batch_size)
+        epochs, places = np.divmod(at, len(table))
+        items_B = np.empty_like(at)
+        for epoch in np.unique(epochs).tolist():
+            now = epochs == epoch
+            items_B[now] = self._permutation(source, epoch)[places[now]]
+        bounds = table.starts[items_B], table.starts[items_B + 1]
+        rng = np.random.default_rng([self.run.seed, TEXTS, number])
+        groups = drawn_rows(table.nway, *bounds, self.negatives[source], rng)
+        scores = None if table.scores is None else table.scores[items_B]
+        batch = self._collated(
+            number, groups, tokens.flat, tokens.offsets, table.ids, table.source, table.task, scores
+        )
+        return self._taught(batch, table.texts)
+
+    def _of_stream(self, number: int, source: int) -> Batch:
+        """Its items come with all their negatives; only those that are drawn are tokenised."""
+        stream = self.streams[source - len(self.tables)]
+        B, K = self.run.batch_size, self.negatives[source]
+        items, ids = stream.items(int(self.turn[number]) * B, B)
+        ends = np.cumsum([2 + len(item.negatives) for item in items])
+        rng = np.random.default_rng([self.run.seed, TEXTS, number])
+        drawn = drawn_rows(False, np.concatenate([[0], ends[:-1]]), ends, K, rng)
+        every = [text for item in items for text in (item.query, item.positive, *item.negatives)]
+        rows = [row for group in drawn for row in group]
+        texts = [every[row] for row in rows]
+        sizes = [len(group) for group in drawn]
+        firsts = np.cumsum(sizes) - sizes
+        groups = [list(range(a, a + n)) for a, n in zip(firsts.tolist(), sizes, strict=True)]
+        flat, offsets = stream.tokenised(texts, firsts, self.tokenizer, self.run.max_length)
+        scores = None
+        if stream.task == "sts":
+            scores = np.array([item.score for item in items], dtype=np.float32)
+        batch = self._collated(
+            number, groups, flat, offsets, ids[rows], stream.source, stream.task, scores
+        )
+        return self._taught(batch, texts)
+
+    def _collated(
+        self,
+        number: int,
+        groups: list[list[int]],
+        flat: np.ndarray,
+        offsets: np.ndarray,
+        ids: np.ndarray,
+        source: config.Source,
+        task: str,
+        scores: np.ndarray | None,
+    ) -> Batch:
+        run = self.run
+        # Plain arrays: each slice of a memory map would be one again, ten times as slowly.
+        flat, offsets, ids = np.asarray(flat), np.asarray(offsets), np.asarray(ids)
+        rows = np.array([row for group in groups for row in group])
+        sizes = np.array([len(group) for group in groups])
+        lengths = offsets[rows + 1] - offsets[rows]
+        of_groups = np.add.reduceat(lengths, np.cumsum(sizes) - sizes)
+        rng = np.random.default_rng([run.seed, DEPTHS, number])
+        last, step = run.model.num_hidden_layers, number // run.gradient_accumulation_steps
+        depths = depth.drawn(of_groups, run.depth, last, rng, self.world.size)
         return collate(
             groups,
-            lambda row: tokens[offsets[row] : offsets[row + 1]],
-            table.ids,
+            lambda row: flat[offsets[row] : offsets[row + 1]],
+            ids,
             depths,
-            depth.runs(texts, run.depth, last, step, run.steps, depth_rng),
+            depth.runs(len(rows), run.depth, last, step, run.steps, rng),
             rank=self.world.rank,
             size=self.world.size,
             max_tokens=run.pack_tokens,
-            source=table.name,
+            source=self.names[int(self.order[number])],
+            task=task,
+            temperature=source.temperature,
+            scores=scores,
         )
+
+    def _taught(self, batch: Batch, texts: Sequence[str]) -> Batch:
+        """With what distillation needs: the texts, or a teacher's vectors of them."""
+        if not self.run.distill.teacher and self.teacher is None:
+            return batch
+        own = [texts[row] for row in batch.rows.tolist()]
+        if self.teacher is not None:
+            vectors = self.teacher.vectors(own, queries=len(batch.target))
+            batch = replace(batch, teacher_ND=torch.from_numpy(vectors))
+        return replace(batch, texts=tuple(own)) if self.run.distill.teacher else batch

@@ -39,17 +39,19 @@ class Encoder:
 
     @staticmethod
     def load(source: str, device: str = "auto") -> "Encoder":
-        """From a directory that mlembed saved, a Qwen3 checkpoint, or a hub id.
+        """From a run or directory that mlembed saved, a checkpoint of an architecture that
+        `shapes.from_checkpoint` knows, or a hub id.
 
         Raises:
             ValueError: nothing usable there.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        directory = model_directory(source)
+        directory = shapes.resolve(source)
         model = pretrained.load(str(directory))
         text_to_ids = tokenizer.load(directory)
-        limit = tokenizer.max_length(directory) or model.cfg.max_position_embeddings
+        most = model.cfg.max_position_embeddings
+        limit = min(tokenizer.max_length(directory) or most, most)
         if text_to_ids.get_vocab_size() > model.cfg.vocab_size:
             raise ValueError(
                 f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
@@ -71,7 +73,7 @@ class Encoder:
         """
         cfg = self.model.cfg
         exits = cfg.exits if exits is None else exits
-        device = self.model.norm.weight.device
+        device = self.model.device
         ids = tokenizer.tokenize(self.tokenizer, texts, self.max_length)
         out = torch.empty(len(exits), len(texts), cfg.hidden_size)
         half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -99,19 +101,6 @@ class Encoder:
         depth = self.model.cfg.num_hidden_layers if exit is None else exit
         vectors = self.exits(texts, [depth], rank)[0]
         return F.normalize(vectors[:, :dim], dim=-1).numpy()
-
-
-def model_directory(source: str) -> Path:
-    """A run's directory stands for its finished model; anything else for itself."""
-    path = Path(source)
-    if (path / "metrics.jsonl").is_file():
-        if not (path / "model" / "config.json").is_file():
-            raise ValueError(
-                f"{path}: expected a finished run with model/, found none; "
-                f"a checkpoint {path}/checkpoints/step_* can be given instead"
-            )
-        return path / "model"
-    return shapes.resolve(source)
 
 
 def main(

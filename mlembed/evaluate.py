@@ -24,7 +24,7 @@ import tyro
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from . import checkpoint, cldr, data, log
+from . import checkpoint, cldr, layouts, log, rows, sources
 from .encode import Encoder
 from .model import num_parameters
 
@@ -68,7 +68,7 @@ def read(source: str) -> list[Bitext | STS]:
         ValueError: nothing there, an unknown layout, sides of unequal length, a malformed row.
     """
     if source == "cldr":
-        return [nway("cldr", data.cldr_tables()[1].to_pylist())]
+        return [nway("cldr", sources.cldr_tables()[1].to_pylist())]
     path = Path(source)
     if path.is_dir():
         if any(path.glob("tatoeba.*-*.*")):
@@ -81,18 +81,21 @@ def read(source: str) -> list[Bitext | STS]:
         return [scored for file in files for scored in read(str(file))]
     if path.suffix == ".csv" and path.is_file():
         return [sts(path)]
-    (path,) = data.files_of(source)
-    rows = data.rows_of(path)
-    if "lang" not in rows[0]:
+    (path,) = rows.files_of(source)
+    layout, found = layouts.recognised(rows.of_file(path, layouts.worth_reading))
+    if isinstance(layout, layouts.Layout):
         raise ValueError(f"{path}: expected an n-way table with columns id, lang, text")
-    return [nway(path.stem, rows)]
+    records = list(layouts.nway_rows(found, layouts.Report(path.stem)))
+    if not records:
+        raise ValueError(f"{path}: expected rows, found none")
+    return [nway(path.stem, records)]
 
 
-def nway(name: str, rows: Iterable[dict[str, Any]]) -> Bitext:
+def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
     """Every language against English, kind by kind. ValueError without English."""
     found = Bitext(name)
     where: dict[tuple[str, str, str], int] = {}
-    for record in rows:
+    for record in records:
         where[record.get("kind") or "", record["lang"], record["id"]] = len(found.texts)
         found.texts.append(record["text"])
     pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in where)), None)

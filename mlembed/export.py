@@ -2,13 +2,14 @@
 
 python -m mlembed.export RUN OUT [--dim 96] [--exit 2] [--rank 64]
 
-The directory is a plain Qwen3 model of `exit` layers with the vocabulary merged at `rank`, and
-sentence-transformers modules under the names that every version from 5.0 on maps:
+The directory is a plain Qwen3, BERT or XLM-R model of `exit` layers with the vocabulary merged at
+`rank`, and sentence-transformers modules under the names that every version from 5.0 on maps:
 
-    Transformer -> Pooling -> (Dense: the first `dim` coordinates) -> Normalize
+    Transformer -> Pooling -> (Dense: BERT's pooler) -> (Dense: the first `dim`) -> Normalize
 
-The Dense module is a 0/1 matrix. `truncate_dim` would do less: readers before 5.4 ignore it, and
-later ones apply it after Normalize, which leaves vectors shorter than one.
+BERT's pooler is written twice: as the module, and as the model's own for transformers, which gives
+it as `pooler_output`. The last Dense module is a 0/1 matrix. `truncate_dim` would do less: readers
+before 5.4 ignore it, later ones apply it after Normalize, which leaves vectors shorter than one.
 """
 
 import json
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
+from torch import Tensor
 
 from . import log, pretrained, tokenizer
 from .checkpoint import atomic_directory
@@ -74,8 +76,8 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
     cfg = encoder.model.cfg
     D = cfg.hidden_size
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if dim < D:
-        modules.append(("2_Dense", "Dense"))
+    layers = dense_layers(encoder, dim)
+    modules += [(f"{i}_Dense", "Dense") for i in range(2, 2 + len(layers))]
     modules.append((f"{len(modules)}_Normalize", "Normalize"))
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": f"{MODULES}.{name}"}
@@ -83,7 +85,7 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
     ]
     pooling = {
         "word_embedding_dimension": D,
-        "pooling_mode_cls_token": cfg.pooling == "cls",
+        "pooling_mode_cls_token": cfg.pooling in ("cls", "pooler"),
         "pooling_mode_mean_tokens": cfg.pooling == "mean",
         "pooling_mode_max_tokens": False,
         "pooling_mode_mean_sqrt_len_tokens": False,
@@ -102,25 +104,38 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-    dense = {
-        "in_features": D,
-        "out_features": dim,
-        "bias": False,
-        "activation_function": "torch.nn.modules.linear.Identity",
-    }
     files = {
         "modules.json": listed,
         "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": settings,
         "1_Pooling/config.json": pooling,
     }
-    if dim < D:
-        files["2_Dense/config.json"] = dense
+    for i, (weights, activation) in enumerate(layers, 2):
+        files[f"{i}_Dense/config.json"] = {
+            "in_features": D,
+            "out_features": len(weights["linear.weight"]),
+            "bias": "linear.bias" in weights,
+            "activation_function": activation,
+        }
     for name, content in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for i, (weights, _) in enumerate(layers, 2):
+        save_file(weights, directory / f"{i}_Dense" / "model.safetensors")
+
+
+def dense_layers(encoder: Encoder, dim: int) -> list[tuple[dict[str, Tensor], str]]:
+    """The Dense modules behind pooling, each its weights and its activation's class."""
+    model, D = encoder.model, encoder.model.cfg.hidden_size
+    layers: list[tuple[dict[str, Tensor], str]] = []
+    if model.cfg.pooling == "pooler":
+        own = {name: x.detach().float().cpu() for name, x in model.pooler.named_parameters()}
+        named = {f"linear.{name}": x.contiguous() for name, x in own.items()}
+        layers.append((named, "torch.nn.modules.activation.Tanh"))
     if dim < D:
-        save_file({"linear.weight": torch.eye(dim, D)}, directory / "2_Dense" / "model.safetensors")
+        cut = {"linear.weight": torch.eye(dim, D)}
+        layers.append((cut, "torch.nn.modules.linear.Identity"))
+    return layers
 
 
 def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | None) -> float:
@@ -139,7 +154,7 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     # The same weights in fp32, eager, by an attention that has it.
     plain = pretrained.cut(encoder.model, encoder.model.cfg.num_hidden_layers, None)
     plain.cfg = replace(plain.cfg, attention="auto")
-    plain.to(encoder.model.norm.weight.device).eval()
+    plain.to(encoder.model.device).eval()
     ours = replace(encoder, model=plain, bf16=False).encode(PROBES, dim, exit, rank)
     sentence = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     theirs = sentence.encode(list(PROBES), convert_to_numpy=True, show_progress_bar=False)
@@ -148,12 +163,14 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
         list(PROBES), padding=True, truncation=True, return_tensors="pt"
     )
     with torch.inference_mode():
-        hidden = hf(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
+        read = hf(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
+    hidden = read.last_hidden_state
     mask = tokens["attention_mask"]
     rows = torch.arange(len(PROBES))
     pooled = {
         "last": lambda: hidden[rows, mask.sum(1) - 1],
         "cls": lambda: hidden[:, 0],
+        "pooler": lambda: read.pooler_output,
         "mean": lambda: (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
     }[encoder.model.cfg.pooling]()
     alone = F.normalize(pooled[:, :dim], dim=-1).numpy()
@@ -173,9 +190,9 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
 def model_card(encoder: Encoder, name: str, dim: int, exit: int, rank: int | None) -> str:
     """README.md with the front matter that the hub reads, and how to use the model."""
     cfg = encoder.model.cfg
-    bidirectional = (
-        "" if cfg.causal else "\nIts attention looks both ways: transformers 5.2 or newer."
-    )
+    bidirectional = ""
+    if cfg.style == "qwen3" and not cfg.causal:
+        bidirectional = "\nIts attention looks both ways: transformers 5.2 or newer."
     prefixes = ", ".join(str(d) for d in cfg.matryoshka_dims if d <= dim)
     return f"""---
 library_name: sentence-transformers

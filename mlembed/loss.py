@@ -1,28 +1,50 @@
 """What is optimised: the 3D Matryoshka objective, one number per exit and prefix, weighted.
 
-    loss = sum_e sum_m w_e w_m loss_em,  loss_em = InfoNCE at exit e and prefix m
+    loss = sum_e sum_m w_e w_m loss_em,  loss_em of the batch's task at exit e and prefix m
 
 The vocabulary rank, the third dimension, is sampled once per step (`sample_rank`).
 
-Letters: E exits, M prefixes, N texts, D width.
+With cosines s of truncated vectors, temperature t, query q_i, its positive d_i and its hard
+negatives n_ik, and N_i a sum of exp(s / t) over negatives, a softmax is
+
+    L(N) = mean_i -log( exp((s(q_i, d_i) - a) / t) / (exp((s(q_i, d_i) - a) / t) + N_i) )
+
+and by task:
+
+    retrieval       L over documents of all queries; with symmetric the mean of that and of L over
+                    queries, N_i = sum_j exp(s(q_j, d_i) / t); with gte one L of both sums and of
+                    those over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)
+    bitext          the mean of both directions, a = loss.margin (LaBSE, arXiv 2007.01852)
+    clustering,     L over the query's hard negatives alone, as ML-Embed's released code
+    classification  (arXiv 2605.15081) has it: others of a batch may be of its class
+    sts             log(1 + sum over pairs with y_i > y_j of exp((s_j - s_i) / t)), s_i of the pair
+                    that is scored y_i (CoSENT, doi 10.1109/TASLP.2024.3402087)
+
+`loss.hard_negatives`: n_ik are documents like others, N_i = sum over all (shared); only positives
+are, and n_ik join N_i of their own query (own); or they have a softmax of their own, whose loss is
+added (separate: ML-Embed's `inbatch` + `hard`).
+
+Letters: E exits, M prefixes, N texts, D width, Q queries of this process, K hard negatives.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlembed_kernels import infonce, partition
-from mlembed_kernels.partition import NOTHING, present
+from mlembed_kernels import cosine, partition
+from mlembed_kernels.partition import NOTHING
 
 from . import config
 from .bank import Bank, Slab
 from .distributed import World, gather
 from .pack import Batch
 from .ring import Pairs, ringed, streamed
+
+Logs = list[list[Tensor]]  # log-partitions [E, M, Q] by softmax, each in parts
 
 
 def loss_table(
@@ -33,55 +55,37 @@ def loss_table(
     exits: Sequence[int] | None = None,
     bank: Bank | None = None,
 ) -> Tensor:
-    """loss_EM fp32 [E, M] of this process's pairs against the candidates of all processes.
+    """loss_EM [E, M] of this process's texts, fp32 (float64 of float64), by the batch's task.
 
-    At an exit only groups that run as deep take part, as queries and as candidates.
+    Candidates are those of all processes. At an exit only groups that run as deep take part.
+    Queries without hard negatives have no part in a softmax over these alone: it is a mean over the
+    queries that have any, all others' loss is 0.
 
     Args:
         exits_END: this process's texts, in the order of `batch.packs`.
         batch: whose ids (for all processes) tell false negatives apart.
         exits: their depths; the configured ones by default.
-        bank: whose documents of the batch's source are negatives of its queries as well. Those of
-            all processes are added to it, for the caller to commit or to discard.
+        bank: whose documents of the batch's source are negatives of its queries as well (retrieval
+            and bitext). Those of all processes are added to it, for the caller to commit or to
+            discard: with hard negatives of one's own only positives, as these alone are candidates
+            of other queries. Batches of other tasks neither read it nor add to it.
 
     The mean over processes is the loss of the whole batch on one process, and so, as gathering and
     passing around carry gradients, is the mean of their gradients.
+
+    Raises:
+        ValueError: a clustering or classification batch without hard negatives, an sts batch
+            without scores.
     """
     exits = run.model.exits if exits is None else exits
     exits_END = exits_END[:, batch.place.to(exits_END.device)]
-    pairs = _pairs(batch, run, world, exits, exits_END)
     queries, docs = exits_END[:, : len(batch.target)], exits_END[:, len(batch.target) :]
-    held = [] if bank is None else bank.slabs(batch.source)
-    passing: dict[int, Slab] = {}
-
-    def keep(process: int, vectors_EnD: Tensor) -> None:
-        if bank is not None:
-            ids, counts = pairs.doc_ids[process], pairs.doc_counts[process]
-            passing[process] = bank.copied(Slab(vectors_EnD, ids, counts))
-
-    ring = run.loss.negatives_across == "ring" and world.size > 1
-    symmetric = run.loss.directions == "symmetric"
-    slabs = [] if ring else gather(docs, batch.doc_sizes)
-    for process, slab in enumerate(slabs):
-        keep(process, slab)
-    if not ring and not held:
-        loss_EM = _infonce(queries, docs, slabs, pairs, run)
-    else:
-        if ring:
-            logs, own_EMQ = ringed(queries, docs, pairs, symmetric, keep)
-        else:
-            logs, own_EMQ = _partitions(queries, docs, slabs, pairs, symmetric)
-        if held:
-            logs[0].append(streamed(queries, held, pairs))
-        loss_EM = _loss(logs, own_EMQ, pairs)
-    if bank is not None:
-        bank.add(batch.source, [passing[process] for process in range(world.size)])
-    count_E = pairs.query_counts[world.rank]
-    if count_E is None or world.size == 1:
-        return loss_EM
-    # Processes differ in how many of their queries are there: each counts by its share of them.
-    total_E = torch.stack([count for count in pairs.query_counts if count is not None]).sum(0)
-    return loss_EM * (count_E * world.size / total_E.to(loss_EM.dtype))[:, None]
+    pairs = _pairs(batch, run, world, exits, exits_END)
+    if batch.task == "sts":
+        return _cosent(queries, docs[:, pairs.target], batch, pairs, exits)
+    if batch.task in ("clustering", "classification"):
+        return _own_negatives_only(queries, docs, batch, pairs, exits)
+    return _contrastive(queries, docs, batch, run, pairs, exits, bank)
 
 
 def _pairs(
@@ -92,7 +96,7 @@ def _pairs(
     query_sizes, doc_sizes = [len(batch.target)] * world.size, list(batch.doc_sizes)
     scale_EM = torch.full(
         (len(exits), len(dims)),
-        1 / run.loss.temperature,
+        1 / (batch.temperature or run.loss.temperature),
         dtype=torch.promote_types(like.dtype, torch.float32),
         device=device,
     )
@@ -117,100 +121,276 @@ def _counts(
     return [(part[None] >= at[:, None]).sum(1).to(device) for part in depths.split(list(sizes))]
 
 
-def _infonce(
-    queries: Tensor, docs: Tensor, slabs: list[Tensor], pairs: Pairs, run: config.Run
+# ---- one softmax ----
+
+
+def _softmax(parts: list[Tensor], z_EMQ: Tensor, share_EQ: Tensor, times: float = 1.0) -> Tensor:
+    """loss_EM = sum_i share_i (log(k exp(z_i) + N_i) - z_i), log N [E, M, Q] in parts.
+
+    That is log k + softplus(log N - z - log k), which subtracts no two rounded numbers in N << z.
+
+    share_EQ: see `_shares`. times: k, how often the sums contain the positive.
+    """
+    log_N = torch.stack(parts).clamp(min=NOTHING).logsumexp(0)
+    log_k = math.log(times)
+    loss_EMQ = log_k - F.logsigmoid(z_EMQ + log_k - log_N)
+    there_EQ = share_EQ > 0
+    return (loss_EMQ.where(there_EQ[:, None], 0.0) * share_EQ[:, None]).sum(-1)
+
+
+def _shares(batch: Batch, pairs: Pairs, exits: Sequence[int], only: Tensor | None = None) -> Tensor:
+    """[E, Q], what each query of this process weighs, so that the mean over processes is the mean
+    over the queries of all processes that are there at the exit (0: it is not).
+
+    only: bool [queries of all processes], which of them count at all.
+    """
+    there_EQ = batch.query_depths[None] >= torch.tensor(exits)[:, None]
+    there_EQ = there_EQ if only is None else there_EQ & only
+    share_EQ = pairs.where.size * there_EQ / there_EQ.double().sum(1, keepdim=True).clamp(min=1)
+    own = share_EQ.split(len(batch.target), dim=1)[pairs.where.rank]
+    return own.to(pairs.common["scale"])
+
+
+def _hard(queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs) -> Tensor | None:
+    """Log-partition [E, M, Q] of each query's own hard negatives; None where this process has none.
+    They run as deep as their query: where that is, they are."""
+    if not batch.negatives.shape[1]:
+        return None
+    negatives = batch.negatives.to(queries.device)
+    cos_EMQK = cosine(queries, docs[:, negatives.clamp(min=0)], dims=pairs.common["dims"])
+    z_EMQK = cos_EMQK * pairs.common["scale"][..., None, None]
+    return z_EMQK.masked_fill(negatives < 0, NOTHING).logsumexp(-1)
+
+
+# ---- clustering, classification ----
+
+
+def _own_negatives_only(
+    queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs, exits: Sequence[int]
 ) -> Tensor:
-    """loss_EM where the documents of all processes, [E, n, D] of each, are here and no others."""
-    rank, size = pairs.where.rank, pairs.where.size
-    n = len(pairs.target)
-    # Where all queries are here, one pass over the pairs serves both directions.
-    both = (run.loss.directions == "symmetric") and size == 1
-    common: dict[str, Any] = {
-        "dims": run.model.matryoshka_dims,
-        "temperature": run.loss.temperature,
-        "query_ids": pairs.query_ids[rank],
-        "query_counts": pairs.query_counts[rank],
-    }
-    loss_EM = infonce(
-        queries,
-        **_candidates(slabs, pairs.doc_counts),
-        target=pairs.target + sum(slab.shape[1] for slab in slabs[:rank]),
-        directions=("query_to_doc", "doc_to_query") if both else ("query_to_doc",),
-        partition_mode="per_direction",
-        cand_ids=torch.cat(list(pairs.doc_ids)),
-        **common,
-    )
-    if (run.loss.directions == "symmetric") and not both:
-        reverse_EM = infonce(
-            docs[:, pairs.target],
-            **_candidates(gather(queries, [n] * size), pairs.query_counts),
-            target=torch.arange(rank * n, (rank + 1) * n, device=docs.device),
-            cand_ids=torch.cat(list(pairs.query_ids)),
-            **common,
+    """One softmax over the positive and the query's own hard negatives. Nothing is gathered."""
+    if not batch.has_negatives.any():
+        raise ValueError(
+            f"{batch.source or 'batch'}: expected hard negatives, which are all that a query of "
+            f"task {batch.task} is told apart from, got a batch without any"
         )
-        loss_EM = (loss_EM + reverse_EM) / 2
+    dims, scale_EM = pairs.common["dims"], pairs.common["scale"]
+    cos_EMQ = cosine(queries, docs[:, pairs.target, None], dims=dims)[..., 0]
+    hard_EMQ = _hard(queries, docs, batch, pairs)
+    parts = [torch.full_like(cos_EMQ, NOTHING) if hard_EMQ is None else hard_EMQ]
+    share_EQ = _shares(batch, pairs, exits, batch.has_negatives)
+    return _softmax(parts, cos_EMQ * scale_EM[..., None], share_EQ)
+
+
+# ---- retrieval, bitext ----
+
+
+def _contrastive(
+    queries: Tensor,
+    docs: Tensor,
+    batch: Batch,
+    run: config.Run,
+    pairs: Pairs,
+    exits: Sequence[int],
+    bank: Bank | None,
+) -> Tensor:
+    """In-batch softmaxes, and what hard negatives of one's own add to them or have beside them.
+
+    LaBSE's code adds up its two directions: with `normalise_weights` False, which is for the
+    published losses' scale, bitext is the sum and not the mean.
+    """
+    bitext, loss = batch.task == "bitext", run.loss
+    symmetric = bitext or loss.directions != "query_to_doc"
+    share_EQ = _shares(batch, pairs, exits)
+    hard_EMQ, owner = None, batch.owner.to(queries.device)
+    if loss.hard_negatives != "shared":
+        hard_EMQ = _hard(queries, docs, batch, pairs)
+        docs, pairs = docs[:, pairs.target], pairs.of_positives()
+        owner = pairs.target
+    times = 1.0
+    if loss.directions == "gte" and not bitext:
+        logs, cos_EMQ = _joint(queries, docs, owner, pairs)
+        times = 2.0 if loss.count_positive_twice else 1.0
+    else:
+        logs, cos_EMQ = _in_batch(queries, docs, batch.source, run, pairs, symmetric, bank)
+    margin = loss.margin if bitext else 0.0
+    z_EMQ = (cos_EMQ - margin) * pairs.common["scale"][..., None]
+    beside = loss.hard_negatives == "separate" and not bitext
+    if hard_EMQ is not None and not beside:
+        logs[0].append(hard_EMQ)
+    loss_EM = torch.stack([_softmax(parts, z_EMQ, share_EQ, times) for parts in logs]).sum(0)
+    if loss.normalise_weights or not bitext:
+        loss_EM = loss_EM / len(logs)
+    if hard_EMQ is not None and beside:
+        share_EQ = _shares(batch, pairs, exits, batch.has_negatives)
+        loss_EM = loss_EM + _softmax([hard_EMQ], z_EMQ, share_EQ)
     return loss_EM
 
 
-def _candidates(slabs: list[Tensor], counts: Sequence[Tensor | None]) -> dict[str, Any]:
-    """Arguments of infonce: one tensor, or, where texts have left, a piece a process."""
-    if counts[0] is None:
-        return {"c": torch.cat(slabs, dim=1) if len(slabs) > 1 else slabs[0]}
-    return {"c": slabs, "cand_counts": counts}
-
-
-def _partitions(
-    queries: Tensor, docs: Tensor, slabs: list[Tensor], pairs: Pairs, symmetric: bool
-) -> tuple[list[list[Tensor]], Tensor]:
-    """-> (log-partitions [E, M, Q] by direction, over each process's texts; cosines [E, M, Q]).
-
-    What `_infonce` computes, before it is a loss: further negatives can still join.
-    """
+def _in_batch(
+    queries: Tensor,
+    docs: Tensor,
+    source: str,
+    run: config.Run,
+    pairs: Pairs,
+    symmetric: bool,
+    bank: Bank | None,
+) -> tuple[Logs, Tensor]:
+    """Log-partitions over all processes' documents and the bank's and, if symmetric, over all
+    processes' queries; and the positives' cosines [E, M, Q]."""
+    held = [] if bank is None else bank.slabs(source)
     size = pairs.where.size
-    both = symmetric and size == 1
+    passing: dict[int, Slab] = {}
+
+    def keep(process: int, vectors_EnD: Tensor) -> None:
+        if bank is not None:
+            ids, counts = pairs.doc_ids[process], pairs.doc_counts[process]
+            passing[process] = bank.copied(Slab(vectors_EnD, ids, counts))
+
+    if run.loss.negatives_across == "ring" and size > 1:
+        logs, cos_EMQ = ringed(queries, docs, pairs, symmetric, keep)
+    else:
+        slabs = gather(docs, [len(ids) for ids in pairs.doc_ids])
+        for process, slab in enumerate(slabs):
+            keep(process, slab)
+        others = gather(queries, [len(pairs.target)] * size) if symmetric else None
+        logs, cos_EMQ = _gathered(queries, docs, slabs, others, pairs)
+    if held:
+        logs[0].append(streamed(queries, held, pairs))
+    if bank is not None:
+        bank.add(source, [passing[process] for process in range(size)])
+    return logs, cos_EMQ
+
+
+def _gathered(
+    queries: Tensor,
+    docs: Tensor,
+    doc_slabs: list[Tensor],
+    query_slabs: list[Tensor] | None,
+    pairs: Pairs,
+) -> tuple[Logs, Tensor]:
+    """`_in_batch` of what is here of all processes, [E, n, D] of each; without queries only one
+    direction."""
+    # Where all queries are here, one pass over the pairs serves both directions.
+    both = query_slabs is not None and len(query_slabs) == 1
     forward, backward = [], []
-    own_EMQ = queries.new_zeros(())
-    for process, slab in enumerate(slabs):
+    cos_EMQ = queries.new_zeros(())
+    for process, slab in enumerate(doc_slabs):
         rows, columns, own = partition(queries, slab, columns=both, **pairs.with_documents(process))
         forward.append(rows)
-        own_EMQ = own_EMQ if own is None else own
+        cos_EMQ = cos_EMQ if own is None else own
         backward += [] if columns is None else [columns[:, :, pairs.target]]
-    if symmetric and not both:
+    if query_slabs is None:
+        return [forward], cos_EMQ
+    if not both:
         anchors = docs[:, pairs.target]
-        for process, slab in enumerate(gather(queries, [len(pairs.target)] * size)):
+        for process, slab in enumerate(query_slabs):
             backward.append(partition(anchors, slab, **pairs.with_queries(process))[0])
-    return [forward, backward] if symmetric else [forward], own_EMQ
+    return [forward, backward], cos_EMQ
 
 
-def _loss(logs: list[list[Tensor]], own_EMQ: Tensor, pairs: Pairs) -> Tensor:
-    """loss_EM = mean over queries and directions of softplus(log N - z), as `infonce` has it."""
-    E, _, Q = own_EMQ.shape
-    z_EMQ = own_EMQ * pairs.common["scale"][..., None]
+def _joint(queries: Tensor, docs: Tensor, owner: Tensor, pairs: Pairs) -> tuple[Logs, Tensor]:
+    """GTE's four sums as one softmax: beside those of `_gathered`, of q_i over the queries of all
+    processes but itself, and of d_i over all documents but those that were drawn for q_i."""
+    doc_slabs = gather(docs, [len(ids) for ids in pairs.doc_ids])
+    query_slabs = gather(queries, [len(pairs.target)] * pairs.where.size)
+    logs, cos_EMQ = _gathered(queries, docs, doc_slabs, query_slabs, pairs)
+    parts = [part for direction in logs for part in direction]
+    anchors = docs[:, pairs.target]
+    everyone = torch.arange(len(pairs.target), device=owner.device)
+    for process, (query_slab, doc_slab) in enumerate(zip(query_slabs, doc_slabs, strict=True)):
+        parts.append(partition(queries, query_slab, **pairs.with_queries(process))[0])
+        options = pairs.with_documents(process)
+        if process == pairs.where.rank:  # others have no documents of its queries
+            options["row_keys"] += (everyone,)
+            options["col_keys"] += (owner,)
+        parts.append(partition(anchors, doc_slab, **options)[0])
+    return [parts], cos_EMQ
+
+
+# ---- sts ----
+
+
+def _cosent(
+    queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs, exits: Sequence[int]
+) -> Tensor:
+    """CoSENT over the scored pairs of all processes, the same number on each of them.
+
+    In the order of scores the sum is sum_i exp(-z_i) sum_j exp(z_j) over the j that come before all
+    that are scored as i is: cumulative sums, no matrix of pairs.
+    """
+    if batch.scores is None:
+        raise ValueError(f"{batch.source or 'batch'}: expected scores for task sts, got none")
+    dims, scale_EM = pairs.common["dims"], pairs.common["scale"]
+    cos_EMQ = cosine(queries, docs[:, :, None], dims=dims)[..., 0]
+    scores_E1Q = batch.scores.to(cos_EMQ).expand(len(exits), 1, -1)
+    mine = torch.cat([cos_EMQ, scores_E1Q], dim=1).transpose(1, 2)
+    told = torch.cat(gather(mine, [len(batch.target)] * pairs.where.size), dim=1)
     losses = []
-    for parts in logs:
-        log_N = torch.stack(parts).clamp(min=NOTHING).logsumexp(0)
-        losses.append(-F.logsigmoid(z_EMQ - log_N))
-    there_EQ = present(pairs.query_counts[pairs.where.rank], E, Q, own_EMQ.device)
-    loss_EMQ = torch.stack(losses).mean(0).where(there_EQ[:, None], 0.0)
-    return loss_EMQ.sum(-1) / there_EQ.sum(-1).clamp(min=1)[:, None]
+    for e, depth in enumerate(exits):
+        there = (batch.query_depths >= depth).nonzero()[:, 0].to(told.device)
+        cos_nM, scores = told[e, there, :-1], told[e, there, -1].detach()
+        scores, order = scores.sort(stable=True)
+        z_Mn = cos_nM[order].T * scale_EM[e][:, None]
+        before = F.pad(z_Mn.logcumsumexp(1), (1, 0), value=NOTHING)
+        lower = torch.searchsorted(scores, scores)
+        logs = before[:, lower] - z_Mn
+        losses.append(F.pad(logs, (1, 0)).logsumexp(1))
+    return torch.stack(losses)
+
+
+# ---- weights and ranks ----
 
 
 def weights(run: config.Run, exits: Sequence[int] | None = None) -> Tensor:
-    """w_e w_m as [E, M], summing to one over the exits that have a loss (by default all).
+    """w_e w_m as fp32 [E, M] of the exits that have a loss (by default all).
 
-    `ml-embed` (released code of arXiv 2605.15081): w_m = 1 / (n sqrt(D / d)), n = 1 for the full
-    width D and counting up towards the smallest prefix; there the sum is left as it falls, which
-    makes the loss's scale depend on how many prefixes are listed.
+    They sum to one, or with `normalise_weights` False are as their rules have them, which makes the
+    loss's scale depend on how many prefixes are listed, as published losses' does; `uniform` is a
+    mean over exits even so, as in ML-Embed's released code (arXiv 2605.15081).
+
+    Raises:
+        ValueError: custom weights that are all 0 at these exits.
     """
-    exits, dims = run.model.exits if exits is None else exits, run.model.matryoshka_dims
-    w_E = torch.tensor([float(e) if run.loss.exit_weights == "depth" else 1.0 for e in exits])
-    w_M = torch.ones(len(dims))
-    if run.loss.matryoshka_weights == "ml-embed":
-        count_down = range(len(dims), 0, -1)
-        w_M = torch.tensor(
-            [1 / (n * (dims[-1] / d) ** 0.5) for n, d in zip(count_down, dims, strict=True)]
+    exits = run.model.exits if exits is None else exits
+    w_E, w_M = torch.tensor(_exit_weights(run, exits)), torch.tensor(_prefix_weights(run))
+    if not w_E.sum() > 0:
+        raise ValueError(
+            f"loss.custom_exit_weights: expected one above 0 among the exits {tuple(exits)} that "
+            f"have a loss, got {w_E.tolist()}"
         )
-    return torch.outer(w_E / w_E.sum(), w_M / w_M.sum())
+    if run.loss.normalise_weights or run.loss.exit_weights == "uniform":
+        w_E = w_E / w_E.sum()
+    if run.loss.normalise_weights:
+        w_M = w_M / w_M.sum()
+    return torch.outer(w_E, w_M)
+
+
+def _exit_weights(run: config.Run, exits: Sequence[int]) -> list[float]:
+    """Before they are normalised. The last layer's is 1 where others' fall with their depth l."""
+    rule, last = run.loss.exit_weights, run.model.exits[-1]
+    if rule == "custom":
+        given = dict(zip(run.model.exits, run.loss.custom_exit_weights, strict=True))
+        return [given[depth] for depth in exits]
+    if rule == "depth":
+        return [float(depth) for depth in exits]
+    if rule == "inverse":
+        return [1.0 if depth == last else 1 / depth for depth in exits]
+    if rule == "log":
+        return [1.0 if depth == last else 1 / (1 + math.log1p(depth)) for depth in exits]
+    return [1.0] * len(exits)
+
+
+def _prefix_weights(run: config.Run) -> list[float]:
+    """Before they are normalised. ML-Embed's: w_m = 1 / (n sqrt(D / d)), n = 1 for the full width D
+    and counting up towards the smallest prefix."""
+    dims = run.model.matryoshka_dims
+    if run.loss.matryoshka_weights == "custom":
+        return list(run.loss.custom_matryoshka_weights)
+    if run.loss.matryoshka_weights == "ml-embed":
+        n = range(len(dims), 0, -1)
+        return [1 / (k * math.sqrt(dims[-1] / d)) for k, d in zip(n, dims, strict=True)]
+    return [1.0] * len(dims)
 
 
 def ranks_of(run: config.Run, step: int) -> list[tuple[int | None, float]]:

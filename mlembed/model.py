@@ -1,13 +1,11 @@
-"""One transformer: a Qwen3-style encoder over packed text, with exits and a nested vocabulary.
+"""One transformer over packed text, with exits and a nested vocabulary: a Qwen3 or a BERT.
 
-    x = E(r)[ids];   for each layer:  x += attention(norm(x));  x += swiglu(norm(x))
-    exit l of a text:  pool(norm(x after layer l)), one final norm shared by all exits
+    x = E(r)[ids];  for each layer:  x = layer(x)        (blocks.py has the layers of both styles)
+    exit l of a text:  pool(norm(x after layer l)), with what pools shared by all exits
 
-Texts that run less deep than others leave: packs are ordered deepest first, so everything behind
-works on a shorter prefix of the rows.
-
-Modules are named as in Hugging Face Qwen3, so weights load and save without renaming, except for
-the nested vocabulary, whose factors U [V, R] and W [R, D] replace the table `embed_tokens`.
+Qwen3's final norm is shared by all exits; a BERT's layers end in norms of their own, and it has
+none. Texts that run less deep than others leave: packs are ordered deepest first, so everything
+behind works on a shorter prefix of the rows.
 
 Letters: E exits, N texts, T packed tokens, D width, H heads, K head width, V vocabulary, R rank.
 """
@@ -20,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -28,155 +25,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mlembed_kernels import Occurrences, Work, attention, embed
+from mlembed_kernels import Work, attention
 
 from . import config
+from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, Vocabulary, wide
 from .pack import Kept, PackedBatch
-
-
-class Vocabulary(nn.Module):
-    """Token embedding U[ids, :r] W[:r] (ranks given) or a plain table `weight` (no ranks)."""
-
-    def __init__(self, cfg: config.Model) -> None:
-        super().__init__()
-        self.ranks = cfg.ranks
-        V, D = cfg.vocab_size, cfg.hidden_size
-        if self.ranks:
-            self.U = nn.Parameter(torch.empty(V, self.ranks[-1]))
-            self.W = nn.Parameter(torch.empty(self.ranks[-1], D))
-        else:
-            self.weight = nn.Parameter(torch.empty(V, D))
-
-    def forward(
-        self, ids_T: Tensor, rank: int | None, occurrences: Occurrences | None = None
-    ) -> Tensor:
-        """-> [T, D] in the weights' dtype, or autocast's."""
-        if self.ranks:
-            rank = self.ranks[-1] if rank is None else rank
-            return embed(ids_T, self.U, self.W, rank, occurrences=occurrences)
-        V = len(self.weight)
-        if occurrences is not None and not 0 <= occurrences.lowest <= occurrences.highest < V:
-            found = f"{occurrences.lowest}..{occurrences.highest}"
-            raise ValueError(f"ids: expected tokens in 0..{V - 1}, got {found}")
-        rows_TD = F.embedding(ids_T, self.weight)
-        if torch.is_autocast_enabled(ids_T.device.type):
-            return rows_TD.to(torch.get_autocast_dtype(ids_T.device.type))
-        return rows_TD
-
-    def table(self, rank: int | None = None) -> Tensor:
-        """The merged table E(r) [V, D]. ValueError for a rank that is not stored."""
-        if not self.ranks:
-            return self.weight.clone()
-        rank = self.ranks[-1] if rank is None else rank
-        ids = torch.arange(len(self.U), device=self.U.device)
-        return embed(ids, self.U, self.W, rank, impl="reference")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What to compute in where weights are of `dtype`: fp32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class RMSNorm(nn.RMSNorm):
-    """In fp32, or its weight's fp64, also where autocast hands it bf16, or FSDP2 a bf16 weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = wide(self.weight.dtype)
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
-
-
-class Attention(nn.Module):
-    def __init__(self, cfg: config.Model) -> None:
-        super().__init__()
-        D, K = cfg.hidden_size, cfg.head_dim
-        self.head_dim = K
-        self.q_proj = nn.Linear(D, cfg.num_attention_heads * K, bias=False)
-        self.k_proj = nn.Linear(D, cfg.num_key_value_heads * K, bias=False)
-        self.v_proj = nn.Linear(D, cfg.num_key_value_heads * K, bias=False)
-        self.o_proj = nn.Linear(cfg.num_attention_heads * K, D, bias=False)
-        self.q_norm = RMSNorm(K, eps=cfg.rms_norm_eps)
-        self.k_norm = RMSNorm(K, eps=cfg.rms_norm_eps)
-
-    def forward(
-        self, x_TD: Tensor, cos_TK: Tensor, sin_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, Hq, K], k, v [T, Hkv, K], ready for attention."""
-        q, k, v = (
-            rearrange(x, "t (h k) -> t h k", k=self.head_dim)
-            for x in together(x_TD, self.q_proj, self.k_proj, self.v_proj)
-        )
-        q = rope(self.q_norm(q), cos_TK, sin_TK).to(v.dtype)
-        return q, rope(self.k_norm(k), cos_TK, sin_TK).to(v.dtype), v
-
-
-def together(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Linear layers of one input as one product. Their gradients towards the input add up within
-    the product, where two more passes over [T, D] would; the weights copied are small beside it."""
-    weight = torch.cat([layer.weight for layer in layers])
-    return F.linear(x_TD, weight).split([layer.out_features for layer in layers], dim=-1)
-
-
-def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotary positions, the two halves of a head forming the pairs (as Qwen3 and Llama do).
-
-    cos_TK, sin_TK: [T, K / 2], of position x frequency.
-    """
-    low, high = x_THK.chunk(2, dim=-1)
-    cos, sin = cos_TK[:, None], sin_TK[:, None]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-
-
-class MLP(nn.Module):
-    def __init__(self, cfg: config.Model) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        gate, up = together(x_TD, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """A layer, in two halves around attention: each is one graph for torch.compile, whatever the
-    batch, and what computes attention is not its affair."""
-
-    def __init__(self, cfg: config.Model) -> None:
-        super().__init__()
-        self.self_attn = Attention(cfg)
-        self.mlp = MLP(cfg)
-        self.input_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self.dropout = cfg.dropout
-
-    def forward(
-        self, x_TD: Tensor, run: Callable[..., Tensor], *args: Any, recompute: bool = False
-    ) -> Tensor:
-        """run(self, x_TD, *args), as a call of this module, which is what FSDP2's hooks are on.
-
-        What is recomputed in the backward calls `run` alone: the hooks have had their turn.
-        """
-        if not recompute:
-            return run(self, x_TD, *args)
-        drops = self.dropout > 0 and self.training  # the same again; saving the state costs
-        return checkpoint(run, self, x_TD, *args, use_reentrant=False, preserve_rng_state=drops)
-
-    def before(self, x_TD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of the layer."""
-        normed_TD = self.input_layernorm(x_TD).to(x_TD.dtype)
-        return self.self_attn(normed_TD, cos_TK, sin_TK)
-
-    def after(self, x_TD: Tensor, out_THK: Tensor) -> Tensor:
-        """The residual stream behind the layer, out_THK being what attention gave."""
-        x_TD = x_TD + self.dropped(self.self_attn.o_proj(out_THK.flatten(1)))
-        normed_TD = self.post_attention_layernorm(x_TD).to(x_TD.dtype)
-        return x_TD + self.dropped(self.mlp(normed_TD))
-
-    def dropped(self, x_TD: Tensor) -> Tensor:
-        # Without dropout a compiled half is the same for training and evaluation.
-        return F.dropout(x_TD, self.dropout) if self.dropout and self.training else x_TD
-
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
@@ -240,29 +93,48 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = Vocabulary(cfg)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self._before: Callable[..., Any] = Block.before
-        self._after: Callable[..., Any] = Block.after
+        kind: type[Block] | type[BertBlock] = BertBlock if cfg.style == "bert" else Block
+        if cfg.style == "bert":
+            self.embed_places = BertEmbedding(cfg)
+        self.layers = nn.ModuleList(kind(cfg) for _ in range(cfg.num_hidden_layers))
+        # No parameter without use: gradients of all are expected where processes average them.
+        if cfg.style == "qwen3":
+            self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        if cfg.pooling == "pooler":
+            self.pooler = Pooler(cfg.hidden_size, cfg.hidden_size)
+        self._before: Callable[..., Any] = kind.before
+        self._after: Callable[..., Any] = kind.after
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02) for matrices; what writes to the residual stream / sqrt(2 L).
+        """Normal(0, 0.02) for matrices, norms of weight 1, biases 0. What writes to the residual
+        stream / sqrt(2 L) where it is normed nowhere on its way, as Qwen3's is.
 
         So is the product of the vocabulary's factors at full rank: with U of Normal(0, 0.02) and W
         of Normal(0, 1 / sqrt(R)), an entry of U W has variance R 0.02^2 / R.
         """
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
-                weight.fill_(1.0)
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = 0.02
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            last = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if last and self.cfg.style == "qwen3":
                 std /= math.sqrt(2 * self.cfg.num_hidden_layers)
             if name == "embed_tokens.W":
                 std = len(weight) ** -0.5
             nn.init.normal_(weight, std=std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its matrices."""
+        return next(self.parameters()).dtype
 
     def compile_blocks(self, backend: str = "inductor", lean: bool = False) -> None:
         """torch.compile of the blocks' halves, once for all layers and any number of tokens: norms,
@@ -274,7 +146,8 @@ class Transformer(nn.Module):
         (bench/LOG.md).
         """
         drops = self.cfg.dropout > 0
-        halves = (lean_half(f, drops) if lean else f for f in (Block.before, Block.after))
+        kind: Any = type(self.layers[0])
+        halves = (lean_half(f, drops) if lean else f for f in (kind.before, kind.after))
         self._before, self._after = (
             torch.compile(half, dynamic=True, backend=backend) for half in halves
         )
@@ -301,14 +174,21 @@ class Transformer(nn.Module):
                 been freed.
 
         Raises:
-            ValueError: an exit deeper than the model, a rank or a token that is not stored, a
-                configured attention that this machine or dtype has not.
+            ValueError: an exit deeper than the model, a rank or a token that is not stored, a text
+                longer than a BERT has positions, a configured attention that this machine or dtype
+                has not.
         """
         exits = self.cfg.exits if exits is None else exits
         config.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
         self.cfg.check(rank=rank)
         x_TD = self.embed_tokens(batch.ids_T, rank, batch.occurrences)
-        cos_sin = self.rotation(batch.pos_T)
+        if self.cfg.style == "bert":
+            most = self.cfg.max_position_embeddings
+            if batch.work.max_seqlen > most:
+                got = batch.work.max_seqlen
+                raise ValueError(f"texts: expected at most {most} tokens (positions), got {got}")
+            x_TD = self.embed_places(x_TD, batch.pos_T)
+        tables = self.rotation(batch.pos_T)
         pooled = []
         for depth, layer in enumerate(self.layers[: exits[-1]], 1):
             work = batch.work_at(depth)
@@ -316,7 +196,7 @@ class Transformer(nn.Module):
                 break
             run = self._kept if depth in batch.kept else self.block
             again = depth <= recompute and torch.is_grad_enabled()
-            x_TD = layer(x_TD, run, cos_sin, batch.kept.get(depth, work), recompute=again)
+            x_TD = layer(x_TD, run, tables, batch.kept.get(depth, work), recompute=again)
             further = batch.work_at(depth + 1) if depth < exits[-1] else None
             staying = 0 if further is None else further.tokens
             if depth in exits:
@@ -331,12 +211,11 @@ class Transformer(nn.Module):
         return torch.stack(pooled)
 
     def block(
-        self, layer: nn.Module, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], work: Work
+        self, layer: nn.Module, x_TD: Tensor, tables: tuple[Tensor, ...], work: Work
     ) -> Tensor:
-        """One layer over the first work.tokens rows of a pack."""
+        """One layer over the first work.tokens rows of a pack; tables: what `rotation` gives."""
         # To the compiler a view of a table is another input than a table: it would compile anew.
-        cos_TK, sin_TK = (table[: len(x_TD)].detach() for table in cos_sin)
-        q, k, v = self._before(layer, x_TD, cos_TK, sin_TK)
+        q, k, v = self._before(layer, x_TD, *(table[: len(x_TD)].detach() for table in tables))
         out_THK = attention(
             q,
             k,
@@ -349,40 +228,47 @@ class Transformer(nn.Module):
         return self._after(layer, x_TD, out_THK)
 
     def _kept(
-        self, layer: nn.Module, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], kept: Kept
+        self, layer: nn.Module, x_TD: Tensor, tables: tuple[Tensor, ...], kept: Kept
     ) -> Tensor:
         """A layer that some of the texts skip: it is run on the others, gathered."""
-        cos_TK, sin_TK = (table[kept.rows_T] for table in cos_sin)
-        some_tD = self.block(layer, x_TD[kept.rows_T], (cos_TK, sin_TK), kept.work)
+        theirs = tuple(table[kept.rows_T] for table in tables)
+        some_tD = self.block(layer, x_TD[kept.rows_T], theirs, kept.work)
         return x_TD.index_copy(0, kept.rows_T, some_tD)
 
-    def rotation(self, pos_T: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, K / 2] of position x frequency, theta^(-2i/K) for i = 0..K/2-1.
+    def rotation(self, pos_T: Tensor) -> tuple[Tensor, ...]:
+        """cos and sin [T, K / 2] of position x frequency, theta^(-2i/K) for i = 0..K/2-1; nothing
+        for a BERT, whose positions are learnt.
 
         In fp32 at least, as norms are: position 4000 times frequency 1 has no fraction in bf16.
         """
+        if self.cfg.style == "bert":
+            return ()
         K = self.cfg.head_dim
         exponent = torch.arange(0, K, 2, device=pos_T.device, dtype=torch.float32) / K
         angle = pos_T.float()[:, None] * self.cfg.rope_theta**-exponent
-        dtype = wide(self.norm.weight.dtype)
+        dtype = wide(self.dtype)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _exit(self, x_TD: Tensor, work: Work, staying: int) -> tuple[Tensor, Tensor]:
         """x_TD of those who go on, and fp32 [n, D] of the n texts that are here.
 
-        For one-token poolings only that token's row is normed.
+        For one-token poolings only that token's row is normed, or pooled by the pooler.
         """
         begin, end = work.cu_seqlens[:-1].long(), work.cu_seqlens[1:].long()
         if self.cfg.pooling == "mean":
             pooled = torch.segment_reduce(
-                self.norm(x_TD), "mean", lengths=end - begin, axis=0, unsafe=True
+                self._normed(x_TD), "mean", lengths=end - begin, axis=0, unsafe=True
             )
             x_TD, _ = Exit.apply(x_TD, end[:0], staying)
         else:
             rows_N = end - 1 if self.cfg.pooling == "last" else begin
             x_TD, pooled = Exit.apply(x_TD, rows_N, staying)
-            pooled = self.norm(pooled)
-        return x_TD, pooled
+            pooled = self._normed(pooled)
+        return x_TD, self.pooler(pooled) if self.cfg.pooling == "pooler" else pooled
+
+    def _normed(self, x_TD: Tensor) -> Tensor:
+        """In fp32 at least: by the final norm, or, of a BERT, as its layer's own norm left it."""
+        return self.norm(x_TD) if self.cfg.style == "qwen3" else x_TD.to(wide(x_TD.dtype))
 
 
 @contextmanager
@@ -401,8 +287,14 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def num_parameters(cfg: config.Model, exit: int | None = None, rank: int | None = None) -> int:
     """Parameters that a model cut to `exit` layers and vocabulary rank `rank` holds."""
-    D, K, V = cfg.hidden_size, cfg.head_dim, cfg.vocab_size
-    heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
-    layer = heads * K * D + 3 * D * cfg.intermediate_size + 2 * D + 2 * K
+    D, F_, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
     vocabulary = (V + D) * (rank or cfg.ranks[-1]) if cfg.ranks else V * D
-    return vocabulary + layer * (exit or cfg.num_hidden_layers) + D
+    if cfg.style == "bert":
+        layer = 4 * D * D + 4 * D + 2 * D * F_ + F_ + D + 4 * D  # with biases and two norms
+        rows = cfg.position_offset + cfg.max_position_embeddings + cfg.type_vocab_size
+        outside = rows * D + 2 * D + (D * D + D if cfg.pooling == "pooler" else 0)
+    else:
+        heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
+        layer = heads * cfg.head_dim * D + 3 * D * F_ + 2 * D + 2 * cfg.head_dim
+        outside = D
+    return vocabulary + layer * (exit or cfg.num_hidden_layers) + outside

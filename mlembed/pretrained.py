@@ -1,10 +1,10 @@
 """Models from and to directories that Hugging Face libraries read: safetensors, no remote code.
 
-A directory holds `config.json` and `model.safetensors` as any Qwen3 model has them, the vocabulary
-merged into one table, and beside these what keeps the nesting: `mlembed_config.json` (exits,
-prefixes, ranks) and `mlembed_factors.safetensors` (U and W), which other libraries ignore. A
-training checkpoint (checkpoint.py), which has the weights in shards and no merged table, is read
-as well.
+A directory holds `config.json` and `model.safetensors` as any Qwen3, BERT or XLM-R model has them,
+the vocabulary merged into one table, and beside these what keeps the nesting: `mlembed_config.json`
+(exits, prefixes, ranks) and `mlembed_factors.safetensors` (U and W), which other libraries ignore.
+A training checkpoint (checkpoint.py), which has the weights in shards under our own names and no
+merged table, is read as well.
 """
 
 import hashlib
@@ -27,14 +27,65 @@ from .model import Transformer
 FACTORS = "mlembed_factors.safetensors"
 CACHED = 1  # version of what `factorise` computes and how the cache holds it
 CHUNK = 2**23  # elements of a table in float64 at once: 64 MiB
+# Modules of ours and of Hugging Face's BERT, XLM-R and RoBERTa: outside of layers, and in them.
+OUTSIDE = {
+    "embed_tokens": "embeddings.word_embeddings",
+    "embed_places.positions": "embeddings.position_embeddings",
+    "embed_places.segments": "embeddings.token_type_embeddings",
+    "embed_places.norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+}
+INSIDE = {
+    "self_attn.q_proj": "attention.self.query",
+    "self_attn.k_proj": "attention.self.key",
+    "self_attn.v_proj": "attention.self.value",
+    "self_attn.o_proj": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp.up_proj": "intermediate.dense",
+    "mlp.down_proj": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+OURS = {theirs: ours for ours, theirs in (OUTSIDE | INSIDE).items()}
+HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."  # of tasks: not the encoder's
 
 
 def hf_config(cfg: config.Model) -> dict[str, Any]:
-    """The `config.json` of this shape as Qwen3, readable by transformers 4 and 5.
+    """The `config.json` of this shape as Qwen3, BERT or XLM-R, readable by transformers 4 and 5.
 
-    transformers 5 reads `rope_parameters`, 4 reads `rope_theta` and would otherwise fall back to
-    10,000 without a word, so both are written.
+    XLM-R's positions are behind its padding token's, so `pad_token_id` says where they begin; no
+    text may hold that token. Of Qwen3's rotary base transformers 5 reads `rope_parameters`; 4 reads
+    `rope_theta` and would otherwise fall back to 10,000 without a word, so both are written.
     """
+    return _bert_config(cfg) if cfg.style == "bert" else _qwen3_config(cfg)
+
+
+def _bert_config(cfg: config.Model) -> dict[str, Any]:
+    kind = ("XLMRobertaModel", "xlm-roberta") if cfg.position_offset else ("BertModel", "bert")
+    return {
+        "architectures": [kind[0]],
+        "model_type": kind[1],
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_attention_heads": cfg.num_attention_heads,
+        "intermediate_size": cfg.intermediate_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": cfg.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": cfg.position_offset + cfg.max_position_embeddings,
+        "type_vocab_size": cfg.type_vocab_size,
+        "layer_norm_eps": cfg.layer_norm_eps,
+        "position_embedding_type": "absolute",
+        "pad_token_id": max(0, cfg.position_offset - 1),
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "use_cache": False,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def _qwen3_config(cfg: config.Model) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3Model"],
         "model_type": "qwen3",
@@ -66,20 +117,56 @@ def hf_config(cfg: config.Model) -> dict[str, Any]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model (one file, several, or a training checkpoint's shards), names without
-    a leading `model.`. ValueError where there are none."""
+    """All tensors of an encoder (one file, several, or a training checkpoint's shards) by our own
+    names. Heads of tasks and buffers of positions, which are no weights, are left out.
+
+    Raises:
+        ValueError: none there; or only pickles, which run code when they are read.
+    """
     if any(directory.glob(checkpoint.SHARDS)):
         found = checkpoint.read(directory, "model.")
         return {name.removeprefix("model."): tensor for name, tensor in found.items()}
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{directory}: expected model.safetensors, found none")
+        pickled = next((p.name for p in sorted(directory.glob("*.bin"))), None)
+        why = f" but {pickled}, a pickle, which can run code: save it as safetensors first"
+        raise ValueError(
+            f"{directory}: expected model.safetensors, found none{why if pickled else ''}"
+        )
     weights = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
-                weights[name.removeprefix("model.")] = tensors.get_tensor(name)
+                if (ours := own_name(name)) is not None:
+                    weights[ours] = tensors.get_tensor(name)
     return weights
+
+
+def own_name(name: str) -> str | None:
+    """Our name of a weight in a Hugging Face file; None for what is no part of the encoder; what
+    no encoder of ours has keeps its name."""
+    for prefix in ("model.", "bert.", "roberta."):
+        name = name.removeprefix(prefix)
+    if name.startswith(HEADS) or name.endswith("position_ids"):
+        return None
+    module, _, kind = name.rpartition(".")
+    if module.endswith("LayerNorm"):  # as TensorFlow called them
+        kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
+    if module.startswith("encoder.layer."):
+        layer, _, part = module.removeprefix("encoder.layer.").partition(".")
+        return f"layers.{layer}.{OURS.get(part, part)}.{kind}"
+    return f"{OURS.get(module, module)}.{kind}" if module else name
+
+
+def hf_name(name: str, cfg: config.Model) -> str:
+    """The name of a weight of ours as Hugging Face's model of that style has it."""
+    if cfg.style == "qwen3":
+        return name
+    module, _, kind = name.rpartition(".")
+    if module.startswith("layers."):
+        _, layer, part = module.split(".", 2)
+        return f"encoder.layer.{layer}.{INSIDE[part]}.{kind}"
+    return f"{OUTSIDE[module]}.{kind}"
 
 
 # ---- the vocabulary's factors ----
@@ -221,25 +308,27 @@ def warn_beyond_break_even(cfg: config.Model) -> None:
 
 def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = None) -> Transformer:
     """A Transformer from a directory that mlembed saved, a training checkpoint included, or from
-    any Qwen3 checkpoint.
+    any Qwen3, BERT, RoBERTa or XLM-R checkpoint, as transformers or sentence-transformers saves it.
 
-    A table that is to have ranks is factorised, once (`cached_factors`); factors that mlembed saved
-    are read as they are.
+    Where the latter has a tanh Dense module behind [CLS], as LaBSE has, that is the pooler, and the
+    encoder's own is not read (`shapes.sentence_pooling`). A table that is to have ranks is
+    factorised, once (`cached_factors`); factors that mlembed saved are read as they are.
 
     Args:
-        source: directory or hub id.
+        source: directory, a finished run's included, or hub id.
         cfg: shape and nesting. By default what the directory's `mlembed_config.json` says, or else
             the checkpoint's shape with the default exits and prefixes and a plain vocabulary.
         counts: [V], how often each token occurs in the text to come, where a table is factorised.
 
     Raises:
-        ValueError: no such checkpoint, another architecture, missing or misshapen weights, counts
-            of another vocabulary.
+        ValueError: no such checkpoint, another architecture, missing or misshapen weights, pooling
+            "pooler" of a checkpoint that has none, counts of another vocabulary.
     """
     directory = shapes.resolve(source)
     cfg = cfg or shapes.from_checkpoint(directory, config.Model())
     weights = read_weights(directory)
-    weights.pop("lm_head.weight", None)
+    if not any(directory.glob(checkpoint.SHARDS)):
+        _choose_pooler(weights, directory, cfg)
     table = weights.pop("embed_tokens.weight", None)
     if table is None and "embed_tokens.U" not in weights:
         raise ValueError(f"{directory}: expected embed_tokens.weight, found none")
@@ -265,6 +354,28 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
+
+
+def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Model) -> None:
+    """Leave in `weights` the pooler that `cfg` has: the Dense module's, the encoder's, or none."""
+    if cfg.pooling != "pooler":
+        weights.pop("pooler.weight", None)
+        weights.pop("pooler.bias", None)
+        return
+    ours = (directory / shapes.NESTING).is_file()  # its modules are written from its weights
+    dense = None if ours else shapes.sentence_pooling(directory, cfg.hidden_size)[1]
+    if dense is not None:
+        file = dense / "model.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{dense}: expected model.safetensors, found none")
+        with safe_open(file, framework="pt") as tensors:
+            for kind in ("weight", "bias"):
+                weights[f"pooler.{kind}"] = tensors.get_tensor(f"linear.{kind}")
+    elif "pooler.weight" not in weights:
+        raise ValueError(
+            f"{directory}: expected the pooler's weights for model.pooling pooler, found none: "
+            "choose model.pooling cls or mean"
+        )
 
 
 def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,14 +409,16 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
 
 
 def save(model: Transformer, directory: Path) -> None:
-    """Write config.json, model.safetensors (table merged) and, beside them, the nesting."""
+    """Write config.json, model.safetensors (table merged, names of Hugging Face) and, beside them,
+    the nesting."""
     cfg = model.cfg
     weights = {n: w.detach().float().cpu().contiguous() for n, w in model.state_dict().items()}
     if cfg.ranks:
         factors = {n: weights.pop(f"embed_tokens.{n}") for n in ("U", "W")}
         weights["embed_tokens.weight"] = factors["U"] @ factors["W"]
         save_file(factors, directory / FACTORS, metadata={"format": "pt"})
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    named = {hf_name(name, cfg): tensor for name, tensor in weights.items()}
+    save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
     describe(cfg, directory)
 
 

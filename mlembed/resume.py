@@ -56,6 +56,7 @@ def resumable(run: config.Run) -> dict[str, Any]:
     machine = (
         *("compile", "activation_checkpointing", "activation_gib", "gradient_cache", "engine"),
         *("cpu_offload", "save_async", "non_finite", "allow_changed", "resume"),
+        "loader_workers",
     )
     return strict.to_dict(
         replace(

@@ -14,7 +14,7 @@ Letters: E exits, M prefixes, Q queries of this process, n documents of one slab
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,11 @@ class Pairs:
             "positive": positive if process == self.where.rank else None,
             **self._rows_with(ids, self.query_counts[process]),
         }
+
+    def of_positives(self) -> "Pairs":
+        """The same where documents are the queries' positives alone, in the queries' order."""
+        everyone = torch.arange(len(self.target), device=self.target.device)
+        return replace(self, target=everyone, doc_ids=self.query_ids, doc_counts=self.query_counts)
 
     def with_slab(self, slab: Slab) -> Options:
         """Queries as rows, earlier documents as columns."""

@@ -1,7 +1,9 @@
 """Text to token ids: a byte-level BPE trained on the training text, or a checkpoint's own.
 
 Every text ends in EOS, appended by the post-processor in `tokenizer.json` itself (other libraries
-ignore `add_eos_token` for such tokenizers), also when it is cut to the maximum length.
+ignore `add_eos_token` for such tokenizers), also when it is cut to the maximum length. Tokenizers
+of BERT and XLM-R put a text between two tokens, [CLS] x [SEP] or <s> x </s>: these stay, and EOS is
+the second.
 """
 
 import json
@@ -14,6 +16,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.processors import TemplateProcessing
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
+# By which names tokenizers go that say nothing of them: ours, BERT's, XLM-R's.
+CALLED = {
+    "pad_token": (PAD, "[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+# What a tokenizer is made from where there is no tokenizer.json.
+VOCABULARIES = "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model"
 # Letters stay with their combining marks (Indic vowels), each digit stands alone: numbers compose.
 WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,27 +68,53 @@ def append_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
 
 
 def load(directory: Path) -> Tokenizer:
-    """A checkpoint's `tokenizer.json`, made to append its own EOS where it does not.
+    """A checkpoint's `tokenizer.json`, made to append its own EOS where it does not. One that puts
+    texts between two tokens, as BERT's and XLM-R's do, is left as it is.
+
+    Where there is only a vocabulary (vocab.txt, a sentencepiece model), transformers converts it.
 
     Raises:
-        ValueError: no tokenizer.json, or no EOS to be found in tokenizer_config.json.
+        ValueError: no tokenizer there, or no EOS to be found in tokenizer_config.json.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"tokenizer: expected {path}, which does not exist")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    tokenizer = _read(directory)
     tokenizer.no_padding()
+    tokenizer.no_truncation()
+    empty, one = tokenizer.encode("").ids, tokenizer.encode("a").ids
+    between = len(empty) > 1 and one[-1] == empty[-1]  # two tokens, the second stands for EOS
     eos = eos_token(directory)
+    if eos is None and between:
+        return tokenizer
     if eos is None or tokenizer.token_to_id(eos) is None:
         raise ValueError(
             f"{directory}/tokenizer_config.json: expected a known eos_token, got {eos!r}"
         )
-    if tokenizer.encode("a").ids[-1:] != [tokenizer.token_to_id(eos)]:
-        append_eos(tokenizer, eos)
-    return tokenizer
+    if between or one[-1:] == [tokenizer.token_to_id(eos)]:
+        return tokenizer
+    return append_eos(tokenizer, eos)
+
+
+def _read(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    found = [name for name in VOCABULARIES if (directory / name).is_file()]
+    if not found:
+        raise ValueError(f"tokenizer: expected {path}, which does not exist")
+    from transformers import AutoTokenizer  # here, as all else is done without it
+
+    try:
+        made = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds, as the kinds of tokenizers are many
+        raise ValueError(f"{directory}: no tokenizer made from {found[0]}: {error}") from None
+    backend = getattr(made, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(f"{directory}: expected a tokenizer that can be converted, got {made}")
+    return Tokenizer.from_str(backend.to_str())
 
 
 def eos_token(directory: Path) -> str | None:
@@ -88,28 +124,50 @@ def eos_token(directory: Path) -> str | None:
 
 
 def max_length(directory: Path) -> int | None:
-    """`model_max_length` of a directory's tokenizer_config.json, where it is a real number."""
-    limit = settings(directory).get("model_max_length")
-    return int(limit) if limit and limit < 1e9 else None  # transformers writes 1e30 for "none"
+    """Tokens a text that a directory's files allow, the least of them: tokenizer_config.json's
+    `model_max_length`, where it is a real number, and sentence_bert_config.json's `max_seq_length`.
+    """
+    limits = (
+        settings(directory).get("model_max_length"),
+        settings(directory, "sentence_bert_config.json").get("max_seq_length"),
+    )
+    real = [int(limit) for limit in limits if limit and limit < 1e9]
+    return min(real, default=None)  # transformers writes 1e30 for "none"
 
 
-def settings(directory: Path) -> dict[str, Any]:
-    """A directory's tokenizer_config.json, empty if it has none. ValueError if it is not json."""
-    path = directory / "tokenizer_config.json"
+def settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    """A json file of a directory, empty if it has none. ValueError if it is not json."""
+    path = directory / name
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """What transformers calls the special tokens of a tokenizer that ends texts in EOS.
+
+    The last token of an empty text is EOS, and "sep" where another comes first, which is "cls" (and
+    BOS). Padding is done with EOS where the vocabulary has no token for it.
+    """
+    ids = tokenizer.encode("").ids
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    first, eos = (str(tokenizer.id_to_token(i)) for i in (ids[0], ids[-1]))
+    names = {"eos_token": eos, "pad_token": eos}
+    if len(ids) > 1:
+        names |= {"bos_token": first, "cls_token": first, "sep_token": eos}
+    for role, spellings in CALLED.items():
+        if known := [name for name in spellings if name in added]:
+            names[role] = known[0]
+    return names
+
+
 def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Write the three files from which transformers 4 and 5 make a PreTrainedTokenizerFast."""
-    eos = tokenizer.id_to_token(tokenizer.encode("").ids[-1])
-    pad = PAD if tokenizer.token_to_id(PAD) is not None else eos
     portable = Tokenizer.from_str(tokenizer.to_str())
     portable.no_truncation()
     portable.save(str(directory / "tokenizer.json"))
-    names = {"eos_token": eos, "pad_token": pad}
+    names = special_tokens(tokenizer)
     written = {
         # Not the newest name: transformers 4 does not know `TokenizersBackend`.
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -156,9 +156,15 @@ EARLIER = [[slab(4, 9, (4, 2)), slab(3, 30)], [slab(5, 12, (4, 0)), slab(1, 40, 
 
 
 def given(texts, symmetric=True):
+    everything = torch.arange(PAIRS + DOCS)
+    owner = torch.full((DOCS,), PAIRS - 1)
+    owner[texts["target"]] = torch.arange(PAIRS)
+    negatives = torch.full((PAIRS, DOCS - PAIRS), -1)
+    negatives[-1] = torch.tensor([i for i in range(DOCS) if i not in texts["target"]])
     batch = Batch(
-        packs=(), place=torch.arange(PAIRS + DOCS), doc_sizes=(DOCS,), source="x", **texts
-    )
+        packs=(), place=everything, doc_sizes=(DOCS,), source="x", owner=owner,
+        negatives=negatives, has_negatives=negatives[:, 0] >= 0, rows=everything, **texts,
+    )  # fmt: skip
     model = Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=DIMS)
     torch.manual_seed(0)
     leaf = torch.randn(2, PAIRS + DOCS, 16, dtype=torch.float64, requires_grad=True)

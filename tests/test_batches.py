@@ -1,21 +1,26 @@
 """Tables to batches: an order that is a function of the seed, which any process can draw alone."""
 
+import dataclasses
 import os
 import pickle
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from mlembed import config, tokenizer
-from mlembed.data import Batches, Table, text_id
+from mlembed import config, data, teacher, tokenizer
+from mlembed.data import Batches
 from mlembed.distributed import World
+from mlembed.sources import Table, text_id
+from mlembed.stored import Writer
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +48,49 @@ def learnt(tables):
 
 @pytest.fixture
 def make(tables, learnt):
-    def make(which=tables, rank=0, size=1, negatives=2, **fields):
+    def make(which=tables, rank=0, size=1, negatives=2, vectors=None, **fields):
         run = config.Run(
             **{"batch_size": 4, "steps": 40, "loss": config.Loss(num_negatives=negatives)} | fields
         )
-        return Batches(which, learnt, run, World(rank, size, CPU))
+        return Batches(which, learnt, run, World(rank, size, CPU), teacher=vectors)
 
     return make
 
 
 def texts_of(batch, learnt):
     """Queries, positives, negatives; in a pack itself the shortest come first."""
-    texts = []
     for packed in batch.packs:
         bounds = packed.cu_seqlens
         assert torch.equal(bounds.diff(), bounds.diff().sort().values)
+    return each_text(batch, learnt)
+
+
+def each_text(batch, learnt):
+    texts = []
+    for packed in batch.packs:
+        bounds = packed.cu_seqlens.tolist()
         texts += [
             learnt.decode(packed.ids_T[begin:end].tolist())
-            for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
         ]
     assert sorted(batch.place.tolist()) == list(range(len(texts)))
     return [texts[i] for i in batch.place]
 
 
 def same(a, b):
-    tensors = ("place", "target", "query_ids", "query_depths", "doc_ids", "doc_depths")
-    return (
-        all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
-        and (a.doc_sizes, a.source) == (b.doc_sizes, b.source)
-        and len(a.packs) == len(b.packs)
-        and all(map(same_pack, a.packs, b.packs))
+    """Field by field, whatever fields a batch has."""
+    return all(
+        len(a.packs) == len(b.packs) and all(map(same_pack, a.packs, b.packs))
+        if field.name == "packs"
+        else same_value(getattr(a, field.name), getattr(b, field.name))
+        for field in dataclasses.fields(a)
     )
+
+
+def same_value(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
 
 
 def same_pack(a, b):
@@ -108,13 +125,38 @@ def test_seeds_differ(make):
     assert not all(same(a[i], b[i]) for i in range(5))
 
 
-def test_workers_give_the_same_batches(make):
+@pytest.mark.parametrize("workers, start", [(0, None), (1, "fork"), (4, "fork"), (2, "spawn")])
+def test_workers_and_resume_give_the_same_batches(make, workers, start):
     """In whichever way worker processes start: forked, or fresh ones that unpickle the data set."""
     batches = make()
-    copy = pickle.loads(pickle.dumps(batches))
-    assert all(same(batches[i], copy[i]) for i in range(len(batches)))
-    loader = DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    assert all(same(batches[i], batch) for i, batch in enumerate(loader))
+    want = [batches[i] for i in range(len(batches))]
+    # What a resumed run has begins in the midst. (Fresh processes take seconds: for one of them.)
+    for own, begin in ((batches, 0), (make(), 17))[start == "spawn" :]:
+        loader = DataLoader(
+            Subset(own, range(begin, 40)),
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=start,
+        )
+        got = list(loader)
+        assert len(got) == 40 - begin
+        assert all(same(a, b) for a, b in zip(want[begin:], got, strict=True))
+
+
+def test_same_sees_every_field(make):
+    batch = make()[0]
+    assert same(batch, pickle.loads(pickle.dumps(batch)))
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        other = value + 1 if isinstance(value, torch.Tensor) and value.numel() else None
+        if field.name == "packs":
+            other = value[1:]
+        if field.name == "has_negatives":
+            other = ~value
+        if other is None:
+            other = "other" if value is None or isinstance(value, str) else 7
+        if field.name != "negatives" or value.numel():
+            assert not same(batch, dataclasses.replace(batch, **{field.name: other})), field.name
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 17, 40])
@@ -234,23 +276,226 @@ def test_batch_size_must_divide_by_processes(make):
         make(rank=0, size=3)
 
 
+# ---- which source ----
+
+
+def pairs(name, n, **source):
+    texts, ids = [name, "b"] * n, np.arange(2 * n) // 2
+    own = config.Source(path=name, **source)
+    return Table(name, False, texts, ids, np.arange(0, 2 * n + 1, 2), own)
+
+
+def chi_square(order, p):
+    """Sum of (drawn - expected)^2 / expected; its mean is the number of sources less one."""
+    drawn = np.bincount(order, minlength=len(p))
+    assert (drawn[p == 0] == 0).all()
+    expected = p[p > 0] * len(order)
+    return (((drawn[p > 0] - expected) ** 2) / expected).sum()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_sources_are_drawn_by_size_to_the_alpha(make, alpha):
     sizes = (40, 400, 1000)
-    tables = [
-        Table(str(n), False, ["a", "b"] * n, np.arange(2 * n) // 2, np.arange(0, 2 * n + 1, 2))
-        for n in sizes
-    ]
-    n = 3000
-    batches = make(tables, batch_size=1, steps=n, source_alpha=alpha)
-    drawn = Counter(batches[i].source for i in range(n))
+    batches = make([pairs(str(n), n) for n in sizes], batch_size=1, steps=3000, source_alpha=alpha)
     weights = np.array(sizes, dtype=float) ** alpha
-    for size, p in zip(sizes, weights / weights.sum(), strict=True):
-        assert abs(drawn[str(size)] / n - p) < 4 * (p * (1 - p) / n) ** 0.5
+    p = weights / weights.sum()
+    assert chi_square(batches.order, p) < 13.8  # of two degrees of freedom: 0.1 %
+    for other in {0.0, 0.5, 1.0} - {alpha}:
+        wrong = np.array(sizes, dtype=float) ** other
+        assert chi_square(batches.order, wrong / wrong.sum()) > 100
+    assert batches[0].source == str(sizes[batches.order[0]])
 
 
-def test_texts_are_cut_to_max_length(make, learnt):
+def test_an_nway_table_counts_half_its_texts(make):
+    texts, starts = ["a"] * 3000, np.arange(0, 3001, 30)  # 100 ids of 30 languages
+    nway = Table("nway", True, texts, np.arange(3000) // 30, starts)
+    batches = make([nway, pairs("p", 500)], batch_size=1, steps=3000, source_alpha=1.0)
+    assert chi_square(batches.order, np.array([0.75, 0.25])) < 10.8
+    assert data.steps_of(config.Run(epochs=1.0, batch_size=7), [nway]) == 215  # 1500 / 7
+
+
+def test_sources_are_drawn_by_their_weights(make):
+    tables = [pairs("a", 40, weight=3.0), pairs("b", 4000, weight=0.0), pairs("c", 9, weight=1.0)]
+    batches = make(tables, batch_size=1, steps=3000, sampling="weights")
+    assert chi_square(batches.order, np.array([0.75, 0.0, 0.25])) < 10.8
+    with pytest.raises(ValueError, match="sources: expected weights .* got all 0"):
+        make(tables[1:2], sampling="weights")
+
+
+def test_files_of_one_source_share_its_weight(make):
+    one = config.Source(path="folder", weight=2.0)
+    tables = [
+        dataclasses.replace(pairs("a", 30), source=one),
+        dataclasses.replace(pairs("b", 90), source=one),
+        pairs("c", 9, weight=1.0),
+    ]
+    batches = make(tables, batch_size=1, steps=3000, sampling="weights")
+    assert chi_square(batches.order, np.array([1 / 6, 1 / 2, 1 / 3])) < 13.8
+
+
+def test_exhaust_uses_every_batch_once_a_round(make):
+    sizes, B = (1, 13, 40), 4
+    tables = [pairs(str(n), n) for n in sizes]
+    per_round = [1, 4, 10]  # ceil(n / B)
+    batches = make(tables, batch_size=B, steps=50, sampling="exhaust")
+    rounds = [batches.order[i : i + 15] for i in range(0, 45, 15)]
+    assert all(np.bincount(order).tolist() == per_round for order in rounds)
+    assert len({tuple(order) for order in rounds}) == 3
+    assert batches.order[45:].tolist() == make(tables, batch_size=B, steps=60, sampling="exhaust",
+        ).order[45:50].tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", ["alpha", "weights", "exhaust"])
+def test_the_order_of_a_longer_run_begins_with_that_of_a_shorter(make, sampling):
+    tables = [pairs("a", 5), pairs("b", 50), pairs("c", 21)]
+    long = make(tables, sampling=sampling, steps=97).order
+    assert long.dtype == np.int64 and len(long) == 97
+    for steps in (1, 13, 96):
+        assert make(tables, sampling=sampling, steps=steps).order.tolist() == long[:steps].tolist()
+    assert make(tables, sampling=sampling, steps=97, seed=1).order.tolist() != long.tolist()
+
+
+def test_epochs_are_as_many_items_as_there_are(tables):
+    """17 pairs and 32 texts of translations: 33 items."""
+    for epochs, B, more, want in (
+        (1.0, 33, 1, 1),
+        (1.0, 32, 1, 2),
+        (0.5, 4, 2, 3),
+        (3.0, 1, 5, 20),
+    ):
+        run = config.Run(epochs=epochs, batch_size=B, gradient_accumulation_steps=more)
+        assert data.steps_of(run, tables) == want
+    assert data.steps_of(config.Run(steps=77), tables) == 77
+
+
+def test_no_sources_is_an_error(make):
+    with pytest.raises(ValueError, match="data: expected at least one source, got none"):
+        make([])
+
+
+# ---- how many negatives, and which ----
+
+
+@pytest.mark.parametrize("task, most", [("retrieval", 2), ("bitext", 2), ("sts", 0),
+                                        ("clustering", 3), ("classification", 1)])  # fmt: skip
+def test_tasks_have_numbers_of_negatives(make, tables, learnt, task, most):
+    loss = config.Loss(num_negatives=2, clustering_negatives=3, classification_negatives=1)
+    for own in (-1, 0, 1, 3):
+        source = config.Source(path="x", num_negatives=own, temperature=0.25)
+        table = dataclasses.replace(tables[0], task=task, source=source)
+        if task in ("clustering", "classification") and own == 0:
+            with pytest.raises(ValueError, match=f"x: num_negatives: expected 1 .* {task}, got 0"):
+                make([table], loss=loss)
+            continue
+        batches = make([table], loss=loss)
+        for number in range(5):
+            batch = batches[number]
+            texts = texts_of(batch, learnt)
+            stored = [int(text.split()[1]) % 4 for text in texts[:4]]
+            wanted = most if own < 0 else own
+            assert len(texts) == 8 + sum(min(n, wanted) for n in stored)
+            assert (batch.task, batch.temperature) == (task, 0.25)
+    none = dataclasses.replace(loss, clustering_negatives=0, classification_negatives=0)
+    if task in ("clustering", "classification"):
+        with pytest.raises(ValueError, match=f"loss.{task}_negatives: expected 1 or more"):
+            make([dataclasses.replace(tables[0], task=task)], loss=none)
+
+
+def test_scores_are_their_pairs(make, tables, learnt):
+    scores = np.linspace(0, 1, 17, dtype=np.float32)
+    batches = make([dataclasses.replace(tables[0], task="sts", scores=scores)])
+    for number in range(9):
+        batch = batches[number]
+        rows = [int(text.split()[1]) for text in texts_of(batch, learnt)[:4]]
+        assert batch.scores.tolist() == scores[rows].tolist()
+    assert make()[0].scores is None
+
+
+def test_draws_are_even_and_have_no_repetition():
+    """Every ordered choice of k from n as often as any other: chi-square, against all of them."""
+    rng = np.random.default_rng(0)
+    for n, K in ((5, 3), (4, 4), (2, 2), (6, 1)):
+        drawn = data.some_of(np.full(24_000, n), K, rng)
+        found = Counter(map(tuple, drawn.tolist()))
+        cells = list(permutations(range(n), K))
+        assert set(found) == set(cells)
+        expected = 24_000 / len(cells)
+        statistic = sum((found[cell] - expected) ** 2 / expected for cell in cells)
+        spread = (2 * (len(cells) - 1)) ** 0.5
+        assert abs(statistic - (len(cells) - 1)) < 5 * spread, (n, K)
+
+
+def test_draws_of_ragged_counts():
+    counts = np.array([0, 1, 2, 7, 1000, 3, 0])
+    for K in (0, 1, 3, 9):
+        drawn = data.some_of(counts, K, np.random.default_rng(1))
+        assert drawn.shape == (7, K) and drawn.dtype == np.int64
+        for row, n in zip(drawn.tolist(), counts.tolist(), strict=True):
+            k = min(K, n)
+            assert row[k:] == [-1] * (K - k)
+            assert len(set(row[:k])) == k and all(0 <= i < n for i in row[:k])
+    assert data.some_of(np.zeros(0, dtype=np.int64), 2, np.random.default_rng(0)).shape == (0, 2)
+    pairs = Counter(map(tuple, np.sort(data.some_of(np.full(900, 4), 2, np.random.default_rng(2)))))
+    assert set(pairs) == set(combinations(range(4), 2))
+
+
+# ---- for distillation ----
+
+
+class Telling(teacher.Teacher):
+    """Its vectors tell the text and, where it has a prompt, the role."""
+
+    pipeline = "Telling"
+
+    def encode(self, texts, queries=0, progress=False):
+        prompted = bool(self.prompt)
+        return torch.tensor([tells(t, prompted and i < queries) for i, t in enumerate(texts)])
+
+
+def tells(text, query):
+    return [float(text_id(text) % 997), float(query)]
+
+
+TAUGHT = config.Distill(teacher="somewhere", features=1.0)
+STORED = config.Distill(embeddings="somewhere", features=1.0)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_batches_carry_the_texts_of_their_rows(make, tables, learnt, mapped, tmp_path):
+    if mapped:
+        own = []
+        for table in tables:
+            writer = Writer(tmp_path / f"{table.name}.arrow")
+            writer.extend(table.texts)
+            own.append(dataclasses.replace(table, texts=writer.close()))
+        tables = own
+    for rank, size in ((0, 1), (1, 2)):
+        batches = make(tables, rank, size, distill=TAUGHT)
+        for number in range(9):
+            batch = batches[number]
+            assert list(batch.texts) == texts_of(batch, learnt)
+            assert batch.teacher_ND is None
+        for prompted in (False, True):
+            out = tmp_path / f"{rank} {prompted}"
+            teacher.store(Telling(None, 2, "ask: " * prompted, 1), tables, out, "fp32")
+            vectors = teacher.Stored.open(str(out))
+            taught = make(tables, rank, size, distill=STORED, vectors=vectors)
+            for number in range(9):
+                batch = taught[number]
+                assert batch.texts is None and batch.teacher_ND.dtype == torch.float32
+                texts, queries = texts_of(batch, learnt), 4 // size
+                want = [tells(t, prompted and i < queries) for i, t in enumerate(texts)]
+                assert batch.teacher_ND.tolist() == want
+    assert make()[0].texts is None and make()[0].teacher_ND is None
+
+
+# ---- tokens ----
+
+
+def test_texts_are_cut_to_max_length(make, tables, learnt):
     batches = make(max_length=3)
+    assert batches.truncated == [len(table.texts) for table in tables]
+    assert make().truncated == [0, 0] and make().names == ["pairs", "nway"]
     for packed in batches[0].packs:
         assert packed.work.max_seqlen == 3
         ends = packed.cu_seqlens[1:].long() - 1
@@ -259,7 +504,9 @@ def test_texts_are_cut_to_max_length(make, learnt):
 
 # ---- ids ----
 
-SCRIPT = "from mlembed.data import text_id; print(text_id('Meer'), text_id('n', '7'), text_id(''))"
+SCRIPT = (
+    "from mlembed.sources import text_id; print(text_id('Meer'), text_id('n', '7'), text_id(''))"
+)
 
 
 @pytest.mark.parametrize("seed", ["0", "77"])

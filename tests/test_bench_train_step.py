@@ -22,8 +22,8 @@ from bench import train_step_cases as cases
 from bench import train_step_gate as checked
 from bench import train_step_peers as peers
 from mlembed import config
+from mlembed.blocks import Block, rope
 from mlembed.loss import weights
-from mlembed.model import Block, rope
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -168,6 +168,19 @@ def test_floors_by_hand():
     assert floors["products"] == pytest.approx(6 * matrices * T / 788e9)
     assert floors["attention"] == pytest.approx(work["attention"][1] / 4247e6)  # bytes decide
     assert cases.nbytes(case, "fwd+bwd") == sum(size for _, size in work.values())
+
+
+def test_work_of_a_bert_by_hand():
+    thin = cases.stage_work(bench.CASES["lealla"])
+    S, D, I = 24 * 390_630, 128, 512  # noqa: E741
+    matrices = 24 * (4 * D * D + 2 * D * I)
+    assert thin["products"] == (
+        6 * matrices * 390_630,
+        3 * 2 * S * ((D + 3 * D) + (D + D) + (D + I) + (I + D)),
+    )
+    forward = (3 * D) + (3 * D) + (I + I)  # two norms with their sums, GELU
+    backward = (4 * D) + (4 * D) + (2 * I + I)
+    assert thin["point-wise"] == (0, 2 * S * (forward + backward))
 
 
 def test_who_left_is_not_counted():

@@ -1,5 +1,5 @@
-"""Real gloo processes against one: gathered rows and their gradients, the loss, and the gradients
-of a whole step. Run as a script (by torchrun), this file is one of these processes."""
+"""Real gloo processes against one: gathered rows and their gradients, the loss, the gradients of a
+whole step, every objective. Run as a script (by torchrun), this file is one of these processes."""
 
 import subprocess
 import sys
@@ -12,17 +12,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from objective_truth import HARD, OBJECTIVES, assert_close, ragged, run_of, table, texts
 from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config, data, tokenizer
+from mlembed.bank import Bank
 from mlembed.distributed import World, any_process, broadcast, fresh, gather, world
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
+from mlembed.sources import Table, text_id
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside
 GATHERED = (torch.float64, torch.float32, torch.bfloat16)
 BATCHES = (0, 1, 2, 3)
+OBJECTIVE_CASES = [
+    (name, skip, across)
+    for name, (_, options) in OBJECTIVES.items()
+    for skip in (False, True)
+    for across in ("gather", "ring")
+    if across == "gather" or options.get("directions") != "gte"
+]
 
 
 def rows_and_weights(size):
@@ -50,12 +60,12 @@ def text():
     for i in range(24):
         texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
         starts.append(len(texts))
-        ids += [data.text_id(f"positive {i % 20}")] * 2
-        ids += [data.text_id(text) for text in texts[len(ids) :]]
-    pairs = data.Table("pairs", False, texts, np.array(ids), np.array(starts))
+        ids += [text_id(f"positive {i % 20}")] * 2
+        ids += [text_id(text) for text in texts[len(ids) :]]
+    pairs = Table("pairs", False, texts, np.array(ids), np.array(starts))
     texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
-    groups = np.array([data.text_id("nway", text.split()[1]) for text in texts])
-    nway = data.Table("nway", True, texts, groups, np.arange(0, 61, 3))
+    groups = np.array([text_id("nway", text.split()[1]) for text in texts])
+    nway = Table("nway", True, texts, groups, np.arange(0, 61, 3))
     return [pairs, nway], tokenizer.train([*pairs.texts, *nway.texts], 300)
 
 
@@ -100,6 +110,20 @@ def step(where, number, dtype, symmetric, skip):
     return loss_EM.detach(), gradients, (batch.source, batch.doc_sizes, gone, len(batch.packs))
 
 
+def objective(where, name, skip, across):
+    """-> (loss_EM, its gradient by text) of ragged groups, without a model."""
+    task, options = OBJECTIVES[name]
+    return table(ragged(skip), task, run_of(negatives_across=across, **options), where)
+
+
+def with_bank(where, hard, across):
+    """As `objective`, of the second of two batches of both directions."""
+    run, bank = run_of(negatives_across=across, hard_negatives=hard), Bank(100, host=False)
+    table(texts((2, 0, 1, 3), seed=1), "bitext", run, where, bank=bank)
+    bank.commit()
+    return table(ragged(skip=True), "bitext", run, where, bank=bank)
+
+
 def process(where, out: Path):
     """Everything one process is asked for. Local to this function, so that nothing that used the
     group is alive when the group ends."""
@@ -117,6 +141,11 @@ def process(where, out: Path):
                 for skip in (False, True):
                     case = dtype, symmetric, skip, number
                     found[case] = step(where, number, dtype, symmetric, skip)
+    for case in OBJECTIVE_CASES:
+        found[case] = objective(where, *case)
+    for hard in HARD:
+        for across in ("gather", "ring"):
+            found["bank", hard, across] = with_bank(where, hard, across)
     torch.save(found, out / f"{where.rank}.pt")
 
 
@@ -207,6 +236,32 @@ def test_batches_are_of_both_kinds_and_unequal_shares(found):
         assert any(len(set(sizes)) > 1 for _, sizes, *_ in seen)
         assert all((gone > 0) == skip for *_, gone, _ in seen)
         assert max(packs for *_, packs in seen) > 2 or not skip
+
+
+# ---- every objective ----
+
+
+def of_all(found, case):
+    """What the mean over processes gives: of losses, and of gradients by text."""
+    loss, gradient = (
+        torch.stack(parts).mean(0) for parts in zip(*(p[case] for p in found), strict=True)
+    )
+    return loss, gradient
+
+
+@pytest.mark.parametrize("name, skip, across", OBJECTIVE_CASES)
+def test_an_objective_is_the_single_process_one(found, name, skip, across):
+    """Of groups with 0 to 4 hard negatives, so that processes have unlike numbers of them."""
+    assert_close(of_all(found, (name, skip, across)), objective(ALONE, name, skip, across))
+
+
+@pytest.mark.parametrize("across", ["gather", "ring"])
+@pytest.mark.parametrize("hard", HARD)
+def test_an_objective_with_a_bank_is_the_single_process_one(found, hard, across):
+    want = with_bank(ALONE, hard, across)
+    assert_close(of_all(found, ("bank", hard, across)), want)
+    without = objective(ALONE, f"bitext-{hard}", True, "gather")
+    assert not torch.allclose(want[0], without[0], rtol=1e-3)
 
 
 # ---- who is who ----

@@ -104,7 +104,7 @@ def test_a_bad_loss_is_named_by_exit_and_width(tmp_path, monkeypatch):
         return table * torch.tensor([[1.0, 1.0], [math.inf, 1.0]])
 
     monkeypatch.setattr(train, "loss_table", bad)
-    assert guarded(job, 0, feed).bad == "loss of exit 2 at width 8 is inf"
+    assert guarded(job, 0, feed).bad == "loss of exit 2 at width 8 is inf (contrastive)"
     job.saver.close()
 
 

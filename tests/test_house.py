@@ -27,14 +27,15 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
-    {"attention_interface", "bank", "checkpoint", "cldr", "distributed", "pack", "strict"},
-    {"config", "tokenizer"},
-    {"depth", "log", "recipes", "shapes", "sources"},
-    {"arguments", "blocks", "teacher", "tokens"},
-    {"data", "guards", "model", "resume", "ring"},
+    {"attention_interface", "bank", "checkpoint", "cldr", "distributed", "pack", "rows", "strict"},
+    {"config", "layouts", "stored", "tokenizer"},
+    {"blocks", "depth", "log", "shapes", "sources"},
+    {"model", "recipes", "streams", "teacher", "tokens"},
+    {"arguments", "data", "guards", "resume", "ring"},
     {"activations", "engine", "pretrained", "optim", "loss", "distill"},
     {"encode", "gradcache"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},
+    {"prepare"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -302,7 +303,8 @@ MODULES = [c[2:] for c in commands(README) if re.match(r"python3? -m (mlembed|be
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """For what the reader has and we have not: a saved config.json and a Qwen3 checkpoint."""
+    """For what the reader has and we have not: a saved config.json, a Qwen3 checkpoint, and the
+    mixture that the README shows."""
     path = tmp_path_factory.mktemp("stand_ins")
     (path / "run.json").write_text(json.dumps(strict.to_dict(recipes.tiny())))
     small = config.Model(hidden_size=1024, max_position_embeddings=32_768)
@@ -312,11 +314,13 @@ def stand_ins(tmp_path_factory):
         if key not in ("exits", "matryoshka_dims", "ranks", "pooling", "causal", "rope_theta")
     }
     (path / "config.json").write_text(json.dumps(shape | {"rope_theta": 1e6}))
+    (path / "mixture.json").write_text(next(c for kind, c in blocks(README) if kind == "json"))
     return path
 
 
 @pytest.mark.parametrize("args", TRAIN, ids=" ".join)
-def test_train_commands_of_the_readme_parse(args, stand_ins):
+def test_train_commands_of_the_readme_parse(args, stand_ins, monkeypatch):
+    monkeypatch.chdir(stand_ins)
     args = list(args)
     if args[0].endswith(".json"):
         args[0] = str(stand_ins / "run.json")
@@ -327,9 +331,11 @@ def test_train_commands_of_the_readme_parse(args, stand_ins):
         return
     if "--init" in args:
         args[args.index("--init") + 1] = str(stand_ins)
-    elif args[0] == "qwen3":
+    elif args[0] in recipes.RECIPES and recipes.RECIPES[args[0]]().init:
         args += ["--init", str(stand_ins)]
-    assert isinstance(arguments.parse(args), config.Run)
+    run = arguments.parse(args)
+    assert isinstance(run, config.Run)
+    assert bool(run.sources) == ("mixture.json" in args)
 
 
 @cache

@@ -17,8 +17,9 @@ from mlembed.optim import adamw, learning_rate
 from mlembed.pack import Batch, pack
 
 ALONE = World(0, 1, torch.device("cpu"))
-EXITS = ["uniform", "depth"]
+EXITS = ["uniform", "depth", "inverse", "log"]
 PREFIXES = ["uniform", "ml-embed"]
+LEAVING_NEGATIVES = torch.tensor([[3, 4], [-1, -1], [-1, -1], [-1, -1], [7, -1]])
 
 # ---- weights ----
 
@@ -62,6 +63,68 @@ def test_ml_embed_weights():
         assert row == pytest.approx([w / sum(want) / 2 for w in want], rel=1e-6)
 
 
+def of_exits(rule, exits=None, **options):
+    """Weights at exits 1, 2, 3 and 6, or some of them, of one prefix."""
+    shape = Model(num_hidden_layers=6, exits=(1, 2, 3, 6), matryoshka_dims=(256,))
+    return weights(Run(model=shape, loss=Loss(exit_weights=rule, **options)), exits)[:, 0].tolist()
+
+
+BY_RULE = {
+    "depth": [1, 2, 3, 6],
+    "inverse": [1, 1 / 2, 1 / 3, 1],
+    "log": [0.5906161, 0.4765053, 0.4190597, 1],  # 1 / (1 + ln 2), 1 / (1 + ln 3), 1 / (1 + ln 4)
+    "custom": [3, 0, 5, 2],
+}
+
+
+@pytest.mark.parametrize("rule", BY_RULE)
+def test_rules_of_exits(rule):
+    """Raw, where weights are not normalised; otherwise in proportion. Of some exits, those's."""
+    raw, custom = BY_RULE[rule], {"custom_exit_weights": (3.0, 0.0, 5.0, 2.0)}
+    options = custom if rule == "custom" else {}
+    assert of_exits(rule, normalise_weights=False, **options) == pytest.approx(raw, rel=1e-6)
+    assert of_exits(rule, **options) == pytest.approx([w / sum(raw) for w in raw], rel=1e-6)
+    some = of_exits(rule, (2, 6), normalise_weights=False, **options)
+    assert some == pytest.approx([raw[1], raw[3]], rel=1e-6)
+    total = raw[1] + raw[3]
+    assert of_exits(rule, (2, 6), **options) == pytest.approx([raw[1] / total, raw[3] / total])
+
+
+def test_uniform_weights_are_a_mean_over_exits_even_so():
+    assert of_exits("uniform", normalise_weights=False) == [0.25] * 4
+    assert of_exits("uniform", (2, 6), normalise_weights=False) == [0.5] * 2
+
+
+def test_exits_that_all_weigh_nothing():
+    with pytest.raises(ValueError, match=r"custom_exit_weights: expected one above 0.*\(1, 6\)"):
+        of_exits("custom", (1, 6), custom_exit_weights=(0.0, 1.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "rule, raw",
+    [
+        ("uniform", (1, 1, 1)),
+        ("custom", (0.5, 0, 2)),
+        # papers' own numbers for a full width of 1024
+        ("ml-embed", (0.0179, 0.1667, 1)),
+    ],
+)
+def test_rules_of_prefixes(rule, raw):
+    dims = (8, 16, 32, 64, 128, 256, 512, 1024) if rule == "ml-embed" else (8, 16, 1024)
+    options = {"custom_matryoshka_weights": (0.5, 0.0, 2.0)} if rule == "custom" else {}
+    shape = Model(hidden_size=1024, exits=(4,), matryoshka_dims=dims)
+    for normalise in (False, True):
+        loss = Loss(matryoshka_weights=rule, normalise_weights=normalise, **options)
+        got = weights(Run(model=shape, loss=loss))[0]
+        total = got.sum().item()
+        if rule == "ml-embed":
+            assert total == pytest.approx(1.0 if normalise else 1.717, abs=1e-3)
+            got = got[[1, 5, 7]]
+        scale = got[2].item() / raw[2]
+        assert got.tolist() == pytest.approx([w * scale for w in raw], abs=1e-4)
+        assert normalise or scale == 1
+
+
 # ---- the table of losses ----
 
 
@@ -96,7 +159,12 @@ def batch():
     packed = pack([np.array([1])] * 13)
     deep = torch.full((8,), 99)
     own = torch.arange(5)
-    return Batch((packed,), torch.arange(13), own, pair_ids, deep[:5], doc_ids, deep, (8,), "x")
+    owners = torch.tensor([0, 1, 2, 3, 4, 0, 0, 4])
+    negatives = torch.tensor([[5, 6], [-1, -1], [-1, -1], [-1, -1], [7, -1]])
+    return Batch(
+        (packed,), torch.arange(13), own, pair_ids, deep[:5], doc_ids, deep, (8,), "x",
+        owners, negatives, negatives[:, 0] >= 0, torch.arange(13),
+    )  # fmt: skip
 
 
 def test_the_order_of_the_pack_is_undone(batch):
@@ -180,8 +248,10 @@ def test_only_those_that_are_there_count(symmetric, exits_END):
     doc_ids = torch.tensor([11, 10, 12, 20, 21, 13, 14, 22])
     target = torch.tensor([1, 0, 2, 5, 6])
     batch = Batch(
-        (), torch.arange(13), target, query_ids, query_depths, doc_ids, doc_depths, (8,), "x"
-    )
+        (), torch.arange(13), target, query_ids, query_depths, doc_ids, doc_depths, (8,), "x",
+        torch.tensor([1, 0, 2, 0, 0, 3, 4, 4]), LEAVING_NEGATIVES,
+        LEAVING_NEGATIVES[:, 0] >= 0, torch.arange(13),
+    )  # fmt: skip
     run = Run(
         model=Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=(3, 16)),
         loss=Loss(directions="symmetric" if symmetric else "query_to_doc"),

@@ -217,12 +217,16 @@ def test_collate(size, skip, max_tokens):
     ids = rng.integers(0, 10**6, 80)
     depths = rng.choice([1, 2, 4], 16) if skip else np.full(16, 4)
     depths[:4] = 4
+    scores = rng.random(16).astype(np.float32)
     seen = []
     for rank in range(size):
         batch = collate(
             groups, tables.__getitem__, ids, depths, None,
-            rank=rank, size=size, max_tokens=max_tokens, source="s",
+            rank=rank, size=size, max_tokens=max_tokens, source="s", task="sts",
+            temperature=0.5, scores=scores,
         )  # fmt: skip
+        assert (batch.source, batch.task, batch.temperature) == ("s", "sts", 0.5)
+        assert batch.scores.dtype == torch.float32
         texts, of_pack = [], []
         for i, one in enumerate(batch.packs):
             bounds = one.cu_seqlens.tolist()
@@ -244,6 +248,9 @@ def test_collate(size, skip, max_tokens):
         query_depths = batch.query_depths[each : each + n]
         assert (query_depths.diff() <= 0).all() and (doc_depths.diff() <= 0).all()
         assert query_depths.max() == 4
+        has_negatives = batch.has_negatives[each : each + n].tolist()
+        assert len(batch.has_negatives) == 16 and len(batch.owner) == len(docs)
+        assert batch.negatives.shape[1] == max((batch.negatives >= 0).sum(1))
         for i, at in enumerate(queries):
             (group,) = (g for g in groups if ids[g[0]] == own_ids[i])
             seen.append(group[0])
@@ -252,6 +259,12 @@ def test_collate(size, skip, max_tokens):
             assert texts[docs[positive]] == tables[group[1]].tolist()
             assert doc_ids[positive] == ids[group[1]]
             assert query_depths[i] == doc_depths[positive] == depths[groups.index(group)]
+            assert batch.scores[i] == scores[groups.index(group)]
+            hard = [place for place in batch.negatives[i].tolist() if place >= 0]
+            assert has_negatives[i] == bool(hard)
+            own = [i, *(n + place for place in [positive, *hard])]
+            assert batch.rows[own].tolist() == group
+            assert (batch.owner == i).nonzero()[:, 0].tolist() == sorted([positive, *hard])
             for negative in group[2:]:
                 at_doc = doc_ids.index(ids[negative])
                 assert texts[docs[at_doc]] == tables[negative].tolist()
@@ -281,3 +294,32 @@ def test_collated_texts_skip_the_layers_that_were_drawn_for_them(max_tokens):
             assert list(ran) == (want or list(there)[:1])
             checked += len(want) not in (0, len(there))
     assert checked
+
+
+@pytest.mark.parametrize("task", ["retrieval", "bitext", "clustering", "classification"])
+def test_negatives_of_a_query_s_own_id(task):
+    """They are none, but where ids may tie classes together."""
+    groups = [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
+    ids = np.array([1, 1, 9, 1, 4, 4, 4, 7, 7])
+    batch = collate(
+        groups, lambda row: np.array([row]), ids, np.full(3, 2), None, max_tokens=99, task=task
+    )
+    assert batch.owner.tolist() == [0, 1, 2, 0, 0, 1] and batch.scores is None
+    of_classes = task in ("clustering", "classification")
+    want = [[3, 4], [5, -1], [-1, -1]] if of_classes else [[3], [-1], [-1]]
+    assert batch.negatives.tolist() == want
+    assert batch.has_negatives.tolist() == [True, of_classes, False]
+    pairs = [group[:2] for group in groups]
+    batch = collate(
+        pairs, lambda row: np.array([row]), ids, np.full(3, 2), None, max_tokens=9, task=task
+    )
+    assert batch.negatives.shape == (3, 0) and batch.negatives.dtype == torch.int64
+    assert not batch.has_negatives.any()
+
+
+def test_a_score_for_each_group():
+    with pytest.raises(ValueError, match="scores: expected one for each of 2 groups, got 1"):
+        collate(
+            [[0, 1], [2, 3]], lambda row: np.array([row]), np.arange(4), np.ones(2, int), None,
+            max_tokens=9, scores=np.ones(1),
+        )  # fmt: skip

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
-    BertConfig,
-    BertModel,
+    Qwen2Config,
+    Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -307,11 +307,30 @@ def test_no_directory(tmp_path):
 
 
 def test_another_architecture(tmp_path):
-    bert = BertConfig(
+    qwen2 = Qwen2Config(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
-    BertModel(bert).save_pretrained(tmp_path)
-    refused(tmp_path, "expected model_type 'qwen3', got 'bert'")
+    Qwen2Model(qwen2).save_pretrained(tmp_path)
+    refused(tmp_path, "expected model_type 'qwen3', 'bert', .* got 'qwen2'")
+
+
+def test_a_run_stands_for_its_finished_model(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    refused(tmp_path, "expected a finished run with model/")
+    (tmp_path / "model").mkdir()
+    pretrained.save(model := randomise(Transformer(NESTED)), tmp_path / "model")
+    assert torch.equal(our_exits(pretrained.load(str(tmp_path))), our_exits(model))
+    assert shapes.from_checkpoint(shapes.resolve(str(tmp_path)), config.Model()) == NESTED
+
+
+@pytest.mark.parametrize(("mode", "pooling"), [("lasttoken", "last"), ("mean", "mean")])
+def test_a_decoder_pools_as_its_sentence_transformers_modules_say(mode, pooling, checkpoint):
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    assert pretrained.load(str(checkpoint)).cfg.pooling == pooling
+    types = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "LSTM")]
+    (checkpoint / "modules.json").write_text(json.dumps([{"path": "", "type": t} for t in types]))
+    refused(checkpoint, "expected Transformer, Pooling, at most one Dense and Normalize, .*LSTM")
 
 
 @pytest.mark.parametrize(
@@ -425,7 +444,7 @@ def test_pickles_are_never_read(checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt", "model.bin"):
         (checkpoint / name).write_bytes(pickle.dumps(Trap(sprung)))
-    refused(checkpoint, "expected model.safetensors, found none")
+    refused(checkpoint, "expected model.safetensors, found none but model.bin, a pickle")
     # Under the right name it is still no safetensors file.
     (checkpoint / "model.safetensors").write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(Exception, match="(?i)header"):

@@ -26,7 +26,15 @@ SMALL = [
     *("--model.matryoshka-dims", "8", "32", "--model.ranks", "8", "16"),
     *("--batch-size", "8", "--log-every", "1", "--precision", "fp32", "--max-length", "32"),
     *("--tracker", "none", "--save-every", "1", "--model.dropout", "0.1"),
-    *("--loss.memory-bank", "40", "--gradient-cache", "--activation-gib", "1e-4"),
+    *(
+        "--loss.memory-bank",
+        "40",
+        "--loss.num-negatives",
+        "1",
+        "--gradient-cache",
+        "--activation-gib",
+        "1e-4",
+    ),
 ]
 
 

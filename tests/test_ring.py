@@ -75,8 +75,9 @@ def wide(where, across, symmetric):
     ids = torch.arange(N * where.size)
     deep = torch.ones_like(ids)
     batch = Batch(
-        (), torch.arange(2 * N), torch.arange(N), ids, deep, ids, deep, (N,) * where.size, "x"
-    )
+        (), torch.arange(2 * N), torch.arange(N), ids, deep, ids, deep, (N,) * where.size, "x",
+        torch.arange(N), torch.zeros(N, 0).long(), ids < 0, torch.arange(2 * N),
+    )  # fmt: skip
     shape = config.Model(hidden_size=D, num_hidden_layers=1, exits=(1,), matryoshka_dims=(D,))
     run = config.Run(
         model=shape,

@@ -10,6 +10,7 @@ import unicodedata
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mlembed import tokenizer
@@ -256,3 +257,83 @@ def test_max_length(limit, read, tmp_path):
 def test_max_length_without_a_file(tmp_path):
     assert tokenizer.max_length(tmp_path) is None
     assert tokenizer.eos_token(tmp_path) is None
+
+
+# ---- of BERT's and XLM-R's kind: a text between two tokens ----
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "##s", "a"]
+
+
+def between(path, names=None, eos=None):
+    """tokenizer.json of a WordPiece with BERT's template, and what its config says."""
+    ids = {piece: i for i, piece in enumerate(PIECES)}
+    made = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(PIECES[:5])
+    made.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.enable_truncation(3)  # as BERT's own files have it, which is not what we are asked for
+    made.enable_padding(length=9)
+    made.save(str(path / "tokenizer.json"))
+    written = {**(names or {}), **({"eos_token": eos} if eos else {})}
+    (path / "tokenizer_config.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize("names", [{}, {"do_lower_case": False}, {"sep_token": "[SEP]"}])
+def test_a_text_between_two_tokens_stays_there_also_when_cut(names, tmp_path):
+    between(tmp_path, names)
+    loaded = tokenizer.load(tmp_path)
+    texts = ["", "a", "one twos a", "one " * 30]
+    whole = [[2, 3], [2, 8, 3], [2, 5, 6, 7, 8, 3], [2, *[5] * 30, 3]]
+    assert [ids.tolist() for ids in tokenizer.tokenize(loaded, texts, 100)] == whole
+    cut = [[2, 3], [2, 8, 3], [2, 5, 6, 3], [2, 5, 5, 3]]
+    assert [ids.tolist() for ids in tokenizer.tokenize(loaded, texts, 4)] == cut
+    assert tokenizer.tokenize(loaded, texts, 2)[3].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("eos", ["[SEP]", "a"])
+def test_a_named_eos_changes_no_template(eos, tmp_path):
+    between(tmp_path, eos=eos)
+    assert tokenizer.tokenize(tokenizer.load(tmp_path), ["one"], 9)[0].tolist() == [2, 5, 3]
+
+
+def test_special_tokens_are_saved_by_their_roles(tmp_path):
+    between(tmp_path)
+    (out := tmp_path / "out").mkdir()
+    tokenizer.save(tokenizer.load(tmp_path), out, 4)
+    reader = AutoTokenizer.from_pretrained(out)
+    for role in ("pad", "unk", "cls", "sep", "mask"):
+        assert getattr(reader, f"{role}_token") == f"[{role.upper()}]", role
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            assert json.loads((out / name).read_text())[f"{role}_token"] == f"[{role.upper()}]"
+    padded = reader(["", "one one one one"], padding=True, truncation=True)
+    assert padded["input_ids"] == [[2, 3, 0, 0], [2, 5, 5, 3]]
+    again = tokenizer.load(out)
+    assert tokenizer.tokenize(again, ["one two"], 9)[0].tolist() == [2, 5, 6, 3]
+    # Ours has one special token at a text's end, and says nothing of the others.
+    tokenizer.save(tokenizer.train(["a b"] * 5, 260), out, 4)
+    stored = json.loads((out / "special_tokens_map.json").read_text())
+    assert stored == {"eos_token": tokenizer.EOS, "pad_token": tokenizer.PAD}
+
+
+def test_a_vocabulary_alone_is_converted(tmp_path):
+    """As old BERT directories are: vocab.txt, and a config.json that says whose it is."""
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    loaded = tokenizer.load(tmp_path)
+    assert tokenizer.tokenize(loaded, ["One twos a"], 9)[0].tolist() == [2, 5, 6, 7, 8, 3]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("One twos a")["input_ids"] == [2, 5, 6, 7, 8, 3]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobody's"}))
+    with pytest.raises(ValueError, match=r"no tokenizer made from vocab\.txt"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence", "read"), [(512, 256, 256), (64, 256, 64), (1e30, 7, 7)]
+)
+def test_max_length_is_the_least_that_is_said(model, sentence, read, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": model}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": sentence}))
+    assert tokenizer.max_length(tmp_path) == read

@@ -1,0 +1,191 @@
+"""What a run is built from: text, tokenizer, model, teacher. `train.py` begins here.
+
+Every function is called by all processes of a run, with the same arguments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from mlembed_kernels.attention import WIDTHS
+
+from . import config, data, evaluate, layouts, pretrained, shapes, sources, tokenizer
+from .cldr import normalise
+from .distill import Distiller
+from .distributed import World, any_process
+from .model import Transformer
+from .streams import name_of
+from .teacher import Stored, Teacher
+
+SAMPLE = 8192  # texts, and at least 8 a coordinate, whose vectors say where a teacher's lie
+
+
+@dataclass(frozen=True)
+class Text:
+    """Training text, without any text of the evaluation, and what to score."""
+
+    tables: list[sources.Table]
+    streams: list[config.Source]
+    tasks: list[Any]
+    held_out: frozenset[str]  # texts of the evaluation, normalised
+
+
+def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
+    """All sources of a run, each said with what was left out of it, and why.
+
+    Raises:
+        ValueError: text that cannot be read, or that leaves nothing to train on; two sources of one
+            name.
+    """
+    tasks = evaluate.read_all(run.eval)
+    held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
+    tables, streams = [], []
+    for source in (*map(sources.of, run.data), *run.sources):
+        if source.streaming:
+            streams.append(source)
+            say(f"train  {name_of(source)}: as it streams")
+            continue
+        for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
+            tables.append(table)
+            kind = "n-way ids" if table.nway else "pairs"
+            of = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
+            say(f"train  {table.name}: {of}{left_out(report)}")
+            for bad in report.bad_rows:
+                say(f"       bad row {bad}")
+    names = [table.name for table in tables] + [name_of(source) for source in streams]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"data: expected sources of different names (a mixture can give them), got several "
+            f"{', '.join(twice)}"
+        )
+    for task in tasks:
+        say(f"eval   {task.name}: {len(task.texts)} texts")
+    return Text(tables, streams, tasks, held_out)
+
+
+def left_out(report: layouts.Report) -> str:
+    """What became of the rows of a source that are not trained on."""
+    counts = {
+        "bad rows": report.bad,
+        "texts of the evaluation": report.held_out,
+        "duplicates": report.duplicates,
+        f"scored below {sources.MIN_SCORE}": report.by_score,
+        "without a translation": report.alone,
+        "beyond the cap": report.by_cap,
+    }
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"; left out: {', '.join(said)}" if said else ""
+
+
+def text_to_ids(run: config.Run, found: Path | None, text: Text) -> Tokenizer:
+    """The tokenizer of a checkpoint of this run, of `init`, a named one, or one learnt."""
+    if given := found or run.init or run.tokenizer:
+        return tokenizer.load(shapes.resolve(str(given)))
+    if not text.tables:
+        raise ValueError("tokenizer: expected one, or init, where all text is streamed, got none")
+    return tokenizer.train((t for table in text.tables for t in table.texts), run.model.vocab_size)
+
+
+def build(
+    run: config.Run, found: Path | None, learnt: Tokenizer, batches: data.Batches, where: World
+) -> Transformer:
+    """The model of a checkpoint of this run, of `init`, or with random weights."""
+    torch.manual_seed(run.seed)
+    if found:
+        return pretrained.load(str(found), shapes.from_checkpoint(found, run.model))
+    if not run.init:
+        size = learnt.get_vocab_size()
+        if run.tokenizer:  # a checkpoint's table may have more rows than its tokenizer has tokens
+            size = max(size, run.model.vocab_size)
+        return Transformer(replace(run.model, vocab_size=size))
+    counts = None
+    if run.init_factors == "frequency":
+        counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+    if not where.main:  # a table is factorised once, and found in the cache by the others
+        any_process(False, where)
+    model = pretrained.load(run.init, run.model, counts)
+    if where.main:
+        any_process(False, where)
+    return model
+
+
+def teachers(
+    run: config.Run, text: Text, found: Path | None, where: World
+) -> tuple[Teacher | None, Stored | None, Distiller | None]:
+    """A teacher that encodes, or one whose vectors are stored, and what learns from either."""
+    cfg = run.distill
+    live = stored = sample_ND = None
+    if cfg.teacher:
+        live = Teacher.load(cfg.teacher, cfg.prompt, cfg.batch_tokens, where.device)
+    if cfg.embeddings:
+        stored = Stored.open(cfg.embeddings)
+    either = live or stored
+    if either and cfg.features and cfg.align == "pca" and not found:  # a checkpoint has it
+        texts = sample(text, max(SAMPLE, 8 * either.width), run.seed)
+        if live:
+            sample_ND = live.encode(texts)
+        elif stored:
+            sample_ND = torch.from_numpy(stored.vectors(texts))
+    return live, stored, Distiller.of(run, either.width if either else 0, sample_ND, where)
+
+
+def sample(text: Text, most: int, seed: int) -> list[str]:
+    """About so many training texts, of all tables in proportion, as a function of the seed.
+
+    Raises:
+        ValueError: no tables, as all text is streamed.
+    """
+    if not text.tables:
+        raise ValueError(
+            "distill.align: expected truncate or projection where all text is streamed"
+        )
+    rng = np.random.default_rng([seed, 7])
+    texts: list[str] = []
+    for table in text.tables:
+        share = max(1, most * len(table.texts) // max(1, sum(len(t.texts) for t in text.tables)))
+        rows = rng.choice(len(table.texts), size=min(share, len(table.texts)), replace=False)
+        texts += [table.texts[int(row)] for row in np.sort(rows)]
+    return texts
+
+
+def bf16(run: config.Run, device: torch.device) -> bool:
+    """Whether to autocast: on request, where the device multiplies bf16 natively, and always where
+    the weights are bf16, which no fp32 vector can be multiplied with."""
+    if run.optim.weights == "bf16":
+        return True
+    if run.precision != "auto":
+        return run.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
+    """Processes, precision, and by what each expensive operation is computed."""
+    cuda = where.device.type == "cuda"
+    attention = run.model.attention
+    if attention == "auto":
+        attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
+    weights = " of bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
+    again = {
+        "none": "nothing",
+        "block": "all blocks",
+        "selective": f"blocks beyond {budget / 2**30:.3g} GiB"
+        + (" and what is element-wise" if compiled else ""),
+    }[run.activation_checkpointing]
+    if run.gradient_cache:
+        again += f", encoded again: packs beyond {budget / 2**30:.3g} GiB of graphs"
+    spread = {1: ""}.get(where.size, f" by {run.engine}{', offloaded' if run.cpu_offload else ''}")
+    return (
+        f"{where.size} x {where.device.type}{spread}, "
+        f"{'bf16 autocast' if half else 'fp32'}{weights}; "
+        f"attention by {attention}, "
+        f"infonce and embed by {'triton' if cuda else 'their PyTorch references'}, "
+        f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
+    )

@@ -1,0 +1,150 @@
+"""What is computed once and read from disk afterwards, memory-mapped: text and tokens.
+
+An entry is a directory $MLEMBED_CACHE/KIND/KEY (by default under ~/.cache/mlembed), the key a
+digest of all that it is made from. It is written beside its place and renamed when it is whole, so
+that of several processes each finds either nothing or all of it.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import pyarrow as pa
+
+from .checkpoint import flush
+
+T = TypeVar("T")
+WHOLE = "whole.json"  # an entry's files and their sizes, written last
+CHUNK = 8192  # texts at once
+
+
+def kept(kind: str, key: str, build: Callable[[Path], None], open: Callable[[Path], T]) -> T:
+    """`open(directory)` of an entry, which `build(directory)` writes where there is none.
+
+    An entry whose files are missing or of other sizes is replaced. Where the cache cannot be
+    written, that is a warning, and the entry is made in a temporary directory that goes when the
+    process ends. Two processes may build the same entry at the same time: one's stays.
+    """
+    home = Path(os.path.expanduser(os.environ.get("MLEMBED_CACHE") or "~/.cache/mlembed"))
+    place = home / kind / key
+    if _is_whole(place):
+        return open(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=place.parent) as partial:
+            _build(Path(partial) / key, build)
+            _put(Path(partial) / key, place)
+    except OSError as error:
+        warnings.warn(
+            f"{place}: {kind} could not be kept there, and will be made again: {error}",
+            stacklevel=2,
+        )
+        place = Path(tempfile.mkdtemp(prefix="mlembed-")) / key
+        atexit.register(shutil.rmtree, place.parent, ignore_errors=True)
+        _build(place, build)
+    return open(place)
+
+
+def _build(directory: Path, build: Callable[[Path], None]) -> None:
+    directory.mkdir()
+    build(directory)
+    sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
+    (directory / WHOLE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    for path in [*directory.iterdir(), directory]:
+        flush(path)
+
+
+def _put(made: Path, place: Path) -> None:
+    """Rename a whole entry to its place, in place of a damaged one but not of another's."""
+    if place.exists() and not _is_whole(place):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            place.rename(made.with_name("damaged"))  # goes with the temporary directory
+    try:
+        made.rename(place)
+        flush(place.parent)
+    except OSError:
+        if not _is_whole(place):  # whole: another process's, of the same key
+            raise
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        sizes = json.loads((place / WHOLE).read_text(encoding="utf-8"))
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def digest(*notes: Any, files: Iterable[Path] = ()) -> str:
+    """sha256 of values with a json form and of files' contents."""
+    total = hashlib.sha256(json.dumps(notes).encode())
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"\n{path.stat().st_size}\n".encode())
+            while block := file.read(2**22):
+                total.update(block)
+    return total.hexdigest()
+
+
+# ---- texts ----
+
+
+class Texts(Sequence[str]):
+    """The texts of an Arrow file that `Writer` wrote, memory-mapped: read as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with pa.memory_map(str(path)) as file:
+            self.column = pa.ipc.open_file(file).read_all().column(0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Texts, (self.path,)  # another process maps the file itself
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return self.column[row].to_pylist()
+        return self.column[int(row)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for begin in range(0, len(self), CHUNK):
+            yield from self[begin : begin + CHUNK]
+
+
+class Writer:
+    """Texts to an Arrow file, some thousand at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting = path, list[str]()
+        schema = pa.schema([("text", pa.large_string())])
+        self.file = pa.ipc.new_file(str(path), schema)
+
+    def extend(self, texts: Iterable[str]) -> None:
+        self.waiting += texts
+        if len(self.waiting) >= CHUNK:
+            self._write()
+
+    def _write(self) -> None:
+        column = pa.array(self.waiting, pa.large_string())
+        self.file.write_batch(pa.record_batch([column], names=["text"]))
+        self.waiting = []
+
+    def close(self) -> Texts:
+        if self.waiting:
+            self._write()
+        self.file.close()
+        return Texts(self.path)
