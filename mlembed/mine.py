@@ -17,8 +17,9 @@ the data or, where a corpus is given, its texts and all positives. Then, in this
    TopK-MarginPos);
 5. `negatives` of the rest are taken, the nearest or at random.
 
-sentence-transformers' `mine_hard_negatives` does the same but for two things: it knows positives
-only by their rows, and skips ranks of what step 4 leaves. F2LLM (arXiv 2510.02294) mines by
+sentence-transformers' `mine_hard_negatives` does the same but for three things: it knows positives
+only by their rows, skips ranks of what step 4 leaves, and looks at some candidates more where other
+queries have several positives. F2LLM (arXiv 2510.02294) mines by
 --top 100 --skip 5 --relative-margin 0.05 --max-score 0.8 --negatives 24 --short discard.
 
 The search is exact (inner products of unit vectors, faiss). Document vectors are held once, at the

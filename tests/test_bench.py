@@ -102,7 +102,8 @@ def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
         (["all", "--case", "tiny"], "error: --case: expected one of reference, both, "),
         (
             [],
-            "error: expected a bench: infonce, attention, embed, train_step, gradcache, loader or all",
+            "error: expected a bench: infonce, attention, embed, train_step, gradcache, loader or "
+            "all",
         ),
         (["all", "--fast"], "error: unrecognized arguments: --fast"),
         (["all", "--seconds", "soon"], "error: argument --seconds: invalid float value: 'soon'"),
