@@ -226,6 +226,7 @@ def test_each_rank_is_the_best_of_the_merged_table(count):
     ]
     table = sum(u @ w for u, w in parts) / count
     np.testing.assert_allclose(W @ W.T, np.eye(7), rtol=0, atol=1e-5)
+    assert all(w[np.abs(w).argmax()] > 0 for w in W)  # signs, too, are the same everywhere
     for fit, rank in zip(fits, (1, 3, 7), strict=True):
         stored = U[:, :rank] @ W[:rank]
         close(stored, low_rank(table, rank))

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from random_model import randomise
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from mlembed import config, pretrained, shapes, tokenizer
 from mlembed.encode import Encoder
 from mlembed.model import Transformer, num_parameters
 from mlembed.pack import pack
-from mlembed.prune import Kept, choose, main, prune, pruned_config, spread, target
+from mlembed.prune import Kept, choose, main, prune, pruned_config, sample, spread, target
 
 CFG = config.Model(
     vocab_size=101,
@@ -239,8 +239,9 @@ def test_units_that_add_nothing_are_found_and_change_nothing(cfg, by):
 def test_activation_scores_are_means_over_tokens():
     """Against transformers' hidden states, which it gives itself."""
     model = random(CFG)
-    from transformers import Qwen3Config, Qwen3Model
-
+    with torch.no_grad():
+        for i, layer in enumerate(model.layers):  # the stream of trained models grows
+            layer.mlp.down_proj.weight *= 3.0**i
     hf = Qwen3Model(Qwen3Config(**pretrained.hf_config(CFG))).eval()
     hf.load_state_dict(model.state_dict())
     behind_last, inner = [], [[] for _ in range(5)]
@@ -256,8 +257,10 @@ def test_activation_scores_are_means_over_tokens():
             sums += np.stack([x[0].abs().double().sum(0).numpy() for x in stream])
             units += np.stack([x[-1][0].abs().double().sum(0).numpy() for x in inner])
     of_width = (sums / sums.sum(1, keepdims=True)).sum(0)
-    kept = choose(model, (2, 5), 10, 7, "activation", [pack(IDS[:2]), pack(IDS[2:])])
-    assert kept.width_D.tolist() == sorted(np.argsort(-of_width)[:10].tolist())
+    batches = [pack(IDS[:2]), pack(IDS[2:])]
+    for width in (1, 4, 13, 18, 22, 10):
+        kept = choose(model, (2, 5), width, 7, "activation", batches)
+        assert kept.width_D.tolist() == sorted(np.argsort(-of_width)[:width].tolist())
     for got, layer in zip(kept.units, (1, 4), strict=True):
         columns = model.layers[layer].mlp.down_proj.weight.detach().double().norm(dim=0).numpy()
         want = np.argsort(-units[layer] / 29 * columns)[:7]
@@ -271,6 +274,8 @@ def test_magnitude_scores_count_every_matrix_alike(cfg):
     with torch.no_grad():
         for i, layer in enumerate(model.layers):  # sizes of matrices are not to matter
             layer.mlp.up_proj.weight *= 10.0**i
+        if cfg.ranks:  # nor are W's rows alike, as their factors in U differ
+            model.embed_tokens.U *= 3.0 ** -torch.arange(11)
     matrices = [model.embed_tokens.table().detach()]
     for layer in model.layers:
         a, m = layer.self_attn, layer.mlp
@@ -280,8 +285,9 @@ def test_magnitude_scores_count_every_matrix_alike(cfg):
     for x in matrices:
         squares = (x.detach().double().numpy() ** 2).sum(0)
         score += squares / squares.sum()
-    kept = choose(model, (3,), 10, 7, "magnitude")
-    assert kept.width_D.tolist() == sorted(np.argsort(-score)[:10].tolist())
+    for width in (1, 4, 13, 18, 22, 10):
+        kept = choose(model, (3,), width, 7, "magnitude")
+        assert kept.width_D.tolist() == sorted(np.argsort(-score)[:width].tolist())
     m = model.layers[2].mlp
     units = [
         m.gate_proj.weight[f].norm() * m.up_proj.weight[f].norm() * m.down_proj.weight[:, f].norm()
@@ -340,6 +346,8 @@ def test_a_shape_of_other_heads_is_refused():
     source = shapes.SHAPES["ml-embed-0.6b"]
     with pytest.raises(ValueError, match="num_attention_heads: expected 32, as ml-embed-4b has"):
         target(source, "ml-embed-4b")
+    with pytest.raises(ValueError, match="head_dim: expected 128.*got 64"):
+        target(replace(source, head_dim=64), "ml-embed-80m")
     with pytest.raises(ValueError, match="style: expected bert"):
         target(source, "gte-base")
     with pytest.raises(ValueError, match="vocab_size: expected 151936.*got 101"):
@@ -394,6 +402,31 @@ def test_the_command_prunes_and_others_read_it(source, tmp_path, capsys):
         with torch.no_grad():
             last = hf(**reader(text, return_tensors="pt")).last_hidden_state[0, -1]
         np.testing.assert_allclose((last / last.norm()).numpy(), ours, rtol=0, atol=1e-5)
+
+
+def test_a_sample_is_of_all_texts_alike(source, tmp_path):
+    """Of several files; every text once, or so many of them, the same for a seed."""
+    encoder = Encoder.load(str(source / "model"), "cpu")
+    files = []
+    for i, count in enumerate((3, 1, 5)):
+        rows = [{"query": f"{i} {j}", "positive": f"{i} {j} one"} for j in range(count)]
+        files.append(str(tmp_path / f"{i}.jsonl"))
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def texts(**options):
+        found = []
+        for batch in sample(encoder, files, **options):
+            bounds = batch.work.cu_seqlens.tolist()
+            found += [batch.ids_T[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+        return sorted(found)
+
+    each = [f"{i} {j}" for i, n in enumerate((3, 1, 5)) for j in range(n)]
+    each += [f"{text} one" for text in each]
+    everything = sorted(encoder.tokenizer.encode(text).ids for text in each)
+    assert texts(texts=100, seed=0) == everything
+    some = texts(texts=7, seed=0)
+    assert len(some) == 7 and all(text in everything for text in some)
+    assert some == texts(texts=7, seed=0) != texts(texts=7, seed=1)
 
 
 def test_a_pruned_model_trains(source, tmp_path):
