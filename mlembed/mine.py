@@ -473,15 +473,6 @@ class Column(Sequence[str]):
         return self.corpus.column[row].as_py()
 
 
-def read(data: Sequence[str], bad_rows: sources.BadRows = "refuse") -> list[sources.Table]:
-    """Tables of what train.py's --data takes, mixtures too. ValueError for a stream."""
-    run = sources.expand(config.Run(data=tuple(data)))
-    listed = [*map(sources.of, run.data), *run.sources]
-    if streamed := [source.path for source in listed if source.streaming]:
-        raise ValueError(f"data: expected stored sources, got streams: {', '.join(streamed)}")
-    return [table for source in listed for table, _ in sources.read(source, bad_rows=bad_rows)]
-
-
 def main(
     model: Annotated[str, tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.Positional],
@@ -506,7 +497,9 @@ def main(
     options.check()
     if out.exists():
         raise ValueError(f"out: expected a new file, got {out}, which exists")
-    texts = gather(read(data, bad_rows), Column(layouts.Corpus(corpus)) if corpus else None)
+    texts = gather(
+        sources.tables_of(data, bad_rows), Column(layouts.Corpus(corpus)) if corpus else None
+    )
     report = write(Encoder.load(model, device), texts, options, out, progress=True)
     print(f"{out}: {report}")
 

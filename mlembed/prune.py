@@ -298,7 +298,7 @@ def sample(encoder: Encoder, data: Sequence[str], texts: int, seed: int) -> Iter
     """
     if texts < 1:
         raise ValueError(f"texts: expected 1 or more, got {texts}")
-    tables = [table for source in sources_of(data) for table, _ in sources.read(source)]
+    tables = sources.tables_of(data)
     ends = np.cumsum([len(table.texts) for table in tables])
     chosen = np.random.default_rng(seed).permutation(ends[-1])[:texts]
     of = np.searchsorted(ends, chosen, side="right")
@@ -309,15 +309,6 @@ def sample(encoder: Encoder, data: Sequence[str], texts: int, seed: int) -> Iter
     ids = tokenizer.tokenize(encoder.tokenizer, found, encoder.max_length)
     lengths = np.array([len(text) for text in ids], dtype=np.int64)
     return (pack([ids[row] for row in rows]) for rows in budgeted(lengths, encoder.max_tokens))
-
-
-def sources_of(data: Sequence[str]) -> list[config.Source]:
-    """What train.py's --data takes, mixtures too, as sources. ValueError for a stream."""
-    run = sources.expand(config.Run(data=tuple(data)))
-    listed = [*map(sources.of, run.data), *run.sources]
-    if streamed := [source.path for source in listed if source.streaming]:
-        raise ValueError(f"data: expected stored sources, got streams: {', '.join(streamed)}")
-    return listed
 
 
 def target(cfg: config.Model, shape: str) -> config.Model:

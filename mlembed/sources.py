@@ -266,6 +266,19 @@ def _open(directory: Path) -> tuple[Table, Report]:
     return replace(table, task=about["task"], scores=scores), Report(**about["report"])
 
 
+def tables_of(data: Sequence[str], bad_rows: BadRows = "refuse") -> list[Table]:
+    """What entries of `Run.data` name, mixtures too, for commands that go through all of it.
+
+    Raises:
+        ValueError: a stream, which has no end that is known; as `expand` and `read`.
+    """
+    run = expand(config.Run(data=tuple(data)))
+    listed = [*map(of, run.data), *run.sources]
+    if streamed := [source.path for source in listed if source.streaming]:
+        raise ValueError(f"data: expected stored sources, got streams: {', '.join(streamed)}")
+    return [table for source in listed for table, _ in read(source, bad_rows=bad_rows)]
+
+
 def items(
     source: config.Source,
     *,

@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, config, log, shapes, sources
+from . import checkpoint, log, shapes, sources
 
 SLICE = 8192  # texts between two movements of the progress bar
 
@@ -308,11 +308,7 @@ def main(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new directory, got {out}, which exists")
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    run = sources.expand(config.Run(data=data))
-    listed = (*map(sources.of, run.data), *run.sources)
-    if streamed := [source.path for source in listed if source.streaming]:
-        raise ValueError(f"data: expected stored sources, got streams: {', '.join(streamed)}")
-    tables = [t for source in listed for t, _ in sources.read(source, bad_rows=bad_rows)]
+    tables = sources.tables_of(data, bad_rows)
     chosen = torch.device(where if device == "auto" else device)
     teacher = Teacher.load(model, prompt, batch_tokens, chosen)
     count = store(teacher, tables, out, dtype, {"model": model}, progress=True)

@@ -14,8 +14,9 @@ from sentence_transformers.util import mine_hard_negatives
 from mlembed import config, layouts, mine, pretrained, sources, tokenizer
 from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.mine import Column, Options, gather, main, read, write
+from mlembed.mine import Column, Options, gather, main, write
 from mlembed.model import Transformer
+from mlembed.sources import tables_of
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "один", "два", "три", "四", "五"]
 MARGINS = Options(top=20, negatives=5)
@@ -82,7 +83,7 @@ def mined(encoder, rows, options, tmp_path, corpus=None):
     """-> report, and the written rows."""
     data = written(tmp_path / "pairs.jsonl", rows)
     out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-    report = write(encoder, gather(read([data]), corpus), options, out)
+    report = write(encoder, gather(tables_of([data]), corpus), options, out)
     return report, lines(out)
 
 
@@ -382,7 +383,7 @@ def test_prompts_are_before_what_is_encoded_and_not_in_the_file(encoder, tmp_pat
     source = {"path": data, "prompt": "one two: ", "document_prompt": "три "}
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [source]}))
-    write(encoder, gather(read([str(mixture)])), MARGINS, tmp_path / "out.jsonl")
+    write(encoder, gather(tables_of([str(mixture)])), MARGINS, tmp_path / "out.jsonl")
     got = by_pair(lines(tmp_path / "out.jsonl"))
     plain = [
         {"query": f"one two: {row['query']}", "positive": f"три {row['positive']}"} for row in rows
@@ -403,7 +404,7 @@ def test_positives_of_all_files_count(encoder, tmp_path):
     rows = pairs()
     half = [*rows[:30], {"query": rows[40]["query"], "positive": rows[2]["positive"]}]
     data = [written(tmp_path / "a.jsonl", half), written(tmp_path / "b.jsonl", rows[30:])]
-    write(encoder, gather(read(data)), MARGINS, tmp_path / "out.jsonl")
+    write(encoder, gather(tables_of(data)), MARGINS, tmp_path / "out.jsonl")
     got = by_pair(lines(tmp_path / "out.jsonl"))
     assert got == brute(encoder, half + rows[30:], MARGINS)[0]
     key = rows[40]["query"]
@@ -411,7 +412,7 @@ def test_positives_of_all_files_count(encoder, tmp_path):
 
 
 def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
-    texts = gather(read([written(tmp_path / "pairs.jsonl", pairs())]))
+    texts = gather(tables_of([written(tmp_path / "pairs.jsonl", pairs())]))
     done = []
 
     def breaks(scores, *args):
@@ -446,7 +447,7 @@ def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
     ],
 )
 def test_options_out_of_range_are_refused(encoder, options, reason, tmp_path):
-    texts = gather(read([written(tmp_path / "pairs.jsonl", pairs())]))
+    texts = gather(tables_of([written(tmp_path / "pairs.jsonl", pairs())]))
     with pytest.raises(ValueError, match=reason):
         write(encoder, texts, options, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
@@ -456,23 +457,23 @@ def test_what_has_no_queries_is_refused(encoder, tmp_path):
     nway = [{"id": str(i % 3), "lang": "ab"[i // 3], "text": f"{i} one"} for i in range(6)]
     path = written(tmp_path / "nway.jsonl", nway)
     with pytest.raises(ValueError, match="expected pairs .* an n-way table of translations, nway"):
-        gather(read([path]))
+        gather(tables_of([path]))
     classes = [{"query": "one", "positive": "two", "negatives": ["three"]}]
     data = written(tmp_path / "classes.jsonl", classes)
     listed = [{"path": data, "task": "classification"}]
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": listed}))
     with pytest.raises(ValueError, match="task classification, classes"):
-        gather(read([str(tmp_path / "mixture.json")]))
+        gather(tables_of([str(tmp_path / "mixture.json")]))
     prompts = [{"path": data}, {"path": data, "name": "other", "document_prompt": "d: "}]
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": prompts}))
     with pytest.raises(ValueError, match="data: expected one document_prompt, got .*'d: '"):
-        gather(read([str(tmp_path / "mixture.json")]))
+        gather(tables_of([str(tmp_path / "mixture.json")]))
     stream = [{"path": data, "streaming": True}]
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": stream}))
     with pytest.raises(ValueError, match="data: expected stored sources, got streams"):
-        read([str(tmp_path / "mixture.json")])
+        tables_of([str(tmp_path / "mixture.json")])
     with pytest.raises(ValueError, match="out: expected a .jsonl file"):
-        write(encoder, gather(read([data])), MARGINS, tmp_path / "out.json")
+        write(encoder, gather(tables_of([data])), MARGINS, tmp_path / "out.json")
 
 
 def test_one_pair_alone_has_no_negatives(encoder, tmp_path):
