@@ -274,8 +274,7 @@ def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
         raise ValueError(reason) from None
     if result.bad is None:
         return result
-    numbers = (job.batches.order[number] for number in batches_of(run, step))
-    source = ", ".join(sorted({job.batches.names[i] for i in numbers}))
+    source = source_of(job, step)
     said = f"step {step + 1}, source {source}: {result.bad}"
     job.out.metrics(step + 1, "skipped", {"source": source, "bad": result.bad})
     if run.non_finite == "skip" and not result.bad.startswith("weight"):
@@ -336,6 +335,12 @@ def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
         job.bank.commit() if bad is None else job.bank.discard()
     engine.zero()
     return Step(exits, losses, weight_EM, queries, norm, tokens, bad)
+
+
+def source_of(job: Job, step: int) -> str:
+    """Where a step's texts are from."""
+    numbers = (job.batches.order[number] for number in batches_of(job.run, step))
+    return ", ".join(sorted({job.batches.names[number] for number in numbers}))
 
 
 @dataclass(frozen=True)
@@ -429,6 +434,7 @@ def record(job: Job, step: int, result: Step, rate: float) -> float:
         "grad_norm": gradient,
         "lr": learning_rate(step - 1, run),
         "rank": ranks_of(run, step - 1)[-1][0],
+        "source": source_of(job, step - 1),
         "tokens_per_second": rate,
         # Of those that run as deep: each is a negative of the others.
         "queries": {f"exit_{e}": n for e, n in zip(result.exits, result.queries, strict=True)},

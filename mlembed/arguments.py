@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from . import config, recipes, shapes, sources, strict
 
@@ -21,13 +22,7 @@ def parse(args: Sequence[str]) -> config.Run:
     """
     usage = "python train.py RECIPE | FILE [--help] [--key value ..]"
     if not args or args[0] in ("-h", "--help"):
-        lines = [
-            f"  {name:24}{(make.__doc__ or '').splitlines()[0]}"
-            for name, make in recipes.RECIPES.items()
-        ]
-        print(
-            "\n".join([f"usage: {usage}", *lines, f"  {'FILE':24}a config.json that a run saved"])
-        )
+        print("\n".join([f"usage: {usage}", *_listed(), "FILE: a config.json that a run saved"]))
         raise SystemExit(0 if args else 2)
     name, *rest = args
     if name in recipes.RECIPES:
@@ -58,6 +53,16 @@ def parse(args: Sequence[str]) -> config.Run:
     if "steps" in said and "epochs" not in said:
         base = dataclasses.replace(base, epochs=0.0)
     return sources.expand(_override(base, rest, f"train.py {name}"))
+
+
+def _listed() -> Iterator[str]:
+    """Recipes by what they are: names, then the first line of the docstring they share."""
+    by_doc: dict[str, list[str]] = {}
+    for name, make in recipes.RECIPES.items():
+        by_doc.setdefault((make.__doc__ or "").splitlines()[0], []).append(name)
+    for doc, names in by_doc.items():
+        yield from textwrap.wrap(", ".join(names), width=100, break_on_hyphens=False)
+        yield f"    {doc}"
 
 
 def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
