@@ -157,28 +157,34 @@ class Distiller:
         if self.rotation is not None:
             t_ND = t_ND @ self.rotation.to(t_ND)
             t_ND = F.pad(t_ND, (0, max(0, D - t_ND.shape[1])))
-        P = None if self.projection is None else self.projection.to(x_END.dtype)
         own, all_ = _depths(batch, self.where)
+        wanted = rows_of(self.cfg, "features", len(exits)).tolist()
         rows = []
-        for e, exit in enumerate(exits):
-            here = (own >= exit).to(x_END.device)
-            if not rows_of(self.cfg, "features", len(exits))[e]:
-                rows.append(x_END.new_zeros(len(dims)))
+        for x, exit, here in zip(x_END, exits, wanted, strict=True):
+            if not here:
+                rows.append(x.new_zeros(len(dims)))
                 continue
-            x, t = x_END[e, here], t_ND[here]
+            t = t_ND
+            if int(own.min()) < exit:  # who is there is known on the host: nothing waits
+                there = (own >= exit).nonzero()[:, 0].to(x.device, non_blocking=True)
+                x, t = x[there], t[there]
             # Processes differ in how many texts they have there: each counts by its share of them.
             count = max(1, int((all_ >= exit).sum())) / self.where.size
-            entries = []
-            for d in dims:
-                if P is None and d > t.shape[1]:
-                    entries.append(x.new_zeros(()))
-                    continue
-                s, want = (x[:, :d], t[:, :d]) if P is None else (x[:, :d] @ P[:, :d].T, t)
-                if self.cfg.feature_form == "normalised":
-                    s, want = F.normalize(s, dim=-1), F.normalize(want, dim=-1)
-                entries.append((s - want).square().sum() / (count * want.shape[1]))
-            rows.append(torch.stack(entries))
+            rows.append(torch.stack([self._square(x, t, d) for d in dims]) / count)
         return torch.stack(rows)
+
+    def _square(self, x_ND: Tensor, t_ND: Tensor, d: int) -> Tensor:
+        """Sum over texts of the mean over coordinates of (s - t_d)^2."""
+        if self.projection is not None:
+            P = self.projection.to(x_ND.dtype)
+            s, t = x_ND[:, :d] @ P[:, :d].T, t_ND
+        elif d <= t_ND.shape[1]:
+            s, t = x_ND[:, :d], t_ND[:, :d]
+        else:
+            return x_ND.new_zeros(())
+        if self.cfg.feature_form == "normalised":
+            s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
+        return (s - t).square().sum() / t.shape[1]
 
     # ---- the projection's steps ----
 
