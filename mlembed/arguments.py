@@ -31,7 +31,7 @@ def parse(args: Sequence[str]) -> config.Run:
         base = config.load(name)
     else:
         raise ValueError(
-            f"recipe: expected one of {sorted(recipes.RECIPES)}"
+            "recipe: expected a name that --help lists or a config.json"
             f"{strict.near(name, recipes.RECIPES)}, got {name!r}"
         )
     known = [*strict.flat_keys(config.Run), "help"]

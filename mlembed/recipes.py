@@ -95,11 +95,11 @@ def ml_embed(size: str, stage: int) -> Run:
         ranks = ()
     name = f"ml-embed-{size}"
     pruned = size.endswith("m")
-    first = f"models/{name}" if pruned else f"Qwen/Qwen3-{size.upper()}-Base"
+    first = f"./models/{name}" if pruned else f"Qwen/Qwen3-{size.upper()}-Base"
     rate = ML_EMBED_RATES[size]
     return Run(
         name=f"{name}-stage{stage}",
-        init=first if stage == 1 else f"runs/{name}-stage1",
+        init=first if stage == 1 else f"./runs/{name}-stage1",
         model=replace(shape, ranks=ranks),
         loss=Loss(
             directions="query_to_doc", hard_negatives="separate", matryoshka_weights="ml-embed"
@@ -230,7 +230,7 @@ def gte(size: str, supervised: bool) -> Run:
     return replace(
         run,
         name=f"{name}-supervised",
-        init=f"runs/{name}-unsupervised",
+        init=f"./runs/{name}-unsupervised",
         loss=replace(run.loss, num_negatives=15),
         optim=replace(run.optim, lr=rate / 10),
         epochs=1,

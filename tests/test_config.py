@@ -61,7 +61,7 @@ def test_many_overrides_at_once():
 
 
 def test_unknown_recipe_names_the_near_one():
-    with pytest.raises(ValueError, match=r"expected one of .*'tiny'.*near: tiny.*got 'tyni'"):
+    with pytest.raises(ValueError, match=r"a name that --help lists .*near: tiny.*got 'tyni'"):
         arguments.parse(["tyni"])
 
 

@@ -142,10 +142,10 @@ def test_recipes_without_a_checkpoint_have_the_published_shapes():
         assert (first.batch_size, first.steps, first.max_length) == (16_384, 50_000, 128)
         assert (second.batch_size, second.loss.num_negatives, second.max_length) == (128, 15, 512)
         assert first.optim.lr == rate and second.optim.lr == pytest.approx(rate / 10)
-        assert second.init == f"runs/{first.name}" and second.source_alpha == 0.5
+        assert second.init == f"./runs/{first.name}" and second.source_alpha == 0.5
     for size in ML_EMBED_RATES:
         first, second = (RECIPES[f"ml-embed-{size}-stage{i}"]() for i in (1, 2))
-        assert second.init == f"runs/{first.name}"
+        assert second.init == f"./runs/{first.name}"
         assert first.loss.hard_negatives == "separate" and first.epochs == 2
 
 
