@@ -1,6 +1,9 @@
 """Entries are whole or not there, whoever writes them; texts come back from files as from lists."""
 
+import contextlib
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -40,9 +43,42 @@ def test_an_entry_is_built_once(cache):
     assert sorted(p.name for p in (cache / "kind").iterdir()) == ["key", "other"]
 
 
+BUILDER = """
+import sys, time
+from pathlib import Path
+from mlembed import stored
+
+def build(directory):
+    with open(sys.argv[1], "a") as log:
+        log.write("built\\n")
+    time.sleep(0.5)
+    (directory / "a").write_text("one")
+
+print("ready", flush=True)
+sys.stdin.readline()
+print(stored.kept("kind", "key", build, lambda d: (d / "a").read_text()))
+"""
+
+
+def test_processes_of_a_machine_build_an_entry_once(cache, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", BUILDER, str(log)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    three = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    assert [one.stdout.readline() for one in three] == ["ready\n"] * 3
+    for one in three:
+        one.stdin.write("\n")
+        one.stdin.flush()
+    assert [one.communicate()[0] for one in three] == ["one\n"] * 3
+    assert log.read_text() == "built\n"
+    assert [p.name for p in (cache / "kind").iterdir()] == ["key"]
+
+
 @pytest.mark.parametrize("damaged", [False, True])
-def test_of_two_writers_the_first_to_end_stays(damaged, cache):
-    """What another one wrote while this one did is what both open."""
+def test_of_two_writers_the_first_to_end_stays(damaged, cache, monkeypatch):
+    """What another one, on a machine that knows no lock of ours, wrote meanwhile is what both
+    open."""
+    monkeypatch.setattr(stored, "_alone", lambda place: contextlib.nullcontext())
     if damaged:
         stored.kept("kind", "key", writes("zero"), content)
         (cache / "kind" / "key" / "a").write_text("longer than it was")
