@@ -186,6 +186,7 @@ def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget:
         f"{where.size} x {where.device.type}{spread}, "
         f"{'bf16 autocast' if half else 'fp32'}{weights}; "
         f"attention by {attention}, "
-        f"loss (partition, cosine) and embed by {'triton' if cuda else 'their PyTorch references'}, "
+        "loss (partition, cosine) and embed by "
+        f"{'triton' if cuda else 'their PyTorch references'}, "
         f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
     )
