@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from mlembed import (
     arguments,
+    charts,
     checkpoint,
     config,
     data,
@@ -474,7 +475,7 @@ def score(job: Job, step: int) -> None:
     (cell,) = evaluate.grid(
         encoder, job.tasks, shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
     )
-    percent = evaluate.mean_score(cell)
+    percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
 

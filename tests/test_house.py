@@ -27,13 +27,15 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
-    {"attention_interface", "bank", "checkpoint", "cldr", "distributed", "pack", "rows", "strict"},
+    {"attention_interface", "bank", "charts", "checkpoint", "cldr", "distributed", "languages"}
+    | {"pack", "rows", "strict", "vectors", "workers"},
     {"config", "layouts", "stored", "tokenizer"},
     {"blocks", "depth", "log", "shapes", "sources"},
-    {"model", "recipes", "streams", "teacher", "tokens"},
-    {"arguments", "data", "guards", "resume", "ring"},
+    {"model", "recipes", "streams", "tasks", "teacher", "tokens"},
+    {"arguments", "data", "guards", "resume", "ring", "scores"},
     {"activations", "engine", "pretrained", "optim", "loss", "distill"},
     {"encode", "gradcache"},
+    {"card", "cost", "funnel", "mteb_encoder", "to_onnx"},
     {"evaluate", "export", "report", "mine", "merge", "prune"},
     {"prepare"},
 ]
