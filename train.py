@@ -81,6 +81,8 @@ class Job:
     teacher: Teacher | None
     distiller: Distiller | None
     saver: checkpoint.Saver
+    stages: log.Stages
+    languages: dict[str, int]  # training texts of each, where rows name theirs
 
     @property
     def model(self) -> Transformer:
@@ -137,7 +139,8 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
-    encoder = Encoder(model, learnt, run.max_length, bf16=half)
+    prompts = prepare.prompts(run)
+    encoder = Encoder(model, learnt, run.max_length, bf16=half, prompts=prompts)
     if run.model.attention != "auto":  # one that is not to be had says so before the run begins
         encoder.exits(["a text"])
     limited = run.gradient_cache or run.activation_checkpointing == "selective"
@@ -167,8 +170,9 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
     )
-    built = encoder, engine, optimizer, kept, budget, bank, teacher, distiller, saver
-    return Job(run, where, directory, out, text.tasks, batches, *built)
+    stages = log.Stages(where.device)
+    built = encoder, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages
+    return Job(run, where, directory, out, text.tasks, batches, *built, text.languages)
 
 
 def optimise(job: Job, start: int) -> int:
@@ -189,7 +193,8 @@ def optimise(job: Job, start: int) -> int:
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     feed = iter(loader(job, start))
-    tokens, clock = 0, time.perf_counter()
+    job.stages.begin()
+    tokens, clock, logged = 0, time.perf_counter(), start
     with tqdm(total=run.steps, initial=start, disable=not where.main, desc=run.name) as bar:
         for step in range(start, run.steps):
             result = guarded(job, step, feed)
@@ -198,12 +203,13 @@ def optimise(job: Job, start: int) -> int:
             bar.update()
             if result.bad is None and (done % run.log_every == 0 or done == run.steps):
                 rate = tokens / (time.perf_counter() - clock)
-                loss = record(job, done, result, rate)
+                loss = record(job, done, result, rate, job.stages.take(done - logged))
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
-                tokens, clock = 0, time.perf_counter()
+                tokens, clock, logged = 0, time.perf_counter(), done
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
                 score(job, done)  # before saving: what is saved has been logged
-                tokens, clock = 0, time.perf_counter()
+                job.stages.begin()
+                tokens, clock, logged = 0, time.perf_counter(), done
             stopped = any_process(bool(stop), where)
             if stopped or done == run.steps or (run.save_every and done % run.save_every == 0):
                 save(job, done)
@@ -302,10 +308,12 @@ def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
     tokens, queries = 0, [0] * len(exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
-        batch = next(feed)
+        with job.stages.of("data"):
+            batch = next(feed)
         if job.teacher is not None:
             assert batch.texts is not None
-            vectors = job.teacher.encode(batch.texts, queries=len(batch.target))
+            with job.stages.of("teacher"):
+                vectors = job.teacher.encode(batch.texts, queries=len(batch.target))
             batch = replace(batch, teacher_ND=vectors)
         for rank, share in ranks:
             # Gradients are reduced over processes once a step, with its last backward.
@@ -318,6 +326,16 @@ def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
         tokens += batch.tokens * where.size
         here = [int((batch.query_depths >= exit).sum()) for exit in exits]
         queries = [so_far + n for so_far, n in zip(queries, here, strict=True)]
+    with job.stages.of("optimizer"):
+        norm, bad = update(job, step, losses, exits)
+    if job.bank is not None:
+        job.bank.commit() if bad is None else job.bank.discard()
+    return Step(exits, losses, weight_EM, queries, norm, tokens, bad)
+
+
+def update(job: Job, step: int, losses: Terms, exits: tuple[int, ...]) -> tuple[Tensor, str | None]:
+    """Clip and step, unless something is not finite; -> gradient norm, and what that was."""
+    run, where, engine = job.run, job.where, job.engine
     norm = engine.norm()
     finite = bool(norm.isfinite() & torch.stack(list(losses.values())).isfinite().all())
     finite = finite and (job.distiller is None or job.distiller.finite())
@@ -332,10 +350,8 @@ def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
             job.distiller.step(learning_rate(step, run), run.optim.max_grad_norm)
         else:
             job.distiller.discard()
-    if job.bank is not None:
-        job.bank.commit() if bad is None else job.bank.discard()
     engine.zero()
-    return Step(exits, losses, weight_EM, queries, norm, tokens, bad)
+    return norm, bad
 
 
 def source_of(job: Job, step: int) -> str:
@@ -368,7 +384,7 @@ def add_gradients(
     def forward(i: int, sync: bool) -> Tensor:
         seed = run.seed, 6, one.step, *draw, where.rank, i
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-        with autocast, gradcache.drawing(seed, p, device):
+        with job.stages.of("forward"), autocast, gradcache.drawing(seed, p, device):
             return job.engine.forward(
                 packs[i], exits=one.exits, rank=one.rank, recompute=again[i], sync=sync
             )
@@ -377,14 +393,16 @@ def add_gradients(
         # On CUDA the loss's products are bf16 ones as well.
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}
-        if run.distill.contrastive:
-            terms["contrastive"] = loss_table(exits_END, batch, run, where, one.exits, job.bank)
-        if job.distiller is not None:
-            terms |= job.distiller.tables(exits_END, batch, run, where, one.exits)
+        with job.stages.of("loss"):
+            if run.distill.contrastive:
+                terms["contrastive"] = loss_table(exits_END, batch, run, where, one.exits, job.bank)
+            if job.distiller is not None:
+                terms |= job.distiller.tables(exits_END, batch, run, where, one.exits)
         found.update({name: loss_EM.detach() * one.share for name, loss_EM in terms.items()})
         return one.share * weighted(run, one.weight_EM, terms)
 
-    gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
+    with job.stages.of("backward"):  # less forward and loss, which it calls
+        gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
     return found
 
 
@@ -413,7 +431,7 @@ def first_bad(job: Job, losses: Terms, exits: tuple[int, ...]) -> str:
     return loss or f"gradient of {gradient or 'nothing by itself, but their norm'}"
 
 
-def record(job: Job, step: int, result: Step, rate: float) -> float:
+def record(job: Job, step: int, result: Step, rate: float, stage_ms: dict[str, float]) -> float:
     """Log the losses of a step, averaged over processes; -> the weighted loss."""
     losses, run = result.losses, job.run
     if job.where.size > 1:
@@ -437,6 +455,7 @@ def record(job: Job, step: int, result: Step, rate: float) -> float:
         "rank": ranks_of(run, step - 1)[-1][0],
         "source": source_of(job, step - 1),
         "tokens_per_second": rate,
+        "stage_ms": stage_ms,
         # Of those that run as deep: each is a negative of the others.
         "queries": {f"exit_{e}": n for e, n in zip(result.exits, result.queries, strict=True)},
         "losses": contrastive,
@@ -491,6 +510,7 @@ def finish(job: Job) -> None:
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
+        extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
         evaluate.write_report(directory / "report", cells, extra)
         out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
         spent = time.perf_counter() - began

@@ -1,14 +1,22 @@
 """Texts to vectors at any width, depth and vocabulary rank: the one inference path.
 
 python -m mlembed.encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
+python -m mlembed.encode MODEL --input texts.txt --out vectors.npy
+
+Texts go by windows, which bound memory. A window is sorted by length into packs without padding,
+and the next one's texts become tokens meanwhile.
+
+Letters: E exits, N texts, D width.
 """
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -18,17 +26,42 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from . import log, pretrained, shapes, tokenizer
+from . import config, log, pretrained, shapes, tokenizer, vectors
 from .model import Transformer, mode
-from .pack import budgeted, pack
+from .pack import PackedBatch, budgeted, pack
+from .vectors import Quantiser
+from .workers import Workers, ahead, device_of
+
+WINDOW = 32_768  # texts of a window at most
+CHARACTERS = 8_000_000  # of a window's texts, but for the last of them
+CPU_TOKENS = 2048  # of a pack: what a layer makes of more leaves the caches (bench/LOG.md, encode)
+DTYPES = ("float32", "bfloat16", "float16")
+# One for all texts or, in a sequence, one for each; None is the whole.
+Size = int | None | Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A window's texts, prompts included, and of each its exit and its rank, 0 for the stored one.
+
+    first: number of the first text. dim: of all vectors, which are then of length one; None for raw
+    ones of the whole width.
+    """
+
+    texts: list[str]
+    first: int
+    exits_N: np.ndarray
+    ranks_N: np.ndarray
+    dim: int | None
 
 
 @dataclass
 class Encoder:
     """A model with its tokenizer.
 
-    max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch.
-    bf16: autocast (training's precision, for scores during a run); vectors stay fp32.
+    max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch, of which a CPU
+    takes at most 2048. bf16: autocast (training's precision, for scores during a run); vectors stay
+    fp32. prompts: texts to put before others, by name.
     """
 
     model: Transformer
@@ -36,17 +69,26 @@ class Encoder:
     max_length: int
     max_tokens: int = 16_384
     bf16: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def load(source: str, device: str = "auto") -> "Encoder":
+    def load(
+        source: str, device: str = "auto", dtype: str = "float32", compile: bool = False
+    ) -> "Encoder":
         """From a run or directory that mlembed saved, a checkpoint of an architecture that
         `shapes.from_checkpoint` knows, or a hub id.
 
+        Args:
+            device: auto (CUDA where there is one), cpu, cuda or cuda:0 ..
+            dtype: of the weights, float32, bfloat16 or float16. Vectors are fp32 of any.
+            compile: blocks by torch.compile: a minute once, and faster from there on.
+
         Raises:
-            ValueError: nothing usable there.
+            ValueError: nothing usable there, no such device or dtype.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        where = device_of(device)
         directory = shapes.resolve(source)
         model = pretrained.load(str(directory))
         text_to_ids = tokenizer.load(directory)
@@ -57,84 +99,453 @@ class Encoder:
                 f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
                 f"as the model has, got {text_to_ids.get_vocab_size()}"
             )
-        return Encoder(model.to(device).eval(), text_to_ids, limit)
+        model = model.to(where, getattr(torch, dtype)).eval()
+        if compile:
+            model.compile_blocks()
+        return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))
 
-    @torch.inference_mode()
+    def on(self, devices: Sequence[str], compile: bool = False) -> "Several":
+        """Copies of this in a process each, one a device: what `with` gives encodes on all of them.
+
+        Args:
+            compile: each by torch.compile, as `load` says.
+
+        Raises:
+            ValueError: no device, or one that is not there.
+        """
+        if not devices:
+            raise ValueError("device: expected one or more, got none")
+        for device in devices:
+            device_of(device)
+        own = {one.name: getattr(self, one.name) for one in fields(Encoder)}
+        return Several(**own, devices=tuple(devices), compile=compile)
+
+    # ---- what is asked for ----
+
     def exits(
         self,
         texts: Sequence[str],
         exits: Sequence[int] | None = None,
         rank: int | None = None,
         progress: bool = False,
+        prompt: str = "",
     ) -> Tensor:
         """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order.
 
-        Nothing is dropped, also while the model is being trained.
+        Nothing is dropped, also while the model is being trained. prompt: put before each text.
         """
         cfg = self.model.cfg
         exits = cfg.exits if exits is None else exits
-        device = self.model.device
-        ids = tokenizer.tokenize(self.tokenizer, texts, self.max_length)
+        self.model.cfg.check(rank=rank)
         out = torch.empty(len(exits), len(texts), cfg.hidden_size)
-        half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
-        packs = budgeted(np.array([len(text) for text in ids], dtype=np.int64), self.max_tokens)
-        for rows in tqdm(packs, desc="encoding", disable=not progress, leave=False):
-            batch = pack([ids[row] for row in rows]).to(device)
-            with half, mode(self.model, training=False):
-                vectors = self.model(batch, exits=exits, rank=rank)
-            out[:, torch.from_numpy(rows)] = vectors.float().cpu()
+        jobs = self._jobs(texts, prompt, None, None, rank, WINDOW)
+        with _bar(len(texts), progress) as bar:
+            for job, ids in ahead(self._tokenised, jobs):
+                here = slice(job.first, job.first + len(ids))
+                out[:, here] = self._run(ids, list(exits), rank, lambda v, _: v, bar)
         return out
 
+    @overload
     def encode(
-        self,
-        texts: Sequence[str],
-        dim: int | None = None,
-        exit: int | None = None,
-        rank: int | None = None,
-    ) -> np.ndarray:
+        self, texts: Sequence[str], dim: int | None = None, exit: Size = None, rank: Size = None, *,
+        prompt_name: str | None = None, prompt: str | None = None, precision: str = "float32",
+        ranges: np.ndarray | None = None, progress: bool = False,
+    ) -> np.ndarray: ...  # fmt: skip
+
+    @overload
+    def encode(
+        self, texts: Sequence[str], dim: Sequence[int | None], exit: Size = None, rank: Size = None,
+        *, prompt_name: str | None = None, prompt: str | None = None, precision: str = "float32",
+        ranges: np.ndarray | None = None, progress: bool = False,
+    ) -> list[np.ndarray]: ...  # fmt: skip
+
+    def encode(
+        self, texts: Sequence[str], dim: Size = None, exit: Size = None, rank: Size = None, *,
+        prompt_name: str | None = None, prompt: str | None = None, precision: str = "float32",
+        ranges: np.ndarray | None = None, progress: bool = False,
+    ) -> np.ndarray | list[np.ndarray]:  # fmt: skip
         """Unit vectors -> float32 [N, dim]: cut to the first `dim` of exit `exit`, then normalised.
 
+        Args:
+            dim, exit, rank: one for all texts or a sequence with one for each; None is the whole.
+                Texts of several exits share their packs, those of several ranks do not.
+            prompt_name: one of `prompts`, to put before each text. prompt: the text itself instead.
+            precision: float32, or what `vectors.Quantiser` makes of it, by these `ranges` [2, dim]
+                of int8 and uint8, or by these vectors' own.
+
+        Returns:
+            One array; of a sequence of dims a list of arrays [dim], one a text, always fp32.
+
         Raises:
-            ValueError: dim above the width, exit above the depth, rank above the stored one.
+            ValueError: dim above the width, exit above the depth, rank above the stored one,
+                sequences not as long as texts, no such prompt or precision, a text that is none.
         """
+        quantise = Quantiser(precision, ranges)
+        before = self._prompt(prompt, prompt_name)
+        if isinstance(texts, str):
+            raise ValueError("texts: expected a sequence of texts, got one string")
+        dims = self._sizes("dim", dim, len(texts))
+        self._sizes("exit", exit, len(texts))
+        self._sizes("rank", rank, len(texts))
+        mixed = not _for_all(dim)
+        same = int(dims[0]) if len(dims) and not mixed and dims[0] else self.model.cfg.hidden_size
+        if mixed and precision != "float32":
+            raise ValueError(f"precision: expected float32 of several dims, got {precision}")
+        jobs = self._jobs(
+            texts, before, None if mixed else same, exit, rank, self._most(len(texts))
+        )
+        with _bar(len(texts), progress) as bar:
+            parts = list(self._mapped(jobs, bar))
+        found = np.concatenate(parts) if parts else np.zeros((0, same), np.float32)
+        if not mixed:
+            return quantise(found)
+        cut = (torch.from_numpy(v[: d or None]) for v, d in zip(found, dims.tolist(), strict=True))
+        return [F.normalize(v, dim=-1).numpy() for v in cut]
+
+    def encode_query(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
+        """`encode` behind the prompt "query", where there is one and no other is asked for."""
+        return self.encode(texts, *args, **self._role("query", options))
+
+    def encode_document(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
+        """`encode` behind the prompt "document", where there is one and no other is asked for."""
+        return self.encode(texts, *args, **self._role("document", options))
+
+    def stream(
+        self, texts: Iterable[str], dim: int | None = None, exit: int | None = None,
+        rank: int | None = None, *, prompt_name: str | None = None, prompt: str | None = None,
+        precision: str | Quantiser = "float32", ranges: np.ndarray | None = None,
+        progress: bool = False,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """As `encode`, of as many texts as come: arrays [n, dim] of at most 32,768 texts, in order.
+
+        Memory does not grow with their number. int8 and uint8 without `ranges` take them from the
+        first array; a Quantiser in place of `precision` keeps them.
+
+        Raises:
+            ValueError: as `encode`; of arguments, before any text is read.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts: expected an iterable of texts, got one string")
+        quantise = precision if isinstance(precision, Quantiser) else Quantiser(precision, ranges)
+        before = self._prompt(prompt, prompt_name)
         self.model.cfg.check(dim, exit, rank)
-        depth = self.model.cfg.num_hidden_layers if exit is None else exit
-        vectors = self.exits(texts, [depth], rank)[0]
-        return F.normalize(vectors[:, :dim], dim=-1).numpy()
+        whole = self.model.cfg.hidden_size if dim is None else dim
+
+        def parts() -> Iterator[np.ndarray]:
+            jobs = self._jobs(texts, before, whole, exit, rank, self._most(None))
+            with _bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
+                yield from map(quantise, self._mapped(jobs, bar))
+
+        return parts()
+
+    # ---- how it is done ----
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None and name is not None:
+            raise ValueError("prompt: expected it or prompt_name, got both")
+        if name is None:
+            return prompt or ""
+        if name not in self.prompts:
+            known = ", ".join(self.prompts) or "none, as the model has no prompts"
+            raise ValueError(f"prompt_name: expected one of {known}, got {name!r}")
+        return self.prompts[name]
+
+    def _role(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("prompt") is not None or options.get("prompt_name") is not None:
+            return options
+        return options | {"prompt_name": name if name in self.prompts else None}
+
+    def _sizes(self, name: str, value: Size, count: int) -> np.ndarray:
+        """int64 [count], 0 for the whole. ValueError for what the model lacks."""
+        if _for_all(value):
+            self.model.cfg.check(**{name: value})
+            return np.full(max(count, 1), 0 if value is None else value, dtype=np.int64)
+        assert isinstance(value, Sequence | np.ndarray)
+        if len(value) != count:
+            raise ValueError(f"{name}: expected one a text, {count}, got {len(value)}")
+        for one in set(value):
+            self.model.cfg.check(**{name: one})
+        return np.array([0 if one is None else one for one in value], dtype=np.int64)
+
+    def _most(self, count: int | None) -> int:
+        """Texts of a window, where there are `count` of them in all."""
+        return WINDOW
+
+    def _jobs(
+        self, texts: Iterable[str], prompt: str, dim: int | None, exit: Size, rank: Size, most: int
+    ) -> Iterator[Job]:
+        """Windows of texts as they come."""
+        first = 0
+        for some in vectors.windows(texts, most, CHARACTERS):
+            here = slice(first, first + len(some))
+            exits_N, ranks_N = (
+                self._sizes(name, size if _for_all(size) else size[here], len(some))  # type: ignore
+                for name, size in (("exit", exit), ("rank", rank))
+            )
+            exits_N[exits_N == 0] = self.model.cfg.num_hidden_layers
+            given = [prompt + text for text in some] if prompt else some
+            yield Job(given, first, exits_N, ranks_N, dim)
+            first += len(some)
+
+    def _mapped(self, jobs: Iterable[Job], bar: tqdm) -> Iterator[np.ndarray]:
+        """Vectors of each window -> fp32 [n, dim or D]."""
+        for job, ids in ahead(self._tokenised, jobs):
+            yield self._vectors(job, ids, bar)
+
+    def _tokenised(self, job: Job) -> tuple[Job, list[np.ndarray]]:
+        try:
+            return job, tokenizer.tokenize(self.tokenizer, job.texts, self.max_length)
+        except ValueError:
+            for number, text in enumerate(job.texts, job.first):
+                if any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise ValueError(
+                        f"text {number}: expected Unicode, got a lone surrogate in {text[:40]!r}"
+                    ) from None
+            raise
+
+    def _vectors(self, job: Job, ids: list[np.ndarray], bar: tqdm) -> np.ndarray:
+        """Of a window's texts: each its own exit's, by the rank that it asks for."""
+        width = self.model.cfg.hidden_size if job.dim is None else job.dim
+        out = np.empty((len(ids), width), np.float32)
+        for rank in np.unique(job.ranks_N).tolist():
+            there = np.flatnonzero(job.ranks_N == rank)
+            depths = job.exits_N[there]
+            exits = np.unique(depths)
+            place = torch.from_numpy(np.searchsorted(exits, depths))
+
+            def own(vectors_END: Tensor, rows: np.ndarray, place: Tensor = place) -> Tensor:
+                if len(vectors_END) > 1:
+                    at = place[torch.from_numpy(rows)].to(vectors_END.device)
+                    vectors_END = vectors_END[at, torch.arange(len(rows), device=at.device)][None]
+                if job.dim is None:
+                    return vectors_END
+                return F.normalize(vectors_END[..., : job.dim], dim=-1)
+
+            mine = ids if len(there) == len(ids) else [ids[row] for row in there]
+            mixed = depths if len(exits) > 1 else None
+            out[there] = self._run(mine, exits.tolist(), rank or None, own, bar, mixed)[0].numpy()
+        return out
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        ids: list[np.ndarray],
+        exits: list[int],
+        rank: int | None,
+        take: Callable[[Tensor, np.ndarray], Tensor],
+        bar: tqdm,
+        depths: np.ndarray | None = None,
+    ) -> Tensor:
+        """fp32 [K, n, d] on the CPU, in the order of ids: what `take` makes of a pack's vectors
+        [E, texts, D] and its rows. depths: the last layer of each text, where they differ.
+
+        On CUDA nothing is waited for before the end: packs are made and pinned in a thread, copies
+        back are of pinned memory, in the order of the packs.
+        """
+        device = self.model.device
+        cuda = device.type == "cuda"
+        lengths = np.array([len(text) for text in ids], dtype=np.int64)
+        most = self.max_tokens if cuda else min(self.max_tokens, CPU_TOKENS)
+        packs = budgeted(lengths, most)
+        if depths is not None:
+            packs = [rows[np.lexsort((lengths[rows], -depths[rows]))] for rows in packs]
+
+        def made(rows: np.ndarray) -> tuple[np.ndarray, PackedBatch]:
+            batch = pack([ids[row] for row in rows], None if depths is None else depths[rows])
+            return rows, _pinned(batch) if cuda else batch
+
+        half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        out, begin = torch.empty(0), 0
+        with half, mode(self.model, training=False):
+            for rows, batch in ahead(made, packs) if cuda else map(made, packs):
+                vectors_END = self.model(batch.to(device), exits=exits, rank=rank)
+                taken = take(vectors_END.float(), rows)
+                if not begin:
+                    shape = len(taken), len(ids), taken.shape[-1]
+                    out = torch.empty(shape, pin_memory=cuda)
+                for to, one in zip(out, taken, strict=True):
+                    to[begin : begin + len(rows)].copy_(one, non_blocking=True)
+                begin += len(rows)
+                bar.update(len(rows))
+        if cuda:
+            torch.cuda.synchronize(device)
+        ordered = torch.empty_like(out, pin_memory=False)
+        ordered[:, torch.from_numpy(np.concatenate(packs))] = out
+        return ordered
+
+
+def _for_all(size: Any) -> TypeGuard[int | None]:
+    return size is None or isinstance(size, int | np.integer)
+
+
+def _bar(count: int | None, progress: bool) -> tqdm:
+    off = not progress
+    return tqdm(total=count, desc="encoding", unit=" texts", disable=off, leave=False)
+
+
+def _pinned(batch: PackedBatch) -> PackedBatch:
+    """Copies of pinned memory do not wait for what the device is doing."""
+    live = tuple(
+        (until, replace(work, buffer=work.buffer.pin_memory())) for until, work in batch.live
+    )
+    tokens = replace(batch.occurrences, buffer=batch.occurrences.buffer.pin_memory())
+    ids_T, pos_T = batch.ids_T.pin_memory(), batch.pos_T.pin_memory()
+    return replace(batch, ids_T=ids_T, pos_T=pos_T, occurrences=tokens, live=live)
+
+
+def _prompts(directory: Path) -> dict[str, str]:
+    """By name, as sentence-transformers keeps them; null is an empty one."""
+    name = "config_sentence_transformers.json"
+    found = tokenizer.settings(directory, name).get("prompts") or {}
+    good = isinstance(found, dict) and all(isinstance(x, str | None) for x in found.values())
+    if not good:
+        raise ValueError(f"{directory / name}: prompts: expected texts by name, got {found}")
+    return {key: text or "" for key, text in found.items()}
+
+
+# ---- several devices ----
+
+
+@dataclass
+class Several(Encoder):
+    """An encoder whose windows are dealt to processes, one a device; they live within `with`.
+
+    `exits`, of all exits at once, is still of the model it was made from, in this process.
+
+    Raises:
+        ChildProcessError: a process died, or failed as no text can make it.
+    """
+
+    devices: tuple[str, ...] = ()
+    compile: bool = False
+    workers: Workers | None = None
+
+    def __enter__(self) -> Self:
+        weights = {name: x.detach().cpu() for name, x in self.model.state_dict().items()}
+        threads = max(1, torch.get_num_threads() // len(self.devices))
+        options = {one.name: getattr(self, one.name) for one in fields(Encoder)} | {"model": None}
+        shared = self.model.cfg, weights, options, threads, self.compile
+        made_of = [(device, *shared) for device in self.devices]
+        self.workers = Workers(_made, made_of, self.devices).__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.workers is not None:
+            self.workers.__exit__()
+        self.workers = None
+
+    def _most(self, count: int | None) -> int:
+        # Four windows a device, so that all are done at about the same time.
+        shared = WINDOW // 2 if count is None else -(-count // (4 * len(self.devices)))
+        return max(1, min(WINDOW, shared))
+
+    def _mapped(self, jobs: Iterable[Job], bar: tqdm) -> Iterator[np.ndarray]:
+        if self.workers is None:
+            raise ValueError("encoder: expected `with encoder.on(devices)`, got a call outside it")
+        for found in self.workers.map(jobs):
+            bar.update(len(found))
+            yield found
+
+
+def _made(
+    device: str, cfg: config.Model, weights: dict[str, Tensor], options: Any, threads: int,
+    compile: bool,
+) -> Callable[[Job], np.ndarray]:  # fmt: skip
+    """In a process of its own: tokens of one window are made while another is encoded."""
+    where = device_of(device)
+    if where.type == "cpu":
+        torch.set_num_threads(threads)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    model.load_state_dict(weights, assign=True)
+    model = model.to(where).eval()
+    if compile:
+        model.compile_blocks()
+    encoder = Encoder(**options | {"model": model})
+    reading, encoding = threading.Lock(), threading.Lock()
+    bar = _bar(None, False)
+
+    def run(job: Job) -> np.ndarray:
+        with reading:
+            job, ids = encoder._tokenised(job)
+        with encoding:
+            return encoder._vectors(job, ids, bar)
+
+    return run
+
+
+# ---- the command ----
 
 
 def main(
     model: Annotated[str, tyro.conf.Positional],
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
-    dim: int | None = None,
-    exit: int | None = None,
-    rank: int | None = None,
-    out: str = "",
-    device: str = "auto",
-) -> None:
-    """Encode texts, or lines of standard input, to unit vectors.
+    input: str = "", column: str = "text", invalid: Literal["refuse", "replace"] = "refuse",
+    dim: int | None = None, exit: int | None = None, rank: int | None = None,
+    prompt: str | None = None, prompt_name: str | None = None,
+    precision: vectors.Precision = "float32", ranges: Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: tuple[str, ...] = ("auto",), max_tokens: int = 16_384, compile: bool = False,
+    out: str = "", keep_text: bool = False,
+) -> None:  # fmt: skip
+    """Encode texts, a file's or lines of standard input, to unit vectors, in memory that does not
+    grow with their number.
 
     Args:
         model: run, model directory or hub id.
-        texts: what to encode; standard input's lines when none are given.
+        texts: what to encode; else --input's, else standard input's lines.
+        input: file of lines, or .jsonl or .parquet with a column of texts.
+        column: of .jsonl and .parquet.
+        invalid: bytes that are no UTF-8: an error, or U+FFFD in their place, counted at the end.
         dim: width; full by default.
         exit: depth; full by default.
         rank: vocabulary rank; the stored one by default.
-        out: .npy file for the vectors; otherwise one line of numbers a text on standard output.
-        device: auto, cpu or cuda.
+        prompt: text before each text.
+        prompt_name: one of the model's own prompts before each text.
+        precision: of the vectors, as sentence-transformers quantises.
+        ranges: .npy file [2, dim] for int8 and uint8, as another call wrote beside its --out.
+        dtype: of the weights.
+        device: auto, cpu, cuda or cuda:0 ..; several, and each has a process.
+        max_tokens: in one packed batch; a CPU takes 2048 at most.
+        compile: blocks by torch.compile.
+        out: new .npy, .parquet or .jsonl file; else a line of numbers a text on standard output.
+        keep_text: a column of the texts too, in .parquet and .jsonl.
     """
-    if out and Path(out).exists():
-        raise ValueError(f"out: expected a new file, got {out}, which exists")
-    encoder = Encoder.load(model, device)
-    lines = list(texts) or [line.rstrip("\n") for line in sys.stdin]
-    vectors = encoder.encode(lines, dim, exit, rank)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half written goes
+    target = Path(out)
+    if texts and input:
+        raise ValueError("texts: expected some or --input, got both")
+    if keep_text and not out:
+        raise ValueError("keep-text: expected --out, got none")
+    if max_tokens < 1:
+        raise ValueError(f"max-tokens: expected 1 or more, got {max_tokens}")
+    quantise = Quantiser(precision, None if ranges is None else vectors.read_ranges(ranges))
+    if quantise.makes_ranges and not out:
+        raise ValueError(f"ranges: expected --ranges or --out for {precision}, got neither")
     if out:
-        with open(out, "xb") as file:
-            np.save(file, vectors)
-    else:
-        for vector in vectors:
-            print(" ".join(f"{x:.6f}" for x in vector))
+        vectors.check_new(target)
+    if quantise.makes_ranges:
+        vectors.check_new(vectors.beside(target))
+    source = vectors.Texts(input or "-", column, invalid)
+    source.check()
+    several = len(device) > 1
+    encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
+    encoder.max_tokens = max_tokens
+    given = vectors.Kept(texts or source, keep_text)
+    with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
+        parts = ready.stream(
+            given, dim, exit, rank, prompt=prompt, prompt_name=prompt_name, precision=quantise,
+            progress=bool(out) and sys.stderr.isatty(),
+        )  # fmt: skip
+        if out:
+            width = dim or encoder.model.cfg.hidden_size
+            print(vectors.save(target, parts, given, quantise, width), file=sys.stderr)
+        else:
+            for part in parts:
+                vectors.printed(part)
+    if source.replaced:
+        print(f"no UTF-8: {source.replaced} replaced by U+FFFD", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ class Report:
     alone: int = 0
     """Texts of an n-way table whose id has no other."""
     by_cap: int = 0
+    languages: dict[str, int] = field(default_factory=dict)
+    """Texts of valid rows by language, of those rows that name theirs; duplicates included."""
+
+    def said_in(self, *languages: Any) -> None:
+        """Count a text of each of these languages; what is no text names none."""
+        for language in filter(is_text, languages):
+            self.languages[language] = self.languages.get(language, 0) + 1
 
     def leave_out(self, where: str, reason: str) -> None:
         """Count a bad row. ValueError where they are refused."""
@@ -102,7 +109,8 @@ _PAIRS = (
 _IDS = ("id", "verse_id")
 _KNOWN = {name for layout in _PAIRS for name in (layout.query, layout.positive)}
 _KNOWN |= {*_IDS, "lang", "text", "negatives", "neg", "negative"}
-_OPTIONAL = (*SCORES, "negatives", "neg", "negative", "prompt", "kind")
+_LANGUAGES = ("query_lang", "positive_lang")
+_OPTIONAL = (*SCORES, "negatives", "neg", "negative", "prompt", "kind", *_LANGUAGES)
 
 
 def _layout(names: Sequence[str], texts: Sequence[str]) -> Layout | str | None:
@@ -286,6 +294,7 @@ def items(
         except ValueError as error:
             report.leave_out(where, str(error))
             continue
+        report.said_in(row.get("query_lang"), *[row.get("positive_lang")] * len(positives))
         for positive in positives:
             yield Item(query, positive, negatives, score, where)
 
@@ -305,4 +314,5 @@ def nway_rows(found: Iterable[Row], report: Report) -> Iterator[dict[str, str]]:
         except ValueError as error:
             report.leave_out(where, str(error))
             continue
+        report.said_in(valid["lang"])
         yield valid | ({"kind": row["kind"]} if is_text(row.get("kind")) else {})

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +41,15 @@ def header(device: torch.device) -> str:
     """Commit, versions and device: what a result must be read with."""
     return (
         f"mlembed {commit()} | python {platform.python_version()} | torch {torch.__version__} | "
-        + (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"cpu, {torch.get_num_threads()} threads"
-        )
+        f"{device_name(device)}"
     )
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU by its name, a CPU by the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
@@ -105,6 +109,56 @@ class Log:
         if self.main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+
+class Stages:
+    """Milliseconds of a step by stage. On CUDA they are the device's, between what it had been
+    given before and after: nothing waits for it until `take`. A stage inside another is not also
+    counted as that one's; what no stage took is `other`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._open, self._spans = device, list[str](), list[tuple[Any, ...]]()
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._spans.clear()
+        self._since = time.perf_counter()
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """What runs inside is that stage."""
+        outer = self._open[-1] if self._open else None
+        self._open.append(name)
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._spans.append((name, outer, begin, self._now()))
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Of each stage, a step's mean since `begin`, which this is as well."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        total: dict[str, float] = {}
+        for name, outer, begin, end in self._spans:
+            seconds = self.device.type != "cuda"
+            took = 1e3 * (end - begin) if seconds else begin.elapsed_time(end)
+            for stage, share in ((name, took), (outer, -took)):
+                if stage is not None:
+                    total[stage] = total.get(stage, 0.0) + share / steps
+        whole = 1e3 * (time.perf_counter() - self._since) / steps
+        total["other"] = max(0.0, whole - sum(total.values()))
+        self.begin()
+        return dict(sorted(total.items()))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

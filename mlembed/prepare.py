@@ -3,6 +3,7 @@
 Every function is called by all processes of a run, with the same arguments.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ class Text:
     streams: list[config.Source]
     tasks: list[Any]
     held_out: frozenset[str]  # texts of the evaluation, normalised
+    languages: dict[str, int]  # texts by language, of the tables whose rows name theirs
 
 
 def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
@@ -44,7 +46,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     """
     tasks = evaluate.read_all(run.eval)
     held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
-    tables, streams = [], []
+    tables, streams, languages = [], [], Counter[str]()
     for source in (*map(sources.of, run.data), *run.sources):
         if source.streaming:
             streams.append(source)
@@ -52,6 +54,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             continue
         for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
             tables.append(table)
+            languages.update(report.languages)
             kind = "n-way ids" if table.nway else "pairs"
             of = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
             say(f"train  {table.name}: {of}{left_out(report)}")
@@ -65,7 +68,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
         )
     for task in tasks:
         say(f"eval   {task.name}: {len(task.texts)} texts")
-    return Text(tables, streams, tasks, held_out)
+    return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())))
 
 
 def left_out(report: layouts.Report) -> str:
@@ -80,6 +83,19 @@ def left_out(report: layouts.Report) -> str:
     }
     said = [f"{count} {what}" for what, count in counts.items() if count]
     return f"; left out: {', '.join(said)}" if said else ""
+
+
+def prompts(run: config.Run) -> dict[str, str]:
+    """Prompts by name, as an encoder has them: of every source that has one before its queries, by
+    its name; `query` and `document` where all sources have the same, otherwise empty."""
+    every = [*map(sources.of, run.data), *run.sources]
+    found = {name_of(source): source.prompt for source in every if source.prompt}
+    for name, kinds in (
+        ("query", {source.prompt for source in every}),
+        ("document", {source.document_prompt for source in every}),
+    ):
+        found[name] = kinds.pop() if len(kinds) == 1 else ""
+    return found
 
 
 def text_to_ids(run: config.Run, found: Path | None, text: Text) -> Tokenizer:

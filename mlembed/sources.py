@@ -26,7 +26,7 @@ from .cldr import normalise
 from .layouts import Corpus, Item, Layout, Report
 from .rows import Row
 
-VERSION = 1  # of what is stored of a source
+VERSION = 2  # of what is stored of a source
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -361,3 +361,32 @@ def test_the_first_row_may_be_a_bad_one(tmp_path):
     assert items == [["a", "b"]] and report.bad == 2
     with pytest.raises(ValueError, match=r"p\.jsonl:1: not json"):
         read(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_languages_that_rows_name_are_counted(suffix, tmp_path):
+    """Also where a file of more columns than are used is read by those that are."""
+    pairs = [
+        {"query": f"q{i}", "positive": f"p{i}", "query_lang": "eng", "positive_lang": lang, "x": 1}
+        for i, lang in enumerate(["deu", "deu", "", "fra"])
+    ]
+    nway = [{"id": i // 2, "lang": "ab"[i % 2], "text": f"t{i}", "x": 1} for i in range(5)]
+    nway += [nway[0]]  # there before, and still a row
+    for name, found, want in (
+        ("p", pairs, {"eng": 4, "deu": 2, "fra": 1}),
+        ("n", nway, {"a": 4, "b": 2}),
+    ):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(found), path)
+        else:
+            path.write_text("\n".join(map(json.dumps, found)))
+        ((_, report),) = sources.read(sources.of(str(path)))
+        assert report.languages == want
+
+
+def test_languages_of_several_positives(tmp_path):
+    row = {"query": "q", "pos": ["a", "b"], "query_lang": "x", "positive_lang": "y"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    ((_, report),) = sources.read(sources.of(str(tmp_path / "p.jsonl")))
+    assert report.languages == {"x": 1, "y": 2}

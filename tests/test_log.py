@@ -246,3 +246,23 @@ def test_exit_status_of_a_process():
     code = "from mlembed import log\nwith log.one_line_errors(): raise ValueError('a ሰላም\\nb')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: a ሰላም b\n")
+
+
+# ---- where a step's time goes ----
+
+
+def test_stages_share_out_the_time_between_them(monkeypatch):
+    """What runs inside another stage is not that one's as well; a mean over the steps asked for."""
+    now = iter([0, 1, 2, 4, 8, 11, 13, 25, 26, 26, 27, 40, 41, 41, 41])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: float(next(now)))
+    stages = log.Stages(torch.device("cpu"))  # 0
+    with stages.of("backward"), stages.of("forward"):  # 1 [2 4] 8
+        pass
+    with stages.of("data"):  # 11 .. 13
+        pass
+    want = {"backward": 2500.0, "data": 1000.0, "forward": 1000.0, "other": 8000.0}
+    assert stages.take(2) == want  # until 25; from 26
+    with pytest.raises(KeyError), stages.of("data"):  # 26 .. 27: what fails took its time too
+        raise KeyError
+    assert stages.take(1) == {"data": 1000.0, "other": 13000.0}  # until 40; from 41
+    assert stages.take(1) == {"other": 0.0}

@@ -439,6 +439,7 @@ def many(path):
         for i in range(300)
     ]
     nway = [{"id": i % 37, "lang": f"l{i % 7}", "text": f"t{i % 60}"} for i in range(400)]
+    rows[0] |= {"query_lang": "eng", "positive_lang": "deu"}
     return [jsonl(path / "p.jsonl", rows), jsonl(path / "n.jsonl", nway)]
 
 

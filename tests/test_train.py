@@ -114,6 +114,14 @@ def test_run_directory_and_table(whole):
     table = first["losses"]
     mean = sum(x for row in table.values() for x in row.values()) / 4  # uniform weights
     assert first["loss"] == pytest.approx(mean, rel=1e-5)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        if (stages := json.loads(line).get("stage_ms")) is not None:
+            assert stages.keys() == {"data", "forward", "loss", "backward", "optimizer", "other"}
+            assert all(ms >= 0 for ms in stages.values()) and stages["backward"] > 0
+    grid = json.loads((run / "report" / "grid.json").read_text())
+    # As the rows say it: n-way text alone names languages here.
+    assert grid["texts_by_language"] == {lang: 12 for lang in ("deu", "eng", "fra")}
+    assert grid["device"].startswith("cpu")
 
 
 def test_the_printed_commands_work(whole, tmp_path):
