@@ -1,6 +1,7 @@
 # make train        set up .venv where it is missing, then train, evaluate and export the tiny model
 # make test         the same set-up, then every test
 # make test-slow    those that take minutes: a run that is killed thirty times
+# make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -27,7 +28,7 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test test-slow check setup clean
+.PHONY: train test test-slow test-readers check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -37,6 +38,9 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -m slow $(ARGS)
+
+test-readers: setup .venv-readers/.ready
+	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/test_export_readers.py $(ARGS)
 
 check: setup
 	$(RUN) -m ruff check .
@@ -52,9 +56,15 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-readers/.ready: Makefile
+	test -x .venv-readers/bin/python || $(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/python -m pip install --quiet --disable-pip-version-check \
+		sentence-transformers==5.0.0 'transformers==4.57.*' torch==2.13.0
+	touch $@
+
 .path/mlembed_kernels:
 	mkdir -p .path
 	ln -s ../kernels $@
 
 clean:
-	rm -rf .path $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .path .venv-readers $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from . import ROOT, report
 
-NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "loader"
+NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
 BROKEN = 70  # as in worker.py, which only the other process imports
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds that a case is begun with

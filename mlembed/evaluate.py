@@ -1,19 +1,16 @@
-"""Scores over the whole grid of width x depth x vocabulary rank.
+"""Scores over any set of widths, depths and vocabulary ranks.
 
-python -m mlembed.evaluate MODEL --data DIR_OR_FILE .. [--out report]
+python -m mlembed.evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 
-Bitext (Tatoeba as LASER and LaBSE score it): for each text its nearest neighbour by cosine among
-the texts of the other side; accuracy = share that is its translation, both directions averaged.
-STS: Spearman correlation of cosine and human score. One pass of the trunk a rank serves all
-widths and depths.
+One pass of the trunk a rank serves all widths and depths, and of documents to be searched no more
+is kept than the nearest so far. `tasks` reads what to score, `scores` has the measures, `cost` says
+what each size costs.
 """
 
-import csv
-import io
+import itertools
 import json
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,212 +18,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from scipy.stats import spearmanr
 from torch import Tensor
 
-from . import charts, checkpoint, cldr, layouts, log, rows, sources
+from . import charts, checkpoint, cldr, cost, log, scores
 from .charts import mean_score
 from .encode import Encoder
-from .model import num_parameters
+from .funnel import Funnel, Size, size_of, whole
+from .tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task, read_all
 
-PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # what each language is matched with
+DOCUMENTS = 16_384  # encoded and searched at once
+IN_MEMORY = 2**30  # bytes of vectors; more of one task lie in a file
+TOP = 100  # documents of a query that are looked at
 
+Cells = dict[tuple[int, int], dict[str, Any]]  # by exit and dim
 
-@dataclass
-class Bitext:
-    """Groups of aligned texts: (language, kind) -> rows of `texts` on either side."""
-
-    name: str
-    texts: list[str] = field(default_factory=list)
-    groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-
-
-@dataclass
-class STS:
-    """Scored pairs: pair i is texts[2 i], texts[2 i + 1]."""
-
-    name: str
-    texts: list[str]
-    scores: np.ndarray
-
-
-# ---- what to score ----
-
-
-def read_all(sources: Sequence[str]) -> list[Bitext | STS]:
-    """All tasks of all sources. ValueError for two of one name: their scores would be one."""
-    tasks = [task for source in sources for task in read(source)]
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ValueError(f"eval: expected distinct file or directory names, got {', '.join(names)}")
-    return tasks
-
-
-def read(source: str) -> list[Bitext | STS]:
-    """`cldr`, a Tatoeba-layout directory, an n-way table, an STS csv, or a directory of the latter.
-
-    Raises:
-        ValueError: nothing there, an unknown layout, sides of unequal length, a malformed row.
-    """
-    if source == "cldr":
-        return [nway("cldr", sources.cldr_tables()[1].to_pylist())]
-    path = Path(source)
-    if path.is_dir():
-        if any(path.glob("tatoeba.*-*.*")):
-            return [tatoeba(path)]
-        files = sorted(p for p in path.iterdir() if p.suffix in (".csv", ".parquet", ".jsonl"))
-        if not files:
-            raise ValueError(
-                f"eval: expected tatoeba.*, .csv, .parquet or .jsonl in {source}, found none"
-            )
-        return [scored for file in files for scored in read(str(file))]
-    if path.suffix == ".csv" and path.is_file():
-        return [sts(path)]
-    (path,) = rows.files_of(source)
-    layout, found = layouts.recognised(rows.of_file(path, layouts.worth_reading))
-    if isinstance(layout, layouts.Layout):
-        raise ValueError(f"{path}: expected an n-way table with columns id, lang, text")
-    records = list(layouts.nway_rows(found, layouts.Report(path.stem)))
-    if not records:
-        raise ValueError(f"{path}: expected rows, found none")
-    return [nway(path.stem, records)]
-
-
-def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
-    """Every language against English, kind by kind. ValueError without English."""
-    found = Bitext(name)
-    where: dict[tuple[str, str, str], int] = {}
-    for record in records:
-        where[record.get("kind") or "", record["lang"], record["id"]] = len(found.texts)
-        found.texts.append(record["text"])
-    pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in where)), None)
-    if pivot is None:
-        raise ValueError(f"{name}: expected English ({', '.join(PIVOTS)}) among the languages")
-    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for (kind, lang, key), row in where.items():
-        if lang != pivot and (kind, pivot, key) in where:
-            pairs.setdefault((lang, kind), []).append((row, where[kind, pivot, key]))
-    for group, rows_of_group in sorted(pairs.items()):
-        a, b = np.array(rows_of_group).T
-        found.groups[group] = (a, b)
-    if not found.groups:
-        raise ValueError(f"{name}: expected ids shared with {pivot}, found none")
-    return found
-
-
-def tatoeba(directory: Path) -> Bitext:
-    """Files tatoeba.xxx-eng.xxx and tatoeba.xxx-eng.eng, line by line translations."""
-    found = Bitext(directory.name)
-    for english in sorted(directory.glob("tatoeba.*-eng.eng")):
-        lang = english.name.split(".")[1].removesuffix("-eng")
-        other = english.with_name(f"tatoeba.{lang}-eng.{lang}")
-        if not other.is_file():
-            raise ValueError(f"{english}: expected {other.name} beside it, found none")
-        sides = [_lines(path) for path in (other, english)]
-        if len(sides[0]) != len(sides[1]) or not sides[0]:
-            raise ValueError(
-                f"{other}: expected as many lines as {english.name}, more than none, "
-                f"got {len(sides[0])} and {len(sides[1])}"
-            )
-        first, n = len(found.texts), len(sides[0])
-        found.texts += sides[0] + sides[1]
-        found.groups[lang, ""] = (first + np.arange(n), first + n + np.arange(n))
-    if not found.groups:
-        raise ValueError(f"{directory}: expected tatoeba.xxx-eng.eng, found none")
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a text file. Not splitlines: Unicode's other separators occur inside sentences."""
-    text = _text(path).replace("\r\n", "\n")
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def sts(path: Path) -> STS:
-    """csv with columns sentence1, sentence2, score."""
-    texts, scores = [], []
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    for row in reader:
-        try:
-            pair, score = [row["sentence1"], row["sentence2"]], float(row["score"])
-        except KeyError as error:
-            raise ValueError(
-                f"{path}: expected columns sentence1, sentence2, score, no {error}"
-            ) from None
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}:{reader.line_num}: score: expected a number, got {row['score']!r}"
-            ) from None
-        if None in pair or not math.isfinite(score):
-            raise ValueError(
-                f"{path}:{reader.line_num}: sentence1, sentence2, score: expected two texts "
-                f"and a number, got {pair[0]!r}, {pair[1]!r}, {score}"
-            )
-        texts += pair
-        scores.append(score)
-    if not scores:
-        raise ValueError(f"{path}: expected rows, found none")
-    return STS(path.stem, texts, np.array(scores))
-
-
-# ---- scoring ----
-
-
-def accuracy(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Share of unit rows of a [n, D] whose nearest row of b is their own, and the reverse."""
-    cosine = a @ b.T
-    own = torch.arange(len(a))
-    there = (cosine.argmax(1) == own).float().mean()
-    back = (cosine.argmax(0) == own).float().mean()
-    return there.item(), back.item()
-
-
-def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
-    """Accuracies of texts encoded as [N, d]: `score` is the mean over kinds of the mean over
-    languages of both directions; to_pivot and from_pivot are one direction each."""
-    langs, kinds = (sorted({group[i] for group in task.groups}) for i in (0, 1))
-    unit = F.normalize(vectors, dim=-1)
-    both = np.full((len(langs), len(kinds), 2), np.nan)  # a language may lack a kind
-    for (lang, kind), (a, b) in task.groups.items():
-        sides = accuracy(unit[torch.from_numpy(a)], unit[torch.from_numpy(b)])
-        both[langs.index(lang), kinds.index(kind)] = sides
-    there, back = np.nanmean(both, axis=0).mean(axis=0)
-    by_kind = np.nanmean(both, axis=(0, 2))
-    by_language = np.nanmean(both, axis=(1, 2))
-    return {
-        "score": float(by_kind.mean()),
-        "to_pivot": float(there),
-        "from_pivot": float(back),
-        "by_kind": dict(zip(kinds, by_kind.tolist(), strict=True)) if kinds != [""] else {},
-        "by_language": dict(zip(langs, by_language.tolist(), strict=True)),
-    }
-
-
-def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
-    """{"score": Spearman correlation} of texts encoded as [N, d]."""
-    cosine = F.cosine_similarity(vectors[0::2], vectors[1::2], dim=-1)
-    return {"score": float(spearmanr(cosine.numpy(), task.scores).statistic)}
+# ---- vectors and their scores ----
 
 
 def grid(
     encoder: Encoder,
-    tasks: Sequence[Bitext | STS],
+    tasks: Sequence[Task],
     dims: Sequence[int] | None = None,
     exits: Sequence[int] | None = None,
     ranks: Sequence[int] | None = None,
     progress: bool = False,
+    *,
+    prompts: dict[str, str] | None = None,
+    costs: bool = True,
 ) -> list[dict[str, Any]]:
     """One cell for each (rank, exit, dim): its cost, and its scores by task name.
 
     Args:
         dims, exits, ranks: the trained ones by default.
+        prompts: `query` and `document` go before those of retrieval; the encoder's by default.
+        costs: measure latency, texts a second and memory, which takes part of a second for each
+            exit and rank.
 
     Raises:
         ValueError: a width, depth or rank that the model does not have.
@@ -236,20 +62,212 @@ def grid(
     for sizes, name in ((dims, "dim"), (exits, "exit"), (ranks or (), "rank")):
         for size in sizes:
             cfg.check(**{name: size})
+    prompts = encoder.prompts if prompts is None else prompts
     cells = []
     for rank in ranks or cfg.ranks or (None,):
-        scores: dict[tuple[int, int], dict[str, Any]] = {}
+        by_task: Cells = {(exit, dim): {} for exit in exits for dim in dims}
         for task in tasks:
-            score = score_bitext if isinstance(task, Bitext) else score_sts
-            exits_END = encoder.exits(task.texts, exits, rank, progress)
-            for exit, vectors in zip(exits, exits_END, strict=True):
-                for dim in dims:
-                    cell = scores.setdefault((exit, dim), {})
-                    cell[task.name] = score(task, vectors[:, :dim])  # type: ignore[arg-type]
-        for (exit, dim), by_task in scores.items():
-            cost = {"parameters": num_parameters(cfg, exit, rank), "bytes_per_vector": 4 * dim}
-            cells.append({"dim": dim, "exit": exit, "rank": rank, **cost, "scores": by_task})
+            found = score(encoder, task, dims, exits, rank, prompts, progress)
+            for key, result in found.items():
+                by_task[key][task.name] = result
+        measured = {exit: cost.measure(encoder, exit, rank) if costs else {} for exit in exits}
+        for (exit, dim), results in by_task.items():
+            price = {**cost.sizes(encoder, dim, exit, rank), **measured[exit]}
+            cells.append({"dim": dim, "exit": exit, "rank": rank, **price, "scores": results})
     return cells
+
+
+def score(
+    encoder: Encoder,
+    task: Task,
+    dims: Sequence[int],
+    exits: Sequence[int],
+    rank: int | None,
+    prompts: dict[str, str],
+    progress: bool = False,
+) -> Cells:
+    """One task's scores at every exit and dim of one rank."""
+    if isinstance(task, Pool):
+        return _pool(encoder, task, dims, exits, rank, progress)
+    if isinstance(task, Retrieval):
+        nearest = _search(
+            encoder, task.queries, task.documents(), TOP, dims, exits, rank, prompts, progress
+        )
+        return {
+            size: scores.retrieval(
+                found.scores.numpy(), found.rows.numpy(), task.judged, task.order_N
+            )
+            for size, found in nearest.items()
+        }
+    measures: dict[type, Callable[[Any, Tensor], dict[str, Any]]] = {
+        Bitext: scores.score_bitext,
+        STS: scores.score_sts,
+        Mining: scores.score_mining,
+    }
+    with tempfile.TemporaryDirectory(prefix="mlembed-") as directory:
+        exits_END = _stored(encoder, task.texts, exits, rank, progress, Path(directory))
+        return {
+            (exit, dim): measures[type(task)](task, vectors[:, :dim])
+            for exit, vectors in zip(exits, exits_END, strict=True)
+            for dim in dims
+        }
+
+
+def _stored(
+    encoder: Encoder,
+    texts: Sequence[str],
+    exits: Sequence[int],
+    rank: int | None,
+    progress: bool,
+    directory: Path,
+) -> Tensor:
+    """Vectors [E, N, D] of all texts; if they are many, in a file there."""
+    shape = len(exits), len(texts), encoder.model.cfg.hidden_size
+    if 4 * int(np.prod(shape)) <= IN_MEMORY:
+        return encoder.exits(texts, exits, rank, progress)
+    file = np.memmap(directory / "vectors", dtype=np.float32, mode="w+", shape=shape)
+    for begin in range(0, len(texts), DOCUMENTS):
+        some = slice(begin, begin + DOCUMENTS)
+        file[:, some] = encoder.exits(texts[some], exits, rank, progress).numpy()
+    return torch.from_numpy(file)
+
+
+def _search(
+    encoder: Encoder,
+    queries: Sequence[str],
+    documents: Iterable[str],
+    k: int,
+    dims: Sequence[int],
+    exits: Sequence[int],
+    rank: int | None,
+    prompts: dict[str, str],
+    progress: bool,
+) -> dict[tuple[int, int], scores.Nearest]:
+    """The k nearest documents of each query at every exit and dim; documents are gone through once,
+    and forgotten."""
+    device = encoder.model.device
+    before, before_document = prompts.get("query", ""), prompts.get("document", "")
+    queries_EQD = encoder.exits(queries, exits, rank, progress, before).to(device)
+    found = {(exit, dim): scores.Nearest(len(queries), k) for exit in exits for dim in dims}
+    first = 0
+    for some in _chunks(documents):
+        some_ECD = encoder.exits(some, exits, rank, progress, before_document).to(device)
+        for exit, of_queries, of_documents in zip(exits, queries_EQD, some_ECD, strict=True):
+            for dim in dims:
+                unit_QD, unit_CD = (
+                    F.normalize(x[:, :dim], dim=-1) for x in (of_queries, of_documents)
+                )
+                found[exit, dim].add(unit_QD, unit_CD, first)
+        first += len(some)
+    return found
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    left = iter(texts)
+    while some := list(itertools.islice(left, DOCUMENTS)):
+        yield some
+
+
+def _pool(
+    encoder: Encoder,
+    task: Pool,
+    dims: Sequence[int],
+    exits: Sequence[int],
+    rank: int | None,
+    progress: bool,
+) -> Cells:
+    """P@1 over the pool, averaged over target languages, as LaBSE reports it of the UN's text."""
+    by_language = {
+        lang: _pool_side(encoder, side, dims, exits, rank, progress)
+        for lang, side in task.sides.items()
+    }
+    return {
+        (exit, dim): {
+            "score": float(np.mean([found[exit, dim] for found in by_language.values()])),
+            "by_language": {lang: found[exit, dim] for lang, found in by_language.items()},
+        }
+        for exit in exits
+        for dim in dims
+    }
+
+
+def _pool_side(
+    encoder: Encoder,
+    side: Side,
+    dims: Sequence[int],
+    exits: Sequence[int],
+    rank: int | None,
+    progress: bool,
+) -> dict[tuple[int, int], float]:
+    among = itertools.chain(side.answers, side.others())
+    nearest = _search(encoder, side.queries, among, 1, dims, exits, rank, {}, progress)
+    return {
+        size: scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)
+        for size, found in nearest.items()
+    }
+
+
+def score_funnel(
+    encoder: Encoder,
+    task: Retrieval,
+    small: Size,
+    shortlist: int,
+    prompts: dict[str, str] | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """nDCG@10 of a search by full vectors, by small ones, and by the latter's shortlist ranked
+    again by the former; `scanned`, bytes of vectors that the funnel compares with a query, and `encoded`,
+    documents that it encodes at full size for these queries, as shares of a full search's.
+
+    Raises:
+        ValueError: a size that the model lacks, a shortlist below 10.
+    """
+    if shortlist < 10:
+        raise ValueError(f"shortlist: expected at least 10, for nDCG@10, got {shortlist}")
+    prompts = encoder.prompts if prompts is None else prompts
+    found = {}
+    for name, size in (("full", whole(encoder, (None, None, None))), ("small", small)):
+        dim, exit, rank = whole(encoder, size)
+        cells = score(encoder, task, [dim], [exit], rank, prompts, progress)
+        found[name] = cells[exit, dim]["score"]
+    built = Funnel.build(
+        encoder, list(task.documents()), small, stored=False, prompts=prompts, progress=progress
+    )
+    best = built.search(task.queries, min(TOP, shortlist), shortlist, progress)
+    ranked = scores.retrieval(best.scores_QK, best.rows_QK, task.judged, task.order_N)
+    return {
+        **found,
+        "funnel": ranked["score"],
+        "scanned": best.scanned,
+        "encoded": best.encoded,
+    }
+
+
+def add_mteb(
+    encoder: Encoder,
+    source: str,
+    names: Sequence[str],
+    cells: Sequence[dict[str, Any]],
+    prompts: dict[str, str],
+    out: Path | None,
+) -> None:
+    """Scores of mteb's tasks into each cell, by mteb at that cell's size; its own json to `out`."""
+    tool = _mteb()
+    wanted = tool.tasks(names)
+    for cell in cells:
+        size = cell["dim"], cell["exit"], cell["rank"]
+        model = tool.MTEBEncoder(encoder, tool.model_name(source), *size, prompts)
+        cell["scores"] |= tool.evaluate(model, wanted, out, progress=True)
+
+
+def _mteb() -> Any:
+    try:
+        from . import mteb_encoder
+    except ModuleNotFoundError as error:
+        if error.name != "mteb":
+            raise
+        raise ValueError("mteb: expected the package mteb: pip install mlembed[mteb]") from None
+    return mteb_encoder
 
 
 # ---- showing ----
@@ -286,6 +304,56 @@ def by_kind(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prices(cells: Sequence[dict[str, Any]]) -> str:
+    """What was measured of each rank and exit, a line each; nothing where nothing was."""
+    by_size = {(cell["rank"], cell["exit"]): cell for cell in cells if "latency_ms" in cell}
+    if not by_size:
+        return ""
+    lines = ["  rank  exit  ms a short text  texts a second  MiB to encode 32"]
+    for (rank, exit), cell in by_size.items():
+        lines.append(
+            f"{rank or 'table':>6}{exit:>6}{cell['latency_ms']:>17.2f}"
+            f"{cell['texts_per_second']:>16.0f}{cell['memory_mib']:>18.1f}"
+        )
+    return "\n".join(lines)
+
+
+def details(by_task: dict[str, Any]) -> str:
+    """Measures beside the score, a line or so each task (percent)."""
+    lines = []
+    for task, result in by_task.items():
+        plain = {k: v for k, v in result.items() if isinstance(v, float) and k != "score"}
+        said = [f"{name} {100 * value:.1f}" for name, value in plain.items()]
+        for size, mean in result.get("means", {}).items():
+            if "accuracy" in mean:
+                said.append(f"mean of {size} languages {100 * mean['accuracy']:.1f}")
+            else:
+                said.append(f"mean of {size} languages: {mean['languages']} of them are here")
+        if said:
+            lines.append(f"  {task}: {', '.join(said)}")
+        for margin, by_candidates in result.get("by_margin", {}).items():
+            f1 = ", ".join(f"{kind} {100 * value:.1f}" for kind, value in by_candidates.items())
+            lines.append(f"    F1 by {margin}: {f1}")
+        for lang, said_of in result.get("splits", {}).items():
+            lines.append(f"    {lang}: {said_of}")
+    return "\n".join(["  other measures at full size (%)", *lines]) if lines else ""
+
+
+def funnels(found: dict[str, Any]) -> str:
+    """`score_funnel` by task name, a line each."""
+    dim, exit, rank = (value or "full" for value in found["small"])
+    lines = [
+        f"  funnel of {found['shortlist']} by width {dim}, exit {exit}, rank {rank}: nDCG@10 (%)",
+        "                                full   small  funnel   bytes scanned  encoded at full",
+    ]
+    for task, scored in found.items():
+        if isinstance(scored, dict):
+            ndcg = "".join(f"{100 * scored[name]:>8.1f}" for name in ("full", "small", "funnel"))
+            shares = f"{100 * scored['scanned']:>15.1f}%{100 * scored['encoded']:>16.1f}%"
+            lines.append(f"  {task:26}{ndcg}{shares}")
+    return "\n".join(lines)
+
+
 def write_report(directory: Path, cells: Sequence[dict[str, Any]], extra: dict[str, Any]) -> None:
     """grid.json and grid.png in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -300,10 +368,15 @@ def write_report(directory: Path, cells: Sequence[dict[str, Any]], extra: dict[s
 def main(
     model: Annotated[str, tyro.conf.Positional],
     /,
-    data: tuple[str, ...] = ("cldr",),
+    data: tuple[str, ...] = (),
+    mteb: tuple[str, ...] = (),
     dim: tuple[int, ...] = (),
     exit: tuple[int, ...] = (),
     rank: tuple[int, ...] = (),
+    funnel: str = "",
+    shortlist: int = 100,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
     out: str = "",
     device: str = "auto",
 ) -> None:
@@ -311,21 +384,62 @@ def main(
 
     Args:
         model: run, checkpoint, model directory or hub id.
-        data: cldr, Tatoeba-layout directories, n-way tables (id, lang, text), STS csv files.
-        dim: widths; those it was trained for by default.
+        data: cldr (by default, without --mteb), directories in the layout of Tatoeba, BEIR, BUCC or
+            UN, n-way tables (id, lang, text), STS csv files.
+        mteb: tasks of the package mteb, by name; it runs them, and writes its own json to OUT/mteb.
+        dim: widths; those it was trained for by default, with --mteb the full one.
         exit: depths, likewise.
         rank: vocabulary ranks, likewise.
+        funnel: DIM:EXIT:RANK of the small vectors whose shortlist is ranked again by full ones, for
+            retrieval tasks; a place left empty is the largest.
+        shortlist: documents of a query that the funnel ranks again.
+        query_prompt: goes before queries of retrieval, instead of the model's own prompt `query`.
+        document_prompt: before documents, instead of the model's `document`.
         out: new directory for grid.json and grid.png.
         device: auto, cpu or cuda.
     """
     if out and Path(out).exists():
         raise ValueError(f"out: expected a new directory, got {out}, which exists")
-    tasks = read_all(data)
-    cells = grid(Encoder.load(model, device), tasks, dim, exit, rank, progress=True)
-    print(table(cells))
-    print(by_kind(cells[-1]["scores"], {}))
+    tasks = read_all(data or (() if mteb else ("cldr",)))
+    searched = [task for task in tasks if isinstance(task, Retrieval)]
+    small = size_of(funnel) if funnel else None
+    if small and not searched:
+        raise ValueError("funnel: expected retrieval among --data, got none")
+    if mteb:
+        _mteb().tasks(mteb)  # a wrong name is said before any work
+    encoder = Encoder.load(model, device)
+    cfg = encoder.model.cfg
+    if mteb:
+        dim, exit, rank = (
+            dim or (cfg.hidden_size,),
+            exit or (cfg.num_hidden_layers,),
+            rank or cfg.ranks[-1:],
+        )
+    prompts = dict(encoder.prompts)
+    for name, given in (("query", query_prompt), ("document", document_prompt)):
+        if given is not None:
+            prompts[name] = given
+    cells = grid(encoder, tasks, dim, exit, rank, progress=True, prompts=prompts)
+    if mteb:
+        where = Path(out) / "mteb" if out else None
+        add_mteb(encoder, model, mteb, cells, prompts, where)
+    full = cells[-1]["scores"]
+    parts = [table(cells), by_kind(full, {}), details(full), prices(cells)]
+    extra: dict[str, Any] = {
+        "commit": log.commit(),
+        "model": model,
+        "data": [*(data or [task.name for task in tasks]), *mteb],
+        "device": log.device_name(encoder.model.device),
+    }
+    if small:
+        extra["funnel"] = {"small": small, "shortlist": shortlist} | {
+            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress=True)
+            for task in searched
+        }
+        parts.append(funnels(extra["funnel"]))
+    print("\n\n".join(part for part in parts if part))
     if out:
-        write_report(Path(out), cells, {"model": model, "data": data})
+        write_report(Path(out), cells, extra)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""Texts to vectors: order, prefixes, cuts, hostile texts, and the command as a user runs it."""
+"""Texts to vectors: order, prefixes, cuts, sizes by text, prompts, windows, hostile texts."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +9,12 @@ import pytest
 import torch
 from random_model import randomise
 
-from mlembed import config, pretrained, tokenizer
+from mlembed import config, encode, pretrained, tokenizer
 from mlembed.encode import Encoder
+from mlembed.export import export
 from mlembed.model import Transformer
 from mlembed.pack import budgeted
+from mlembed.vectors import Quantiser
 
 TEXTS = [
     "Wednesday, May 4, 2050",
@@ -294,67 +293,280 @@ def test_a_checkpoint_tokenizer_without_eos_gets_one(encoder, directory, tmp_pat
     np.testing.assert_array_equal(loaded.encode(TEXTS), encoder.encode(TEXTS))
 
 
-# ---- the command ----
+# ---- sizes by text ----
 
 
-def command(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("MLEMBED_TRACEBACK", None)
-    return subprocess.run(
-        [sys.executable, "-m", "mlembed.encode", *arguments],
-        input=stdin,
-        capture_output=True,
-        env=environment,
-        timeout=120,
+def passes(model) -> list[int]:
+    """How many texts each forward has, from now on."""
+    found = []
+    model.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
+    return found
+
+
+@pytest.fixture
+def own(encoder):
+    """One whose model may be hooked."""
+    model = Transformer(encoder.model.cfg)
+    model.load_state_dict(encoder.model.state_dict())
+    return replace(encoder, model=model.eval())
+
+
+EXITS = [1, 3, None, 2, 1, 3, 2, 2, 1]  # of TEXTS
+RANKS = [None, 3, 11, 3, None, 7, 3, None, 7]
+
+
+# All in one pack; several packs, of which some have texts of one exit only.
+@pytest.mark.parametrize("max_tokens", [16_384, 40])
+def test_exits_by_text_share_a_pack(own, max_tokens):
+    own.max_tokens = max_tokens
+    seen = passes(own.model)
+    vectors = own.encode(TEXTS, 12, EXITS)
+    assert sum(seen) == len(TEXTS) and (len(seen) == 1) == (max_tokens > 40)
+    for vector, text, exit in zip(vectors, TEXTS, EXITS, strict=True):
+        np.testing.assert_allclose(vector, own.encode([text], 12, exit)[0], rtol=0, atol=1e-5)
+
+
+def test_ranks_by_text_are_a_pack_each(own):
+    seen = passes(own.model)
+    vectors = own.encode(TEXTS, None, np.array([3] * len(TEXTS)), RANKS)
+    assert sorted(seen) == [1, 2, 3, 3]  # 0, the stored one, and 11 are told apart
+    for vector, text, rank in zip(vectors, TEXTS, RANKS, strict=True):
+        np.testing.assert_allclose(vector, own.encode([text], rank=rank)[0], rtol=0, atol=1e-5)
+
+
+def test_widths_by_text_are_a_list(encoder):
+    dims = [1, 24, None, 5, 12, 5, 7, 24, 3]
+    vectors = encoder.encode(TEXTS, dims, EXITS, RANKS)
+    assert [len(v) for v in vectors] == [d or 24 for d in dims]
+    for vector, *one in zip(vectors, TEXTS, dims, EXITS, RANKS, strict=True):
+        text, dim, exit, rank = one
+        alone = encoder.encode([text], dim, exit, rank)[0]
+        assert vector.dtype == np.float32
+        np.testing.assert_allclose(vector, alone, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="precision: expected float32 of several dims, got int8"):
+        encoder.encode(TEXTS, dims, precision="int8")
+    assert encoder.encode([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"exit": [1, 2]}, "exit: expected one a text, 9, got 2"),
+        ({"dim": [5] * 10}, "dim: expected one a text, 9, got 10"),
+        ({"rank": [3] * 8 + [12]}, r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
+        ({"exit": [1] * 8 + [0]}, r"exit: expected 1\.\.3 \(the depth\), got 0"),
+    ],
+)
+def test_sizes_by_text_that_are_wrong(encoder, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(TEXTS, **sizes)
+
+
+# ---- prompts ----
+
+
+@pytest.fixture(scope="module")
+def prompted(encoder, tmp_path_factory) -> Path:
+    """A directory as sentence-transformers reads it, with prompts."""
+    path = tmp_path_factory.mktemp("prompted") / "model"
+    export(encoder, path)
+    settings = json.loads((path / "config_sentence_transformers.json").read_text())
+    settings["prompts"] = {"query": "Instruct: find.\nQuery: ", "document": "text: ", "none": None}
+    (path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_prompts_are_those_of_sentence_transformers(prompted):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = Encoder.load(str(prompted), "cpu")
+    assert encoder.prompts["query"] == "Instruct: find.\nQuery: " and encoder.prompts["none"] == ""
+    sentence = SentenceTransformer(str(prompted), device="cpu", local_files_only=True)
+    plain = encoder.encode(TEXTS)
+    pairs = [
+        (encoder.encode_query(TEXTS), sentence.encode_query(TEXTS)),
+        (encoder.encode_document(TEXTS), sentence.encode_document(TEXTS)),
+        (encoder.encode(TEXTS, prompt="x y"), sentence.encode(TEXTS, prompt="x y")),
+        (encoder.encode(TEXTS, prompt_name="none"), plain),
+    ]
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    for ours, _ in pairs[:3]:
+        assert np.abs(ours - plain).max() > 0.01
+    raw = encoder.exits(TEXTS, [3], prompt="x y")[0].numpy()
+    np.testing.assert_allclose(unit(raw), pairs[2][0], rtol=0, atol=1e-5)
+    asked = encoder.encode_query(TEXTS, prompt_name="document")
+    np.testing.assert_array_equal(asked, encoder.encode_document(TEXTS))
+
+
+def test_prompts_that_there_are_not(encoder):
+    own = replace(encoder, prompts={"query": "q: ", "title": ""})
+    with pytest.raises(ValueError, match="expected one of query, title, got 'querry'"):
+        own.encode(TEXTS, prompt_name="querry")
+    with pytest.raises(ValueError, match="prompt: expected it or prompt_name, got both"):
+        own.encode(TEXTS, prompt_name="query", prompt="x")
+    with pytest.raises(ValueError, match="expected one of none, as the model has no prompts"):
+        encoder.encode(TEXTS, prompt_name="query")
+    # Without prompts of their own, queries and documents are texts.
+    np.testing.assert_array_equal(encoder.encode_query(TEXTS, 5), encoder.encode(TEXTS, 5))
+    np.testing.assert_array_equal(own.encode_document(TEXTS), encoder.encode(TEXTS))
+
+
+def test_a_prompts_file_of_another_form(directory, tmp_path):
+    (tmp_path / "m").symlink_to(directory)
+    for prompts in (["a"], {"query": 3}):
+        settings = directory / "config_sentence_transformers.json"
+        settings.write_text(json.dumps({"prompts": prompts}))
+        try:
+            with pytest.raises(ValueError, match="prompts: expected texts by name"):
+                Encoder.load(str(directory), "cpu")
+        finally:
+            settings.unlink()
+
+
+# ---- weights, devices, precisions ----
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_weights_give_vectors_in_fp32(encoder, directory, dtype):
+    half = Encoder.load(str(directory), "cpu", dtype)
+    assert {w.dtype for w in half.model.parameters()} == {getattr(torch, dtype)}
+    for cut in CUTS:
+        vectors = half.encode(TEXTS, *cut)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
+        assert (vectors * encoder.encode(TEXTS, *cut)).sum(1).min() > 0.99
+    assert half.exits(TEXTS).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tpu",), "device: expected auto, cpu, cuda or cuda:0 .., got 'tpu'"),
+        (("meta",), "device: expected auto"),
+        (("cuda:99",), r"device: expected one of \d+ GPUs, got cuda:99"),
+        (("cpu", "int8"), "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+    ],
+)
+def test_devices_and_dtypes_that_there_are_not(directory, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder.load(str(directory), *arguments)
+    if arguments[0] != "cpu":
+        with pytest.raises(ValueError, match=message):
+            Encoder.load(str(directory), "cpu").on(["cpu", arguments[0]])
+
+
+def test_precisions(encoder):
+    plain = encoder.encode(TEXTS)
+    ranges = np.stack([plain.min(0) - 0.1, plain.max(0) + 0.1])
+    for precision in ("float16", "int8", "ubinary"):
+        given = None if precision != "int8" else ranges
+        made = encoder.encode(TEXTS, precision=precision, ranges=given)
+        np.testing.assert_array_equal(made, Quantiser(precision, given)(plain))
+    with pytest.raises(ValueError, match="precision: expected one of float32, .*, got 'int4'"):
+        encoder.encode(TEXTS, precision="int4")
+
+
+# ---- windows ----
+
+
+def test_a_stream_is_drawn_as_it_is_encoded(encoder, monkeypatch):
+    monkeypatch.setattr(encode, "WINDOW", 4)
+    drawn = []
+
+    def source():
+        for text in TEXTS * 4:
+            drawn.append(text)
+            yield text
+
+    want = encoder.encode(TEXTS * 4, 12, 2, 3)
+    parts, most = [], 0
+    for part in encoder.stream(source(), 12, 2, 3):
+        parts.append(part)
+        most = max(most, len(drawn) - sum(map(len, parts)))
+    assert [len(part) for part in parts] == [4] * 9 and most <= 8  # the next window, and its next
+    np.testing.assert_allclose(np.concatenate(parts), want, rtol=0, atol=1e-6)
+    # Sizes by text, and exits, go by windows too.
+    exits = encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2)
+    raw = encoder.exits(TEXTS * 2, [1, 3])
+    monkeypatch.undo()
+    np.testing.assert_allclose(
+        exits, encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2), rtol=0, atol=1e-5
     )
+    np.testing.assert_allclose(raw, encoder.exits(TEXTS * 2, [1, 3]), rtol=1e-4, atol=1e-4)
 
 
-def one_line(done: subprocess.CompletedProcess) -> str:
-    """The error of a failed command: one line, status 1, nothing on standard output."""
-    message = done.stderr.decode()
-    assert done.returncode == 1, message
-    assert message.startswith("error: ") and message.count("\n") == 1, message
-    assert done.stdout == b""
-    return message
+def test_a_stream_of_long_texts_has_smaller_windows(encoder, monkeypatch):
+    monkeypatch.setattr(encode, "CHARACTERS", 100)
+    parts = list(encoder.stream(["a" * 60] * 5 + ["b"], 5))
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert list(encoder.stream([])) == []
 
 
-def test_command_prints_vectors_of_its_arguments(encoder, directory):
-    done = command(directory, TEXTS[0], "", TEXTS[3], "--dim", "5", "--exit", "2", "--rank", "7")
-    assert done.returncode == 0, done.stderr.decode()
-    printed = np.array([line.split() for line in done.stdout.decode().splitlines()], dtype=float)
-    want = encoder.encode([TEXTS[0], "", TEXTS[3]], 5, 2, 7)
-    np.testing.assert_allclose(printed, want, rtol=0, atol=1e-5)
+def test_a_stream_checks_before_it_reads(encoder):
+    def source():
+        raise AssertionError("read")
+        yield
+
+    for options in ({"dim": 99}, {"prompt_name": "x"}, {"precision": "int4"}):
+        with pytest.raises(ValueError, match="expected"):
+            encoder.stream(source(), **options)
 
 
-def test_command_reads_lines_and_writes_npy(encoder, directory, tmp_path):
-    # An empty line is a text; the last line has no end; a name without .npy stays as it is.
-    out = tmp_path / "vectors.bin"
-    lines = [TEXTS[0], "", TEXTS[2], " 🙂 "]
-    done = command(directory, "--out", out, stdin="\n".join(lines).encode())
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.bin"]
-    vectors = np.load(out)
-    assert vectors.dtype == np.float32
-    np.testing.assert_allclose(vectors, encoder.encode(lines), rtol=0, atol=1e-6)
+def test_int8_of_a_stream_keeps_the_first_windows_ranges(encoder, monkeypatch):
+    monkeypatch.setattr(encode, "WINDOW", 4)
+    quantiser = Quantiser("int8")
+    parts = np.concatenate(list(encoder.stream(TEXTS, precision=quantiser)))
+    plain = encoder.encode(TEXTS)
+    ranges = np.stack([plain[:4].min(0), plain[:4].max(0)])
+    np.testing.assert_allclose(quantiser.ranges, ranges, rtol=0, atol=1e-6)
+    # A number that is on a step's edge may fall to either side of it.
+    assert np.abs(parts.astype(int) - Quantiser("int8", ranges)(plain)).max() <= 1
 
 
-def test_command_never_overwrites(directory, tmp_path):
-    out = tmp_path / "vectors.npy"
-    out.write_bytes(b"precious")
-    message = one_line(command(directory, "a", "--out", out))
-    assert "expected a new file" in message and str(out) in message
-    assert out.read_bytes() == b"precious"
+def test_what_is_no_text_is_named_by_its_number(encoder, monkeypatch):
+    monkeypatch.setattr(encode, "WINDOW", 4)
+    with pytest.raises(ValueError, match="text 6: expected Unicode, got a lone surrogate"):
+        encoder.encode([*TEXTS[:6], "\ud800"])
+    with pytest.raises(ValueError, match="text 5: expected a string, got NoneType"):
+        encoder.encode([*TEXTS[:5], None])
+    for call in (encoder.encode, encoder.stream):
+        with pytest.raises(ValueError, match="texts: expected .*, got one string"):
+            call("one text")
 
 
-def test_command_says_in_one_line_what_is_wrong(directory, tmp_path):
-    assert "expected a directory or a hub id" in one_line(command(tmp_path / "nowhere", "a"))
-    out = tmp_path / "vectors.npy"
-    message = one_line(command(directory, "a", "--dim", "99", "--out", out))
-    assert "dim: expected 1..24 (the width), got 99" in message
-    assert not out.exists()
+def test_progress_counts_texts(encoder, capsys):
+    encoder.encode(TEXTS, progress=True)
+    said = capsys.readouterr()
+    assert "encoding" in said.err and "texts/s" in said.err and said.out == ""
+    encoder.encode(TEXTS)
+    assert capsys.readouterr().err == ""
 
 
-def test_command_with_bytes_that_are_no_text(directory):
-    # Python hands them on as lone surrogates, arguments always, input where no locale is set.
-    one_line(command(directory, stdin=b"fine\n\xff\xfe broken\n"))
-    one_line(command(directory, b"\xff\xfe"))
+# ---- several devices ----
+
+
+def test_two_processes_give_the_same_in_order(encoder):
+    """One start for all of it: it takes seconds."""
+    several = replace(encoder, prompts={"query": "q: "}, max_tokens=40).on(["cpu", "cpu"])
+    with pytest.raises(ValueError, match=r"expected `with encoder.on\(devices\)`"):
+        several.encode(TEXTS)
+    texts = (TEXTS + HOSTILE) * 3
+    with several as both:
+        np.testing.assert_allclose(both.encode(texts), encoder.encode(texts), rtol=0, atol=1e-5)
+        exits = [1, 2, 3] * 19
+        np.testing.assert_allclose(
+            both.encode(texts, 5, exits), encoder.encode(texts, 5, exits), rtol=0, atol=1e-5
+        )
+        (part,) = both.stream(iter(TEXTS), 5, 2, 3, precision="ubinary")
+        np.testing.assert_array_equal(part, encoder.encode(TEXTS, 5, 2, 3, precision="ubinary"))
+        want = encoder.encode(["q: a"])
+        np.testing.assert_allclose(both.encode_query(["a"]), want, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="text 20: expected Unicode, got a lone surrogate"):
+            both.encode([*texts[:20], "\ud800"])
+        assert both.encode([]).shape == (0, 24)
+        processes = both.workers.processes
+        processes[1].kill()
+        with pytest.raises(ChildProcessError, match="worker cpu: it died, exit status -9"):
+            both.encode(texts)
+    assert not any(process.is_alive() for process in processes)

@@ -1,118 +1,24 @@
-"""Scores against hand computation, the grid against each cell alone, files and their mistakes, and
-the command as users run it."""
+"""The grid against each cell alone, search in chunks, what is shown, and the command as users run
+it."""
 
 import json
-import math
 import subprocess
 import sys
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from random_model import randomise
 
-from mlembed import config, evaluate, pretrained, tokenizer
+from mlembed import config, evaluate, pretrained, scores, tasks, tokenizer
 from mlembed.encode import Encoder
-from mlembed.evaluate import STS, Bitext
 from mlembed.model import Transformer
+from mlembed.tasks import STS, Bitext
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 LANGS = {"deu": "x{}x", "fra": "le {} {}"}
-
-# ---- scores ----
-
-
-def test_accuracy_by_hand():
-    """Rows at 0, 10 and 20 degrees against rows at 4, 6 and 90.
-
-    There: 0 -> 4 right, 10 -> 6 right, 20 -> 6 wrong. Back: 4 -> 0 right, 6 -> 10 right,
-    90 -> 20 right.
-    """
-
-    def at(*degrees):
-        return torch.tensor(
-            [[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees]
-        )
-
-    there, back = evaluate.accuracy(at(0, 10, 20), at(4, 6, 90))
-    assert (there, back) == (pytest.approx(2 / 3), 1.0)
-    assert evaluate.accuracy(at(4, 6, 90), at(0, 10, 20)) == (back, there)
-    assert evaluate.accuracy(at(0, 90), at(90, 0)) == (0.0, 0.0)
-
-
-def nearest(vectors, a, b):
-    """Share of rows a whose nearest among rows b is their own, in Python floats."""
-    right = 0
-    for i, row in enumerate(a):
-        cosines = [
-            np.dot(vectors[row], vectors[other])
-            / np.linalg.norm(vectors[row])
-            / np.linalg.norm(vectors[other])
-            for other in b
-        ]
-        right += int(np.argmax(cosines)) == i
-    return right / len(a)
-
-
-def test_bitext_means_over_languages_then_kinds():
-    """A language that lacks a kind counts in the others only, and every kind weighs the same."""
-    rng = np.random.default_rng(0)
-    task = Bitext("t", [], {})
-    groups = {("de", "date"): 7, ("fr", "date"): 3, ("de", "name"): 5}
-    vectors = []
-    for group, n in groups.items():
-        first = len(vectors)
-        english = rng.normal(size=(n, 6))
-        vectors += [*(english + 0.9 * rng.normal(size=(n, 6))), *english]
-        task.groups[group] = (first + np.arange(n), first + n + np.arange(n))
-    vectors = np.array(vectors)
-    there = {g: nearest(vectors, a, b) for g, (a, b) in task.groups.items()}
-    back = {g: nearest(vectors, b, a) for g, (a, b) in task.groups.items()}
-    both = {g: (there[g] + back[g]) / 2 for g in groups}
-    assert len(set(both.values())) == 3 and there != back  # else the means could be mixed up
-    date = (both["de", "date"] + both["fr", "date"]) / 2
-    name = both["de", "name"]
-    got = evaluate.score_bitext(task, torch.from_numpy(vectors * 3))
-    assert got["score"] == pytest.approx((date + name) / 2)
-    assert got["by_kind"] == pytest.approx({"date": date, "name": name})
-    assert got["by_language"] == pytest.approx(
-        {"de": (both["de", "date"] + both["de", "name"]) / 2, "fr": both["fr", "date"]}
-    )
-    for key, side in (("to_pivot", there), ("from_pivot", back)):
-        mean = ((side["de", "date"] + side["fr", "date"]) / 2 + side["de", "name"]) / 2
-        assert got[key] == pytest.approx(mean)
-
-
-def test_bitext_without_kinds_has_no_by_kind():
-    task = Bitext("t", [], {("de", ""): (np.arange(3), np.arange(3, 6))})
-    got = evaluate.score_bitext(task, torch.eye(3).repeat(2, 1))
-    assert got["by_kind"] == {} and got["score"] == 1.0 and got["by_language"] == {"de": 1.0}
-
-
-def test_sts_is_spearman():
-    """Without ties: 1 - 6 sum (rank difference)^2 / (n (n^2 - 1))."""
-    rng = np.random.default_rng(0)
-    n = 30
-    vectors = rng.normal(size=(2 * n, 8))
-    gold = rng.permutation(n) / 7
-    cosines = [
-        np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
-        for a, b in zip(vectors[0::2], vectors[1::2], strict=True)
-    ]
-    gaps = np.argsort(np.argsort(cosines)) - np.argsort(np.argsort(gold))
-    want = 1 - 6 * (gaps**2).sum() / (n * (n**2 - 1))
-    task = STS("s", ["x"] * 2 * n, gold)
-    got = evaluate.score_sts(task, torch.from_numpy(vectors))
-    assert got == {"score": pytest.approx(want)}
-    assert abs(want) < 0.9
-    order = np.sort(gold)[np.argsort(np.argsort(cosines))]
-    perfect = evaluate.score_sts(STS("s", task.texts, order), torch.from_numpy(vectors))
-    assert perfect["score"] == pytest.approx(1.0)
-
-
-# ---- files ----
+PRICE = ("latency_ms", "texts_per_second", "memory_mib")
 
 
 def tatoeba_directory(path):
@@ -124,141 +30,46 @@ def tatoeba_directory(path):
     return path
 
 
-def test_tatoeba(tmp_path):
-    (task,) = evaluate.read(str(tatoeba_directory(tmp_path / "tat")))
-    assert task.name == "tat" and set(task.groups) == {("deu", ""), ("fra", "")}
-    a, b = task.groups["fra", ""]
-    assert [task.texts[i] for i in b] == WORDS
-    assert [task.texts[i] for i in a] == [f"le {w} {w[::-1]}" for w in WORDS]
+def beir_directory(path):
+    """Queries of two words, documents of five."""
+    rng = np.random.default_rng(0)
+    (path / "qrels").mkdir(parents=True)
+    for name, size, n in (("queries", 2, 12), ("corpus", 5, 120)):
+        rows = [{"_id": f"{i}", "text": " ".join(rng.choice(WORDS, size))} for i in range(n)]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = [f"{i}\t{d}\t1" for i in range(12) for d in rng.choice(120, 4, False)]
+    lines = ["query-id\tcorpus-id\tscore", *judged]
+    (path / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return path
 
 
-def test_tatoeba_lines_end_where_files_say(tmp_path):
-    """Other separators of Unicode occur inside sentences; an empty line is a sentence, too."""
-    odd = ["a\u2028b", "c\x85d", "e\x0cf\x1cg", "", "h"]
-    (tmp_path / "tatoeba.abc-eng.abc").write_bytes(("\r\n".join(odd) + "\r\n").encode())
-    (tmp_path / "tatoeba.abc-eng.eng").write_text("1\n2\n3\n4\n5\n")
-    (task,) = evaluate.read(str(tmp_path))
-    a, b = task.groups["abc", ""]
-    assert [task.texts[i] for i in a] == odd
-    assert [task.texts[i] for i in b] == list("12345")
+def nearly(n, seed):
+    """n texts of eight words, and the same with one word or two replaced."""
+    rng = np.random.default_rng(seed)
+    texts = rng.choice(WORDS, (n, 8))
+    others = texts.copy()
+    for row, other in enumerate(others):
+        other[rng.choice(8, 1 + row % 2, False)] = rng.choice(WORDS, 1 + row % 2)
+    return [[" ".join(words) for words in side] for side in (texts, others)]
 
 
-@pytest.mark.parametrize("lines", ["", "one\n", "a\n" * 11])
-def test_tatoeba_of_unequal_length(lines, tmp_path):
-    directory = tatoeba_directory(tmp_path / "tat")
-    (directory / "tatoeba.deu-eng.deu").write_text(lines)
-    with pytest.raises(ValueError) as caught:
-        evaluate.read(str(directory))
-    assert "tatoeba.deu-eng.deu: expected as many lines as tatoeba.deu-eng.eng" in str(caught.value)
-    assert f"got {lines.count(chr(10))} and 10" in str(caught.value)
+def un_directory(path):
+    path.mkdir()
+    english, german = nearly(30, 1)
+    (path / "un.en-de.en").write_text("\n".join(english) + "\n")
+    (path / "un.en-de.de").write_text("\n".join(german) + "\n")
+    pool = [text for seed in (2, 3) for text in nearly(30, seed)[0]]
+    (path / "pool.de").write_text("\n".join(pool + german[:5]) + "\n")
+    return path
 
 
-def test_tatoeba_with_a_side_missing(tmp_path):
-    directory = tatoeba_directory(tmp_path / "tat")
-    (directory / "tatoeba.deu-eng.deu").unlink()
-    with pytest.raises(ValueError, match=r"expected tatoeba\.deu-eng\.deu beside it, found none"):
-        evaluate.read(str(directory))
-    only = tmp_path / "only"
-    only.mkdir()
-    (only / "tatoeba.deu-eng.deu").write_text("a\n")
-    with pytest.raises(ValueError, match=r"only: expected tatoeba\.xxx-eng\.eng, found none"):
-        evaluate.read(str(only))
-
-
-ROWS = [
-    {"id": "1", "lang": "eng", "text": "sea"},
-    {"id": "2", "lang": "eng", "text": "sun"},
-    {"id": "1", "lang": "deu", "text": "Meer"},
-    {"id": "2", "lang": "deu", "text": "Sonne"},
-    {"id": "2", "lang": "fra", "text": "soleil"},
-    {"id": "3", "lang": "fra", "text": "sans anglais"},
-]
-
-
-@pytest.mark.parametrize(
-    "suffix, key", [("jsonl", "id"), ("parquet", "id"), ("parquet", "verse_id")]
-)
-def test_nway_tables(suffix, key, tmp_path):
-    path = tmp_path / f"n.{suffix}"
-    rows = [{key if k == "id" else k: v for k, v in row.items()} for row in ROWS]
-    if suffix == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    (task,) = evaluate.read(str(path))
-    pairs = {
-        group: [(task.texts[i], task.texts[j]) for i, j in zip(*sides, strict=True)]
-        for group, sides in task.groups.items()
-    }
-    assert task.name == "n" and pairs == {
-        ("deu", ""): [("Meer", "sea"), ("Sonne", "sun")],
-        ("fra", ""): [("soleil", "sun")],
-    }
-
-
-def test_nway_keeps_kinds_apart():
-    rows = [
-        {"id": "1", "lang": lang, "text": f"{kind} {lang}", "kind": kind}
-        for kind in ("date", "name")
-        for lang in ("en", "de")
-    ]
-    task = evaluate.nway("n", rows)
-    assert {g: task.texts[b[0]] for g, (_, b) in task.groups.items()} == {
-        ("de", "date"): "date en",
-        ("de", "name"): "name en",
-    }
-
-
-def test_nway_errors(tmp_path):
-    with pytest.raises(ValueError, match="n: expected English .* among the languages"):
-        evaluate.nway("n", [row for row in ROWS if row["lang"] != "eng"])
-    with pytest.raises(ValueError, match="n: expected ids shared with eng, found none"):
-        evaluate.nway("n", ROWS[:2] + ROWS[5:])
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"query": "a", "positive": "b"}\n')
-    with pytest.raises(ValueError, match=r"p\.jsonl: expected an n-way table"):
-        evaluate.read(str(path))
-    with pytest.raises(ValueError, match="nothing, which does not exist"):
-        evaluate.read(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"none\.csv, which does not exist"):
-        evaluate.read(str(tmp_path / "none.csv"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"expected tatoeba.*found none"):
-        evaluate.read(str(tmp_path / "empty"))
-
-
-def test_sts_csv(tmp_path):
-    path = tmp_path / "s.csv"
-    path.write_text('sentence1,sentence2,score,x\n"a, b",c,4.5,1\n"d\ne",f,0,2\n', encoding="utf-8")
-    (task,) = evaluate.read(str(path))
-    assert task.name == "s" and task.texts == ["a, b", "c", "d\ne", "f"]
-    assert task.scores.tolist() == [4.5, 0.0]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("a,b,c\n1,2,3\n", r"s\.csv: expected columns sentence1, sentence2, score, no 'sentence1'"),
-        ("sentence1,sentence2\n1,2\n", r"s\.csv: expected columns .* no 'score'"),
-        ("sentence1,sentence2,score\na,b,1\na,b,high\n", r"s\.csv:3: score: .*number, got 'high'"),
-        ("sentence1,sentence2,score\na,b\n", r"s\.csv:2: score: expected a number, got None"),
-        ("score,sentence1,sentence2\n1,a,b\n2,c\n", r"s\.csv:3: .*sentence2.*got 'c', None"),
-        ("sentence1,sentence2,score\na,b,nan\n", r"s\.csv:2: .*score: expected .*number"),
-        ("sentence1,sentence2,score\n", r"s\.csv: expected rows, found none"),
-        ("", r"s\.csv: expected rows, found none"),
-    ],
-)
-def test_sts_csv_errors(content, message, tmp_path):
-    (tmp_path / "s.csv").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        evaluate.read(str(tmp_path / "s.csv"))
-
-
-def test_a_directory_of_tasks(tmp_path):
-    (tmp_path / "b.csv").write_text("sentence1,sentence2,score\na,b,1\n")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "notes.md").write_text("x")
-    assert [task.name for task in evaluate.read(str(tmp_path))] == ["a", "b"]
+def bucc_directory(path):
+    path.mkdir()
+    for side, texts in zip(("de", "en"), nearly(40, 4), strict=True):
+        lines = [f"{side}{i}\t{text}\n" for i, text in enumerate(texts)]
+        (path / f"de-en.dev.{side}").write_text("".join(lines))
+    (path / "de-en.dev.gold").write_text("".join(f"de{i}\ten{i}\n" for i in range(25)))
+    return path
 
 
 # ---- the grid ----
@@ -281,8 +92,7 @@ def directory(tmp_path_factory):
         matryoshka_dims=(4, 8, 32),
         ranks=(4, 8),
     )
-    torch.manual_seed(0)
-    pretrained.save(Transformer(cfg), path)
+    pretrained.save(randomise(Transformer(cfg)), path)
     tokenizer.save(learnt, path, 32)
     return path
 
@@ -293,48 +103,53 @@ def encoder(directory):
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def wanted(tmp_path_factory):
     path = tatoeba_directory(tmp_path_factory.mktemp("tasks") / "tat")
     texts = [f"{a} {b}" for a in WORDS for b in WORDS[:4]]
-    scores = np.random.default_rng(0).normal(size=len(texts) // 2)
-    return [*evaluate.read(str(path)), STS("sts", texts, scores)]
+    gold = np.random.default_rng(0).normal(size=len(texts) // 2)
+    return [*tasks.read(str(path)), STS("sts", texts, gold)]
 
 
 @pytest.fixture(scope="module")
-def cells(encoder, tasks):
-    return evaluate.grid(encoder, tasks)
+def cells(encoder, wanted):
+    return evaluate.grid(encoder, wanted)
 
 
-def alone(encoder, tasks, cell):
+def without_price(cells):
+    """What does not change from one run to the next."""
+    return [{k: v for k, v in cell.items() if k not in PRICE} for cell in cells]
+
+
+def alone(encoder, wanted, cell):
     found = {}
-    for task in tasks:
+    for task in wanted:
         unit = encoder.encode(task.texts, cell["dim"], cell["exit"], cell["rank"])
         assert unit.shape == (len(task.texts), cell["dim"])
-        score = evaluate.score_bitext if isinstance(task, Bitext) else evaluate.score_sts
+        score = scores.score_bitext if isinstance(task, Bitext) else scores.score_sts
         found[task.name] = score(task, torch.from_numpy(unit))
     return found
 
 
-def test_grid_is_each_cell_alone(encoder, tasks, cells):
+def test_grid_is_each_cell_alone(encoder, wanted, cells):
     keys = [(cell["rank"], cell["exit"], cell["dim"]) for cell in cells]
     assert keys == [(r, e, d) for r in (4, 8) for e in (1, 3) for d in (4, 8, 32)]
     for cell in cells:
-        for name, scores in alone(encoder, tasks, cell).items():
+        for name, want in alone(encoder, wanted, cell).items():
             got = cell["scores"][name]
-            assert got["score"] == pytest.approx(scores["score"], abs=1e-6)
-            assert got.get("by_language") == pytest.approx(scores.get("by_language"))
+            assert got["score"] == pytest.approx(want["score"], abs=1e-6)
+            assert got.get("by_language") == pytest.approx(want.get("by_language"))
     assert len({cell["scores"]["sts"]["score"] for cell in cells}) == len(cells)
 
 
-def test_grid_of_chosen_sizes(encoder, tasks, cells):
+def test_grid_of_chosen_sizes(encoder, wanted, cells):
     """Also ones that were never trained, and widths in any order."""
-    chosen = evaluate.grid(encoder, tasks, dims=[32, 5], exits=[2, 3], ranks=[3, 8])
+    chosen = evaluate.grid(encoder, wanted, [32, 5], [2, 3], [3, 8], costs=False)
     assert len(chosen) == 8
     for cell in chosen:
-        want = alone(encoder, tasks, cell)["sts"]["score"]
+        want = alone(encoder, wanted, cell)["sts"]["score"]
         assert cell["scores"]["sts"]["score"] == pytest.approx(want, abs=1e-6)
     (full,) = (c for c in chosen if (c["rank"], c["exit"], c["dim"]) == (8, 3, 32))
-    assert full == cells[-1]
+    assert full == without_price(cells)[-1]
 
 
 def test_costs(encoder, cells):
@@ -343,9 +158,15 @@ def test_costs(encoder, cells):
         assert cell["parameters"] == sum(p.numel() for p in small.parameters())
         vector = encoder.encode(["sea"], cell["dim"], cell["exit"], cell["rank"])[0]
         assert cell["bytes_per_vector"] == vector.nbytes
+    by_size = {}
+    for cell in cells:
+        by_size.setdefault((cell["exit"], cell["rank"]), set()).add(
+            tuple(cell[name] for name in PRICE)
+        )
+    assert len(by_size) == 4 and all(len(prices) == 1 for prices in by_size.values())
 
 
-def test_grid_of_a_plain_vocabulary(tasks):
+def test_grid_of_a_plain_vocabulary(wanted):
     learnt = tokenizer.train(WORDS, 300)
     cfg = config.Model(
         vocab_size=learnt.get_vocab_size(),
@@ -357,12 +178,12 @@ def test_grid_of_a_plain_vocabulary(tasks):
         intermediate_size=16,
     )
     encoder = Encoder(Transformer(cfg).eval(), learnt, 16)
-    cells = evaluate.grid(encoder, tasks[:1])
+    cells = evaluate.grid(encoder, wanted[:1])
     assert [(c["rank"], c["exit"], c["dim"]) for c in cells] == [(None, 1, 8), (None, 1, 16)]
     assert cells[0]["parameters"] == sum(p.numel() for p in encoder.model.parameters())
     assert "table" in evaluate.table(cells)
     with pytest.raises(ValueError, match="rank: expected none"):
-        evaluate.grid(encoder, tasks[:1], ranks=[4])
+        evaluate.grid(encoder, wanted[:1], ranks=[4])
 
 
 @pytest.mark.parametrize(
@@ -376,31 +197,81 @@ def test_grid_of_a_plain_vocabulary(tasks):
         (dict(ranks=[0]), r"rank: expected 1\.\.8"),
     ],
 )
-def test_sizes_that_the_model_lacks(encoder, tasks, sizes, message):
+def test_sizes_that_the_model_lacks(encoder, wanted, sizes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.grid(encoder, tasks, **sizes)
+        evaluate.grid(encoder, wanted, **sizes)
 
 
-def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "tatoeba.deu-eng.eng").write_text("sea\n")
-    (tmp_path / "tatoeba.deu-eng.deu").write_bytes(b"Meer \xff\n")
-    with pytest.raises(ValueError, match=r"tatoeba\.deu-eng\.deu: not UTF-8 at byte 5"):
-        evaluate.read(str(tmp_path))
-    (tmp_path / "bad.csv").write_bytes(b"sentence1,sentence2,score\n\xe9,b,1\n")
-    with pytest.raises(ValueError, match=r"bad\.csv: not UTF-8 at byte 26"):
-        evaluate.read(str(tmp_path / "bad.csv"))
+# ---- search ----
 
 
-def test_two_tasks_of_one_name(tmp_path):
-    rows = [{"id": "1", "lang": lang, "text": lang} for lang in ("eng", "deu")]
-    files = []
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        files.append(tmp_path / folder / "dev.jsonl")
-        files[-1].write_text("\n".join(map(json.dumps, rows)))
-    assert len(evaluate.read_all([str(files[0])])) == 1
-    with pytest.raises(ValueError, match="distinct file or directory names, got dev, dev"):
-        evaluate.read_all([str(file) for file in files])
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """One of each kind that is searched or mined."""
+    path = tmp_path_factory.mktemp("searched")
+    directories = (beir_directory(path / "b"), un_directory(path / "u"), bucc_directory(path / "m"))
+    return [task for directory in directories for task in tasks.read(str(directory))]
+
+
+def test_search_is_that_of_all_at_once(encoder, searched, monkeypatch):
+    """In chunks of any size, at every exit and dim of one pass; each alone, from full matrices."""
+    beir, un, bucc = searched
+    want = {}
+    for exit in (1, 3):
+        for dim in (4, 32):
+            documents = encoder.encode(list(beir.documents()), dim, exit, 8)
+            cosines = encoder.encode(beir.queries, dim, exit, 8) @ documents.T
+            rows = np.argsort(-cosines, axis=1)[:, :100]
+            near = np.take_along_axis(cosines, rows, 1)
+            ndcg = scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
+            side = un.sides["de"]
+            among = encoder.encode([*side.answers, *side.others()], dim, exit, 8)
+            best = (encoder.encode(side.queries, dim, exit, 8) @ among.T).argmax(1)
+            mined = scores.score_mining(
+                bucc, torch.tensor(encoder.encode(bucc.texts, dim, exit, 8))
+            )
+            p1 = scores.precision_at_1(best, side.answers)
+            want[exit, dim] = ndcg, p1, mined["score"]
+    assert all(len({column[i] for column in want.values()}) > 1 for i in range(3))
+    for chunk in (16_384, 7):
+        monkeypatch.setattr(evaluate, "DOCUMENTS", chunk)
+        for cell in evaluate.grid(encoder, searched, [4, 32], [1, 3], [8], costs=False):
+            got = [task["score"] for task in cell["scores"].values()]
+            assert got == pytest.approx(want[cell["exit"], cell["dim"]], abs=1e-6)
+    assert cell["scores"]["u"]["by_language"].keys() == {"de"}
+
+
+def test_vectors_of_many_texts_lie_in_a_file(encoder, searched, wanted, monkeypatch):
+    every = [searched[2], *wanted]
+    usual = evaluate.grid(encoder, every, costs=False)
+    monkeypatch.setattr(evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(evaluate, "DOCUMENTS", 6)
+    for cell, other in zip(evaluate.grid(encoder, every, costs=False), usual, strict=True):
+        for name, result in cell["scores"].items():
+            assert result["score"] == pytest.approx(other["scores"][name]["score"], abs=1e-6)
+
+
+def test_prompts_go_before_queries_and_documents(encoder, searched):
+    """The encoder's own, or others; not before pairs of translations."""
+    beir, un, _ = searched
+    sizes = [32], [3], [8]
+
+    def ndcg(encoder, **options):
+        (cell,) = evaluate.grid(encoder, [beir, un], *sizes, costs=False, **options)
+        return cell["scores"]["b"]["score"], cell["scores"]["u"]["score"]
+
+    plain = ndcg(encoder)
+    prompts = {"query": "sun sun sun ", "document": "tree "}
+    own = evaluate.Encoder(encoder.model, encoder.tokenizer, 32, prompts=prompts)
+    queries = encoder.encode([f"sun sun sun {text}" for text in beir.queries], *(32, 3, 8))
+    documents = encoder.encode([f"tree {text}" for text in beir.documents()], *(32, 3, 8))
+    cosines = queries @ documents.T
+    rows = np.argsort(-cosines, axis=1)[:, :100]
+    near = np.take_along_axis(cosines, rows, 1)
+    want = scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
+    assert ndcg(own) == (pytest.approx(want, abs=1e-6), plain[1]) and want != plain[0]
+    assert ndcg(encoder, prompts=prompts) == ndcg(own)
+    assert ndcg(own, prompts={}) == plain
 
 
 # ---- showing ----
@@ -408,8 +279,8 @@ def test_two_tasks_of_one_name(tmp_path):
 
 def test_mean_score_is_over_tasks(cells):
     for cell in cells:
-        scores = [task["score"] for task in cell["scores"].values()]
-        assert evaluate.mean_score(cell) == pytest.approx(100 * (scores[0] + scores[1]) / 2)
+        first, second = (task["score"] for task in cell["scores"].values())
+        assert evaluate.mean_score(cell) == pytest.approx(100 * (first + second) / 2)
 
 
 def test_table(cells):
@@ -418,11 +289,11 @@ def test_table(cells):
     assert sizes.split() == ["16B", "32B", "128B"]
     assert len(rows) == 4
     for row, begin in zip(rows, range(0, 12, 3), strict=True):
-        rank, exit, parameters, *scores = row.split()
+        rank, exit, parameters, *shown = row.split()
         group = cells[begin : begin + 3]
         assert (int(rank), int(exit)) == (group[0]["rank"], group[0]["exit"])
         assert parameters == f"{group[0]['parameters'] / 1e6:.2f}M"
-        assert scores == [f"{evaluate.mean_score(cell):.1f}" for cell in group]
+        assert shown == [f"{evaluate.mean_score(cell):.1f}" for cell in group]
     assert len({len(row) for row in (columns, sizes, *rows)}) == 1  # columns stand under each other
 
 
@@ -456,6 +327,39 @@ def test_report_of_scores_that_are_all_zero(cells, tmp_path):
         image.verify()
 
 
+def test_prices(cells):
+    head, *rows = evaluate.prices(cells).splitlines()
+    assert len(rows) == 4 and "ms a short text" in head
+    rank, exit, latency, rate, memory = rows[1].split()
+    cell = cells[3]
+    assert (int(rank), int(exit)) == (cell["rank"], cell["exit"])
+    assert latency == f"{cell['latency_ms']:.2f}" and memory == f"{cell['memory_mib']:.1f}"
+    assert rate == f"{cell['texts_per_second']:.0f}"
+    assert evaluate.prices(without_price(cells)) == ""
+
+
+def test_details():
+    found = {
+        "t": {
+            "score": 0.5,
+            "to_pivot": 0.25,
+            "by_language": {"de": 1.0},
+            "means": {"14": {"languages": 14, "accuracy": 0.75}, "36": {"languages": 30}},
+        },
+        "m": {
+            "score": 0.5,
+            "by_margin": {"ratio": {"fwd": 0.125, "max": 0.5}},
+            "splits": {"de": "threshold of dev, scores of dev"},
+        },
+    }
+    assert evaluate.details(found).splitlines()[1:] == [
+        "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: 30 of them are here",
+        "    F1 by ratio: fwd 12.5, max 50.0",
+        "    de: threshold of dev, scores of dev",
+    ]
+    assert evaluate.details({"t": {"score": 0.5}}) == ""
+
+
 # ---- the command ----
 
 
@@ -471,10 +375,13 @@ def test_command(directory, tmp_path, encoder):
     sizes = ["--dim", 8, 32, "--exit", 1, "--rank", 8]
     done = command(directory, "--data", data, *sizes, "--out", out)
     assert done.returncode == 0, done.stderr
-    want = evaluate.grid(encoder, evaluate.read(str(data)), [8, 32], [1], [8])
-    assert done.stdout.startswith(evaluate.table(want) + "\n")
+    want = evaluate.grid(encoder, tasks.read(str(data)), [8, 32], [1], [8], costs=False)
+    assert done.stdout.startswith(evaluate.table(want) + "\n\n")
+    assert "to_pivot" in done.stdout and "mean of 36 languages: 2 of them" in done.stdout
     stored = json.loads((out / "grid.json").read_text())
-    assert stored == {"model": str(directory), "data": [str(data)], "cells": want}
+    assert without_price(stored.pop("cells")) == want
+    assert (stored["model"], stored["data"]) == (str(directory), [str(data)])
+    assert stored["device"].startswith("cpu") and stored["commit"]
     with Image.open(out / "grid.png") as image:
         image.verify()
 
@@ -505,3 +412,39 @@ def test_command_refuses_an_existing_out(directory, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: out: expected a new directory, got {out}, which exists\n"
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_command_with_a_funnel(directory, tmp_path, encoder):
+    beir, other = beir_directory(tmp_path / "b"), un_directory(tmp_path / "u")
+    out = tmp_path / "report"
+    given = ["--dim", 32, "--exit", 3, "--rank", 8, "--funnel", "4:1:8", "--shortlist", 20]
+    prompts = ["--query-prompt", "sun ", "--document-prompt", "tree "]
+    done = command(directory, "--data", beir, other, *given, *prompts, "--out", out)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((out / "grid.json").read_text())
+    (task,) = tasks.read(str(beir))
+    texts = {"query": "sun ", "document": "tree "}
+    want = evaluate.score_funnel(encoder, task, (4, 1, 8), 20, texts)
+    assert stored["funnel"] == {"small": [4, 1, 8], "shortlist": 20, "b": pytest.approx(want)}
+    (cell,) = stored["cells"]
+    assert cell["scores"]["b"]["score"] == pytest.approx(want["full"])
+    assert want["small"] != want["full"] and 0 < want["scanned"] < 1
+    line = next(line for line in done.stdout.splitlines() if "%" in line and "b " in line)
+    assert f"{100 * want['funnel']:.1f}" in line
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--funnel", "4:1"], "funnel: expected retrieval among --data, got none"),
+        (
+            ["--funnel", "4:1:2:3"],
+            "funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got '4:1:2:3'",
+        ),
+    ],
+)
+def test_command_refuses_a_funnel_of_nothing(args, message, directory, tmp_path):
+    data = tatoeba_directory(tmp_path / "tat")
+    done = command(directory, "--data", data, *args)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip().splitlines()[-1] == f"error: {message}"

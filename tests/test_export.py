@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,72 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from random_model import randomise
+from export_models import CORNERS, MAX_LENGTH, TEXTS, build, tokens_of
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Model
 
-from mlembed import config, pretrained, tokenizer
+from mlembed import export as exporting
+from mlembed import pretrained, tokenizer
 from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.model import Transformer
-
-TRAINED_ON = [
-    "Wednesday, May 4, 2050",
-    "2050 թ. մայիսի 4, չորեքշաբթի",
-    "বুধবার, ৪ মে, ২০৫০",
-    "比利时、哈萨克斯坦或赞比亚",
-    "один два три четыре пять",
-]
-# From no token but EOS to ten times max_length, in several scripts; unseen bytes; space around a
-# text, which readers must not strip; a special token's name.
-TEXTS = [
-    "",
-    "a",
-    "one two",
-    *TRAINED_ON,
-    "in 1 hour 🙂",
-    "  space around \n",
-    "<|endoftext|> in a text",
-    "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
-    " ".join(str(i) for i in range(100)),
-    "long " * 60,
-]
-MAX_LENGTH = 24
-# Width 24, 3 layers, rank 11: the full size, the smallest of all, and both mixed corners.
-CORNERS = [(24, 3, 11), (5, 1, 3), (5, 3, 3), (24, 1, 11)]
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    return tokenizer.train(TRAINED_ON * 2, 290)
-
-
-def build(tokens, **changes) -> Encoder:
-    cfg = config.Model(
-        **{
-            "vocab_size": tokens.get_vocab_size(),
-            "hidden_size": 24,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "intermediate_size": 37,
-            "rope_theta": 700.0,
-            "max_position_embeddings": 64,
-            "exits": (1, 3),
-            "matryoshka_dims": (5, 12, 24),
-            "ranks": (3, 11),
-            **changes,
-        }
-    )
-    return Encoder(randomise(Transformer(cfg)), tokens, MAX_LENGTH)
+    return tokens_of("qwen3")
 
 
 @pytest.fixture(scope="module")
 def encoder(tokens) -> Encoder:
-    return build(tokens)
+    return build(tokens=tokens)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +79,7 @@ def agree(encoder: Encoder, out: Path, dim: int, exit: int, rank: int | None) ->
 @pytest.mark.parametrize("corner", CORNERS, ids=str)
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_readers_agree_at_the_corners(tokens, pooling, corner, tmp_path):
-    encoder = build(tokens, pooling=pooling)
+    encoder = build(tokens=tokens, pooling=pooling)
     worst = export(encoder, tmp_path / "out", *corner)
     assert 0 <= worst < 1e-5
     agree(encoder, tmp_path / "out", *corner)
@@ -148,7 +100,7 @@ def test_readers_agree_at_the_corners(tokens, pooling, corner, tmp_path):
     ids=str,
 )
 def test_readers_agree_on_other_kinds(tokens, changes, corner, tmp_path):
-    encoder = build(tokens, **changes)
+    encoder = build(tokens=tokens, **changes)
     export(encoder, tmp_path / "out", *corner)
     agree(encoder, tmp_path / "out", *corner)
 
@@ -225,7 +177,7 @@ def test_sentence_transformers_settings(smallest):
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 def test_pooling_is_one_of_six_booleans(tokens, pooling, tmp_path):
-    export(build(tokens, pooling=pooling), tmp_path / "out", 5, 1, 3)
+    export(build(tokens=tokens, pooling=pooling), tmp_path / "out", 5, 1, 3)
     stored = read(tmp_path / "out" / "1_Pooling" / "config.json")
     modes = {key: value for key, value in stored.items() if key.startswith("pooling_mode_")}
     true = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}[pooling]
@@ -267,24 +219,6 @@ def test_tokenizer_is_portable(encoder, smallest):
     assert 1 in lengths and MAX_LENGTH in lengths and len(lengths) >= 6
 
 
-def test_card_names_what_is_in_the_directory(smallest):
-    card = (smallest / "README.md").read_text(encoding="utf-8")
-    _, front, body = card.split("---\n", 2)
-    matter = yaml.safe_load(front)
-    assert matter["library_name"] == "sentence-transformers"
-    assert matter["pipeline_tag"] == "sentence-similarity"
-    assert {"sentence-transformers", "matryoshka"} <= set(matter["tags"])
-    words = " ".join(body.split())
-    assert "# smallest" in body
-    assert "1 of 3 layers" in words and "width 5 of 24" in words and "rank 3" in words
-
-
-def test_card_promises_no_prefix_wider_than_the_vectors(smallest):
-    body = (smallest / "README.md").read_text(encoding="utf-8")
-    prefixes = re.findall(r"vectors too \(([\d, ]*)\)", body)
-    assert all(int(d) <= 5 for group in prefixes for d in group.split(","))
-
-
 def test_reload_keeps_the_nesting(encoder, tmp_path):
     # Factors lie beside the merged table: what is left of exits and ranks can be cut again.
     out = tmp_path / "out"
@@ -304,6 +238,53 @@ def test_reload_keeps_the_nesting(encoder, tmp_path):
         encoder.encode(TEXTS, 5, 1, 3),
         rtol=0,
         atol=1e-5,
+    )
+
+
+def test_prompts_go_by_name(tokens, tmp_path):
+    prompts = {"query": "Instruct: find\nQuery: ", "sts": "vergleiche: "}
+    encoder = replace(build(tokens=tokens), prompts=prompts)
+    export(encoder, tmp_path / "out", 12, 2, 7)
+    assert read(tmp_path / "out" / "config_sentence_transformers.json")["prompts"] == {
+        "query": "Instruct: find\nQuery: ",
+        "document": "",  # MTEB asks for both
+        "sts": "vergleiche: ",
+    }
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)
+    again = Encoder.load(str(tmp_path / "out"), "cpu")
+    assert again.prompts["query"] == prompts["query"]
+    for ours in (encoder, again):
+        np.testing.assert_allclose(
+            theirs.encode_query(TEXTS), ours.encode_query(TEXTS, 12, 2, 7), rtol=0, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            theirs.encode_document(TEXTS), ours.encode_document(TEXTS, 12, 2, 7), rtol=0, atol=1e-5
+        )
+        named = theirs.encode(TEXTS, prompt_name="sts")
+        by_name = ours.encode(TEXTS, 12, 2, 7, prompt_name="sts")
+        np.testing.assert_allclose(named, by_name, rtol=0, atol=1e-5)
+    assert np.abs(named - theirs.encode_query(TEXTS)).max() > 1e-2  # prompts count
+
+
+def test_large_weights_are_split(encoder, tmp_path):
+    out = tmp_path / "out"
+    export(encoder, out)
+    whole = load_file(out / "model.safetensors")
+    most = max(w.numel() * 4 for w in whole.values()) + 1000  # the largest tensor is the table
+    exporting.split(out, most)
+    assert not (out / "model.safetensors").exists()
+    files = sorted(out.glob("model-*-of-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    found = {file.name: load_file(file) for file in files}
+    for weights in found.values():
+        assert sum(w.numel() * 4 for w in weights.values()) <= most
+    index = read(out / "model.safetensors.index.json")
+    assert index["weight_map"] == {name: file for file, some in found.items() for name in some}
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
+    agree(encoder, out, 24, 3, 11)
+    np.testing.assert_array_equal(
+        Encoder.load(str(out), "cpu").encode(TEXTS), encoder.encode(TEXTS)
     )
 
 
@@ -336,7 +317,20 @@ def test_cuts_that_the_model_lacks(encoder, cut, message, tmp_path):
 
 def test_rank_of_a_plain_table(tokens, tmp_path):
     with pytest.raises(ValueError, match="rank: expected none .*plain table"):
-        export(build(tokens, ranks=()), tmp_path / "out", rank=3)
+        export(build(tokens=tokens, ranks=()), tmp_path / "out", rank=3)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("gguf", r"got gguf, which llama\.cpp makes .* convert_hf_to_gguf\.py .*out"),
+        ("tflite", "format: expected sentence-transformers or onnx, got tflite"),
+    ],
+)
+def test_formats_that_there_are_not(encoder, format, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(encoder, tmp_path / "out", formats=("onnx", format))
     assert tree(tmp_path) == {}
 
 
@@ -368,14 +362,14 @@ def test_empty_places_are_used(encoder, tmp_path):
 def test_a_failed_export_leaves_nothing(tokens, tmp_path):
     # Fails in the last check, with all files written: the tokenizer knows more tokens than the
     # model has rows.
-    broken = build(tokens, vocab_size=60)
+    broken = build(tokens=tokens, vocab_size=60)
     with pytest.raises((ValueError, IndexError)):
         export(broken, tmp_path / "out", 5, 1, 3)
     assert tree(tmp_path) == {}
 
 
 def test_a_failed_export_leaves_no_parents(tokens, tmp_path):
-    broken = build(tokens, vocab_size=60)
+    broken = build(tokens=tokens, vocab_size=60)
     with pytest.raises((ValueError, IndexError)):
         export(broken, tmp_path / "new" / "out", 5, 1, 3)
     assert tree(tmp_path) == {}
@@ -385,7 +379,7 @@ def test_a_failed_export_leaves_no_parents(tokens, tmp_path):
 def test_not_a_number_is_never_exported(tokens, where, tmp_path):
     # A diverged run; and (U) only the padding token's row, which our packed texts never read but
     # a reader that pads may.
-    broken = build(tokens)
+    broken = build(tokens=tokens)
     with torch.no_grad():
         weight = broken.model.get_parameter(where)
         weight[tokens.token_to_id(tokenizer.PAD)] = torch.nan
@@ -402,7 +396,7 @@ def test_a_bf16_encoder_is_checked_in_fp32(encoder, tmp_path):
 
 
 def test_an_encoder_whose_attention_has_no_fp32(tokens, tmp_path):
-    varlen = build(tokens, attention="varlen")  # half precision on CUDA alone
+    varlen = build(tokens=tokens, attention="varlen")  # half precision on CUDA alone
     assert export(varlen, tmp_path / "out", 5, 1, 3) < 1e-5
     assert varlen.model.cfg.attention == "varlen"  # of the encoder itself nothing changes
     assert Encoder.load(str(tmp_path / "out"), "cpu").model.cfg.attention == "auto"

@@ -28,10 +28,10 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
     {"attention_interface", "bank", "charts", "checkpoint", "cldr", "distributed", "languages"}
-    | {"pack", "rows", "strict", "vectors", "workers"},
+    | {"pack", "page", "rows", "strict", "vectors", "workers"},
     {"config", "layouts", "stored", "tokenizer"},
     {"blocks", "depth", "log", "shapes", "sources"},
-    {"model", "recipes", "streams", "tasks", "teacher", "tokens"},
+    {"model", "recipes", "results", "streams", "tasks", "teacher", "tokens"},
     {"arguments", "data", "guards", "resume", "ring", "scores"},
     {"activations", "engine", "pretrained", "optim", "loss", "distill"},
     {"encode", "gradcache"},

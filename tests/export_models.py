@@ -1,0 +1,85 @@
+"""Random models of every kind that is exported, and texts that tell them apart."""
+
+from random_model import randomise
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+
+from mlembed import config, tokenizer
+from mlembed.encode import Encoder
+from mlembed.model import Transformer
+
+TRAINED_ON = [
+    "Wednesday, May 4, 2050",
+    "2050 թ. մայիսի 4, չորեքշաբթի",
+    "বুধবার, ৪ মে, ২০৫০",
+    "比利时、哈萨克斯坦或赞比亚",
+    "один два три четыре пять",
+]
+# From no token but EOS to ten times max_length, in several scripts; unseen bytes; space around a
+# text, which readers must not strip; a special token's name.
+TEXTS = [
+    "",
+    "a",
+    "one two",
+    *TRAINED_ON,
+    "in 1 hour 🙂",
+    "  space around \n",
+    "<|endoftext|> in a text",
+    "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
+    " ".join(str(i) for i in range(100)),
+    "long " * 60,
+]
+MAX_LENGTH = 24
+# Width 24, 3 layers, rank 11: the full size, the smallest of all, and both mixed corners.
+CORNERS = [(24, 3, 11), (5, 1, 3), (5, 3, 3), (24, 1, 11)]
+SHAPE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 37,
+    "rope_theta": 700.0,
+    "max_position_embeddings": 64,
+    "exits": (1, 3),
+    "matryoshka_dims": (5, 12, 24),
+    "ranks": (3, 11),
+}
+BERT = {"style": "bert", "causal": False, "num_key_value_heads": 4, "head_dim": 6}
+# LaBSE's, MiniLM's and GTE's, and XLM-R's shape, beside Qwen3's as it is and looking both ways.
+KINDS = {
+    "qwen3": {},
+    "qwen3 both ways": {"causal": False, "pooling": "mean"},
+    "bert": {**BERT, "pooling": "pooler"},
+    "minilm": {**BERT, "pooling": "mean"},
+    "xlm-roberta": {**BERT, "pooling": "cls", "position_offset": 2, "type_vocab_size": 1},
+}
+
+
+def tokens_of(kind: str) -> Tokenizer:
+    """A tokenizer as such models have: texts end in EOS, or are between two tokens."""
+    if "qwen3" in kind:
+        return tokenizer.train(TRAINED_ON * 2, 290)
+    # XLM-R counts positions by its padding token, which is the second.
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if kind != "xlm-roberta":
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    first, last = (special[0], special[2]) if kind == "xlm-roberta" else special[2:]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TRAINED_ON * 2, trainer)
+    ends = [(token, made.token_to_id(token)) for token in (first, last)]
+    made.post_processor = TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
+    return made
+
+
+def build(kind: str = "qwen3", tokens: Tokenizer | None = None, **changes) -> Encoder:
+    """An encoder of one of KINDS, with changes to its shape."""
+    tokens = tokens or tokens_of(kind)
+    shape = {"vocab_size": tokens.get_vocab_size(), **SHAPE, **KINDS[kind], **changes}
+    return Encoder(randomise(Transformer(config.Model(**shape))), tokens, MAX_LENGTH)

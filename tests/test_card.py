@@ -1,0 +1,196 @@
+"""Model cards: what the hub reads, what a run recorded and nothing else, and snippets that run."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from export_models import KINDS, build
+from huggingface_hub import ModelCard
+
+from mlembed import card, config, strict
+from mlembed.export import export
+
+GRID = {
+    "commit": "abc1234",
+    "device": "cpu, 2 threads",
+    "texts_by_language": {"de": 1200, "zh_Hant": 30, "hy": 4},
+    "cells": [
+        {
+            "dim": dim,
+            "exit": exit,
+            "rank": rank,
+            "parameters": 1000 * exit * rank,
+            "bytes_per_vector": 4 * dim,
+            "latency_ms": 1.25 * exit,
+            "scores": {"names": {"score": (dim + exit + rank) / 100, "by_language": {"am": 0.5}}},
+        }
+        for rank in (3, 11)
+        for exit in (1, 3)
+        for dim in (5, 24)
+    ],
+}
+RUN = config.Run(
+    name="second",
+    output_dir="/home/somebody/runs",
+    data=("cldr", "/home/somebody/secret/pairs.jsonl"),
+    sources=(config.Source(path="owner/questions", prompt="Q: ", task="retrieval"),),
+    init="owner/base-model",
+    steps=77,
+    optim=config.Optim(lr=3e-4),
+)
+
+
+def a_run(directory: Path, run: config.Run = RUN, grid: dict | None = GRID) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(strict.to_dict(run)), encoding="utf-8")
+    if grid is not None:
+        (directory / "report").mkdir()
+        (directory / "report" / "grid.json").write_text(json.dumps(grid), encoding="utf-8")
+    return directory
+
+
+def made(encoder, source: Path | str, cut=(5, 1, 3), **options) -> ModelCard:
+    of = card.origin(str(source))
+    formats = options.pop("formats", ("sentence-transformers",))
+    text = card.write(encoder, card.Cut("small", *cut, formats), of, **options)
+    return ModelCard(text)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build()
+
+
+def test_front_matter(encoder, tmp_path):
+    read = made(encoder, a_run(tmp_path / "run"), license="apache-2.0").data.to_dict()
+    assert read["library_name"] == "sentence-transformers"
+    assert read["pipeline_tag"] == "sentence-similarity"
+    assert {"sentence-transformers", "matryoshka", "multilingual"} <= set(read["tags"])
+    assert read["license"] == "apache-2.0" and read["base_model"] == "owner/base-model"
+    # Codes as the hub has them, without scripts: of training texts and of evaluations.
+    assert read["language"] == ["multilingual", "am", "de", "hy", "zh"]
+
+
+def test_nothing_is_made_up(encoder, tmp_path):
+    (tmp_path / "model").mkdir()
+    for source in ("", tmp_path / "model", "owner/some-model"):
+        read = made(encoder, source)
+        matter = read.data.to_dict()
+        for key in ("license", "language", "base_model", "datasets"):
+            assert matter.get(key) is None, key
+        assert "its training is not recorded" in read.text
+        assert "these weights: not recorded" in read.text
+        assert "## Scores\n\nNot recorded." in read.text
+        assert "## Languages\n\nNot recorded." in read.text
+        assert "config.json" not in read.text and "train.py" not in read.text
+    assert "Exported from owner/some-model" in read.text
+
+
+def rows(text: str, title: str) -> list[list[str]]:
+    """Cells of the first table below a heading."""
+    part = text.split(f"## {title}\n", 1)[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_grid_marks_what_was_exported(encoder, tmp_path):
+    run = a_run(tmp_path / "run")
+    head, _, *table = rows(made(encoder, run).text, "Scores")
+    assert head == ["rank", "exit", "parameters", "ms a text", "5 wide", "24 wide"]
+    assert table[0] == ["3", "1", "0.00 M", "1.25", "**9.0**", "28.0"]
+    assert [row[:2] for row in table] == [["3", "1"], ["3", "3"], ["11", "1"], ["11", "3"]]
+    assert table[-1][3:] == ["3.75", "19.0", "38.0"]
+    # The stored rank is the highest.
+    text = made(encoder, run, (24, 3, None)).text
+    assert (
+        rows(text, "Scores")[-1][-1] == "**38.0**" and len(re.findall(r"\*\*[\d.]+\*\*", text)) == 1
+    )
+    text = made(encoder, run, (6, 1, 3)).text  # a width between those scored
+    assert "was not scored" in text and "**" not in text.split("## Scores")[1].split("## How")[0]
+
+
+def test_a_plain_table_and_an_older_report(tmp_path):
+    encoder = build(ranks=())
+    cells = [{**one, "rank": None} for one in GRID["cells"][:4]]
+    cells = [{k: v for k, v in one.items() if k != "latency_ms"} for one in cells]
+    text = made(encoder, a_run(tmp_path / "run", grid={"cells": cells}), (24, 1, None)).text
+    head, _, *table = rows(text, "Scores")
+    assert head == ["rank", "exit", "parameters", "5 wide", "24 wide"]
+    assert table[0][0] == "table" and table[0][-1] == "**28.0**"
+    assert "vocabulary table" in text and "--rank" not in text
+    assert "of the training run: not recorded" in text
+
+
+def test_how_it_was_made(encoder, tmp_path):
+    run = a_run(tmp_path / "run")
+    text = made(encoder, run, (5, 1, 3), formats=("sentence-transformers", "onnx")).text
+    command = "python -m mlembed.export runs/second small --dim 5 --exit 1 --rank 3"
+    assert f"{command} --format sentence-transformers onnx\n" in text
+    assert "training run: abc1234" in text and re.search(r"torch 2\.\d", text)
+    assert "Began from owner/base-model." in text
+    # The configuration in the card is the run's, without where it was on that machine.
+    (written,) = re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)
+    (tmp_path / "again.json").write_text(written, encoding="utf-8")
+    again = config.load(tmp_path / "again.json")
+    assert again == replace(RUN, output_dir="runs", data=("cldr", "pairs.jsonl"))
+    assert "somebody" not in text and "secret" not in text
+    sources = rows(text, "How it was made")[2:]
+    assert [row[0] for row in sources] == ["cldr", "pairs", "questions"]
+    assert [row[2] for row in sources] == ["Unicode License V3", "not recorded", "not recorded"]
+
+
+def test_languages_by_name(encoder, tmp_path):
+    text = made(encoder, a_run(tmp_path / "run")).text
+    part = text.split("## Languages\n")[1]
+    assert "(3): German 1,200, Chinese (Traditional) 30, Armenian 4." in part
+    assert "Scored in 1: Amharic." in part
+
+
+def test_where_a_run_is_found(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "runs" / "second")
+    for part in ("model", "checkpoints/step_00000077"):
+        (run / part).mkdir(parents=True)
+        (run / part / "config.json").write_text('{"model_type": "qwen3"}')
+    monkeypatch.chdir(tmp_path)
+    for source in ("runs/second", "runs/second/model", "runs/second/checkpoints/step_00000077"):
+        for path in (source, str(tmp_path / source)):
+            assert card.origin(path).name == "second" and card.origin(path).grid == GRID
+    exported = tmp_path / "runs" / "second" / "cut"  # some model that lies beside, of elsewhere
+    exported.mkdir()
+    assert card.origin(str(exported)).run == {}
+    (run / "report" / "grid.json").write_text("{")
+    with pytest.raises(ValueError, match=r"grid\.json:1: not json"):
+        card.origin(str(run))
+
+
+def test_the_base_model_of_a_second_stage(encoder, tmp_path):
+    first = a_run(tmp_path / "first")
+    second = a_run(tmp_path / "second", replace(RUN, init=str(first)))
+    assert made(encoder, second).data.base_model == "owner/base-model"
+    third = a_run(tmp_path / "third", replace(RUN, init=str(tmp_path / "first" / "report")))
+    assert made(encoder, third).data.base_model is None  # a directory, of which nothing is known
+
+
+@pytest.mark.parametrize("prompt", ["", 'Instruct: "find"\nQuery: '])
+@pytest.mark.parametrize("kind", KINDS)
+def test_snippets_run_and_agree(kind, prompt, tmp_path, monkeypatch):
+    if prompt and kind != "qwen3":
+        pytest.skip("prompts are the same of every kind")
+    encoder = replace(build(kind), prompts={"query": prompt} if prompt else {})
+    formats = ("sentence-transformers", "onnx") if prompt else ("sentence-transformers",)
+    export(encoder, tmp_path / "small", 5, 1, 3, formats=formats)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)\n```", Path("small/README.md").read_text(), re.DOTALL)
+    assert len(snippets) == (4 if prompt else 3)
+    found = []
+    for snippet in snippets:
+        space: dict = {}
+        exec(snippet, space)
+        found.append(np.asarray(space["vectors"]))
+    texts = json.loads(f"[{card.TEXTS}]")
+    ours = encoder.encode([prompt + text for text in texts], 5, 1, 3)
+    for vectors in found:
+        np.testing.assert_allclose(vectors, ours, rtol=0, atol=1e-5)

@@ -1,0 +1,238 @@
+"""python -m mlembed.encode as a user runs it: what goes in and out, what is refused, and memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tyro
+from random_model import randomise
+
+from mlembed import config, pretrained, tokenizer
+from mlembed.encode import Encoder, main
+from mlembed.model import Transformer
+from mlembed.vectors import Quantiser
+
+TEXTS = [
+    "Wednesday, May 4, 2050",
+    "",
+    "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
+    "in 1 hour 🙂",
+]
+HEAD = [sys.executable, "-m", "mlembed.encode"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("MLEMBED_TRACEBACK", None)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    tokens = tokenizer.train(TEXTS * 2, 300)
+    cfg = config.Model(
+        vocab_size=tokens.get_vocab_size(),
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        intermediate_size=37,
+        max_position_embeddings=64,
+        exits=(1, 3),
+        matryoshka_dims=(5, 12, 24),
+        ranks=(3, 11),
+    )
+    return Encoder(randomise(Transformer(cfg)), tokens, 24, prompts={"query": "q: "})
+
+
+@pytest.fixture(scope="module")
+def directory(encoder, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    pretrained.save(encoder.model, path)
+    tokenizer.save(encoder.tokenizer, path, 24)
+    settings = path / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"prompts": encoder.prompts}))
+    return path
+
+
+def command(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*HEAD, *arguments], input=stdin, capture_output=True, env=ENVIRONMENT, timeout=240
+    )
+
+
+def good(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    done = command(*arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr.decode()
+    return done
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The error of a failed command: one line, status 1, nothing on standard output."""
+    message = done.stderr.decode()
+    assert done.returncode == 1, message
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    assert done.stdout == b""
+    return message
+
+
+def test_prints_vectors_of_its_arguments(encoder, directory):
+    texts = [TEXTS[0], "", TEXTS[3]]
+    done = good(directory, *texts, "--dim", "5", "--exit", "2", "--rank", "7", "--prompt", "x: ")
+    printed = np.array([line.split() for line in done.stdout.decode().splitlines()], dtype=float)
+    want = encoder.encode(texts, 5, 2, 7, prompt="x: ")
+    np.testing.assert_allclose(printed, want, rtol=0, atol=1e-5)
+    assert done.stderr == b""
+
+
+def test_lines_to_npy(encoder, directory, tmp_path):
+    # An empty line is a text; the last line has no end; a name without .npy stays as it is.
+    out = tmp_path / "vectors.bin"
+    done = good(directory, "--out", out, "--prompt-name", "query", stdin="\n".join(TEXTS).encode())
+    assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.bin"]
+    assert f"{out}: 4 x 24 float32, " in done.stderr.decode()
+    vectors = np.load(out)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, encoder.encode_query(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_parquet_to_parquet_on_two_devices_and_later_by_its_ranges(encoder, directory, tmp_path):
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table({"id": range(4), "body": TEXTS}), source)
+    options = ("--column", "body", "--precision", "int8", "--keep-text")
+    good(directory, "--input", source, *options, "--out", out, "--device", "cpu", "cpu")
+    plain = encoder.encode(TEXTS)
+    ranges = np.load(tmp_path / "out.parquet.ranges.npy")
+    np.testing.assert_allclose(ranges, [plain.min(0), plain.max(0)], rtol=0, atol=1e-6)
+    table = pq.read_table(out)
+    assert table["text"].to_pylist() == TEXTS
+    assert table.schema.field("embedding").type == pa.list_(pa.int8(), 24)
+    # A number on a step's edge may fall to either side of it.
+    want = Quantiser("int8", ranges)(plain).astype(int)
+    assert np.abs(np.array(table["embedding"].to_pylist()) - want).max() <= 1
+    options = ("--precision", "int8", "--ranges", tmp_path / "out.parquet.ranges.npy")
+    later = good(directory, TEXTS[3], *options).stdout.split()
+    assert np.abs(np.array(later, dtype=int) - want[3]).max() <= 1
+
+
+def test_json_lines_to_json_lines(encoder, directory, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    good(directory, "--input", source, "--out", out, "--dtype", "bfloat16", "--max-tokens", "9")
+    rows = [json.loads(line)["embedding"] for line in out.read_text().splitlines()]
+    vectors = np.array(rows, np.float32)
+    wanted = encoder.encode(TEXTS)
+    assert (vectors * wanted).sum(1).min() > 0.99 and np.abs(vectors - wanted).max() > 1e-4
+
+
+def refused(*arguments: str | Path | bytes) -> str:
+    """What the command raises, in this process: starting one takes seconds."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ValueError) as caught:
+            tyro.cli(main, args=[os.fsdecode(one) for one in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return str(caught.value)
+
+
+def test_bytes_that_are_no_text(encoder, directory, tmp_path):
+    source, out = tmp_path / "a.txt", tmp_path / "out.npy"
+    source.write_bytes(b"fine\r\n\xff\xfe broken\n")
+    message = refused(directory, "--input", source, "--out", out)
+    assert f"{source}:2: expected UTF-8, got byte 0xff at 0 of the line" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    done = good(directory, "--input", source, "--out", out, "--invalid", "replace")
+    assert "no UTF-8: 2 replaced by U+FFFD" in done.stderr.decode()
+    want = encoder.encode(["fine", "\ufffd\ufffd broken"])
+    np.testing.assert_allclose(np.load(out), want, rtol=0, atol=1e-6)
+    assert "standard input:1: expected UTF-8" in one_line(command(directory, stdin=b"\xc3"))
+    # Python hands arguments on as lone surrogates.
+    assert "text 0: expected Unicode" in refused(directory, b"\xff\xfe")
+
+
+def test_what_is_wrong_is_one_line_before_any_work(directory, tmp_path):
+    out, text, new = tmp_path / "vectors.npy", tmp_path / "a.txt", tmp_path / "new.npy"
+    out.write_bytes(b"precious")
+    text.write_bytes(b"a\n")
+    nowhere = tmp_path / "nowhere"  # the model is not looked for yet, let alone read
+    message = f"out: expected a new file, got {out}, which exists"
+    assert message in one_line(command(nowhere, "a", "--out", out))
+    cases = [
+        ([nowhere, "a", "--input", text], "texts: expected some or --input, got both"),
+        ([nowhere, "a", "--precision", "int8"], "expected --ranges or --out for int8, got neither"),
+        ([nowhere, "a", "--keep-text"], "keep-text: expected --out, got none"),
+        ([nowhere, "a", "--max-tokens", "0"], "max-tokens: expected 1 or more, got 0"),
+        ([nowhere, "--input", tmp_path / "x"], "input: expected a file, got "),
+        ([nowhere, "a"], "expected a directory or a hub id"),
+        ([directory, "a", "--dim", "99", "--out", new], "dim: expected 1..24 (the width), got 99"),
+        ([directory, "a", "--device", "cuda:99"], "device: expected one of "),
+        ([directory, "a", "--prompt-name", "x"], "prompt_name: expected one of query, got 'x'"),
+        ([directory, "a", "--keep-text", "--out", new], "expected .parquet or .jsonl to keep"),
+    ]
+    for arguments, message in cases:
+        assert message in refused(*arguments)
+    assert out.read_bytes() == b"precious" and not new.exists()
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
+    process = subprocess.Popen(
+        [*HEAD, directory, "--out", tmp_path / "out.npy"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(b"a line\n" * 100)
+    process.stdin.flush()
+    end = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith(".out.npy.")
+    process.send_signal(sent)
+    assert process.wait(60) == status and process.stderr.read() == b""
+    assert list(tmp_path.iterdir()) == []
+    process.stdin.close()
+
+
+# ---- memory ----
+
+
+def peak_mib(directory: Path, lines: Path, out: Path) -> float:
+    """The most that the command had resident, encoding lines to out."""
+    process = subprocess.Popen(
+        [*HEAD, directory, "--input", lines, "--out", out, "--exit", "1"], env=ENVIRONMENT
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is of other units elsewhere")
+def test_a_million_lines_take_no_more_memory_than_some_windows(encoder, directory, tmp_path):
+    """A list of a million lines takes 90 MiB, all vectors 92: both would show."""
+    counts = 150_000, 1_000_000
+    peaks = []
+    for count in counts:
+        lines, out = tmp_path / f"{count}.txt", tmp_path / f"{count}.npy"
+        with lines.open("w") as file:
+            file.writelines(f"line {i} of them, {i * 7919 % 10007}\n" for i in range(count))
+        peaks.append(peak_mib(directory, lines, out))
+    print(f"peaks of {counts} lines: {peaks} MiB")
+    assert peaks[1] < peaks[0] + 50
+    vectors = np.load(out, mmap_mode="r")
+    assert vectors.shape == (1_000_000, 24)
+    # Rows at both sides of windows' bounds, and the last.
+    for i in (0, 32_767, 32_768, 500_000, 999_999):
+        want = encoder.encode([f"line {i} of them, {i * 7919 % 10007}"], exit=1)[0]
+        np.testing.assert_allclose(vectors[i], want, rtol=0, atol=1e-5)

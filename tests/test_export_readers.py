@@ -1,0 +1,287 @@
+"""Who reads an export besides this environment, and what the export's own check would see.
+
+Other versions of sentence-transformers and transformers read in a Python of their own, which
+`make test-readers` sets up. text-embeddings-inference is not run: what it requires of a directory
+is checked file by file, as its source has it.
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_models import CORNERS, KINDS, MAX_LENGTH, TEXTS, build
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+
+from mlembed import export as exporting
+from mlembed import tokenizer
+from mlembed.encode import Encoder
+from mlembed.export import PROBES, export
+
+READERS = [path for path in os.environ.get("MLEMBED_READERS", "").split(os.pathsep) if path]
+PROMPTS = {"query": "Instruct: find\nQuery: "}
+SCRIPT = Path(__file__).parent / "readers" / "read.py"
+
+
+def read(path: Path) -> dict | list:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return replace(build(), prompts={"query": "Query: "})
+
+
+# ---- other versions ----
+
+
+def old(version: str) -> bool:
+    """Whether it takes the space around a text away, as sentence-transformers does before 5.4."""
+    return tuple(map(int, version.split(".")[:2])) < (5, 4)
+
+
+@pytest.mark.skipif(not READERS, reason="other versions: make test-readers")
+@pytest.mark.parametrize("python", READERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_versions_read_the_same(kind, python, tmp_path):
+    if kind == "qwen3 both ways":
+        pytest.skip("transformers before 5.2 has no Qwen3 that looks both ways; the card says so")
+    encoder = replace(build(kind), prompts=PROMPTS)
+    outs = []
+    for i, corner in enumerate(CORNERS):
+        outs.append(tmp_path / f"corner_{i}")
+        export(encoder, outs[-1], *corner)
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [python, SCRIPT, tmp_path / "texts.json", tmp_path / "read.npz", *outs],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    versions = json.loads(done.stdout.splitlines()[-1])
+    found = np.load(tmp_path / "read.npz")
+    for i, (dim, exit, rank) in enumerate(CORNERS):
+        ours = encoder.encode(TEXTS, dim, exit, rank)
+        seen = [[before + text for text in TEXTS] for before in ("", PROMPTS["query"])]
+        if old(versions["sentence_transformers"]):
+            seen = [[text.strip() for text in texts] for texts in seen]
+        worst = [
+            np.abs(found[f"{name}_{i}"] - encoder.encode(texts, dim, exit, rank)).max()
+            for name, texts in zip(("st", "query"), seen, strict=True)
+        ]
+        print(f"{kind} {(dim, exit, rank)} {versions}: {worst[0]:.1e}, prompted {worst[1]:.1e}")
+        assert max(worst) < 1e-5
+        # transformers alone: as many states as tokens, and pooled as the model pools.
+        tokens = [len(t) for t in encoder.tokenizer.encode_batch(TEXTS)]
+        tokens = [min(n, MAX_LENGTH) for n in tokens]
+        states = torch.from_numpy(found[f"tf_{i}"]).split(tokens)
+        pooling = encoder.model.cfg.pooling
+        if pooling == "pooler":
+            continue  # its dense layer is in sentence-transformers' module
+        pick = {"last": lambda x: x[-1], "cls": lambda x: x[0], "mean": lambda x: x.mean(0)}[
+            pooling
+        ]
+        alone = F.normalize(torch.stack([pick(x)[:dim] for x in states]), dim=-1).numpy()
+        np.testing.assert_allclose(alone, ours, rtol=0, atol=1e-5)
+
+
+# ---- text-embeddings-inference, by its source ----
+
+
+def as_the_router_reads(out: Path) -> dict:
+    """What its router and candle backend deserialise: KeyError for what they require, TypeError for
+    a type they refuse. Activations and module types are all those that they know."""
+
+    def require(content: dict, **kinds: type) -> None:
+        for key, kind in kinds.items():
+            if type(content[key]) is not kind and not (kind is float and type(content[key]) is int):
+                raise TypeError(f"{key}: expected {kind.__name__}, got {content[key]!r}")
+
+    model = read(out / "config.json")
+    require(model, architectures=list, model_type=str, max_position_embeddings=int)
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    require(model, **dict.fromkeys((*sizes, "intermediate_size"), int), hidden_act=str)
+    if model["model_type"] == "qwen3":
+        require(model, attention_bias=bool, num_key_value_heads=int, rms_norm_eps=float)
+        require(model, rope_theta=float, use_sliding_window=bool, eos_token_id=int)
+        if not model["is_causal"]:
+            require(model, use_bidirectional_attention=bool)
+    else:
+        require(model, hidden_dropout_prob=float, type_vocab_size=int, initializer_range=float)
+        require(model, layer_norm_eps=float, pad_token_id=int)
+    assert not model["architectures"][0].endswith(("Classification", "MaskedLM"))
+    pooling = read(out / "1_Pooling" / "config.json")
+    require(pooling, pooling_mode_cls_token=bool, pooling_mode_mean_tokens=bool)
+    names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+    pool = next(ours for key, ours in names.items() if pooling.get(f"pooling_mode_{key}"))
+    limit = read(out / "sentence_bert_config.json")
+    require(limit, max_seq_length=int)
+    prompts = read(out / "config_sentence_transformers.json")["prompts"]
+    assert all(type(one) is str for pair in prompts.items() for one in pair)
+    dense = []
+    for module in read(out / "modules.json"):
+        require(module, idx=int, name=str, path=str, type=str)
+        package, _, kind = module["type"].rpartition(".")
+        assert package == "sentence_transformers.models"
+        assert kind in ("Transformer", "Pooling", "Dense", "Normalize")
+        if kind == "Dense":
+            layer = read(out / module["path"] / "config.json")
+            require(layer, in_features=int, out_features=int, bias=bool)
+            tanh, identity = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
+            assert layer["activation_function"] in (tanh, identity)
+            dense.append((load_file(out / module["path"] / "model.safetensors"), layer))
+    return {"model": model, "pool": pool, "limit": limit["max_seq_length"], "dense": dense}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_embeddings_inference_would_read_it(kind, tmp_path):
+    encoder, out = build(kind), tmp_path / "out"
+    export(encoder, out, 5, 1, 3)
+    found = as_the_router_reads(out)
+    cfg = encoder.model.cfg
+    assert found["limit"] == MAX_LENGTH
+    assert found["pool"] == {"pooler": "cls"}.get(cfg.pooling, cfg.pooling)
+    assert len(found["dense"]) == (2 if cfg.pooling == "pooler" else 1)
+    for weights, layer in found["dense"]:
+        shape = [layer["out_features"], layer["in_features"]]
+        assert list(weights["linear.weight"].shape) == shape
+        assert ("linear.bias" in weights) == layer["bias"]
+    assert found["dense"][-1][1]["out_features"] == 5
+    # Its own tokenizer: padding off, cut at the limit; the last id stays EOS.
+    reader = Tokenizer.from_file(str(out / "tokenizer.json"))
+    reader.no_padding()
+    reader.enable_truncation(found["limit"])
+    ids = [reader.encode(text).ids for text in TEXTS]
+    eos = found["model"].get("eos_token_id", ids[0][-1])
+    assert {one[-1] for one in ids} == {eos} and max(map(len, ids)) == MAX_LENGTH
+    with safe_open(out / "model.safetensors", framework="pt") as weights:
+        table = "embed_tokens" if cfg.style == "qwen3" else "embeddings.word_embeddings"
+        assert weights.get_slice(f"{table}.weight").get_shape() == [cfg.vocab_size, 24]
+    both_ways = cfg.style == "qwen3" and not cfg.causal
+    assert found["model"].get("use_bidirectional_attention", False) == both_ways
+
+
+# ---- what the check sees ----
+
+
+def rewrite(path: Path, change) -> None:
+    content = read(path)
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def of_weights(path: Path, change) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def without_eos(out: Path) -> None:
+    rewrite(out / "tokenizer.json", lambda c: c.update(post_processor=None))
+
+
+def another_rope(out: Path) -> None:
+    rewrite(out / "config.json", lambda c: c["rope_parameters"].update(rope_theta=701.0))
+
+
+def a_weight_off_by_a_thousandth(out: Path) -> None:
+    of_weights(out / "model.safetensors", lambda w: w["norm.weight"][0].mul_(1.001))
+
+
+def one_layer_more_than_there_is(out: Path) -> None:
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    rewrite(out / "config.json", lambda c: c.update(layers))
+
+
+def other_coordinates(out: Path) -> None:
+    of_weights(
+        out / "2_Dense" / "model.safetensors",
+        lambda w: w.update({"linear.weight": torch.eye(24)[1:6].contiguous()}),
+    )
+
+
+def mean_pooling(out: Path) -> None:
+    modes = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+    rewrite(out / "1_Pooling" / "config.json", lambda c: c.update(modes))
+
+
+def cut_one_token_earlier(out: Path) -> None:
+    rewrite(out / "sentence_bert_config.json", lambda c: c.update(max_seq_length=MAX_LENGTH - 1))
+
+
+def vectors_as_they_are(out: Path) -> None:
+    rewrite(out / "modules.json", lambda c: c.pop())
+
+
+def another_prompt(out: Path) -> None:
+    path = out / "config_sentence_transformers.json"
+    rewrite(path, lambda c: c["prompts"].update(query="q: "))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_eos,
+        another_rope,
+        a_weight_off_by_a_thousandth,
+        one_layer_more_than_there_is,
+        other_coordinates,
+        mean_pooling,
+        cut_one_token_earlier,
+        vectors_as_they_are,
+        another_prompt,
+    ],
+)
+def test_the_check_sees(encoder, damage, tmp_path):
+    encoder = replace(encoder, prompts={"query": "Query: "})
+    export(encoder, tmp_path / "out", 5, 1, 3)
+    assert exporting.check(tmp_path / "out", encoder, 5, 1, 3) < 1e-5
+    damage(tmp_path / "out")
+    with pytest.raises(ValueError, match="expected"), exporting.quiet():
+        exporting.check(tmp_path / "out", encoder, 5, 1, 3)
+
+
+def test_probes_are_of_every_length(encoder):
+    lengths = [len(t) for t in tokenizer.tokenize(encoder.tokenizer, PROBES, 10_000)]
+    assert min(lengths) == 1 and len(set(lengths)) >= 6
+    assert len(set("".join(PROBES))) > 60  # letters, of several scripts
+
+
+def test_nothing_that_is_fp32_is_copied(encoder):
+    before = {name: weight.clone() for name, weight in encoder.model.state_dict().items()}
+    plain = exporting.plain(encoder.model)
+    for name, weight in encoder.model.state_dict().items():
+        assert plain.state_dict()[name].data_ptr() == weight.data_ptr(), name
+    plain.double()  # as `noise` has it: the model stays as it was
+    for name, weight in encoder.model.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name]), name
+
+
+def test_noise_is_what_fp32_is_off():
+    def noise(encoder: Encoder) -> float:
+        expected = encoder.encode(PROBES)
+        size = encoder.model.cfg.num_hidden_layers
+        return exporting.noise(encoder, PROBES, expected, 24, size, 11)
+
+    usual = noise(build())
+    assert 0 < usual < 1e-5
+    sharp = build(num_hidden_layers=8, exits=(8,))
+    with torch.no_grad():
+        for name, weight in sharp.model.named_parameters():
+            if "q_norm" in name:
+                weight.mul_(30)  # attention that is nearly a choice turns over with the last bit
+    assert 10 * usual < noise(sharp) < 4e-3
+    with torch.no_grad():
+        sharp.model.norm.weight.fill_(torch.nan)
+    assert noise(sharp) == 0.0

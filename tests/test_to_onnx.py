@@ -1,0 +1,150 @@
+"""The ONNX graph as onnxruntime runs it: every kind of model, shapes it was not traced with."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from export_models import CORNERS, KINDS, MAX_LENGTH, TEXTS, build
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from mlembed import export as exporting
+from mlembed import to_onnx
+from mlembed.export import export
+
+BOTH = ("sentence-transformers", "onnx")
+
+
+def session(out: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(out / "onnx" / "model.onnx")
+
+
+def feed(out: Path, texts: list[str]) -> dict[str, np.ndarray]:
+    reader = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    return dict(reader(texts, padding=True, truncation=True, return_tensors="np"))
+
+
+def agree(encoder, out: Path, corner) -> None:
+    """Batches of one, of one token, of more than were traced, padded and not."""
+    graph = session(out)
+    ours = encoder.encode(TEXTS, *corner)
+    for rows in ([0], [1], [12], [0, 13], range(len(TEXTS)), [0, 0, 0, 0]):
+        some = [TEXTS[row] for row in rows]
+        (vectors,) = graph.run(["sentence_embedding"], feed(out, some))
+        np.testing.assert_allclose(vectors, ours[list(rows)], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("graphs") / "smallest"
+    assert export(build(), out, 5, 1, 3, formats=BOTH) < 1e-5
+    return out
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])
+def test_onnxruntime_agrees(kind, tmp_path):
+    # The longest text fills the table of positions, where there is one.
+    encoder = build(kind, max_position_embeddings=MAX_LENGTH)
+    out, corner = tmp_path / "out", (5, 2, 3)
+    assert export(encoder, out, *corner, formats=BOTH) < 1e-5
+    agree(encoder, out, corner)
+    graph = session(out)
+    named = {one.name: (one.type, one.shape) for one in graph.get_inputs()}
+    assert named == dict.fromkeys(
+        ("input_ids", "attention_mask"), ("tensor(int64)", ["batch", "sequence"])
+    )
+    named = {one.name: (one.type, one.shape) for one in graph.get_outputs()}
+    assert named == {
+        "last_hidden_state": ("tensor(float)", ["batch", "sequence", 24]),
+        "sentence_embedding": ("tensor(float)", ["batch", 5]),
+    }
+    # What other readers pool themselves: the states of texts, whatever padding's are.
+    tokens = feed(out, TEXTS)
+    hidden, vectors = graph.run(None, tokens)
+    lengths = tokens["attention_mask"].sum(1)
+    pooled = {
+        "last": lambda: hidden[range(len(TEXTS)), lengths - 1],
+        "cls": lambda: hidden[:, 0],
+        "mean": lambda: (hidden * tokens["attention_mask"][..., None]).sum(1) / lengths[:, None],
+    }
+    if encoder.model.cfg.pooling in pooled:
+        pooled = pooled[encoder.model.cfg.pooling]()[:, :5]
+        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+        np.testing.assert_allclose(pooled, vectors, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=str)
+def test_corners(corner, smallest, tmp_path):
+    encoder, out = build(), smallest
+    if corner != (5, 1, 3):
+        out = tmp_path / "out"
+        assert export(encoder, out, *corner, formats=("onnx",)) < 1e-5
+    agree(encoder, out, corner)
+
+
+def test_the_file_is_plain_onnx_and_says_nothing_of_this_machine(smallest):
+    path = smallest / "onnx" / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    stored = onnx.load(path)
+    opsets = {one.domain: one.version for one in stored.opset_import}
+    assert opsets[""] == to_onnx.OPSET >= 17
+    assert {node.domain for node in stored.graph.node} == {""}  # no functions of some package
+    here = str(Path(__file__).parents[1]).encode()
+    assert b"site-packages" not in path.read_bytes() and here not in path.read_bytes()
+    assert [one.name for one in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_weights_go_beside_what_a_protobuf_cannot_hold(smallest, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(smallest, out, ignore=shutil.ignore_patterns("onnx"))
+    to_onnx.write(out, most_inline=1000)
+    files = {path.name: path.stat().st_size for path in (out / "onnx").iterdir()}
+    assert files.keys() == {"model.onnx", "model.onnx_data"}  # as transformers.js and TEI name it
+    weights = sum(w.nbytes for w in load_file(out / "model.safetensors").values())
+    assert files["model.onnx_data"] > 0.9 * weights
+    moved = out.rename(tmp_path / "moved")  # found beside the graph, wherever that is
+    agree(build(), moved, (5, 1, 3))
+
+
+def test_the_check_sees_a_wrong_graph(smallest, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(smallest, out)
+    stored = onnx.load(out / "onnx" / "model.onnx")
+    norm = next(w for w in stored.graph.initializer if w.name.endswith("encoder.norm.weight"))
+    weight = onnx.numpy_helper.to_array(norm).copy()
+    weight[0] *= 1.001
+    norm.CopyFrom(onnx.numpy_helper.from_array(weight, norm.name))
+    onnx.save(stored, out / "onnx" / "model.onnx")
+    with pytest.raises(ValueError, match="onnxruntime: expected the model's own vectors"):
+        exporting.check(out, build(), 5, 1, 3)
+
+
+def test_without_its_packages(tmp_path):
+    # As in an environment that lacks one: in a process of its own, where its import fails.
+    script = (
+        "import sys; sys.modules['onnxscript'] = None\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path\n"
+        "from export_models import build\n"
+        "from mlembed.export import export\n"
+        "from mlembed.log import one_line_errors\n"
+        "with one_line_errors():\n"
+        f"    export(build(), Path({str(tmp_path / 'out')!r}), formats=['onnx'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: format onnx: expected onnxscript"
+    )
+    assert "pip install 'mlembed[onnx]'" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
