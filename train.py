@@ -491,9 +491,8 @@ def score(job: Job, step: int) -> None:
     if not job.tasks or (encoder := whole(job)) is None:
         return
     shape = job.run.model
-    (cell,) = evaluate.grid(
-        encoder, job.tasks, shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    )
+    full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+    (cell,) = evaluate.grid(encoder, job.tasks, *full, costs=False)
     percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
@@ -515,7 +514,7 @@ def finish(job: Job) -> None:
         out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
         spent = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
-    worst = export(encoder, directory / "model")
+    worst = export(encoder, directory / "model", source=str(directory))
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     here, python = Path.cwd(), Path(sys.executable)
     python = python.relative_to(here) if python.is_relative_to(here) else python
@@ -523,7 +522,8 @@ def finish(job: Job) -> None:
         f"model   {directory}/model: sentence-transformers and transformers open it, "
         f"vectors within {worst:.0e}\n"
         f'encode  {python} -m mlembed.encode {directory} "Wednesday, May 4, 2050"\n'
-        f"export  {python} -m mlembed.export {directory} OUT --dim {dim} --exit {exit}"
+        f"export  {python} -m mlembed.export {directory} OUT --dim {dim} --exit {exit}\n"
+        f"page    {python} -m mlembed.report {directory}"
     )
 
 

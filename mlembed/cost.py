@@ -15,7 +15,7 @@ from .model import num_parameters
 SHORT = "A man is playing the guitar in front of a small crowd."
 PACK = 32  # texts in the first pack; memory is of this one
 MOST = 4096
-LATENCY_S, PACKS_S = 0.1, 0.15  # long enough to be a median, short enough for a grid
+LATENCY_S, PACKS_S = 0.06, 0.08  # long enough to be a median, short enough for a grid
 
 
 def sizes(encoder: Encoder, dim: int, exit: int, rank: int | None) -> dict[str, int]:

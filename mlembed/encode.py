@@ -123,20 +123,16 @@ class Encoder:
     # ---- what is asked for ----
 
     def exits(
-        self,
-        texts: Sequence[str],
-        exits: Sequence[int] | None = None,
-        rank: int | None = None,
-        progress: bool = False,
-        prompt: str = "",
-    ) -> Tensor:
+        self, texts: Sequence[str], exits: Sequence[int] | None = None, rank: int | None = None,
+        progress: bool = False, prompt: str = "",
+    ) -> Tensor:  # fmt: skip
         """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order.
 
         Nothing is dropped, also while the model is being trained. prompt: put before each text.
         """
         cfg = self.model.cfg
         exits = cfg.exits if exits is None else exits
-        self.model.cfg.check(rank=rank)
+        cfg.check(rank=rank)
         out = torch.empty(len(exits), len(texts), cfg.hidden_size)
         jobs = self._jobs(texts, prompt, None, None, rank, WINDOW)
         with _bar(len(texts), progress) as bar:
@@ -397,8 +393,7 @@ def _prompts(directory: Path) -> dict[str, str]:
     """By name, as sentence-transformers keeps them; null is an empty one."""
     name = "config_sentence_transformers.json"
     found = tokenizer.settings(directory, name).get("prompts") or {}
-    good = isinstance(found, dict) and all(isinstance(x, str | None) for x in found.values())
-    if not good:
+    if not isinstance(found, dict) or any(not isinstance(x, str | None) for x in found.values()):
         raise ValueError(f"{directory / name}: prompts: expected texts by name, got {found}")
     return {key: text or "" for key, text in found.items()}
 

@@ -216,8 +216,9 @@ def score_funnel(
     progress: bool = False,
 ) -> dict[str, float]:
     """nDCG@10 of a search by full vectors, by small ones, and by the latter's shortlist ranked
-    again by the former; `scanned`, bytes of vectors that the funnel compares with a query, and `encoded`,
-    documents that it encodes at full size for these queries, as shares of a full search's.
+    again by the former; `scanned`, bytes of vectors that the funnel compares with a query, and
+    `encoded`, documents that it encodes at full size for these queries, as shares of a full
+    search's.
 
     Raises:
         ValueError: a size that the model lacks, a shortlist below 10.
