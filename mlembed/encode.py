@@ -11,10 +11,9 @@ Letters: E exits, N texts, D width.
 
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard, overload
 
@@ -22,53 +21,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from . import config, log, pretrained, shapes, tokenizer, vectors
-from .model import Transformer, mode
-from .pack import PackedBatch, budgeted, pack
+from . import log, pretrained, shapes, tokenizer, vectors
 from .vectors import Quantiser
+from .windows import OneDevice, Window, process, progress_bar
 from .workers import Workers, ahead, device_of
 
 WINDOW = 32_768  # texts of a window at most
 CHARACTERS = 8_000_000  # of a window's texts, but for the last of them
-CPU_TOKENS = 2048  # of a pack: what a layer makes of more leaves the caches (bench/LOG.md, encode)
 DTYPES = ("float32", "bfloat16", "float16")
 # One for all texts or, in a sequence, one for each; None is the whole.
 Size = int | None | Sequence[int | None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """A window's texts, prompts included, and of each its exit and its rank, 0 for the stored one.
-
-    first: number of the first text. dim: of all vectors, which are then of length one; None for raw
-    ones of the whole width.
-    """
-
-    texts: list[str]
-    first: int
-    exits_N: np.ndarray
-    ranks_N: np.ndarray
-    dim: int | None
-
-
 @dataclass
-class Encoder:
-    """A model with its tokenizer.
+class Encoder(OneDevice):
+    """A model with its tokenizer. prompts: texts to put before others, by name."""
 
-    max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch, of which a CPU
-    takes at most 2048. bf16: autocast (training's precision, for scores during a run); vectors stay
-    fp32. prompts: texts to put before others, by name.
-    """
-
-    model: Transformer
-    tokenizer: Tokenizer
-    max_length: int
-    max_tokens: int = 16_384
-    bf16: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -123,9 +94,13 @@ class Encoder:
     # ---- what is asked for ----
 
     def exits(
-        self, texts: Sequence[str], exits: Sequence[int] | None = None, rank: int | None = None,
-        progress: bool = False, prompt: str = "",
-    ) -> Tensor:  # fmt: skip
+        self,
+        texts: Sequence[str],
+        exits: Sequence[int] | None = None,
+        rank: int | None = None,
+        progress: bool = False,
+        prompt: str = "",
+    ) -> Tensor:
         """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order.
 
         Nothing is dropped, also while the model is being trained. prompt: put before each text.
@@ -134,32 +109,56 @@ class Encoder:
         exits = cfg.exits if exits is None else exits
         cfg.check(rank=rank)
         out = torch.empty(len(exits), len(texts), cfg.hidden_size)
-        jobs = self._jobs(texts, prompt, None, None, rank, WINDOW)
-        with _bar(len(texts), progress) as bar:
-            for job, ids in ahead(self._tokenised, jobs):
-                here = slice(job.first, job.first + len(ids))
-                out[:, here] = self._run(ids, list(exits), rank, lambda v, _: v, bar)
+        windows = self._windows(texts, prompt, None, None, rank, WINDOW)
+        with progress_bar(len(texts), progress) as bar:
+            for window, ids in ahead(self.tokenised, windows):
+                here = slice(window.first, window.first + len(ids))
+                out[:, here] = self.run(ids, list(exits), rank, lambda v, _: v, bar)
         return out
 
     @overload
     def encode(
-        self, texts: Sequence[str], dim: int | None = None, exit: Size = None, rank: Size = None, *,
-        prompt_name: str | None = None, prompt: str | None = None, precision: str = "float32",
-        ranges: np.ndarray | None = None, progress: bool = False,
-    ) -> np.ndarray: ...  # fmt: skip
+        self,
+        texts: Sequence[str],
+        dim: int | None = None,
+        exit: Size = None,
+        rank: Size = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        progress: bool = False,
+    ) -> np.ndarray: ...
 
     @overload
     def encode(
-        self, texts: Sequence[str], dim: Sequence[int | None], exit: Size = None, rank: Size = None,
-        *, prompt_name: str | None = None, prompt: str | None = None, precision: str = "float32",
-        ranges: np.ndarray | None = None, progress: bool = False,
-    ) -> list[np.ndarray]: ...  # fmt: skip
+        self,
+        texts: Sequence[str],
+        dim: Sequence[int | None],
+        exit: Size = None,
+        rank: Size = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        progress: bool = False,
+    ) -> list[np.ndarray]: ...
 
     def encode(
-        self, texts: Sequence[str], dim: Size = None, exit: Size = None, rank: Size = None, *,
-        prompt_name: str | None = None, prompt: str | None = None, precision: str = "float32",
-        ranges: np.ndarray | None = None, progress: bool = False,
-    ) -> np.ndarray | list[np.ndarray]:  # fmt: skip
+        self,
+        texts: Sequence[str],
+        dim: Size = None,
+        exit: Size = None,
+        rank: Size = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        progress: bool = False,
+    ) -> np.ndarray | list[np.ndarray]:
         """Unit vectors -> float32 [N, dim]: cut to the first `dim` of exit `exit`, then normalised.
 
         Args:
@@ -187,11 +186,11 @@ class Encoder:
         same = int(dims[0]) if len(dims) and not mixed and dims[0] else self.model.cfg.hidden_size
         if mixed and precision != "float32":
             raise ValueError(f"precision: expected float32 of several dims, got {precision}")
-        jobs = self._jobs(
+        windows = self._windows(
             texts, before, None if mixed else same, exit, rank, self._most(len(texts))
         )
-        with _bar(len(texts), progress) as bar:
-            parts = list(self._mapped(jobs, bar))
+        with progress_bar(len(texts), progress) as bar:
+            parts = list(self._mapped(windows, bar))
         found = np.concatenate(parts) if parts else np.zeros((0, same), np.float32)
         if not mixed:
             return quantise(found)
@@ -207,11 +206,18 @@ class Encoder:
         return self.encode(texts, *args, **self._role("document", options))
 
     def stream(
-        self, texts: Iterable[str], dim: int | None = None, exit: int | None = None,
-        rank: int | None = None, *, prompt_name: str | None = None, prompt: str | None = None,
-        precision: str | Quantiser = "float32", ranges: np.ndarray | None = None,
+        self,
+        texts: Iterable[str],
+        dim: int | None = None,
+        exit: int | None = None,
+        rank: int | None = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        precision: str | Quantiser = "float32",
+        ranges: np.ndarray | None = None,
         progress: bool = False,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
+    ) -> Iterator[np.ndarray]:
         """As `encode`, of as many texts as come: arrays [n, dim] of at most 32,768 texts, in order.
 
         Memory does not grow with their number. int8 and uint8 without `ranges` take them from the
@@ -228,9 +234,9 @@ class Encoder:
         whole = self.model.cfg.hidden_size if dim is None else dim
 
         def parts() -> Iterator[np.ndarray]:
-            jobs = self._jobs(texts, before, whole, exit, rank, self._most(None))
-            with _bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
-                yield from map(quantise, self._mapped(jobs, bar))
+            windows = self._windows(texts, before, whole, exit, rank, self._most(None))
+            with progress_bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
+                yield from map(quantise, self._mapped(windows, bar))
 
         return parts()
 
@@ -267,9 +273,9 @@ class Encoder:
         """Texts of a window, where there are `count` of them in all."""
         return WINDOW
 
-    def _jobs(
+    def _windows(
         self, texts: Iterable[str], prompt: str, dim: int | None, exit: Size, rank: Size, most: int
-    ) -> Iterator[Job]:
+    ) -> Iterator[Window]:
         """Windows of texts as they come."""
         first = 0
         for some in vectors.windows(texts, most, CHARACTERS):
@@ -280,113 +286,17 @@ class Encoder:
             )
             exits_N[exits_N == 0] = self.model.cfg.num_hidden_layers
             given = [prompt + text for text in some] if prompt else some
-            yield Job(given, first, exits_N, ranks_N, dim)
+            yield Window(given, first, exits_N, ranks_N, dim)
             first += len(some)
 
-    def _mapped(self, jobs: Iterable[Job], bar: tqdm) -> Iterator[np.ndarray]:
+    def _mapped(self, windows: Iterable[Window], bar: tqdm) -> Iterator[np.ndarray]:
         """Vectors of each window -> fp32 [n, dim or D]."""
-        for job, ids in ahead(self._tokenised, jobs):
-            yield self._vectors(job, ids, bar)
-
-    def _tokenised(self, job: Job) -> tuple[Job, list[np.ndarray]]:
-        try:
-            return job, tokenizer.tokenize(self.tokenizer, job.texts, self.max_length)
-        except ValueError:
-            for number, text in enumerate(job.texts, job.first):
-                if any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise ValueError(
-                        f"text {number}: expected Unicode, got a lone surrogate in {text[:40]!r}"
-                    ) from None
-            raise
-
-    def _vectors(self, job: Job, ids: list[np.ndarray], bar: tqdm) -> np.ndarray:
-        """Of a window's texts: each its own exit's, by the rank that it asks for."""
-        width = self.model.cfg.hidden_size if job.dim is None else job.dim
-        out = np.empty((len(ids), width), np.float32)
-        for rank in np.unique(job.ranks_N).tolist():
-            there = np.flatnonzero(job.ranks_N == rank)
-            depths = job.exits_N[there]
-            exits = np.unique(depths)
-            place = torch.from_numpy(np.searchsorted(exits, depths))
-
-            def own(vectors_END: Tensor, rows: np.ndarray, place: Tensor = place) -> Tensor:
-                if len(vectors_END) > 1:
-                    at = place[torch.from_numpy(rows)].to(vectors_END.device)
-                    vectors_END = vectors_END[at, torch.arange(len(rows), device=at.device)][None]
-                if job.dim is None:
-                    return vectors_END
-                return F.normalize(vectors_END[..., : job.dim], dim=-1)
-
-            mine = ids if len(there) == len(ids) else [ids[row] for row in there]
-            mixed = depths if len(exits) > 1 else None
-            out[there] = self._run(mine, exits.tolist(), rank or None, own, bar, mixed)[0].numpy()
-        return out
-
-    @torch.inference_mode()
-    def _run(
-        self,
-        ids: list[np.ndarray],
-        exits: list[int],
-        rank: int | None,
-        take: Callable[[Tensor, np.ndarray], Tensor],
-        bar: tqdm,
-        depths: np.ndarray | None = None,
-    ) -> Tensor:
-        """fp32 [K, n, d] on the CPU, in the order of ids: what `take` makes of a pack's vectors
-        [E, texts, D] and its rows. depths: the last layer of each text, where they differ.
-
-        On CUDA nothing is waited for before the end: packs are made and pinned in a thread, copies
-        back are of pinned memory, in the order of the packs.
-        """
-        device = self.model.device
-        cuda = device.type == "cuda"
-        lengths = np.array([len(text) for text in ids], dtype=np.int64)
-        most = self.max_tokens if cuda else min(self.max_tokens, CPU_TOKENS)
-        packs = budgeted(lengths, most)
-        if depths is not None:
-            packs = [rows[np.lexsort((lengths[rows], -depths[rows]))] for rows in packs]
-
-        def made(rows: np.ndarray) -> tuple[np.ndarray, PackedBatch]:
-            batch = pack([ids[row] for row in rows], None if depths is None else depths[rows])
-            return rows, _pinned(batch) if cuda else batch
-
-        half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
-        out, begin = torch.empty(0), 0
-        with half, mode(self.model, training=False):
-            for rows, batch in ahead(made, packs) if cuda else map(made, packs):
-                vectors_END = self.model(batch.to(device), exits=exits, rank=rank)
-                taken = take(vectors_END.float(), rows)
-                if not begin:
-                    shape = len(taken), len(ids), taken.shape[-1]
-                    out = torch.empty(shape, pin_memory=cuda)
-                for to, one in zip(out, taken, strict=True):
-                    to[begin : begin + len(rows)].copy_(one, non_blocking=True)
-                begin += len(rows)
-                bar.update(len(rows))
-        if cuda:
-            torch.cuda.synchronize(device)
-        ordered = torch.empty_like(out, pin_memory=False)
-        ordered[:, torch.from_numpy(np.concatenate(packs))] = out
-        return ordered
+        for window, ids in ahead(self.tokenised, windows):
+            yield self.vectors(window, ids, bar)
 
 
 def _for_all(size: Any) -> TypeGuard[int | None]:
     return size is None or isinstance(size, int | np.integer)
-
-
-def _bar(count: int | None, progress: bool) -> tqdm:
-    off = not progress
-    return tqdm(total=count, desc="encoding", unit=" texts", disable=off, leave=False)
-
-
-def _pinned(batch: PackedBatch) -> PackedBatch:
-    """Copies of pinned memory do not wait for what the device is doing."""
-    live = tuple(
-        (until, replace(work, buffer=work.buffer.pin_memory())) for until, work in batch.live
-    )
-    tokens = replace(batch.occurrences, buffer=batch.occurrences.buffer.pin_memory())
-    ids_T, pos_T = batch.ids_T.pin_memory(), batch.pos_T.pin_memory()
-    return replace(batch, ids_T=ids_T, pos_T=pos_T, occurrences=tokens, live=live)
 
 
 def _prompts(directory: Path) -> dict[str, str]:
@@ -418,10 +328,10 @@ class Several(Encoder):
     def __enter__(self) -> Self:
         weights = {name: x.detach().cpu() for name, x in self.model.state_dict().items()}
         threads = max(1, torch.get_num_threads() // len(self.devices))
-        options = {one.name: getattr(self, one.name) for one in fields(Encoder)} | {"model": None}
+        options = {one.name: getattr(self, one.name) for one in fields(OneDevice)} | {"model": None}
         shared = self.model.cfg, weights, options, threads, self.compile
         made_of = [(device, *shared) for device in self.devices]
-        self.workers = Workers(_made, made_of, self.devices).__enter__()
+        self.workers = Workers(process, made_of, self.devices).__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -434,39 +344,12 @@ class Several(Encoder):
         shared = WINDOW // 2 if count is None else -(-count // (4 * len(self.devices)))
         return max(1, min(WINDOW, shared))
 
-    def _mapped(self, jobs: Iterable[Job], bar: tqdm) -> Iterator[np.ndarray]:
+    def _mapped(self, windows: Iterable[Window], bar: tqdm) -> Iterator[np.ndarray]:
         if self.workers is None:
             raise ValueError("encoder: expected `with encoder.on(devices)`, got a call outside it")
-        for found in self.workers.map(jobs):
+        for found in self.workers.map(windows):
             bar.update(len(found))
             yield found
-
-
-def _made(
-    device: str, cfg: config.Model, weights: dict[str, Tensor], options: Any, threads: int,
-    compile: bool,
-) -> Callable[[Job], np.ndarray]:  # fmt: skip
-    """In a process of its own: tokens of one window are made while another is encoded."""
-    where = device_of(device)
-    if where.type == "cpu":
-        torch.set_num_threads(threads)
-    with torch.device("meta"):
-        model = Transformer(cfg)
-    model.load_state_dict(weights, assign=True)
-    model = model.to(where).eval()
-    if compile:
-        model.compile_blocks()
-    encoder = Encoder(**options | {"model": model})
-    reading, encoding = threading.Lock(), threading.Lock()
-    bar = _bar(None, False)
-
-    def run(job: Job) -> np.ndarray:
-        with reading:
-            job, ids = encoder._tokenised(job)
-        with encoding:
-            return encoder._vectors(job, ids, bar)
-
-    return run
 
 
 # ---- the command ----
@@ -476,14 +359,23 @@ def main(
     model: Annotated[str, tyro.conf.Positional],
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
-    input: str = "", column: str = "text", invalid: Literal["refuse", "replace"] = "refuse",
-    dim: int | None = None, exit: int | None = None, rank: int | None = None,
-    prompt: str | None = None, prompt_name: str | None = None,
-    precision: vectors.Precision = "float32", ranges: Path | None = None,
+    input: str = "",
+    column: str = "text",
+    invalid: Literal["refuse", "replace"] = "refuse",
+    dim: int | None = None,
+    exit: int | None = None,
+    rank: int | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    precision: vectors.Precision = "float32",
+    ranges: Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: tuple[str, ...] = ("auto",), max_tokens: int = 16_384, compile: bool = False,
-    out: str = "", keep_text: bool = False,
-) -> None:  # fmt: skip
+    device: tuple[str, ...] = ("auto",),
+    max_tokens: int = 16_384,
+    compile: bool = False,
+    out: str = "",
+    keep_text: bool = False,
+) -> None:
     """Encode texts, a file's or lines of standard input, to unit vectors, in memory that does not
     grow with their number.
 
@@ -530,9 +422,15 @@ def main(
     given = vectors.Kept(texts or source, keep_text)
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(
-            given, dim, exit, rank, prompt=prompt, prompt_name=prompt_name, precision=quantise,
+            given,
+            dim,
+            exit,
+            rank,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            precision=quantise,
             progress=bool(out) and sys.stderr.isatty(),
-        )  # fmt: skip
+        )
         if out:
             width = dim or encoder.model.cfg.hidden_size
             print(vectors.save(target, parts, given, quantise, width), file=sys.stderr)

@@ -194,13 +194,19 @@ class Transformer(nn.Module):
             work = batch.work_at(depth)
             if work is None:
                 break
-            run = self._kept if depth in batch.kept else self.block
+            run: Callable[..., Tensor] = self._kept if depth in batch.kept else self.block
+            early = depth == exits[-1] and self._ends_early and depth not in batch.kept
+            if early:
+                run = partial(self.block, rows_N=self._rows(work))
             again = depth <= recompute and torch.is_grad_enabled()
             x_TD = layer(x_TD, run, tables, batch.kept.get(depth, work), recompute=again)
             further = batch.work_at(depth + 1) if depth < exits[-1] else None
             staying = 0 if further is None else further.tokens
             if depth in exits:
-                x_TD, here_nD = self._exit(x_TD, work, staying)
+                if early:
+                    here_nD = self._pooled(x_TD)
+                else:
+                    x_TD, here_nD = self._exit(x_TD, work, staying)
                 # Padding at the end: who has left comes last.
                 pooled.append(F.pad(here_nD, (0, 0, 0, len(batch) - work.sequences)))
             elif staying < len(x_TD):
@@ -210,10 +216,25 @@ class Transformer(nn.Module):
             pooled += [nobody_ND] * (len(exits) - len(pooled))
         return torch.stack(pooled)
 
+    @property
+    def _ends_early(self) -> bool:
+        """Whether the last layer that is run computes, behind attention, the pooled rows alone: two
+        thirds of it. In training it does not, so that passes with a graph and without one draw the
+        same dropout and round alike."""
+        return self.cfg.pooling != "mean" and not self.training and not torch.is_grad_enabled()
+
     def block(
-        self, layer: nn.Module, x_TD: Tensor, tables: tuple[Tensor, ...], work: Work
+        self,
+        layer: nn.Module,
+        x_TD: Tensor,
+        tables: tuple[Tensor, ...],
+        work: Work,
+        rows_N: Tensor | None = None,
     ) -> Tensor:
-        """One layer over the first work.tokens rows of a pack; tables: what `rotation` gives."""
+        """One layer over the first work.tokens rows of a pack; tables: what `rotation` gives.
+
+        rows_N: those that are wanted of it; all by default.
+        """
         # To the compiler a view of a table is another input than a table: it would compile anew.
         q, k, v = self._before(layer, x_TD, *(table[: len(x_TD)].detach() for table in tables))
         out_THK = attention(
@@ -225,6 +246,8 @@ class Transformer(nn.Module):
             impl=self.cfg.attention,
             work=work,
         )
+        if rows_N is not None:
+            x_TD, out_THK = x_TD[rows_N], out_THK[rows_N]
         return self._after(layer, x_TD, out_THK)
 
     def _kept(
@@ -254,17 +277,24 @@ class Transformer(nn.Module):
 
         For one-token poolings only that token's row is normed, or pooled by the pooler.
         """
-        begin, end = work.cu_seqlens[:-1].long(), work.cu_seqlens[1:].long()
         if self.cfg.pooling == "mean":
+            begin, end = work.cu_seqlens[:-1].long(), work.cu_seqlens[1:].long()
             pooled = torch.segment_reduce(
                 self._normed(x_TD), "mean", lengths=end - begin, axis=0, unsafe=True
             )
             x_TD, _ = Exit.apply(x_TD, end[:0], staying)
-        else:
-            rows_N = end - 1 if self.cfg.pooling == "last" else begin
-            x_TD, pooled = Exit.apply(x_TD, rows_N, staying)
-            pooled = self._normed(pooled)
-        return x_TD, self.pooler(pooled) if self.cfg.pooling == "pooler" else pooled
+            return x_TD, pooled
+        x_TD, pooled = Exit.apply(x_TD, self._rows(work), staying)
+        return x_TD, self._pooled(pooled)
+
+    def _rows(self, work: Work) -> Tensor:
+        """int64 [n], which token's row stands for each text, of one-token poolings."""
+        last = self.cfg.pooling == "last"
+        return work.cu_seqlens[1:].long() - 1 if last else work.cu_seqlens[:-1].long()
+
+    def _pooled(self, rows_nD: Tensor) -> Tensor:
+        normed = self._normed(rows_nD)
+        return self.pooler(normed) if self.cfg.pooling == "pooler" else normed
 
     def _normed(self, x_TD: Tensor) -> Tensor:
         """In fp32 at least: by the final norm, or, of a BERT, as its layer's own norm left it."""

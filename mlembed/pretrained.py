@@ -405,7 +405,7 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]
         weights["embed_tokens.W"] = weights["embed_tokens.W"][: ranks[-1]]
     small.load_state_dict({name: weights[name] for name in small.state_dict()})
-    return small
+    return small.train(model.training)
 
 
 def save(model: Transformer, directory: Path) -> None:

@@ -40,8 +40,8 @@ def ahead(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
 
 class Workers:
     """Processes, each with a function of its own: make(*arguments). They are spawned, so what makes
-    the function, its arguments, items and results are pickled, and a script that starts them needs
-    the usual `if __name__ == "__main__"`.
+    the function, its arguments, items and results are pickled, and a script that starts them guards
+    what it runs by its `__name__`, as such scripts do.
 
     with Workers(make, [("cuda:0",), ("cuda:1",)], ["cuda:0", "cuda:1"]) as workers:
         for result in workers.map(items): ...
@@ -62,6 +62,7 @@ class Workers:
         self.make, self.arguments, self.names = make, arguments, names
         self.processes: list[Any] = []
         self._lanes: list[tuple[int, Connection]] = []
+        self._burial = threading.Lock()  # of two who wait for a process one would hear nothing
         self._free: queue.Queue[tuple[int, Connection]] = queue.Queue()
 
     def __enter__(self) -> Self:
@@ -133,10 +134,9 @@ class Workers:
                 raise ChildProcessError(f"worker {name}: not there after {seconds:.0f} s")
             good, answer = here.recv()
         except (EOFError, ConnectionResetError):
-            process = self.processes[number] if self.processes else None
-            if process is not None:
-                process.join(5)
-            status = None if process is None else process.exitcode
+            with self._burial:
+                self.processes[number].join(ENDING)
+                status = self.processes[number].exitcode
             raise ChildProcessError(f"worker {name}: it died, exit status {status}") from None
         if good:
             return answer

@@ -97,13 +97,13 @@ def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
         (
             ["fastest"],
             "error: bench: expected one of infonce, attention, embed, train_step, gradcache, "
-            "loader, all, got 'fastest'",
+            "encode, loader, all, got 'fastest'",
         ),
         (["all", "--case", "tiny"], "error: --case: expected one of reference, both, "),
         (
             [],
-            "error: expected a bench: infonce, attention, embed, train_step, gradcache, loader or "
-            "all",
+            "error: expected a bench: infonce, attention, embed, train_step, gradcache, encode, "
+            "loader or all",
         ),
         (["all", "--fast"], "error: unrecognized arguments: --fast"),
         (["all", "--seconds", "soon"], "error: argument --seconds: invalid float value: 'soon'"),
@@ -128,7 +128,8 @@ def test_list(monkeypatch, capsys):
     assert told[2] == "embed: step, masters, rank64, lealla"
     assert told[3] == "train_step: step, step_skip, step_nested, lealla"
     assert told[4] == "gradcache: fit, peer, big"
-    assert told[5] == "loader: groups, bitext, streamed" and len(told) == 6
+    assert told[5] == "encode: short, mid"
+    assert told[6] == "loader: groups, bitext, streamed" and len(told) == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")

@@ -139,7 +139,7 @@ def test_token_counts_do_not_compile_anew(lean):
     with torch.inference_mode():
         for some in lengths:
             model(pack(texts(some)))
-    assert len(graphs) <= first + 2
+    assert len(graphs) <= first + 3  # a text alone ends in one row, no matrix to the compiler
 
 
 def test_dropout_is_of_what_is_added_and_repeats_in_recomputation():

@@ -541,32 +541,3 @@ def test_progress_counts_texts(encoder, capsys):
     assert "encoding" in said.err and "texts/s" in said.err and said.out == ""
     encoder.encode(TEXTS)
     assert capsys.readouterr().err == ""
-
-
-# ---- several devices ----
-
-
-def test_two_processes_give_the_same_in_order(encoder):
-    """One start for all of it: it takes seconds."""
-    several = replace(encoder, prompts={"query": "q: "}, max_tokens=40).on(["cpu", "cpu"])
-    with pytest.raises(ValueError, match=r"expected `with encoder.on\(devices\)`"):
-        several.encode(TEXTS)
-    texts = (TEXTS + HOSTILE) * 3
-    with several as both:
-        np.testing.assert_allclose(both.encode(texts), encoder.encode(texts), rtol=0, atol=1e-5)
-        exits = [1, 2, 3] * 19
-        np.testing.assert_allclose(
-            both.encode(texts, 5, exits), encoder.encode(texts, 5, exits), rtol=0, atol=1e-5
-        )
-        (part,) = both.stream(iter(TEXTS), 5, 2, 3, precision="ubinary")
-        np.testing.assert_array_equal(part, encoder.encode(TEXTS, 5, 2, 3, precision="ubinary"))
-        want = encoder.encode(["q: a"])
-        np.testing.assert_allclose(both.encode_query(["a"]), want, rtol=0, atol=1e-5)
-        with pytest.raises(ValueError, match="text 20: expected Unicode, got a lone surrogate"):
-            both.encode([*texts[:20], "\ud800"])
-        assert both.encode([]).shape == (0, 24)
-        processes = both.workers.processes
-        processes[1].kill()
-        with pytest.raises(ChildProcessError, match="worker cpu: it died, exit status -9"):
-            both.encode(texts)
-    assert not any(process.is_alive() for process in processes)

@@ -1,4 +1,5 @@
-"""python -m mlembed.encode as a user runs it: what goes in and out, what is refused, and memory."""
+"""python -m mlembed.encode as a user runs it: what goes in and out, what is refused, processes, and
+memory."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +203,35 @@ def test_an_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
     assert process.wait(60) == status and process.stderr.read() == b""
     assert list(tmp_path.iterdir()) == []
     process.stdin.close()
+
+
+# ---- several devices ----
+
+
+def test_two_processes_give_the_same_in_order(encoder):
+    """One start for all of it: it takes seconds."""
+    several = replace(encoder, max_tokens=40).on(["cpu", "cpu"])
+    with pytest.raises(ValueError, match=r"expected `with encoder.on\(devices\)`"):
+        several.encode(TEXTS)
+    texts = TEXTS * 6
+    with several as both:
+        np.testing.assert_allclose(both.encode(texts), encoder.encode(texts), rtol=0, atol=1e-5)
+        exits = [1, 2, 3] * 8
+        np.testing.assert_allclose(
+            both.encode(texts, 5, exits), encoder.encode(texts, 5, exits), rtol=0, atol=1e-5
+        )
+        (part,) = both.stream(iter(TEXTS), 5, 2, 3, precision="ubinary")
+        np.testing.assert_array_equal(part, encoder.encode(TEXTS, 5, 2, 3, precision="ubinary"))
+        want = encoder.encode(["q: a"])
+        np.testing.assert_allclose(both.encode_query(["a"]), want, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="text 20: expected Unicode, got a lone surrogate"):
+            both.encode([*texts[:20], "\ud800"])
+        assert both.encode([]).shape == (0, 24)
+        processes = both.workers.processes
+        processes[1].kill()
+        with pytest.raises(ChildProcessError, match="worker cpu: it died, exit status -9"):
+            both.encode(texts)
+    assert not any(process.is_alive() for process in processes)
 
 
 # ---- memory ----
