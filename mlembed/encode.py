@@ -394,7 +394,7 @@ def main(
         ranges: .npy file [2, dim] for int8 and uint8, as another call wrote beside its --out.
         dtype: of the weights.
         device: auto, cpu, cuda or cuda:0 ..; several, and each has a process.
-        max_tokens: in one packed batch; a CPU takes 2048 at most.
+        max_tokens: in one packed batch; a CPU takes fewer.
         compile: blocks by torch.compile.
         out: new .npy, .parquet or .jsonl file; else a line of numbers a text on standard output.
         keep_text: a column of the texts too, in .parquet and .jsonl.

@@ -41,9 +41,12 @@ LANGUAGES = {
 def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of a [n, D] the row of b [m, D] of the highest product, and the reverse; of
     equal ones the first. In blocks, so that n m may be any number."""
+    step = max(1, BLOCK // max(1, len(b)))
+    if len(a) <= step:
+        products = a @ b.T
+        return products.argmax(1), products.argmax(0)
     there, back = [], torch.zeros(len(b), dtype=torch.int64, device=b.device)
     best = torch.full((len(b),), -torch.inf, dtype=b.dtype, device=b.device)
-    step = max(1, BLOCK // max(1, len(b)))
     for begin in range(0, len(a), step):
         products = a[begin : begin + step] @ b.T
         there.append(products.argmax(1))

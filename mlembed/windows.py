@@ -24,7 +24,8 @@ from .model import Transformer, mode
 from .pack import PackedBatch, budgeted, pack
 from .workers import ahead, device_of
 
-CPU_TOKENS = 2048  # of a pack: what a layer makes of more leaves the caches (bench/LOG.md, encode)
+# Tokens x width of a pack: what a layer makes of more leaves a CPU's caches (bench/LOG.md, encode).
+CPU_NUMBERS = 2048 * 384
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class OneDevice:
     """A model with its tokenizer.
 
     max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch, of which a CPU
-    takes at most 2048. bf16: autocast (training's precision, for scores during a run); vectors stay
+    takes fewer, by the model's width. bf16: autocast (training's precision, for scores during a run); vectors stay
     fp32.
     """
 
@@ -112,7 +113,9 @@ class OneDevice:
         device = self.model.device
         cuda = device.type == "cuda"
         lengths = np.array([len(text) for text in ids], dtype=np.int64)
-        most = self.max_tokens if cuda else min(self.max_tokens, CPU_TOKENS)
+        most = self.max_tokens
+        if not cuda:
+            most = min(most, max(512, CPU_NUMBERS // self.model.cfg.hidden_size))
         packs = budgeted(lengths, most)
         if depths is not None:
             packs = [rows[np.lexsort((lengths[rows], -depths[rows]))] for rows in packs]

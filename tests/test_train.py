@@ -126,7 +126,7 @@ def test_run_directory_and_table(whole):
 
 def test_the_printed_commands_work(whole, tmp_path):
     run, done = whole
-    commands = dict(re.findall(r"^(encode|export)  (.+)$", done.stdout, re.MULTILINE))
+    commands = dict(re.findall(r"^(encode|export|page) +(.+)$", done.stdout, re.MULTILINE))
     encoded = subprocess.run(
         commands["encode"], shell=True, cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -135,6 +135,13 @@ def test_the_printed_commands_work(whole, tmp_path):
     export = commands["export"].replace(" OUT ", f" {tmp_path}/small ")
     subprocess.run(export, shell=True, cwd=ROOT, capture_output=True, check=True)
     assert (tmp_path / "small" / "modules.json").is_file()
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "python train.py" in card and "eng" in card and "pairs" in card
+    subprocess.run(commands["page"], shell=True, cwd=ROOT, capture_output=True, check=True)
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    # What a run alone records: where its time went, what it read of each language.
+    assert "optimizer" in page and "Step time by stage: not recorded" not in page
+    assert "Training texts by language: not recorded" not in page and "German" in page
 
 
 def test_a_saved_configuration_runs_again(whole, tmp_path):
