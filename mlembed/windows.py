@@ -49,8 +49,8 @@ class OneDevice:
     """A model with its tokenizer.
 
     max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch, of which a CPU
-    takes fewer, by the model's width. bf16: autocast (training's precision, for scores during a run); vectors stay
-    fp32.
+    takes fewer, by the model's width. bf16: autocast (training's precision, for scores during a
+    run); vectors stay fp32.
     """
 
     model: Transformer
