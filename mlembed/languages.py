@@ -73,8 +73,8 @@ def levels(
 ) -> tuple[dict[tuple[str, str], str], str]:
     """Resource level of each language by its training texts, and where it is cut.
 
-    unseen: none; low, mid, high: thirds of those that have some, "seen" where all have as many.
-    {} where `texts` (code -> training texts) is None.
+    unseen: none; low, mid, high: thirds of those that have some, "seen" where more than two thirds
+    have as many as any. {} where `texts` (code -> training texts) is None.
     """
     if texts is None:
         return {}, "Training texts by language: not recorded, so there are no resource levels."
@@ -87,8 +87,9 @@ def levels(
     if not seen:
         return dict.fromkeys(here, "unseen"), "No evaluated language has a text in training."
     low, mid = (seen[math.ceil(len(seen) * third / 3) - 1] for third in (1, 2))
-    if seen[0] == seen[-1]:
-        said = f"each language that is seen in training has {seen[0]:,} texts there."
+    if low == seen[-1]:
+        most = f"{seen[0]:,} to {seen[-1]:,}" if seen[0] < seen[-1] else f"{seen[0]:,}"
+        said = f"each language that is seen in training has {most} texts there."
         return {
             k: "seen" if n > 0 else "unseen" for k, n in here.items()
         }, f"Resource level: {said}"

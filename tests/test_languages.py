@@ -91,3 +91,6 @@ def test_levels_that_are_none():
     assert set(found.values()) == {"unseen"} and "No evaluated language" in said
     found, said = levels(keys("de", "fr", "sw"), {"de": 7, "fr": 7, "sw": None})
     assert list(found.values()) == ["seen", "seen", "unseen"] and "has 7 texts" in said
+    # One that has fewer makes no thirds of the others.
+    found, said = levels(keys("de", "fr", "it", "sw"), {"de": 7, "fr": 7, "it": 7, "sw": 5})
+    assert set(found.values()) == {"seen"} and "has 5 to 7 texts" in said
