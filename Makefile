@@ -1,6 +1,6 @@
 # make train        set up .venv where it is missing, then train, evaluate and export the tiny model
 # make test         the same set-up, then every test
-# make test-slow    those that take minutes: a run that is killed thirty times
+# make test-slow    those that take minutes: a run that is killed thirty times, a million texts
 # make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
 # make check        lint, format and types
 #
