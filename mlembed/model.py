@@ -219,9 +219,11 @@ class Transformer(nn.Module):
     @property
     def _ends_early(self) -> bool:
         """Whether the last layer that is run computes, behind attention, the pooled rows alone: two
-        thirds of it. In training it does not, so that passes with a graph and without one draw the
-        same dropout and round alike."""
-        return self.cfg.pooling != "mean" and not self.training and not torch.is_grad_enabled()
+        thirds of it. That is in torch.inference_mode, as encoding is; where there may be a graph,
+        or hooks that count tokens under no_grad, all rows are there, and every pass rounds alike.
+        """
+        inference = torch.is_inference_mode_enabled()
+        return inference and not self.training and self.cfg.pooling != "mean"
 
     def block(
         self,

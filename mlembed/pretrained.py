@@ -260,7 +260,7 @@ def _read_factors(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tens
         with safe_open(path, framework="pt") as tensors:
             U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
             digest = (tensors.metadata() or {}).get("digest")
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, RuntimeError):  # torch's own, if the file goes meanwhile
         return None
     whole = U.shape == (V, R) and W.shape == (R, D) and digest == _digest(path.stem, U, W)
     return (U, W) if whole else None

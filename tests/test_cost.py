@@ -1,5 +1,7 @@
 """What is measured is what is said: known allocations, known times, known sizes."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -32,7 +34,7 @@ def encoder():
     return Encoder(randomise(Transformer(cfg)), learnt, 32)
 
 
-def test_peak_is_of_what_is_alive_at_one_time(encoder, capfd):
+def test_peak_is_of_what_is_alive_at_one_time(encoder):
     """1 and 2 MiB, then 2 and 4: also when the process has had more memory before."""
     del [torch.ones(64 * MIB, dtype=torch.uint8)][0]
 
@@ -46,7 +48,17 @@ def test_peak_is_of_what_is_alive_at_one_time(encoder, capfd):
 
     peak = cost._peak(encoder, lambda texts: [encode(texts), None][1])
     assert peak == pytest.approx(6 * MIB, rel=0.01)
-    assert capfd.readouterr().err == ""  # the profiler's own lines
+
+
+def test_the_profiler_says_nothing():
+    """In a process that has not had it before: it reads how much to say once."""
+    script = (
+        "import torch; from mlembed import cost; from types import SimpleNamespace as S;"
+        "encoder = S(model=S(device=torch.device('cpu')));"
+        "print(cost._peak(encoder, lambda texts: [torch.ones(2**18), None][1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == "" and int(done.stdout) == 2**20
 
 
 def test_memory_holds_the_weights_of_that_size(encoder):
