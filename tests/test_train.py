@@ -430,6 +430,7 @@ def test_full_disk_keeps_what_was_saved(arguments, tmp_path):
         "import resource, runpy, sys, mlembed.checkpoint as c\n"
         "real = c.Saver.save\n"
         "def save(self, step, *rest):\n"
+        "    self.wait()\n"  # the one before is written in the background, and has room
         f"    limit = {largest // 2} if step > 2 else resource.RLIM_INFINITY\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
         "    return real(self, step, *rest)\n"
