@@ -7,31 +7,18 @@ import time
 import pytest
 import torch
 from random_model import randomise
+from test_funnel import build
 
-from mlembed import config, cost, pretrained, tokenizer
+from mlembed import cost, pretrained
 from mlembed.encode import Encoder
 from mlembed.model import Transformer
 
-WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    learnt = tokenizer.train(WORDS * 5, 300)
-    cfg = config.Model(
-        vocab_size=learnt.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=48,
-        exits=(1, 4),
-        matryoshka_dims=(8, 32),
-        ranks=(4, 8),
-    )
-    return Encoder(randomise(Transformer(cfg)), learnt, 32)
+def encoder() -> Encoder:
+    return build(depth=4)
 
 
 def test_peak_is_of_what_is_alive_at_one_time(encoder):

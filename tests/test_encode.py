@@ -46,8 +46,7 @@ CUTS = [(None, None, None), (5, None, None), (None, 1, None), (None, None, 3), (
 MAX_LENGTH = 24
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
+def build(prompts: dict[str, str] | None = None) -> Encoder:
     tokens = tokenizer.train(TEXTS * 2, 300)
     cfg = config.Model(
         vocab_size=tokens.get_vocab_size(),
@@ -63,7 +62,12 @@ def encoder() -> Encoder:
         matryoshka_dims=(5, 12, 24),
         ranks=(3, 11),
     )
-    return Encoder(randomise(Transformer(cfg)), tokens, MAX_LENGTH)
+    return Encoder(randomise(Transformer(cfg)), tokens, MAX_LENGTH, prompts=prompts or {})
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return build()
 
 
 @pytest.fixture(scope="module")

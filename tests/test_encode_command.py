@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tyro
-from random_model import randomise
+from test_encode import MAX_LENGTH, build
 
-from mlembed import config, pretrained, tokenizer
+from mlembed import pretrained, tokenizer
 from mlembed.encode import Encoder, main
-from mlembed.model import Transformer
 from mlembed.vectors import Quantiser
 
 TEXTS = [
@@ -35,28 +34,14 @@ ENVIRONMENT.pop("MLEMBED_TRACEBACK", None)
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    tokens = tokenizer.train(TEXTS * 2, 300)
-    cfg = config.Model(
-        vocab_size=tokens.get_vocab_size(),
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        intermediate_size=37,
-        max_position_embeddings=64,
-        exits=(1, 3),
-        matryoshka_dims=(5, 12, 24),
-        ranks=(3, 11),
-    )
-    return Encoder(randomise(Transformer(cfg)), tokens, 24, prompts={"query": "q: "})
+    return build({"query": "q: "})
 
 
 @pytest.fixture(scope="module")
 def directory(encoder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     pretrained.save(encoder.model, path)
-    tokenizer.save(encoder.tokenizer, path, 24)
+    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
     settings = path / "config_sentence_transformers.json"
     settings.write_text(json.dumps({"prompts": encoder.prompts}))
     return path

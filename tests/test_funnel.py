@@ -16,22 +16,26 @@ QUERIES = [" ".join(RNG.choice(WORDS, 3)) for _ in range(7)]
 SMALL, FULL = (4, 1, 4), (24, 3, 8)
 
 
-@pytest.fixture(scope="module")
-def encoder():
+def build(depth: int = 3) -> Encoder:
     learnt = tokenizer.train(WORDS * 5, 300)
     cfg = config.Model(
         vocab_size=learnt.get_vocab_size(),
         hidden_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=depth,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
         intermediate_size=48,
-        exits=(1, 3),
+        exits=(1, depth),
         matryoshka_dims=(4, 32),
         ranks=(4, 8),
     )
     return Encoder(randomise(Transformer(cfg)), learnt, 32)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return build()
 
 
 def by_hand(encoder, small, full, shortlist, k, before=("", "")):
