@@ -305,6 +305,17 @@ def _kept(cos_EQK: Tensor, mask: Tensor | None, ceiling: Tensor | None) -> Tenso
     return keep & ~similar
 
 
+def softmax_loss(parts: Sequence[Tensor], z_EMQ: Tensor, times: float = 1.0) -> Tensor:
+    """log(k exp(z) + N) - z [E, M, Q] of positives' logits z and log-partitions log N in parts.
+
+    That is log k + softplus(log N - z - log k), which subtracts no two rounded numbers in N << z.
+    A part of no pairs is -inf. times: k, how often the sum contains the positive.
+    """
+    log_N = torch.stack(list(parts)).clamp(min=NOTHING).logsumexp(0)
+    log_k = math.log(times)
+    return log_k - F.logsigmoid(z_EMQ + log_k - log_N)
+
+
 def _loss(
     parts: dict[str, list[Tensor]],
     z_EMQ: Tensor,
@@ -312,14 +323,11 @@ def _loss(
     partition_mode: str,
     count_positive_twice: bool,
 ) -> Tensor:
-    """log(k exp(z) + N) - z = log k + softplus(log N - z - log k), averaged over the queries."""
+    """The mean over directions of the mean over the queries with a positive, [E, M]."""
     groups = list(parts.values())
     if partition_mode == "joint":
         groups = [[part for group in groups for part in group]]
-    log_k = math.log(2.0) if count_positive_twice else 0.0
-    losses = []
-    for group in groups:
-        log_N = torch.stack(group).clamp(min=NOTHING).logsumexp(0)
-        losses.append(log_k - F.logsigmoid(z_EMQ + log_k - log_N))
+    times = 2.0 if count_positive_twice else 1.0
+    losses = [softmax_loss(group, z_EMQ, times) for group in groups]
     loss_EMQ = torch.stack(losses).mean(0).where(has_positive[:, None], 0.0)
     return loss_EMQ.sum(-1) / has_positive.sum(-1).clamp(min=1)[:, None]

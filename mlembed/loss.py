@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlembed_kernels import cosine, partition
+from mlembed_kernels.infonce import softmax_loss
 from mlembed_kernels.partition import NOTHING
 
 from . import config
@@ -127,14 +128,9 @@ def _counts(
 def _softmax(parts: list[Tensor], z_EMQ: Tensor, share_EQ: Tensor, times: float = 1.0) -> Tensor:
     """loss_EM = sum_i share_i (log(k exp(z_i) + N_i) - z_i), log N [E, M, Q] in parts.
 
-    That is log k + softplus(log N - z - log k), which subtracts no two rounded numbers in N << z.
-
     share_EQ: see `_shares`. times: k, how often the sums contain the positive.
     """
-    log_N = torch.stack(parts).clamp(min=NOTHING).logsumexp(0)
-    log_k = math.log(times)
-    loss_EMQ = log_k - F.logsigmoid(z_EMQ + log_k - log_N)
-    there_EQ = share_EQ > 0
+    loss_EMQ, there_EQ = softmax_loss(parts, z_EMQ, times), share_EQ > 0
     return (loss_EMQ.where(there_EQ[:, None], 0.0) * share_EQ[:, None]).sum(-1)
 
 
