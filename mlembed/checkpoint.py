@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -30,68 +30,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
 
+from .files import SHARDS, flush
+
 STATE = "state.json"
-SHARDS = "shard-*.safetensors"
 FILE = 2**30  # bytes of a file, about: each is put together in memory before it is written
 
 # Alone, a process has no group, which is no mistake. Here, as filters are no thread's own.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 T = TypeVar("T")
-
-
-# ---- files ----
-
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into that appears as `target` only if the block succeeds.
-
-    Raises:
-        ValueError: `target` exists and is not an empty directory; writing failed (disk full).
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(
-            f"{target}: expected nothing there yet, found something; nothing was written"
-        )
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    missing = [path for path in target.parents if not path.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            flush(path)
-        partial.rename(target)  # replaces an empty directory, never a full one
-        flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{target}: could not be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in missing:  # made on the way; those that now hold something stay
-            with suppress(OSError):
-                path.rmdir()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's names, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        flush(partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written: {error}") from None
 
 
 # ---- saving ----

@@ -9,13 +9,14 @@ and the next one's texts become tokens meanwhile.
 Letters: E exits, N texts, D width.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeGuard, overload
+from typing import Annotated, Any, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -106,7 +107,9 @@ class Encoder(OneDevice):
         Nothing is dropped, also while the model is being trained. prompt: put before each text.
         """
         cfg = self.model.cfg
+        _sized(texts)
         exits = cfg.exits if exits is None else exits
+        rank = _number("rank", rank)
         cfg.check(rank=rank)
         out = torch.empty(len(exits), len(texts), cfg.hidden_size)
         windows = self._windows(texts, prompt, None, None, rank, WINDOW)
@@ -161,6 +164,8 @@ class Encoder(OneDevice):
     ) -> np.ndarray | list[np.ndarray]:
         """Unit vectors -> float32 [N, dim]: cut to the first `dim` of exit `exit`, then normalised.
 
+        A text's vector is the same, but for rounding, whatever other texts are with it.
+
         Args:
             dim, exit, rank: one for all texts or a sequence with one for each; None is the whole.
                 Texts of several exits share their packs, those of several ranks do not.
@@ -177,15 +182,16 @@ class Encoder(OneDevice):
         """
         quantise = Quantiser(precision, ranges)
         before = self._prompt(prompt, prompt_name)
-        if isinstance(texts, str):
-            raise ValueError("texts: expected a sequence of texts, got one string")
+        _sized(texts)
+        dim, exit, rank = _plain("dim", dim), _plain("exit", exit), _plain("rank", rank)
         dims = self._sizes("dim", dim, len(texts))
         self._sizes("exit", exit, len(texts))
         self._sizes("rank", rank, len(texts))
-        mixed = not _for_all(dim)
-        same = int(dims[0]) if len(dims) and not mixed and dims[0] else self.model.cfg.hidden_size
+        mixed = isinstance(dim, list)
+        same = dim if isinstance(dim, int) else self.model.cfg.hidden_size
         if mixed and precision != "float32":
             raise ValueError(f"precision: expected float32 of several dims, got {precision}")
+        quantise.check(same)
         windows = self._windows(
             texts, before, None if mixed else same, exit, rank, self._most(len(texts))
         )
@@ -226,12 +232,15 @@ class Encoder(OneDevice):
         Raises:
             ValueError: as `encode`; of arguments, before any text is read.
         """
-        if isinstance(texts, str):
-            raise ValueError("texts: expected an iterable of texts, got one string")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            got = "one string" if isinstance(texts, str) else type(texts).__name__
+            raise ValueError(f"texts: expected an iterable of texts, got {got}")
         quantise = precision if isinstance(precision, Quantiser) else Quantiser(precision, ranges)
         before = self._prompt(prompt, prompt_name)
+        dim, exit, rank = _number("dim", dim), _number("exit", exit), _number("rank", rank)
         self.model.cfg.check(dim, exit, rank)
         whole = self.model.cfg.hidden_size if dim is None else dim
+        quantise.check(whole)
 
         def parts() -> Iterator[np.ndarray]:
             windows = self._windows(texts, before, whole, exit, rank, self._most(None))
@@ -243,6 +252,8 @@ class Encoder(OneDevice):
     # ---- how it is done ----
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if not isinstance(prompt, str | None):
+            raise ValueError(f"prompt: expected a text, got {type(prompt).__name__}")
         if prompt is not None and name is not None:
             raise ValueError("prompt: expected it or prompt_name, got both")
         if name is None:
@@ -257,12 +268,11 @@ class Encoder(OneDevice):
             return options
         return options | {"prompt_name": name if name in self.prompts else None}
 
-    def _sizes(self, name: str, value: Size, count: int) -> np.ndarray:
+    def _sizes(self, name: str, value: Any, count: int) -> np.ndarray:
         """int64 [count], 0 for the whole. ValueError for what the model lacks."""
-        if _for_all(value):
+        if not isinstance(value, list):
             self.model.cfg.check(**{name: value})
-            return np.full(max(count, 1), 0 if value is None else value, dtype=np.int64)
-        assert isinstance(value, Sequence | np.ndarray)
+            return np.full(count, 0 if value is None else value, dtype=np.int64)
         if len(value) != count:
             raise ValueError(f"{name}: expected one a text, {count}, got {len(value)}")
         for one in set(value):
@@ -281,7 +291,7 @@ class Encoder(OneDevice):
         for some in vectors.windows(texts, most, CHARACTERS):
             here = slice(first, first + len(some))
             exits_N, ranks_N = (
-                self._sizes(name, size if _for_all(size) else size[here], len(some))  # type: ignore
+                self._sizes(name, size[here] if isinstance(size, list) else size, len(some))
                 for name, size in (("exit", exit), ("rank", rank))
             )
             exits_N[exits_N == 0] = self.model.cfg.num_hidden_layers
@@ -295,8 +305,31 @@ class Encoder(OneDevice):
             yield self.vectors(window, ids, bar)
 
 
-def _for_all(size: Any) -> TypeGuard[int | None]:
-    return size is None or isinstance(size, int | np.integer)
+def _sized(texts: Any) -> None:
+    """ValueError for what is no sequence of texts."""
+    if isinstance(texts, str):
+        raise ValueError("texts: expected a sequence of texts, got one string")
+    if not hasattr(texts, "__len__"):
+        got = type(texts).__name__
+        raise ValueError(f"texts: expected a sequence, got {got}; `stream` takes any iterable")
+
+
+def _number(name: str, size: Any) -> int | None:
+    """A whole number of any library, as Python's own. ValueError for another thing."""
+    found = size.item() if isinstance(size, np.generic) else size
+    if isinstance(size, np.ndarray | Tensor) and size.ndim == 0:
+        found = size.item()
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        raise ValueError(f"{name}: expected a whole number, got {size!r}")
+    return found
+
+
+def _plain(name: str, size: Any) -> int | None | list[int | None]:
+    """One for all texts, or a list with one for each, of what lists and arrays there are."""
+    several = hasattr(size, "__len__") and hasattr(size, "__getitem__")
+    if several and getattr(size, "ndim", 1) > 0 and not isinstance(size, str | bytes | dict):
+        return [_number(name, one) for one in size]
+    return _number(name, size)
 
 
 def _prompts(directory: Path) -> dict[str, str]:
@@ -435,8 +468,11 @@ def main(
             width = dim or encoder.model.cfg.hidden_size
             print(vectors.save(target, parts, given, quantise, width), file=sys.stderr)
         else:
-            for part in parts:
-                vectors.printed(part)
+            try:
+                for part in parts:
+                    vectors.printed(part)
+            except BrokenPipeError:  # as of `| head`: who reads no more wants no more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if source.replaced:
         print(f"no UTF-8: {source.replaced} replaced by U+FFFD", file=sys.stderr)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from . import checkpoint
+from . import files
 
 METRICS = "metrics.jsonl"
 
@@ -85,7 +85,7 @@ class Log:
             return
         if self.path.exists():
             kept = [line for line in self.lines() if step and line["step"] <= step]
-            checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if tracker != "none":
             self.track, self.close = _tracker(tracker, self.path.parent, step)
 

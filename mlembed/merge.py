@@ -44,7 +44,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from . import config, log, pretrained, shapes, tokenizer
-from .checkpoint import atomic_directory
+from .files import atomic_directory
 from .model import Transformer
 
 Method = Literal["soup", "weighted", "slerp"]

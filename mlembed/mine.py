@@ -39,7 +39,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from . import checkpoint, config, layouts, log, sources
+from . import config, files, layouts, log, sources
 from .encode import Encoder
 
 BLOCK = 2**20  # candidates of the queries of a block together, and
@@ -421,11 +421,11 @@ def _new_file(out: Path) -> Iterator[tuple[Path, Path]]:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
             partial = Path(work) / out.name
             yield partial, Path(work)
-            checkpoint.flush(partial)
+            files.flush(partial)
             if out.exists():
                 raise ValueError(f"out: expected a new file, got {out}, which exists by now")
             partial.rename(out)
-        checkpoint.flush(out.parent)
+        files.flush(out.parent)
     except OSError as error:
         raise ValueError(f"{out}: could not be written: {error}") from None
 

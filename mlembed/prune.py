@@ -29,8 +29,8 @@ import tyro
 from torch import Tensor
 
 from . import config, log, pretrained, shapes, sources, strict, tokenizer
-from .checkpoint import atomic_directory
 from .encode import Encoder
+from .files import atomic_directory
 from .model import Transformer, num_parameters
 from .pack import PackedBatch, budgeted, pack
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config, strict
+from . import checkpoint, config, files, strict
 from .distributed import World, broadcast
 
 
@@ -75,5 +75,5 @@ def write_config(run: config.Run, directory: Path, start: int) -> None:
     plain = replace(run, resume=False, allow_changed=())
     resolved = json.dumps(strict.to_dict(plain), indent=2) + "\n"
     if path.is_file() and (before := path.read_text(encoding="utf-8")) != resolved:
-        checkpoint.write_text(directory / f"config_until_{start}.json", before)
-    checkpoint.write_text(path, resolved)
+        files.write_text(directory / f"config_until_{start}.json", before)
+    files.write_text(path, resolved)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, overload
 
 import pyarrow as pa
 
-from .checkpoint import flush
+from .files import flush
 
 T = TypeVar("T")
 WHOLE = "whole.json"  # an entry's files and their sizes, written last

@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, log, shapes, sources
+from . import files, log, shapes, sources
 
 SLICE = 8192  # texts between two movements of the progress bar
 
@@ -230,7 +230,7 @@ def store(
     keys, row_of, new = _sorted(np.frombuffer(halves, dtype=np.uint64).reshape(-1, 2))
     kind = np.float16 if dtype == "fp16" else np.float32
     count = keys.shape[1]
-    with checkpoint.atomic_directory(out) as partial:
+    with files.atomic_directory(out) as partial:
         np.save(partial / "keys.npy", keys)
         vectors = np.lib.format.open_memmap(
             partial / "vectors.npy", "w+", dtype=kind, shape=(count, teacher.width)
@@ -255,7 +255,7 @@ def store(
             "width": teacher.width,
             "count": count,
         }
-        checkpoint.write_text(partial / "teacher.json", json.dumps(said, indent=2) + "\n")
+        files.write_text(partial / "teacher.json", json.dumps(said, indent=2) + "\n")
     return count
 
 

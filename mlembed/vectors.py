@@ -5,7 +5,6 @@ Nothing here holds more than a few thousand rows. A line ends at a line feed alo
 carriage return before it: Unicode's other separators occur inside sentences.
 """
 
-import contextlib
 import json
 import os
 import struct
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 MANY = 4096  # rows of parquet at once as Python objects
+BUFFER = 2**20  # bytes of parquet at once; else a row group is, which may be the whole file
 HEADER = 128  # bytes of an .npy's, room for any number of rows
 UNKNOWN = "\ufffd"
 
@@ -56,15 +56,16 @@ class Texts:
         if self.path == "-":
             return (text for _, text in self._lines(sys.stdin.buffer, "standard input"))
         kinds = {".jsonl": self._jsonl, ".parquet": self._parquet}
-        return kinds.get(Path(self.path).suffix, self._plain)()
+        return kinds.get(_kind(Path(self.path)), self._plain)()
 
     def check(self) -> None:
         """ValueError where there is no such file, or it has no such column, before any work."""
         if self.path == "-":
             return
-        if not Path(self.path).is_file():
+        path = Path(self.path)
+        if not path.exists() or path.is_dir():  # a named pipe, or a shell's <(..), is as good
             raise ValueError(f"input: expected a file, got {self.path}, which is none")
-        if self.path.endswith(".parquet"):
+        if _kind(path) == ".parquet":
             with self._open() as file:
                 names = file.schema_arrow.names
             if self.column not in names:
@@ -113,7 +114,16 @@ class Texts:
     def _parquet(self) -> Iterator[str]:
         number = 0
         with self._open() as file:
-            for batch in file.iter_batches(batch_size=MANY, columns=[self.column]):
+            batches = file.iter_batches(batch_size=MANY, columns=[self.column])
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (pa.ArrowException, OSError) as error:
+                    reason = str(error).splitlines()[0]
+                    where = f"{self.path}: after row {number}"
+                    raise ValueError(f"{where}: not parquet: {reason}") from None
+                if batch is None:
+                    return
                 for value in batch.column(0):
                     number += 1
                     where = f"{self.path}:{number}"
@@ -133,7 +143,7 @@ class Texts:
 
     def _open(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path)
+            return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.path}: not parquet: {reason}") from None
@@ -155,6 +165,10 @@ class Texts:
             self.replaced += sum(a != b for a, b in zip(half, value, strict=True))
             return "".join(half)
         return value
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def windows(texts: Iterable[str], most: int, characters: int) -> Iterator[list[str]]:
@@ -212,8 +226,8 @@ class Quantiser:
     are to be compared need the same ranges.
 
     Raises:
-        ValueError: another precision, ranges of another shape, or that fewer than two vectors would
-            have to give.
+        ValueError: another precision, ranges of another shape or that are none, or that fewer than
+            two vectors would have to give.
     """
 
     precision: str = "float32"
@@ -225,6 +239,8 @@ class Quantiser:
             raise ValueError(f"precision: expected one of {listed}, got {self.precision!r}")
         if self.ranges is not None and not self.ranged:
             raise ValueError(f"ranges: expected none, as {self.precision} has none, got some")
+        if self.ranges is not None:
+            self.ranges = _ranges(self.ranges)
 
     @property
     def ranged(self) -> bool:
@@ -235,21 +251,22 @@ class Quantiser:
         """Whether they are still to come from the first vectors."""
         return self.ranged and self.ranges is None
 
+    def check(self, width: int) -> None:
+        """ValueError where the ranges are of vectors of another width."""
+        if self.ranges is not None and self.ranges.shape[1] != width:
+            raise ValueError(f"ranges: expected [2, {width}], got {list(self.ranges.shape)}")
+
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        self.check(vectors.shape[1])
         if self.precision in ("float32", "float16"):
             return vectors.astype(self.precision, copy=False)
-        if self.ranged and len(vectors):
-            if self.ranges is None:
-                if len(vectors) < 2:
-                    raise ValueError(
-                        "ranges: expected them given, or two texts or more to take them from, "
-                        f"got {len(vectors)}"
-                    )
-                self.ranges = np.stack([vectors.min(0), vectors.max(0)])
-            if self.ranges.shape != (2, vectors.shape[1]):
+        if self.makes_ranges and len(vectors):
+            if len(vectors) < 2:
                 raise ValueError(
-                    f"ranges: expected [2, {vectors.shape[1]}], got {list(self.ranges.shape)}"
+                    "ranges: expected them given, or two texts or more to take them from, "
+                    f"got {len(vectors)}"
                 )
+            self.ranges = np.stack([vectors.min(0), vectors.max(0)])
         if not len(vectors):  # not all versions of the library have a result for none
             width = vectors.shape[1] if self.ranged else -(-vectors.shape[1] // 8)
             return np.zeros((0, width), np.uint8 if self.precision.startswith("u") else np.int8)
@@ -267,9 +284,21 @@ def read_ranges(path: Path) -> np.ndarray:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"ranges: expected an .npy file, got {path}: {error}") from None
-    if not isinstance(found, np.ndarray) or found.ndim != 2 or len(found) != 2:
-        raise ValueError(f"ranges: expected [2, D], got {getattr(found, 'shape', 'an archive')}")
-    return found.astype(np.float32)
+    if not isinstance(found, np.ndarray):
+        raise ValueError("ranges: expected [2, D], got an archive")
+    return _ranges(found)
+
+
+def _ranges(given: Any) -> np.ndarray:
+    try:
+        ranges = np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError("ranges: expected numbers, got something else") from None
+    if ranges.ndim != 2 or len(ranges) != 2:
+        raise ValueError(f"ranges: expected [2, D], got {ranges.shape}")
+    if not (np.isfinite(ranges).all() and (ranges[0] <= ranges[1]).all()):
+        raise ValueError("ranges: expected finite ones, the least before the greatest, got others")
+    return ranges
 
 
 # ---- files of vectors ----
@@ -343,9 +372,9 @@ def written(
         ValueError: something is at `path`, or texts for .npy.
     """
     kinds = {".parquet": _parquet, ".jsonl": _jsonl}
-    if texts and path.suffix not in kinds:
+    if texts and _kind(path) not in kinds:
         raise ValueError(f"out: expected .parquet or .jsonl to keep texts, got {path}")
-    return kinds.get(path.suffix, _npy)(path, np.dtype(dtype), width, texts)
+    return kinds.get(_kind(path), _npy)(path, np.dtype(dtype), width, texts)
 
 
 @contextmanager
@@ -357,7 +386,7 @@ def _npy(path: Path, dtype: np.dtype, width: int, texts: bool) -> Iterator[Write
         def write(vectors: np.ndarray, _: list[str]) -> None:
             nonlocal rows
             assert vectors.dtype == dtype and vectors.shape[1:] == (width,)
-            vectors.tofile(file)
+            file.write(np.ascontiguousarray(vectors).data)  # tofile says not why it fails
             rows += len(vectors)
 
         yield write
@@ -411,9 +440,8 @@ def listed(vectors: np.ndarray) -> Iterator[list[str]]:
 
 
 def printed(vectors: np.ndarray) -> None:
-    """A line of numbers a vector, on standard output."""
+    """A line of numbers a vector, on standard output. BrokenPipeError where nobody reads it."""
     digits = "%.6f" if vectors.dtype.kind == "f" else "%d"
-    with contextlib.suppress(BrokenPipeError):
-        for row in vectors.tolist():
-            sys.stdout.write(" ".join(digits % x for x in row) + "\n")
-        sys.stdout.flush()
+    for row in vectors.tolist():
+        sys.stdout.write(" ".join(digits % x for x in row) + "\n")
+    sys.stdout.flush()

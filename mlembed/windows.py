@@ -179,6 +179,7 @@ def process(
     if compile:
         model.compile_blocks()
     encoder = OneDevice(**options | {"model": model})
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, left behind by who is made to end
     reading, encoding = threading.Lock(), threading.Lock()
     bar = progress_bar(None, False)
 

@@ -102,7 +102,8 @@ class Workers:
         self.processes, self._lanes, self._free = [], [], queue.Queue()
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What the processes make of the items, in order."""
+        """What the processes make of the items, in order. Ctrl-C, or an exit by a signal, while it
+        waits ends the processes, and with them what is under way."""
         if not self._lanes:
             raise ValueError("workers: expected `with`, got a call outside of it")
         under_way: deque[Future[Any]] = deque()
@@ -114,6 +115,10 @@ class Workers:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
+        except (KeyboardInterrupt, SystemExit):
+            for process in self.processes:
+                process.terminate()
+            raise
         finally:  # what is under way is waited for, so that the lanes are free again
             threads.shutdown(cancel_futures=True)
 
@@ -137,7 +142,13 @@ class Workers:
             with self._burial:
                 self.processes[number].join(ENDING)
                 status = self.processes[number].exitcode
-            raise ChildProcessError(f"worker {name}: it died, exit status {status}") from None
+            what = f"worker {name}: it died, exit status {status}"
+            if seconds is not None:
+                what += (
+                    "; what starts processes is to be a file, which guards what it runs by "
+                    'if __name__ == "__main__":'
+                )
+            raise ChildProcessError(what) from None
         if good:
             return answer
         kind, reason = answer

@@ -1,6 +1,7 @@
 """python -m mlembed.encode as a user runs it: what goes in and out, what is refused, processes, and
 memory."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import tyro
 from test_encode import MAX_LENGTH, build
 
-from mlembed import pretrained, tokenizer
+from mlembed import encode, pretrained, tokenizer
 from mlembed.encode import Encoder, main
 from mlembed.vectors import Quantiser
 
@@ -75,6 +76,24 @@ def test_prints_vectors_of_its_arguments(encoder, directory):
     want = encoder.encode(texts, 5, 2, 7, prompt="x: ")
     np.testing.assert_allclose(printed, want, rtol=0, atol=1e-5)
     assert done.stderr == b""
+
+
+def test_who_reads_no_more_ends_it(directory):
+    """As `| head -1` does, of lines that never end."""
+    process = subprocess.Popen(
+        [*HEAD, directory, "--exit", "1", "--dim", "2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        for _ in range(12):  # windows
+            process.stdin.write(b"a\n" * encode.WINDOW)
+        raise AssertionError("all of it was read")
+    assert process.wait(60) == 0 and process.stderr.read() == b""
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):

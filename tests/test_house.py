@@ -27,9 +27,9 @@ PACKAGES = {"_attention_backends.py": ("flash_attn", "xformers")}  # imported wh
 
 # A file imports files of lower levels only; `log` also writes with `checkpoint`.
 LEVELS = [
-    {"attention_interface", "bank", "charts", "checkpoint", "cldr", "distributed", "languages"}
+    {"attention_interface", "bank", "charts", "cldr", "distributed", "files", "languages"}
     | {"pack", "page", "rows", "strict", "vectors", "workers"},
-    {"config", "layouts", "stored", "tokenizer"},
+    {"checkpoint", "config", "layouts", "stored", "tokenizer"},
     {"blocks", "depth", "log", "shapes", "sources"},
     {"model", "recipes", "results", "streams", "tasks", "teacher", "tokens"},
     {"arguments", "data", "guards", "resume", "ring", "scores"},

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import sys
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +134,41 @@ def test_parquet_that_is_no_utf8(tmp_path):
     assert list(source) == ["fine", "a\ufffd"] and source.replaced == 1
 
 
+def test_parquet_of_one_row_group_is_read_bit_by_bit(tmp_path):
+    texts = [f"{i:06d}" * 50 for i in range(60_000)]
+    path = tmp_path / "a.PARQUET"  # a name in capitals is the same kind
+    table = pa.table({"text": texts})
+    pq.write_table(table, path, use_dictionary=False, compression="none")
+    size, before = path.stat().st_size, pa.total_allocated_bytes()
+    for i, text in enumerate(Texts(str(path))):
+        assert text == texts[i]
+        if i % 5000 == 0:
+            assert pa.total_allocated_bytes() - before < size / 2
+    assert i == 59_999
+
+
+def test_parquet_that_is_damaged_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"{i}" * 20 for i in range(20_000)]})
+    pq.write_table(table, path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[1000:3000] = bytes(2000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet: after row \d+: not parquet: "):
+        list(Texts(str(path)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    source = Texts(str(tmp_path / "a"))
+    source.check()
+    threading.Thread(target=(tmp_path / "a").write_bytes, args=(b"one\ntwo\n",)).start()
+    assert list(source) == ["one", "two"]
+    with pytest.raises(ValueError, match="input: expected a file, got "):
+        Texts(str(tmp_path)).check()
+
+
 def test_texts_in_passing():
     kept = Kept(["a", "b", "c"], True)
     passing = iter(kept)
@@ -203,6 +240,12 @@ def test_ranges_that_are_wrong(some, tmp_path):
         Quantiser("binary", np.zeros((2, 19), np.float32))
     with pytest.raises(ValueError, match="precision: expected one of float32, .*got 'int4'"):
         Quantiser("int4")
+    for bad in (np.full((2, 19), np.nan), [[1.0] * 19, [0.0] * 19]):
+        with pytest.raises(ValueError, match="ranges: expected finite ones, the least before"):
+            Quantiser("int8", bad)
+    np.save(tmp_path / "s.npy", np.array([["a"], ["b"]]))
+    with pytest.raises(ValueError, match="ranges: expected numbers"):
+        vectors.read_ranges(tmp_path / "s.npy")
     np.save(tmp_path / "r.npy", np.zeros((3, 19)))
     with pytest.raises(ValueError, match=r"ranges: expected \[2, D\], got \(3, 19\)"):
         vectors.read_ranges(tmp_path / "r.npy")
@@ -278,6 +321,23 @@ def test_what_fails_leaves_nothing(some, tmp_path, suffix):
     ):
         write(some, [])
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".jsonl"])
+def test_a_full_disk_says_so_and_nothing_stays(some, tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    many = np.tile(some, (100, 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            vectors.written(tmp_path / f"out{suffix}", many.dtype, 19) as write,
+        ):
+            write(many, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """Work beside: order, what is under way, errors of a process, and one that dies."""
 
 import os
+import signal
 import threading
 import time
 
@@ -65,6 +66,8 @@ class Own:
     def __init__(self, name: str) -> None:
         if name == "broken":
             raise ValueError("expected a device, got none")
+        if name == "gone":
+            os._exit(1)  # as what starts processes without a guard
         self.name, self.lock, self.calls = name, threading.Lock(), 0
 
     def __call__(self, item):
@@ -131,10 +134,27 @@ def test_a_process_that_dies_is_an_error(pair):
         list(pair.map([1, 2, "die", 3, 4, 5]))
 
 
-def test_a_process_that_cannot_begin_is_an_error_and_nothing_stays():
-    both = Workers(Own, [("a",), ("broken",)], ["a", "broken"])
-    with pytest.raises(ValueError, match="expected a device, got none"):
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("broken", ValueError, "expected a device, got none"),
+        ("gone", ChildProcessError, 'died, exit status 1; .* a file, which .* == "__main__":$'),
+    ],
+)
+def test_a_process_that_cannot_begin_is_an_error_and_nothing_stays(name, error, message):
+    both = Workers(Own, [(name,)], [name])
+    with pytest.raises(error, match=message):
         both.__enter__()
     assert both.processes == []
     with pytest.raises(ValueError, match="expected `with`, got a call outside of it"):
         list(both.map([1]))
+
+
+def test_who_interrupts_waits_for_nothing():
+    with Workers(Own, [("a",)], ["a"]) as one:
+        (process,) = one.processes
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            list(one.map([60.0]))
+        assert time.monotonic() - begun < 30 and not process.is_alive()

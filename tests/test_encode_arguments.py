@@ -1,0 +1,46 @@
+"""What `encode` and `stream` take for sizes and texts, of whatever library, and what not."""
+
+import numpy as np
+import pytest
+import torch
+from test_encode import TEXTS, build
+
+from mlembed.encode import Encoder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return build()
+
+
+@pytest.mark.parametrize("make", [np.int64, np.array, torch.tensor])
+def test_sizes_of_other_libraries(encoder, make):
+    want = encoder.encode(TEXTS[:3], 5, 2, 7)
+    np.testing.assert_array_equal(encoder.encode(TEXTS[:3], make(5), make(2), make(7)), want)
+    (part,) = encoder.stream(TEXTS[:3], make(5), make(2), make(7))
+    np.testing.assert_array_equal(part, want)
+    if make is not np.int64:
+        several = encoder.encode(TEXTS[:3], exit=make([1, 2, 3]))
+        np.testing.assert_array_equal(several, encoder.encode(TEXTS[:3], exit=[1, 2, 3]))
+
+
+@pytest.mark.parametrize("size", [True, 5.0, np.float32(5), "5", [5.0, 5, 5], {1: 5}, iter([5])])
+def test_sizes_that_are_no_whole_numbers(encoder, size):
+    for name in ("dim", "exit", "rank"):
+        for call in (encoder.encode, encoder.stream):
+            with pytest.raises(ValueError, match=f"{name}: expected a whole number, got "):
+                call(TEXTS[:3], **{name: size})
+
+
+def test_texts_that_are_no_sequence(encoder):
+    for texts in (iter(TEXTS), None, 3):
+        for call in (encoder.encode, encoder.exits):
+            with pytest.raises(ValueError, match="texts: expected a sequence, got .*stream"):
+                call(texts)
+    for call in (encoder.exits, encoder.encode):
+        with pytest.raises(ValueError, match="texts: expected a sequence of texts, got one str"):
+            call("abc")
+    with pytest.raises(ValueError, match="texts: expected an iterable of texts, got NoneType"):
+        encoder.stream(None)
+    with pytest.raises(ValueError, match="prompt: expected a text, got int"):
+        encoder.encode(TEXTS, prompt=3)
