@@ -7,6 +7,7 @@ and report/grid.json). What nothing there says is "not recorded"; a card makes n
 import importlib.metadata
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,27 +30,32 @@ PATHS = "path", "corpus", "data", "eval", "init", "tokenizer", "teacher", "embed
 
 @dataclass(frozen=True)
 class Cut:
-    """What is exported, under which name."""
+    """What is exported, under which name. repo: of the hub, if it goes there."""
 
     name: str
     dim: int
     exit: int
     rank: int | None
     formats: tuple[str, ...]
+    repo: str = ""
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a model comes from. run, grid: the configuration and report of a run, empty where it
-    comes from none or where there are none; name: of the run, or of what was loaded instead."""
+    comes from none or where there are none; name: of the run, or of what was loaded instead;
+    checkpoint: where in the run, of a model that is not its finished one."""
 
     name: str = ""
+    checkpoint: str = ""
     run: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
 
 
 def origin(source: str) -> Origin:
     """Of a run's directory, its model/ or one of its checkpoints; of all else, its name.
+
+    What a run scored is its finished model, so of a checkpoint there are no scores.
 
     Raises:
         ValueError: a configuration or report that is not json.
@@ -61,13 +67,16 @@ def origin(source: str) -> Origin:
         return Origin(source)
     place = path.resolve()
     directory = place.parent if place.name == "model" else place
-    directory = place.parents[1] if place.parent.name == "checkpoints" else directory
+    checkpoint = ""
+    if place.parent.name == "checkpoints":
+        directory, checkpoint = place.parents[1], f"{place.parent.name}/{place.name}"
     run = _json(directory / "config.json")
     if "steps" not in run:  # of a model, not of a run
         return Origin(place.name)
-    return Origin(
-        str(run.get("name") or directory.name), run, _json(directory / "report/grid.json")
-    )
+    grid = _json(directory / "report/grid.json")
+    if checkpoint:
+        grid.pop("cells", None)
+    return Origin(str(run.get("name") or directory.name), checkpoint, run, grid)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def write(encoder: Encoder, cut: Cut, of: Origin, license: str = "") -> str:
         what_it_is(encoder, cut, of),
         how_to_use(encoder, cut),
         scores(cut, of),
-        how_it_was_made(cut, of),
+        how_it_was_made(cut, of, license),
         languages(of),
         licences(of, license),
     ]
@@ -142,18 +151,31 @@ def what_it_is(encoder: Encoder, cut: Cut, of: Origin) -> str:
         lines.append(
             "In model.safetensors the vocabulary is merged to a table, its factors beside."
         )
+    if cut.dim < cfg.hidden_size:
+        lines.append(f"mlembed itself reads all {cfg.hidden_size} of its width, unless asked.")
     if prefixes := [str(d) for d in cfg.matryoshka_dims if d < cut.dim]:
         lines.append(f"The first {', '.join(prefixes)} of a vector's numbers are vectors too.")
     if cfg.style == "qwen3" and not cfg.causal:
         lines.append("Its attention looks both ways: transformers 5.2 or newer.")
     if prompts := {name: text for name, text in encoder.prompts.items() if text}:
         lines.append("Trained with prompts, which sentence-transformers takes by name:\n")
-        lines += [f"- `{key}`: {json.dumps(x, ensure_ascii=False)}" for key, x in prompts.items()]
+        lines += [f"- {_code(key)}: {_code(_quoted(text))}" for key, text in prompts.items()]
     return "\n".join(lines)
 
 
+def _quoted(text: str) -> str:
+    """As Python and JSON write it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """As Markdown shows it letter by letter; what looks like a tag would not be shown at all."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
 def how_to_use(encoder: Encoder, cut: Cut) -> str:
-    """Snippets that run where the directory is; `name` may be its path or its id on the hub."""
+    """Snippets that run where the directory is, or, of what goes to the hub, anywhere."""
     cfg = encoder.model.cfg
     pooled = {
         "last": "hidden[torch.arange(len(hidden)), tokens.attention_mask.sum(1) - 1]",
@@ -161,11 +183,11 @@ def how_to_use(encoder: Encoder, cut: Cut) -> str:
         "pooler": "read.pooler_output",
         "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     }[cfg.pooling]
-    texts = f"texts = [{TEXTS}]"
+    name, texts = _quoted(cut.repo or cut.name), f"texts = [{TEXTS}]"
     method, prompted = "encode", [texts]
     if prompt := encoder.prompts.get("query"):
-        behind = json.dumps(prompt, ensure_ascii=False)
-        method, prompted = "encode_query", [texts, f"texts = [{behind} + text for text in texts]"]
+        behind = f"texts = [{_quoted(prompt)} + text for text in texts]"
+        method, prompted = "encode_query", [texts, behind]
     tokens = (
         "AutoTokenizer.from_pretrained(name)(texts, padding=True, truncation=True, return_tensors="
     )
@@ -174,13 +196,13 @@ def how_to_use(encoder: Encoder, cut: Cut) -> str:
             "from sentence_transformers import SentenceTransformer",
             "",
             texts,
-            f'vectors = SentenceTransformer("{cut.name}").{method}(texts)  # [2, {cut.dim}]',
+            f"vectors = SentenceTransformer({name}).{method}(texts)  # [2, {cut.dim}]",
         ],
         "transformers": [
             "import torch",
             "from transformers import AutoModel, AutoTokenizer",
             "",
-            f'name = "{cut.name}"',
+            f"name = {name}",
             *prompted,
             f'tokens = {tokens}"pt")',
             "with torch.inference_mode():",
@@ -190,10 +212,11 @@ def how_to_use(encoder: Encoder, cut: Cut) -> str:
             f"vectors = torch.nn.functional.normalize(pooled[:, :{cut.dim}], dim=-1)",
         ],
         "onnxruntime": [
+            *(["from huggingface_hub import snapshot_download"] if cut.repo else []),
             "import onnxruntime",
             "from transformers import AutoTokenizer",
             "",
-            f'name = "{cut.name}"',
+            f"name = snapshot_download({name})" if cut.repo else f"name = {name}",
             *prompted,
             f'tokens = {tokens}"np")',
             'session = onnxruntime.InferenceSession(f"{name}/onnx/model.onnx")',
@@ -203,7 +226,7 @@ def how_to_use(encoder: Encoder, cut: Cut) -> str:
             "from mlembed.encode import Encoder",
             "",
             texts,
-            f'vectors = Encoder.load("{cut.name}").{method}(texts, dim={cut.dim})',
+            f"vectors = Encoder.load({name}).{method}(texts, dim={cut.dim})",
         ],
     }
     if "onnx" not in cut.formats:
@@ -250,25 +273,24 @@ def scores(cut: Cut, of: Origin) -> str:
     return f"## Scores\n\n{said}\n\n" + "\n".join(lines)
 
 
-def how_it_was_made(cut: Cut, of: Origin) -> str:
+def how_it_was_made(cut: Cut, of: Origin, license: str) -> str:
     lines = ["## How it was made", ""]
-    chosen = f"--dim {cut.dim} --exit {cut.exit}" + (f" --rank {cut.rank}" if cut.rank else "")
-    formats = (
-        "" if cut.formats == ("sentence-transformers",) else f" --format {' '.join(cut.formats)}"
-    )
+    options = f"--dim {cut.dim} --exit {cut.exit}" + (f" --rank {cut.rank}" if cut.rank else "")
+    if cut.formats != ("sentence-transformers",):
+        options += f" --format {' '.join(cut.formats)}"
+    if license:
+        options += f" --license {shlex.quote(license)}"
+    source, commands = of.name or "MODEL", []
     if of.run:
-        source = f"runs/{of.name}"
+        source = "/".join(filter(None, ("runs", of.name, of.checkpoint)))
         lines += _data(of.run)
-        commands = [
-            "python train.py config.json",
-            f"python -m mlembed.export {source} {cut.name} {chosen}{formats}",
-        ]
+        commands = ["python train.py config.json"]
     else:
         lines += [
             f"Exported from {of.name or 'a model in memory'}; its training is {NOT_RECORDED}.",
             "",
         ]
-        commands = [f"python -m mlembed.export {of.name or 'MODEL'} {cut.name} {chosen}{formats}"]
+    commands.append(f"python -m mlembed.export {shlex.join((source, cut.name))} {options}")
     lines += ["```bash", *commands, "```", ""]
     if of.run:
         written = json.dumps(differences(of.run), indent=2, ensure_ascii=False)

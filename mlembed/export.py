@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import card, log, pretrained, to_onnx, tokenizer
-from .checkpoint import atomic_directory
 from .config import Model
 from .encode import Encoder
+from .files import atomic_directory
 from .model import Transformer
 
 MODULES = "sentence_transformers.models"
@@ -70,6 +70,7 @@ def export(
     formats: Sequence[str] = FORMATS[:1],
     source: str = "",
     license: str = "",
+    repo: str = "",
 ) -> float:
     """Write the cut model to `out`, once its vectors were checked; -> their largest difference.
 
@@ -80,16 +81,20 @@ def export(
         formats: of FORMATS; the directory is always one for sentence-transformers.
         source: what the encoder was loaded from; of a run, the model card says how it came to be.
         license: of the weights, as the hub spells it ("apache-2.0"), for the model card.
+        repo: of the hub ("me/small-model"), where the card's snippets are to find it.
 
     Raises:
-        ValueError: a dim, exit or rank that the model lacks, another format, `out` not empty,
-            vectors that differ, packages for onnx that are missing.
+        ValueError: a dim, exit or rank that the model lacks, another format, `out` without a name
+            or not empty, vectors that differ, packages for onnx that are missing.
     """
+    if not out.name:
+        raise ValueError(f"out: expected a new directory with a name of its own, got {out}")
     cfg = encoder.model.cfg
     dim = cfg.hidden_size if dim is None else dim
     exit = cfg.num_hidden_layers if exit is None else exit
     cfg.check(dim, exit, rank)
     check_formats(formats, out)
+    of = card.origin(source)
     with atomic_directory(out) as partial:
         pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
         split(partial, SHARD)
@@ -100,8 +105,8 @@ def export(
             if "onnx" in formats:
                 to_onnx.write(partial)
             worst = check(partial, encoder, dim, exit, rank)
-        made = card.Cut(out.name, dim, exit, rank, tuple(formats))
-        text = card.write(encoder, made, card.origin(source), license)
+        made = card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
+        text = card.write(encoder, made, of, license)
         (partial / "README.md").write_text(text, encoding="utf-8")
     return worst
 
@@ -383,19 +388,21 @@ def by_onnxruntime(directory: Path, ours: Encoder, texts: list[str]) -> np.ndarr
 
 
 def push(directory: Path, repo: str, private: bool) -> str:
-    """Make a new repository of the hub and upload the directory; -> its address.
+    """Make a new repository of the hub and upload the directory, in one commit; -> its address.
 
     Raises:
-        ValueError: no token, no network, a repository of that name.
+        ValueError: no token, no network, a repository of that name, a card that the hub refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
     try:
+        # Asked first, as an upload asks it last: with a repository made, and left empty.
+        ModelCard.load(directory / "README.md").validate()
         api = HfApi()
         address = api.create_repo(repo, private=private)
         api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"mlembed {repo}")
     except Exception as error:  # the hub's client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         again = f"hf upload {repo} {directory}{' --private' if private else ''}"
         raise ValueError(
             f"push-to-hub: {repo} was not uploaded: {reason}; {directory} is complete, and goes "
@@ -435,8 +442,11 @@ def main(
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(push_to_hub)
+        if "/" not in push_to_hub:  # the card's snippets need it
+            raise ValueError(f"push-to-hub: expected OWNER/NAME, got {push_to_hub}")
     encoder = Encoder.load(model, "cpu")
-    worst = export(encoder, out, dim, exit, rank, formats=format, source=model, license=license)
+    said = {"source": model, "license": license, "repo": push_to_hub}
+    worst = export(encoder, out, dim, exit, rank, formats=format, **said)
     readers = ["sentence-transformers", "transformers"]
     readers += ["onnxruntime"] if "onnx" in format else []
     named = f"{', '.join(readers[:-1])} and {readers[-1]}"

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checkpoint, config, shapes, strict
+from . import config, shapes, strict
+from .files import SHARDS, flush
 from .model import Transformer
 
 FACTORS = "mlembed_factors.safetensors"
@@ -123,8 +124,10 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: none there; or only pickles, which run code when they are read.
     """
-    if any(directory.glob(checkpoint.SHARDS)):
-        found = checkpoint.read(directory, "model.")
+    if any(directory.glob(SHARDS)):
+        from .checkpoint import read  # with all of torch.distributed: a second
+
+        found = read(directory, "model.")
         return {name.removeprefix("model."): tensor for name, tensor in found.items()}
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
@@ -272,9 +275,9 @@ def _write_factors(path: Path, U: Tensor, W: Tensor) -> None:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
         file = Path(partial) / path.name
         save_file({"U": U, "W": W}, file, metadata={"digest": _digest(path.stem, U, W)})
-        checkpoint.flush(file)
+        flush(file)
         file.replace(path)
-    checkpoint.flush(path.parent)
+    flush(path.parent)
 
 
 def _digest(note: str, *tensors: Tensor) -> str:
@@ -327,7 +330,7 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
     directory = shapes.resolve(source)
     cfg = cfg or shapes.from_checkpoint(directory, config.Model())
     weights = read_weights(directory)
-    if not any(directory.glob(checkpoint.SHARDS)):
+    if not any(directory.glob(SHARDS)):
         _choose_pooler(weights, directory, cfg)
     table = weights.pop("embed_tokens.weight", None)
     if table is None and "embed_tokens.U" not in weights:
@@ -345,14 +348,29 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
     if cfg.ranks:
         weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
         weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
-    model = Transformer(cfg)
+    model = _empty(cfg)
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         got = list(weights[name].shape) if name in weights else "none"
         want = list(own[name].shape) if name in own else "none"
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return _filled(model, weights)
+
+
+def _empty(cfg: config.Model) -> Transformer:
+    """One without weights: drawing random ones takes longer than reading those to come."""
+    with torch.device("meta"):
+        return Transformer(cfg)
+
+
+def _filled(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
+    """With copies of `weights`, fp32 on the CPU: what was read is the file itself, in memory."""
+    own = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in weights.items()
+    }
+    model.load_state_dict(own, assign=True)
     return model
 
 
@@ -399,12 +417,12 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     cfg.check(exit=exit, rank=rank)
     exits = (*(e for e in cfg.exits if e < exit), exit)
     ranks = cfg.ranks if rank is None else (*(r for r in cfg.ranks if r < rank), rank)
-    small = Transformer(replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks))
+    small = _empty(replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks))
     weights = model.state_dict()
     if ranks:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]
         weights["embed_tokens.W"] = weights["embed_tokens.W"][: ranks[-1]]
-    small.load_state_dict({name: weights[name] for name in small.state_dict()})
+    small = _filled(small, {name: weights[name] for name in small.state_dict()})
     return small.train(model.training)
 
 

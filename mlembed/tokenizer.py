@@ -3,7 +3,7 @@
 Every text ends in EOS, appended by the post-processor in `tokenizer.json` itself (other libraries
 ignore `add_eos_token` for such tokenizers), also when it is cut to the maximum length. Tokenizers
 of BERT and XLM-R put a text between two tokens, [CLS] x [SEP] or <s> x </s>: these stay, and EOS is
-the second.
+the second. What ends texts already is EOS whatever `eos_token` says: Qwen3-Embedding's is another.
 """
 
 import json
@@ -60,36 +60,38 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def append_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
-    """Set the post-processor that ends every text in `eos`."""
+    """Set the post-processor that ends every text in `eos`; what stands before texts stays."""
+    before = tokenizer.encode("").tokens
     tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+        single=[*before, "$A", eos],
+        special_tokens=[
+            (token, tokenizer.token_to_id(token)) for token in dict.fromkeys([*before, eos])
+        ],
     )
     return tokenizer
 
 
 def load(directory: Path) -> Tokenizer:
-    """A checkpoint's `tokenizer.json`, made to append its own EOS where it does not. One that puts
-    texts between two tokens, as BERT's and XLM-R's do, is left as it is.
+    """A checkpoint's `tokenizer.json`, made to append its own EOS where it does not. One that ends
+    texts in some token, or puts them between two, as BERT's and XLM-R's do, is left as it is.
 
     Where there is only a vocabulary (vocab.txt, a sentencepiece model), transformers converts it.
 
     Raises:
-        ValueError: no tokenizer there, or no EOS to be found in tokenizer_config.json.
+        ValueError: no tokenizer there, or one that needs an EOS of which tokenizer_config.json
+            says nothing.
     """
     tokenizer = _read(directory)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     empty, one = tokenizer.encode("").ids, tokenizer.encode("a").ids
-    between = len(empty) > 1 and one[-1] == empty[-1]  # two tokens, the second stands for EOS
     eos = eos_token(directory)
-    if eos is None and between:
+    if empty and one[-1] == empty[-1]:
         return tokenizer
     if eos is None or tokenizer.token_to_id(eos) is None:
         raise ValueError(
             f"{directory}/tokenizer_config.json: expected a known eos_token, got {eos!r}"
         )
-    if between or one[-1:] == [tokenizer.token_to_id(eos)]:
-        return tokenizer
     return append_eos(tokenizer, eos)
 
 
@@ -149,8 +151,13 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
     The last token of an empty text is EOS, and "sep" where another comes first, which is "cls" (and
     BOS). Padding is done with EOS where the vocabulary has no token for it.
+
+    Raises:
+        ValueError: it ends texts in nothing.
     """
     ids = tokenizer.encode("").ids
+    if not ids:
+        raise ValueError("tokenizer: expected one that ends texts in a token, got none at the end")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     first, eos = (str(tokenizer.id_to_token(i)) for i in (ids[0], ids[-1]))
     names = {"eos_token": eos, "pad_token": eos}

@@ -1,7 +1,9 @@
 """Model cards: what the hub reads, what a run recorded and nothing else, and snippets that run."""
 
+import ast
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,7 +157,7 @@ def test_where_a_run_is_found(tmp_path, monkeypatch):
         (run / part).mkdir(parents=True)
         (run / part / "config.json").write_text('{"model_type": "qwen3"}')
     monkeypatch.chdir(tmp_path)
-    for source in ("runs/second", "runs/second/model", "runs/second/checkpoints/step_00000077"):
+    for source in ("runs/second", "runs/second/model"):
         for path in (source, str(tmp_path / source)):
             assert card.origin(path).name == "second" and card.origin(path).grid == GRID
     exported = tmp_path / "runs" / "second" / "cut"  # some model that lies beside, of elsewhere
@@ -166,12 +168,47 @@ def test_where_a_run_is_found(tmp_path, monkeypatch):
         card.origin(str(run))
 
 
+def test_a_checkpoint_has_no_scores_of_the_finished_model(encoder, tmp_path):
+    step = a_run(tmp_path / "second") / "checkpoints" / "step_00000040"
+    step.mkdir(parents=True)
+    text = made(encoder, step).text
+    assert "## Scores\n\nNot recorded." in text and "Scored in" not in text
+    assert "mlembed.export runs/second/checkpoints/step_00000040 small --dim" in text
+    assert "training run: abc1234" in text and "German 1,200" in text
+
+
+def test_odd_names_prompts_and_licences(encoder, tmp_path):
+    prompts = {"query": "<query>: ", "tick": "a `b` "}
+    cut = card.Cut('it"s \\ mine', 5, 1, 3, ("sentence-transformers",))
+    licence = "my own: [all]"
+    of = card.origin(str(a_run(tmp_path / "run")))
+    read = ModelCard(card.write(replace(encoder, prompts=prompts), cut, of, licence))
+    assert read.data.license == licence
+    assert '- `query`: `"<query>: "`\n- `tick`: `` "a `b` " ``\n' in read.text
+    (command,) = re.findall("python -m mlembed.export (.*)", read.text)
+    assert shlex.split(command)[1] == cut.name and shlex.split(command)[-1] == licence
+    for snippet in re.findall(r"```python\n(.*?)\n```", read.text, re.DOTALL):
+        strings = [n.value for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.Constant)]
+        assert cut.name in strings
+
+
 def test_the_base_model_of_a_second_stage(encoder, tmp_path):
     first = a_run(tmp_path / "first")
     second = a_run(tmp_path / "second", replace(RUN, init=str(first)))
     assert made(encoder, second).data.base_model == "owner/base-model"
     third = a_run(tmp_path / "third", replace(RUN, init=str(tmp_path / "first" / "report")))
     assert made(encoder, third).data.base_model is None  # a directory, of which nothing is known
+
+
+def run(text: str, count: int) -> list[np.ndarray]:
+    snippets = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert len(snippets) == count
+    found = []
+    for snippet in snippets:
+        space: dict = {}
+        exec(snippet, space)
+        found.append(np.asarray(space["vectors"]))
+    return found
 
 
 @pytest.mark.parametrize("prompt", ["", 'Instruct: "find"\nQuery: '])
@@ -183,14 +220,20 @@ def test_snippets_run_and_agree(kind, prompt, tmp_path, monkeypatch):
     formats = ("sentence-transformers", "onnx") if prompt else ("sentence-transformers",)
     export(encoder, tmp_path / "small", 5, 1, 3, formats=formats)
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)\n```", Path("small/README.md").read_text(), re.DOTALL)
-    assert len(snippets) == (4 if prompt else 3)
-    found = []
-    for snippet in snippets:
-        space: dict = {}
-        exec(snippet, space)
-        found.append(np.asarray(space["vectors"]))
+    found = run(Path("small/README.md").read_text(), 4 if prompt else 3)
     texts = json.loads(f"[{card.TEXTS}]")
     ours = encoder.encode([prompt + text for text in texts], 5, 1, 3)
     for vectors in found:
         np.testing.assert_allclose(vectors, ours, rtol=0, atol=1e-5)
+
+
+def test_snippets_of_what_goes_to_the_hub_name_it_there(encoder):
+    """Run as the hub's client has kept such a repository, by hand: tests have no network."""
+    made = card.Cut("small", 5, 1, 3, ("onnx",), "me/small")
+    text = card.write(encoder, made, card.Origin())
+    snippets = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        assert snippet.count('"me/small"') == 1 and '"small"' not in snippet
+    assert 'name = snapshot_download("me/small")\n' in snippets[2]  # its files, by their path
+    assert "mlembed.export MODEL small --dim 5" in text

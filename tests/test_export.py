@@ -344,6 +344,8 @@ def test_an_occupied_place_stays_untouched(encoder, tmp_path):
             export(encoder, tmp_path / name)
     with pytest.raises(ValueError, match="could not be written"):
         export(encoder, tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match=r"out: expected .* a name of its own, got \."):
+        export(encoder, Path())
     assert tree(tmp_path) == before
 
 

@@ -34,6 +34,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             status = 409 if b"taken" in body else 200
             answer = {"url": f"http://{self.headers['host']}/me/small", "name": "me/small"}
+        elif self.path == "/api/validate-yaml" and b"license: mine" in body:
+            status, answer = 400, {"errors": [{"message": '"license" must be one of ...'}]}
         elif "/preupload/" in self.path:
             listed = [
                 {"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]
@@ -110,6 +112,23 @@ def test_push(model_directory, hub, tmp_path):
         if line["key"] == "file"
     }
     assert sent == files(out)
+    snippets = (out / "README.md").read_text().split("## How")[0]  # run as they stand on the hub
+    assert 'SentenceTransformer("me/small")' in snippets and '"small"' not in snippets
+
+
+def test_a_card_that_the_hub_refuses(model_directory, hub, tmp_path):
+    out = tmp_path / "small"
+    arguments = ("--push-to-hub", "me/small", "--license", "mine")
+    done = command(model_directory, out, *arguments, **hub)
+    assert done.returncode == 1 and '"license\\" must be one of' in done.stderr
+    assert done.stderr.count("\n") == 1 and (out / "modules.json").is_file()
+    assert not any("create" in path for path, _, _ in Hub.asked)  # no empty repository is left
+
+
+@pytest.mark.parametrize("name", ["small", "me/../small"])
+def test_names_that_no_repository_has(name, tmp_path):
+    with pytest.raises(ValueError, match="small"):  # before anything is read
+        exporting.main(str(tmp_path / "none"), tmp_path / "out", push_to_hub=name)
 
 
 def test_a_push_that_fails_keeps_the_directory(model_directory, hub, tmp_path):

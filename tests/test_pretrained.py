@@ -104,6 +104,23 @@ def test_round_trip_is_exact(cfg, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
+def test_weights_are_copies_and_none_are_drawn(tmp_path):
+    model = randomise(Transformer(NESTED))
+    pretrained.save(model, tmp_path)
+    before = torch.get_rng_state()
+    again = pretrained.load(str(tmp_path))
+    small = pretrained.cut(again, 1, 3)
+    assert torch.equal(torch.get_rng_state(), before)  # random weights take longer than reading
+    with torch.no_grad():
+        for weight in small.parameters():
+            assert weight.requires_grad and weight.is_contiguous()
+            weight.zero_()
+        for file in tmp_path.glob("*.safetensors"):  # mapped to memory while it is read
+            file.write_bytes(bytes(file.stat().st_size))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
 def test_what_computes_attention_is_not_saved(tmp_path):
     pretrained.save(Transformer(replace(CFG, attention="flash_attn")), tmp_path)
     assert "attention" not in json.loads((tmp_path / shapes.NESTING).read_text())["model"]

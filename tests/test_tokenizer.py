@@ -231,10 +231,43 @@ def test_pad_falls_back_to_eos(tmp_path):
     assert tokenizer.load(tmp_path).encode("a").ids == [0, 1]
 
 
+@pytest.mark.parametrize("named", ["<|im_end|>", None])
+def test_what_ends_texts_already_is_eos(named, tmp_path):
+    """As Qwen3-Embedding's: its template ends texts in another token than `eos_token` names."""
+    plain = tokenizer.train(TEXTS, 400)
+    plain.add_special_tokens(["<|im_end|>"])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    loaded = tokenizer.load(tmp_path)
+    for text in ["", *TEXTS]:
+        assert loaded.encode(text).ids == plain.encode(text).ids
+    assert tokenizer.special_tokens(loaded)["eos_token"] == tokenizer.EOS
+
+
+def test_what_stands_before_texts_stays(tmp_path):
+    plain = tokenizer.train(TEXTS, 400)
+    plain.add_special_tokens(["<s>"])
+    plain.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", plain.token_to_id("<s>"))]
+    )
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.EOS}))
+    loaded = tokenizer.load(tmp_path)
+    for text in ["", *TEXTS]:
+        assert loaded.encode(text).ids == [*plain.encode(text).ids, 1]
+
+
+def test_a_tokenizer_that_ends_texts_in_nothing_is_not_saved(tmp_path):
+    other = Tokenizer(models.BPE({"a": 0}, []))
+    with pytest.raises(ValueError, match="expected one that ends texts in a token"):
+        tokenizer.save(other, tmp_path, 8)
+
+
 def test_load_errors(learnt, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json, which does not exist"):
         tokenizer.load(tmp_path)
-    learnt.save(str(tmp_path / "tokenizer.json"))
+    bare = json.loads(learnt.to_str()) | {"post_processor": None}
+    Tokenizer.from_str(json.dumps(bare)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="expected a known eos_token, got None"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
