@@ -20,9 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 WIDTH = 3.6  # inches: 346 CSS pixels, so that text keeps its size on a phone
+SIZE = 8.6  # points, of the smallest text: 11 pixels on a phone 360 wide, which shows 336 of 346
 PAPER, INK, SOFT, GRID, BLUE, PALE = (
     "#ffffff",
     "#1f2328",
@@ -42,18 +44,19 @@ DARK = {  # colours of the dark side
     PALE: "#2c5878",
     **{RAMP[i]: to_hex(colormaps["cividis"](1 - 0.6 * i / (SHADES - 1))) for i in range(SHADES)},
 }
+TALL = 12  # exits of a heat map whose labels have two lines
 ON_DARK, ON_LIGHT = "#fefefe", "#010101"  # numbers on a heat map: the same on both sides
 OKABE_ITO = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#999999")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "|||")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 8.5,
+    "font.size": SIZE,
     "axes.titlesize": 9,
-    "axes.labelsize": 8.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
+    "axes.labelsize": SIZE,
+    "xtick.labelsize": SIZE,
+    "ytick.labelsize": SIZE,
+    "legend.fontsize": SIZE,
     "text.parse_math": False,  # a name with two dollars is a name
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -163,7 +166,8 @@ def millions(count: float) -> str:
 
 
 def _heat_height(cells: Sequence[dict[str, Any]]) -> float:
-    return 0.85 + 0.36 * len({cell["exit"] for cell in cells})
+    exits = len({cell["exit"] for cell in cells})
+    return 0.85 + (0.36 * max(2, exits) if exits <= TALL else 0.2 * exits)
 
 
 def _heat(axis: Axes, cells: Sequence[dict[str, Any]], limits: tuple[float, float]) -> None:
@@ -176,7 +180,8 @@ def _heat(axis: Axes, cells: Sequence[dict[str, Any]], limits: tuple[float, floa
     high = max(high, low + 1e-9)
     colours = colormaps["cividis"]
     axis.imshow(scores, vmin=low, vmax=high, cmap=colours, aspect="auto", interpolation="none")
-    size = min(8.0, 72 * 0.76 * WIDTH / len(dims) / 2.3)  # "48.8" is 2.2 ems wide
+    wide = 72 * 0.74 * WIDTH / len(dims) / SIZE  # ems, of a cell; "48.8" is 2.2 of them, "48" 1.3
+    form = "{:.1f}" if wide > 2.3 else "{:.0f}" if wide > 1.4 else ""
     for (row, column), value in np.ndenumerate(scores):
         there = np.isfinite(value)
         shade = to_hex(colours((value - low) / (high - low))) if there else PAPER
@@ -184,23 +189,32 @@ def _heat(axis: Axes, cells: Sequence[dict[str, Any]], limits: tuple[float, floa
         axis.text(
             column,
             row,
-            f"{value:.1f}" if there else "–",
+            "–" if not there else form.format(value),
             ha="center",
             va="center",
             color=ink if there else INK,
-            fontsize=size,
         )
-    axis.set_xticks(range(len(dims)), [str(dim) for dim in dims])
+    upright = wide < 0.7 * len(str(dims[-1])) + 0.2
+    every = max(1, int(np.ceil(1.2 / wide)))  # where there are too many, some are named
+    axis.set_xticks(
+        range(0, len(dims), every),
+        [str(dim) for dim in dims[::every]],
+        rotation=90 if upright else 0,
+    )
+    between = "\n" if len(exits) <= TALL else "  "
     axis.set_yticks(
-        range(len(exits)), [f"{e}\n{millions(sizes[e])}" for e in exits], linespacing=0.95
+        range(len(exits)), [f"{e}{between}{millions(sizes[e])}" for e in exits], linespacing=0.95
     )
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("width")
-    axis.set_ylabel("exit (layers), parameters")
+    axis.set_ylabel("exit (layers),\nparameters" if len(exits) < 4 else "exit (layers), parameters")
 
 
 # ---- quality against cost ----
+
+
+LISTED = 12  # of a Pareto front: a list that is taller than its figure is not read
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -216,24 +230,32 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto(
-    points: Sequence[tuple[float, float]], names: Sequence[str], cost: str, shown: str
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    cost: str,
+    shown: str,
+    head: str = "",
 ) -> Figure:
-    """Score (%) over cost, both axes named; the front is numbered, and listed below by names.
+    """Score (%) over cost, both axes named; the front is numbered, and listed below by names, at
+    most LISTED of it.
 
     Args:
         points: (cost, score), at least one of them finite and of a cost above 0.
+        names: of points, as long as `head`, which is what stands above them in the list.
         cost: name of the horizontal axis.
         shown: how a cost is printed, such as "{:.0f} ms".
     """
     best = front(points)
+    at = np.unique(np.linspace(0, len(best) - 1, min(LISTED, len(best))).round().astype(int))
+    listed = [best[i] for i in at]
     x, y = np.array([p for p in points if np.isfinite(p).all()]).T
-    key = 0.1 + 0.14 * len(best)
+    key = 0.27 + 0.17 * len(listed)
     figure = Figure(figsize=(WIDTH, 2.6 + key), layout="constrained")
     axis, below = figure.subplots(2, 1, gridspec_kw={"height_ratios": [2.6, key]})
+    axis.set_xscale("log")
     axis.scatter(x, y, s=14, facecolors="none", edgecolors=SOFT, linewidths=0.8, label="cell")
     line = np.array([points[i] for i in best]).T
     axis.plot(*line, "-D", color=BLUE, markersize=4.5, linewidth=1.1, label="Pareto front")
-    axis.set_xscale("log")
     axis.set_xlim(x.min() / 1.25, x.max() * 1.15)
     spread = max(y.max() - y.min(), 1.0)
     axis.set_ylim(y.min() - 0.08 * spread, y.max() + 0.12 * spread)
@@ -244,7 +266,8 @@ def pareto(
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handlelength=1.5)
     figure.draw_without_rendering()  # now places on the page are known
     last = np.full(2, -np.inf)
-    for number, i in enumerate(best, 1):
+    halo = [withStroke(linewidth=2, foreground=PAPER)]  # over lines and circles
+    for number, i in enumerate(listed, 1):
         place = axis.transData.transform(points[i]) * 72 / figure.dpi
         if np.abs(place - last).max() >= 10:  # points; where numbers would meet, one is enough
             axis.annotate(
@@ -254,22 +277,22 @@ def pareto(
                 textcoords="offset points",
                 ha="right",
                 va="bottom",
-                fontsize=8,
+                path_effects=halo,
             )
             last = place
-    lines = [
-        f"{n:>2}  {names[i]:<25} {shown.format(points[i][0]):>9} {points[i][1]:5.1f} %"
-        for n, i in enumerate(best, 1)
+    rows = [
+        f"{n:>2} {names[i]} {shown.format(points[i][0]):>10} {points[i][1]:>6.1f}"
+        for n, i in enumerate(listed, 1)
     ]
+    rows.insert(0, f"   {head:<{len(names[best[0]])}} {'cost':>10} {'score':>6}")
     below.axis("off")
     below.text(
         0.5,
         1,
-        "\n".join(lines),
+        "\n".join(rows),
         va="top",
         ha="center",
         family="DejaVu Sans Mono",
-        fontsize=7,
         transform=below.transAxes,
         linespacing=1.35,
     )
@@ -279,10 +302,12 @@ def pareto(
 def _round_ticks(axis: Axis, low: float, high: float) -> None:
     """A few round numbers on a logarithmic axis from low to high, written out."""
     tens = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), np.arange(1, 10, 0.25)):
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
         ticks = [m * 10.0**ten for ten in tens for m in steps if low <= m * 10.0**ten <= high]
         if len(ticks) >= 3:  # the coarsest that gives enough
             break
+    else:  # so near that the axis is almost linear
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 7)] if ticks else [low]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
@@ -318,7 +343,6 @@ def groups(scores: Mapping[str, Sequence[float]]) -> Figure:
             xycoords=axis.get_yaxis_transform(),
             textcoords="offset points",
             va="center",
-            fontsize=8,
         )
     short = [name if len(name) < 23 else f"{name[:21]}…" for name in names]
     counts = [len(scores[name]) for name in names]
@@ -428,7 +452,6 @@ def stages(
             (3, 0),
             textcoords="offset points",
             va="center",
-            fontsize=8,
         )
     over.set_xlabel("step")
     over.set_ylabel("ms a step")

@@ -30,7 +30,7 @@ h2{font-size:1.25rem;margin:2.5rem 0 .25rem;padding-top:.75rem;border-top:1px so
 h3{font-size:1.05rem;margin:1.5rem 0 .25rem}
 h4{font-size:.95rem;margin:1rem 0 .25rem}
 p{margin:.25rem 0 .75rem;max-width:46rem}
-.note,figcaption,caption{color:var(--soft);font-size:.875rem}
+.note,caption{color:var(--soft);font-size:.875rem}
 code{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:.85em;overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:.5rem;
 margin:1rem 0}
@@ -45,6 +45,10 @@ gap:1rem;align-items:start}
 figure{margin:0;break-inside:avoid}
 figure h3{margin:.25rem 0}
 img{display:block;width:100%;max-width:27rem;height:auto;margin:0 auto}
+.dark{display:none}
+@media screen and (prefers-color-scheme:dark){.dark{display:block}.light{display:none}}
+nav{display:flex;flex-wrap:wrap;gap:0 1rem;font-size:.9rem}
+nav a{color:var(--bar);padding:.3rem 0}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.25rem}
 th,td{padding:.15rem .5rem;text-align:right;border-bottom:1px solid var(--line)}
@@ -71,7 +75,8 @@ align-items:center;font-size:.8125rem;line-height:1.25;padding:.1rem 0;break-ins
 body{font-size:10pt;padding:0;max-width:none}
 h2,h3,h4{break-after:avoid}
 .note{break-after:avoid;break-inside:avoid}
-.figures{display:block}
+nav{display:none}
+.figures{display:block;orphans:1;widows:1}
 figure{display:inline-block;width:48%;margin:0 1% .75rem 0;vertical-align:top}
 .scroll{overflow:visible}
 .scroll table{min-width:0;font-size:7.5pt}
@@ -81,8 +86,9 @@ p{orphans:3;widows:3}}
 
 
 def escape(value: object) -> str:
-    """Any text, as text: inside an element or a quoted attribute."""
-    return html.escape(str(value))
+    """Any text, as text: inside an element or a quoted attribute. Half a surrogate pair, which JSON
+    can hold and UTF-8 cannot, is written out."""
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def document(title: str, body: Iterable[str]) -> str:
@@ -101,7 +107,18 @@ def document(title: str, body: Iterable[str]) -> str:
 
 def section(title: str, *parts: str) -> str:
     """A part of the page under its h2."""
-    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+    heading = f'<h2 id="{_anchor(title)}">{escape(title)}</h2>'
+    return f"<section>\n{heading}\n" + "\n".join(parts) + "\n</section>"
+
+
+def contents(titles: Iterable[str]) -> str:
+    """Links to the sections of those titles."""
+    links = [f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title in titles]
+    return '<nav aria-label="Sections">\n' + "\n".join(links) + "\n</nav>"
+
+
+def _anchor(title: str) -> str:
+    return escape("-".join(title.lower().split()))
 
 
 def paragraph(text: str, note: bool = False) -> str:
@@ -114,17 +131,18 @@ def figures(*parts: str) -> str:
     return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
 
 
-def figure(svg: tuple[str, str], alt: str, heading: str, caption: str = "") -> str:
-    """An image for light and for dark pages; on paper it is the light one."""
-    light, dark = (
-        "data:image/svg+xml;base64," + base64.b64encode(side.encode()).decode() for side in svg
-    )
-    below = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
-    return (
-        f"<figure>\n<h3>{escape(heading)}</h3>\n"
-        f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(alt)}"></picture>\n{below}</figure>'
-    )
+def figure(svg: tuple[str, str], alt: str, heading: str) -> str:
+    """An image for light and for dark pages, one of them shown; on paper it is the light one.
+
+    Not a <picture>: a browser that prints does not choose its source again, and a page opened in
+    the dark would have pale letters on paper.
+    """
+    images = [
+        f'<img class="{side}" alt="{escape(alt)}" '
+        f'src="data:image/svg+xml;base64,{base64.b64encode(image.encode()).decode()}">'
+        for side, image in zip(("light", "dark"), svg, strict=True)
+    ]
+    return f"<figure>\n<h3>{escape(heading)}</h3>\n" + "\n".join(images) + "\n</figure>"
 
 
 def facts(rows: Iterable[tuple[str, str, str]], wide: Iterable[tuple[str, str]] = ()) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from . import charts, checkpoint, log, page
+from . import charts, files, log, page
 from .charts import mean_score
 from .languages import UNKNOWN, Language, language, levels
 from .results import Found, curve, mapping, names_of, number, read, thinned
@@ -58,15 +58,23 @@ def percent(score: float) -> str:
     return f"{score:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(score) else "no finite score"
 
 
-def smallest_within(cells: Sequence[dict[str, Any]], points: float) -> dict[str, Any] | None:
-    """Of cells at most so many points below the best: that of fewest parameters, then of fewest
-    bytes a vector. None where no score is finite."""
+def costs(cell: Mapping[str, Any]) -> tuple[float, float, float]:
+    """What a cell costs: parameters, bytes a vector, and latency in ms, inf where there is none."""
+    latency = number(cell.get("latency_ms"))
+    return cell["parameters"], cell["bytes_per_vector"], latency if latency > 0 else math.inf
+
+
+def cheapest_within(
+    cells: Sequence[dict[str, Any]], points: float, first: int = 0
+) -> dict[str, Any] | None:
+    """Of cells at most so many points below the best: the one of least cost, of which number
+    `first` counts before the others. None where no score is finite."""
     scores = [mean_score(cell) for cell in cells]
     finite = [score for score in scores if math.isfinite(score)]
     if not finite:
         return None
     near = [c for c, s in zip(cells, scores, strict=True) if s >= max(finite) - points - 1e-9]
-    return min(near, key=lambda c: (c["parameters"], c["bytes_per_vector"]))
+    return min(near, key=lambda c: (costs(c)[first], *costs(c)))
 
 
 def headline(found: Found) -> str:
@@ -84,23 +92,38 @@ def scored(found: Found) -> list[tuple[str, str, str]]:
     """What the nesting buys: (name, value, note)."""
     full, before = found.full, mean_score({"scores": found.grid["untrained"]})
     note = f"untrained {percent(before)}" if math.isfinite(before) else ""
-    size = f"{charts.millions(full['parameters'])} parameters"
     rows = [
         ("Score at full size", percent(mean_score(full)), note),
-        ("Full size", size, f"{cell_name(full)}, {full['bytes_per_vector']:,} B a vector"),
+        ("Full size", cell_name(full), _costs(full)),
     ]
-    if small := smallest_within(found.cells, 1.0):
-        model, vector = (small[key] / full[key] for key in ("parameters", "bytes_per_vector"))
-        rows.append(
-            (
-                "Smallest within 1 point of the best",
-                f"{cell_name(small)}: {percent(mean_score(small))}",
-                f"{charts.millions(small['parameters'])} parameters ({model:.0%} of full size), "
-                f"{small['bytes_per_vector']:,} B a vector ({vector:.0%})",
-            )
-        )
+    chosen: list[tuple[dict[str, Any], list[str]]] = []
+    for first, what in enumerate(("smallest model", "shortest vector", "fastest")):
+        small = cheapest_within(found.cells, 1.0, first)
+        if small is None or math.isinf(costs(small)[first]):
+            continue
+        if same := next((names for cell, names in chosen if cell is small), None):
+            same.append(what)
+        else:
+            chosen.append((small, [what]))
+    for small, names in chosen:
+        name = f"{', '.join(names).capitalize()} within 1 point of the best"
+        score = f"{cell_name(small)}: {percent(mean_score(small))}"
+        rows.append((name, score, _costs(small, full)))
     tasks = ", ".join(full["scores"]) or "none"
-    return [*rows, ("Tasks", tasks, f"{len(found.cells)} cells")]
+    return [*rows, ("Tasks", tasks, f"{(n := len(found.cells))} cell{'s' if n > 1 else ''}")]
+
+
+def _costs(cell: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
+    """The costs of a cell, with their shares of the full one's."""
+    shown = [f"{charts.millions(cell['parameters'])} parameters"]
+    shown += (f"{cell['bytes_per_vector']:,} B a vector", f"{costs(cell)[2]:,.2f} ms a short text")
+    whole = costs(full) if full else ()
+    said = []
+    for i, (value, text) in enumerate(zip(costs(cell), shown, strict=True)):
+        if math.isfinite(value):
+            share = whole and math.isfinite(whole[i])
+            said.append(f"{text} ({value / whole[i]:.0%})" if share else text)
+    return ", ".join(said)
 
 
 def command(found: Found) -> str:
@@ -118,10 +141,10 @@ def command(found: Found) -> str:
 # ---- the grid ----
 
 
-def grid_section(found: Found, images: Images) -> str:
+def grid_section(found: Found, images: Images) -> list[str]:
     if not found.cells:
         text = f"Not scored: {found.run} has no report/grid.json; a run writes it at its end."
-        return page.section("Scores", page.paragraph(text))
+        return [page.paragraph(text)]
     limits = charts.score_range(found.cells)
     maps = []
     for rank in dict.fromkeys(cell["rank"] for cell in found.cells):
@@ -144,9 +167,9 @@ def grid_section(found: Found, images: Images) -> str:
         "Each number is the mean score over all tasks, in percent, of the model cut at that exit "
         "(down, with the parameters that are left) and vectors cut at that width (across). "
         "Lighter is better, on one scale for all ranks; – is a score that is not finite or not "
-        "there."
+        "there. Where numbers do not fit, they are in the table at the end."
     )
-    return page.section("Scores", page.paragraph(how, note=True), page.figures(*maps))
+    return [page.paragraph(how, note=True), page.figures(*maps)]
 
 
 COSTS = (  # of a cell: key, unit, what it is, its axis, how it is printed
@@ -156,7 +179,7 @@ COSTS = (  # of a cell: key, unit, what it is, its axis, how it is printed
 )
 
 
-def cost_section(found: Found, images: Images) -> str:
+def cost_section(found: Found, images: Images) -> list[str]:
     parts, missing = [], []
     for key, unit, what, axis, shown in COSTS:
         points = [(unit * number(c.get(key)), mean_score(c)) for c in found.cells]
@@ -167,29 +190,29 @@ def cost_section(found: Found, images: Images) -> str:
             missing.append(f"{what}: {'no finite score' if costs else MISSING}")
             continue
         names = [cell_name(cell) for cell in found.cells]
+        rows = [f"{c['rank'] or 'plain':>5} {c['exit']:>4} {c['dim']:>5}" for c in found.cells]
         listed = "; ".join(
             f"{names[i]}, {shown.format(points[i][0])}, {points[i][1]:.1f} %" for i in best
         )
         alt = f"Score against {what}. Pareto front: {listed}."
-        figure = charts.pareto(points, names, axis, shown)
+        figure = charts.pareto(points, rows, axis, shown, " rank exit width")
         parts.append(images.add(f"cost_{key}", figure, alt, f"Score against {what}"))
     how = (
         "Every cell of the grid is a circle; up and to the left is better. Diamonds are the Pareto "
         "front: no other cell is as good at no higher cost. Their numbers are listed below each "
-        "figure; where two would meet, the first is shown."
+        f"figure, {charts.LISTED} of them where there are more; where two numbers would meet, the "
+        "first is shown."
     )
     said = [page.paragraph("; ".join(missing).capitalize() + ".")] if missing else []
-    return page.section(
-        "Quality against cost", page.paragraph(how, note=True), *said, page.figures(*parts)
-    )
+    return [page.paragraph(how, note=True), *said, page.figures(*parts)]
 
 
 # ---- languages ----
 
 
-def language_section(found: Found, images: Images) -> str:
+def language_section(found: Found, images: Images) -> list[str]:
     if not found.cells:
-        return page.section("Languages", page.paragraph(f"Scores by language: {MISSING}."))
+        return [page.paragraph(f"Scores by language: {MISSING}.")]
     parts, without = [], []
     for at, (task, result) in enumerate(found.full["scores"].items(), 1):
         scores = {
@@ -209,7 +232,7 @@ def language_section(found: Found, images: Images) -> str:
     said = (
         [page.paragraph(f"Scores by language, {MISSING}: {', '.join(without)}.")] if without else []
     )
-    return page.section("Languages", page.paragraph(how, note=True), *said, *parts)
+    return [page.paragraph(how, note=True), *said, *parts]
 
 
 def _languages_of(
@@ -280,10 +303,10 @@ def _group_figure(
 # ---- training ----
 
 
-def training_section(found: Found, images: Images) -> str:
+def training_section(found: Found, images: Images) -> list[str]:
     if found.lines is None:
         text = f"{found.run} has no {log.METRICS}: it was evaluated, not trained, here."
-        return page.section("Training", page.paragraph(text))
+        return [page.paragraph(text)]
     train, skipped = found.logged("train"), found.logged("skipped")
     parts, notes = [], []
     scores = found.logged("eval")
@@ -322,7 +345,7 @@ def training_section(found: Found, images: Images) -> str:
         "left out."
     )
     said = [page.paragraph(" ".join(notes))] if notes else []
-    return page.section("Training", page.paragraph(how, note=True), *said, page.figures(*parts))
+    return [page.paragraph(how, note=True), *said, page.figures(*parts)]
 
 
 def _curves_by_exit(train: Sequence[dict[str, Any]], images: Images) -> list[str]:
@@ -352,7 +375,7 @@ def _curves_by_exit(train: Sequence[dict[str, Any]], images: Images) -> list[str
     return parts
 
 
-def time_section(found: Found, images: Images) -> str:
+def time_section(found: Found, images: Images) -> list[str]:
     train = found.logged("train")
     parts, notes = [], []
     if timed := [line for line in train if mapping(line.get("stage_ms"))]:
@@ -373,7 +396,7 @@ def time_section(found: Found, images: Images) -> str:
         "hatches as well as colours."
     )
     said = [page.paragraph(" ".join(notes))] if notes else []
-    return page.section("Step time", page.paragraph(how, note=True), *said, page.figures(*parts))
+    return [page.paragraph(how, note=True), *said, page.figures(*parts)]
 
 
 def _stage_figure(timed: Sequence[dict[str, Any]], images: Images) -> str:
@@ -403,9 +426,9 @@ MEASURED = (
 )
 
 
-def table_section(found: Found) -> str:
+def table_section(found: Found) -> list[str]:
     if not found.cells:
-        return page.section("All numbers", page.paragraph("Not scored."))
+        return [page.paragraph("Not scored.")]
 
     def shown(value: Any, form: str) -> str:
         return form.format(number(value)) if math.isfinite(number(value)) else "–"
@@ -428,7 +451,7 @@ def table_section(found: Found) -> str:
     if left := [name for key, name, form in MEASURED if (key, name, form) not in kept]:
         parts.append(page.paragraph(f"{', '.join(left)}: {MISSING}.", note=True))
     parts += task_tables(found)
-    return page.section("All numbers", *parts)
+    return parts
 
 
 def task_tables(found: Found) -> list[str]:
@@ -448,7 +471,7 @@ def task_tables(found: Found) -> list[str]:
             kinds.append(row(f"{task}: {kind}", score, before.get(kind)))
         for metric, value in result.items():
             if metric != "score" and type(value) in (int, float):
-                metrics.append((task, metric, f"{value:.4g}"))
+                metrics.append((task, metric, f"{number(value):.4g}"))
     where = f"at full size ({cell_name(found.full)})"
     parts = [page.table(("Task", "Score (%)", "Untrained"), kinds, f"Scores {where}")]
     if metrics:
@@ -463,16 +486,17 @@ def render(found: Found) -> tuple[str, dict[str, bytes]]:
     """-> the page, and PNGs by file name. The same files give the same bytes."""
     images = Images()
     with charts.style():
-        body = [
-            f"<h1>{page.escape(found.name)}</h1>",
-            headline(found),
-            grid_section(found, images),
-            *([cost_section(found, images)] if found.cells else []),
-            language_section(found, images),
-            training_section(found, images),
-            time_section(found, images),
-            table_section(found),
-        ]
+        sections = {
+            "Scores": grid_section(found, images),
+            **({"Quality against cost": cost_section(found, images)} if found.cells else {}),
+            "Languages": language_section(found, images),
+            "Training": training_section(found, images),
+            "Step time": time_section(found, images),
+            "All numbers": table_section(found),
+        }
+    title = f"<h1>{page.escape(found.name)}</h1>"
+    parts = [page.section(name, *section) for name, section in sections.items()]
+    body = [title, headline(found), page.contents(sections), *parts]
     return page.document(f"{found.name}: report", body), images.files
 
 
@@ -487,12 +511,13 @@ def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
     found = read(run)
     target = Path(out) if out else found.directory
     there = [target / "report.html", *sorted(target.glob("report_*.png"))]
-    if taken := [path for path in there if path.exists()]:
+    if taken := [path for path in there if path.exists() or path.is_symlink()]:
+        more = f" and {len(taken) - 1} more" if taken[1:] else ""
         raise ValueError(
-            f"out: expected no report there yet, got {taken[0]}; remove it or use --out"
+            f"out: expected no report there yet, got {taken[0]}{more}; remove that or use --out"
         )
     if out:
-        with checkpoint.atomic_directory(target) as partial:
+        with files.atomic_directory(target) as partial:
             said = write(found, partial)
     else:
         target.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ import numpy as np
 
 from .log import METRICS
 
+MOST = 2**53  # of a count: a float holds it, and so does a figure
+
 
 @dataclass
 class Found:
@@ -32,7 +34,9 @@ class Found:
     lines: list[dict[str, Any]] | None
 
     def logged(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines or [] if line.get("kind") == kind]
+        """Lines of that kind by step; of a step that was logged twice, the later line."""
+        found = {line["step"]: line for line in self.lines or [] if line.get("kind") == kind}
+        return [found[step] for step in sorted(found)]
 
     @property
     def full(self) -> dict[str, Any]:
@@ -77,21 +81,22 @@ def read_grid(path: Path) -> dict[str, Any]:
     grid = _object(path, path.read_bytes())
     grid["untrained"] = {k: v for k, v in mapping(grid.get("untrained")).items() if mapping(v)}
     for task in grid["untrained"].values():
-        task["score"] = task["score"] if _is_number(task.get("score")) else None
+        task["score"] = number(task["score"]) if _is_number(task.get("score")) else None
     cells = grid.get("cells")
     if not isinstance(cells, list) or not cells:
         raise ValueError(f'{path}: expected "cells", a list of at least one')
     for i, cell in enumerate(cells):
         cell = cell if isinstance(cell, dict) else {}
         for key in ("dim", "exit", "parameters", "bytes_per_vector"):
-            if type(cell.get(key)) is not int or cell[key] < 1:
+            if not _is_count(cell.get(key)):
                 raise ValueError(
                     f"{path}: cells[{i}].{key}: expected a whole number from 1 on, "
-                    f"got {cell.get(key)!r}"
+                    f"got {cell.get(key)!r:.60}"
                 )
-        if cell.setdefault("rank", None) is not None and type(cell["rank"]) is not int:
+        if cell.setdefault("rank", None) is not None and not _is_count(cell["rank"]):
             raise ValueError(
-                f"{path}: cells[{i}].rank: expected a whole number or null, got {cell['rank']!r}"
+                f"{path}: cells[{i}].rank: expected a whole number from 1 on or null, "
+                f"got {cell['rank']!r:.60}"
             )
         scores = cell.get("scores")
         if not isinstance(scores, dict) or not all(
@@ -102,7 +107,7 @@ def read_grid(path: Path) -> dict[str, Any]:
                 f"{path}: cells[{i}].scores: expected a score of each task, got {scores!r:.60}"
             )
         for task in scores.values():
-            task.setdefault("score", None)
+            task["score"] = None if task.get("score") is None else number(task["score"])
     return grid
 
 
@@ -112,30 +117,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is no JSON object with a "step".
     """
-    whole = path.read_bytes().split(b"\n")
     found = []
-    for number, line in enumerate(whole, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = _object(Path(f"{path}:{number}"), line)
-            if type(entry.get("step")) is not int:
-                raise ValueError(
-                    f"{path}:{number}: step: expected a whole number, got {entry.get('step')!r}"
-                )
-        except ValueError:
-            if number == len(whole):  # no newline behind it: a crash came first
-                break
-            raise
-        found.append(entry)
+    with path.open("rb") as file:
+        for at, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = _object(f"{path}:{at}", line)
+                step = entry.get("step")
+                if type(step) is not int or not -MOST <= step <= MOST:
+                    raise ValueError(
+                        f"{path}:{at}: step: expected a whole number, got {step!r:.60}"
+                    )
+            except ValueError:
+                if not line.endswith(b"\n"):  # a crash came first
+                    break
+                raise
+            found.append(entry)
     return found
 
 
-def _object(path: Path, text: bytes) -> dict[str, Any]:
+def _object(path: Path | str, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON in UTF-8: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected JSON in UTF-8: it is nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {value!r:.60}")
     return value
@@ -145,9 +153,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST
+
+
 def number(value: Any) -> float:
-    """A number as it is; nan for null and whatever else is none."""
-    return float(value) if _is_number(value) else math.nan
+    """A number as it is; nan for null, what is beyond a float, and whatever else is none."""
+    try:
+        return float(value) if _is_number(value) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -160,7 +175,8 @@ def mapping(value: Any) -> dict[str, Any]:
 def thinned(x: Sequence[float], y: Sequence[float], most: int) -> tuple[np.ndarray, np.ndarray]:
     """At most so many points, each the mean of as many neighbours; those not finite are left
     out."""
-    points = np.array([p for p in zip(x, y, strict=True) if np.isfinite(p).all()], float)
+    points = np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1)
+    points = points[np.isfinite(points).all(axis=1)]
     if len(points) == 0:
         return np.empty(0), np.empty(0)
     parts = np.array_split(points, min(most, len(points)))

@@ -89,6 +89,33 @@ def test_heat_map_of_holes():
     assert charts.score_range([cell(score=None)]) == (0, 100)
 
 
+@pytest.mark.parametrize("count, said", [(8, "50.0"), (12, "50"), (40, "")])
+def test_numbers_and_widths_of_a_heat_map_do_not_meet(count, said):
+    cells = [cell(1, 128 * (i + 1)) for i in range(count)]
+    figure = charts.heat(cells, (0, 100))
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    assert {text.get_text() for text in axis.texts} == {said}
+    for row in (axis.get_xticklabels(), axis.texts if said else []):
+        boxes = [text.get_window_extent() for text in row]
+        assert all(a.x1 <= b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+    label = axis.yaxis.label.get_window_extent()
+    assert label.y0 >= 0 and label.y1 <= figure.bbox.y1  # one exit is low
+
+
+def test_many_exits_fit_on_a_page():
+    assert charts.heat([cell(e) for e in range(1, 37)], (0, 100)).get_figheight() < 9
+
+
+def test_smallest_text_is_11_pixels_on_a_phone():
+    shown = (360 - 24) / (96 * charts.WIDTH)  # of a page 360 wide with its padding
+    sizes = [size for name, size in charts.STYLE.items() if "size" in name]
+    assert min(sizes) * 96 / 72 * shown >= 11
+    figure = charts.pareto([(1.0, 2.0), (2.0, 3.0)], ["a", "b"], "cost", "{:.0f}")
+    texts = [text for axis in figure.axes for text in axis.texts]
+    assert texts and all(text.get_fontsize() >= charts.SIZE for text in texts)
+
+
 def test_heat_map_file(tmp_path):
     cells = [cell(1, d, rank) for rank in (2, 4, 8) for d in (8, 16)]
     charts.heat_map(cells, tmp_path / "a.png", "a task $x_$ and <y>")
@@ -117,7 +144,9 @@ def test_front_is_what_nothing_beats(seed):
     assert charts.front([(1.0, float("nan"))]) == [] == charts.front([])
 
 
-@pytest.mark.parametrize("costs", [(0.5, 2.0), (5.0,), (1.0, 1.01), (1e-3, 1e6), (48, 96, 768)])
+@pytest.mark.parametrize(
+    "costs", [(0.5, 2.0), (5.0,), (1.07,), (1.0, 1.01), (1e-3, 1e6), (48, 96, 768)]
+)
 def test_pareto_has_a_few_round_ticks(costs):
     points = [(cost, 50 + i) for i, cost in enumerate(costs)]
     figure = charts.pareto(points, [f"cell {i}" for i in range(len(costs))], "cost", "{:.0f} B")
@@ -125,11 +154,30 @@ def test_pareto_has_a_few_round_ticks(costs):
     low, high = axis.get_xlim()
     ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
     assert 2 <= len(ticks) <= 8 and len(set(ticks)) == len(ticks)
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in axis.get_xticklabels() if low <= t._x <= high]
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
     assert axis.get_xlabel() == "cost" and axis.get_ylabel() == "score (%)"
     (key,) = below.texts
-    assert [line.split()[:3] for line in key.get_text().splitlines()] == [
+    head, *rows = key.get_text().splitlines()
+    assert head.split() == ["cost", "score"] and {len(row) for row in rows} == {len(head)}
+    assert [row.split()[:3] for row in rows] == [
         [str(i + 1), "cell", str(i)] for i in range(len(costs))
     ]
+
+
+def test_a_long_front_is_listed_in_part():
+    points = [(1.0 + i, 50 + i / 2) for i in range(40)]
+    axis, below = charts.pareto(points, [f"{i:>2}" for i in range(40)], "cost", "{:.0f}").axes
+    _, *rows = below.texts[0].get_text().splitlines()
+    named = [int(row.split()[1]) for row in rows]
+    assert len(named) == charts.LISTED and named == sorted(set(named))
+    assert (named[0], named[-1]) == (0, 39)
+    assert all(points[named[int(text.get_text()) - 1]] == text.xy for text in axis.texts)
+
+
+def test_one_small_cost_is_no_warning():
+    charts.pareto([(1e-4, 50.0)], ["cell"], "cost", "{:.4f}")
 
 
 # ---- languages and training ----

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from mlembed import results
@@ -84,6 +85,19 @@ def test_a_last_line_that_is_whole_is_kept(tmp_path):
     assert len(results.read(run_of(tmp_path, lines='{"step": 1}\n{"step": 2}')).lines) == 2
 
 
+def test_a_step_logged_again_counts_once(tmp_path):
+    steps = [(1, 9), (2, 8), (3, 7), (2, 6), (3, 5), (4, 4)]
+    lines = "".join(f'{{"step": {s}, "kind": "train", "loss": {x}}}\n' for s, x in steps)
+    train = results.read(run_of(tmp_path, lines=lines)).logged("train")
+    assert [(line["step"], line["loss"]) for line in train] == [(1, 9), (2, 6), (3, 5), (4, 4)]
+
+
+def test_what_no_float_holds_is_not_finite(tmp_path):
+    cells = [{**CELL, "scores": {"a": {"score": 10**400}}}]
+    (cell,) = results.read(run_of(tmp_path, cells)).cells
+    assert np.isnan(cell["scores"]["a"]["score"]) and np.isnan(results.number(-(10**400)))
+
+
 # ---- what is malformed ----
 
 
@@ -94,6 +108,8 @@ def test_a_last_line_that_is_whole_is_kept(tmp_path):
         ("[1]", r"metrics\.jsonl:2: expected a JSON object, got \[1\]"),
         ('{"kind": "train"}', r"metrics\.jsonl:2: step: expected a whole number, got None"),
         ('{"step": NaN}', r"metrics\.jsonl:2: step: expected a whole number, got nan"),
+        ('{"step": 1' + 400 * "0" + "}", r"metrics\.jsonl:2: step: expected a whole number"),
+        ('{"a":' * 100_000, r"metrics\.jsonl:2: expected JSON in UTF-8: it is nested too deep"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, error):
@@ -109,7 +125,9 @@ def test_a_malformed_line_is_named(tmp_path, line, error):
         ({"exit": 0}, r"cells\[1\]\.exit: expected a whole number from 1 on, got 0"),
         ({"parameters": None}, r"cells\[1\]\.parameters: .* got None"),
         ({"bytes_per_vector": True}, r"cells\[1\]\.bytes_per_vector: .* got True"),
-        ({"rank": "x"}, r"cells\[1\]\.rank: expected a whole number or null, got 'x'"),
+        ({"parameters": 10**400}, r"cells\[1\]\.parameters: expected a whole number from 1 on"),
+        ({"rank": "x"}, r"cells\[1\]\.rank: expected a whole number from 1 on or null, got 'x'"),
+        ({"rank": 0}, r"cells\[1\]\.rank: expected a whole number from 1 on or null, got 0"),
         ({"scores": []}, r"cells\[1\]\.scores: expected a score of each task, got \[\]"),
         ({"scores": {"a": {"score": "1"}}}, r"cells\[1\]\.scores: expected a score of each task"),
         ({"scores": {"a": 0.5}}, r"cells\[1\]\.scores: expected a score of each task"),
