@@ -19,9 +19,14 @@ LATENCY_S, PACKS_S = 0.06, 0.08  # long enough to be a median, short enough for 
 
 
 def sizes(encoder: Encoder, dim: int, exit: int, rank: int | None) -> dict[str, int]:
-    """Parameters of the model cut to that exit and rank, and bytes of an fp32 vector."""
+    """Parameters of the model cut to that exit and rank, their bytes in the precision that they are
+    in, and bytes of an fp32 vector."""
     parameters = num_parameters(encoder.model.cfg, exit, rank)
-    return {"parameters": parameters, "bytes_per_vector": 4 * dim}
+    return {
+        "parameters": parameters,
+        "parameter_bytes": _weights(encoder, exit, rank),
+        "bytes_per_vector": 4 * dim,
+    }
 
 
 def measure(encoder: Encoder, exit: int, rank: int | None) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Encoder(OneDevice):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         where = device_of(device)
         directory = shapes.resolve(source)
-        model = pretrained.load(str(directory))
+        model = pretrained.load(str(directory), dtype=getattr(torch, dtype))
         text_to_ids = tokenizer.load(directory)
         most = model.cfg.max_position_embeddings
         limit = min(tokenizer.max_length(directory) or most, most)
@@ -71,7 +71,7 @@ class Encoder(OneDevice):
                 f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
                 f"as the model has, got {text_to_ids.get_vocab_size()}"
             )
-        model = model.to(where, getattr(torch, dtype)).eval()
+        model = model.to(where).eval()
         if compile:
             model.compile_blocks()
         return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))

@@ -9,10 +9,12 @@ what each size costs.
 
 import itertools
 import json
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +22,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from . import charts, checkpoint, cldr, cost, log, scores
+from . import charts, cldr, cost, files, log, scores
 from .charts import mean_score
 from .encode import Encoder
-from .funnel import Funnel, Size, size_of, whole
+from .funnel import FULL, Funnel, Size, size_of, whole
 from .tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task, read_all
 
 DOCUMENTS = 16_384  # encoded and searched at once
@@ -46,10 +48,11 @@ def grid(
     prompts: dict[str, str] | None = None,
     costs: bool = True,
 ) -> list[dict[str, Any]]:
-    """One cell for each (rank, exit, dim): its cost, and its scores by task name.
+    """One cell for each (rank, exit, dim), rising, the largest last: its cost, and its scores by
+    task name, nan where vectors are no numbers or a measure is of nothing.
 
     Args:
-        dims, exits, ranks: the trained ones by default.
+        dims, exits, ranks: the trained ones by default, in any order.
         prompts: `query` and `document` go before those of retrieval; the encoder's by default.
         costs: measure latency, texts a second and memory, which takes part of a second for each
             exit and rank.
@@ -58,13 +61,16 @@ def grid(
         ValueError: a width, depth or rank that the model does not have.
     """
     cfg = encoder.model.cfg
-    dims, exits = dims or cfg.matryoshka_dims, exits or cfg.exits
-    for sizes, name in ((dims, "dim"), (exits, "exit"), (ranks or (), "rank")):
+    dims, exits, ranks = (
+        sorted(set(chosen or trained))
+        for chosen, trained in ((dims, cfg.matryoshka_dims), (exits, cfg.exits), (ranks, cfg.ranks))
+    )
+    for sizes, name in ((dims, "dim"), (exits, "exit"), (ranks, "rank")):
         for size in sizes:
             cfg.check(**{name: size})
     prompts = encoder.prompts if prompts is None else prompts
     cells = []
-    for rank in ranks or cfg.ranks or (None,):
+    for rank in ranks or (None,):
         by_task: Cells = {(exit, dim): {} for exit in exits for dim in dims}
         for task in tasks:
             found = score(encoder, task, dims, exits, rank, prompts, progress)
@@ -91,12 +97,13 @@ def score(
         return _pool(encoder, task, dims, exits, rank, progress)
     if isinstance(task, Retrieval):
         nearest = _search(
-            encoder, task.queries, task.documents(), TOP, dims, exits, rank, prompts, progress
+            encoder, task.queries, task.documents(), TOP + 1, dims, exits, rank, prompts, progress
         )
+        judged = task.judged, task.order_N, task.own_Q
         return {
-            size: scores.retrieval(
-                found.scores.numpy(), found.rows.numpy(), task.judged, task.order_N
-            )
+            size: scores.retrieval(found.scores.numpy(), found.rows.numpy(), *judged)
+            if not found.not_finite
+            else _no_score(found.not_finite)
             for size, found in nearest.items()
         }
     measures: dict[type, Callable[[Any, Tensor], dict[str, Any]]] = {
@@ -107,10 +114,16 @@ def score(
     with tempfile.TemporaryDirectory(prefix="mlembed-") as directory:
         exits_END = _stored(encoder, task.texts, exits, rank, progress, Path(directory))
         return {
-            (exit, dim): measures[type(task)](task, vectors[:, :dim])
+            (exit, dim): _no_score(broken)
+            if (broken := scores.not_finite(vectors[:, :dim]))
+            else measures[type(task)](task, vectors[:, :dim])
             for exit, vectors in zip(exits, exits_END, strict=True)
             for dim in dims
         }
+
+
+def _no_score(broken: int) -> dict[str, Any]:
+    return {"score": math.nan, "not_finite": broken}
 
 
 def _stored(
@@ -203,6 +216,8 @@ def _pool_side(
     nearest = _search(encoder, side.queries, among, 1, dims, exits, rank, {}, progress)
     return {
         size: scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)
+        if not found.not_finite
+        else math.nan
         for size, found in nearest.items()
     }
 
@@ -214,11 +229,15 @@ def score_funnel(
     shortlist: int,
     prompts: dict[str, str] | None = None,
     progress: bool = False,
+    cells: Sequence[dict[str, Any]] = (),
 ) -> dict[str, float]:
     """nDCG@10 of a search by full vectors, by small ones, and by the latter's shortlist ranked
     again by the former; `scanned`, bytes of vectors that the funnel compares with a query, and
     `encoded`, documents that it encodes at full size for these queries, as shares of a full
     search's.
+
+    Args:
+        cells: a `grid` with these prompts, whose scores of this task are not made again.
 
     Raises:
         ValueError: a size that the model lacks, a shortlist below 10.
@@ -226,18 +245,24 @@ def score_funnel(
     if shortlist < 10:
         raise ValueError(f"shortlist: expected at least 10, for nDCG@10, got {shortlist}")
     prompts = encoder.prompts if prompts is None else prompts
-    found = {}
-    for name, size in (("full", whole(encoder, (None, None, None))), ("small", small)):
-        dim, exit, rank = whole(encoder, size)
-        cells = score(encoder, task, [dim], [exit], rank, prompts, progress)
-        found[name] = cells[exit, dim]["score"]
+    sizes = {"full": whole(encoder, FULL), "small": whole(encoder, small)}
+    known = {(c["dim"], c["exit"], c["rank"]): c["scores"].get(task.name) for c in cells}
+    found = {name: known[size]["score"] for name, size in sizes.items() if known.get(size)}
+    left = {name: size for name, size in sizes.items() if name not in found}
+    for rank in {rank for _, _, rank in left.values()}:
+        of_rank = {name: size for name, size in left.items() if size[2] == rank}
+        dims = sorted({dim for dim, _, _ in of_rank.values()})
+        exits = sorted({exit for _, exit, _ in of_rank.values()})
+        scored = score(encoder, task, dims, exits, rank, prompts, progress)
+        found |= {name: scored[exit, dim]["score"] for name, (dim, exit, _) in of_rank.items()}
     built = Funnel.build(
         encoder, list(task.documents()), small, stored=False, prompts=prompts, progress=progress
     )
-    best = built.search(task.queries, min(TOP, shortlist), shortlist, progress)
-    ranked = scores.retrieval(best.scores_QK, best.rows_QK, task.judged, task.order_N)
+    best = built.search(task.queries, min(TOP + 1, shortlist), shortlist, progress)
+    ranked = scores.retrieval(best.scores_QK, best.rows_QK, task.judged, task.order_N, task.own_Q)
     return {
-        **found,
+        "full": found["full"],
+        "small": found["small"],
         "funnel": ranked["score"],
         "scanned": best.scanned,
         "encoded": best.encoded,
@@ -252,13 +277,27 @@ def add_mteb(
     prompts: dict[str, str],
     out: Path | None,
 ) -> None:
-    """Scores of mteb's tasks into each cell, by mteb at that cell's size; its own json to `out`."""
+    """Scores of mteb's tasks into each cell, by mteb at that cell's size; its own json to `out`.
+
+    Where a rank has several cells, a task's vectors lie in files until it is scored at all of them.
+    """
     tool = _mteb()
-    wanted = tool.tasks(names)
-    for cell in cells:
-        size = cell["dim"], cell["exit"], cell["rank"]
-        model = tool.MTEBEncoder(encoder, tool.model_name(source), *size, prompts)
-        cell["scores"] |= tool.evaluate(model, wanted, out, progress=True)
+    wanted, name = tool.tasks(names), tool.model_name(source)
+    for rank in dict.fromkeys(cell["rank"] for cell in cells):
+        of_rank = [cell for cell in cells if cell["rank"] == rank]
+        sizes = [(cell["dim"], cell["exit"], rank) for cell in of_rank]
+        with tempfile.TemporaryDirectory(prefix="mlembed-") as directory:
+            passes = (
+                tool.Passes(encoder, [exit for _, exit, _ in sizes], rank, Path(directory))
+                if len(sizes) > 1
+                else None
+            )
+            models = [tool.MTEBEncoder(encoder, name, *size, prompts, passes) for size in sizes]
+            for task in wanted:
+                for cell, model in zip(of_rank, models, strict=True):
+                    cell["scores"] |= tool.evaluate(model, [task], out, progress=True)
+                if passes:
+                    passes.forget()
 
 
 def _mteb() -> Any:
@@ -290,9 +329,18 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def by_kind(trained: dict[str, Any], untrained: dict[str, Any]) -> str:
-    """Scores at full size, kind by kind, beside the untrained model's (percent)."""
-    lines = ["  at full size (%)          trained  untrained"]
+def size_name(encoder: Encoder, cell: dict[str, Any]) -> str:
+    """How a cell's size is called."""
+    size = cell["dim"], cell["exit"], cell["rank"]
+    if size == whole(encoder, FULL):
+        return "full size"
+    return f"width {size[0]}, exit {size[1]}" + (f", rank {size[2]}" if size[2] else "")
+
+
+def by_kind(trained: dict[str, Any], untrained: dict[str, Any], size: str = "full size") -> str:
+    """Scores at one size, kind by kind, beside the untrained model's (percent)."""
+    head = f"at {size} (%)"
+    lines = [f"  {head:26}trained  untrained" if untrained else f"  {head}"]
     for task, result in trained.items():
         start = untrained.get(task, {})
         rows = {task: (result["score"], start.get("score"))}
@@ -319,17 +367,19 @@ def prices(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def details(by_task: dict[str, Any]) -> str:
+def details(by_task: dict[str, Any], size: str = "full size") -> str:
     """Measures beside the score, a line or so each task (percent)."""
     lines = []
     for task, result in by_task.items():
+        if "not_finite" in result:
+            lines.append(f"  {task}: no score, as {result['not_finite']} vectors are no numbers")
         plain = {k: v for k, v in result.items() if isinstance(v, float) and k != "score"}
         said = [f"{name} {100 * value:.1f}" for name, value in plain.items()]
-        for size, mean in result.get("means", {}).items():
+        for languages, mean in result.get("means", {}).items():
             if "accuracy" in mean:
-                said.append(f"mean of {size} languages {100 * mean['accuracy']:.1f}")
+                said.append(f"mean of {languages} languages {100 * mean['accuracy']:.1f}")
             else:
-                said.append(f"mean of {size} languages: {mean['languages']} of them are here")
+                said.append(f"mean of {languages} languages: {mean['languages']} of them are here")
         if said:
             lines.append(f"  {task}: {', '.join(said)}")
         for margin, by_candidates in result.get("by_margin", {}).items():
@@ -337,7 +387,7 @@ def details(by_task: dict[str, Any]) -> str:
             lines.append(f"    F1 by {margin}: {f1}")
         for lang, said_of in result.get("splits", {}).items():
             lines.append(f"    {lang}: {said_of}")
-    return "\n".join(["  other measures at full size (%)", *lines]) if lines else ""
+    return "\n".join([f"  other measures at {size} (%)", *lines]) if lines else ""
 
 
 def funnels(found: dict[str, Any]) -> str:
@@ -356,14 +406,23 @@ def funnels(found: dict[str, Any]) -> str:
 
 
 def write_report(directory: Path, cells: Sequence[dict[str, Any]], extra: dict[str, Any]) -> None:
-    """grid.json and grid.png in `directory`."""
+    """grid.json, where null stands for nan, and grid.png in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     title = ", ".join(cells[0]["scores"])
-    checkpoint.write_text(
-        directory / "grid.json", json.dumps({**extra, "cells": list(cells)}, indent=1) + "\n"
+    files.write_text(
+        directory / "grid.json", json.dumps(_nulls({**extra, "cells": cells}), indent=1) + "\n"
     )
     title = f"{title}: mean score by width, depth and vocabulary rank"
     charts.heat_map(cells, directory / "grid.png", title)
+
+
+def _nulls(value: Any) -> Any:
+    """JSON has no nan."""
+    if isinstance(value, dict):
+        return {key: _nulls(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(
@@ -379,6 +438,7 @@ def main(
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     out: str = "",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
 ) -> None:
     """Score a model over width x depth x vocabulary rank.
@@ -397,18 +457,24 @@ def main(
         query_prompt: goes before queries of retrieval, instead of the model's own prompt `query`.
         document_prompt: before documents, instead of the model's `document`.
         out: new directory for grid.json and grid.png.
+        dtype: of the weights, in which everything here is scored and measured, mteb's tasks too.
         device: auto, cpu or cuda.
     """
     if out and Path(out).exists():
         raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    above = next(p for p in Path(out).absolute().parents if p.exists())
+    if out and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"out: expected a new directory, got {out}, in {above} where none can be")
     tasks = read_all(data or (() if mteb else ("cldr",)))
+    if twice := {task.name for task in tasks} & set(mteb):
+        raise ValueError(f"mteb: expected other names than --data has, got {', '.join(twice)}")
     searched = [task for task in tasks if isinstance(task, Retrieval)]
     small = size_of(funnel) if funnel else None
     if small and not searched:
         raise ValueError("funnel: expected retrieval among --data, got none")
     if mteb:
         _mteb().tasks(mteb)  # a wrong name is said before any work
-    encoder = Encoder.load(model, device)
+    encoder = Encoder.load(model, device, dtype)
     cfg = encoder.model.cfg
     if mteb:
         dim, exit, rank = (
@@ -424,17 +490,18 @@ def main(
     if mteb:
         where = Path(out) / "mteb" if out else None
         add_mteb(encoder, model, mteb, cells, prompts, where)
-    full = cells[-1]["scores"]
-    parts = [table(cells), by_kind(full, {}), details(full), prices(cells)]
+    full, size = cells[-1]["scores"], size_name(encoder, cells[-1])
+    parts = [table(cells), by_kind(full, {}, size), details(full, size), prices(cells)]
     extra: dict[str, Any] = {
         "commit": log.commit(),
         "model": model,
         "data": [*(data or [task.name for task in tasks]), *mteb],
         "device": log.device_name(encoder.model.device),
+        "dtype": dtype,
     }
     if small:
         extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress=True)
+            task.name: score_funnel(encoder, task, small, shortlist, prompts, True, cells)
             for task in searched
         }
         parts.append(funnels(extra["funnel"]))

@@ -49,7 +49,8 @@ def device_name(device: torch.device) -> str:
     """A GPU by its name, a CPU by the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def commit() -> str:
@@ -90,11 +91,21 @@ class Log:
             self.track, self.close = _tracker(tracker, self.path.parent, step)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was logged so far; a last line that was cut off by a crash is left out."""
+        """What was logged so far; a last line that was cut off by a crash is left out.
+
+        Raises:
+            ValueError: another line that is none of ours.
+        """
         if not self.path.exists():
             return []
-        whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in whole]
+        found = []
+        whole = self.path.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(whole, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{self.path}:{number}: expected json, got {error}") from None
+        return found
 
     def metrics(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One line {"step", "kind", **values}; numbers, also nested ones, go to the tracker."""

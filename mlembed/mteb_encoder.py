@@ -16,10 +16,41 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.model_meta import ScoringFunction
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+from torch.nn.functional import normalize
 
 from . import strict
 from .encode import Encoder
 from .model import num_parameters
+
+
+class Passes:
+    """Raw vectors of texts at several exits of one rank, each text encoded once for all widths and
+    depths: in files of a directory, until they are forgotten.
+
+    revision: `digest` of the weights, which takes as long as reading them.
+    """
+
+    def __init__(
+        self, encoder: Encoder, exits: Sequence[int], rank: int | None, directory: Path
+    ) -> None:
+        self.encoder, self.rank, self.directory = encoder, rank, directory
+        self.exits = sorted(set(exits))
+        self.revision = digest(encoder)
+
+    def vectors(self, texts: Sequence[str], exit: int, prompt: str, progress: bool) -> np.ndarray:
+        """fp32 [N, D], not to be written to."""
+        seal = hashlib.sha256()
+        for text in (prompt, *texts):
+            seal.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+        path = self.directory / f"{seal.hexdigest()}.npy"
+        if not path.is_file():
+            found = self.encoder.exits(texts, self.exits, self.rank, progress, prompt)
+            np.save(path, found.numpy())
+        return np.load(path, mmap_mode="r")[self.exits.index(exit)]
+
+    def forget(self) -> None:
+        for path in self.directory.iterdir():
+            path.unlink()
 
 
 class MTEBEncoder:
@@ -38,24 +69,26 @@ class MTEBEncoder:
         exit: int | None = None,
         rank: int | None = None,
         prompts: dict[str, str] | None = None,
+        passes: Passes | None = None,
     ) -> None:
         """
         Args:
             name: organisation/model, for the directory of results.
             prompts: by name; the encoder's own by default.
+            passes: shared with other widths and depths of this rank; else nothing is kept.
 
         Raises:
             ValueError: a size that the model lacks.
         """
         cfg = encoder.model.cfg
         cfg.check(dim, exit, rank)
-        self.encoder, self.size = encoder, (dim, exit, rank)
+        self.encoder, self.size, self.passes = encoder, (dim, exit, rank), passes
         self.prompts = encoder.prompts if prompts is None else prompts
         chosen = {"dim": dim, "exit": exit, "rank": rank}
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": name,
-                "revision": digest(encoder),
+                "revision": passes.revision if passes else digest(encoder),
                 "n_parameters": num_parameters(cfg, exit, rank),
                 "max_tokens": encoder.max_length,
                 "embed_dim": dim or cfg.hidden_size,
@@ -82,6 +115,10 @@ class MTEBEncoder:
         texts = [text for batch in inputs for text in batch["text"]]
         name = get_prompt_name(self.prompts, task_metadata, prompt_type)
         prompt = self.prompts[name] if name else ""
+        if self.passes:
+            dim, exit = self.size[0], self.size[1] or self.encoder.model.cfg.num_hidden_layers
+            raw = self.passes.vectors(texts, exit, prompt, show_progress_bar)[:, :dim]
+            return normalize(torch.tensor(np.asarray(raw)), dim=-1).numpy()
         return self.encoder.encode(texts, *self.size, prompt=prompt, progress=show_progress_bar)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
@@ -103,7 +140,8 @@ def digest(encoder: Encoder) -> str:
 
 
 def tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks of these names. ValueError, with near names, for one that it does not have."""
+    """mteb's tasks of these names, each once. ValueError, with near names, for one that it does not
+    have, and for one of other things than texts."""
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     for name in names:
         if name not in known:
@@ -111,7 +149,12 @@ def tasks(names: Sequence[str]) -> list[Any]:
                 f"mteb: expected a task of mteb {mteb.__version__}"
                 f"{strict.near(name, known)}, got {name!r}"
             )
-    return list(mteb.get_tasks(tasks=list(names)))
+    found = list(mteb.get_tasks(tasks=list(dict.fromkeys(names))))
+    for task in found:
+        if list(task.modalities) != ["text"]:
+            what = ", ".join(task.modalities)
+            raise ValueError(f"mteb: expected tasks of text, got {task.metadata.name}, of {what}")
+    return found
 
 
 def model_name(source: str) -> str:

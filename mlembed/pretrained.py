@@ -309,7 +309,12 @@ def warn_beyond_break_even(cfg: config.Model) -> None:
 # ---- reading and writing directories ----
 
 
-def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = None) -> Transformer:
+def load(
+    source: str,
+    cfg: config.Model | None = None,
+    counts: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
     """A Transformer from a directory that mlembed saved, a training checkpoint included, or from
     any Qwen3, BERT, RoBERTa or XLM-R checkpoint, as transformers or sentence-transformers saves it.
 
@@ -322,6 +327,7 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
         cfg: shape and nesting. By default what the directory's `mlembed_config.json` says, or else
             the checkpoint's shape with the default exits and prefixes and a plain vocabulary.
         counts: [V], how often each token occurs in the text to come, where a table is factorised.
+        dtype: of the model's weights, which are then never all there in fp32.
 
     Raises:
         ValueError: no such checkpoint, another architecture, missing or misshapen weights, pooling
@@ -355,7 +361,7 @@ def load(source: str, cfg: config.Model | None = None, counts: Tensor | None = N
         want = list(own[name].shape) if name in own else "none"
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
-    return _filled(model, weights)
+    return _filled(model, weights, dtype)
 
 
 def _empty(cfg: config.Model) -> Transformer:
@@ -364,10 +370,12 @@ def _empty(cfg: config.Model) -> Transformer:
         return Transformer(cfg)
 
 
-def _filled(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
-    """With copies of `weights`, fp32 on the CPU: what was read is the file itself, in memory."""
+def _filled(
+    model: Transformer, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """With copies of `weights` on the CPU: what was read is the file itself, in memory."""
     own = {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
         for name, tensor in weights.items()
     }
     model.load_state_dict(own, assign=True)

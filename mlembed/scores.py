@@ -20,6 +20,7 @@ BLOCK = 2**26  # scores at once: 256 MiB
 NEIGHBOURS = 4  # k of margins, in LASER and BUCC's evaluations
 MARGINS = ("ratio", "distance", "absolute")
 CANDIDATES = ("fwd", "bwd", "intersect", "max")
+DIRECTIONS = ("to_pivot", "from_pivot", "f1_to_pivot", "f1_from_pivot")
 
 # Sets of Tatoeba's languages whose means are published (LaBSE, arXiv 2007.01852): 14 of the
 # multilingual Universal Sentence Encoder, 36 of XTREME, and all. LaBSE's 82 are not listed there.
@@ -78,7 +79,8 @@ def weighted_f1(found: np.ndarray) -> float:
 def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
     """Of texts encoded as [N, d]: `score`, the mean over kinds of the mean over languages of both
     directions' accuracy; to_pivot and from_pivot, one direction each (LASER, XTREME and LaBSE give
-    the former); f1_to_pivot and f1_from_pivot (MTEB gives the former); of Tatoeba `means`."""
+    the former); f1_to_pivot and f1_from_pivot (MTEB gives the former); of Tatoeba these four by
+    language, `by_direction`, and `means`."""
     langs, kinds = (sorted({group[i] for group in task.groups}) for i in (0, 1))
     unit = F.normalize(vectors, dim=-1)
     right = np.full((len(langs), len(kinds), 2), np.nan)  # a language may lack a kind
@@ -89,21 +91,23 @@ def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
         for way, rows in enumerate(side.cpu().numpy() for side in sides):
             right[at][way] = (rows == np.arange(len(rows))).mean()
             f1[at][way] = weighted_f1(rows)
-    there, back = np.nanmean(right, axis=0).mean(axis=0)
-    f1_there, f1_back = np.nanmean(f1, axis=0).mean(axis=0)
+    of_ways = [np.nanmean(measure, axis=0).mean(axis=0) for measure in (right, f1)]
     by_kind = np.nanmean(right, axis=(0, 2))
     by_language = np.nanmean(right, axis=(1, 2))
     found: dict[str, Any] = {
         "score": float(by_kind.mean()),
-        "to_pivot": float(there),
-        "from_pivot": float(back),
-        "f1_to_pivot": float(f1_there),
-        "f1_from_pivot": float(f1_back),
+        **dict(zip(DIRECTIONS, np.concatenate(of_ways).tolist(), strict=True)),
         "by_kind": dict(zip(kinds, by_kind.tolist(), strict=True)) if kinds != [""] else {},
         "by_language": dict(zip(langs, by_language.tolist(), strict=True)),
     }
     if task.tatoeba:
-        found["means"] = means(dict(zip(langs, right[:, 0, 0].tolist(), strict=True)))
+        both = np.concatenate([right[:, 0], f1[:, 0]], axis=1)
+        each = {
+            lang: dict(zip(DIRECTIONS, row, strict=True))
+            for lang, row in zip(langs, both.tolist(), strict=True)
+        }
+        found["by_direction"] = each
+        found["means"] = means({lang: row["to_pivot"] for lang, row in each.items()})
     return found
 
 
@@ -124,10 +128,12 @@ def means(by_language: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
     """{"score": Spearman correlation of cosine and human score, "pearson"} of texts encoded as
-    [N, d]."""
+    [N, d]; nan for both where either is the same for all pairs."""
     a, b = (F.normalize(vectors[side::2], dim=-1) for side in (0, 1))
     # Not a product: equal vectors are at exactly 1, so that rounding orders no ties.
     cosine = (1 - (a - b).square().sum(1) / 2).numpy()
+    if not (np.ptp(cosine) and np.ptp(task.scores)):
+        return {"score": np.nan, "pearson": np.nan}
     return {
         "score": float(spearmanr(cosine, task.scores).statistic),
         "pearson": float(pearsonr(cosine, task.scores).statistic),
@@ -232,17 +238,18 @@ def score_mining(task: Mining, vectors: Tensor) -> dict[str, Any]:
     """Of texts encoded as [N, d]: `score` is F1 by the ratio margin with `max` candidates, averaged
     over languages, with precision and recall; `by_language`; `by_margin`, F1 of every margin and
     kind of candidates (fwd and bwd are what LaBSE reports). The threshold is tuned on one part, and
-    the other is scored where there is gold for it: `splits` says which."""
+    the other is scored where there is gold for it: `splits` says which. As in LASER's evaluation a
+    text that one side repeats is searched once, and is in no pair that is taken."""
     unit = F.normalize(vectors, dim=-1).numpy()
-    every = {
-        lang: {
-            (margin, kind): _mined(pair, sides, margin, kind)
-            for sides in [[Sides.of(unit[p.source], unit[p.target]) for p in pair]]
+    every = {}
+    for lang, (tuned, reported) in task.parts.items():
+        first = _Searched.of(task.texts, unit, tuned)
+        second = first if reported is tuned else _Searched.of(task.texts, unit, reported)
+        every[lang] = {
+            (margin, kind): _mined(first, second, margin, kind)
             for margin in MARGINS
             for kind in CANDIDATES
         }
-        for lang, pair in task.parts.items()
-    }
     main = {lang: found["ratio", "max"] for lang, found in every.items()}
     precision, recall, f1 = np.mean(list(main.values()), axis=0).tolist()
     return {
@@ -264,16 +271,47 @@ def score_mining(task: Mining, vectors: Tensor) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Searched:
+    """A part with its neighbours, among distinct texts.
+
+    rows: of either side, where each distinct text is first. once: whether it is there only once.
+    """
+
+    gold: np.ndarray
+    sides: Sides
+    rows: tuple[np.ndarray, np.ndarray]
+    once: tuple[np.ndarray, np.ndarray]
+
+    @staticmethod
+    def of(texts: Sequence[str], unit: np.ndarray, part: Part) -> "_Searched":
+        (a, a_once), (b, b_once) = (_distinct(texts[side]) for side in (part.source, part.target))
+        sides = Sides.of(unit[part.source][a], unit[part.target][b])
+        return _Searched(part.gold, sides, (a, b), (a_once, b_once))
+
+    def candidates(self, margin: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Margins, falling, in the precision in which thresholds are, and whether each is gold."""
+        margins, pairs = self.sides.candidates(margin, kind)
+        kept = self.once[0][pairs[:, 0]] & self.once[1][pairs[:, 1]]
+        pairs = np.stack([self.rows[side][pairs[kept, side]] for side in (0, 1)], axis=1)
+        return margins[kept].astype(np.float64), _in(pairs, self.gold)
+
+
+def _distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Row of each distinct text, and whether it is the only one."""
+    first: dict[str, int] = {}
+    same = np.array([first.setdefault(text.strip(), row) for row, text in enumerate(texts)])
+    rows, counts = np.unique(same, return_counts=True)
+    return rows, counts == 1
+
+
 def _mined(
-    parts: tuple[Part, Part], sides: Sequence[Sides], margin: str, kind: str
+    tuned: _Searched, reported: _Searched, margin: str, kind: str
 ) -> tuple[float, float, float]:
-    tuned, reported = (
-        (*found.candidates(margin, kind), part) for part, found in zip(parts, sides, strict=True)
-    )
-    at = threshold(tuned[0], _in(tuned[1], tuned[2].gold), len(tuned[2].gold))
-    taken = reported[0] >= at
-    right = int(_in(reported[1][taken], reported[2].gold).sum())
-    return precision_recall_f1(right, int(taken.sum()), len(reported[2].gold))
+    at = threshold(*tuned.candidates(margin, kind), len(tuned.gold))
+    margins, right = reported.candidates(margin, kind)
+    taken = margins >= at
+    return precision_recall_f1(int(right[taken].sum()), int(taken.sum()), len(reported.gold))
 
 
 def _in(pairs: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -284,20 +322,27 @@ def _in(pairs: np.ndarray, gold: np.ndarray) -> np.ndarray:
 # ---- search ----
 
 
+def not_finite(vectors: Tensor) -> int:
+    """Rows in which something is NaN or infinite."""
+    return int((~torch.isfinite(vectors).all(-1)).sum())
+
+
 class Nearest:
     """The k nearest documents of each query among those seen so far: memory does not grow with
     their number.
 
     scores: fp32 [Q, <= k]. rows: int64 [Q, <= k], in the order in which documents came, or -1.
+    not_finite: vectors of documents, and of queries, that are no numbers.
     """
 
     def __init__(self, queries: int, k: int) -> None:
-        self.k = k
+        self.k, self.not_finite = k, 0
         self.scores = torch.empty(queries, 0)
         self.rows = torch.empty(queries, 0, dtype=torch.int64)
 
     def add(self, unit_QD: Tensor, unit_CD: Tensor, first: int) -> None:
         """Documents first, first + 1, ..; both of unit rows, on one device."""
+        self.not_finite += not_finite(unit_CD) + (0 if first else not_finite(unit_QD))
         step = max(1, BLOCK // max(1, len(unit_CD)))
         scores, rows = [], []
         for begin in range(0, len(unit_QD), step):
@@ -312,7 +357,11 @@ class Nearest:
 
 
 def retrieval(
-    scores_QK: np.ndarray, rows_QK: np.ndarray, judged: np.ndarray, order_N: np.ndarray
+    scores_QK: np.ndarray,
+    rows_QK: np.ndarray,
+    judged: np.ndarray,
+    order_N: np.ndarray,
+    own_Q: np.ndarray | None = None,
 ) -> dict[str, float]:
     """As trec_eval (through pytrec_eval, as BEIR and MTEB have it) computes them: of equal scores
     the document of the higher id comes first; relevance is graded in nDCG, with linear gains, and
@@ -321,15 +370,20 @@ def retrieval(
 
     Args:
         scores_QK, rows_QK: the nearest documents of each query, in any order; rows of -1 are none.
-        judged: int64 [judgements, 3] of query, document, relevance, by rising query and document.
+        judged: int64 [judgements, 3] of query, document, relevance, by rising query and document,
+            which may be N or above where there is none such.
         order_N: each document's place among all by id.
+        own_Q: documents of the queries' own ids, or -1; passed over, as BEIR does.
 
     Returns:
         score = ndcg_at_10, recall_at_10, recall_at_100, map_at_100, mrr_at_10.
     """
+    if own_Q is not None:
+        own = rows_QK == own_Q[:, None]
+        scores_QK, rows_QK = np.where(own, -np.inf, scores_QK), np.where(own, -1, rows_QK)
     order = np.lexsort((-order_N[rows_QK], -scores_QK), axis=1)
     rows_QK = np.take_along_axis(rows_QK, order, axis=1)
-    Q, N = len(rows_QK), len(order_N)
+    Q, N = len(rows_QK), max(len(order_N), judged[:, 1].max() + 1)
     keys = judged[:, 0] * N + judged[:, 1]
     wanted = np.arange(Q)[:, None] * N + rows_QK
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)

@@ -15,6 +15,7 @@ import csv
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,9 @@ class Retrieval:
 
     queries: those that have judgements. order_N: int64, each document's place among all by id
     (what breaks ties). judged: int64 [judgements, 3] of query, document, relevance, by rising
-    query and document.
+    query and document; judged documents that the corpus lacks are N, N + 1, ..
+    own_Q: int64, the document of a query's own id, or -1: no answer (ArguAna's queries are in its
+    corpus).
     """
 
     name: str
@@ -134,6 +137,7 @@ class Retrieval:
     corpus: Path
     order_N: np.ndarray
     judged: np.ndarray
+    own_Q: np.ndarray
     texts: Again = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,11 +261,17 @@ def _cells(path: Path, expected: Sequence[str]) -> Iterator[tuple[str, list[str]
 
 
 def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
-    """Every language against English, kind by kind. ValueError without English."""
+    """Every language against English, kind by kind. ValueError without English, or for two texts
+    of one id and language."""
     found = Bitext(name)
     where: dict[tuple[str, str, str], int] = {}
     for record in records:
-        where[record.get("kind") or "", record["lang"], record["id"]] = len(found.texts)
+        kind, lang, key = record.get("kind") or "", record["lang"], record["id"]
+        if (kind, lang, key) in where:
+            raise ValueError(
+                f"{name}: expected one text of an id and language, got another of {key!r} in {lang}"
+            )
+        where[kind, lang, key] = len(found.texts)
         found.texts.append(record["text"])
     pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in where)), None)
     if pivot is None:
@@ -305,8 +315,7 @@ def sts(path: Path) -> STS:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
-    reader = csv.DictReader(io.StringIO(content.removeprefix("\ufeff"), newline=""))
-    for row in reader:
+    for number, row in _csv(path, content.removeprefix("\ufeff")):
         try:
             pair, score = [row["sentence1"], row["sentence2"]], float(row["score"])
         except KeyError as error:
@@ -315,11 +324,11 @@ def sts(path: Path) -> STS:
             ) from None
         except (TypeError, ValueError):
             raise ValueError(
-                f"{path}:{reader.line_num}: score: expected a number, got {row['score']!r}"
+                f"{path}:{number}: score: expected a number, got {row['score']!r}"
             ) from None
         if None in pair or not math.isfinite(score):
             raise ValueError(
-                f"{path}:{reader.line_num}: sentence1, sentence2, score: expected two texts "
+                f"{path}:{number}: sentence1, sentence2, score: expected two texts "
                 f"and a number, got {pair[0]!r}, {pair[1]!r}, {score}"
             )
         texts += pair
@@ -327,6 +336,17 @@ def sts(path: Path) -> STS:
     if not scores:
         raise ValueError(f"{path}: expected rows, found none")
     return STS(path.stem, texts, np.array(scores))
+
+
+def _csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row), of texts as long as they may be."""
+    csv.field_size_limit(2**31 - 1)  # as rows.py does
+    reader = csv.DictReader(io.StringIO(content, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not csv: {error}") from None
 
 
 # ---- mining ----
@@ -421,9 +441,12 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
     """BEIR's queries.jsonl (_id, text), corpus.jsonl (_id, text, maybe title) and qrels/SPLIT.tsv
     (query-id, corpus-id, score, with a header); without a split it is test, or the only one.
 
+    Judged documents that are not in the corpus, as ArguAna has some, are said in a warning and are
+    never found, as in BEIR and MTEB.
+
     Raises:
-        ValueError: a missing file, a malformed line, an id twice, judgements of ids that are not
-            there, several splits and none of them test.
+        ValueError: a missing file, a malformed line, an id twice, judgements of queries that are
+            not there or of no document that is, several splits and none of them test.
     """
     for name in ("queries.jsonl", "corpus.jsonl"):
         if not (directory / name).is_file():
@@ -450,7 +473,7 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
                 raise ValueError(f"{where}: _id: expected a new one, got {key!r} again")
             seen.add(key)
     path = directory / "qrels" / f"{chosen}.tsv"
-    grades = _judgements(path, queries, place)
+    grades = _judgements(path, queries, place)  # place has what the corpus lacks, too, behind it
     judged_queries = [key for key in queries if key in grades]
     judged = [
         [row, document, grade]
@@ -461,7 +484,9 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
     order_N[pc.sort_indices(pa.array(ids, pa.large_string())).to_numpy()] = np.arange(len(ids))
     name = f"{directory.name}-{split}" if split else directory.name
     texts = [queries[key] for key in judged_queries]
-    return Retrieval(name, texts, directory / "corpus.jsonl", order_N, np.array(judged, np.int64))
+    own_Q = np.array([place.get(key, -1) for key in judged_queries], dtype=np.int64)
+    corpus = directory / "corpus.jsonl"
+    return Retrieval(name, texts, corpus, order_N, np.array(judged, np.int64), own_Q)
 
 
 def _documents(path: Path) -> Iterator[tuple[str, str, str, str]]:
@@ -484,7 +509,13 @@ def _titled(title: str, text: str) -> str:
 
 
 def _judgements(path: Path, queries: Any, place: dict[str, int]) -> dict[str, dict[int, int]]:
+    """Query id -> row of a document -> grade. Documents that have no place get one behind all.
+
+    Raises:
+        ValueError: a malformed line, a query that is not there, no document that is.
+    """
     grades: dict[str, dict[int, int]] = {}
+    N = len(place)
     columns = ("query-id", "corpus-id", "score")
     for number, (where, cells) in enumerate(_cells(path, columns)):
         if not number:
@@ -494,14 +525,19 @@ def _judgements(path: Path, queries: Any, place: dict[str, int]) -> dict[str, di
         query, document, grade = cells
         if query not in queries:
             raise ValueError(f"{where}: query-id: expected an id of queries.jsonl, got {query!r}")
-        if document not in place:
-            raise ValueError(
-                f"{where}: corpus-id: expected an id of corpus.jsonl, got {document!r}"
-            )
         try:
-            grades.setdefault(query, {})[place[document]] = int(grade)
+            grades.setdefault(query, {})[place.setdefault(document, len(place))] = int(grade)
         except ValueError:
             raise ValueError(f"{where}: score: expected an integer, got {grade!r}") from None
     if not grades:
         raise ValueError(f"{path}: expected judgements, found none")
+    lacking = list(place)[N:]
+    if all(row >= N for of_query in grades.values() for row in of_query):
+        raise ValueError(f"{path}: corpus-id: expected ids of corpus.jsonl, got {lacking[0]!r} ..")
+    if lacking:
+        warnings.warn(
+            f"{path}: judged documents that corpus.jsonl lacks, and nothing can find: "
+            f"{len(lacking)}, first {lacking[0]!r}",
+            stacklevel=2,
+        )
     return grades

@@ -92,7 +92,6 @@ def test_measured(encoder):
     assert found.keys() == {"latency_ms", "texts_per_second", "memory_mib"}
     # A text alone takes longer than its share of a pack.
     assert found["latency_ms"] > 1000 / found["texts_per_second"] > 0
-    assert cost.sizes(encoder, 8, 1, 4) == {
-        "parameters": sum(p.numel() for p in pretrained.cut(encoder.model, 1, 4).parameters()),
-        "bytes_per_vector": 32,
-    }
+    count = sum(p.numel() for p in pretrained.cut(encoder.model, 1, 4).parameters())
+    want = {"parameters": count, "parameter_bytes": 4 * count, "bytes_per_vector": 32}
+    assert cost.sizes(encoder, 8, 1, 4) == want

@@ -35,9 +35,11 @@ def beir_directory(path):
     rng = np.random.default_rng(0)
     (path / "qrels").mkdir(parents=True)
     for name, size, n in (("queries", 2, 12), ("corpus", 5, 120)):
-        rows = [{"_id": f"{i}", "text": " ".join(rng.choice(WORDS, size))} for i in range(n)]
+        rows = [
+            {"_id": f"{name[0]}{i}", "text": " ".join(rng.choice(WORDS, size))} for i in range(n)
+        ]
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    judged = [f"{i}\t{d}\t1" for i in range(12) for d in rng.choice(120, 4, False)]
+    judged = [f"q{i}\tc{d}\t1" for i in range(12) for d in rng.choice(120, 4, False)]
     lines = ["query-id\tcorpus-id\tscore", *judged]
     (path / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
     return path
@@ -142,8 +144,8 @@ def test_grid_is_each_cell_alone(encoder, wanted, cells):
 
 
 def test_grid_of_chosen_sizes(encoder, wanted, cells):
-    """Also ones that were never trained, and widths in any order."""
-    chosen = evaluate.grid(encoder, wanted, [32, 5], [2, 3], [3, 8], costs=False)
+    """Also ones that were never trained, in any order; the largest is the last."""
+    chosen = evaluate.grid(encoder, wanted, [32, 5, 32], [3, 2], [8, 3], costs=False)
     assert len(chosen) == 8
     for cell in chosen:
         want = alone(encoder, wanted, cell)["sts"]["score"]
@@ -200,6 +202,25 @@ def test_grid_of_a_plain_vocabulary(wanted):
 def test_sizes_that_the_model_lacks(encoder, wanted, sizes, message):
     with pytest.raises(ValueError, match=message):
         evaluate.grid(encoder, wanted, **sizes)
+
+
+def test_vectors_that_are_no_numbers(directory, searched, wanted, tmp_path):
+    """No score at that depth, and said; other depths are as they were, and the file is JSON."""
+    encoder = Encoder.load(str(directory), "cpu")
+    every = [*searched, *wanted]
+    before = evaluate.grid(encoder, every, [8], costs=False)
+    with torch.no_grad():
+        next(encoder.model.layers[2].parameters()).fill_(torch.nan)
+    cells = evaluate.grid(encoder, every, [8], costs=False)
+    evaluate.write_report(tmp_path, cells, {})
+    text = (tmp_path / "grid.json").read_text()
+    stored = json.loads(text, parse_constant=pytest.fail)["cells"]
+    for cell, kept, old in zip(cells, stored, before, strict=True):
+        if cell["exit"] == 1:
+            assert cell == kept == old
+        else:
+            assert all(task["score"] is None for task in kept["scores"].values())
+            assert "b: no score, as 132 vectors are no numbers" in evaluate.details(cell["scores"])
 
 
 # ---- search ----
@@ -352,7 +373,8 @@ def test_details():
             "splits": {"de": "threshold of dev, scores of dev"},
         },
     }
-    assert evaluate.details(found).splitlines()[1:] == [
+    assert evaluate.details(found, "width 8").splitlines() == [
+        "  other measures at width 8 (%)",
         "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: 30 of them are here",
         "    F1 by ratio: fwd 12.5, max 50.0",
         "    de: threshold of dev, scores of dev",
@@ -369,37 +391,33 @@ def command(*args):
     )
 
 
-def test_command(directory, tmp_path, encoder):
+def test_command(directory, tmp_path):
     data = tatoeba_directory(tmp_path / "tat")
     out = tmp_path / "report"
-    sizes = ["--dim", 8, 32, "--exit", 1, "--rank", 8]
+    sizes = ["--dim", 8, 32, "--exit", 1, "--rank", 8, "--dtype", "bfloat16"]
     done = command(directory, "--data", data, *sizes, "--out", out)
     assert done.returncode == 0, done.stderr
-    want = evaluate.grid(encoder, tasks.read(str(data)), [8, 32], [1], [8], costs=False)
+    half = Encoder.load(str(directory), "cpu", "bfloat16")
+    want = evaluate.grid(half, tasks.read(str(data)), [8, 32], [1], [8], costs=False)
     assert done.stdout.startswith(evaluate.table(want) + "\n\n")
     assert "to_pivot" in done.stdout and "mean of 36 languages: 2 of them" in done.stdout
     stored = json.loads((out / "grid.json").read_text())
     assert without_price(stored.pop("cells")) == want
     assert (stored["model"], stored["data"]) == (str(directory), [str(data)])
     assert stored["device"].startswith("cpu") and stored["commit"]
+    assert stored["dtype"] == "bfloat16" and "at width 32, exit 1, rank 8 (%)" in done.stdout
+    assert want[0]["parameter_bytes"] == 2 * want[0]["parameters"]
     with Image.open(out / "grid.png") as image:
         image.verify()
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--dim", "64"], "dim: expected 1..32 (the width), got 64"),
-        (["--exit", "9"], "exit: expected 1..3 (the depth), got 9"),
-        (["--rank", "16"], "rank: expected 1..8 (the stored rank), got 16"),
-    ],
-)
-def test_command_refuses_sizes_that_the_model_lacks(args, message, directory, tmp_path):
+def test_command_refuses_sizes_that_the_model_lacks(directory, tmp_path):
     data = tatoeba_directory(tmp_path / "tat")
-    done = command(directory, "--data", data, *args, "--out", tmp_path / "report")
+    done = command(directory, "--data", data, "--dim", "64", "--out", tmp_path / "report")
     assert (done.returncode, done.stdout) == (1, "")
     # A progress bar may stand before it.
-    assert done.stderr.replace("\r", "\n").splitlines()[-1] == f"error: {message}"
+    last = done.stderr.replace("\r", "\n").splitlines()[-1]
+    assert last == "error: dim: expected 1..32 (the width), got 64"
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "report").exists()
 
@@ -434,17 +452,29 @@ def test_command_with_a_funnel(directory, tmp_path, encoder):
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "given, message",
     [
-        (["--funnel", "4:1"], "funnel: expected retrieval among --data, got none"),
-        (
-            ["--funnel", "4:1:2:3"],
-            "funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got '4:1:2:3'",
-        ),
+        (dict(funnel="4:1"), "funnel: expected retrieval among --data, got none"),
+        (dict(funnel="4:1:2:3"), "funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got '4:1:2:"),
+        (dict(out="{}/tat/tatoeba.deu-eng.deu/report"), "out: expected a new directory, got .*deu"),
+        (dict(mteb=("tat",)), "mteb: expected other names than --data has, got tat"),
     ],
 )
-def test_command_refuses_a_funnel_of_nothing(args, message, directory, tmp_path):
+def test_command_refuses_before_any_work(given, message, tmp_path):
+    """Also before a model is looked for."""
     data = tatoeba_directory(tmp_path / "tat")
-    done = command(directory, "--data", data, *args)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.strip().splitlines()[-1] == f"error: {message}"
+    if "out" in given:
+        given = {"out": given["out"].format(tmp_path)}
+    with pytest.raises(ValueError, match=message):
+        evaluate.main("no such model", data=(str(data),), **given)
+
+
+def test_a_funnel_takes_the_grids_scores(encoder, searched):
+    """And without them scores in one pass what is of one rank: the same."""
+    cells = evaluate.grid(encoder, searched[:1], [4, 32], [1, 3], [8], costs=False)
+    alone = evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20)
+    assert alone == evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)
+    (small,) = (c for c in cells if (c["dim"], c["exit"]) == (4, 1))
+    assert alone["small"] == pytest.approx(small["scores"]["b"]["score"], abs=1e-6)
+    small["scores"]["b"]["score"] = 7.0  # it is not made again
+    assert evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)["small"] == 7

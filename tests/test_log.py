@@ -84,6 +84,15 @@ def test_looking_does_not_write(tmp_path):
     assert (tmp_path / log.METRICS).read_bytes() == before
 
 
+def test_a_line_that_is_not_ours_is_named(tmp_path):
+    """As where power was lost: a block of zeros."""
+    begin(tmp_path).metrics(1, "train", {"loss": 1.0})
+    with (tmp_path / log.METRICS).open("ab") as file:
+        file.write(b"\0" * 64 + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected json"):
+        begin(tmp_path, step=1)
+
+
 def test_a_half_written_last_line_is_ignored(tmp_path):
     out = begin(tmp_path)
     out.metrics(1, "train", {"loss": 1.0})

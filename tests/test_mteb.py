@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,7 +211,7 @@ def test_sts(pairs):
 
 def beir_files(path):
     """Documents that repeat (equal scores), grades, a query whose judgements are all 0, and one
-    without any."""
+    without any; queries that are documents too, and a judged document that is not there."""
     rng = np.random.default_rng(1)
     (path / "qrels").mkdir(parents=True)
     documents = [" ".join(rng.choice(WORDS, 5)) for _ in range(150)]
@@ -220,7 +221,8 @@ def beir_files(path):
         for i, text in enumerate(documents)
     ]
     queries = [{"_id": f"q{i}", "text": " ".join(rng.choice(WORDS, 3))} for i in range(30)]
-    lines = ["query-id\tcorpus-id\tscore"]
+    rows += queries[::3]
+    lines = ["query-id\tcorpus-id\tscore", "q2\tnowhere\t2"]
     for i in range(29):
         for j in rng.choice(190, 6, replace=False):
             lines.append(f"q{i}\td{j}\t{0 if i == 4 else rng.integers(-1, 4)}")
@@ -249,7 +251,8 @@ def test_retrieval(beir, monkeypatch):
 
     class Local(AbsTaskRetrieval):
         metadata = metadata("Retrieval", "LocalRetrieval", "ndcg_at_10", ["eng-Latn"], split)
-        k_values = (1, 10, 100)
+        k_values = (1, 10, 100, 200)
+        ignore_identical_ids = True  # as BEIR does
 
         def load_data(self, **options):
             corpus = [
@@ -279,7 +282,8 @@ def test_retrieval(beir, monkeypatch):
             return {n: float(np.mean([row[n] for row in scores.values()])) for n in names}
 
     (found,) = by_mteb(Local()).scores[split]
-    (task,) = tasks.read(str(beir))
+    with warnings.catch_warnings(action="ignore"):  # of what is nowhere
+        (task,) = tasks.read(str(beir))
     monkeypatch.setattr(evaluate, "DOCUMENTS", 64)  # several chunks
     got = ours(task)
     for name, theirs in (
@@ -376,6 +380,9 @@ def test_names_of_tasks():
     assert task.metadata.name == "STS12"
     with pytest.raises(ValueError, match=r"mteb: expected a task .*near:.*NFCorpus.*got 'NFCorpu'"):
         mteb_encoder.tasks(["STS12", "NFCorpu"])
+    with pytest.raises(ValueError, match=r"mteb: expected tasks of text, got CIFAR10, of image"):
+        mteb_encoder.tasks(["CIFAR10"])
+    assert len(mteb_encoder.tasks(["STS12", "STS12"])) == 1
 
 
 def test_names_of_models(directory):
@@ -383,12 +390,7 @@ def test_names_of_models(directory):
     assert mteb_encoder.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
 
 
-def test_a_run_by_mteb(directory, tmp_path):
-    """Its results in its own layout, and in our cells, as our scores of the same text."""
-    encoder = Encoder.load(str(directory), "cpu")
-    path, langs = tatoeba_files(tmp_path / "tat")
-    (task,) = tasks.read(str(path))
-
+def local_run(task, langs):
     class Local(AbsTaskBitextMining):
         metadata = metadata(
             "BitextMining", "LocalRun", "f1", {f"{x}-eng": ["eng-Latn"] for x in langs}
@@ -409,8 +411,16 @@ def test_a_run_by_mteb(directory, tmp_path):
             }
             self.data_loaded = True
 
+    return Local()
+
+
+def test_a_run_by_mteb(directory, tmp_path):
+    """Its results in its own layout, and in our cells, as our scores of the same text."""
+    encoder = Encoder.load(str(directory), "cpu")
+    path, langs = tatoeba_files(tmp_path / "tat")
+    (task,) = tasks.read(str(path))
     model = mteb_encoder.MTEBEncoder(encoder, "made/up", 8, 2, 8)
-    found = mteb_encoder.evaluate(model, [Local()], tmp_path / "out")["LocalRun"]
+    found = mteb_encoder.evaluate(model, [local_run(task, langs)], tmp_path / "out")["LocalRun"]
     unit = torch.from_numpy(encoder.encode(task.texts, 8, 2, 8))
     want = scores.score_bitext(task, unit)
     assert found["score"] == pytest.approx(want["f1_to_pivot"], abs=AGREE)
@@ -420,6 +430,37 @@ def test_a_run_by_mteb(directory, tmp_path):
     assert np.mean([row["main_score"] for row in rows]) == pytest.approx(found["score"])
     # results/<model>/<revision>/experiments/<sizes>/LocalRun.json
     assert "made__up" in stored.parts and "dim_8__exit_2__rank_8" in stored.parts
+
+
+class Counting(Encoder):
+    """Counts the texts that go through the trunk."""
+
+    encoded = 0
+
+    def run(self, ids, *args, **options):
+        self.encoded += len(ids)
+        return super().run(ids, *args, **options)
+
+
+def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
+    """In bf16, each size as if it were alone."""
+    path, langs = tatoeba_files(tmp_path / "tat")
+    (task,) = tasks.read(str(path))
+    monkeypatch.setattr(mteb_encoder, "tasks", lambda names: [local_run(task, langs)])
+    plain = Encoder.load(str(directory), "cpu", "bfloat16")
+    encoder = Counting(plain.model, plain.tokenizer, plain.max_length)
+    sizes = {"dims": [8, 32], "exits": [1, 2], "ranks": [8]}
+    cells = evaluate.grid(encoder, [], **sizes, costs=False)
+    evaluate.add_mteb(encoder, str(directory), ["LocalRun"], cells, {}, tmp_path / "out")
+    assert encoder.encoded == len(task.texts)
+    for cell, one in zip(cells, evaluate.grid(plain, [task], **sizes, costs=False), strict=True):
+        want = one["scores"]["tat"]["f1_to_pivot"]
+        assert cell["scores"]["LocalRun"]["score"] == pytest.approx(want, abs=AGREE)
+        assert cell["parameter_bytes"] == 2 * cell["parameters"]
+    whole = [cell["scores"]["LocalRun"]["score"] for cell in cells]
+    assert len(set(whole)) > 1
+    stored = list((tmp_path / "out").rglob("LocalRun.json"))
+    assert len(stored) == 4 and all(mteb_encoder.digest(plain) in file.parts for file in stored)
 
 
 def test_command_refuses_an_unknown_task(directory, tmp_path):

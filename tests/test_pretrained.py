@@ -121,6 +121,14 @@ def test_weights_are_copies_and_none_are_drawn(tmp_path):
         assert torch.equal(again.state_dict()[name], weight), name
 
 
+def test_weights_in_half_precision(tmp_path):
+    model = randomise(Transformer(NESTED))
+    pretrained.save(model, tmp_path)
+    half = pretrained.load(str(tmp_path), dtype=torch.bfloat16).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(half[name], weight.bfloat16()), name
+
+
 def test_what_computes_attention_is_not_saved(tmp_path):
     pretrained.save(Transformer(replace(CFG, attention="flash_attn")), tmp_path)
     assert "attention" not in json.loads((tmp_path / shapes.NESTING).read_text())["model"]

@@ -100,6 +100,16 @@ def test_sts_is_spearman():
     assert perfect["score"] == pytest.approx(1.0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "texts, gold", [([0, 1, 2, 3], [1, 1]), ([0, 0, 1, 1], [1, 2]), ([0, 1], [1])]
+)
+def test_sts_of_what_does_not_vary(texts, gold):
+    """There is no correlation then, which is neither an error nor a number."""
+    got = scores.score_sts(STS("s", ["x"] * len(texts), np.array(gold)), torch.eye(4)[texts])
+    assert math.isnan(got["score"]) and math.isnan(got["pearson"])
+
+
 # ---- bitext: F1 and means ----
 
 
@@ -165,6 +175,9 @@ def test_means_over_sets_of_languages():
     task = Bitext("t", [], {("deu", ""): (np.arange(3), np.arange(3, 6))}, tatoeba=True)
     got = scores.score_bitext(task, torch.eye(3).repeat(2, 1))
     assert got["means"]["14"] == {"languages": 1}
+    got = scores.score_bitext(task, torch.eye(3)[[0, 1, 1, 0, 0, 1]])["by_direction"]
+    want = {"to_pivot": 2 / 3, "from_pivot": 1 / 3, "f1_to_pivot": 5 / 9, "f1_from_pivot": 2 / 9}
+    assert got == {"deu": pytest.approx(want)}
 
 
 # ---- mining ----
@@ -273,7 +286,8 @@ def test_mining_tunes_on_one_part_and_scores_the_other():
         first = len(vectors)
         vectors += [*a, *b]
         parts.append(Part(slice(first, first + 30), slice(first + 30, first + 70), gold))
-    task = Mining("m", ["x"] * 140, {"de": tuple(parts)}, {"de": ("dev", "test")})
+    texts = [f"text {i}" for i in range(140)]
+    task = Mining("m", texts, {"de": tuple(parts)}, {"de": ("dev", "test")})
     got = scores.score_mining(task, torch.tensor(np.array(vectors)).float() * 3)
 
     def by_hand(margin, kind):
@@ -296,6 +310,26 @@ def test_mining_tunes_on_one_part_and_scores_the_other():
     # Tuned on what is reported, it cannot be worse.
     task.parts["de"] = parts[1], parts[1]
     assert scores.score_mining(task, torch.tensor(np.array(vectors)).float())["score"] >= f1
+
+
+def test_mining_of_texts_that_repeat():
+    """As LASER's mine_bitexts.py --unify and its bucc.py: they are searched once, and are in no
+    pair that is taken."""
+    a, b, gold = corpora()
+    again = gold[:3, 1]
+    vectors = torch.tensor(np.concatenate([a, b, b[again]])).float()
+    texts = [f"text {i}" for i in range(70)]
+    texts += [f" {texts[30 + row]}" for row in again]
+    part = Part(slice(0, 30), slice(30, 73), gold)
+    task = Mining("m", texts, {"de": (part, part)}, {"de": ("dev", "dev")})
+    got = scores.score_mining(task, vectors)
+    margins, pairs = scores.Sides.of(a, b).candidates("ratio", "max")
+    kept = ~np.isin(pairs[:, 1], again)
+    right = np.array([pair in gold.tolist() for pair in pairs[kept].tolist()])
+    taken = margins[kept] >= scores.threshold(margins[kept], right, 12)
+    want = scores.precision_recall_f1((taken & right).sum(), taken.sum(), 12)
+    assert (got["precision"], got["recall"], got["score"]) == pytest.approx(want)
+    assert 0 < got["recall"] <= 9 / 12
 
 
 # ---- search ----
@@ -373,6 +407,19 @@ def test_retrieval_of_fewer_documents_than_ten():
     assert got["mrr_at_10"] == pytest.approx((1 / 3 + 1) / 2)
     assert got["ndcg_at_10"] == pytest.approx((0.5 + 1) / 2)
     assert got["recall_at_10"] == got["recall_at_100"] == 1
+
+
+def test_retrieval_passes_over_a_querys_own_document():
+    """And counts judged documents that are not there (3, of 3 documents) as not found."""
+    rows = np.array([[2, 1, 0]])
+    near = np.array([[0.9, 0.8, 0.7]], np.float32)
+    judged = np.array([[0, 1, 1], [0, 3, 1]])
+    first, second = 1, 1 / math.log2(3)
+    got = scores.retrieval(near, rows, judged, np.arange(3), np.array([2]))
+    assert got["ndcg_at_10"] == pytest.approx(first / (first + second))
+    assert (got["mrr_at_10"], got["recall_at_10"], got["map_at_100"]) == (1, 0.5, 0.5)
+    got = scores.retrieval(near, rows, judged, np.arange(3), np.array([-1]))
+    assert got["mrr_at_10"] == 0.5
 
 
 def test_precision_at_1():

@@ -109,6 +109,8 @@ def test_nway_keeps_kinds_apart():
 def test_nway_errors(tmp_path):
     with pytest.raises(ValueError, match="n: expected English .* among the languages"):
         tasks.nway("n", [row for row in ROWS if row["lang"] != "eng"])
+    with pytest.raises(ValueError, match="n: expected one text .* another of '1' in eng"):
+        tasks.nway("n", [*ROWS, ROWS[0] | {"text": "ocean"}])
     with pytest.raises(ValueError, match="n: expected ids shared with eng, found none"):
         tasks.nway("n", ROWS[:2] + ROWS[5:])
     path = tmp_path / "p.jsonl"
@@ -126,9 +128,10 @@ def test_nway_errors(tmp_path):
 
 def test_sts_csv(tmp_path):
     path = tmp_path / "s.csv"
-    path.write_text('sentence1,sentence2,score,x\n"a, b",c,4.5,1\n"d\ne",f,0,2\n', encoding="utf-8")
+    long = "f" * 200_000  # more than the csv module takes by default
+    path.write_text(f'sentence1,sentence2,score,x\n"a, b",c,4.5,1\n"d\ne",{long},0,2\n')
     (task,) = tasks.read(str(path))
-    assert task.name == "s" and task.texts == ["a, b", "c", "d\ne", "f"]
+    assert task.name == "s" and task.texts == ["a, b", "c", "d\ne", long]
     assert task.scores.tolist() == [4.5, 0.0]
 
 
@@ -141,6 +144,7 @@ def test_sts_csv(tmp_path):
         ("sentence1,sentence2,score\na,b\n", r"s\.csv:2: score: expected a number, got None"),
         ("score,sentence1,sentence2\n1,a,b\n2,c\n", r"s\.csv:3: .*sentence2.*got 'c', None"),
         ("sentence1,sentence2,score\na,b,nan\n", r"s\.csv:2: .*score: expected .*number"),
+        ("sentence1,sentence2,score\na\rb,c,1\n", r"s\.csv:2: .*number, got None"),
         ("sentence1,sentence2,score\n", r"s\.csv: expected rows, found none"),
         ("", r"s\.csv: expected rows, found none"),
     ],
@@ -367,7 +371,7 @@ def test_splits_of_beir(tmp_path):
         (dict(corpus=[*CORPUS, CORPUS[1]]), r"corpus\.jsonl:5: _id: .* new one, got 'd10' again"),
         (dict(queries=[*QUERIES, QUERIES[0]]), r"queries\.jsonl:4: _id: .* got 'q0' again"),
         (dict(queries=QUERIES[:2]), r"test\.tsv:2: query-id: .* id of queries\.jsonl, got 'q2'"),
-        (dict(corpus=CORPUS[:3]), r"test\.tsv:5: corpus-id: .* id of corpus\.jsonl, got 'é'"),
+        (dict(corpus=CORPUS[1:2], test=QRELS[:32]), r"test\.tsv: corpus-id: .* got '2' \.\."),
         (dict(test=QRELS + "q1\td1\n"), r"test\.tsv:6: expected query-id TAB corpus-id TAB score"),
         (dict(test=QRELS + "q1\td1\thigh\n"), r"test\.tsv:6: score: expected an integer, got 'hi"),
         (dict(test="q1\td1\t1\n"), r"test\.tsv:1: expected the header query-id, corpus-id, score"),
@@ -377,6 +381,20 @@ def test_splits_of_beir(tmp_path):
 def test_beir_errors(what, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tasks.read(str(beir(tmp_path / "b", **what)))
+
+
+def test_judged_documents_that_the_corpus_lacks(tmp_path):
+    """As in ArguAna: said, and never found."""
+    path = beir(tmp_path / "b", corpus=CORPUS[:3])
+    with pytest.warns(UserWarning, match=r"test\.tsv: judged documents .* lacks, .*: 1, first 'é'"):
+        (task,) = tasks.read(str(path))
+    assert task.judged.tolist() == [[0, 0, 2], [0, 1, 0], [1, 2, 1], [1, 3, -1]]
+    assert len(task.order_N) == 3
+
+
+def test_documents_of_a_querys_own_id(tmp_path):
+    (task,) = tasks.read(str(beir(tmp_path / "b", corpus=[*CORPUS, {"_id": "q2", "text": "x"}])))
+    assert task.own_Q.tolist() == [-1, 4]
 
 
 def test_beir_with_a_file_missing(tmp_path):
