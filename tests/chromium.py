@@ -34,6 +34,7 @@ class Page:
             pass_fds=(to_it, from_it),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(profile)},
         )
         os.close(to_it), os.close(from_it)
         self.writer, self.buffer, self.count, self.session = mine, b"", 0, None
