@@ -150,7 +150,15 @@ def test_a_process_that_cannot_begin_is_an_error_and_nothing_stays(name, error, 
         list(both.map([1]))
 
 
-def test_who_interrupts_waits_for_nothing():
+@pytest.fixture
+def interruptible():
+    """Test processes that run side by side ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_who_interrupts_waits_for_nothing(interruptible):
     with Workers(Own, [("a",)], ["a"]) as one:
         (process,) = one.processes
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
