@@ -195,7 +195,9 @@ def optimise(job: Job, start: int) -> int:
     feed = iter(loader(job, start))
     job.stages.begin()
     tokens, clock, logged = 0, time.perf_counter(), start
-    with tqdm(total=run.steps, initial=start, disable=not where.main, desc=run.name) as bar:
+    often = 0.1 if sys.stderr.isatty() else 30.0  # seconds between bars; a log keeps each
+    shown = {"desc": run.name, "disable": not where.main, "mininterval": often}
+    with tqdm(total=run.steps, initial=start, **shown) as bar:
         for step in range(start, run.steps):
             result = guarded(job, step, feed)
             tokens += result.tokens
@@ -505,7 +507,7 @@ def finish(job: Job) -> None:
         return
     if job.tasks:
         began = time.perf_counter()
-        cells = evaluate.grid(encoder, job.tasks, progress=True)
+        cells = evaluate.grid(encoder, job.tasks, progress=sys.stderr.isatty())
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -276,6 +277,7 @@ def add_mteb(
     cells: Sequence[dict[str, Any]],
     prompts: dict[str, str],
     out: Path | None,
+    progress: bool = False,
 ) -> None:
     """Scores of mteb's tasks into each cell, by mteb at that cell's size; its own json to `out`.
 
@@ -295,7 +297,7 @@ def add_mteb(
             models = [tool.MTEBEncoder(encoder, name, *size, prompts, passes) for size in sizes]
             for task in wanted:
                 for cell, model in zip(of_rank, models, strict=True):
-                    cell["scores"] |= tool.evaluate(model, [task], out, progress=True)
+                    cell["scores"] |= tool.evaluate(model, [task], out, progress)
                 if passes:
                     passes.forget()
 
@@ -486,10 +488,11 @@ def main(
     for name, given in (("query", query_prompt), ("document", document_prompt)):
         if given is not None:
             prompts[name] = given
-    cells = grid(encoder, tasks, dim, exit, rank, progress=True, prompts=prompts)
+    progress = sys.stderr.isatty()
+    cells = grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
     if mteb:
         where = Path(out) / "mteb" if out else None
-        add_mteb(encoder, model, mteb, cells, prompts, where)
+        add_mteb(encoder, model, mteb, cells, prompts, where, progress)
     full, size = cells[-1]["scores"], size_name(encoder, cells[-1])
     parts = [table(cells), by_kind(full, {}, size), details(full, size), prices(cells)]
     extra: dict[str, Any] = {
@@ -501,7 +504,7 @@ def main(
     }
     if small:
         extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, True, cells)
+            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, cells)
             for task in searched
         }
         parts.append(funnels(extra["funnel"]))

@@ -27,6 +27,7 @@ shortlist's width; queries pass in blocks.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -500,7 +501,7 @@ def main(
     texts = gather(
         sources.tables_of(data, bad_rows), Column(layouts.Corpus(corpus)) if corpus else None
     )
-    report = write(Encoder.load(model, device), texts, options, out, progress=True)
+    report = write(Encoder.load(model, device), texts, options, out, sys.stderr.isatty())
     print(f"{out}: {report}")
 
 
