@@ -384,10 +384,10 @@ def test_mistakes_in_arguments(args, says, tmp_path):
     assert says in line_of(done)
 
 
-def test_malformed_and_empty_data(tmp_path):
+def test_malformed_and_empty_data(text, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a", "positive": "b"}\n{"query": "a"}\n')
-    args = ["tiny", "--output-dir", tmp_path / "runs", "--eval", "cldr", "--data"]
+    args = ["tiny", "--output-dir", tmp_path / "runs", "--eval", text / "dev.jsonl", "--data"]
     assert f"{bad}:2" in line_of(train(*args, bad, code=1))
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
