@@ -427,6 +427,23 @@ def _nulls(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _asked(data: Sequence[str], mteb: Sequence[str], small: Size | None, out: str) -> list[Task]:
+    """The tasks of a command. ValueError, before any work, for what it cannot do."""
+    if out and Path(out).exists():
+        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    above = next(p for p in Path(out).absolute().parents if p.exists())
+    if out and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"out: expected a new directory, got {out}, in {above} where none can be")
+    tasks = read_all(data or (() if mteb else ("cldr",)))
+    if twice := {task.name for task in tasks} & set(mteb):
+        raise ValueError(f"mteb: expected other names than --data has, got {', '.join(twice)}")
+    if small and not any(isinstance(task, Retrieval) for task in tasks):
+        raise ValueError("funnel: expected retrieval among --data, got none")
+    if mteb:
+        _mteb().tasks(mteb)
+    return tasks
+
+
 def main(
     model: Annotated[str, tyro.conf.Positional],
     /,
@@ -462,20 +479,8 @@ def main(
         dtype: of the weights, in which everything here is scored and measured, mteb's tasks too.
         device: auto, cpu or cuda.
     """
-    if out and Path(out).exists():
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
-    above = next(p for p in Path(out).absolute().parents if p.exists())
-    if out and not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"out: expected a new directory, got {out}, in {above} where none can be")
-    tasks = read_all(data or (() if mteb else ("cldr",)))
-    if twice := {task.name for task in tasks} & set(mteb):
-        raise ValueError(f"mteb: expected other names than --data has, got {', '.join(twice)}")
-    searched = [task for task in tasks if isinstance(task, Retrieval)]
     small = size_of(funnel) if funnel else None
-    if small and not searched:
-        raise ValueError("funnel: expected retrieval among --data, got none")
-    if mteb:
-        _mteb().tasks(mteb)  # a wrong name is said before any work
+    tasks = _asked(data, mteb, small, out)
     encoder = Encoder.load(model, device, dtype)
     cfg = encoder.model.cfg
     if mteb:
@@ -505,7 +510,8 @@ def main(
     if small:
         extra["funnel"] = {"small": small, "shortlist": shortlist} | {
             task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, cells)
-            for task in searched
+            for task in tasks
+            if isinstance(task, Retrieval)
         }
         parts.append(funnels(extra["funnel"]))
     print("\n\n".join(part for part in parts if part))
