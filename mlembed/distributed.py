@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 # torch 2.13 renamed these two, and warns of the older names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,8 +38,12 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the group that torchrun's environment describes, if any, and leave it at the end.
 
-    Keep models and losses local to a function called inside: gloo aborts at exit when graphs that
-    used it are still alive as the group is destroyed.
+    Keep models and losses local to a function called inside, and close savers there: gloo aborts
+    when graphs that used the group are still alive as it is destroyed. `_release` does what it can
+    for those that are.
+
+    Raises:
+        ValueError: a CUDA device was asked for, and there is none.
     """
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -54,10 +60,34 @@ def world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     try:
         yield World(rank, size, where)
+    except BaseException as error:
+        _clear_frames(error)
+        raise
     finally:
         if size > 1:
-            gc.collect()
+            _release()
             dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the variables of functions that an error ended: models, graphs and savers among them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def _release() -> None:
+    """Delete what holds the process group, so that `destroy_process_group` ends it.
+
+    A DistributedDataParallel that outlives the group would end it in the destructor of its reducer,
+    which holds Python's lock while it joins gloo's thread; that thread waits for the lock as long
+    as it has a tensor to drop. So a replica that is still alive loses its reducer here.
+    """
+    gc.collect()
+    for replica in gc.get_objects():
+        if type(replica) is DistributedDataParallel:
+            replica.logger = None
+            del replica.reducer
 
 
 def gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -6,12 +6,14 @@ import atexit
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in this process, not in more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "MLEMBED_CACHE" not in os.environ:  # in the processes that run side by side it is, by then
     os.environ["MLEMBED_CACHE"] = tempfile.mkdtemp(prefix="mlembed-")
@@ -24,6 +26,8 @@ if not torch.cuda.is_available():
     # Its own library is compiled, or interpreted, for good when it is imported.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py"
     os.environ["TRITON_INTERPRET"] = "1"
+
+import processes  # noqa: E402
 
 PACKAGE = "mlembed_kernels"
 # torch remembers which functions take the device of `with torch.device(...)`, by identity, at its
@@ -56,6 +60,32 @@ ALLOCATORS = [
         (torch.Tensor, "new_empty"),
     ]
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file that share a fixture on one worker, which then builds it once."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        scopes = {
+            fixtures[name][-1].scope for name in fixtures.keys() - {no_child_is_left.__name__}
+        }
+        if "module" in scopes:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_sessionfinish() -> None:
+    processes.stop_server()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_child_is_left() -> Iterator[None]:
+    """Kill processes that outlive the tests of their file, and fail."""
+    before = processes.children()
+    yield
+    left = {pid: name for pid, name in processes.children().items() if pid not in before}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"expected no process to outlive its tests, got {left}"
 
 
 @pytest.fixture(autouse=True)

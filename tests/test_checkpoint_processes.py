@@ -1,19 +1,21 @@
 """Checkpoints of real gloo processes: shards of FSDP2 that any number of processes goes on
-from, and processes that are killed. Run as a script, this file is one of these processes."""
+from, and processes that are killed. Run as a script, this file is one that is to be killed."""
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import gloo, started
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -136,21 +138,19 @@ def fail(where, directory):
 
 
 def process(where, root):
-    """All that one process of the group is asked for, with what those before it saved. Loads only
-    where as many have been here."""
+    """Return what one process of the group saved and loaded, with what groups before it saved. A
+    group of a size that has been here before only loads."""
     found = {"loaded": {}}
     for path in sorted(root.glob("saved_*/step_00000005")):
         found["loaded"][path.parent.name] = load(where, path)
-    own, again = root / f"saved_{where.size}", ""
+    own = root / f"saved_{where.size}"
     dist.barrier()
-    if own.exists():
-        again = "_again"
-    else:
+    if not own.exists():
         found["plain"] = load(where, root / "saved_1" / "step_00000005", sharded=False)
         found["saved"] = save(where, own)
         found["replicated"] = save(where, root / f"replicated_{where.size}", False, False)
         found["failed"] = fail(where, own)
-    torch.save(found, root / f"{where.size}_{where.rank}{again}.pt")
+    return found
 
 
 # ---- any number of processes ----
@@ -158,25 +158,16 @@ def process(where, root):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def results(root):
     """One process saves, then two, then four, each loading what is there; then two load again."""
-    root = tmp_path_factory.mktemp("root")
-    torch.save({"saved": save(ALONE, root / "saved_1")}, root / "1_0.pt")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for size in (2, 4, 2):
-        done = subprocess.run(
-            [*torchrun, f"--nproc_per_node={size}", __file__, "process", str(root)],
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        for sign in ("terminate called", "Traceback", "Warning"):
-            assert sign not in done.stderr, done.stderr[-3000:]
-    return root
-
-
-def results(root, size, again=""):
-    return [torch.load(root / f"{size}_{rank}{again}.pt") for rank in range(size)]
+    found = {(1, ""): [{"saved": save(ALONE, root / "saved_1")}]}
+    for size, again in ((2, ""), (4, ""), (2, "_again")):
+        found[size, again] = gloo(size, process, root)
+    return lambda size, again="": found[size, again]
 
 
 def equal(a, b):
@@ -191,11 +182,11 @@ def without_rng(tensors):
 
 
 @pytest.mark.parametrize("saved, loaded", [(1, 2), (1, 4), (2, 4), (4, 2), (2, 2)])
-def test_processes_go_on_from_what_others_saved(saved, loaded, root):
-    wanted = results(root, saved)
+def test_processes_go_on_from_what_others_saved(saved, loaded, results):
+    wanted = results(saved)
     again = "_again" if loaded == 2 and saved > 1 else ""
     torch.manual_seed(3)
-    for rank, process in enumerate(results(root, loaded, again)):
+    for rank, process in enumerate(results(loaded, again)):
         found, state = process["loaded"][f"saved_{saved}"]
         equal(without_rng(found), without_rng(wanted[0]["saved"]))
         assert (state["step"], state["processes"]) == (5, saved)
@@ -206,10 +197,10 @@ def test_processes_go_on_from_what_others_saved(saved, loaded, root):
 
 @pytest.mark.parametrize("kind", ["saved", "replicated"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_one_process_goes_on_from_what_several_saved(size, kind, root):
+def test_one_process_goes_on_from_what_several_saved(size, kind, root, results):
     path = root / f"{kind}_{size}" / "step_00000005"
     found, state = load(ALONE, path)
-    equal(without_rng(found), without_rng(results(root, size)[0][kind]))
+    equal(without_rng(found), without_rng(results(size)[0][kind]))
     assert state["processes"] == size
     assert checkpoint.damage(path) is None
     model = pretrained.load(str(path))  # encode and export do so
@@ -218,22 +209,22 @@ def test_one_process_goes_on_from_what_several_saved(size, kind, root):
     equal(weights, {n: x for n, x in found.items() if n.startswith("model.")})
 
 
-def test_replicas_go_on_from_what_one_saved(root):
+def test_replicas_go_on_from_what_one_saved(results):
     """As under DistributedDataParallel."""
-    want = results(root, 1)[0]["saved"]
+    want = results(1)[0]["saved"]
     for size in (2, 4):
-        for process in results(root, size):
+        for process in results(size):
             equal(without_rng(process["plain"][0]), without_rng(want))
 
 
 @pytest.mark.parametrize("kind", ["saved", "replicated"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_random_state_of_every_process(size, kind, root):
+def test_random_state_of_every_process(size, kind, root, results):
     path = root / f"{kind}_{size}" / "step_00000005"
     stored = checkpoint.read(path, "rng.")
     assert stored.keys() >= {f"rng.cpu.{rank}" for rank in range(size)}
     seen = set()
-    for rank, process in enumerate(results(root, size)):
+    for rank, process in enumerate(results(size)):
         want = process[kind][f"rng.cpu.{rank}"]
         assert torch.equal(stored[f"rng.cpu.{rank}"], want)
         model, optimizer = build(ALONE)
@@ -245,16 +236,16 @@ def test_random_state_of_every_process(size, kind, root):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_tensors_of_one_process_and_of_all(size, root):
+def test_tensors_of_one_process_and_of_all(size, root, results):
     want = BANK | {f"bank.of.{rank}": torch.full((rank, 2), float(rank)) for rank in range(size)}
     equal(checkpoint.read(root / f"saved_{size}" / "step_00000005", "bank."), want)
 
 
 @pytest.mark.parametrize("kind", ["saved", "replicated"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_nothing_is_written_twice_and_all_write(size, kind, root):
+def test_nothing_is_written_twice_and_all_write(size, kind, root, results):
     path = root / f"{kind}_{size}" / "step_00000005"
-    whole = {n: x for r in results(root, size) for n, x in r[kind].items()}
+    whole = {n: x for r in results(size) for n, x in r[kind].items()}
     bytes_of = [0] * size
     for file in path.glob(checkpoint.SHARDS):
         with safe_open(file, framework="pt") as tensors:
@@ -268,8 +259,8 @@ def test_nothing_is_written_twice_and_all_write(size, kind, root):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_failure_of_one_is_said_by_all(size, root):
-    for process in results(root, size):
+def test_a_failure_of_one_is_said_by_all(size, results):
+    for process in results(size):
         shard, left, beside, left_again = process["failed"]
         for told in (shard, beside):
             assert "step_00000006: could not be written: " in told and "no room" in told
@@ -306,17 +297,14 @@ def test_killed_while_saving(victims, tmp_path):
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     directory = tmp_path / "checkpoints"
-    script = [sys.executable, __file__, "killed", str(directory)]
-    processes = [
-        subprocess.Popen(
-            script,
-            env={**os.environ, **group, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
+    script = [sys.executable, __file__, directory]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                started(script, env=os.environ | group | {"RANK": str(rank)}, stderr=PIPE)
+            )
+            for rank in range(size)
+        ]
         end = time.monotonic() + 150
         while not (tmp_path / "middle").exists():
             assert time.monotonic() < end and all(p.poll() is None for p in processes)
@@ -325,9 +313,6 @@ def test_killed_while_saving(victims, tmp_path):
         for rank in victims:
             processes[rank].send_signal(signal.SIGKILL)
         errors = [p.communicate(timeout=60)[1] for p in processes]  # nobody waits for ever
-    finally:
-        for p in processes:
-            p.kill()
     for rank, p in enumerate(processes):
         assert p.returncode == (-signal.SIGKILL if rank in victims else 1)
         if rank not in victims:
@@ -346,4 +331,4 @@ def test_killed_while_saving(victims, tmp_path):
 
 if __name__ == "__main__":
     with world("cpu") as here:
-        {"process": process, "killed": killed}[sys.argv[1]](here, Path(sys.argv[2]))
+        killed(here, Path(sys.argv[1]))

@@ -1,10 +1,7 @@
 """What is distilled against float64 formulas text by text, against sentence-transformers' losses,
-and on several gloo processes against one. Run as a script (by torchrun), this is one of them."""
+and on several gloo processes against one."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,11 +22,12 @@ from distill_truth import (
     texts,
     truth,
 )
+from processes import gloo
 from torch import Tensor
 
 from mlembed.config import Distill, Run
 from mlembed.distill import TERMS, Distiller, principal, rows_of
-from mlembed.distributed import World, world
+from mlembed.distributed import World
 
 
 def table(told: Told, run: Run, term: str, where: World = ALONE, **options):
@@ -425,26 +423,18 @@ def rotated(where: World) -> Tensor:
     return Distiller.of(run, WIDE, texts().teacher + 1e-3 * where.rank, where).rotation
 
 
-def process(where: World, out: Path) -> None:
+def process(where: World) -> dict:
+    """Return what one process found, by case."""
     found = {name: of_case(case, where) for name, case in zip(NAMES, CASES, strict=True)}
     found["stepped"], found["rotated"] = stepped(where), rotated(where)
     found["sizes"] = batch_of(texts(skip=True), where).doc_sizes
-    torch.save(found, out / f"{where.rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request, tmp_path_factory):
-    """What each of 2 or 4 processes found."""
-    out = tmp_path_factory.mktemp("found")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, f"--nproc_per_node={request.param}", __file__, str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"{i}.pt", weights_only=False) for i in range(request.param)]
+def found(request):
+    """Return what each of 2 or 4 processes found."""
+    return gloo(request.param, process)
 
 
 @pytest.mark.parametrize("name, case", zip(NAMES, CASES, strict=True), ids=NAMES)
@@ -469,8 +459,3 @@ def test_the_projection_is_the_same_on_all_processes_and_on_one(found):
 def test_the_rotation_is_the_main_processs(found):
     for part in found:
         assert torch.equal(part["rotated"], rotated(ALONE))
-
-
-if __name__ == "__main__":
-    with world("cpu") as here:
-        process(here, Path(sys.argv[1]))

@@ -1,18 +1,16 @@
 """Real gloo processes against one: gathered rows and their gradients, the loss, the gradients of a
-whole step, every objective. Run as a script (by torchrun), this file is one of these processes."""
+whole step, every objective."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from objective_truth import HARD, OBJECTIVES, assert_close, ragged, run_of, table, texts
+from processes import gloo
 from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config, data, tokenizer
@@ -124,9 +122,8 @@ def with_bank(where, hard, across):
     return table(ragged(skip=True), "bitext", run, where, bank=bank)
 
 
-def process(where, out: Path):
-    """Everything one process is asked for. Local to this function, so that nothing that used the
-    group is alive when the group ends."""
+def process(where):
+    """Return what one process found, by case."""
     found = {
         "gather": {dtype: gathered(where, dtype) for dtype in GATHERED},
         "broadcast": broadcast(7 + (1 << 40) + where.rank, where),
@@ -146,24 +143,13 @@ def process(where, out: Path):
     for hard in HARD:
         for across in ("gather", "ring"):
             found["bank", hard, across] = with_bank(where, hard, across)
-    torch.save(found, out / f"{where.rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request, tmp_path_factory):
-    """What each of 2 or 4 processes found."""
-    out = tmp_path_factory.mktemp("found")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, f"--nproc_per_node={request.param}", __file__, str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for trouble in ("terminate called", "Traceback", "`torch.distributed."):  # is deprecated
-        assert trouble not in done.stderr
-    return [torch.load(out / f"{i}.pt", weights_only=False) for i in range(request.param)]
+def found(request):
+    """Return what each of 2 or 4 processes found."""
+    return gloo(request.param, process)
 
 
 # ---- gather ----
@@ -308,8 +294,3 @@ def test_world_alone(monkeypatch):
 def test_cuda_without_a_device():
     with pytest.raises(ValueError, match="device: expected a CUDA device"), world("cuda"):
         pass
-
-
-if __name__ == "__main__":
-    with world("cpu") as here:
-        process(here, Path(sys.argv[1]))

@@ -1,24 +1,21 @@
 """Real gloo processes against one: gradients, norms and weights of two steps, and how often they
-talk, however many packs each process has. Run as a script (by torchrun), this file is one of these
-processes."""
+talk, however many packs each process has."""
 
-import subprocess
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import gloo
 from random_model import randomise
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 
 from mlembed import config
-from mlembed.distributed import World, world
+from mlembed.distributed import World
 from mlembed.engine import Engine, first_bad, local
 from mlembed.model import Transformer
 from mlembed.optim import adamw
@@ -209,9 +206,9 @@ def spoilt(model, where):
     return said
 
 
-def process(where, names, out):
-    """Local to this function, so that nothing that used the group is alive when the group ends."""
-    wanted = {}
+def process(where, names):
+    """Return what this process got by case and, on the main process, what one alone gets."""
+    everything, wanted = {}, {}
     for name in names:
         case = CASES[name]
         found = {"got": train(case, where, where.size)}
@@ -220,27 +217,16 @@ def process(where, names, out):
             if key not in wanted:
                 wanted[key] = train(Case("ddp", dropout=key), ALONE, where.size)
             found["want"] = wanted[key]
-        torch.save(found, out / f"{name} {where.rank}.pt")
+        everything[name] = found
+    return everything
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request, tmp_path_factory):
-    """What each of 2 or 4 processes found, by case."""
-    out, size = tmp_path_factory.mktemp("found"), request.param
-    names = CASES if size == 2 else OF_FOUR
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, f"--nproc_per_node={size}", __file__, str(out), *names],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "terminate called" not in done.stderr and "Traceback" not in done.stderr
-    return {
-        name: [torch.load(out / f"{name} {i}.pt", weights_only=False) for i in range(size)]
-        for name in names
-    }
+def found(request):
+    """Return what each of 2 or 4 processes found, by case."""
+    names = tuple(CASES) if request.param == 2 else OF_FOUR
+    results = gloo(request.param, process, names)
+    return {name: [result[name] for result in results] for name in names}
 
 
 def of_each(found):
@@ -370,8 +356,3 @@ def test_fsdp_needs_several_processes():
     run = configured(Case("fsdp"))
     with pytest.raises(ValueError, match=r"engine: expected several processes .* for fsdp, got on"):
         Engine.of(Transformer(run.model), run, ALONE, False)
-
-
-if __name__ == "__main__":
-    with world("cpu") as here:
-        process(here, sys.argv[2:], Path(sys.argv[1]))

@@ -1,26 +1,22 @@
 """A step by the gradient cache is the step of one big batch: loss and every gradient, alone and on
-real gloo processes. Run as a script (by torchrun), this file is one of these processes."""
+real gloo processes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from processes import gloo
 
 from mlembed import config, gradcache
 from mlembed.activations import Kept
 from mlembed.arguments import parse
-from mlembed.distributed import World, world
+from mlembed.distributed import World
 from mlembed.log import Log
 from mlembed.loss import loss_table, ranks_of, weights
 from train import one_step, set_up
 
-ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL = [
     *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.head-dim", "8"),
@@ -122,8 +118,8 @@ SPREAD = {
 }
 
 
-def process(folder, where):
-    """Everything that one process is asked for."""
+def process(where, folder):
+    """Return what one process found, by case."""
     found = {}
     for name, (options, number) in OBJECTIVES.items():
         for spread, more in SPREAD.items():
@@ -137,7 +133,7 @@ def process(folder, where):
         for keep in (None, *KEEPS):
             args = [*DROPOUT, *PACKS, "--engine", engine]
             found["dropout", engine, keep] = step(folder, where, args, 0, keep)
-    torch.save(found, folder / f"{where.rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -181,18 +177,7 @@ def big(folder):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request, folder):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, f"--nproc_per_node={request.param}", __file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "terminate called" not in done.stderr and "Traceback" not in done.stderr
-    return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(request.param)]
+    return gloo(request.param, process, folder)
 
 
 def same(got, want, rtol=1e-5):
@@ -346,8 +331,3 @@ def test_selective_and_cache_share_the_budget(folder):
     assert again == [0] * len(packs)
     _, again, _ = gradcache.keeping(job.run, job.kept, packs, 0.8 * max(sizes))
     assert again[sizes.index(max(sizes))] == 1
-
-
-if __name__ == "__main__":
-    with world("cpu") as here:
-        process(Path(sys.argv[1]), here)

@@ -3,15 +3,13 @@
 import copy
 import hashlib
 import math
-import os
-import subprocess
-import sys
 import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import gloo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -441,37 +439,20 @@ def test_saved_weights_load_to_the_same_bits(tmp_path):
 # ---- processes ----
 
 
-def test_replicas_stay_equal(tmp_path):
+def test_replicas_stay_equal():
     """Two processes with data of their own: gradients are averaged, random numbers are the same."""
-    processes = []
-    for rank in range(2):
-        env = {"RANK": str(rank), "WORLD_SIZE": "2", "STORE": str(tmp_path / "store")}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__],
-                env=os.environ | env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), said
-    (first, own), (second, other) = (out.split()[-2:] for out, _ in said)
+    (first, own), (second, other) = gloo(2, replica)
     assert first == second and own != other
 
 
-def replica():
-    """Print digests of the weights after some steps, and of this process's last gradient."""
-    rank = int(os.environ["RANK"])
-    store = torch.distributed.FileStore(os.environ["STORE"], 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def replica(where):
+    """Return digests of the weights after some steps, and of this process's last batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16))
     to_weights(model, BF16)
     optimizer = adamw(model, BF16)
     ddp = DistributedDataParallel(model)
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(where.rank)
     for _ in range(5):
         x = torch.randn(8, 16, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -479,10 +460,6 @@ def replica():
         optimizer.step()
         optimizer.zero_grad()
     tensors = [p.detach().float() for p in model.parameters()], [x]
-    for some in tensors:
-        print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in some)).hexdigest())
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    replica()
+    return [
+        hashlib.sha256(b"".join(t.numpy().tobytes() for t in some)).hexdigest() for some in tensors
+    ]

@@ -1,17 +1,14 @@
 """Texts passed around against texts gathered, between real gloo processes, and against one process;
-what a process holds and sends meanwhile; `partition`'s gradients by hand. Run as a script (by
-torchrun), this file is one of these processes."""
+what a process holds and sends meanwhile; `partition`'s gradients by hand."""
 
 import dataclasses
 import importlib.util
-import subprocess
-import sys
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import gloo
 from test_distributed import ALONE, training
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from mlembed import config, data, ring
 from mlembed.bank import Bank
-from mlembed.distributed import world
 from mlembed.loss import loss_table, weights
 from mlembed.pack import Batch
 from mlembed_kernels.partition import partition, partition_backward
@@ -151,8 +147,8 @@ def told(where, symmetric):
     return forward, events
 
 
-def process(where, out: Path):
-    """Local to this function, so that nothing that used the group is alive when the group ends."""
+def process(where):
+    """Return what one process found, by case."""
     found = {"held": {across: held(where, across) for across in ("gather", "ring")}}
     found["told"] = {symmetric: told(where, symmetric) for symmetric in (True, False)}
     for name, symmetric, skip, number in CASES:
@@ -163,26 +159,13 @@ def process(where, out: Path):
     for symmetric in (True, False):
         for mode in MODES if symmetric else MODES[1:2]:
             found["bank", symmetric, *mode] = with_bank(where, symmetric, *mode)
-    torch.save(found, out / f"{where.rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each of 2 and of 4 processes found, by their number."""
-    everything = {}
-    for size in SIZES:
-        out = tmp_path_factory.mktemp("found")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*torchrun, f"--nproc_per_node={size}", __file__, str(out)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "terminate called" not in done.stderr and "Traceback" not in done.stderr
-        everything[size] = [torch.load(out / f"{i}.pt", weights_only=False) for i in range(size)]
-    return everything
+def found():
+    """Return what each of 2 and of 4 processes found, by their number."""
+    return {size: gloo(size, process) for size in SIZES}
 
 
 # ---- loss and gradients ----
@@ -400,8 +383,3 @@ def test_partition_backward_refuses_what_partition_refuses():
         partition_backward(
             x, x, (x, None, None), (x, None, None), dims=(1,), scale=x[0], impl="fast"
         )
-
-
-if __name__ == "__main__":
-    with world("cpu") as here:
-        process(here, Path(sys.argv[1]))

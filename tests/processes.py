@@ -1,0 +1,259 @@
+"""Processes for tests, forked from a parent that has imported everything already.
+
+    run("train.py", "tiny", "--steps", "1")     a command, as `python train.py tiny --steps 1`
+    run("-m", "mlembed.encode", run, "a text")  as `python -m mlembed.encode ..`
+    run(.., processes=2)                        the same command in each process of a gloo group
+    gloo(2, function, *args)                    what function(where, *args) returns in each process
+
+A fork takes a tenth of a second where a new interpreter spends two to seven on imports. Each child
+is otherwise a process of its own: arguments, environment, standard streams, exit status. Tests of
+start-up itself, of signals and of kills start real subprocesses, by `started`.
+"""
+
+import atexit
+import ctypes
+import gc
+import importlib.util
+import io
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "triton",
+    "datasets",
+    "matplotlib.pyplot",
+    "babel",
+]
+LIBRARIES += ["tensorboard", "torch.utils.tensorboard", "scipy.stats", "sentence_transformers"]
+LIBRARIES += ["transformers.models.qwen3.modeling_qwen3", "transformers.models.bert.modeling_bert"]
+TIMEOUT = 300.0  # seconds
+
+
+# ---- the test's side ----
+
+
+def run(
+    *argv: Any,
+    processes: int = 1,
+    cwd: str | Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    input: str | bytes = b"",
+    timeout: float = TIMEOUT,
+) -> subprocess.CompletedProcess:
+    """Run `python argv..` to its end -> exit status and text of both streams.
+
+    Args:
+        argv: a script and its arguments, or "-m", a module and its arguments.
+        processes: how many processes form a gloo group, each with these arguments. Their output is
+            joined in order of rank; the exit status is the first that is not 0.
+
+    Raises:
+        subprocess.TimeoutExpired: the processes ran longer than `timeout` seconds, and were killed.
+    """
+    argv, env = [str(word) for word in argv], dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory() as folder:
+        data = input.encode() if isinstance(input, str) else input
+        (Path(folder) / "stdin").write_bytes(data)
+        codes = _fork(processes, (_command, argv, str(cwd)), env, Path(folder), timeout)
+        out, err = (
+            b"".join((Path(folder) / f"{name}{rank}").read_bytes() for rank in range(processes))
+            for name in ("stdout", "stderr")
+        )
+    code = next((code for code in codes if code), 0)
+    return subprocess.CompletedProcess(argv, code, out.decode(), err.decode())
+
+
+def gloo(size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list:
+    """Return what `function(where, *args)` returned in each process of a gloo group, by rank.
+
+    The function is a global one of a test file, which each process loads anew; it runs inside
+    `distributed.world`. A warning or a traceback in any process is a failure.
+    """
+    path, name = function.__code__.co_filename, function.__qualname__
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "stdin").touch()
+        what = (_function, path, function.__module__, name, args, folder)
+        codes = _fork(size, what, dict(os.environ), Path(folder), timeout)
+        err = "".join((Path(folder) / f"stderr{rank}").read_text() for rank in range(size))
+        assert codes == [0] * size, f"exit statuses {codes}\n{err[-3000:]}"
+        for trouble in ("terminate called", "Traceback", "Warning", "is deprecated"):
+            assert trouble not in err, err[-3000:]
+        results = [Path(folder) / f"result{rank}" for rank in range(size)]
+        return [torch.load(result, weights_only=False) for result in results]
+
+
+@contextmanager
+def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen]:
+    """Start a real subprocess in a session of its own; kill what is left of it at the end."""
+    options = {"cwd": ROOT, "text": True, **options}
+    words = [str(word) for word in command]
+    process = subprocess.Popen(
+        words, start_new_session=True, preexec_fn=_die_with_parent, **options
+    )
+    try:
+        yield process
+    finally:
+        _kill_session(process.pid)
+        process.communicate()
+
+
+def children() -> dict[int, str]:
+    """Return the children of this process with their command lines, but for the warm parent's."""
+    ours = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    lists = Path("/proc/self/task").glob("*/children")
+    pids = {int(pid) for path in lists for pid in path.read_text().split()} - ours
+    return {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in pids}
+
+
+def stop_server() -> None:
+    """End the warm parent, so that its processor time is counted in that of the tests."""
+    forkserver._forkserver._stop()
+
+
+def _fork(
+    size: int, what: tuple, env: dict[str, str], folder: Path, timeout: float
+) -> list[int | None]:
+    """Run `what` in `size` processes -> exit statuses. One that fails ends the others."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = []
+    for rank in range(size):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        group |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+        own = env | ({key: str(value) for key, value in group.items()} if size > 1 else {})
+        streams = tuple(str(folder / f) for f in ("stdin", f"stdout{rank}", f"stderr{rank}"))
+        children.append(_server().Process(target=_child, args=(streams, own, what)))
+    end = time.monotonic() + timeout
+    try:
+        for child in children:
+            child.start()
+        running = list(children)
+        while running:
+            left = end - time.monotonic()
+            if left <= 0:
+                err = "".join(path.read_text() for path in sorted(folder.glob("stderr*")))
+                raise subprocess.TimeoutExpired(str(what[:3]), timeout, stderr=err)
+            multiprocessing.connection.wait([child.sentinel for child in running], left)
+            running = [child for child in running if child.is_alive()]
+            if any(child.exitcode for child in children if child not in running):
+                end = min(end, time.monotonic() + 30)  # The others notice, or are ended.
+    finally:
+        for child in children:
+            if child.pid is not None:
+                _kill_session(child.pid)
+                child.join()
+    return [child.exitcode for child in children]
+
+
+@cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Start the warm parent. It inherits the environment, and imports from our path."""
+    context = multiprocessing.get_context("forkserver")
+    ours = [f"mlembed.{path.stem}" for path in (ROOT / "mlembed").glob("[!_]*.py")]
+    context.set_forkserver_preload([*LIBRARIES, *sorted(ours), "mlembed_kernels", "train"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    first = context.Process(target=int)  # which waits for the imports
+    first.start()
+    first.join()
+    return context
+
+
+def _kill_session(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+# ---- the child's side ----
+
+
+def _child(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> None:
+    """Become a process as `subprocess` would start it, do what is asked, and exit."""
+    gc.freeze()  # Collections would touch, and so copy, all memory that is shared with the parent.
+    os.setsid()
+    _die_with_parent()
+    for fd, path in enumerate(streams):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if fd else os.O_RDONLY
+        os.dup2(os.open(path, flags), fd)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
+    os.environ.clear()
+    os.environ.update(env)
+    tempfile.tempdir = None
+    try:
+        function, *args = what
+        function(*args)
+        code: Any = 0
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    # Only the handlers of a true end: to take down a thousand modules costs half a second.
+    # tests/test_endings.py has true ends.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def _command(argv: list[str], cwd: str) -> None:
+    """Do what `python argv..` does in directory `cwd`."""
+    os.chdir(cwd)
+    warnings.filterwarnings("ignore", "'mlembed.* found in sys.modules", RuntimeWarning)
+    if argv[0] == "-m":
+        sys.argv, sys.path[0:0] = argv[1:], [cwd]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0:0] = argv, [str(Path(argv[0]).resolve().parent)]
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+def _function(path: str, module: str, name: str, args: tuple, folder: str) -> None:
+    """Call a function of a test file inside a group, and save what it returns."""
+    from mlembed.distributed import world
+
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, path)
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    with world("cpu") as where:
+        result = getattr(sys.modules[module], name)(where, *args)
+        torch.save(result, Path(folder) / f"result{where.rank}")
+        del result
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
