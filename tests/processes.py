@@ -2,6 +2,7 @@
 
     run("train.py", "tiny", "--steps", "1")     a command, as `python train.py tiny --steps 1`
     run("-m", "mlembed.encode", run, "a text")  as `python -m mlembed.encode ..`
+    run("-c", "print(1)")                       as `python -c ..`
     run(.., processes=2)                        the same command in each process of a gloo group
     gloo(2, function, *args)                    what function(where, *args) returns in each process
 
@@ -31,6 +32,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,19 +61,23 @@ def run(
     cwd: str | Path = ROOT,
     env: Mapping[str, str] | None = None,
     input: str | bytes = b"",
+    text: bool = True,
     timeout: float = TIMEOUT,
 ) -> subprocess.CompletedProcess:
-    """Run `python argv..` to its end -> exit status and text of both streams.
+    """Run `python argv..` to its end -> exit status, and text (or bytes) of both streams.
 
     Args:
-        argv: a script and its arguments, or "-m", a module and its arguments.
+        argv: a script, "-m" and a module, or "-c" and code, then its arguments.
         processes: how many processes form a gloo group, each with these arguments. Their output is
             joined in order of rank; the exit status is the first that is not 0.
 
     Raises:
         subprocess.TimeoutExpired: the processes ran longer than `timeout` seconds, and were killed.
     """
-    argv, env = [str(word) for word in argv], dict(os.environ if env is None else env)
+    argv, env = (
+        [os.fsdecode(w) if isinstance(w, bytes) else str(w) for w in argv],
+        dict(os.environ if env is None else env),
+    )
     with tempfile.TemporaryDirectory() as folder:
         data = input.encode() if isinstance(input, str) else input
         (Path(folder) / "stdin").write_bytes(data)
@@ -81,7 +87,9 @@ def run(
             for name in ("stdout", "stderr")
         )
     code = next((code for code in codes if code), 0)
-    return subprocess.CompletedProcess(argv, code, out.decode(), err.decode())
+    if text:
+        out, err = out.decode(), err.decode()
+    return subprocess.CompletedProcess(argv, code, out, err)
 
 
 def gloo(size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list:
@@ -234,6 +242,10 @@ def _command(argv: list[str], cwd: str) -> None:
     if argv[0] == "-m":
         sys.argv, sys.path[0:0] = argv[1:], [cwd]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.argv, sys.path[0:0] = ["-c", *argv[2:]], [cwd]
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(argv[1], vars(sys.modules["__main__"]))
     else:
         sys.argv, sys.path[0:0] = argv, [str(Path(argv[0]).resolve().parent)]
         runpy.run_path(argv[0], run_name="__main__")

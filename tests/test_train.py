@@ -1,18 +1,20 @@
 """train.py as a user runs it: real processes, small runs on real text."""
 
 import json
-import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
+import processes
 import pytest
 import torch
+from processes import started
 
 from mlembed import config
 from mlembed.arguments import parse
@@ -32,20 +34,9 @@ SMALL = [
 ]
 
 
-def train(*args, code=0, processes=1, **kwargs):
+def train(*args, code=0, **options):
     """Run train.py to its end; -> the finished process, whose exit status is as expected."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launcher.append(str(processes))
-    done = subprocess.run(
-        [*launcher, "train.py", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **kwargs,
-    )
+    done = processes.run("train.py", *args, **options)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
@@ -127,17 +118,17 @@ def test_run_directory_and_table(whole):
 def test_the_printed_commands_work(whole, tmp_path):
     run, done = whole
     commands = dict(re.findall(r"^(encode|export|page) +(.+)$", done.stdout, re.MULTILINE))
-    encoded = subprocess.run(
-        commands["encode"], shell=True, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    python, *rest = shlex.split(commands["encode"])
+    assert (ROOT / python).samefile(sys.executable)
+    encoded = processes.run(*rest)
     vector = [float(x) for x in encoded.stdout.split()]
     assert len(vector) == 32 and sum(x * x for x in vector) == pytest.approx(1, abs=1e-4)
     export = commands["export"].replace(" OUT ", f" {tmp_path}/small ")
-    subprocess.run(export, shell=True, cwd=ROOT, capture_output=True, check=True)
+    assert processes.run(*shlex.split(export)[1:]).returncode == 0
     assert (tmp_path / "small" / "modules.json").is_file()
     card = (tmp_path / "small" / "README.md").read_text()
     assert "python train.py" in card and "eng" in card and "pairs" in card
-    subprocess.run(commands["page"], shell=True, cwd=ROOT, capture_output=True, check=True)
+    assert processes.run(*shlex.split(commands["page"])[1:]).returncode == 0
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     # What a run alone records: where its time went, what it read of each language.
     assert "optimizer" in page and "Step time by stage: not recorded" not in page
@@ -154,14 +145,13 @@ def test_killed_and_resumed_equals_uninterrupted(whole, arguments, tmp_path):
     run, _ = whole
     args = [*arguments, "--output-dir", tmp_path, "--name", "whole", "--steps", 12]
     args += ["--save-every", 4]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
     metrics = tmp_path / "whole" / "metrics.jsonl"
-    while process.poll() is None and not (tmp_path / "whole/checkpoints/step_00000004").exists():
-        time.sleep(0.005)
-    process.kill()  # no chance to save: whatever was done after step 4 or 8 is lost
-    process.wait()
+    saved = tmp_path / "whole/checkpoints/step_00000004"
+    with started([sys.executable, "train.py", *args], stderr=DEVNULL) as process:
+        while process.poll() is None and not saved.exists():
+            time.sleep(0.005)
+        process.kill()  # no chance to save: whatever was done after step 4 or 8 is lost
+        process.wait()
     assert metrics.exists()
     shutil.rmtree(tmp_path / "whole" / "model", ignore_errors=True)  # if it was too fast to kill
     later = tmp_path / "whole" / "checkpoints" / "step_00000012"
@@ -271,19 +261,13 @@ def test_a_run_may_go_on_by_another_attention(arguments, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop(arguments, tmp_path, number):
     args = [*arguments, "--output-dir", tmp_path, "--name", "stopped", "--steps", 100_000]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and losses(tmp_path / "stopped")):
-        time.sleep(0.02)
-    process.send_signal(number)
-    process.send_signal(number)  # as torchrun does, of what a terminal has sent to all already
-    out, _ = process.communicate(timeout=120)
+    with started([sys.executable, "train.py", *args], stdout=PIPE, stderr=DEVNULL) as process:
+        while process.poll() is None and not (metrics.exists() and losses(tmp_path / "stopped")):
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.send_signal(number)  # as torchrun does, of what a terminal has sent to all already
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "go on with --resume" in out
     (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
@@ -314,9 +298,7 @@ def test_accumulation_averages_micro_batches(arguments, tmp_path):
 def test_starts_from_a_qwen3_checkpoint(whole, text, tmp_path):
     run, _ = whole
     exported = tmp_path / "start"
-    subprocess.run(
-        [sys.executable, "-m", "mlembed.export", str(run), str(exported)], check=True, cwd=ROOT
-    )
+    assert processes.run("-m", "mlembed.export", run, exported).returncode == 0
     for own in ("mlembed_config.json", "mlembed_factors.safetensors"):
         (exported / own).unlink()  # now it is any Qwen3 model, its vocabulary a plain table
     args = ["--init", exported, "--model.ranks", 8, 16, "--max-length", 32, "--steps", 30]
@@ -438,13 +420,7 @@ def test_full_disk_keeps_what_was_saved(arguments, tmp_path):
         "sys.argv = ['train.py', *sys.argv[1:]]\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", wrapper, *map(str, args), "--steps", "6"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = processes.run("-c", wrapper, *args, "--steps", 6)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "could not be written" in line_of(done)
     checkpoints = tmp_path / "full" / "checkpoints"
