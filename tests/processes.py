@@ -74,10 +74,8 @@ def run(
     Raises:
         subprocess.TimeoutExpired: the processes ran longer than `timeout` seconds, and were killed.
     """
-    argv, env = (
-        [os.fsdecode(w) if isinstance(w, bytes) else str(w) for w in argv],
-        dict(os.environ if env is None else env),
-    )
+    argv = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in argv]
+    env = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory() as folder:
         data = input.encode() if isinstance(input, str) else input
         (Path(folder) / "stdin").write_bytes(data)

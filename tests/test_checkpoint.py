@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from functools import partial
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -398,8 +397,7 @@ for attempt in (lambda: save(2),
 # The model takes 90 KB, the optimiser twice that: the first file fails, only the second fails.
 @pytest.mark.parametrize("limit, background", [(1000, True), (100_000, True), (100_000, False)])
 def test_a_full_disk_leaves_the_earlier_checkpoint(limit, background, tmp_path):
-    script = [sys.executable, "-c", FULL, str(tmp_path), str(limit), str(background)]
-    done = subprocess.run(script, capture_output=True, text=True)
+    done = processes.run("-c", FULL, tmp_path, limit, background)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith(f"ValueError: {tmp_path}/step_00000002: could not be written: ")

@@ -10,8 +10,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -49,9 +51,14 @@ def directory(encoder, tmp_path_factory) -> Path:
 
 
 def command(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*HEAD, *arguments], input=stdin, capture_output=True, env=ENVIRONMENT, timeout=240
-    )
+    words = "-m", "mlembed.encode", *arguments
+    return processes.run(*words, input=stdin, env=ENVIRONMENT, text=False)
+
+
+def start(*arguments, stdout=None):
+    """Start the command as a real process, with pipes to write to it and read its errors."""
+    options = {"stdin": PIPE, "stdout": stdout, "stderr": PIPE, "text": False}
+    return processes.started([*HEAD, *arguments], env=ENVIRONMENT, **options)
 
 
 def good(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess:
@@ -80,20 +87,13 @@ def test_prints_vectors_of_its_arguments(encoder, directory):
 
 def test_who_reads_no_more_ends_it(directory):
     """As `| head -1` does, of lines that never end."""
-    process = subprocess.Popen(
-        [*HEAD, directory, "--exit", "1", "--dim", "2"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    assert process.stdin and process.stdout and process.stderr
-    process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):
-        for _ in range(12):  # windows
-            process.stdin.write(b"a\n" * encode.WINDOW)
-        raise AssertionError("all of it was read")
-    assert process.wait(60) == 0 and process.stderr.read() == b""
+    with start(directory, "--exit", "1", "--dim", "2", stdout=PIPE) as process:
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            for _ in range(12):  # windows
+                process.stdin.write(b"a\n" * encode.WINDOW)
+            raise AssertionError("all of it was read")
+        assert process.wait(60) == 0 and process.stderr.read() == b""
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):
@@ -188,25 +188,18 @@ def test_what_is_wrong_is_one_line_before_any_work(directory, tmp_path):
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
-    process = subprocess.Popen(
-        [*HEAD, directory, "--out", tmp_path / "out.npy"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    assert process.stdin is not None and process.stderr is not None
-    process.stdin.write(b"a line\n" * 100)
-    process.stdin.flush()
-    end = time.monotonic() + 120
-    while not list(tmp_path.iterdir()) and time.monotonic() < end:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    (partial,) = tmp_path.iterdir()
-    assert partial.name.startswith(".out.npy.")
-    process.send_signal(sent)
-    assert process.wait(60) == status and process.stderr.read() == b""
-    assert list(tmp_path.iterdir()) == []
-    process.stdin.close()
+    with start(directory, "--out", tmp_path / "out.npy") as process:
+        process.stdin.write(b"a line\n" * 100)
+        process.stdin.flush()
+        end = time.monotonic() + 120
+        while not list(tmp_path.iterdir()) and time.monotonic() < end:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        (partial,) = tmp_path.iterdir()
+        assert partial.name.startswith(".out.npy.")
+        process.send_signal(sent)
+        assert process.wait(60) == status and process.stderr.read() == b""
+        assert list(tmp_path.iterdir()) == []
 
 
 # ---- several devices ----

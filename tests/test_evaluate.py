@@ -2,10 +2,9 @@
 it."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -386,9 +385,7 @@ def test_details():
 
 
 def command(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "mlembed.evaluate", *map(str, args)], capture_output=True, text=True
-    )
+    return processes.run("-m", "mlembed.evaluate", *args)
 
 
 def test_command(directory, tmp_path):

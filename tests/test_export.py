@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from export_models import CORNERS, MAX_LENGTH, TEXTS, build, tokens_of
@@ -410,13 +410,7 @@ def test_an_encoder_whose_attention_has_no_fp32(tokens, tmp_path):
 def command(*arguments: str | Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("MLEMBED_TRACEBACK", None)
-    return subprocess.run(
-        [sys.executable, "-m", "mlembed.export", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+    return processes.run("-m", "mlembed.export", *arguments, env=environment)
 
 
 @pytest.fixture

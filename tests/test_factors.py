@@ -10,6 +10,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from random_model import randomise
@@ -336,7 +337,7 @@ print("went on")
 
 
 def test_a_full_disk_is_no_error(cache):
-    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
+    done = processes.run("-c", FULL)
     assert done.returncode == 0 and done.stdout == "went on\n", done.stderr
     assert "could not be kept" in done.stderr and list(cache.iterdir()) == []
 

@@ -1,10 +1,9 @@
 """What a run writes down: metrics that survive a crash, TensorBoard, and one-line errors."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -253,7 +252,7 @@ def test_no_error_no_word(capsys):
 
 def test_exit_status_of_a_process():
     code = "from mlembed import log\nwith log.one_line_errors(): raise ValueError('a ሰላም\\nb')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: a ሰላም b\n")
 
 

@@ -4,14 +4,13 @@ The only file that imports mteb, which takes seconds."""
 
 import csv
 import json
-import subprocess
-import sys
 import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 from datasets import Dataset
@@ -465,8 +464,7 @@ def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monk
 
 def test_command_refuses_an_unknown_task(directory, tmp_path):
     out = tmp_path / "report"
-    command = [sys.executable, "-m", "mlembed.evaluate", directory, "--mteb", "STS21", "--out", out]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = processes.run("-m", "mlembed.evaluate", directory, "--mteb", "STS21", "--out", out)
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: mteb: expected a task of mteb") and "near: STS22" in last

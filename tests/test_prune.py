@@ -3,11 +3,10 @@ same where what goes was nothing."""
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
+import processes
 import pytest
 import torch
 from random_model import randomise
@@ -448,14 +447,9 @@ def test_a_pruned_model_trains(source, tmp_path):
 
 def test_train_py_goes_on_from_it(source, tmp_path):
     main(str(source / "model"), tmp_path / "out", layers=2, width=12, ffn=16, device="cpu")
-    done = subprocess.run(
-        [sys.executable, "train.py", "tiny", "--init", str(tmp_path / "out"), "--steps", "1"]
-        + ["--data", str(source / "pairs.jsonl"), "--eval", "--batch-size", "2"]
-        + ["--output-dir", str(tmp_path), "--name", "run", "--tracker", "none"],
-        cwd=str(pretrained.Path(__file__).parents[1]),
-        capture_output=True,
-        text=True,
-    )
+    args = ["tiny", "--init", tmp_path / "out", "--steps", 1, "--data", source / "pairs.jsonl"]
+    args += ["--eval", "--batch-size", 2, "--output-dir", tmp_path, "--name", "run"]
+    done = processes.run("train.py", *args, "--tracker", "none")
     assert done.returncode == 0, done.stderr[-2000:]
     again = pretrained.load(str(tmp_path / "run"))
     assert again.cfg.num_hidden_layers == 2 and again.cfg.hidden_size == 12

@@ -3,11 +3,10 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from random_model import randomise
@@ -170,14 +169,8 @@ def mixed(folder, out, *more):
     return [*args, "--distill.logit-form", "kl", *more]
 
 
-def launched(args, processes=1):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launcher.append(str(processes))
-    done = subprocess.run(
-        [*launcher, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+def launched(args, size=1):
+    done = processes.run("train.py", *args, processes=size)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -222,7 +215,7 @@ def test_distillation_stopped_and_resumed_equals_uninterrupted(whole, folder, tm
 def test_distillation_on_two_processes_equals_one(folder, tmp_path):
     options = ["--model.dropout", "0", "--steps", "5"]
     launched(mixed(folder, tmp_path / "one", *options))
-    launched(mixed(folder, tmp_path / "two", *options), processes=2)
+    launched(mixed(folder, tmp_path / "two", *options), 2)
     for one, two in zip(*(trace(tmp_path / n / "mixed") for n in ("one", "two")), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -5,12 +5,11 @@ import copy
 import json
 import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import chromium
+import processes
 import pytest
 from PIL import Image
 
@@ -78,8 +77,7 @@ def write(run, grid=None, lines=None):
 
 
 def command(*args):
-    words = [sys.executable, "-m", "mlembed.report", *map(str, args)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return processes.run("-m", "mlembed.report", *args)
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,20 @@ bit, from real processes that get SIGKILL."""
 import json
 import os
 import random
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
+import processes
 import pytest
 
 from mlembed import checkpoint
 from mlembed.distributed import World
 from mlembed.resume import find_run
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12
 SMALL = [
     *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.head-dim", "8"),
@@ -65,26 +64,20 @@ def arguments(tmp_path_factory):
     return ["tiny", *SMALL, "--data", *sources, "--eval", str(text / "dev.jsonl")]
 
 
-def launch(args, processes=1, restarts=0, **kwargs):
+def finished(args, size=1):
+    """Run train.py to its end; -> its standard output."""
+    done = processes.run("train.py", *args, processes=size)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def launch(args, size=1, restarts=0):
+    """Start train.py, by torchrun if it is several processes, as what signals are sent to."""
     launcher = [sys.executable]
-    if processes > 1:
+    if size > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launcher += [str(processes), "--max-restarts", str(restarts)]
-    return subprocess.Popen(
-        [*launcher, "train.py", *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **kwargs,
-    )
-
-
-def finished(process, code=0):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, out[-2000:] + err[-3000:]
-    return out, err
+        launcher += [size, "--max-restarts", restarts]
+    return processes.started([*launcher, "train.py", *args], stdout=PIPE, stderr=PIPE)
 
 
 def trace(run):
@@ -101,9 +94,14 @@ def weights(run):
 def whole(arguments, tmp_path_factory):
     """A run of STEPS steps that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    finished(launch([*arguments, "--output-dir", folder, "--steps", STEPS]))
+    finished([*arguments, "--output-dir", folder, "--steps", STEPS])
     assert [line["step"] for line in trace(folder / "tiny")] == list(range(1, STEPS + 1))
     return folder / "tiny"
+
+
+def children(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
 
 
 def reached(run):
@@ -118,7 +116,6 @@ def partial(run):
 def killed(args, run, kind, rng):
     """Start or go on, and SIGKILL the run; -> whether it was still alive."""
     more = ["--resume"] if (run / "config.json").is_file() else []
-    process = launch([*args, *more])
     begun, end = reached(run), time.monotonic() + rng.uniform(0.5, 6)
     steps = begun + rng.randint(1, 3)
     done = {
@@ -126,14 +123,11 @@ def killed(args, run, kind, rng):
         "after a step": lambda: reached(run) >= steps,
         "while saving": lambda: partial(run) and reached(run) > begun,
     }[kind]
-    while process.poll() is None and not done():
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.02))
-    alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return alive
+    with launch([*args, *more]) as process:
+        while process.poll() is None and not done():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        return process.poll() is None
 
 
 def survives(arguments, tmp_path, kills, steps, seed):
@@ -145,7 +139,7 @@ def survives(arguments, tmp_path, kills, steps, seed):
     for i in range(kills):
         if killed(args, run, kinds[i % 3], rng):
             hits.append(kinds[i % 3])
-    finished(launch([*args, *(["--resume"] if (run / "config.json").is_file() else [])]))
+    finished([*args, *(["--resume"] if (run / "config.json").is_file() else [])])
     return run, hits
 
 
@@ -159,7 +153,7 @@ def test_three_kills_leave_the_trace_as_it_was(arguments, whole, tmp_path):
 
 @pytest.mark.slow
 def test_thirty_kills_leave_the_trace_as_it_was(arguments, tmp_path):
-    finished(launch([*arguments, "--output-dir", tmp_path / "whole", "--steps", 600]))
+    finished([*arguments, "--output-dir", tmp_path / "whole", "--steps", 600])
     run, hits = survives(arguments, tmp_path / "killed", 30, 600, seed=1)
     assert len(hits) == 30 and set(hits) == {"while saving", "after a step", "any time"}
     assert trace(run) == trace(tmp_path / "whole" / "tiny")
@@ -170,17 +164,16 @@ def test_thirty_kills_leave_the_trace_as_it_was(arguments, tmp_path):
 def test_torchrun_restarts_a_run_whose_process_was_killed(arguments, tmp_path, engine):
     """Elastic restart: one of two workers gets SIGKILL, both begin anew from the checkpoint."""
     args = [*arguments, "--engine", engine, "--steps", 8]
-    finished(launch([*args, "--output-dir", tmp_path / "whole"], processes=2))
-    process = launch([*args, "--output-dir", tmp_path / "killed"], processes=2, restarts=2)
+    finished([*args, "--output-dir", tmp_path / "whole"], 2)
     run = tmp_path / "killed" / "tiny"
-    while process.poll() is None and reached(run) < 3:
-        time.sleep(0.01)
-    workers = re.findall(
-        r"\d+", Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    )
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    finished(process)
+    with launch([*args, "--output-dir", tmp_path / "killed"], 2, restarts=2) as process:
+        while process.poll() is None and reached(run) < 3:
+            time.sleep(0.01)
+        workers = children(process)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-2000:] + err[-3000:]
     assert trace(run) == trace(tmp_path / "whole" / "tiny")
     assert weights(run) == weights(tmp_path / "whole" / "tiny")
 
@@ -188,14 +181,13 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(arguments, tmp_path, e
 def test_sigterm_to_all_of_a_job_saves_and_stops(arguments, tmp_path):
     """As SLURM ends a job: all processes get SIGTERM, the workers from torchrun once more."""
     args = [*arguments, "--save-every", 0, "--steps", 100_000, "--output-dir", tmp_path]
-    process = launch(args, processes=2)
     run = tmp_path / "tiny"
-    while process.poll() is None and reached(run) < 2:
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for number in (*children, process.pid):
-        os.kill(int(number), signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    with launch(args, 2) as process:
+        while process.poll() is None and reached(run) < 2:
+            time.sleep(0.01)
+        for number in (*children(process), process.pid):
+            os.kill(number, signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
     assert "go on with --resume" in out and process.returncode != 0
     (saved,) = checkpoint.complete(run / "checkpoints")
     assert saved.name == f"step_{trace(run)[-1]['step']:08d}" and not partial(run)
@@ -205,13 +197,11 @@ def test_sigterm_to_all_of_a_job_saves_and_stops(arguments, tmp_path):
 def test_another_number_of_processes(arguments, whole, tmp_path):
     """Without dropout, which each process draws for itself, the losses are those of one process."""
     args = [*arguments, "--model.dropout", 0, "--output-dir", tmp_path, "--save-every", 4]
-    finished(launch([*args, "--steps", STEPS]))
+    finished([*args, "--steps", STEPS])
     want = trace(tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "model")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / f"step_{STEPS:08d}")
-    out, _ = finished(
-        launch([*args, "--steps", STEPS, "--resume", "--engine", "fsdp"], processes=2)
-    )
+    out = finished([*args, "--steps", STEPS, "--resume", "--engine", "fsdp"], 2)
     assert "2 x cpu by fsdp" in out
     got = trace(tmp_path / "tiny")
     assert got[8:] != want[8:]  # sums in another order: it was another number
@@ -233,7 +223,7 @@ def test_a_damaged_checkpoint_is_passed_over(arguments, whole, tmp_path):
     file.write_bytes(content)
     args = [*arguments, "--output-dir", tmp_path, "--steps", STEPS, "--resume"]
     args += ["--allow-changed", "output_dir"]
-    out, _ = finished(launch(args))
+    out = finished(args)
     assert file.name in out and "damaged" in out
     assert trace(run) == trace(whole) and weights(run) == weights(whole)
     aside = [path for path in (run / "checkpoints").iterdir() if "damaged" in path.name]
@@ -285,7 +275,7 @@ def test_an_allowed_change_is_recorded(arguments, whole, tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "model")
     before = (tmp_path / "tiny" / "config.json").read_text()
     args = [*arguments, "--output-dir", tmp_path, "--resume", "--steps", STEPS + 2]
-    finished(launch([*args, "--allow-changed", "steps", "output_dir"]))
+    finished([*args, "--allow-changed", "steps", "output_dir"])
     run = tmp_path / "tiny"
     assert trace(run)[:STEPS] == trace(whole) and len(trace(run)) == STEPS + 2
     assert (run / f"config_until_{STEPS}.json").read_text() == before

@@ -4,11 +4,10 @@ what was stored: BERT and Qwen3 of random weights, with tokenizers of their own.
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from random_model import randomise
@@ -423,9 +422,8 @@ def test_the_command(saved, bert, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mlembed.teacher", str(saved["bert"]), str(out)]
-    command += ["--data", str(data), "--dtype", "fp32", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--data", data, "--dtype", "fp32", "--device", "cpu"]
+    done = processes.run("-m", "mlembed.teacher", saved["bert"], out, *options)
     assert done.returncode == 0, done.stderr
     assert "4 vectors of width 20, by Transformer, Pooling (mean), Normalize" in done.stdout
     texts = ["one", "two", "three", "four five"]

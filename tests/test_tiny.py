@@ -2,22 +2,16 @@
 README promises of the result must hold already."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from processes import run
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     args = ["tiny", "--steps", "100", "--output-dir", folder, "--tracker", "none"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run("train.py", *args)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "tiny" / "report" / "grid.json").read_text())
 

@@ -1,13 +1,12 @@
 """The ONNX graph as onnxruntime runs it: every kind of model, shapes it was not traced with."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+import processes
 import pytest
 from export_models import CORNERS, KINDS, MAX_LENGTH, TEXTS, build
 from safetensors.torch import load_file
@@ -136,13 +135,7 @@ def test_without_its_packages(tmp_path):
         "with one_line_errors():\n"
         f"    export(build(), Path({str(tmp_path / 'out')!r}), formats=['onnx'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = processes.run("-c", script)
     assert done.returncode == 1 and done.stderr.startswith(
         "error: format onnx: expected onnxscript"
     )
