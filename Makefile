@@ -1,6 +1,6 @@
 # make train        set up .venv where it is missing, then train, evaluate and export the tiny model
-# make test         the same set-up, then every test
-# make test-slow    those that take minutes: a run that is killed thirty times, a million texts
+# make test         the same set-up, then the tests; the twenty longest are listed
+# make test-all     these and the slow ones: whole matrices, thirty kills, a million texts, readers
 # make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
 # make check        lint, format and types
 #
@@ -28,16 +28,19 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test test-slow test-readers check setup clean
+# Tests that share a fixture stay on one worker (tests/limits.py); a file's order is kept.
+PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup --durations 20
+
+.PHONY: train test test-all test-readers check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
 
 test: setup
-	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) --minutes 15 $(ARGS)
 
-test-slow: setup
-	$(RUN) -m pytest -m slow $(ARGS)
+test-all: setup .venv-readers/.ready
+	MLEMBED_READERS=.venv-readers/bin/python $(PYTEST) -m "slow or not slow" --minutes 60 $(ARGS)
 
 test-readers: setup .venv-readers/.ready
 	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/test_export_readers.py $(ARGS)

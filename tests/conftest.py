@@ -6,7 +6,6 @@ import atexit
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +26,14 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py"
     os.environ["TRITON_INTERPRET"] = "1"
 
-import processes  # noqa: E402
+from limits import (  # noqa: E402, F401
+    no_child_is_left,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_unconfigure,
+)
 
 PACKAGE = "mlembed_kernels"
 # torch remembers which functions take the device of `with torch.device(...)`, by identity, at its
@@ -60,32 +66,6 @@ ALLOCATORS = [
         (torch.Tensor, "new_empty"),
     ]
 ]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file that share a fixture on one worker, which then builds it once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs
-        scopes = {
-            fixtures[name][-1].scope for name in fixtures.keys() - {no_child_is_left.__name__}
-        }
-        if "module" in scopes:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
-def pytest_sessionfinish() -> None:
-    processes.stop_server()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_child_is_left() -> Iterator[None]:
-    """Kill processes that outlive the tests of their file, and fail."""
-    before = processes.children()
-    yield
-    left = {pid: name for pid, name in processes.children().items() if pid not in before}
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, f"expected no process to outlive its tests, got {left}"
 
 
 @pytest.fixture(autouse=True)

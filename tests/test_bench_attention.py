@@ -454,6 +454,7 @@ def said(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_toy_cases_and_the_sweep_run_to_their_end(capsys, monkeypatch):
     monkeypatch.undo()  # in fp16, as a toy run does
     made = worker_of(smoke=True)
@@ -474,6 +475,7 @@ def test_toy_cases_and_the_sweep_run_to_their_end(capsys, monkeypatch):
     assert all(r["status"] == "ran" and r["right"] for r in sweeps)
 
 
+@pytest.mark.slow
 def test_times_become_targets(capsys, monkeypatch):
     toys = {name: bench.toy(bench.CASES[name]) for name in ("short", "skip")}
     few = {"short": ("ours", "sdpa", "rope_qk_norm"), "skip": ("ours", "alone")}

@@ -181,6 +181,7 @@ def said(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_toy_cases_and_the_sweep_run_to_their_end(capsys, monkeypatch):
     monkeypatch.undo()  # in fp16, as a toy run does
     made = worker_of(smoke=True)

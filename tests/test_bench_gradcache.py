@@ -35,6 +35,7 @@ def eager(monkeypatch):
 # ---- as a user runs it ----
 
 
+@pytest.mark.slow
 def test_smoke_runs_everything_and_gives_no_numbers():
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -40,6 +40,7 @@ def run(*args):
 # ---- as a user runs it ----
 
 
+@pytest.mark.slow
 def test_smoke_runs_everything_and_gives_no_numbers():
     done = run("-m", "bench", "train_step", "--smoke", "--skip-tests", "--case", "step")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -432,6 +433,7 @@ def worker_of(smoke):
     return made
 
 
+@pytest.mark.slow
 def test_times_become_rows_stages_and_targets(capsys, monkeypatch):
     few = {"step": ("ours", "ours_eager"), "step_skip": ("ours", "full_depth")}
     toys = {name: replace(TOYS[name], providers=few[name]) for name in few}

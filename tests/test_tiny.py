@@ -6,11 +6,20 @@ import json
 import pytest
 from processes import run
 
+# Half and whole of what each dimension has; all sizes are scored, and cost, in `make test-all`.
+HALVES = ["--model.matryoshka-dims", 96, 192, "--model.exits", 2, 4, "--model.ranks", 128]
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(HALVES, id="halves"),
+        pytest.param([], id="whole", marks=pytest.mark.slow),
+    ],
+)
+def report(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    args = ["tiny", "--steps", "100", "--output-dir", folder, "--tracker", "none"]
+    args = ["tiny", *request.param, "--steps", 100, "--output-dir", folder, "--tracker", "none"]
     done = run("train.py", *args)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "tiny" / "report" / "grid.json").read_text())
