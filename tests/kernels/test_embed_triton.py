@@ -1,12 +1,12 @@
 """The nested embedding in Triton against float64, and what it promises besides its values."""
 
 import importlib
-import weakref
 
 import pytest
 import torch
+from live_memory import Live, without_kernels
+from pairwise import all_pairs
 from torch import Tensor, library
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlembed_kernels import Occurrences, embed, embed_ref
 from mlembed_kernels._occurrences import PART
@@ -16,7 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no right bf16
 EPS32 = torch.finfo(torch.float32).eps
 NAMES = "x", "dU", "dW"
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+DTYPES = torch.float32, HALF
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
 
@@ -94,9 +95,7 @@ def same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 # ---- values ----
 
 
-@dtypes
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize(("name", "rank", "dtype"), all_pairs(IDS, RANKS, DTYPES))
 def test_as_exact_as_eager(name, rank, dtype):
     U, W = factors(dtype)
     ids = IDS[name]
@@ -182,9 +181,10 @@ def test_a_nan_stays_with_its_token():
     assert got["dU"].isnan().any(1).nonzero().tolist() == [[int(token)]]
 
 
-@dtypes
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("name", ["one", "distinct", "ends", "stream"])
+ZEROED = all_pairs(["one", "distinct", "ends", "stream"], RANKS, DTYPES)
+
+
+@pytest.mark.parametrize(("name", "rank", "dtype"), ZEROED)
 def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
     """Where there are many: the same bits as zeros in advance, of every row and column."""
     U, W = factors(dtype)
@@ -284,39 +284,6 @@ def test_layouts_of_the_cotangent():
 # ---- memory ----
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all memory that was there at once, and shapes of all tensors that had their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.users: dict[int, int] = {}
-        self.shapes: list[tuple[int, ...]] = []
-
-    def gone(self, at: int, nbytes: int) -> None:
-        self.users[at] -= 1
-        self.now -= 0 if self.users[at] else nbytes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = [x.untyped_storage() if isinstance(x, Tensor) else x for x in args]
-        given = {x.data_ptr() for x in storages if isinstance(x, torch.UntypedStorage)}
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            storage = t.untyped_storage() if isinstance(t, Tensor) else None
-            if storage is None or not storage.nbytes():
-                continue
-            at = storage.data_ptr()
-            if not self.users.get(at):
-                if at in given:  # an input's
-                    continue
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                self.shapes.append(tuple(t.shape))
-            self.users[at] = self.users.get(at, 0) + 1
-            weakref.finalize(t, self.gone, at, storage.nbytes())
-        return out
-
-
 @pytest.fixture
 def small(monkeypatch):
     """Chunks of a few tokens, and some columns of their parts."""
@@ -351,20 +318,21 @@ def test_in_chunks_as_at_once(dtype, fillers, small, monkeypatch):
 
 
 @dtypes
-def test_no_temporary_beyond_the_workspace(dtype, small):
+def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
     """Outputs, and fp32 sums of dW as large as it, excepted."""
+    without_kernels(monkeypatch)
     small(64 << 10)
     U, W = factors(dtype, V=5000)
     dx = cotangent(REPEATED, D, dtype)
     op, o, rank = module(), Occurrences.of(torch.tensor(REPEATED)).to(DEVICE), 17
     with Live() as made:
         sums = op._sums(dx, o, *o.chunks(64)[0])
-    assert sums.nbytes < made.most <= sums.nbytes + op.WORKSPACE // 6  # of parts, some columns
+    assert sums.nbytes < made.most() <= sums.nbytes + op.WORKSPACE // 6  # of parts, some columns
     with Live() as made:
         x = op.forward(U, W, o, rank, dtype)
-        assert made.most == x.nbytes and made.shapes == [tuple(x.shape)]
+        assert made.most() == x.nbytes and made.shapes == [tuple(x.shape)]
         dU, dW = op.backward(dx, U, W, o, rank, (True, True))
-    most = made.most - x.nbytes - dU.nbytes - dW.nbytes
+    most = made.most() - x.nbytes - dU.nbytes - dW.nbytes
     # On a CPU halves are turned into fp32 for their product.
     turned = 0 if DEVICE == "cuda" or dtype == torch.float32 else 2 * op.WORKSPACE
     flags = len(U) + 8 * o.distinct  # of the rows that are there, a byte each
