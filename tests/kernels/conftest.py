@@ -2,7 +2,8 @@
 operation's size."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -52,3 +53,20 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
                 steps = {"BK": 64} if "BK" in options else {}
                 large = {**options, "BM": 128, "BN": 128, **steps}
                 monkeypatch.setitem(table, kernel, large)
+
+
+@pytest.fixture
+def no_wait() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which waiting for CUDA raises, which the context tries first."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                torch.ones(1, device="cuda").item()
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context

@@ -119,16 +119,13 @@ def step(q: Tensor, c: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor
 
 
 @cuda_only
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(no_wait):
     q, c = pair(2, 130, 130, 200)
     given = q, c, torch.arange(130, device=DEVICE), torch.tensor(0.05, device=DEVICE)
     given[3].requires_grad_()
     step(*given)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         step(*given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @cuda_only
