@@ -364,7 +364,7 @@ torch.nn.functional.relu(table)
 me.touch()
 while not go.exists():
     time.sleep(0.001)
-until = time.monotonic() + 2
+until = time.monotonic() + 0.7
 rounds = 0
 while time.monotonic() < until:
     for file in pretrained.Path(sys.argv[3]).glob("*.safetensors"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pairwise import all_pairs
 from random_model import randomise
 from test_model import ALL_EXITS, CFG, NESTED, as_transformers, hf_exits, texts
 from torch import Tensor
@@ -45,8 +46,15 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("cfg", [CFG, NESTED], ids=["table", "factors"])
+# Each way by one of the vocabularies, each backend by both; the rest in `make test-all`.
+RUNS = [
+    pytest.param(cfg, way, id=f"{name}-{way}", marks=[pytest.mark.slow] * ((i + j) % 2))
+    for i, (name, cfg) in enumerate((("table", CFG), ("factors", NESTED)))
+    for j, way in enumerate(WAYS)
+]
+
+
+@pytest.mark.parametrize(("cfg", "way"), RUNS)
 def test_equals_transformers_however_it_is_run(cfg, way):
     backend, lean, recompute = way
     model = build(cfg, backend, lean=lean)
@@ -133,11 +141,16 @@ def skipped(seed=0) -> np.ndarray:
     return runs_LN
 
 
-@pytest.mark.parametrize("recompute", [0, 2, 4])
-@pytest.mark.parametrize("skip", [False, True], ids=["", "skipping"])
-@pytest.mark.parametrize("exits", [(1, 2, 3, 4), (2, 4), (4,), (1,)], ids=str)
-@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+LEAVING = all_pairs(
+    [True, False],
+    ["last", "mean", "cls"],
+    [(1, 2, 3, 4), (2, 4), (4,), (1,)],
+    [False, True],
+    [0, 2, 4],
+)
+
+
+@pytest.mark.parametrize(("causal", "pooling", "exits", "skip", "recompute"), LEAVING)
 def test_leaving_equals_every_text_alone(causal, pooling, exits, skip, recompute):
     """The contract: embeddings and all parameters' gradients, in float64."""
     model = build(replace(NESTED, pooling=pooling, causal=causal), dtype=torch.float64)

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from attention_truth import assert_as_exact, bounds, inputs, on, results
+from pairwise import all_pairs
 from torch import Tensor
 
 from mlembed_kernels import Work, _attention_backends, attention, attention_ref
@@ -16,7 +17,8 @@ LENGTHS = [3, 1, 97, 64, 2]
 PACKAGES = {"flash_attn": "flash_attn", "xformers": "xformers"}
 NAMED = ("varlen", "flash_attn", "xformers")
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-every_heads = pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=str)
+HEADS = [(2, 2), (4, 2), (3, 1)]
+every_heads = pytest.mark.parametrize("heads", HEADS, ids=str)
 
 
 def missing(name: str) -> bool:
@@ -235,13 +237,12 @@ def test_mask_of_xformers(causal):
 
 # ---- on a GPU ----
 
+HALVES = [torch.bfloat16, torch.float16]
+ON_CUDA = all_pairs(NAMED, [48, 64, 128], HALVES, HEADS, [True, False])
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@both_masks
-@every_heads
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("K", [48, 64, 128])
-@pytest.mark.parametrize("impl", NAMED)
+@pytest.mark.parametrize(("impl", "K", "dtype", "heads", "causal"), ON_CUDA)
 def test_on_cuda(impl, K, dtype, heads, causal):
     if missing(impl):
         pytest.skip(f"{impl} is not installed")
@@ -254,7 +255,7 @@ def test_on_cuda(impl, K, dtype, heads, causal):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("impl", NAMED)
-def test_no_call_waits_for_the_device(impl):
+def test_no_call_waits_for_the_device(impl, no_wait):
     if missing(impl):
         pytest.skip(f"{impl} is not installed")
     q, k, v = (x.requires_grad_() for x in on("cuda", torch.bfloat16, inputs(LENGTHS, K=64)))
@@ -267,8 +268,5 @@ def test_no_call_waits_for_the_device(impl):
 
     step()  # loads and allocates
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

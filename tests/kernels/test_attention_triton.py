@@ -19,6 +19,7 @@ from attention_truth import (
     same_bits,
     triton,
 )
+from pairwise import all_pairs
 from torch import Tensor
 
 from mlembed_kernels import Work, attention, attention_ref
@@ -55,9 +56,10 @@ def check(
 
 # One sequence alone: a key to weigh, two; a pack and the two kernels' step at 64 | 65; a tile of
 # 128, short of it and over it; tiles that are full and a last one of 44 tokens.
-@every_dtype
-@both_masks
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 127, 129, 300])
+ALONE = all_pairs([1, 2, 63, 64, 65, 127, 129, 300], [True, False], DTYPES)
+
+
+@pytest.mark.parametrize(("n", "causal", "dtype"), ALONE)
 def test_one_sequence(n, causal, dtype):
     check([n], dtype, causal=causal)
 
@@ -129,9 +131,10 @@ def test_tiles_of_fp32(lengths, causal, monkeypatch):
 # ---- scale ----
 
 
-@every_dtype
-@pytest.mark.parametrize("scale", [-0.7, 0.0, 1.3, 1e-3])
-@both_masks
+SCALES = all_pairs([-0.7, 0.0, 1.3, 1e-3], [True, False], DTYPES)
+
+
+@pytest.mark.parametrize(("scale", "causal", "dtype"), SCALES)
 def test_scale(scale, causal, dtype):
     # A negative factor turns the order of scores round: what was largest is smallest. At 0 all
     # keys weigh alike, and what is masked still nothing.
@@ -147,9 +150,7 @@ def test_default_scale():
 # ---- numbers that hurt ----
 
 
-@every_dtype
-@both_masks
-@pytest.mark.parametrize("times", [10, 100])
+@pytest.mark.parametrize(("times", "causal", "dtype"), all_pairs([10, 100], [True, False], DTYPES))
 def test_softmax_of_one_key(times, causal, dtype):
     # Scores in the hundreds: all but one weight underflow, and that one is 1.
     lengths = [7, 1, 66]

@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from live_memory import Live, without_kernels
+from pairwise import all_pairs
 from torch import Tensor
 
 from mlembed_kernels import distill
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ("reference", "triton")
 
 
@@ -44,21 +47,27 @@ SHAPES = {
 WORKSPACES = {"roomy": 1 << 29, "tight": 1}
 
 
-@pytest.mark.parametrize("workspace", WORKSPACES.values(), ids=WORKSPACES)
-@pytest.mark.parametrize("kind", ["mse", "kl"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equals_the_formula(shape, kind, workspace):
-    E, Q, C, D, Dt, dims, leave = shape
+@pytest.fixture(autouse=True)
+def tiles(request: pytest.FixtureRequest) -> None:
+    if request.node.originalname not in ("test_equals_the_formula", "test_twice_the_same_bits"):
+        request.getfixturevalue("large_tiles")
+
+
+@pytest.mark.parametrize(("name", "kind", "space"), all_pairs(SHAPES, ["mse", "kl"], WORKSPACES))
+def test_equals_the_formula(name, kind, space, request):
+    (E, Q, C, D, Dt, dims, leave), workspace = SHAPES[name], WORKSPACES[space]
+    if space == "roomy":
+        request.getfixturevalue("large_tiles")
     x = vectors(E, Q, D, seed=1), vectors(E, C, D, seed=2), vectors(Q, Dt, seed=3)
     x = *(v.float() for v in x), vectors(C, Dt, seed=4).float()
     nq, nc = ([n - 4 * e * leave for e in range(E)] for n in (Q, C))
     counts = {"query_counts": torch.tensor(nq), "cand_counts": torch.tensor(nc)} if leave else {}
     weights = torch.arange(1.0, E * len(dims) + 1).view(E, -1)
     results = []
-    for name, dtype in (("truth", torch.float64), *((i, torch.float32) for i in IMPLS)):
+    for impl, dtype in (("truth", torch.float64), *((i, torch.float32) for i in IMPLS)):
         q, c = (v.to(dtype).requires_grad_() for v in x[:2])
         t = torch.full((E, len(dims)), 0.05, dtype=dtype, requires_grad=True)
-        if name == "truth":
+        if impl == "truth":
             loss = by_hand(*(q, c, x[2].double(), x[3].double()), dims, kind, 0.05, 0.02, nq, nc)
         else:
             loss = distill(
@@ -68,7 +77,7 @@ def test_equals_the_formula(shape, kind, workspace):
                 temperature=t,
                 teacher_temperature=0.02,
                 workspace=workspace,
-                impl=name,
+                impl=impl,
                 **counts,
             )
             assert loss.dtype == torch.float32
@@ -81,6 +90,37 @@ def test_equals_the_formula(shape, kind, workspace):
         # there: how near it comes depends on how a processor's exponentials round.
         floor = torch.finfo(torch.float32).eps * (50 if kind == "kl" else 20) * top
         assert top > 0 and error[0] < 2 * floor and error[1] <= error[0] + floor, (error, floor)
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_no_matrix_of_pairs_beyond_the_workspace(kind, monkeypatch):
+    """In a workspace for 128 queries of one exit, the least there is, queries and exits come in
+    turn."""
+    without_kernels(monkeypatch)
+    # Packed as 768 and 1024 rows, the student's of 192 numbers, the teacher's of 48.
+    q, c = (vectors(4, n, 130, seed=n).float().to(DEVICE) for n in (700, 1000))
+    teacher = [vectors(n, 40, seed=n).float().to(DEVICE) for n in (700, 1000)]
+    q.requires_grad_(), c.requires_grad_()
+    # The teacher's number of fp32 and its entropy's term, and one of the gradient.
+    forward, backward = (128 * 1024 * size for size in (8, 8 + 4))
+    # The teacher's of the chunk before is still there.
+    before = 128 * 1024 * 4 if kind == "kl" else 0
+
+    def of_pairs(shape: tuple[int, ...]) -> bool:
+        return shape[-1:] == (1024,) and math.prod(shape) > 1024
+
+    def loss(workspace: int) -> Tensor:
+        how = {"dims": (130,), "kind": kind, "workspace": workspace, "impl": "triton"}
+        return distill(q, c, *teacher, **how)
+
+    with Live() as made:
+        loss(forward)
+    assert forward // 2 <= made.most(of_pairs) <= forward + before
+    assert 0 < made.most(lambda shape: shape[-1:] == (192,)) <= 2 * 192 * 4 * (768 + 1024)
+    out = loss(backward)
+    with Live() as made:
+        torch.autograd.grad(out.sum(), (q, c))
+    assert backward // 2 <= made.most(of_pairs) <= 1.1 * backward
 
 
 @pytest.mark.parametrize("impl", IMPLS)

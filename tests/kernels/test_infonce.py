@@ -177,22 +177,30 @@ def test_fp32_is_as_exact_as_eager(temperature):
 SPLITS = {"halves": (3, 4), "an_empty_one": (3, 0, 4), "empty_first": (0, 7), "singles": (1,) * 7}
 
 
-@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[:2] == (Q, C)])
-def test_pieces_equal_the_whole(name, sizes):
+# Each case in one of the ways; the rest in `make test-all`.
+SPLIT = [
+    pytest.param(name, split, marks=[pytest.mark.slow] * bool((i + j) % len(SPLITS)))
+    for i, name in enumerate(n for n, case in CASES.items() if case[:2] == (Q, C))
+    for j, split in enumerate(SPLITS)
+]
+
+
+@pytest.mark.parametrize(("name", "split"), SPLIT)
+def test_pieces_equal_the_whole(name, split):
+    sizes = SPLITS[split]
     all_inputs = inputs(*CASES[name])
-    split = {**all_inputs}
-    if "cand_counts" in split:
+    given = {**all_inputs}
+    if "cand_counts" in given:
         start, counts = 0, []
         for size in sizes:
-            counts.append((split["cand_counts"] - start).clamp(0, size))
+            counts.append((given["cand_counts"] - start).clamp(0, size))
             start += size
-        split["cand_counts"] = counts
+        given["cand_counts"] = counts
 
     def of_pieces(c: Tensor, **options) -> Tensor:
         return infonce_ref(c=list(c.split(sizes, dim=1)), **options)
 
-    got = loss_truth.results(of_pieces, split)
+    got = loss_truth.results(of_pieces, given)
     assert_same(got, loss_truth.results(infonce_ref, all_inputs))
 
 

@@ -29,14 +29,19 @@ ONE_EXIT = (
 ALL_EXITS = (
     "negatives_alone",
     "temperature_of_prefix",
-    "temperature_of_both",
     "near_symmetric",
     "candidates_leave_near",
-    "leaving_all",
-    "all_have_left_near",
     "everything",
 )
-NAMES = list(CASES) if DEVICE == "cuda" else [*ONE_EXIT, *ALL_EXITS]
+SECONDS = ("temperature_of_both", "leaving_all", "all_have_left_near")
+NAMES = [*ONE_EXIT, *ALL_EXITS, *(pytest.param(n, marks=pytest.mark.slow) for n in SECONDS)]
+NAMES = list(CASES) if DEVICE == "cuda" else NAMES
+
+
+@pytest.fixture(autouse=True)
+def tiles(request: pytest.FixtureRequest) -> None:
+    if request.node.originalname not in ("test_shapes", "test_two_calls_give_the_same_bits"):
+        request.getfixturevalue("large_tiles")
 
 
 def by_triton(**inputs) -> Tensor:
