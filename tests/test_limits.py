@@ -4,9 +4,10 @@ import processes
 import pytest
 
 LEAK = """
-import subprocess
+import subprocess, time
 def test_leak():
     subprocess.Popen(["sleep", "60"])
+    time.sleep(0.2)  # until it has a command line
 """
 GROUPS = """
 import pytest
