@@ -77,7 +77,11 @@ def test_onnxruntime_agrees(kind, tmp_path):
         np.testing.assert_allclose(pooled, vectors, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("corner", CORNERS, ids=str)
+@pytest.mark.parametrize(
+    "corner",
+    [*CORNERS[:2], *(pytest.param(corner, marks=pytest.mark.slow) for corner in CORNERS[2:])],
+    ids=str,
+)
 def test_corners(corner, smallest, tmp_path):
     encoder, out = build(), smallest
     if corner != (5, 1, 3):
