@@ -431,7 +431,7 @@ def process(where: World) -> dict:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request):
     """Return what each of 2 or 4 processes found."""
     return gloo(request.param, process)

@@ -221,7 +221,7 @@ def process(where, names):
     return everything
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request):
     """Return what each of 2 or 4 processes found, by case."""
     names = tuple(CASES) if request.param == 2 else OF_FOUR

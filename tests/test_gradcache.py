@@ -175,7 +175,7 @@ def big(folder):
     return big
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, folder):
     return gloo(request.param, process, folder)
 

@@ -160,7 +160,7 @@ def test_thirty_kills_leave_the_trace_as_it_was(arguments, tmp_path):
     assert weights(run) == weights(tmp_path / "whole" / "tiny")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_torchrun_restarts_a_run_whose_process_was_killed(arguments, tmp_path, engine):
     """Elastic restart: one of two workers gets SIGKILL, both begin anew from the checkpoint."""
     args = [*arguments, "--engine", engine, "--steps", 8]
