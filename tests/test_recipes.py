@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,17 @@ def arguments(name, folder, out):
     return args
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def families():
+    """Return all recipes; of those that differ by size alone all but one are slow."""
+    seen, params = set(), []
+    for name in RECIPES:
+        family = re.sub(r"-(small|base|large|[\d.]+[mb])", "", name)
+        params.append(pytest.param(name, marks=[pytest.mark.slow] if family in seen else []))
+        seen.add(family)
+    return params
+
+
+@pytest.mark.parametrize("name", families())
 def test_a_recipe_trains(name, folder, tmp_path):
     run = parse(arguments(name, folder, tmp_path))
     assert run.steps == STEPS and run.epochs == 0
