@@ -258,7 +258,8 @@ def test_two_calls_give_the_same_bits():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_compiled(impl):
     """In one graph, without a break, forward and backward."""
-    given = inputs(3, 5, **TWICE, negatives=vectors(1, 3, K, 13, seed=3), false_negative_margin=0.1)
+    options = {"directions": (ALL[0], ALL[3]), "false_negative_margin": 0.1}
+    given = inputs(3, 5, **options, negatives=vectors(1, 3, K, 13, seed=3))
     given |= {"query_ids": torch.arange(3), "cand_ids": torch.arange(1, 6), "dims": (11,)}
 
     def loss(**inputs) -> Tensor:
