@@ -262,8 +262,15 @@ WIDE = replace(
 )
 
 
-@pytest.mark.parametrize("how", [(None, False), ("aot_eager", False), ("aot_eager", True)], ids=str)
-@pytest.mark.parametrize("bf16", [False, True])
+# Each way to run by one dtype; by both in `make test-all`.
+PROBED = [
+    pytest.param(bf16, how, marks=[pytest.mark.slow] * ((i + j) % 2))
+    for i, bf16 in enumerate((False, True))
+    for j, how in enumerate([(None, False), ("aot_eager", False), ("aot_eager", True)])
+]
+
+
+@pytest.mark.parametrize(("bf16", "how"), PROBED)
 def test_the_probe_foresees_what_is_kept(bf16, how):
     """Blocks and inputs, within what else a forward keeps (rotation, pooling, embedding)."""
     model = build(WIDE, how[0], lean=how[1]).train()

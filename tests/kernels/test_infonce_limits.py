@@ -23,7 +23,7 @@ def pair(E: int, Q: int, C: int, D: int) -> tuple[Tensor, Tensor]:
 # Rows far beyond a tile; the widths of models (LEALLA-large's, F2LLM's pruned ones, Qwen3's), with
 # prefixes that fill neither a step of 64 columns nor a tile.
 SIZES = {
-    "rows_400": (1, 400, 400, 16, (8, 16)),
+    "rows_300": (1, 300, 300, 16, (8, 16)),
     "rows_1000": (1, 1000, 1000, 16, (8, 16)),
     "width_320": (1, 5, 7, 320, (8, 64, 320)),
     "width_896": (1, 5, 7, 896, (8, 16, 32, 64, 128, 256, 512, 896)),
@@ -34,7 +34,7 @@ SIZES = {
 }
 
 
-SECONDS = {name: pytest.mark.slow for name in ("rows_1000", "two_exits")}
+SECONDS = {name: pytest.mark.slow for name in ("rows_1000", "two_exits", "width_2560")}
 SIZES = [pytest.param(*size, id=n, marks=SECONDS.get(n, ())) for n, size in SIZES.items()]
 
 

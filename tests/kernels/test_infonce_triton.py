@@ -255,10 +255,16 @@ def test_two_calls_give_the_same_bits():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"directions": (ALL[0], ALL[3])}, pytest.param(TWICE, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_compiled(impl):
+def test_compiled(impl, options):
     """In one graph, without a break, forward and backward."""
-    given = inputs(3, 5, **TWICE, negatives=vectors(1, 3, K, 13, seed=3), false_negative_margin=0.1)
+    given = inputs(3, 5, **options, negatives=vectors(1, 3, K, 13, seed=3))
+    given["false_negative_margin"] = 0.1
     given |= {"query_ids": torch.arange(3), "cand_ids": torch.arange(1, 6), "dims": (11,)}
 
     def loss(**inputs) -> Tensor:
