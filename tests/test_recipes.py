@@ -94,6 +94,8 @@ def arguments(name, folder, out):
     return args
 
 
+# The models are so narrow that a recipe's ranks hold more than a plain table.
+@pytest.mark.filterwarnings("ignore:model.ranks. expected at most the break-even")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name, folder, tmp_path):
     run = parse(arguments(name, folder, tmp_path))
