@@ -176,8 +176,18 @@ def test_a_long_front_is_listed_in_part():
     assert all(points[named[int(text.get_text()) - 1]] == text.xy for text in axis.texts)
 
 
-def test_one_small_cost_is_no_warning():
-    charts.pareto([(1e-4, 50.0)], ["cell"], "cost", "{:.4f}")
+def test_one_small_cost_is_inside_its_axis():
+    """A single cost has a range around it; matplotlib would warn of an empty one."""
+    axis, below = charts.pareto([(1e-4, 50.0)], ["cell"], "cost", "{:.4f}").axes
+    low, high = axis.get_xlim()
+    assert low < 1e-4 < high
+    assert below.texts[0].get_text().splitlines()[1].split() == ["1", "cell", "0.0001", "50.0"]
+
+
+def test_warnings_of_figures_are_errors():
+    axis = charts.lines({"": (np.array([7.0]), np.array([3.0]))}, "score (%)").axes[0]
+    with pytest.raises(UserWarning, match="identical low and high xlims"):
+        axis.set_xlim(1, 1)
 
 
 # ---- languages and training ----

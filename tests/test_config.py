@@ -358,11 +358,12 @@ def test_run_refuses(cls, fields, message):
 
 
 def test_the_edges_are_allowed():
-    Model(exits=(4,), matryoshka_dims=(256,), ranks=(256,))
-    Optim(min_lr_ratio=0.0, warmup_ratio=1.0)
-    Loss(num_negatives=0)
-    Run(max_length=2)
-    Run(max_length=512)
+    model = Model(exits=(4,), matryoshka_dims=(256,), ranks=(256,))
+    assert (model.exits, model.matryoshka_dims, model.ranks) == ((4,), (256,), (256,))
+    optim = Optim(min_lr_ratio=0.0, warmup_ratio=1.0)
+    assert (optim.min_lr_ratio, optim.warmup_ratio) == (0.0, 1.0)
+    assert Loss(num_negatives=0).num_negatives == 0
+    assert [Run(max_length=length).max_length for length in (2, 512)] == [2, 512]
 
 
 def test_configurations_are_frozen():

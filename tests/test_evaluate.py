@@ -343,8 +343,10 @@ def test_report(cells, tmp_path):
 def test_report_of_scores_that_are_all_zero(cells, tmp_path):
     none = [{**cell, "scores": {"t": {"score": 0.0}}} for cell in cells]
     evaluate.write_report(tmp_path, none, {})
+    assert json.loads((tmp_path / "grid.json").read_text()) == {"cells": none}
     with Image.open(tmp_path / "grid.png") as image:
-        image.verify()
+        image.load()
+        assert image.format == "PNG" and image.width > 300
 
 
 def test_prices(cells):

@@ -104,6 +104,8 @@ def families():
     return params
 
 
+# The models are so narrow that a recipe's ranks hold more than a plain table.
+@pytest.mark.filterwarnings("ignore:model.ranks. expected at most the break-even")
 @pytest.mark.parametrize("name", families())
 def test_a_recipe_trains(name, folder, tmp_path):
     run = parse(arguments(name, folder, tmp_path))

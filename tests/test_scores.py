@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 
 from mlembed import scores
@@ -397,6 +398,38 @@ def test_retrieval_by_hand():
     for name in want[0]:
         assert got[name] == pytest.approx(np.mean([row[name] for row in want])), name
     assert got["score"] == got["ndcg_at_10"]
+
+
+def test_retrieval_agrees_with_trec_eval():
+    """Recall and MAP are shares of all relevant documents, also where a query has more of them than
+    the 100 documents that are searched."""
+    rng = np.random.default_rng(1)
+    Q, N = 6, 300
+    ids = [f"d{i:03}" for i in rng.permutation(N)]
+    cosines = (rng.integers(0, 90, (Q, N)) / 90).astype(np.float32)
+    judged = [250, 101, 100, 99, 20, 1]
+    grades = {(q, d): 1 for q in range(Q) for d in rng.choice(N, judged[q], False)}
+    grades |= {(4, d): int(rng.integers(-1, 4)) for q, d in grades if q == 4}
+
+    runs = {f"q{q}": {ids[d]: float(cosines[q, d]) for d in range(N)} for q in range(Q)}
+    relevance = {f"q{q}": {ids[d]: g for (of, d), g in grades.items() if of == q} for q in range(Q)}
+    names = {
+        "ndcg_at_10": "ndcg_cut_10",
+        "recall_at_10": "recall_10",
+        "recall_at_100": "recall_100",
+        "map_at_100": "map_cut_100",
+    }
+    want = pytrec_eval.RelevanceEvaluator(relevance, set(names.values())).evaluate(runs)
+
+    order = np.argsort(np.argsort(ids))
+    rows = np.stack([np.lexsort((-order, -row))[:100] for row in cosines])
+    near = np.take_along_axis(cosines, rows, axis=1)
+    for q in range(Q):  # one at a time: a mean could hide two faults
+        own = np.array([[0, d, g] for (of, d), g in sorted(grades.items()) if of == q])
+        got = scores.retrieval(near[q : q + 1], rows[q : q + 1], own, order)
+        for name, theirs in names.items():
+            assert got[name] == pytest.approx(want[f"q{q}"][theirs], abs=1e-6), (q, name)
+    assert want["q0"]["recall_100"] <= 100 / 250
 
 
 def test_retrieval_of_fewer_documents_than_ten():

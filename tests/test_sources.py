@@ -533,6 +533,8 @@ def test_a_cache_that_cannot_be_written(large, tmp_path, monkeypatch):
         assert items(read(path)[0]) == WANT
 
 
+# A table of where its texts come from lies there as well.
+@pytest.mark.filterwarnings("ignore:.* left out, beside")
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
 def test_every_shared_file_reads():
     tables = read(str(SHARED))
