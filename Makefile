@@ -2,6 +2,7 @@
 # make test         the same set-up, then every test
 # make test-slow    those that take minutes: a run that is killed thirty times, a million texts
 # make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
+# make mutate       break the product on purpose and list what no test notices: SEED=1 N=20, 10 minutes
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -28,7 +29,7 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test test-slow test-readers check setup clean
+.PHONY: train test test-slow test-readers mutate check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -41,6 +42,10 @@ test-slow: setup
 
 test-readers: setup .venv-readers/.ready
 	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/test_export_readers.py $(ARGS)
+
+mutate: setup
+	$(RUN) -m tests.mutation $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N)) \
+		$(if $(NAMED),--named) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 check: setup
 	$(RUN) -m ruff check .
