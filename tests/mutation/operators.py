@@ -4,6 +4,8 @@ import ast
 from dataclasses import dataclass
 
 OPERATORS = ("compare", "arithmetic", "constant", "drop", "negate", "swap")
+# The order in which a part takes its mutants. Swapped arguments seldom escape: half as many.
+TURNS = (*OPERATORS[:5], *OPERATORS)
 COMPARE = {
     ast.Lt: ("<", "<="),
     ast.LtE: ("<=", "<"),

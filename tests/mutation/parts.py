@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from . import sites
-from .operators import OPERATORS, Mutant
+from .operators import TURNS, Mutant
 
 ROOT = Path(__file__).parents[2]
 # Mutants of the whole list, by part.
@@ -87,7 +87,7 @@ def choose(seed: int) -> tuple[Mutant, ...]:
         rng = random.Random(f"{seed} {part}")
         drawn = []
         for turn in range(SIZES[part]):
-            candidates = by_operator[OPERATORS[turn % len(OPERATORS)]]
+            candidates = by_operator[TURNS[turn % len(TURNS)]]
             if candidates:
                 drawn.append(candidates.pop(rng.randrange(len(candidates))))
         rng.shuffle(drawn)

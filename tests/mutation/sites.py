@@ -163,7 +163,7 @@ class _Sites(ast.NodeVisitor):
         if on_cuda(test) is None:
             if not isinstance(test, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
                 start, end = self.span(test)
-                self.add("negate", start, end, f"(not {self.data[start:end].decode()})")
+                self.add("negate", start, end, f"not ({self.data[start:end].decode()})")
             self.visit(test)
 
     def visit_If(self, node: ast.If) -> None:
@@ -285,8 +285,9 @@ class _Sites(ast.NodeVisitor):
 
 
 def sequence(node: ast.expr) -> bool:
+    """Return whether a node is text or a sequence, or the `None` of a union of types."""
     if isinstance(node, ast.BinOp):
         return sequence(node.left) or sequence(node.right)
     return isinstance(node, SEQUENCES) or (
-        isinstance(node, ast.Constant) and isinstance(node.value, str)
+        isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes, type(None)))
     )

@@ -56,7 +56,7 @@ def test_operators():
             ("swap", call, "g(y, x, key=-3)"),
             ("constant", call, "g(x, y, key=-4)"),
             ("drop", call, "pass"),
-            ("negate", "return x if y else items", "return x if (not y) else items"),
+            ("negate", "return x if y else items", "return x if not (y) else items"),
         ]
     )
     assert [m.after for m in unreachable] == ["/", "5"]
