@@ -41,7 +41,10 @@ HINTS = {"assume", "multiple_of", "max_contiguous", "max_constancy"}
 KEYWORDS = {
     *("num_warps", "num_stages", "maxnreg", "loop_unroll_factor", "eviction_policy"),
     *("help", "desc", "leave", "mininterval", "dynamic_ncols", "stacklevel", "timeout"),
+    "show_progress_bar",
 }
+# Files whose numbers are looks, to be judged by eye.
+LOOKS = "charts.py"
 SYMMETRIC = {"min", "max", "minimum", "maximum", "isinstance", "issubclass", "Path", "World"}
 
 

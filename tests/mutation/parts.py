@@ -1,9 +1,10 @@
 """Parts of the product, the tests that watch each file, and the list of mutants of a seed."""
 
 import ast
-import random
-from collections import defaultdict
+import hashlib
+from collections import Counter, defaultdict
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 
 from . import sites
@@ -77,23 +78,26 @@ def mutants_of(file: str) -> tuple[tuple[Mutant, ...], tuple[Mutant, ...]]:
 
 @cache
 def choose(seed: int) -> tuple[Mutant, ...]:
-    """Return the seed's mutants: parts take turns, so that the first N are a balanced sample."""
-    sites_of = defaultdict(lambda: defaultdict(list))
+    """Return the seed's mutants: parts take turns, so that the first N are a balanced sample.
+
+    Mutants are drawn by a hash of their names: a change elsewhere in the source draws no others.
+    """
+
+    def rank(mutant: Mutant) -> str:
+        return hashlib.sha256(f"{seed} {mutant.id}".encode()).hexdigest()
+
+    by_part = defaultdict(lambda: defaultdict(list))
     for file in product():
         for mutant in mutants_of(file)[0]:
-            sites_of[part_of(file)][mutant.operator].append(mutant)
-    columns: list[tuple[float, Mutant]] = []
-    for part, by_operator in sorted(sites_of.items()):
-        rng = random.Random(f"{seed} {part}")
-        drawn = []
-        for turn in range(SIZES[part]):
-            candidates = by_operator[TURNS[turn % len(TURNS)]]
-            if candidates:
-                drawn.append(candidates.pop(rng.randrange(len(candidates))))
-        rng.shuffle(drawn)
+            by_part[part_of(file)][mutant.operator].append(mutant)
+    places = []
+    for part, by_operator in by_part.items():
+        turns = Counter(islice(cycle(TURNS), SIZES[part]))
+        drawn = [m for o, n in turns.items() for m in sorted(by_operator[o], key=rank)[:n]]
         # Kernels have more mutants: theirs are spread over the turns of all others.
-        columns += [((i + rng.random()) / len(drawn), mutant) for i, mutant in enumerate(drawn)]
-    return tuple(mutant for _, mutant in sorted(columns, key=lambda column: column[0]))
+        for i, mutant in enumerate(sorted(drawn, key=rank)):
+            places.append(((i + 0.5) / len(drawn), rank(mutant), mutant))
+    return tuple(mutant for *_, mutant in sorted(places, key=lambda place: place[:2]))
 
 
 # ---- tests ----

@@ -20,6 +20,7 @@ from .operators import (
     COMPARE,
     HINTS,
     KEYWORDS,
+    LOOKS,
     MESSAGES,
     SEQUENCES,
     SILENT,
@@ -43,8 +44,10 @@ def name_of(call: ast.Call) -> str:
 
 
 def message(call: ast.Call) -> bool:
-    """Return whether a call prints a message or is a hint to the compiler."""
+    """Return whether a call prints a message, or is a hint or a launch option to the compiler."""
     name = name_of(call)
+    if any(isinstance(arg, ast.Constant) and arg.value in KEYWORDS for arg in call.args):
+        return True
     if name in MESSAGES or name in HINTS or name.endswith(("Error", "Warning")):
         return True
     return ast.unparse(call.func) == "bar.update"
@@ -221,6 +224,8 @@ class _Sites(ast.NodeVisitor):
         start, end = self.span(node)
         if isinstance(node.value, bool):
             self.add("constant", start, end, str(not node.value))
+        elif self.file.endswith(LOOKS):
+            return
         elif isinstance(node.value, int):
             self.add("constant", start, end, str(node.value + 1))
         elif isinstance(node.value, float):
