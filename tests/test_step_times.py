@@ -1,4 +1,4 @@
-"""Rates and stages that a run logs: of its steps, not of what lies before and between them."""
+"""Times and learning rates that a run logs with its steps."""
 
 import json
 import time
@@ -10,6 +10,7 @@ import train
 from mlembed.arguments import parse
 from mlembed.distributed import World
 from mlembed.log import Log
+from mlembed.optim import learning_rate
 
 SMALL = [
     *("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.head-dim", "8"),
@@ -20,12 +21,24 @@ SMALL = [
 ]
 
 
-def test_times_exclude_set_up_and_evaluation(tmp_path, monkeypatch):
+def job_of(folder):
     rows = [{"query": f"{i} cats", "positive": f"{i} dogs"} for i in range(8)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    run = replace(parse(["tiny", *SMALL, "--data", str(tmp_path / "pairs.jsonl")]), eval=())
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run = replace(parse(["tiny", *SMALL, "--data", str(folder / "pairs.jsonl")]), eval=())
     where = World(0, 1, torch.device("cpu"))
-    job = train.set_up(run, where, tmp_path, None, Log(tmp_path, main=True))
+    return train.set_up(run, where, folder, None, Log(folder, main=True))
+
+
+def steps(job):
+    """Optimise to the end; -> the lines of metrics.jsonl about steps."""
+    train.optimise(job, 0)
+    job.saver.close()
+    lines = (job.directory / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "train"]
+
+
+def test_times_exclude_set_up_and_evaluation(tmp_path, monkeypatch):
+    job = job_of(tmp_path)
     real, passed = time.perf_counter, [0.0]
 
     def an_hour_passes(*args):
@@ -34,11 +47,15 @@ def test_times_exclude_set_up_and_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: real() + passed[0])
     monkeypatch.setattr(train, "score", an_hour_passes)
     an_hour_passes()
-    train.optimise(job, 0)
-    job.saver.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["kind"] == "train"]
+    lines = steps(job)
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert sum(line["stage_ms"].values()) < 60_000
         assert line["tokens_per_second"] > 1
+
+
+def test_learning_rates_are_those_of_the_steps(tmp_path):
+    job = job_of(tmp_path)
+    rates = [line["lr"] for line in steps(job)]
+    assert rates == [learning_rate(step, job.run) for step in range(3)]
+    assert len(set(rates)) == 3
