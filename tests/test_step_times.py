@@ -1,16 +1,19 @@
-"""Times and learning rates that a run logs with its steps."""
+"""Times and learning rates that a run logs with its steps, and the time of scores between them."""
 
 import json
 import time
 from dataclasses import replace
 
+import pytest
 import torch
 
 import train
+from mlembed import cost
 from mlembed.arguments import parse
 from mlembed.distributed import World
 from mlembed.log import Log
 from mlembed.optim import learning_rate
+from mlembed.tasks import nway
 
 SMALL = [
     *("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.head-dim", "8"),
@@ -59,3 +62,19 @@ def test_learning_rates_are_those_of_the_steps(tmp_path):
     rates = [line["lr"] for line in steps(job)]
     assert rates == [learning_rate(step, job.run) for step in range(3)]
     assert len(set(rates)) == 3
+
+
+def test_scores_between_steps_measure_no_costs(tmp_path, monkeypatch):
+    """Costs are those of the final grid: they would take longer than the score."""
+    rows = [
+        {"id": word, "lang": lang, "text": word + mark}
+        for word in ("cat", "dog", "owl")
+        for lang, mark in (("eng", "."), ("deu", "!"))
+    ]
+    job = replace(job_of(tmp_path), tasks=[nway("dev", rows)])
+    monkeypatch.setattr(cost, "measure", lambda *args: pytest.fail("costs were measured"))
+    train.score(job, 1)
+    job.saver.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (line,) = map(json.loads, lines)
+    assert line["kind"] == "eval" and 0 <= line["score"] <= 100
