@@ -1,12 +1,14 @@
 """Break the product on purpose, and list what no test notices: `make mutate SEED=1 N=20`.
 
 Results are kept in .cache/mutation/results.jsonl as they come. A mutant whose file and tests are
-those of an earlier result is not run again, so that an interrupted run goes on.
+those of an earlier result is not run again, so that an interrupted run goes on. Without N,
+mutants that survive their tests' first minute have ten times as long.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import signal
 import sys
 import time
@@ -21,6 +23,8 @@ from .parts import test_files as files_of_tests
 from .runner import Runner
 
 RESULTS = ROOT / ".cache/mutation/results.jsonl"
+# CPU seconds of a mutant's tests.
+BUDGETS = 60, 600
 
 
 def main() -> int:
@@ -32,7 +36,6 @@ def main() -> int:
     parser.add_argument("--named", action="store_true", help="those with a name instead")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
     parser.add_argument("--again", action="store_true", help="run survivors again")
-    parser.add_argument("--budget", type=float, default=60, help="CPU seconds of a mutant's tests")
     args = parser.parse_args()
     chosen = select(args)
     if args.list:
@@ -41,8 +44,6 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun, results = time.monotonic(), kept(chosen, args.again)
-    left = [mutant for mutant in chosen if mutant.id not in results]
-    print(f"{len(chosen)} mutants, {len(left)} of them to run", flush=True)
 
     def report(mutant: Mutant, verdict: dict[str, Any]) -> None:
         results[mutant.id] = record(mutant, verdict)
@@ -51,14 +52,21 @@ def main() -> int:
         by = verdict["killer"] or f"{verdict['passed']} tests pass"
         print(f"{verdict['status']:9}{verdict['seconds']:6.0f} s  {mutant.id}  {by}", flush=True)
 
-    if left:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        prepare()
-        Runner(report, args.budget).run(
-            [Trial(mutant, source(mutant.file), tests(mutant)) for mutant in left]
-        )
+    for budget in BUDGETS[: 1 if args.n else 2]:
+        left = [m for m in chosen if unfinished(results.get(m.id), budget)]
+        print(f"{len(chosen)} mutants, {len(left)} to run, {budget} CPU s each", flush=True)
+        if left:
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            prepare()
+            trials = [Trial(mutant, source(mutant.file), tests(mutant)) for mutant in left]
+            Runner(report, budget).run(trials)
     print(f"{time.monotonic() - begun:.0f} s\n")
     return close(chosen, results)
+
+
+def unfinished(result: dict[str, Any] | None, budget: float) -> bool:
+    """Return whether a mutant has no result, or survived less time than it has now."""
+    return result is None or (result["status"] == "survived" and result["stopped"] < budget)
 
 
 def select(args: argparse.Namespace) -> list[Mutant]:
@@ -131,8 +139,9 @@ def close(chosen: list[Mutant], results: dict[str, dict[str, Any]]) -> int:
             unexplained += 1
             print(f"survived: {mutant.id}, line {mutant.line(source(mutant.file))}")
             print(f"  - {result['before']}\n  + {result['after']}")
-            ran = "in the time allowed" if result["stopped"] else "all"
-            print(f"  {result['passed']} tests pass, {ran} of {' '.join(tests(mutant))}\n")
+            ran = "all" if result["stopped"] == math.inf else f"in {result['stopped']:.0f} CPU s"
+            print(f"  {result['passed']} tests pass, {ran} of {' '.join(tests(mutant))}")
+            print(f"  longer: make mutate ONLY={mutant.id}\n")
     columns = ("killed", "timeout", "survived", "equivalent")
     print(f"{'part':20}" + "".join(f"{name:>12}" for name in (*columns, "needs CUDA")))
     for part in sorted({part for part, _ in counts}):

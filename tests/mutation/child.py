@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import os
 import resource
 import signal
@@ -43,7 +44,7 @@ class Watch:
 
     def __init__(self, folder: Path, budget: float, skip: set[str], modules: dict) -> None:
         self.folder, self.budget, self.skip, self.modules = folder, budget, skip, modules
-        self.verdict = {"passed": 0, "killer": "", "stopped": False, "longest": 0.0}
+        self.verdict = {"passed": 0, "killer": "", "stopped": math.inf, "longest": 0.0}
         self.begun = cpu()
 
     def pytest_configure(self) -> None:
@@ -73,7 +74,8 @@ class Watch:
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         if cpu() - self.begun > self.budget:
-            self.verdict["stopped"] = item.session.shouldstop = "budget"
+            self.verdict["stopped"] = self.budget
+            item.session.shouldstop = "budget"
 
 
 def cpu() -> float:
