@@ -198,11 +198,12 @@ class _Sites(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        operators = {ast.Not: ("negate", 4), ast.USub: ("arithmetic", 1), ast.Invert: ("negate", 1)}
         constant = isinstance(node.operand, ast.Constant)
-        operators = {ast.Not: "negate", ast.USub: "arithmetic", ast.Invert: "negate"}
         if type(node.op) in operators and not constant and on_cuda(node) is None:
-            start = self.span(node)[0]
-            self.add(operators[type(node.op)], start, self.span(node.operand)[0], "")
+            operator, letters = operators[type(node.op)]
+            start, _ = self.span(node)
+            self.add(operator, start, start + letters, "")
         self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
