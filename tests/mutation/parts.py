@@ -43,7 +43,7 @@ FIRST = {
     "kernels/_work.py": f"test_attention_work {ATTENTION}",
     "mlembed/activations.py": "test_gradcache test_trunk",
     "mlembed/blocks.py": "test_model test_bert test_trunk",
-    "train.py": "test_guards test_gradcache test_train test_resume",
+    "train.py": "test_guards test_step_times test_gradcache test_train test_resume",
 }
 
 
