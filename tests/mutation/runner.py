@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -90,7 +91,9 @@ class Runner:
                     self.poll()
                     time.sleep(0.05)
             finally:
-                self.sweep(set())
+                for process in self.running:
+                    os.kill(process, signal.SIGKILL)
+                self.sweep(self.place)
 
     def start(self, trial: Trial) -> None:
         self.count += 1
@@ -106,11 +109,15 @@ class Runner:
         if not (process := os.fork()):
             try:
                 child(trial, self.budget, self.root)
+            except BaseException:
+                (trial.folder / "error").write_text(traceback.format_exc())
             finally:
                 os._exit(1)
         self.running[process] = trial
 
     def poll(self) -> None:
+        for orphan in set(children()) - self.running.keys():
+            os.waitpid(orphan, os.WNOHANG)
         for process, trial in list(self.running.items()):
             done, status = os.waitpid(process, os.WNOHANG)
             # The time of the test that runs, or of collection.
@@ -123,7 +130,9 @@ class Runner:
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
             del self.running[process]
-            self.sweep(set(self.running))
+            self.sweep(trial.folder)
+            if (error := trial.folder / "error").exists():
+                raise RuntimeError(error.read_text())
             seconds = round(time.time() - trial.begun, 1)
             if (trial.folder / "verdict").exists() and not hangs:
                 verdict = json.loads((trial.folder / "verdict").read_text())
@@ -156,12 +165,17 @@ class Runner:
             self.queue.appendleft(Trial(trial.mutant, trial.source, trial.tests))
         shutil.rmtree(trial.folder, ignore_errors=True)
 
-    def sweep(self, keep: set[int]) -> None:
-        """Kill and reap every child process but these; theirs become ours in turn."""
-        while others := set(children()) - keep:
-            for process in others:
+    def sweep(self, folder: Path) -> None:
+        """Kill the processes that a trial left behind; theirs become ours in turn."""
+        while left := [p for p in set(children()) - self.running.keys() if belongs(p, folder)]:
+            for process in left:
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
+
+
+def belongs(process: int, folder: Path) -> bool:
+    """Return whether a process was started by a trial, whose TMPDIR it has, and is still alive."""
+    return f"TMPDIR={folder}".encode() in Path(f"/proc/{process}/environ").read_bytes()
 
 
 def children() -> Iterator[int]:
