@@ -1,9 +1,10 @@
 # make train        set up .venv where it is missing, then train, evaluate and export the tiny model
 # make test         the same set-up, then the tests; the twenty longest are listed
 # make test-all     these and the slow ones: whole matrices, thirty kills, a million texts, readers
-# make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
-# make test-libraries  what depends on libraries, with their oldest and newest versions, in .venv-oldest
-#                   and .venv-newest
+# make test-toolchains  every launch of every kernel, compiled by each Triton that we promise
+# make test-libraries   what depends on libraries, with their oldest and newest versions
+# make test-readers exports, opened by the oldest sentence-transformers they are for
+# make mutate       break the product on purpose, list what no test notices: SEED=1 N=20, ten minutes
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -33,7 +34,8 @@ endif
 # Tests that share a fixture stay on one worker (tests/limits.py); a file's order is kept.
 PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup --durations 20
 
-.PHONY: train test test-all test-readers test-libraries test-oldest test-newest check setup clean
+.PHONY: train test test-all test-readers test-libraries test-oldest test-newest
+.PHONY: test-toolchains test-toolchains-quick mutate check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -56,7 +58,28 @@ LIBRARIES := $(patsubst %,tests/test_%.py,attention_interface batches bert bert_
 test-libraries: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/.ready
-	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(LIBRARIES) $(ARGS)
+	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup $(LIBRARIES) $(ARGS)
+
+mutate: setup
+	$(RUN) -m tests.mutation $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N)) \
+		$(if $(NAMED),--named) $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+# The oldest that pyproject.toml admits, the one of constraints.txt, and the newest. Compiled kernels
+# are kept below .cache/triton, so that a run that was stopped goes on.
+TRITONS := 3.6.0 3.7.1 3.9.0
+
+test-toolchains: setup $(TRITONS:%=.toolchains/triton-%/.ready)
+	$(call hopper,$(TRITONS))
+
+# One launch of each kernel, by the oldest and the newest.
+test-toolchains-quick: ARGS += --quick
+test-toolchains-quick: setup $(patsubst %,.toolchains/triton-%/.ready,3.6.0 3.9.0)
+	$(call hopper,3.6.0 3.9.0)
+
+hopper = @failed=; for version in $(1); do \
+		PYTHONPATH=$(CURDIR)/.toolchains/triton-$$version:$$PYTHONPATH \
+			$(RUN) -W ignore tests/hopper.py $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "violations with triton$$failed"; exit 1; }
 
 check: setup
 	$(RUN) -m ruff check .
@@ -87,9 +110,16 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 		--upgrade-strategy eager -c $(@D)/constraints.txt -e '.[dev]'
 	touch $@
 
+# Beside the environment, and without torch, which asks for one Triton.
+.toolchains/triton-%/.ready:
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .toolchains/triton-$* triton==$*
+	touch $@
+
 .path/mlembed_kernels:
 	mkdir -p .path
 	ln -s ../kernels $@
 
 clean:
-	rm -rf .path .venv-readers .venv-oldest .venv-newest $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .path .venv-readers .venv-oldest .venv-newest .toolchains .cache $(VENV) *.egg-info \
+		.pytest_cache .ruff_cache .mypy_cache

@@ -174,6 +174,18 @@ def test_an_incomplete_directory_is_never_complete(tmp_path):
     assert not (tmp_path / "step_00000010" / left.name).exists()
 
 
+def test_a_checkpoint_replaces_an_empty_directory_alone(tmp_path):
+    empty, full, file = (tmp_path / f"step_0000000{i}" for i in range(3))
+    empty.mkdir()
+    full.mkdir()
+    (full / "notes").touch()
+    file.touch()
+    assert checkpoint._begin(empty, tmp_path / ".step_00000000.partial")
+    for target in (full, file):
+        with pytest.raises(ValueError, match="expected nothing there yet"):
+            checkpoint._begin(target, tmp_path / f".{target.name}.partial")
+
+
 def test_another_model_is_refused(tmp_path):
     model, optimizer = fresh()
     train(model, optimizer, 1)

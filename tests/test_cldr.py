@@ -3,6 +3,7 @@
 import calendar
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import unicodedata
@@ -206,6 +207,14 @@ def test_other_languages_lists_have_no_zero_shot_item(train, held_out):
                 shown |= {(lang, item) for item in text.split("\n")}
         assert len(shown) > 50
         assert shown.isdisjoint(names)
+
+
+def test_lists_have_two_to_four_items():
+    parts = {"style": ["or"], "territory": list("ABCDEFG")}
+    rng = random.Random(0)
+    drawn = [cldr._draw("list", rng, parts, ()) for _ in range(100)]
+    assert {len(items) for _, *items in drawn} == {2, 3, 4}
+    assert all(len(set(items)) == len(items) for _, *items in drawn)
 
 
 def test_composed_wholes_have_known_parts(train, held_out):

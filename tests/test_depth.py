@@ -152,6 +152,7 @@ def test_one_exit_has_no_curriculum():
         ({"exits": (1, 4), "shares": (0.5,)}, "depth.shares: expected one for each"),
         ({"exits": (1, 4), "shares": (0.5, 0.6)}, "depth.shares: expected positive"),
         ({"exits": (1, 4), "shares": (1.5, -0.5)}, "depth.shares: expected positive"),
+        ({"exits": (1, 4), "shares": (1.0, 0.0)}, "depth.shares: expected positive"),
         ({"layer_dropout": 1.0}, "depth.layer_dropout: expected 0..1, got 1.0"),
         ({"layer_dropout": -0.1}, "depth.layer_dropout"),
         ({"rotation": 0}, "depth.rotation"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_encode import TEXTS, build
 
+from mlembed import encode
 from mlembed.encode import Encoder
 
 
@@ -44,3 +45,22 @@ def test_texts_that_are_no_sequence(encoder):
         encoder.stream(None)
     with pytest.raises(ValueError, match="prompt: expected a text, got int"):
         encoder.encode(TEXTS, prompt=3)
+
+
+class Loaded(Exception):
+    """The arguments of the load are known, and no more is wanted of the command."""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("device", [("cpu",), ("cpu", "cpu")], ids=len)
+def test_the_command_compiles_where_asked_and_in_the_process_that_encodes(
+    device, asked, monkeypatch
+):
+    def load(model, where, dtype, compile):
+        raise Loaded(compile)
+
+    monkeypatch.setattr(encode.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(Encoder, "load", load)
+    with pytest.raises(Loaded) as loaded:
+        encode.main("model", ("a text",), device=device, compile=asked)
+    assert loaded.value.args == (asked and len(device) == 1,)

@@ -475,3 +475,15 @@ def test_a_funnel_takes_the_grids_scores(encoder, searched):
     assert alone["small"] == pytest.approx(small["scores"]["b"]["score"], abs=1e-6)
     small["scores"]["b"]["score"] = 7.0  # it is not made again
     assert evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)["small"] == 7
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "says"),
+    [("mteb", ValueError, "pip install mlembed"), ("torch", ModuleNotFoundError, "torch")],
+)
+def test_only_a_missing_mteb_is_blamed_on_mteb(missing, error, says, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlembed.mteb_encoder", raising=False)
+    monkeypatch.delattr("mlembed.mteb_encoder", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(error, match=says):
+        evaluate._mteb()

@@ -217,6 +217,10 @@ def other_coordinates(out: Path) -> None:
     )
 
 
+def all_coordinates(out: Path) -> None:
+    rewrite(out / "modules.json", lambda c: c.pop(2))
+
+
 def mean_pooling(out: Path) -> None:
     modes = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
     rewrite(out / "1_Pooling" / "config.json", lambda c: c.update(modes))
@@ -243,6 +247,7 @@ def another_prompt(out: Path) -> None:
         a_weight_off_by_a_thousandth,
         one_layer_more_than_there_is,
         other_coordinates,
+        all_coordinates,
         mean_pooling,
         cut_one_token_earlier,
         vectors_as_they_are,

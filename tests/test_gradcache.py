@@ -107,6 +107,8 @@ def step(folder, where, options, number, keep=None):
     finally:
         type(job.engine).forward = whole
         job.saver.close()
+    # A process knows its own share, and counts the others' as equal ones.
+    assert result.tokens == where.size * sum(batch.tokens for batch in batches)
     return result.losses["contrastive"], found, forwards, batches[0].source
 
 

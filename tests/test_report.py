@@ -3,6 +3,7 @@ something is missing."""
 
 import copy
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -209,6 +210,13 @@ def test_smallest_within_a_point():
     for cell in none:
         cell["scores"][NASTY]["score"] = None
     assert report.cheapest_within(none, 1.0) is None
+
+
+def test_a_cost_that_is_unknown_is_infinite():
+    cell = {"parameters": 9, "bytes_per_vector": 32}
+    assert report.costs({**cell, "latency_ms": 1.5}) == (9, 32, 1.5)
+    for unknown in ({}, {"latency_ms": 0.0}, {"latency_ms": None}):
+        assert report.costs(cell | unknown) == (9, 32, math.inf)
 
 
 def rows_of(html, caption):

@@ -52,6 +52,15 @@ def test_published_totals(name):
     assert num_parameters(SHAPES[name]) == TOTALS[name]
 
 
+def test_fields_that_no_count_sees():
+    """Equal to those in config.json of Qwen3-0.6B, and of LaBSE."""
+    qwen3, labse = SHAPES["ml-embed-0.6b"], SHAPES["labse"]
+    assert (qwen3.rope_theta, qwen3.max_position_embeddings, qwen3.causal) == (1e6, 40_960, True)
+    heads = [(s.num_attention_heads, s.num_key_value_heads, s.head_dim) for s in (qwen3, labse)]
+    assert heads == [(16, 8, 128), (12, 12, 64)]
+    assert (labse.max_position_embeddings, labse.causal, labse.pooling) == (512, False, "pooler")
+
+
 @pytest.mark.parametrize(
     ("name", "millions"), [("gte-small", 33.4), ("gte-base", 109.5), ("gte-large", 335.1)]
 )

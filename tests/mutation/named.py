@@ -1,0 +1,84 @@
+"""Mutants by name, each of which once survived, and changes that no test can see.
+
+`make mutate NAMED=1` runs all mutants of the first table, `make mutate ONLY=NAME` one of them.
+"""
+
+from dataclasses import dataclass
+
+from .operators import Mutant
+from .parts import source
+
+
+@dataclass(frozen=True)
+class Named:
+    """A replacement of text that stands in its file once, and the tests that must notice it."""
+
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+NAMED = {
+    # The matrices of the loss ignore the workspace.
+    "tiles-chunk": Named(
+        "kernels/_tiles.py",
+        "size = rows if not row_bytes else max(ROWS, workspace // row_bytes // ROWS * ROWS)",
+        "size = rows",
+        ("test_infonce_limits", "test_partition"),
+    ),
+    "k-groups": Named(
+        "kernels/_tiles.py",
+        "together = max(1, min(E, workspace // exit_bytes))",
+        "together = E",
+        ("test_infonce_limits", "test_partition"),
+    ),
+    # Slopes in fp16 underflow.
+    "k-largest": Named(
+        "kernels/_backward.py",
+        "return top.masked_fill(top == 0, 1.0)",
+        "return torch.ones_like(top)",
+        ("test_infonce_triton", "test_partition"),
+    ),
+    # All processes drop the same units.
+    "train-seedrank": Named(
+        "train.py",
+        "seed = run.seed, 6, one.step, *draw, where.rank, i",
+        "seed = run.seed, 6, one.step, *draw, i",
+        ("test_gradcache",),
+    ),
+    # The schedule of layer dropout runs on micro-batches instead of steps.
+    "data-depthstep": Named(
+        "mlembed/data.py",
+        "run.model.num_hidden_layers, number // run.gradient_accumulation_steps",
+        "run.model.num_hidden_layers, number",
+        ("test_batches", "test_depth"),
+    ),
+    # Recall and MAP are of at most 100 relevant documents.
+    "map-denominator": Named(
+        "mlembed/scores.py",
+        "minlength=Q).clip(min=1)\n    hits",
+        "minlength=Q).clip(min=1, max=100)\n    hits",
+        ("test_scores",),
+    ),
+}
+
+# (file, function, lines before, lines after) -> why no test can tell them apart.
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {
+    (
+        "train.py",
+        "train",
+        "any_process(False, where) # all have looked at the directory before one writes to it",
+        "any_process(True, where) # all have looked at the directory before one writes to it",
+    ): "processes wait for each other here, and nothing reads the result",
+}
+
+
+def named(name: str) -> Mutant:
+    """Raises ValueError unless the text stands in the file exactly once."""
+    entry = NAMED[name]
+    data, before = source(entry.file).encode(), entry.before.encode()
+    if (count := data.count(before)) != 1:
+        raise ValueError(f"{name}: expected its text once in {entry.file}, got {count} times")
+    start = data.index(before)
+    return Mutant(entry.file, name, "named", start, start + len(before), entry.after)

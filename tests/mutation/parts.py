@@ -1,0 +1,156 @@
+"""Parts of the product, the tests that watch each file, and the list of mutants of a seed."""
+
+import ast
+import hashlib
+from collections import Counter, defaultdict
+from functools import cache
+from itertools import cycle, islice
+from pathlib import Path
+
+from . import sites
+from .operators import TURNS, Mutant
+
+ROOT = Path(__file__).parents[2]
+# Mutants of the whole list, by part.
+SIZES = defaultdict(lambda: 12, kernels=32)
+# A file's part is its folder's name, or, as long as mlembed/ is flat, the row that names it.
+FOLDERS = {"config": "config and runtime", "runtime": "config and runtime"}
+FLAT = {
+    "config and runtime": "config strict shapes recipes arguments files stored checkpoint "
+    "distributed workers log",
+    "data": "data sources rows streams tokenizer tokens pack depth cldr layouts languages tasks",
+    "modeling": "model blocks pretrained windows prune merge attention_interface activations",
+    "training": "gradcache engine optim resume guards loss ring bank distill teacher prepare",
+    "inference": "encode vectors funnel mine cost",
+    "evaluation": "evaluate scores results charts report page mteb_encoder",
+    "publishing": "export to_onnx card",
+}
+PART = {f"mlembed/{name}.py": part for part, names in FLAT.items() for name in names.split()}
+# Tests to run before others, for files that no test is named after or whose own are slow.
+LOSS = "test_partition test_infonce_triton test_infonce_limits test_cosine test_distill"
+ATTENTION = "test_attention_triton test_attention_limits"
+FIRST = {
+    "kernels/_attention_forward.py": ATTENTION,
+    "kernels/_attention_backward.py": ATTENTION,
+    "kernels/_attention_op.py": ATTENTION,
+    "kernels/_check.py": "test_infonce test_distill test_cosine test_partition",
+    "kernels/_forward.py": LOSS,
+    "kernels/_backward.py": LOSS,
+    "kernels/_nest.py": LOSS,
+    "kernels/_partition_op.py": LOSS,
+    "kernels/_tiles.py": LOSS,
+    "kernels/_occurrences.py": "test_embed_occurrences test_embed_triton",
+    "kernels/_work.py": f"test_attention_work {ATTENTION}",
+    "mlembed/activations.py": "test_gradcache test_trunk",
+    "mlembed/blocks.py": "test_model test_bert test_trunk",
+    "train.py": "test_guards test_step_times test_gradcache test_train test_resume",
+}
+
+
+def product() -> list[str]:
+    paths = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "mlembed").rglob("*.py")]
+    return sorted(str(path.relative_to(ROOT)) for path in [*paths, ROOT / "train.py"])
+
+
+def part_of(file: str) -> str:
+    """Raises ValueError for a file that the table above does not know."""
+    top, *rest = Path(file).parts
+    if not rest or top == "kernels":
+        return top
+    if file in PART or rest[0] in ("__init__.py", "__main__.py"):
+        return PART.get(file, "config and runtime")
+    if len(rest) == 1:
+        raise ValueError(f"{file}: expected a row of FLAT in tests/mutation/parts.py, got none")
+    return FOLDERS.get(rest[0], rest[0])
+
+
+@cache
+def source(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+@cache
+def mutants_of(file: str) -> tuple[tuple[Mutant, ...], tuple[Mutant, ...]]:
+    """Return the mutants of a file that can run here, and those that need CUDA."""
+    found, unreachable = sites.mutants(file, source(file))
+    return tuple(found), tuple(unreachable)
+
+
+@cache
+def choose(seed: int) -> tuple[Mutant, ...]:
+    """Return the seed's mutants: parts take turns, so that the first N are a balanced sample.
+
+    Mutants are drawn by a hash of their names: a change elsewhere in the source draws no others.
+    """
+
+    def rank(mutant: Mutant) -> str:
+        return hashlib.sha256(f"{seed} {mutant.id}".encode()).hexdigest()
+
+    by_part = defaultdict(lambda: defaultdict(list))
+    for file in product():
+        for mutant in mutants_of(file)[0]:
+            by_part[part_of(file)][mutant.operator].append(mutant)
+    places = []
+    for part, by_operator in by_part.items():
+        turns = Counter(islice(cycle(TURNS), SIZES[part]))
+        drawn = [m for o, n in turns.items() for m in sorted(by_operator[o], key=rank)[:n]]
+        # Kernels have more mutants: theirs are spread over the turns of all others.
+        for i, mutant in enumerate(sorted(drawn, key=rank)):
+            places.append(((i + 0.5) / len(drawn), rank(mutant), mutant))
+    return tuple(mutant for *_, mutant in sorted(places, key=lambda place: place[:2]))
+
+
+# ---- tests ----
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Return the dotted names that a file and its helpers in tests/ import."""
+    names = set()
+    package = ".".join(path.relative_to(ROOT).parent.parts).replace("kernels", "mlembed_kernels")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            start = ".".join([*(parents if node.level else []), *filter(None, [node.module])])
+            names |= {start, *(f"{start}.{alias.name}" for alias in node.names)}
+    if path.name.startswith("test_"):
+        for name in list(names):
+            helper = ROOT / "tests" / f"{name.partition('.')[0]}.py"
+            if helper.is_file():
+                names |= imports(helper)
+    return frozenset(names)
+
+
+def module_of(file: str) -> str:
+    return file.removesuffix(".py").replace("/", ".").replace("kernels.", "mlembed_kernels.")
+
+
+@cache
+def test_files() -> tuple[Path, ...]:
+    return tuple(sorted((ROOT / "tests").rglob("test_*.py")))
+
+
+@cache
+def tests_of(file: str) -> tuple[str, ...]:
+    """Return the test files that are to kill a file's mutants, in the order in which they run.
+
+    First those of the table above, then test_X.py and test_X_*.py for X.py, then all that import X,
+    those with the fewest imports first. A file without any has the tests of the files that import
+    it.
+    """
+    stem = Path(file).stem.lstrip("_").removesuffix("_op")
+    kernels = file.startswith("kernels/")
+    near = [path for path in test_files() if (path.parent.name == "kernels") == kernels]
+    first = [path for name in FIRST.get(file, "").split() for path in near if path.stem == name]
+    own = [path for path in near if path.stem == f"test_{stem}"]
+    own += [path for path in near if path.stem.startswith(f"test_{stem}_")]
+    focus = [path for path in test_files() if module_of(file) in imports(path)]
+    focus.sort(key=lambda path: ("bench" in path.name, len(imports(path)), path))
+    found = [str(path.relative_to(ROOT)) for path in [*first, *own, *focus]]
+    if not found:
+        for other in product():
+            if other != file and module_of(file) in imports(ROOT / other):
+                found += tests_of(other)
+    return tuple(dict.fromkeys(found))
