@@ -183,11 +183,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)
 
 
-def train(function: Callable[..., Tensor], *leaves: Tensor) -> None:
-    """Run the function forward and backward."""
+def train(function: Callable[..., Any], *leaves: Tensor) -> None:
+    """Run a function that returns a tensor or several, forward and backward."""
     with MODE:
-        out = function(*(x.detach().requires_grad_() for x in leaves))
-        torch.autograd.backward(out, torch.empty_like(out))
+        found = function(*(x.detach().requires_grad_() for x in leaves))
+        outs = (found,) if isinstance(found, Tensor) else found
+        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
 
 
 def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -291,7 +292,7 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Whole models. Blocks are not compiled by inductor: its kernels are not ours."""
-    from . import gradcache, train_step
+    from . import train_step
     from .train_step_cases import Case, Texts
 
     table = train_step.loss_table
@@ -312,15 +313,13 @@ def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             if provider in ("ours", "full_depth"):
                 deep = provider == "full_depth"
                 yield f"train_step-{case.name}-{provider}", partial(run, case, deep)
-    # Texts that a gradient cache takes in several packs, here without it: the launches are its own.
-    for case in gradcache.CASES.values():
-        yield f"gradcache-{case.name}", partial(run, case, False)
 
 
 def bench_cases() -> dict[str, Callable[[], None]]:
     """Every case of the benches that launches our kernels, by name.
 
-    `encode` runs train_step's model forward, and adds none.
+    `encode` runs the model of `train_step` forward, `gradcache` in several packs: neither launches
+    anything that is not here.
     """
     return dict([*loss_cases(), *attention_cases(), *embed_cases(), *step_cases()])
 

@@ -74,7 +74,7 @@ def _fill(OUT, SEEN, V, R, N, first, last, out_row, FR: tl.constexpr, FC: tl.con
 # Lists of a batch are slices that begin anywhere: a kernel is not compiled again for those that do
 # not begin on 16 bytes.
 @triton.jit(
-    do_not_specialize=["rows", "share"],
+    do_not_specialize=["rows", "share", "V"],
     do_not_specialize_on_alignment=["IDS", "FIRST", "COUNT", "ORDER", "SEEN"],
 )
 def _project_kernel(
