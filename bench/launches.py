@@ -191,16 +191,20 @@ def train(function: Callable[..., Any], *leaves: Tensor) -> None:
         torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
 
 
+def run_loss(case: Any) -> None:
+    """A case of bench/infonce.py, forward and backward."""
+    from . import infonce as bench
+    from .harness import Leaves
+
+    q, c = (empty(case.E, case.B, case.D) for _ in "qc")
+    with MODE:
+        bench.ours(case)(Leaves(q, c), True)
+
+
 def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels import infonce
 
     from . import infonce as bench
-    from .harness import Leaves
-
-    def run(case: bench.Case) -> None:
-        q, c = (empty(case.E, case.B, case.D) for _ in "qc")
-        with MODE:
-            bench.ours(case)(Leaves(q, c), True)
 
     def check(check: bench.Check, dtype: torch.dtype) -> None:
         q, c = (empty(check.E, n, check.D, dtype=dtype) for n in (check.Q, check.C))
@@ -215,11 +219,23 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         train(partial(infonce, **options, impl="triton"), q, c)
 
     for case in bench.CASES.values():
-        yield f"infonce-{case.name}", partial(run, case)
+        yield f"infonce-{case.name}", partial(run_loss, case)
     for one in bench.checks():
         for dtype in (torch.bfloat16, torch.float32)[: 1 + one.fp32]:
             name = f"infonce-gate-{one.name}-{str(dtype).removeprefix('torch.')}"
             yield name.replace(", ", "-").replace(" ", "-"), partial(check, one, dtype)
+
+
+def run_attention(case: Any, provider: str) -> None:
+    """A case of bench/attention.py, forward and backward."""
+    from . import attention as bench
+    from .attention_peers import Packed
+
+    step = bench.ours(case, provider, CPU)
+    heads = case.Hq, case.Hkv, case.Hkv, case.Hq
+    inputs = Packed(*(empty(sum(case.lengths), H, case.K) for H in heads))
+    with MODE:
+        step(inputs, True)
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -227,14 +243,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
     from . import attention as bench
     from . import attention_gate as gate
-    from .attention_peers import Batch, Packed
-
-    def run(case: bench.Case, provider: str) -> None:
-        step = bench.ours(case, provider, CPU)
-        heads = case.Hq, case.Hkv, case.Hkv, case.Hq
-        inputs = Packed(*(empty(sum(case.lengths), H, case.K) for H in heads))
-        with MODE:
-            step(inputs, True)
+    from .attention_peers import Batch
 
     def check(check: gate.Check, dtype: torch.dtype) -> None:
         batch = Batch.of(check.lengths, check.causal, check.Hq // check.Hkv, CPU)
@@ -247,11 +256,24 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for case in bench.CASES.values():
         for provider in case.providers:
             if provider in bench.SKIPPING:
-                yield f"attention-{case.name}-{provider}", partial(run, case, provider)
+                yield f"attention-{case.name}-{provider}", partial(run_attention, case, provider)
     for one in gate.checks():
         for dtype in (torch.bfloat16, torch.float32)[: 1 + one.fp32]:
             name = f"attention-gate-{one.name}-{str(dtype).removeprefix('torch.')}"
             yield name.replace(", ", "-").replace(" ", "-"), partial(check, one, dtype)
+
+
+def run_embed(case: Any) -> None:
+    """A case of bench/embed.py, forward and backward."""
+    from . import embed as bench
+
+    factors = torch.float32 if case.masters else torch.bfloat16
+    ids = bench.stream(case.T, case.V)
+    U, W = empty(case.V, case.R, dtype=factors), empty(case.R, case.D, dtype=factors)
+    like = bench.Factors(U, W, ids.to(CPU), empty(case.T, case.D))
+    step, _ = bench.build("ours", case, like, False)
+    with MODE:
+        step(like, True)
 
 
 def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -259,15 +281,6 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels.embed import embed
 
     from . import embed as bench
-
-    def run(case: bench.Case) -> None:
-        factors = torch.float32 if case.masters else torch.bfloat16
-        ids = bench.stream(case.T, case.V)
-        U, W = empty(case.V, case.R, dtype=factors), empty(case.R, case.D, dtype=factors)
-        like = bench.Factors(U, W, ids.to(CPU), empty(case.T, case.D))
-        step, _ = bench.build("ours", case, like, False)
-        with MODE:
-            step(like, True)
 
     def check(check: bench.Check, dtype: torch.dtype) -> None:
         ids = torch.tensor(check.ids)
@@ -283,7 +296,7 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         train(function, *(empty(*shape, dtype=factors) for shape in shapes))
 
     for case in bench.CASES.values():
-        yield f"embed-{case.name}", partial(run, case)
+        yield f"embed-{case.name}", partial(run_embed, case)
     for one in bench.checks():
         for dtype in (torch.bfloat16, torch.float32)[: 1 + one.fp32]:
             name = f"embed-gate-{one.name}-{str(dtype).removeprefix('torch.')}"
