@@ -1,6 +1,7 @@
 # make train        set up .venv where it is missing, then train, evaluate and export the tiny model
 # make test         the same set-up, then every test
 # make test-slow    those that take minutes: a run that is killed thirty times, a million texts
+# make test-toolchains  every launch of every kernel, compiled by each Triton that we promise
 # make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
 # make check        lint, format and types
 #
@@ -62,9 +63,33 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 		sentence-transformers==5.0.0 'transformers==4.57.*' torch==2.13.0
 	touch $@
 
+# The oldest that pyproject.toml admits, the one of constraints.txt, and the newest. Compiled kernels
+# are kept below .cache/triton, so that a run that was stopped goes on.
+TRITONS := 3.6.0 3.7.1 3.9.0
+.PHONY: test-toolchains test-toolchains-quick
+
+test-toolchains: setup $(TRITONS:%=.toolchains/triton-%/.ready)
+	$(call hopper,$(TRITONS))
+
+# One launch of each kernel, by the oldest and the newest.
+test-toolchains-quick: ARGS += --quick all
+test-toolchains-quick: setup $(patsubst %,.toolchains/triton-%/.ready,3.6.0 3.9.0)
+	$(call hopper,3.6.0 3.9.0)
+
+hopper = failed=; for version in $(1); do \
+		PYTHONPATH=$(CURDIR)/.toolchains/triton-$$version:$$PYTHONPATH \
+			$(RUN) -W ignore tests/hopper.py $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "violations with triton$$failed"; exit 1; }
+
+# Beside the environment, and without torch, which asks for one Triton.
+.toolchains/triton-%/.ready:
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .toolchains/triton-$* triton==$*
+	touch $@
+
 .path/mlembed_kernels:
 	mkdir -p .path
 	ln -s ../kernels $@
 
 clean:
-	rm -rf .path .venv-readers $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .path .venv-readers .toolchains .cache $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache

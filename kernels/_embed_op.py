@@ -121,9 +121,7 @@ def _project_kernel(
         _fill(OUT, SEEN, V, R, N, begin, begin + share, out_row, 16, BN)
 
 
-@triton.jit(
-    do_not_specialize=["rows"], do_not_specialize_on_alignment=["ORDER", "FIRST", "COUNT"]
-)
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["ORDER", "FIRST", "COUNT"])
 def _sum_kernel(
     X, OUT, ORDER, FIRST, COUNT, rows, N, x_row, x_col,
     AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -96,9 +96,9 @@ def padded(n: int) -> int:
     return max(ROWS, _up(n, ROWS))
 
 
-# Counts and factors of a group of exits are slices, whose addresses need not be divisible by 16, and
-# neither need the rows of a batch. Triton would compile a kernel once for those that are and once
-# for the others, and both would do the same: single numbers are loaded from there.
+# Counts and factors of a group of exits are slices, whose addresses need not be divisible by 16;
+# nor need the rows of a batch. Triton would compile a kernel once for those that are and once for
+# those that are not, and both would do the same: single numbers are loaded from there.
 @triton.jit(do_not_specialize_on_alignment=["COUNTS"])
 def _pack_kernel(
     X,  # [E, R, D] of any strides

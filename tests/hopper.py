@@ -89,17 +89,17 @@ def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int],
     from mlembed_kernels import Occurrences
     from mlembed_kernels.embed import embed
 
+    def function(ids: torch.Tensor, U: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        occurrences = lists[ids]
+        with torch.autocast("cpu", dtype, enabled=factors != dtype):
+            return embed(ids, U, W, rank, impl="triton", occurrences=occurrences)
+
     V, R, D = sizes
-    for distinct in (V, 3):
-        several = torch.zeros(48, dtype=torch.int64)
-        ids = torch.cat([several, torch.arange(distinct)])
-        options: dict[str, Any] = {"occurrences": Occurrences.of(ids).to(CPU), "impl": "triton"}
-
-        def function(U: torch.Tensor, W: torch.Tensor, ids=ids.to(CPU), options=options):
-            with torch.autocast("cpu", dtype, enabled=factors != dtype):
-                return embed(ids, U, W, rank, **options)
-
-        train(function, empty(V, R, dtype=factors), empty(R, D, dtype=factors))
+    several = torch.zeros(48, dtype=torch.int64)
+    batches = [torch.cat([several, torch.arange(distinct)]) for distinct in (V, 3)]
+    lists = {ids.to(CPU): Occurrences.of(ids).to(CPU) for ids in batches}
+    for ids in lists:
+        train(partial(function, ids), empty(V, R, dtype=factors), empty(R, D, dtype=factors))
 
 
 def variants() -> Iterator[tuple[str, bool, Callable[[], None]]]:
