@@ -328,13 +328,18 @@ def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"train_step-{case.name}-{provider}", partial(run, case, deep)
 
 
+def kernel_cases() -> dict[str, Callable[[], None]]:
+    """Every case of a kernel's own bench, and of its gate, by name."""
+    return dict([*loss_cases(), *attention_cases(), *embed_cases()])
+
+
 def bench_cases() -> dict[str, Callable[[], None]]:
     """Every case of the benches that launches our kernels, by name.
 
     `encode` runs the model of `train_step` forward, `gradcache` in several packs: neither launches
     anything that is not here.
     """
-    return dict([*loss_cases(), *attention_cases(), *embed_cases(), *step_cases()])
+    return {**kernel_cases(), **dict(step_cases())}
 
 
 # ---- what the compiler made ----

@@ -146,12 +146,11 @@ def cases(few: bool) -> dict[str, Callable[[], None]]:
     return launches.bench_cases() | ours
 
 
-# One launch of each kernel is taken from these; of several, the first.
-QUICK = {
-    "loss": ("infonce-both", "256-rows-masks-bf16", "cosine-4-bf16"),
-    "attention": ("attention-mid-ours",),
-    "embed": ("embed-step",),
-}
+# The first launch of each kernel is taken from these.
+QUICK = (
+    *("infonce-both", "256-rows-masks-bf16", "cosine-4-bf16"),
+    *("attention-mid-ours", "embed-step"),
+)
 
 
 # ---- what is asserted ----
@@ -170,25 +169,38 @@ SHARED = 227 * 1024  # bytes a multiprocessor has
 @dataclass(frozen=True)
 class Exempt:
     kernel: str
-    version: str  # of Triton, "" for all
+    versions: tuple[str, ...]  # of Triton, () for all
     what: str
     most: int
     reason: str
+    only: tuple[str, Any] | None = None  # a constant of the specialisation, and its value
 
 
+RARE = "runs only where a NaN was found, with the tile of another kernel, whose bits it repeats"
+OUTSIDE = "registers that are saved before a loop and read after it"
 EXCEPTIONS = (
+    Exempt("_apart_backward_kernel", (), "stack", 128, RARE),
+    Exempt("_apart_backward_kernel", (), "spills_in_loops", 64, RARE),
     Exempt(
-        "_apart_backward_kernel", "", "stack", 128,
-        "runs only where a NaN was found, with the tile of another kernel, whose bits it repeats",
+        "_product_kernel", ("3.6.0",), "serial_loops", 1,
+        "its ptxas waits for each product, which 3.7.1 and 3.9.0 issue together",
+    ),
+    Exempt(
+        "_product_kernel", ("3.6.0",), "unguarded_loops", 1,
+        "products read what registers wrote, not the tiles that are copied over; those were read "
+        "before a barrier",
+        ("PRECISION", "tf32x3"),
     ),
 )  # fmt: skip
 
 
 def most(row: dict[str, Any], what: str) -> int:
+    """Return how much of it is allowed."""
     found = [
         one.most for one in EXCEPTIONS
         if (one.kernel, one.what) == (row["kernel"], what)
-        and one.version in ("", triton.__version__)
+        and (not one.versions or triton.__version__ in one.versions)
+        and (one.only is None or row["constants"].get(one.only[0]) == one.only[1])
     ]  # fmt: skip
     return max(found, default=0)
 
@@ -237,16 +249,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="instead of a choice of all")
     parser.add_argument("--all", action="store_true", help="all variants, not pairs of values")
-    parser.add_argument("--quick", choices=[*QUICK, "all"], help="one launch a kernel")
+    parser.add_argument("--quick", action="store_true", help="one launch a kernel")
     parser.add_argument("--rows", action="store_true", help="print what was compiled")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     launches.keep_compiled()
     launches.prepare()
-    began, known = time.monotonic(), cases(few=not args.all)
-    names = args.cases or known
+    began = time.monotonic()
     if args.quick:
-        names = [name for part in QUICK for name in QUICK[part] if args.quick in (part, "all")]
+        known = launches.kernel_cases() | {name: run for name, _, run in variants()}
+        names = list(QUICK)
+    else:
+        known = cases(few=not (args.all or args.cases))
+        names = args.cases or list(known)
     FOUND[:] = launches.collect({name: known[name] for name in names})
     if args.quick:
         FOUND[:] = {launch.name: launch for launch in reversed(FOUND)}.values()

@@ -18,11 +18,11 @@ def hopper(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kernels", ["loss", "attention", "embed"])
-def test_each_kernel_compiles_for_hopper(kernels):
-    """One launch of each kernel; all of them by `make test-toolchains`."""
-    done = hopper("--quick", kernels, "--jobs", "1")
+def test_each_kernel_compiles_for_hopper():
+    """One launch of each kernel; `make test-toolchains` compiles all of them."""
+    done = hopper("--quick", "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert " 22 launches of 22 kernels, 0 violations" in done.stdout
 
 
 @pytest.mark.slow
