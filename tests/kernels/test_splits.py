@@ -22,15 +22,19 @@ TILES = 12, 6
 WORKSPACE = 1 << 29
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def forced(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     monkeypatch.setattr(_forward, "splits_of", lambda programs, tiles, x: splits)
 
 
-def check(dims=DIMS, rows=ROWS, **options) -> None:
+def check(**options) -> None:
     """Sums, and every gradient, against float64."""
-    x, y = vectors(1, rows, dims[-1], seed=1), vectors(1, COLUMNS, dims[-1], seed=2)
-    scale = torch.tensor([[20.0, 13.0][: len(dims)]], dtype=torch.float64)
-    given = rounded({"x": x, "y": y, "dims": dims, "scale": scale, **options}, torch.float32)
+    x, y = vectors(1, ROWS, DIMS[-1], seed=1), vectors(1, COLUMNS, DIMS[-1], seed=2)
+    scale = torch.tensor([[20.0, 13.0]], dtype=torch.float64)
+    given = rounded({"x": x, "y": y, "dims": DIMS, "scale": scale, **options}, torch.float32)
     got = results(partial(partition, impl="triton"), given, torch.float32, DEVICE)
     allowed, want = (results(partition_ref, given, t) for t in (torch.float32, torch.float64))
     assert_as_exact(got, allowed, want, temperature=0.05)
@@ -43,20 +47,20 @@ def masks() -> dict:
 
 
 # One split is what every other test on a CPU has.
-@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 4, 5, 7])
+@pytest.mark.parametrize("splits", [slow(1), 4, 5, slow(7)])
 def test_splits_add_up(splits, monkeypatch):
     """Forward and every gradient, whose saved sums come from the splits."""
     forced(monkeypatch, splits)
     check(**masks(), columns=True)
 
 
-@pytest.mark.parametrize("splits", [pytest.param(4, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("splits", [slow(4), 5])
 def test_splits_add_up_where_near_pairs_are_dropped(splits, monkeypatch):
     forced(monkeypatch, splits)
     check(**masks(), ceiling=torch.full((1, ROWS), 0.2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["mse", "kl"])
+@pytest.mark.parametrize("kind", [slow("mse"), "kl"])
 def test_splits_against_a_teacher(kind, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     q, c, teacher_q, teacher_c = (
@@ -138,11 +142,12 @@ def test_splits_are_at_most_the_tiles_of_each_kernel(monkeypatch):
         return tiles
 
     monkeypatch.setattr(_forward, "splits_of", most)
-    check(rows=5)
-    assert asked == [min(TILES)]
-    asked.clear()
-    check(dims=(8,), rows=5)
-    assert asked == [TILES[0]]
+    x, y = (vectors(1, n, 144, seed=n).float().to(DEVICE) for n in (5, COLUMNS))
+    for dims in (DIMS, (8,)):
+        given = {"dims": dims, "scale": torch.full((1, len(dims)), 20.0, device=DEVICE)}
+        got = partition(x, y, **given, impl="triton")[0]
+        torch.testing.assert_close(got, partition_ref(x, y, **given)[0])
+    assert asked == [min(TILES), TILES[0]]
 
 
 class Card:
