@@ -241,8 +241,9 @@ def judged(launch: Launch) -> tuple[dict[str, Any], list[str]]:
     try:
         row = launches.machine_code(launch, launch.compile())
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        return {"kernel": launch.name, "case": launch.case}, [f"does not compile: {said[-1]}"]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "fatal" in line), lines[-1])
+        return {"kernel": launch.name, "case": launch.case}, [f"does not compile: {reason}"]
     return row, violations(row)
 
 
