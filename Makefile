@@ -76,7 +76,7 @@ test-toolchains-quick: ARGS += --quick
 test-toolchains-quick: setup $(patsubst %,.toolchains/triton-%/.ready,3.6.0 3.9.0)
 	$(call hopper,3.6.0 3.9.0)
 
-hopper = failed=; for version in $(1); do \
+hopper = @failed=; for version in $(1); do \
 		PYTHONPATH=$(CURDIR)/.toolchains/triton-$$version:$$PYTHONPATH \
 			$(RUN) -W ignore tests/hopper.py $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "violations with triton$$failed"; exit 1; }
