@@ -167,6 +167,7 @@ REPAIR = "repairs sums that underflowed, and returns at once where none did"
 OUTSIDE = "stored before the loop, loaded after it"
 ENDS = "loaded at a prefix's or tile's end, not at every step of the products"
 WAITS = "ptxas waits for each of its products; no GPU has told what that costs"
+CHAIN = "each product's result goes through exponentials into the next product"
 OLD, BEFORE, NEW = ("3.6.0",), ("3.6.0", "3.7.1"), ("3.9.0",)
 FP32 = "PRECISION", "tf32x3"
 EXCEPTIONS = (
@@ -185,6 +186,7 @@ EXCEPTIONS = (
     Exempt("_wide_forward_kernel", NEW, "spills_in_loops", 4, ENDS),
     Exempt("_wide_backward_kernel", NEW, "stack", 8, ENDS),
     Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 2, ENDS),
+    Exempt("_narrow_backward_kernel", (), "serial_loops", 1, CHAIN),
     Exempt("_long_forward_kernel", (), "serial_loops", 2, WAITS),
     Exempt("_queries_backward_kernel", (), "serial_loops", 2, WAITS),
     Exempt("_project_kernel", (), "serial_loops", 1, WAITS, ("BK", 32)),
