@@ -183,7 +183,12 @@ EXCEPTIONS = (
     Exempt("_narrow_forward_kernel", NEW, "stack", 8, ENDS),
     Exempt("_narrow_forward_kernel", NEW, "spills_in_loops", 2, ENDS),
     Exempt("_wide_forward_kernel", NEW, "stack", 24, ENDS),
-    Exempt("_wide_forward_kernel", NEW, "spills_in_loops", 5, ENDS),
+    Exempt("_wide_forward_kernel", NEW, "spills_in_loops", 4, ENDS),
+    Exempt(
+        "_wide_forward_kernel", NEW, "spills_in_loops", 5,
+        ENDS + ", but for three words in fp32 against a teacher",
+        FP32,
+    ),
     Exempt("_wide_backward_kernel", NEW, "stack", 24, ENDS),
     Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 5, ENDS),
     Exempt("_narrow_backward_kernel", (), "serial_loops", 1, CHAIN),
