@@ -133,7 +133,7 @@ def _packed_backward_kernel(
     tl.store(CHECK + pid, check)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["checks"])
 def _apart_backward_kernel(
     DO, Q, KEYS, V, DQ, DK, DV, BEGIN, ALIVE, PACKS, CHECK, scale, base, group, checks,
     DO_STEP: tl.constexpr, Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
@@ -192,7 +192,7 @@ def _dq(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _queries_backward_kernel(
     DO, Q, KEYS, V, O, LSE, DELTA, DQ, ALIVE, TILES,
     scale, base, T,
@@ -240,7 +240,7 @@ def _queries_backward_kernel(
     _store_rows(DQ, dq * scale, first, HQ * K, head * K, at, ok, K, KP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _keys_backward_kernel(
     DO, Q, KEYS, V, LSE, DELTA, DK, DV, ALIVE, TILES,
     scale, base, T,

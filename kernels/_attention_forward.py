@@ -194,7 +194,7 @@ def _attend(
     return acc, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _long_forward_kernel(
     Q, KEYS, V, O, LSE, ALIVE, TILES, scale, T,
     Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,

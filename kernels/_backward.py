@@ -94,7 +94,11 @@ def _slope(
     return p
 
 
-@triton.jit
+# As in _forward.
+SCALARS = ["NX", "NY", "SCALE"]
+
+
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=SCALARS)
 def _narrow_backward_kernel(
     X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, GRAD, ALONG, POS, KX, KY, PAIR,
     row0, col0, pair_row, pair_stride, RP, SP, tiles,
@@ -155,7 +159,7 @@ def _narrow_backward_kernel(
         tl.store(out, tl.load(out) + along[m])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"], do_not_specialize_on_alignment=SCALARS)
 def _wide_backward_kernel(
     X, Y, U, V, SCALE, NX, NY, LX, DX, LY, DY, G, ALONG_X, ALONG_Y, POS, KX, KY, PAIR,
     row0, col0, pair_row, pair_stride, RP, SP, tiles_m, tiles_n,
@@ -236,7 +240,7 @@ def _wide_backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_n"])
 def _product_kernel(
     G, Y, GRAD, row0, col0, RP, SP, n_rows, n_cols, tiles_n,
     STARTS: tl.constexpr, ENDS: tl.constexpr, FROM: tl.constexpr, DP: tl.constexpr,
@@ -422,7 +426,7 @@ class Tiles:
             E, RP, _ = grad.shape
             _narrow_backward_kernel[((mine.stop - mine.start) // options["BM"], E)](
                 *self._shared(swap), grad, along,
-                **self.kept.arguments(swap, self.x.counts),
+                **self.kept.arguments(swap, self.x.u),
                 row0=mine.start, col0=other.start, RP=RP,
                 SP=(self.x if swap else self.y).x.shape[1],
                 tiles=(other.stop - other.start) // options["BN"],
@@ -456,7 +460,7 @@ class Tiles:
         along_y = torch.empty(E, M - MN, tiles[0], n_cols, device=x.device)
         _wide_backward_kernel[(tiles[0] * tiles[1], E)](
             *self._shared(False), g, along_x, along_y,
-            **self.kept.arguments(False, self.x.counts),
+            **self.kept.arguments(False, self.x.u),
             row0=rows.start, col0=cols.start, RP=RP, SP=SP, tiles_m=tiles[0], tiles_n=tiles[1],
             ENDS=nest.ends, FIRST=MN, FROM=nest.wide, DP=nest.width, M=M, ROWS=True,
             COLUMNS=self.sides[1] is not None, **options,

@@ -9,7 +9,7 @@ NO_LENGTH = tl.constexpr(1e-12)  # as in cosine.py
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _cosine_forward_kernel(
     X, Y, COS, U, V, R, K, D, EDGES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
 ):
@@ -44,7 +44,7 @@ def _cosine_forward_kernel(
             tl.store(COS + row * K + k, xy * u * v, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _cosine_backward_kernel(
     X, Y, COS, U, V, DCOS, DX, DY, R, K, D,
     EDGES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,

@@ -71,7 +71,12 @@ def _fill(OUT, SEEN, V, R, N, first, last, out_row, FR: tl.constexpr, FC: tl.con
             tl.store(out + col[None, :], tl.zeros([FR, FC], OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "share"])
+# Lists of a batch are slices that begin anywhere: a kernel is not compiled again for those that do
+# not begin on 16 bytes.
+@triton.jit(
+    do_not_specialize=["rows", "share", "V"],
+    do_not_specialize_on_alignment=["IDS", "FIRST", "COUNT", "ORDER", "SEEN"],
+)
 def _project_kernel(
     X, W, OUT, IDS, FIRST, COUNT, ORDER, SEEN, rows, K, N, V, R, share,
     x_row, x_col, w_k, w_n, out_row,
@@ -116,7 +121,7 @@ def _project_kernel(
         _fill(OUT, SEEN, V, R, N, begin, begin + share, out_row, 16, BN)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["ORDER", "FIRST", "COUNT"])
 def _sum_kernel(
     X, OUT, ORDER, FIRST, COUNT, rows, N, x_row, x_col,
     AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -140,7 +145,7 @@ def _sum_kernel(
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=here[:, None] & (col < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["part0"])
+@triton.jit(do_not_specialize=["part0"], do_not_specialize_on_alignment=["FIRST", "PARTS"])
 def _total_kernel(X, OUT, FIRST, PARTS, part0, N, out_row, BP: tl.constexpr, BN: tl.constexpr):
     """OUT [tokens, N]: sums of the PARTS rows of X [.., N] from FIRST - part0."""
     token = tl.program_id(0).to(tl.int64)
@@ -156,7 +161,7 @@ def _total_kernel(X, OUT, FIRST, PARTS, part0, N, out_row, BP: tl.constexpr, BN:
     tl.store(OUT + token * out_row + col, total, mask=col < N)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["IDS"])
 def _gather_kernel(X, OUT, IDS, rows, N, x_row, x_col, BM: tl.constexpr, BN: tl.constexpr):
     """OUT [rows, N] = X[IDS], in OUT's dtype."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)

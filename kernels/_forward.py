@@ -80,7 +80,11 @@ def _compare(dots, cos, teacher, MODE: tl.constexpr):
     return tl.where(dots > 0.5 * GONE, term, 0.0)
 
 
-@triton.jit
+# Not to be compiled twice (see _nest): single numbers are loaded from these, and tiles are counted.
+SCALARS = ["NX", "NY", "SCALE", "SHIFT"]
+
+
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=SCALARS)
 def _narrow_forward_kernel(
     X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, PAIR,
     row0, pair_row, pair_stride, RP, SP, tiles,
@@ -131,7 +135,7 @@ def _narrow_forward_kernel(
         tl.store(ROWS + ((split * tl.num_programs(2) + e) * M + m) * RP + rows, sums[m])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=SCALARS)
 def _wide_forward_kernel(
     X, Y, U, V, SCALE, SHIFT, NX, NY, ROWS, COLS, POS, KX, KY, PAIR,
     row0, pair_row, pair_stride, RP, SP, tiles,
@@ -157,7 +161,8 @@ def _wide_forward_kernel(
     per = tl.cdiv(tiles, tl.num_programs(1))
     first = split * per
     last = tl.minimum(first + per, tiles)
-    j0 = first * BN
+    # The last parts may have no tile left: `_start` then reads the last tile, within its buffers.
+    j0 = tl.minimum(first, tiles - 1) * BN
     acc = _start(
         i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
         HAS_POS, N_KEYS, MODE, False, BM, BN,
@@ -202,7 +207,7 @@ def _wide_forward_kernel(
     tl.store(ROWS + out, sums, mask=which < WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=SCALARS)
 def _exact_kernel(
     X, Y, U, V, SCALE, NX, NY, SUMS, LSE, POS, KX, KY, PAIR,
     row0, pair_row, pair_stride, RP, SP, tiles,
@@ -333,7 +338,9 @@ class Tiles:
         variant = "_columns" if columns else "_matrix" if self.kept.mode else ""
         narrow = config("narrow_forward" + variant, x.x.dtype)
         wide = config("wide_forward" + variant, x.x.dtype)
-        splits = splits_of(n // narrow["BM"] * E, SP // narrow["BN"], x.x)
+        launched = [options for m, options in ((MN, narrow), (M - MN, wide)) if m]
+        programs = n // launched[0]["BM"] * E
+        splits = splits_of(programs, min(SP // options["BN"] for options in launched), x.x)
         out = torch.empty(splits, E, M, RP, dtype=torch.float32, device=x.x.device)
         empty = (E, 0, 0, SP)
         cols = [
@@ -346,7 +353,7 @@ class Tiles:
         for m, options, buffer in ((MN, narrow, cols[0]), (M - MN, wide, cols[1])):
             if not m:
                 continue
-            kept = self.kept.arguments(False, x.counts)
+            kept = self.kept.arguments(False, x.u)
             common = {
                 "COLS": buffer, **kept, "row0": rows.start, "RP": RP, "SP": SP,
                 "tiles": SP // options["BN"], "DP": nest.width, "M": M, "COLUMNS": columns,
@@ -371,7 +378,7 @@ class Tiles:
         (E, M, RP), SP = x.u.shape, y.u.shape[2]
         lse = sums.log() + (self.shift2 / LOG2E)[..., None]
         options = config("exact", x.x.dtype)
-        kept = self.kept.arguments(swap, x.counts)
+        kept = self.kept.arguments(swap, x.u)
         _exact_kernel[((rows.stop - rows.start) // options["BM"], E)](
             x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, sums, lse,
             **kept, row0=rows.start, RP=RP, SP=SP, tiles=SP // options["BN"],

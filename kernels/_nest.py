@@ -96,7 +96,10 @@ def padded(n: int) -> int:
     return max(ROWS, _up(n, ROWS))
 
 
-@triton.jit
+# Counts and factors of a group of exits are slices, whose addresses need not be divisible by 16;
+# nor need the rows of a batch. Triton would compile a kernel once for those that are and once for
+# those that are not, and both would do the same: single numbers are loaded from there.
+@triton.jit(do_not_specialize_on_alignment=["COUNTS"])
 def _pack_kernel(
     X,  # [E, R, D] of any strides
     PACKED,  # [E, RP, DP]
@@ -174,7 +177,7 @@ def pack(x: Tensor, nest: Nest, counts: Tensor) -> Packed:
     return Packed(packed, u, unit, counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["NX", "NY"])
 def _positive_kernel(
     X, Y, U, V, POS, NX, NY, COS, RP, SP,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
@@ -210,7 +213,10 @@ def positive_cosines(x: Packed, y: Packed, nest: Nest, positive: Tensor) -> Tens
     return cos
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["R", "N"],
+    do_not_specialize_on_alignment=["COUNTS", "FACTOR", "COS", "DCOS", "FIRST", "PARTNER", "PAIR"],
+)
 def _unpack_kernel(
     GN,  # fp32 [E, RP, narrow width], gradient of the dots of narrow prefixes, not projected
     GW,  # fp32 [E, GR, wide width], of wide prefixes, of rows row0..
@@ -282,7 +288,8 @@ def _unpack_kernel(
                 has = first + n < last
                 partner = tl.load(PARTNER + first + n, mask=has, other=-1)
                 has = has & (partner >= 0)
-                partner = tl.where(has, partner, 0)
+                # Triton 3.6.0 does not compile tl.where(has, partner, 0) here.
+                partner = tl.maximum(partner, 0)
                 pair = tl.load(PAIR + first + n, mask=has, other=0)
                 y = tl.load(
                     Y + (e * SP + partner)[:, None] * DP + col,

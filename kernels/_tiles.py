@@ -44,7 +44,11 @@ class Kept:
     mode: int = 0  # what that is: NEAR, MSE or KL
 
     def arguments(self, swap: bool, fallback: Tensor) -> dict[str, Any]:
-        """Keyword arguments of `_start`; swap: the kernel's rows are the columns here."""
+        """Return keyword arguments of `_start`.
+
+        swap: the kernel's rows are the columns here. fallback: passed for what is None; nothing is
+        read from it.
+        """
         keys = (self.row_keys, self.col_keys)
         return {
             "POS": fallback if self.positive is None else self.positive,
@@ -117,7 +121,7 @@ def _quarters(x):
     return _halves(left) + _halves(right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["NX", "NY"])
 def _matrix_kernel(
     X, Y, U, V, NX, NY, CEILING, OUT, row0, RP, SP,
     FROM: tl.constexpr, UNTIL: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,

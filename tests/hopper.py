@@ -1,193 +1,304 @@
-"""Compiles for Hopper (sm_90a), without a GPU, every kernel that a call would launch.
+"""Compiles every launch for Hopper (sm_90a), without a GPU, and asserts of each what it needs to be
+fast and right: no CPU run can show it.
 
-    python tests/hopper.py CASE... -> one JSON object per kernel and specialisation
+    python tests/hopper.py [CASE...] -> violations, then one line with their number
 
-The host code runs as it is, on CPU tensors; a launch becomes a compilation with the same arguments.
-Run without TRITON_INTERPRET: a process is either the interpreter or the compiler.
+Cases are those of the benches (bench/launches.py) and variants of ours, below. A violation that is
+known for a version of Triton is a row of EXCEPTIONS. Compiled kernels are kept, so a run that was
+stopped goes on where it was.
 """
 
-import json
-import pathlib
-import re
-import subprocess
+import argparse
+import multiprocessing
+import os
 import sys
-import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
 
-import torch
-import triton
-import triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-CUOBJDUMP = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-seen: set[str] = set()
+import torch  # noqa: E402
+import triton  # noqa: E402
 
+from bench import launches  # noqa: E402
+from bench.launches import CPU, Launch, empty, train  # noqa: E402
 
-class Hopper:
-    """What the compiler asks of a driver."""
+# ---- what is compiled beyond the benches' cases ----
 
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_device_interface(self):
-        return None
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        said = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", f.name], check=True, capture_output=True, text=True
-        ).stdout
-    return {key.lower(): int(re.search(rf"{key}:(\d+)", said)[1]) for key in ("REG", "STACK")}
-
-
-def compile_instead(self: JITFunction, *args, grid, warmup=False, **kwargs):
-    if not warmup:
-        kernel = self.warmup(*args, grid=grid, **kwargs)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            ptx = kernel.asm["ptx"]
-            row = {
-                "kernel": self.fn.__name__,
-                "constexprs": {
-                    k: v for k, v in kwargs.items() if k.isupper() and not torch.is_tensor(v)
-                },
-                "warps": kwargs.get("num_warps"),
-                "stages": kwargs.get("num_stages"),
-                "target": re.search(r"\.target (\S+)", ptx)[1],
-                "wgmma": ptx.count("wgmma.mma_async"),
-                "mma": len(re.findall(r"\bmma\.sync", ptx)),
-                "async_copies": ptx.count("cp.async"),
-                "shared": kernel.metadata.shared,
-                **resources(kernel.asm["cubin"]),
-            }
-            print(json.dumps(row), flush=True)
-        return kernel
-    return compiled(self, *args, grid=grid, warmup=True, **kwargs)
-
-
-def partition(
-    dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool, n: int = 256
-) -> None:
-    """Forward and backward. Small: to the compiler only divisibility of sizes matters, and 1."""
-    from mlembed_kernels._backward import backward
-    from mlembed_kernels._forward import forward
-    from mlembed_kernels._nest import nest_of
-    from mlembed_kernels._tiles import Kept
-
-    E, D = 2, dims[-1]
-    x, y = torch.ones(E, n, D, dtype=dtype), torch.ones(E, n, D, dtype=dtype)
-    kept = Kept(
-        torch.zeros(n, dtype=torch.int32),
-        torch.zeros(1, n, dtype=torch.int32) if masks else None,
-        torch.zeros(1, n, dtype=torch.int32) if masks else None,
-    )
-    counts = torch.full((E,), n, dtype=torch.int32), torch.full((E,), n, dtype=torch.int32)
-    ceiling = torch.zeros(E, n) if masks and not columns else None
-    scale = torch.full((E, len(dims)), 20.0)
-    common = x, y, nest_of(dims), scale, kept, counts, ceiling
-    rows, cols, own = forward(*common, columns, 1 << 29)
-    backward(*common, (rows, rows), (cols, cols) if columns else None, (own, own), 1 << 29)
-
-
-def distill(dtype: torch.dtype, dims: tuple[int, ...], kind: str) -> None:
-    from mlembed_kernels import _distill_op
-
-    x, t = torch.ones(2, 256, dims[-1], dtype=dtype), torch.ones(256, 768, dtype=dtype)
-    args = x, x, t, t, None, None
-    options = list(dims), kind, 0.05, 1 << 29
-    sums, _ = _distill_op.distill_op(*args, *options)
-    _distill_op._backward_op(*args, sums, *options)
-
-
-def cosine(dtype: torch.dtype, dims: tuple[int, ...], partners: int = 4) -> None:
-    from mlembed_kernels import _cosine_op
-
-    x, y = (
-        torch.ones(2, 256, dims[-1], dtype=dtype),
-        torch.ones(2, 256, partners, dims[-1], dtype=dtype),
-    )
-    out = _cosine_op.cosine_op(x, y, list(dims))
-    _cosine_op._backward_op(x, y, *out, out[0], list(dims))
-
-
-def attention(
-    dtype: torch.dtype, heads: tuple[int, int], K: int, causal: bool, skip: bool = False,
-    lengths: tuple[int, ...] = (48, 16, 192),
-) -> None:  # fmt: skip
-    """Short and longer sequences, forward and backward."""
-    from mlembed_kernels import Work
-    from mlembed_kernels._attention_backward import backward
-    from mlembed_kernels._attention_forward import forward
-
-    work = Work.of(torch.tensor([0, *lengths]).cumsum(0))
-    q, k = (torch.ones(work.tokens, H, K, dtype=dtype) for H in heads)
-    alive = torch.ones(work.tokens, dtype=torch.bool) if skip else None
-    o, lse = forward(q, k, k, work, alive, 0.1, causal)
-    backward(o, q, k, k, o, lse, work, alive, 0.1, causal)
-
-
-def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int], rank: int) -> None:
-    """Forward and backward; sizes V, R, D. One token has several parts."""
-    from mlembed_kernels import Occurrences, _embed_op
-
-    V, R, D = sizes
-    o = Occurrences.of(torch.cat([torch.zeros(48, dtype=torch.int64), torch.arange(V)]))
-    U, W = torch.ones(V, R, dtype=factors), torch.ones(R, D, dtype=factors)
-    x = _embed_op.forward(U, W, o, rank, dtype)
-    for _embed_op.FILLERS in (1 << 30, 0):  # as for few tokens, and for many
-        _embed_op.backward(x, U, W, o, rank, (True, True))
-
-
-# Names: shape, what is asked for, dtype.
 FULL = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = {"1024": FULL, "256": FULL[:6], "896": (*FULL[:7], 896), "plain": (1024,)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CASES: dict[str, tuple] = {}
-for dtype_name, dtype in DTYPES.items():
-    for shape, dims in SHAPES.items():
-        for wanted in ("rows", "rows-masks", "both", "both-masks"):
-            CASES[f"{shape}-{wanted}-{dtype_name}"] = (
-                partition, dtype, dims, "both" in wanted, "masks" in wanted,
-            )  # fmt: skip
-    for kind in ("mse", "kl"):
-        CASES[f"{kind}-{dtype_name}"] = (distill, dtype, FULL, kind)
-    CASES[f"cosine-{dtype_name}"] = (cosine, dtype, FULL)
-    for heads in ((16, 8), (12, 12), (12, 4), (32, 8)):
-        for K in (32, 64, 96, 128):
-            for causal in (True, False):
-                name = f"attention-{heads[0]}-{heads[1]}-{K}{'-causal' * causal}-{dtype_name}"
-                CASES[name] = (attention, dtype, heads, K, causal)
-    CASES[f"attention-skip-{dtype_name}"] = (attention, dtype, (16, 8), 128, True, True)
-    CASES[f"attention-one-{dtype_name}"] = (attention, dtype, (1, 1), 64, False, False, (1,))
-    for rank in (1, 64, 65, 512):
-        CASES[f"embed-{rank}-{dtype_name}"] = (embed, dtype, dtype, (256, 512, 1024), rank)
-        if dtype != torch.float32:
-            name = f"embed-{rank}-masters-{dtype_name}"
-            CASES[name] = (embed, torch.float32, dtype, (256, 512, 1024), rank)
-            CASES[f"embed-odd-masters-{dtype_name}"] = (
-                embed, torch.float32, dtype, (257, 65, 131), 65,
-            )  # fmt: skip
-    CASES[f"embed-odd-{dtype_name}"] = (embed, dtype, dtype, (257, 65, 131), 65)
-    # A size of 1 is another kernel: one tile of pairs, one partner, one token.
-    CASES[f"one-{dtype_name}"] = (partition, dtype, FULL[:5], True, True, 128)
-    CASES[f"one_partner-{dtype_name}"] = (cosine, dtype, FULL[:5], 1)
+HEADS = (16, 8), (12, 12), (12, 4), (32, 8)
+E, N = 7, 16384
+
+
+def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool) -> None:
+    from mlembed_kernels.partition import partition
+
+    x, y = (empty(E, N, dims[-1], dtype=dtype) for _ in "xy")
+    options: dict[str, Any] = {"positive": empty(N, dtype=torch.int64)}
+    if masks:
+        options |= {key: [empty(N, dtype=torch.int64)] for key in ("row_keys", "col_keys")}
+        options["ceiling"] = None if columns else empty(E, N, dtype=torch.float32)
+    scale = empty(E, len(dims), dtype=torch.float32)
+
+    def function(*xy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = partition(*xy, dims=dims, scale=scale, columns=columns, impl="triton", **options)
+        return tuple(part for part in parts if part is not None)
+
+    train(function, x, y)
+
+
+def distill(dtype: torch.dtype, dims: tuple[int, ...], kind: str) -> None:
+    from mlembed_kernels.distill import distill
+
+    teachers = (empty(N, 768, dtype=dtype) for _ in "qc")
+    options = dict(zip(("teacher_q", "teacher_c"), teachers, strict=True))
+    vectors = (empty(E, N, dims[-1], dtype=dtype) for _ in "qc")
+    train(partial(distill, dims=dims, kind=kind, impl="triton", **options), *vectors)
+
+
+def cosine(dtype: torch.dtype, dims: tuple[int, ...], partners: int) -> None:
+    from mlembed_kernels.cosine import cosine
+
+    x, y = (empty(E, N, *more, dims[-1], dtype=dtype) for more in ((), (partners,)))
+    train(partial(cosine, dims=dims, impl="triton"), x, y)
+
+
+def attention(
+    dtype: torch.dtype, heads: tuple[int, int], K: int, causal: bool, skip: bool = False
+) -> None:
+    """Short and longer sequences."""
+    from mlembed_kernels import Work
+    from mlembed_kernels.attention import attention
+
+    work = Work.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
+    qkv = (empty(work.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
+    options: dict[str, Any] = {"cu_seqlens": work.cu_seqlens, "work": work, "causal": causal}
+    options["active"] = empty(work.sequences, dtype=torch.bool) if skip else None
+    train(partial(attention, impl="triton", **options), *qkv)
+
+
+def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int], rank: int) -> None:
+    """Sizes V, R, D. Once all tokens, one of them in several parts, and once few."""
+    from mlembed_kernels import Occurrences
+    from mlembed_kernels.embed import embed
+
+    def function(ids: torch.Tensor, U: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        occurrences = lists[ids]
+        with torch.autocast("cpu", dtype, enabled=factors != dtype):
+            return embed(ids, U, W, rank, impl="triton", occurrences=occurrences)
+
+    V, R, D = sizes
+    several = torch.zeros(48, dtype=torch.int64)
+    batches = [torch.cat([several, torch.arange(distinct)]) for distinct in (V, 3)]
+    lists = {ids.to(CPU): Occurrences.of(ids).to(CPU) for ids in batches}
+    for ids in lists:
+        train(partial(function, ids), empty(V, R, dtype=factors), empty(R, D, dtype=factors))
+
+
+def variants() -> Iterator[tuple[str, Callable[[], None]]]:
+    for dtype, half in DTYPES.items():
+        for shape, dims in SHAPES.items():
+            for wanted in ("rows", "rows-masks", "both", "both-masks"):
+                both, masks = "both" in wanted, "masks" in wanted
+                yield f"{shape}-{wanted}-{dtype}", partial(partition, half, dims, both, masks)
+        for kind in ("mse", "kl"):
+            yield f"{kind}-{dtype}", partial(distill, half, FULL, kind)
+        for partners in (1, 4):
+            yield f"cosine-{partners}-{dtype}", partial(cosine, half, FULL, partners)
+        for heads, K, causal in product(HEADS, (32, 64, 96, 128), (True, False)):
+            name = f"attention-{heads[0]}-{heads[1]}-{K}{'-causal' * causal}-{dtype}"
+            yield name, partial(attention, half, heads, K, causal)
+        yield f"attention-skip-{dtype}", partial(attention, half, (16, 8), 128, True, True)
+        for masters in (False, True)[: 1 + (dtype != "fp32")]:
+            factors, kind = (torch.float32, "masters-") if masters else (half, "")
+            for rank in (1, 64, 65, 512):
+                sizes = 30_000, 512, 1024
+                yield f"embed-{rank}-{kind}{dtype}", partial(embed, factors, half, sizes, rank)
+            sizes = 30_001, 65, 131
+            yield f"embed-odd-{kind}{dtype}", partial(embed, factors, half, sizes, 65)
+
+
+# Beside the benches' cases: those that need most registers, each kernel, each dtype.
+FEW = (
+    *("1024-rows-fp16", "1024-both-masks-bf16", "256-rows-masks-bf16", "256-both-masks-fp32"),
+    *("mse-bf16", "kl-fp32", "cosine-1-bf16", "cosine-4-bf16"),
+    *("attention-12-12-96-bf16", "attention-12-4-64-fp16", "attention-12-12-64-causal-fp32"),
+    *("attention-skip-bf16", "embed-512-fp32", "embed-1-fp16", "embed-odd-fp16", "embed-odd-fp32"),
+    "embed-65-masters-bf16",
+)
+# The first launch of each kernel is taken from these.
+QUICK = (
+    *("infonce-both", "256-rows-masks-bf16", "cosine-4-bf16"),
+    *("attention-mid-ours", "embed-step"),
+)
+
+
+# ---- what is asserted ----
+
+# Element-wise kernels, and the repair of underflow with its tiles of 32 rows, have no warpgroups.
+NO_WGMMA = {
+    "_pack_kernel", "_unpack_kernel", "_positive_kernel", "_exact_kernel",
+    "_cosine_forward_kernel", "_cosine_backward_kernel",
+    "_sum_kernel", "_total_kernel", "_gather_kernel",
+}  # fmt: skip
+SHARED = 227 * 1024  # bytes a multiprocessor has
+
+
+@dataclass(frozen=True)
+class Exempt:
+    kernel: str
+    versions: tuple[str, ...]  # of Triton, () for all
+    what: str
+    most: int
+    reason: str
+    only: tuple[str, Any] | None = None  # a constant of the specialisation, and its value
+
+
+RARE = "runs only where a NaN was found, with the tile of another kernel, whose bits it repeats"
+REPAIR = "repairs sums that underflowed, and returns at once where none did"
+OUTSIDE = "stored before the loop, loaded after it"
+ENDS = "loaded at a prefix's or tile's end, not at every step of the products"
+WAITS = "ptxas waits for each of its products; no GPU has told what that costs"
+CHAIN = "each product's result goes through exponentials into the next product"
+OLD, BEFORE, NEW = ("3.6.0",), ("3.6.0", "3.7.1"), ("3.9.0",)
+FP32 = "PRECISION", "tf32x3"
+EXCEPTIONS = (
+    Exempt("_apart_backward_kernel", (), "stack", 128, RARE),
+    Exempt("_apart_backward_kernel", (), "spills_in_loops", 64, RARE),
+    Exempt("_exact_kernel", (), "stack", 40, REPAIR),
+    Exempt("_exact_kernel", NEW, "spills_in_loops", 1, REPAIR),
+    Exempt("_narrow_backward_kernel", BEFORE, "stack", 96, OUTSIDE, FP32),
+    Exempt("_narrow_backward_kernel", NEW, "stack", 32, OUTSIDE),
+    Exempt("_packed_backward_kernel", OLD, "stack", 8, OUTSIDE),
+    Exempt("_packed_backward_kernel", NEW, "stack", 120, OUTSIDE),
+    Exempt("_packed_forward_kernel", NEW, "stack", 32, OUTSIDE),
+    Exempt("_narrow_forward_kernel", NEW, "stack", 8, ENDS),
+    Exempt("_narrow_forward_kernel", NEW, "spills_in_loops", 2, ENDS),
+    Exempt("_wide_forward_kernel", NEW, "stack", 24, ENDS),
+    Exempt("_wide_forward_kernel", NEW, "spills_in_loops", 4, ENDS),
+    Exempt(
+        "_wide_forward_kernel", NEW, "spills_in_loops", 5,
+        ENDS + ", but for three words in fp32 against a teacher",
+        FP32,
+    ),
+    Exempt("_wide_backward_kernel", NEW, "stack", 24, ENDS),
+    Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 5, ENDS),
+    Exempt("_narrow_backward_kernel", (), "serial_loops", 1, CHAIN),
+    Exempt("_long_forward_kernel", (), "serial_loops", 2, WAITS),
+    Exempt("_queries_backward_kernel", (), "serial_loops", 2, WAITS),
+    Exempt("_project_kernel", (), "serial_loops", 1, WAITS, ("BK", 32)),
+    Exempt("_product_kernel", OLD, "serial_loops", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
+    Exempt(
+        "_long_forward_kernel", NEW, "unguarded_loops", 2,
+        "keys are copied over, whose product was waited for before the last barrier",
+    ),
+    Exempt(
+        "_product_kernel", BEFORE, "unguarded_loops", 1,
+        "products read what registers wrote; the tiles that are copied over were read before a "
+        "barrier",
+        FP32,
+    ),
+)  # fmt: skip
+
+
+def most(row: dict[str, Any], what: str) -> int:
+    """Return how much of it is allowed."""
+    found = [
+        one.most for one in EXCEPTIONS
+        if (one.kernel, one.what) == (row["kernel"], what)
+        and (not one.versions or triton.__version__ in one.versions)
+        and (one.only is None or row["constants"].get(one.only[0]) == one.only[1])
+    ]  # fmt: skip
+    return max(found, default=0)
+
+
+def violations(row: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a compiled launch, in words."""
+    found = []
+    if row["target"] != "sm_90a":
+        found.append(f"target: expected sm_90a, got {row['target']}")
+    for what, limit in (("registers", 255), ("shared", SHARED)):
+        if row[what] > limit:
+            found.append(f"{what}: expected at most {limit}, got {row[what]}")
+    for what in ("stack", "spills_in_loops", "unguarded_loops"):
+        if row[what] > most(row, what):
+            found.append(f"{what}: expected at most {most(row, what)}, got {row[what]}")
+    # The smallest tile of fp32's attention has too few rows for a warpgroup.
+    if row["kernel"] in NO_WGMMA or row["constants"].get("TOKENS") == 16:
+        return found
+    if not row["wgmma"] or row["mma"]:
+        found.append(f"products: expected wgmma alone, got {row['wgmma']} and {row['mma']} mma")
+    if not row["async_copies"] and row["stages"] > 1:
+        found.append("copies: expected asynchronous ones, got none")
+    if row["serial_loops"] > most(row, "serial_loops"):
+        found.append("products: expected several under way, got a wait for each")
+    return found
+
+
+def judged(launch: Launch) -> tuple[dict[str, Any], list[str]]:
+    """Return what was compiled and what is wrong with it."""
+    try:
+        row = launches.machine_code(launch, launch.compile())
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "fatal" in line), lines[-1])
+        return {"kernel": launch.name, "case": launch.case}, [f"does not compile: {reason}"]
+    return row, violations(row)
+
+
+FOUND: list[Launch] = []  # before processes are forked, which share it
+
+
+def judged_at(index: int) -> tuple[dict[str, Any], list[str]]:
+    return judged(FOUND[index])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="instead of the benches' and some")
+    parser.add_argument("--all", action="store_true", help="all variants")
+    parser.add_argument("--quick", action="store_true", help="one launch a kernel")
+    parser.add_argument("--rows", action="store_true", help="print what was compiled")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    launches.keep_compiled()
+    launches.prepare()
+    began = time.monotonic()
+    if args.quick:
+        known, names = launches.kernel_cases(), QUICK
+    else:
+        known = launches.bench_cases()
+        names = args.cases or (*known, *FEW)
+    known.update(variants())
+    if args.all:
+        names = tuple(known)
+    FOUND[:] = launches.collect({name: known[name] for name in names})
+    if args.quick:
+        FOUND[:] = {launch.name: launch for launch in reversed(FOUND)}.values()
+    wrong = 0
+    forked = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(args.jobs, forked) as pool:
+        for row, found in pool.map(judged_at, range(len(FOUND))):
+            if args.rows:
+                print(row, flush=True)
+            for violation in found:
+                wrong += 1
+                print(f"{row['kernel']} of {row['case']}: {violation}", flush=True)
+    print(
+        f"triton {triton.__version__}: {len(FOUND)} launches of "
+        f"{len({launch.name for launch in FOUND})} kernels, {wrong} violations, "
+        f"{time.monotonic() - began:.0f} s"
+    )
+    sys.exit(wrong > 0)
+
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Hopper())
-    compiled = JITFunction.run
-    JITFunction.run = compile_instead
-    for name in sys.argv[1:] or CASES:
-        function, *arguments = CASES[name]
-        function(*arguments)
+    main()

@@ -1,0 +1,99 @@
+"""What a GPU would compile: each kernel once for each thing that it does differently."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+# In a process of its own: collecting patches torch, and this one interprets.
+SCRIPT = """
+import json, sys
+from dataclasses import replace
+from functools import partial
+from bench import attention, embed, infonce, launches
+
+launches.prepare()
+cases = dict([*launches.loss_cases(), *launches.attention_cases(), *launches.embed_cases()])
+for name in ("reference", "both"):
+    case = infonce.CASES[name]
+    # The last batch of an epoch: rows of no tile, and an odd number of them.
+    cases[f"ragged-{name}"] = partial(launches.run_loss, replace(case, B=case.B - 37))
+    # Five prefixes: slices of exits do not begin on 16 bytes either.
+    cases[f"five-{name}"] = partial(launches.run_loss, replace(case, dims=infonce.NESTED[-5:]))
+
+
+def batches():
+    # Of other lengths, as training meets them: no list begins where that of another batch did.
+    for n in range(8):
+        launches.run_embed(replace(embed.CASES["step"], T=30_000 + 1001 * n))
+        some = replace(attention.CASES["mid"], lengths=(300, 20 + 4 * n))
+        launches.run_attention(some, "ours")
+
+
+cases["batches"] = batches
+for name in sys.argv[1:]:
+    for launch in launches.collect({name: cases[name]}):
+        found = {"case": name, "kernel": launch.name, "grid": launch.grid}
+        print(json.dumps(found | {"key": launch.key(), "work": launch.key(addresses=False)}))
+"""
+
+
+CASES = (
+    *("infonce-reference", "infonce-both", "infonce-small", "infonce-gate-ids-both-float32"),
+    *("ragged-reference", "ragged-both", "five-reference", "five-both"),
+    *("embed-rank64", "attention-mid-ours", "batches"),
+)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Every specialisation of each case, as if each were compiled by itself."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *CASES]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nothing_is_compiled_twice_for_its_addresses(rows):
+    """Exits are slices at any multiple of 4 bytes, as are a batch's lists of tokens."""
+    assert len({row["kernel"] for row in rows}) >= 19
+    times = Counter((row["case"], row["work"]) for row in rows)
+    assert not {key: count for key, count in times.items() if count > 1}
+
+
+def test_no_batch_compiles_what_another_has(rows):
+    names = [row["kernel"] for row in rows if row["case"] == "batches"]
+    times = Counter(names)
+    assert len(times) == 10
+    # Of parts in fp32 and of tokens in bf16; of U's rows, and of sums times W's transpose.
+    assert {name: count for name, count in times.items() if count > 1} == {
+        "_sum_kernel": 2, "_project_kernel": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["reference", "both"])
+def test_a_ragged_batch_compiles_nothing(case, rows):
+    """Training would wait for it at the end of an epoch."""
+    whole, ragged = (
+        {row["key"] for row in rows if row["case"] == f"{kind}-{case}"}
+        for kind in ("infonce", "ragged")
+    )
+    assert any("_unpack_kernel" in key for key in whole)
+    assert ragged == whole
+
+
+def test_splits_are_those_of_a_card(rows):
+    """Two programs of the narrow kernel's 64 rows come to each of 132 multiprocessors."""
+    grids = {
+        row["case"]: tuple(row["grid"]) for row in rows if row["kernel"] == "_wide_forward_kernel"
+    }
+    assert grids["infonce-small"] == (32, 5, 1)
+    assert grids["infonce-reference"] == (128, 1, 7)
