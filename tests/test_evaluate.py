@@ -2,6 +2,7 @@
 it."""
 
 import json
+import sys
 
 import numpy as np
 import processes
