@@ -69,6 +69,7 @@ def distill_op(
                 here = slice(rows.start, min(rows.stop, R))
                 sums[group, :, here] = tiles.sums(rows, False)[0][..., here]
                 entropies[group, here] = entropy[: here.stop - here.start]
+                del kept, tiles  # The next chunk's pairs take their place in the workspace.
         return sums, entropies
 
 

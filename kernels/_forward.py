@@ -305,8 +305,11 @@ def forward(
             if kept.positive is not None and chunk.start == 0:
                 own_EMR[group] = positive_cosines(px, py, nest, kept.positive)[..., :R]
         if ceiling is not None and chunk != done[1]:
+            # The mask of the chunk before is freed first: with it there would be two workspaces.
+            kept = tile.kept = replace(kept, pair=None)
             near = near_mask(x, y, nest, counts, ceiling, chunk)
             kept = replace(kept, pair=near, pair_row=chunk.start, mode=1)
+            del near
         tile.kept = kept
         done = group, chunk
         sums, col_sums = tile.sums(chunk, columns)
