@@ -253,6 +253,19 @@ def test_code_beside_weights_is_not_run(saved, tmp_path):
     assert "\n" not in str(caught.value) and not ran.exists()
 
 
+def test_a_module_beside_weights_is_not_run(saved, tmp_path):
+    """sentence-transformers before 6.0 imports whatever a local modules.json names."""
+    folder = shutil.copytree(saved["bert"], tmp_path / "local")
+    ran = tmp_path / "ran"
+    (folder / "payload.py").write_text(f"open({str(ran)!r}, 'w')\nclass Module: pass\n")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "payload.Module"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="teacher: .*local could not be opened: "):
+        Teacher.load(str(folder), "", 9, CPU)
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("name", ["./nothing", "nothing", "/no/such/dir"])
 def test_nothing_there(name):
     with pytest.raises(ValueError, match=f"teacher: expected a directory or a hub id, got {name}"):
