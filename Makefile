@@ -2,6 +2,8 @@
 # make test         the same set-up, then every test
 # make test-slow    those that take minutes: a run that is killed thirty times, a million texts
 # make test-readers exports, opened by the oldest sentence-transformers they are for, in .venv-readers
+# make test-libraries  what depends on libraries, with their oldest and newest versions, in .venv-oldest
+#                   and .venv-newest
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -28,7 +30,7 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test test-slow test-readers check setup clean
+.PHONY: train test test-slow test-readers test-libraries test-oldest test-newest check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -41,6 +43,17 @@ test-slow: setup
 
 test-readers: setup .venv-readers/.ready
 	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/test_export_readers.py $(ARGS)
+
+# Where a library's behaviour reaches us: command lines, files, tokenizers, models, scores, figures.
+LIBRARIES := $(patsubst %,tests/test_%.py,attention_interface batches bert bert_trunk card charts cldr \
+	config encode encode_arguments encode_command export export_push export_readers languages layouts \
+	log mine mteb pretrained report results rows scores shapes sources stored streams teacher to_onnx \
+	tokenizer tokens train trunk vectors)
+
+test-libraries: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(LIBRARIES) $(ARGS)
 
 check: setup
 	$(RUN) -m ruff check .
@@ -62,9 +75,18 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 		sentence-transformers==5.0.0 'transformers==4.57.*' torch==2.13.0
 	touch $@
 
+# torch stays at the version of constraints.txt in both: a newer one from PyPI is 3 GB with CUDA.
+.venv-%/.ready: pyproject.toml constraints.txt tests/floors.py
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -E '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	test $* = newest || $(PYTHON) tests/floors.py >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--upgrade-strategy eager -c $(@D)/constraints.txt -e '.[dev]'
+	touch $@
+
 .path/mlembed_kernels:
 	mkdir -p .path
 	ln -s ../kernels $@
 
 clean:
-	rm -rf .path .venv-readers $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .path .venv-readers .venv-oldest .venv-newest $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
