@@ -17,8 +17,13 @@ from transformers import (
     Qwen3Config,
     Qwen3Model,
 )
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from mlembed import attention_interface
+
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+# transformers 5.24 has another name for it, and warns of the old one.
+NO_CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
 DECODER = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -297,8 +302,6 @@ def test_windows():
 
 
 def test_masks_of_other_kinds(saved):
-    from transformers.masking_utils import create_causal_mask
-
     batch = tokens()
     model = load(saved, "qwen3", "mlembed")
     B, S = batch["input_ids"].shape
@@ -308,7 +311,7 @@ def test_masks_of_other_kinds(saved):
     common = {
         "config": model.config,
         "inputs_embeds": torch.zeros(B, S, 1),
-        "past_key_values": None,
+        NO_CACHE: None,
     }
 
     def near(batch, head, q, k):
@@ -316,7 +319,7 @@ def test_masks_of_other_kinds(saved):
 
     # Every key before and near ones behind; near ones alone.
     others = [{"or_mask_function": near}, {"and_mask_function": near}]
-    if "block_sequence_ids" in inspect.signature(create_causal_mask).parameters:
+    if "block_sequence_ids" in MASK_ARGUMENTS:
         blocks = torch.full((B, S), -1)
         blocks[1, 2:4] = 0  # these two see each other
         others.append({"block_sequence_ids": blocks})
@@ -328,11 +331,9 @@ def test_masks_of_other_kinds(saved):
 
 def test_one_mask_of_two_kinds(saved):
     """As a model with causal and other layers asks for it: what is shared is not between kinds."""
-    from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-
     config = load(saved, "qwen3", "mlembed").config
     given = torch.ones(2, 9, dtype=torch.bool)
-    common = {"config": config, "inputs_embeds": torch.zeros(2, 9, 1), "past_key_values": None}
+    common = {"config": config, "inputs_embeds": torch.zeros(2, 9, 1), NO_CACHE: None}
     causal = create_causal_mask(**common, attention_mask=given)
     other = create_bidirectional_mask(**common, attention_mask=given)
     assert (causal.mlembed.causal, other.mlembed.causal) == (True, False)

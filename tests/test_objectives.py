@@ -21,7 +21,7 @@ from objective_truth import (
     texts,
     truth,
 )
-from sentence_transformers import losses
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import pairwise_cos_sim
 
 from mlembed.bank import Bank
