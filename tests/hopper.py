@@ -195,6 +195,7 @@ EXCEPTIONS = (
     Exempt("_long_forward_kernel", (), "serial_loops", 2, WAITS),
     Exempt("_queries_backward_kernel", (), "serial_loops", 2, WAITS),
     Exempt("_project_kernel", (), "serial_loops", 1, WAITS, ("BK", 32)),
+    Exempt("_project_kernel", NEW, "stack", 16, OUTSIDE),
     Exempt("_product_kernel", OLD, "serial_loops", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
     Exempt(
         "_long_forward_kernel", NEW, "unguarded_loops", 2,
