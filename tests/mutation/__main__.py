@@ -97,8 +97,12 @@ def tests(mutant: Mutant) -> tuple[str, ...]:
     if mutant.function in NAMED:
         names = NAMED[mutant.function].tests
         by_name = {path.stem: str(path.relative_to(ROOT)) for path in files_of_tests()}
-        return tuple(by_name[name] for name in names)
-    return tests_of(mutant.file)
+        files = tuple(by_name[name] for name in names if name in by_name)
+    else:
+        files = tests_of(mutant.file)
+    if not files:
+        raise ValueError(f"{mutant.id}: expected tests that watch it, got none")
+    return files
 
 
 def digest(files: list[str]) -> str:
