@@ -389,6 +389,13 @@ def test_names_of_models(directory):
     assert mteb_encoder.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
 
 
+def test_a_directory_of_two_names_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    assert mteb_encoder.model_name("runs/tiny") == "mlembed/runs-tiny"
+    assert mteb_encoder.model_name("nowhere") == f"mlembed/{tmp_path.name}-nowhere"
+
+
 def local_run(task, langs):
     class Local(AbsTaskBitextMining):
         metadata = metadata(

@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run survivors again")
     args = parser.parse_args()
     chosen = select(args)
+    if not chosen:
+        parser.error(f"expected a mutant or a part that exists, got {args.only or args.part}")
     if args.list:
         for mutant in chosen:
             print(mutant.id, *mutant.lines(source(mutant.file)), sep="\n    ")
@@ -53,7 +55,7 @@ def main() -> int:
         print(f"{verdict['status']:9}{verdict['seconds']:6.0f} s  {mutant.id}  {by}", flush=True)
 
     for budget in BUDGETS[: 1 if args.n else 2]:
-        left = [m for m in chosen if unfinished(results.get(m.id), budget)]
+        left = [m for m in chosen if unfinished(m, results.get(m.id), budget)]
         print(f"{len(chosen)} mutants, {len(left)} to run, {budget} CPU s each", flush=True)
         if left:
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +66,18 @@ def main() -> int:
     return close(chosen, results)
 
 
-def unfinished(result: dict[str, Any] | None, budget: float) -> bool:
+def unfinished(mutant: Mutant, result: dict[str, Any] | None, budget: float) -> bool:
     """Return whether a mutant has no result, or survived less time than it has now."""
-    return result is None or (result["status"] == "survived" and result["stopped"] < budget)
+    if result is None:
+        return True
+    survived = result["status"] == "survived" and not reason(mutant)
+    return survived and result["stopped"] < budget
+
+
+def reason(mutant: Mutant) -> str | None:
+    """Return why no test can see a mutant."""
+    before, after = mutant.lines(source(mutant.file))
+    return EQUIVALENT.get((mutant.file, mutant.function, before, after))
 
 
 def select(args: argparse.Namespace) -> list[Mutant]:
@@ -74,8 +85,8 @@ def select(args: argparse.Namespace) -> list[Mutant]:
     if args.only in NAMED:
         return [named(args.only)]
     if args.only:
-        file = args.only.partition(":")[0]
-        return [mutant for mutant in mutants_of(file)[0] if mutant.id == args.only]
+        files = [file for file in product() if file == args.only.partition(":")[0]]
+        return [m for file in files for m in mutants_of(file)[0] if m.id == args.only]
     if args.named:
         return [named(name) for name in NAMED]
     chosen = [m for m in choose(args.seed) if args.part in (None, part_of(m.file))]
@@ -86,8 +97,12 @@ def tests(mutant: Mutant) -> tuple[str, ...]:
     if mutant.function in NAMED:
         names = NAMED[mutant.function].tests
         by_name = {path.stem: str(path.relative_to(ROOT)) for path in files_of_tests()}
-        return tuple(by_name[name] for name in names)
-    return tests_of(mutant.file)
+        files = tuple(by_name[name] for name in names if name in by_name)
+    else:
+        files = tests_of(mutant.file)
+    if not files:
+        raise ValueError(f"{mutant.id}: expected tests that watch it, got none")
+    return files
 
 
 def digest(files: list[str]) -> str:
@@ -130,9 +145,8 @@ def close(chosen: list[Mutant], results: dict[str, dict[str, Any]]) -> int:
     counts, unexplained = Counter(), 0
     for mutant in chosen:
         result = results[mutant.id]
-        reason = EQUIVALENT.get((mutant.file, mutant.function, result["before"], result["after"]))
         status = result["status"]
-        if status == "survived" and reason:
+        if status == "survived" and reason(mutant):
             status = "equivalent"
         counts[result["part"], status] += 1
         if status == "survived":

@@ -27,7 +27,10 @@ FLAT = {
 }
 PART = {f"mlembed/{name}.py": part for part, names in FLAT.items() for name in names.split()}
 # Tests to run before others, for files that no test is named after or whose own are slow.
-LOSS = "test_partition test_infonce_triton test_infonce_limits test_cosine test_distill"
+LOSS = (
+    "test_partition test_splits test_loss_scale test_infonce_triton test_infonce_limits "
+    "test_cosine test_distill"
+)
 ATTENTION = "test_attention_triton test_attention_limits"
 FIRST = {
     "kernels/_attention_forward.py": ATTENTION,
