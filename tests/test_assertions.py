@@ -31,7 +31,9 @@ class File:
                 self.imports |= {a.asname or a.name: (source, a.name) for a in node.names}
 
     def called(self, function: ast.AST) -> "Iterator[tuple[File, ast.AST]]":
-        """Functions of the tests that `function` names, with the file that defines each."""
+        """Functions of the tests that `function` names, with the file that defines each. A fixture
+        that a test names in its body, not as an argument alone, is one of them."""
+        fixtures = self.path.parent / "conftest.py"
         for name in {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}:
             if name in self.functions:
                 yield self, self.functions[name]
@@ -39,6 +41,8 @@ class File:
                 source, name = self.imports[name]
                 if source.is_file() and name in file(source).functions:
                     yield file(source), file(source).functions[name]
+            elif fixtures.is_file() and name in file(fixtures).functions:
+                yield file(fixtures), file(fixtures).functions[name]
 
 
 file = cache(File)
@@ -79,6 +83,7 @@ def test_every_test_reaches_an_assertion(path):
 
 def test_hollow_tests_are_found(tmp_path):
     (tmp_path / "truth.py").write_text("def same(a): assert a\ndef other(a): same\ndef no(): pass")
+    (tmp_path / "conftest.py").write_text("def fixture(): assert 1")
     path = tmp_path / "test_example.py"
     path.write_text(
         "from truth import no, other as close\n"
@@ -90,8 +95,10 @@ def test_hollow_tests_are_found(tmp_path):
         "def test_e(): no()\n"
         "def test_f(): again(2)\n"
         "def test_g(): charts.pareto([])\n"
+        "def test_h(fixture): fixture()\n"
+        "def test_i(fixture): pass\n"
     )
-    assert hollow(path) == ["test_e", "test_f", "test_g"]
+    assert hollow(path) == ["test_e", "test_f", "test_g", "test_i"]
 
 
 @pytest.mark.parametrize("kind", [UserWarning, RuntimeWarning, DeprecationWarning, FutureWarning])
