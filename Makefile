@@ -31,8 +31,10 @@ RUN   := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-# Tests that share a fixture stay on one worker (tests/limits.py); a file's order is kept.
-PYTEST := $(RUN) -m pytest -n 2 --dist loadgroup --durations 20
+# A file stays on one worker, so that its fixtures are built once. (loadgroup of xdist 3.8 groups
+# nothing under pytest 9.2, which names tests otherwise.) The last files by name are short ones.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(RUN) -m pytest $(SPREAD) --durations 20
 
 .PHONY: train test test-all test-readers test-libraries test-oldest test-newest
 .PHONY: test-toolchains test-toolchains-quick mutate check setup clean
@@ -58,7 +60,7 @@ LIBRARIES := $(patsubst %,tests/test_%.py,attention_interface batches bert bert_
 test-libraries: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/.ready
-	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup $(LIBRARIES) $(ARGS)
+	.venv-$*/bin/python -m pytest $(SPREAD) $(LIBRARIES) $(ARGS)
 
 mutate: setup
 	$(RUN) -m tests.mutation $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N)) \

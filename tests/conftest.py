@@ -29,7 +29,6 @@ if not torch.cuda.is_available():
 from limits import (  # noqa: E402, F401
     no_child_is_left,
     pytest_addoption,
-    pytest_collection_modifyitems,
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_unconfigure,

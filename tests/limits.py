@@ -1,4 +1,4 @@
-"""Hooks for a whole session of tests: its time, its processes, and which worker runs what."""
+"""Hooks for a whole session of tests: its time and its processes."""
 
 import os
 import resource
@@ -10,17 +10,6 @@ import processes
 import pytest
 
 STARTED = time.monotonic()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file that share a fixture on one worker, which then builds it once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs
-        scopes = {
-            fixtures[name][-1].scope for name in fixtures.keys() - {no_child_is_left.__name__}
-        }
-        if "module" in scopes:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

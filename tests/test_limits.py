@@ -1,4 +1,4 @@
-"""What tests/limits.py holds every session to: its time, its processes, where its tests run."""
+"""What tests/limits.py holds every session to: its time and its processes."""
 
 import processes
 import pytest
@@ -8,18 +8,6 @@ import subprocess, time
 def test_leak():
     subprocess.Popen(["sleep", "60"])
     time.sleep(0.2)  # until it has a command line
-"""
-GROUPS = """
-import pytest
-@pytest.fixture(scope="module")
-def shared():
-    return 1
-def test_shares(shared, worker_id):
-    print("worker of the first", worker_id)
-def test_alone(worker_id):
-    pass
-def test_shares_too(shared, worker_id):
-    print("worker of the second", worker_id)
 """
 
 
@@ -43,9 +31,3 @@ def test_a_process_that_outlives_its_tests_is_an_error(tmp_path):
     assert done.returncode == 1 and "1 passed" in done.stdout, done.stdout + done.stderr
     assert "1 error" in done.stdout and "sleep 60" in done.stdout
     assert "expected no process to outlive its tests" in done.stdout
-
-
-def test_tests_that_share_a_fixture_run_on_one_worker(tmp_path):
-    done = session(tmp_path / "test_it.py", GROUPS, "-n", 2, "--dist", "loadgroup", "-rP")
-    workers = [line.split()[-1] for line in done.stdout.splitlines() if "worker of" in line]
-    assert len(workers) == 2 and len(set(workers)) == 1, done.stdout + done.stderr
