@@ -2,6 +2,7 @@
 and on several gloo processes against one."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -434,7 +435,12 @@ def process(where: World) -> dict:
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request):
     """Return what each of 2 or 4 processes found."""
-    return gloo(request.param, process)
+    return of_processes(request.param)
+
+
+@cache
+def of_processes(size):
+    return gloo(size, process)
 
 
 @pytest.mark.parametrize("name, case", zip(NAMES, CASES, strict=True), ids=NAMES)

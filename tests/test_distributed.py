@@ -149,7 +149,13 @@ def process(where):
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request):
     """Return what each of 2 or 4 processes found."""
-    return gloo(request.param, process)
+    return of_processes(request.param)
+
+
+@cache
+def of_processes(size):
+    """Once a session: pytest sets a fixture up again whenever its parameter changes."""
+    return gloo(size, process)
 
 
 # ---- gather ----

@@ -4,6 +4,7 @@ talk, however many packs each process has."""
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -224,8 +225,13 @@ def process(where, names):
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request):
     """Return what each of 2 or 4 processes found, by case."""
-    names = tuple(CASES) if request.param == 2 else OF_FOUR
-    results = gloo(request.param, process, names)
+    return of_processes(request.param)
+
+
+@cache
+def of_processes(size):
+    names = tuple(CASES) if size == 2 else OF_FOUR
+    results = gloo(size, process, names)
     return {name: [result[name] for result in results] for name in names}
 
 

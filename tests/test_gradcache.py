@@ -179,7 +179,12 @@ def big(folder):
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, folder):
-    return gloo(request.param, process, folder)
+    return of_processes(request.param, folder)
+
+
+@cache
+def of_processes(size, folder):
+    return gloo(size, process, folder)
 
 
 def same(got, want, rtol=1e-5):

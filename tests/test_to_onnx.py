@@ -45,7 +45,14 @@ def smallest(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in ("minilm", "xlm-roberta") else [])
+        for kind in KINDS
+        if kind != "qwen3"
+    ],
+)
 def test_onnxruntime_agrees(kind, tmp_path):
     # The longest text fills the table of positions, where there is one.
     encoder = build(kind, max_position_embeddings=MAX_LENGTH)
