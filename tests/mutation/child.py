@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .operators import Mutant
@@ -132,6 +133,7 @@ def child(trial: Trial, budget: float, root: Path) -> None:
     for name in list(sys.modules):
         if name.partition(".")[0] in ("tests", "__main__"):
             del sys.modules[name]
+    sys.modules["__main__"] = ModuleType("__main__")  # multiprocessing looks for it
     # tests/conftest.py wants to be there before Triton, to choose the interpreter: it is chosen.
     triton = {"triton": sys.modules.pop("triton")} if "triton" in sys.modules else {}
     watch = Watch(folder, budget, trial.skip, triton)

@@ -175,7 +175,10 @@ class Runner:
 
 def belongs(process: int, folder: Path) -> bool:
     """Return whether a process was started by a trial, whose TMPDIR it has, and is still alive."""
-    return f"TMPDIR={folder}".encode() in Path(f"/proc/{process}/environ").read_bytes()
+    try:
+        return f"TMPDIR={folder}".encode() in Path(f"/proc/{process}/environ").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return False
 
 
 def children() -> Iterator[int]:
