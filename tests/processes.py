@@ -109,6 +109,13 @@ def gloo(size: int, function: Callable[..., Any], *args: Any, timeout: float = T
         return [torch.load(result, weights_only=False) for result in results]
 
 
+@cache
+def gloo_once(size: int, function: Callable[..., Any], *args: Any) -> list:
+    """Return what `gloo` does, from one group a session: pytest sets a fixture with parameters up
+    again whenever the parameter changes from test to test."""
+    return gloo(size, function, *args)
+
+
 @contextmanager
 def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen]:
     """Start a real subprocess in a session of its own; kill what is left of it at the end."""

@@ -2,7 +2,6 @@
 and on several gloo processes against one."""
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from distill_truth import (
     texts,
     truth,
 )
-from processes import gloo
+from processes import gloo_once
 from torch import Tensor
 
 from mlembed.config import Distill, Run
@@ -435,12 +434,7 @@ def process(where: World) -> dict:
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request):
     """Return what each of 2 or 4 processes found."""
-    return of_processes(request.param)
-
-
-@cache
-def of_processes(size):
-    return gloo(size, process)
+    return gloo_once(request.param, process)
 
 
 @pytest.mark.parametrize("name, case", zip(NAMES, CASES, strict=True), ids=NAMES)

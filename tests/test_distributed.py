@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from objective_truth import HARD, OBJECTIVES, assert_close, ragged, run_of, table, texts
-from processes import gloo
+from processes import gloo_once
 from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config, data, tokenizer
@@ -149,13 +149,7 @@ def process(where):
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request):
     """Return what each of 2 or 4 processes found."""
-    return of_processes(request.param)
-
-
-@cache
-def of_processes(size):
-    """Once a session: pytest sets a fixture up again whenever its parameter changes."""
-    return gloo(size, process)
+    return gloo_once(request.param, process)
 
 
 # ---- gather ----

@@ -4,13 +4,12 @@ talk, however many packs each process has."""
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from processes import gloo
+from processes import gloo_once
 from random_model import randomise
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -225,13 +224,8 @@ def process(where, names):
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request):
     """Return what each of 2 or 4 processes found, by case."""
-    return of_processes(request.param)
-
-
-@cache
-def of_processes(size):
-    names = tuple(CASES) if size == 2 else OF_FOUR
-    results = gloo(size, process, names)
+    names = tuple(CASES) if request.param == 2 else OF_FOUR
+    results = gloo_once(request.param, process, names)
     return {name: [result[name] for result in results] for name in names}
 
 

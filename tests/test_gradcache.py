@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from processes import gloo
+from processes import gloo_once
 
 from mlembed import config, gradcache
 from mlembed.activations import Kept
@@ -179,12 +179,7 @@ def big(folder):
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, folder):
-    return of_processes(request.param, folder)
-
-
-@cache
-def of_processes(size, folder):
-    return gloo(size, process, folder)
+    return gloo_once(request.param, process, folder)
 
 
 def same(got, want, rtol=1e-5):
