@@ -94,8 +94,8 @@ def test_equals_the_formula(name, kind, space, request):
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_no_matrix_of_pairs_beyond_the_workspace(kind, monkeypatch):
-    """In a workspace for 128 queries of one exit, the least there is, queries and exits come in
-    turn."""
+    """Queries and exits come in turn where the workspace holds 128 queries of one exit, the least
+    there is."""
     without_kernels(monkeypatch)
     # Packed as 768 and 1024 rows, the student's of 192 numbers, the teacher's of 48.
     q, c = (vectors(4, n, 130, seed=n).float().to(DEVICE) for n in (700, 1000))

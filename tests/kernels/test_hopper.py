@@ -27,6 +27,6 @@ def test_each_kernel_compiles_for_hopper():
 
 @pytest.mark.slow
 def test_every_launch_compiles_for_hopper():
-    """As `make test-toolchains`, but with the Triton that is installed."""
+    """Compile what `make test-toolchains` does, with the Triton that is installed."""
     done = hopper()
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What a GPU would compile: each kernel once for each thing that it does differently."""
+"""Specialisations that a GPU would compile: one of each kernel for each thing it does differently."""
 
 import json
 import os

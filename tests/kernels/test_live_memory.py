@@ -6,7 +6,7 @@ from torch import Tensor, library
 
 
 def test_unwritten_memory_is_nan():
-    """What tests/conftest.py promises, for the package only."""
+    """Unwritten floats of the package are NaN, those of others are as torch leaves them."""
     code = "(torch.empty(3), torch.empty_like(x), x.new_empty(3), torch.empty(2, dtype=torch.int8))"
     inside = eval(code, {"torch": torch, "x": torch.ones(2), "__name__": "mlembed_kernels._x"})
     assert all(x.isnan().all() for x in inside[:3]) and inside[3].dtype == torch.int8
