@@ -1,4 +1,4 @@
-"""Specialisations that a GPU would compile: one of each kernel for each thing it does differently."""
+"""Specialisations of kernels for a GPU: one for each thing that a kernel does differently."""
 
 import json
 import os
