@@ -86,8 +86,8 @@ def _release() -> None:
     gc.collect()
     for replica in gc.get_objects():
         if type(replica) is DistributedDataParallel:
-            replica.logger = None
-            del replica.reducer
+            for name in ("logger", "reducer"):
+                vars(replica).pop(name, None)  # A replica whose construction failed has none.
 
 
 def gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:

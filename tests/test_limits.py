@@ -1,4 +1,4 @@
-"""What tests/limits.py holds every session to: its time and its processes."""
+"""Limits of a session in tests/limits.py: its time and its processes."""
 
 import processes
 import pytest

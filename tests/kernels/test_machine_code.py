@@ -1,4 +1,4 @@
-"""What tests/hopper.py asserts of machine code, on lines written by hand."""
+"""Checks of machine code in tests/hopper.py, on lines written by hand."""
 
 import pytest
 

@@ -134,7 +134,7 @@ def test_a_split_without_columns_reads_no_further(case, monkeypatch):
 
 
 def test_splits_are_at_most_the_tiles_of_each_kernel(monkeypatch):
-    """Of the two kernels that share the number, the one with fewer tiles decides."""
+    """The kernel with fewer tiles decides the number of splits that two kernels share."""
     asked: list[int] = []
 
     def most(programs: int, tiles: int, x: torch.Tensor) -> int:

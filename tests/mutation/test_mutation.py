@@ -93,7 +93,7 @@ def test_every_part_has_its_share(seed):
 
 
 def test_every_mutant_parses_and_differs():
-    """By the function or class that it is in: whole files would take ten times as long."""
+    """Parse only the function or class around a mutant; whole files take ten times as long."""
     tree_of = cache(lambda file: ast.parse(parts.source(file)))
     for mutant in [*parts.choose(1), *map(named.named, named.NAMED)]:
         source, line = parts.source(mutant.file), mutant.line(parts.source(mutant.file))
