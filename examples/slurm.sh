@@ -7,11 +7,14 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
-# One torchrun a node, one process a GPU: sbatch --nodes 4 slurm.sh RECIPE --key value ..
-# The run's directory and the data are on a file system that all nodes see. Two minutes before the
-# time limit, and on preemption, SIGTERM reaches every process: the run saves and stops. What SLURM
-# puts back into the queue goes on from there (SLURM_RESTART_COUNT), what a process took down from the
-# last checkpoint (--max-restarts); what ran out of time, with --resume.
+# Start one torchrun on each node and one process on each GPU. Submit it from the checkout:
+#
+#     sbatch --nodes 4 examples/slurm.sh RECIPE --key value ...
+#
+# All nodes must see the run's directory and the data. Two minutes before the time limit, and on
+# preemption, SIGTERM reaches every process, and the run saves and stops. A job that SLURM requeues
+# resumes by itself (SLURM_RESTART_COUNT), and so does a run whose process crashed (--max-restarts).
+# After the time limit, submit the job again with --resume.
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}

@@ -1,0 +1,145 @@
+"""Stand-ins for what a reader of the documentation has: data, checkpoints, time and the hub.
+
+The tables say what a printed command becomes; the functions write the files that it names.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlembed.config.model import Model
+from mlembed.data import tokenizer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
+
+# In a command that trains: the printed value of an option becomes another one, or the option is
+# added. Built-in text takes half a minute to make, and a score of it a minute.
+SMALLER = {
+    "--steps": "4",
+    "--batch-size": "8",
+    "--data": "pairs.jsonl",
+    "--eval": "tatoeba_dir",
+    "--precision": "fp32",
+}
+KEPT = {"--data", "--eval"}  # these keep the printed value
+# An option of such a command that a run with few steps, or without the hub, needs besides.
+BESIDES = {
+    # Their vocabulary has 501,153 rows.
+    r"lealla-": ["--init", "google-bert/bert-base-uncased"],
+    r"gte-.*-supervised": ["--loss.num-negatives", "2"],
+}
+# Any word of a command that is another one here.
+WORDS = {
+    "cldr": "tatoeba_dir",
+    # A published shape has the heads and the vocabulary of Qwen3.
+    "--shape ml-embed-80m": "--layers 2 --width 16 --ffn 32",
+    "--negatives 15": "--negatives 2",
+    "own_model.py 200": "own_model.py 2",
+}
+# Directories that stand for checkpoints: their blocks.
+MODELS = {
+    "DIRECTORY": "qwen3",
+    "Qwen/Qwen3-0.6B-Base": "qwen3",
+    "google-bert/bert-base-uncased": "bert",
+    "sentence-transformers/LaBSE": "bert",
+}
+# Before a command of mlembed: each latency and each rate is measured once.
+QUICK = "import mlembed.inference.cost as cost; cost.LATENCY_S = cost.PACKS_S = 0.0"
+
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+THINGS = ("cats", "dogs", "owls", "bees", "ants")
+TEXTS = [f"{number} {thing}" for number in NUMBERS for thing in THINGS]
+PLACES = [f"{number} {place}" for number in NUMBERS for place in ("hills", "lakes", "roads")]
+
+
+def write_data(folder: Path) -> None:
+    """Write small files under the names that the documentation uses."""
+    pairs = [
+        {
+            "query": text,
+            "positive": f"{text.split()[1]}: {text.split()[0]}",
+            "negatives": [f"{thing}: {number}" for thing in THINGS[:3] for number in ("no", "all")],
+        }
+        for text in TEXTS
+    ]
+    translated = [
+        {"id": text, "lang": lang, "text": f"{text}{mark}"}
+        for text in TEXTS
+        for lang, mark in (("eng", "."), ("deu", "!"), ("fra", "?"))
+    ]
+    scored = [
+        {"sentence1": f"{a} a", "sentence2": f"{a} b", "score": i % 5} for i, a in enumerate(PLACES)
+    ]
+    rows = {
+        "pairs.jsonl": pairs,
+        "retrieval.jsonl": pairs,
+        "examples/msmarco.jsonl": pairs,
+        "examples/webpages.jsonl": pairs,
+        "examples/scidocs.jsonl": [
+            {"query": f"{text}?", "positive": str(i), "negatives": [str((i + 7) % len(TEXTS))]}
+            for i, text in enumerate(TEXTS)
+        ],
+        "examples/scidocs-corpus.jsonl": [
+            {"_id": str(i), "title": text, "text": f"about {text}"} for i, text in enumerate(TEXTS)
+        ],
+        "beir_dir/queries.jsonl": [{"_id": f"q{i}", "text": x} for i, x in enumerate(PLACES)],
+        "beir_dir/corpus.jsonl": [
+            {"_id": f"d{i}", "title": x, "text": f"of {x}"} for i, x in enumerate(PLACES)
+        ],
+    }
+    for name, table in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in table)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(lines, encoding="utf-8")
+    for name, table in {
+        "nway.parquet": translated,
+        "bitext.parquet": translated,
+        "corpus.parquet": [{"body": text} for text in TEXTS],
+        "examples/emotion.parquet": pairs,
+    }.items():
+        pq.write_table(pa.Table.from_pylist(table), folder / name)
+    sts = "\n".join(["sentence1,sentence2,score", *scored])
+    topics = [f"{text},of {text.split()[1]},of nothing" for text in TEXTS]
+    for name, content in {
+        "corpus.txt": "\n".join(TEXTS) + "\n",
+        "stsb.csv": sts,
+        "examples/stsb.csv": sts,
+        "examples/topics.csv": "\n".join(["query,positive,negative", *topics]),
+        "opus/en-sw.en": "\n".join(TEXTS),
+        "opus/en-sw.sw": "\n".join(f"{text} moja" for text in TEXTS),
+        "tatoeba_dir/tatoeba.deu-eng.deu": "\n".join(f"{text} !" for text in PLACES),
+        "tatoeba_dir/tatoeba.deu-eng.eng": "\n".join(PLACES),
+        "beir_dir/qrels/test.tsv": "query-id\tcorpus-id\tscore\n"
+        + "".join(f"q{i}\td{i}\t1\n" for i in range(len(PLACES))),
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    # A mixture names its files relative to itself; the documentation copies it out of examples/.
+    for path in [*(folder / "examples").iterdir(), folder / "opus"]:
+        if path.suffix in (".jsonl", ".csv", ".parquet"):
+            shutil.copy(path, folder)
+
+
+def write_models(folder: Path) -> None:
+    """Write the checkpoints of MODELS, and one tokenizer for all of them."""
+    learnt = tokenizer.train([*TEXTS, *PLACES], 300)
+    for name, style in MODELS.items():
+        model = Model(
+            style=style,
+            causal=style == "qwen3",
+            pooling="last" if style == "qwen3" else "mean",
+            vocab_size=learnt.get_vocab_size(),
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=8,
+            intermediate_size=48,
+            max_position_embeddings=4096,
+        )
+        (folder / name).mkdir(parents=True)
+        pretrained.save(Transformer(model), folder / name)
+        tokenizer.save(learnt, folder / name, 64)
