@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mlembed_kernels.attention import attention
+from mlembed_kernels.attention.attention import attention
 
 from . import attention_peers as peers
 from .attention_gate import dtype_on, spot
@@ -315,7 +315,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # ---- launch configurations ----
 
-SWEEP = {"_attention_forward": FORWARD, "_attention_backward": BACKWARD}  # module -> what is timed
+SWEEP = {"attention._forward": FORWARD, "attention._backward": BACKWARD}  # module -> what is timed
 # Beside the present entry, from which they take what they do not name; for every width of heads.
 # More than 64 ROWS are those of two query heads where groups are even.
 CANDIDATES: dict[str, list[dict[str, int | None]]] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mlembed_kernels.attention import attention, attention_ref
+from mlembed_kernels.attention.attention import attention, attention_ref
 
 from .attention_peers import Batch, Packed, Tensors
 from .harness import BACKWARD, FORWARD, TRAIN, judged, poison, reason

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlembed_kernels._work import Work
-from mlembed_kernels.attention import attention
+from mlembed_kernels.attention.attention import attention
+from mlembed_kernels.attention.work import Work
 
 from .harness import Leaves, Missing
 

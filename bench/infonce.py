@@ -356,7 +356,10 @@ def spot(case: Case, inputs: Leaves, mode: str, got: Any) -> dict[str, Any] | No
 
 # ---- launch configurations ----
 
-SWEEP = {"_forward": FORWARD, "_backward": TRAIN}  # module of CONFIGS -> what is timed
+SWEEP = {
+    "similarity._lse_forward": FORWARD,
+    "similarity._lse_backward": TRAIN,
+}  # module of CONFIGS -> what is timed
 # Beside the present entry, from which they take what they do not name. `--case both` reaches the
 # kernels that sum columns too.
 CANDIDATES: dict[str, list[dict[str, int | None]]] = {

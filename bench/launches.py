@@ -37,7 +37,13 @@ from . import ROOT
 
 TARGET = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132  # of an H100 or H200: columns are split to fill them
-OPS = "partition", "cosine", "distill", "embed", "attention"  # kernels/_NAME_op.py
+OPS = {  # operator -> its module in kernels/
+    "partition": "similarity._lse_op",
+    "cosine": "similarity._cosine_op",
+    "distill": "similarity._distill_op",
+    "embed": "embedding._op",
+    "attention": "attention._op",
+}
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 CPU = torch.device("cpu")
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -151,9 +157,9 @@ def prepare() -> None:
         (torch.cuda, "get_device_properties", lambda device: _Card),
     ):
         setattr(owner, name, value)
-    for name in OPS:
+    for name, path in OPS.items():
         # Shapes alone are known of a fake tensor's operators: these run all of their host code.
-        module = importlib.import_module(f"mlembed_kernels._{name}_op")
+        module = importlib.import_module(f"mlembed_kernels.{path}")
         for suffix, op in (("", f"{name}_op"), ("_backward", "_backward_op")):
             body = partial(_on_card, getattr(module, op)._init_fn)
             torch.library.register_fake(f"mlembed::{name}{suffix}", body, allow_override=True)
@@ -239,7 +245,7 @@ def run_attention(case: Any, provider: str) -> None:
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    from mlembed_kernels.attention import attention
+    from mlembed_kernels.attention.attention import attention
 
     from . import attention as bench
     from . import attention_gate as gate
@@ -278,7 +284,7 @@ def run_embed(case: Any) -> None:
 
 def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels import Occurrences
-    from mlembed_kernels.embed import embed
+    from mlembed_kernels.embedding.embed import embed
 
     from . import embed as bench
 

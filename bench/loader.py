@@ -52,8 +52,8 @@ PARTS = {
     "tokenise": "tokenised",
     "share out": "shared_out",
     "pack": "pack",
-    "of it work lists": "of@_work",
-    "of it occurrences": "of@_occurrences",
+    "of it work lists": "of@work",
+    "of it occurrences": "of@occurrences",
 }
 
 

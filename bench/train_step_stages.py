@@ -29,9 +29,12 @@ STAGES = (
 )
 WHEN = "embedding", "loss", "optimiser"  # told by when they run
 MODULES = {
-    "attention": ("_attention_forward", "_attention_backward"),
-    "embedding": ("_embed_op",),
-    "loss": ("_forward", "_backward", "_cosine_op", "_nest", "_tiles"),
+    "attention": ("attention._forward", "attention._backward"),
+    "embedding": ("embedding._op",),
+    "loss": tuple(
+        f"similarity.{name}"
+        for name in ("_lse_forward", "_lse_backward", "_cosine_op", "_bands", "_tiles")
+    ),
 }
 # Parts of names, in lower case; the first that occurs decides. Flash attention's kernels are made
 # of CUTLASS's and have its name in theirs, so attention comes before products. aten:: are operators

@@ -77,8 +77,8 @@ sys.path[:] = [p for p in sys.path if "__editable__" not in p]
 assert importlib.util.find_spec("mlembed_kernels") is None
 import bench
 assert "torch" not in sys.modules
-import mlembed_kernels.infonce
-print(mlembed_kernels.__version__, sys.modules["mlembed_kernels.infonce"].__file__)
+import mlembed_kernels.similarity.infonce
+print(mlembed_kernels.__version__, sys.modules["mlembed_kernels.similarity.infonce"].__file__)
 """
     done = run(checkout, "-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -86,9 +86,9 @@ print(mlembed_kernels.__version__, sys.modules["mlembed_kernels.infonce"].__file
 
 
 def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
-    assert importlib.util.find_spec("mlembed_kernels.cosine") is not None
-    with pytest.raises(ModuleNotFoundError, match="mlembed_kernels.cosine"):
-        _Beside.find_spec("mlembed_kernels.cosine", [str(tmp_path)])
+    assert importlib.util.find_spec("mlembed_kernels.similarity.cosine") is not None
+    with pytest.raises(ModuleNotFoundError, match="mlembed_kernels.similarity.cosine"):
+        _Beside.find_spec("mlembed_kernels.similarity.cosine", [str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -316,8 +316,8 @@ def test_a_sweep_compares_with_the_present_entry(measuring, monkeypatch):
     monkeypatch.setattr(bench, "CANDIDATES", listed)
     monkeypatch.setattr(bench, "build", lambda *_: (step, None))
     monkeypatch.setattr(bench, "SWEEP", {"_nowhere": "fwd", "cosine": "fwd+bwd"})
-    module = importlib.import_module("mlembed_kernels.cosine")
-    monkeypatch.setitem(sys.modules, "mlembed_kernels.cosine", module)
+    module = importlib.import_module("mlembed_kernels.similarity.cosine")
+    monkeypatch.setitem(sys.modules, "mlembed_kernels.similarity.cosine", module)
     monkeypatch.setattr(module, "CONFIGS_FP32", table, raising=False)
     make().sweep("e1")
     found = [r for r in said() if r["kind"] == "sweep"]

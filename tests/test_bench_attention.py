@@ -18,7 +18,7 @@ from bench import attention_gate as checked
 from bench import attention_peers as peers
 from bench import harness, report, worker
 from bench.attention_peers import Batch, Packed
-from mlembed_kernels.attention import attention_ref
+from mlembed_kernels.attention.attention import attention_ref
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

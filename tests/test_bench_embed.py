@@ -9,7 +9,7 @@ import torch
 
 from bench import embed as bench
 from bench import harness, report, worker
-from mlembed_kernels.embed import embed_ref
+from mlembed_kernels.embedding.embed import embed_ref
 
 CPU = torch.device("cpu")
 TINY = bench.Case(name="tiny", V=31, R=12, D=10, rank=7, T=60, providers=())

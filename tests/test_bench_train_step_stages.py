@@ -50,8 +50,8 @@ def test_the_modules_of_kernels_are_all_known():
     pytest.importorskip("triton")
     listed = {module for modules in staged.MODULES.values() for module in modules}
     with_kernels = {
-        path.stem
-        for path in (ROOT / "kernels").glob("_*.py")
+        f"{path.parent.name}.{path.stem}"
+        for path in (ROOT / "kernels").rglob("_*.py")
         if re.search(r"^def \w+_kernel\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert with_kernels <= listed and set(staged.our_kernels().values()) == set(staged.MODULES)
