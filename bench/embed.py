@@ -26,8 +26,8 @@ from torch import Tensor
 from mlembed_kernels import Occurrences
 from mlembed_kernels.embedding.embed import embed, embed_ref
 
-from .attention import Checked
-from .attention_gate import EPS32, dtype_on
+from .attention.bench import Checked
+from .attention.cases import EPS32, dtype_on
 from .harness import BACKWARD, FORWARD, TRAIN, Apart, Leaves, judged, poison, reason
 
 Tensors = tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class Case:
         return Occurrences.of(stream(self.T, self.V)).distinct
 
 
-TESTS = ("embed",)  # tests/kernels/test_<name>*.py
+TESTS = ("embedding/*",)  # below tests/kernels/
 # The most telling first: what time is left for shrinks from the end.
 CASES = {
     case.name: case

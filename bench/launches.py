@@ -199,8 +199,8 @@ def train(function: Callable[..., Any], *leaves: Tensor) -> None:
 
 def run_loss(case: Any) -> None:
     """A case of bench/infonce.py, forward and backward."""
-    from . import infonce as bench
     from .harness import Leaves
+    from .infonce import bench
 
     q, c = (empty(case.E, case.B, case.D) for _ in "qc")
     with MODE:
@@ -210,7 +210,7 @@ def run_loss(case: Any) -> None:
 def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels import infonce
 
-    from . import infonce as bench
+    from .infonce import bench
 
     def check(check: bench.Check, dtype: torch.dtype) -> None:
         q, c = (empty(check.E, n, check.D, dtype=dtype) for n in (check.Q, check.C))
@@ -234,8 +234,8 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def run_attention(case: Any, provider: str) -> None:
     """A case of bench/attention.py, forward and backward."""
-    from . import attention as bench
-    from .attention_peers import Packed
+    from .attention import bench
+    from .attention.peers import Packed
 
     step = bench.ours(case, provider, CPU)
     heads = case.Hq, case.Hkv, case.Hkv, case.Hq
@@ -247,9 +247,8 @@ def run_attention(case: Any, provider: str) -> None:
 def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels.attention.attention import attention
 
-    from . import attention as bench
-    from . import attention_gate as gate
-    from .attention_peers import Batch
+    from .attention import bench, gate
+    from .attention.peers import Batch
 
     def check(check: gate.Check, dtype: torch.dtype) -> None:
         batch = Batch.of(check.lengths, check.causal, check.Hq // check.Hkv, CPU)
@@ -311,8 +310,8 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Whole models. Blocks are not compiled by inductor: its kernels are not ours."""
-    from . import train_step
-    from .train_step_cases import Case, Texts
+    from .train_step import bench as train_step
+    from .train_step.cases import Case, Texts
 
     table = train_step.loss_table
 

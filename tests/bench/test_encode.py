@@ -19,7 +19,7 @@ from bench import loader
 from mlembed.encode import Encoder
 from mlembed.model import Transformer, num_parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -7,25 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import baselines, harness, report
-from bench import infonce as bench
+from bench import harness, report
 from bench.harness import Leaves
+from bench.infonce import bench, cases, gate, peers
 from mlembed_kernels import infonce
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 def test_the_two_numbers():
     reference, both = bench.CASES["reference"], bench.CASES["both"]
     unit = 2 * 16384 * 16384 * 1024 * 7
-    assert bench.flops(reference, "fwd") == bench.flops(both, "fwd") == unit
-    assert bench.flops(reference, "fwd+bwd") == 3 * unit
-    assert bench.flops(reference, "fwd+bwd", 4) == 4 * unit
-    assert bench.nbytes(reference, "fwd") == 2 * (2 * 7 * 16384 * 1024)  # q and c of two bytes each
-    assert bench.nbytes(reference, "fwd+bwd") == 3 * bench.nbytes(reference, "fwd")
-    assert bench.exponentials(reference) == 7 * 8 * 16384**2
-    floors = bench.floors(reference, "fwd+bwd", 788, 4247)
+    assert cases.flops(reference, "fwd") == cases.flops(both, "fwd") == unit
+    assert cases.flops(reference, "fwd+bwd") == 3 * unit
+    assert cases.flops(reference, "fwd+bwd", 4) == 4 * unit
+    assert cases.nbytes(reference, "fwd") == 2 * (2 * 7 * 16384 * 1024)  # q and c of two bytes each
+    assert cases.nbytes(reference, "fwd+bwd") == 3 * cases.nbytes(reference, "fwd")
+    assert cases.exponentials(reference) == 7 * 8 * 16384**2
+    floors = cases.floors(reference, "fwd+bwd", 788, 4247)
     assert floors["recomputing"] == pytest.approx(4 * unit / 788e12 * 1e3)
 
 
@@ -36,19 +36,19 @@ def test_the_log_says_what_the_functions_say():
     assert list(table) == list(bench.CASES)
     for name, numbers in table.items():
         case = bench.CASES[name]
-        forward, train = (bench.floors(case, mode, 788, 4247) for mode in ("fwd", "fwd+bwd"))
+        forward, train = (cases.floors(case, mode, 788, 4247) for mode in ("fwd", "fwd+bwd"))
         wanted = [
-            *(bench.flops(case, "fwd") / 1e12, bench.nbytes(case, "fwd") / 1e9),
+            *(cases.flops(case, "fwd") / 1e12, cases.nbytes(case, "fwd") / 1e9),
             *(forward["gemms"], forward["bytes"]),
             *(train["gemms"], train["recomputing"], train["bytes"]),
-            *(bench.exponentials(case) / 1e9, bench.exponentials(case) / (16 * 132 * 1.8e9) * 1e3),
+            *(cases.exponentials(case) / 1e9, cases.exponentials(case) / (16 * 132 * 1.8e9) * 1e3),
         ]
         assert numbers == pytest.approx(wanted, abs=0.0051), name
 
 
 def case_and_inputs(name, dtype=torch.float64):
-    case = bench.toy(bench.CASES[name])
-    q, c = (x.detach().to(dtype) for x in bench.inputs(case, CPU, 3).stacked)
+    case = cases.toy(bench.CASES[name])
+    q, c = (x.detach().to(dtype) for x in cases.inputs(case, CPU, 3).stacked)
     return case, Leaves(q, c)
 
 
@@ -71,9 +71,9 @@ def test_all_compute_the_same(name):
     mode = "per_direction" if case.both else "joint"
     wanted = infonce(q, c, dims=case.dims, directions=case.directions, partition_mode=mode).sum()
     wanted = wanted, *torch.autograd.grad(wanted, (q, c))
-    steps = {key: baselines.build(key, case, q[0], True) for key in bench.STEPS if key != "gemm"}
+    steps = {key: peers.build(key, case, q[0], True) for key in bench.STEPS if key != "gemm"}
     if not case.both:
-        pairs = baselines.by_pair(plain_loss, case.dims, case.temperature)
+        pairs = peers.by_pair(plain_loss, case.dims, case.temperature)
         steps["pairs"] = pairs, None
     for key, (step, note) in steps.items():
         assert note is None
@@ -94,9 +94,9 @@ def test_prefixes_that_a_library_cannot_run_are_named(monkeypatch):
         return loss_of
 
     case, inputs = case_and_inputs("reference", torch.float32)
-    monkeypatch.setitem(baselines.PAIRS, "inf_cl", picky)
+    monkeypatch.setitem(peers.PAIRS, "inf_cl", picky)
     with pytest.warns(UserWarning, match="prefix 8: too narrow"):
-        step, note = baselines.build("inf_cl", case, inputs.stacked[0][0].detach(), True)
+        step, note = peers.build("inf_cl", case, inputs.stacked[0][0].detach(), True)
     assert note == "without prefixes 8, which it cannot run"
     want = sum(
         plain_loss(F.normalize(q) / case.temperature, F.normalize(c)) for q, c in inputs.views
@@ -105,26 +105,26 @@ def test_prefixes_that_a_library_cannot_run_are_named(monkeypatch):
     for name in ("cut_cross_entropy", "inf_cl"):  # not installed is no failure
         monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
         with pytest.raises(harness.Missing, match="is not installed"):
-            baselines.imported(name, name)
+            peers.imported(name, name)
 
 
 def test_gemm_is_one_product_per_chunk(monkeypatch):
     case, inputs = case_and_inputs("reference", torch.float32)
-    monkeypatch.setattr(baselines, "CHUNK", 7)
-    assert baselines.gemm(case, True)(inputs, True) is None
+    monkeypatch.setattr(peers, "CHUNK", 7)
+    assert peers.gemm(case, True)(inputs, True) is None
 
 
-@pytest.mark.parametrize("check", bench.checks(), ids=lambda check: check.name)
+@pytest.mark.parametrize("check", gate.checks(), ids=lambda check: check.name)
 def test_the_gates_eager_is_the_loss(check):
     """Else its error would be large, and let any kernel pass."""
     check = check.toy()
-    given = bench.masks(check, CPU)
+    given = gate.masks(check, CPU)
     generator = torch.Generator().manual_seed(1)
     q, c = (
         torch.randn(2, n, check.D, generator=generator, dtype=torch.float64)
         for n in (check.Q, check.C)
     )
-    got = bench.eager_table(q, c, check, given)
+    got = gate.eager_table(q, c, check, given)
     options = {"directions": check.directions, "partition_mode": check.partition_mode, **given}
     options |= {"dims": check.dims, "temperature": check.temperature, "impl": "reference"}
     torch.testing.assert_close(got, infonce(q, c, **options), rtol=1e-11, atol=1e-12)
@@ -147,19 +147,19 @@ def test_the_gate_sees(wrong, monkeypatch):
         return loss * {"loss": 1.0001, "nan": torch.nan}[wrong]
 
     monkeypatch.setattr(bench, "infonce", faulty)
-    verdicts = list(bench.gate(CPU, True))
-    assert len(verdicts) == len(list(bench.checks()))
+    verdicts = list(gate.gate(CPU, True))
+    assert len(verdicts) == len(list(gate.checks()))
     assert all(verdict["ok"] == (wrong == "nothing") for verdict in verdicts)
     assert report.gate(verdicts).count("RED") == (0 if wrong == "nothing" else len(verdicts))
 
 
 def test_the_spot_check_sees():
     case, inputs = case_and_inputs("huge", torch.float32)
-    loss_and_gradients(baselines.eager_stacked(case, True), inputs)
-    assert bench.spot(case, inputs, "fwd+bwd", None)["ok"]
+    loss_and_gradients(peers.eager_stacked(case, True), inputs)
+    assert gate.spot(case, inputs, "fwd+bwd", None)["ok"]
     inputs.stacked[0].grad[0, case.B - 1, 3] += 1e-3
-    assert not bench.spot(case, inputs, "fwd+bwd", None)["ok"]
-    assert bench.spot(case, inputs, "fwd", None) is None
+    assert not gate.spot(case, inputs, "fwd+bwd", None)["ok"]
+    assert gate.spot(case, inputs, "fwd", None) is None
 
 
 def test_targets_need_both_numbers_and_green():

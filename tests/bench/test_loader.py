@@ -15,7 +15,7 @@ from bench import __main__ as command
 from bench import loader as bench
 from mlembed.data import Batches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import _Beside, baselines, harness, report, worker
-from bench import infonce as bench
+from bench import _Beside, harness, report, worker
 from bench.harness import Leaves
+from bench.infonce import bench, cases, gate, peers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -82,7 +82,7 @@ print(mlembed_kernels.__version__, sys.modules["mlembed_kernels.similarity.infon
 """
     done = run(checkout, "-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["9.9.9", str(checkout / "kernels/infonce.py")]
+    assert done.stdout.split() == ["9.9.9", str(checkout / "kernels/similarity/infonce.py")]
 
 
 def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
@@ -247,10 +247,10 @@ def measuring(monkeypatch, capsys):
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     few = {"providers": ("ours", "eager", "gemm")}
-    toys = {name: replace(bench.toy(case), **few) for name, case in bench.CASES.items()}
+    toys = {name: replace(cases.toy(case), **few) for name, case in bench.CASES.items()}
     monkeypatch.setattr(bench, "CASES", toys)
     monkeypatch.setattr(worker, "MS", 1.0)
-    monkeypatch.setattr(bench, "ours", lambda case: baselines.eager_stacked(case, True))
+    monkeypatch.setattr(bench, "ours", lambda case: peers.eager_stacked(case, True))
     return make, said
 
 
@@ -264,8 +264,8 @@ def test_a_row_is_what_was_measured(measuring):
     for mode in case.modes:
         row = rows["ours", mode]
         assert row["repeats"] >= 5 and 0 < row["p20"] <= row["ms"] <= row["p80"]
-        assert row["tflops"] == pytest.approx(bench.flops(case, mode) / row["ms"] / 1e9)
-        assert row["gbs"] == pytest.approx(bench.nbytes(case, mode) / row["ms"] / 1e6)
+        assert row["tflops"] == pytest.approx(cases.flops(case, mode) / row["ms"] / 1e9)
+        assert row["gbs"] == pytest.approx(cases.nbytes(case, mode) / row["ms"] / 1e6)
         assert row["share"] == pytest.approx(row["tflops"] / 2.0)
         assert row["copy_share"] == pytest.approx(row["gbs"] / 3.0)
         assert row["green"] and row["sets"] == 1 and row["peak_mib"] is None
@@ -282,7 +282,7 @@ def test_a_row_is_what_was_measured(measuring):
 
 def test_a_wrong_gradient_at_full_size_is_red(measuring, monkeypatch):
     make, said = measuring
-    monkeypatch.setattr(bench, "spot", lambda case, inputs, mode, got: {"ok": False})
+    monkeypatch.setattr(gate, "spot", lambda case, inputs, mode, got: {"ok": False})
     make("reference:ours:fwd").case("reference")
     rows = [r for r in said() if r["kind"] == "row" and r["provider"] == "ours"]
     assert [(row["status"], row["green"]) for row in rows] == [("ran", False)]

@@ -27,12 +27,14 @@ weights in all at 0.6B), and nothing else, whatever a provider computes besides.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from mlembed import config, recipes, shapes
 from mlembed.depth import drawn
@@ -40,8 +42,8 @@ from mlembed.model import num_parameters
 from mlembed.pack import Batch, PackedBatch, collate
 from mlembed_kernels import Occurrences
 
-from .embed import stream
-from .harness import TRAIN
+from ..embed import stream
+from ..harness import TRAIN
 
 Lengths = tuple[float, float, int, int]  # of a lognormal: median, sigma; least, most
 ACTIVATION_GIB = 70.0  # of ours_selective: under 80 GiB with weights, moments and gradients
@@ -309,3 +311,37 @@ def about(case: Case) -> str:
         f"T = {tokens(case)}, of a Zipf stream; exits {m.exits}{leaving}, "
         f"{len(m.matryoshka_dims)} prefixes"
     )
+
+
+# ---- steps ----
+
+
+class Trained:
+    """A model with its optimiser. A call is one optimiser step, or without backward its loss."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[["Trained", Texts], Tensor],
+        before: int,
+    ) -> None:
+        """before: bytes that were allocated on the device before anything of this."""
+        self.model, self.optimizer, self.loss, self.before = model, optimizer, loss, before
+        self.mark: Callable[[str], None] = lambda stage: None  # told as stages begin
+
+    def __call__(self, inputs: Texts, backward: bool) -> Tensor:
+        loss = self.loss(self, inputs)
+        if backward:
+            self.mark("backward")
+            loss.backward()
+            self.mark("optimiser")
+            nn.utils.clip_grad_norm_(self.model.parameters(), inputs.case.run.optim.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.mark("end")
+        return loss.detach()
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -16,12 +16,12 @@ import torch
 from bench import __main__ as command
 from bench import gradcache as bench
 from bench import report, worker
-from bench import train_step_cases as cases
-from bench import train_step_gate as checked
+from bench.train_step import cases
+from bench.train_step import gate as checked
 from mlembed.activations import Kept
 from mlembed.model import Transformer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TOYS = {name: bench.toy(case) for name, case in bench.CASES.items()}
 

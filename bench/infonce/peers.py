@@ -6,7 +6,6 @@ gradient of the whole stack per exit and prefix); `eager_stacked` alone has one 
 backward per exit or per pair saves memory and costs nothing, the step takes it.
 """
 
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -16,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .harness import Leaves, Missing, Step
+from ..harness import Leaves, Missing, Step
 
 if TYPE_CHECKING:
-    from .infonce import Case
+    from .cases import Case
+
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # normalised [B, d], [N, d] -> the mean loss
 CHUNK = 16384  # rows of the logits that the GEMM floor holds at a time

@@ -13,16 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import attention as bench
-from bench import attention_gate as checked
-from bench import attention_peers as peers
 from bench import harness, report, worker
-from bench.attention_peers import Batch, Packed
+from bench.attention import bench, cases, peers
+from bench.attention import gate as checked
+from bench.attention.peers import Batch, Packed
 from mlembed_kernels.attention.attention import attention_ref
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TINY = bench.Case(name="tiny", mix="mid", lengths=(3, 1, 9, 6), Hq=4, Hkv=2, K=8, providers=())
+TINY = cases.Case(name="tiny", mix="mid", lengths=(3, 1, 9, 6), Hq=4, Hkv=2, K=8, providers=())
 MODES = harness.FORWARD, harness.BACKWARD, harness.TRAIN
 
 
@@ -33,20 +32,20 @@ MODES = harness.FORWARD, harness.BACKWARD, harness.TRAIN
 def test_the_two_numbers_are_those_counted(causal):
     case = replace(TINY, causal=causal)
     pairs = sum(1 for n in case.lengths for q in range(n) for k in range(n) if k <= q or not causal)
-    assert case.pairs == pairs and bench.exponentials(case) == 4 * pairs
-    assert bench.flops(case, "fwd") == 2 * 2 * 4 * 8 * pairs  # q k' and p v, a product and a sum
-    assert bench.flops(case, "bwd") == 5 * 2 * 4 * 8 * pairs
-    inputs = bench.inputs(case, CPU, 0)
+    assert case.pairs == pairs and cases.exponentials(case) == 4 * pairs
+    assert cases.flops(case, "fwd") == 2 * 2 * 4 * 8 * pairs  # q k' and p v, a product and a sum
+    assert cases.flops(case, "bwd") == 5 * 2 * 4 * 8 * pairs
+    inputs = cases.inputs(case, CPU, 0)
     q, k, v = inputs.stacked
     out, dq, dk, dv = inputs.dout, *inputs.stacked
     half = torch.bfloat16.itemsize / q.itemsize
-    assert bench.nbytes(case, "fwd") == half * sum(x.nbytes for x in (q, k, v, out))
-    assert bench.nbytes(case, "bwd") == half * sum(x.nbytes for x in (q, k, v, out, dq, dk, dv))
-    for count in (bench.flops, bench.nbytes):
+    assert cases.nbytes(case, "fwd") == half * sum(x.nbytes for x in (q, k, v, out))
+    assert cases.nbytes(case, "bwd") == half * sum(x.nbytes for x in (q, k, v, out, dq, dk, dv))
+    for count in (cases.flops, cases.nbytes):
         assert count(case, "fwd+bwd") == count(case, "fwd") + count(case, "bwd")
-    floors = bench.floors(case, "fwd", 788, 4247)
-    assert floors["products"] == pytest.approx(bench.flops(case, "fwd") / 788e12 * 1e3)
-    assert floors["bytes"] == pytest.approx(bench.nbytes(case, "fwd") / 4247e9 * 1e3)
+    floors = cases.floors(case, "fwd", 788, 4247)
+    assert floors["products"] == pytest.approx(cases.flops(case, "fwd") / 788e12 * 1e3)
+    assert floors["bytes"] == pytest.approx(cases.nbytes(case, "fwd") / 4247e9 * 1e3)
 
 
 def test_who_has_left_counts_for_nothing():
@@ -54,31 +53,31 @@ def test_who_has_left_counts_for_nothing():
     rest = replace(TINY, lengths=TINY.lengths[:2])
     assert case.alive == 2
     for mode in MODES:
-        assert bench.flops(case, mode) == bench.flops(rest, mode)
-        assert bench.nbytes(case, mode) == bench.nbytes(rest, mode)
+        assert cases.flops(case, mode) == cases.flops(rest, mode)
+        assert cases.nbytes(case, mode) == cases.nbytes(rest, mode)
 
 
 def test_the_lengths_are_those_that_were_measured():
-    tokens = {name: sum(lengths) for name, lengths in bench.MIXES.items()}
+    tokens = {name: sum(lengths) for name, lengths in cases.MIXES.items()}
     assert tokens == {"short": 49748, "mid": 69466, "long": 65536, "very_long": 65536}
-    assert max(bench.MIXES["short"]) == 128 and max(bench.MIXES["mid"]) == 512
-    assert bench.CASES["skip"].alive == 307 and bench.CASES["skip_short"].alive == 1229
+    assert max(cases.MIXES["short"]) == 128 and max(cases.MIXES["mid"]) == 512
+    assert cases.CASES["skip"].alive == 307 and cases.CASES["skip_short"].alive == 1229
 
 
 def test_the_log_says_what_the_functions_say():
     text = (ROOT / "bench/LOG.md").read_text(encoding="utf-8")
     text = text.partition("## attention: the two numbers")[2].partition("\n## ")[0]
     cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in text.splitlines()]
-    table = {row[0]: [float(x) for x in row[1:]] for row in cells if row[0] in bench.CASES}
-    assert list(table) == list(bench.CASES)
+    table = {row[0]: [float(x) for x in row[1:]] for row in cells if row[0] in cases.CASES}
+    assert list(table) == list(cases.CASES)
     for name, numbers in table.items():
-        case = bench.CASES[name]
+        case = cases.CASES[name]
         wanted = [case.tokens]
         for mode in ("fwd", "bwd"):
-            floors = bench.floors(case, mode, 788, 4247)
-            wanted += [bench.flops(case, mode) / 1e9, bench.nbytes(case, mode) / 1e6]
+            floors = cases.floors(case, mode, 788, 4247)
+            wanted += [cases.flops(case, mode) / 1e9, cases.nbytes(case, mode) / 1e6]
             wanted += [floors["products"], floors["bytes"]]
-        wanted.append(bench.exponentials(case) / (16 * 132 * 1.8e9) * 1e3)
+        wanted.append(cases.exponentials(case) / (16 * 132 * 1.8e9) * 1e3)
         assert numbers == pytest.approx(wanted, abs=0.51, rel=0), name
         times = [numbers[i] for i in (3, 4, 7, 8, 9)]
         assert times == pytest.approx([wanted[i] for i in (3, 4, 7, 8, 9)], abs=0.00051), name
@@ -90,7 +89,7 @@ def test_the_log_says_what_the_functions_say():
 @pytest.fixture(autouse=True)
 def in_fp32(monkeypatch):
     """A toy run takes fp16, whose launch options are bf16's; what is close is seen in fp32."""
-    for module in (bench, checked):
+    for module in (cases, checked):
         monkeypatch.setattr(module, "dtype_on", lambda device: torch.float32)
 
 
@@ -119,11 +118,11 @@ def close(got, want):
 
 @pytest.mark.parametrize("name", ["short", "skip", "long_bert"])
 def test_ours_and_sdpa_are_attention(name):
-    case = bench.toy(bench.CASES[name])
-    inputs = bench.inputs(case, CPU, 3)
+    case = cases.toy(cases.CASES[name])
+    inputs = cases.inputs(case, CPU, 3)
     want = truth(case, inputs, case.lengths[: case.alive])
     got = {}
-    for provider in bench.SKIPPING if case.gone else ("ours", "sdpa"):
+    for provider in cases.SKIPPING if case.gone else ("ours", "sdpa"):
         step, _ = bench.build(provider, case, inputs, True)
         got[provider] = in_every_mode(step, inputs)
     close(got["ours"], want)
@@ -139,8 +138,8 @@ def test_ours_and_sdpa_are_attention(name):
 
 
 def test_a_prefix_lies_in_the_buffer_and_the_rest_alone_does_not():
-    case = bench.toy(bench.CASES["skip"])
-    inputs = bench.inputs(case, CPU, 3)
+    case = cases.toy(cases.CASES["skip"])
+    inputs = cases.inputs(case, CPU, 3)
     for copied in (False, True):
         leaves, behind = bench.prefix(case.tokens, copied, inputs)
         for part, of in zip((*leaves, *behind), (*inputs.stacked, inputs.dout), strict=True):
@@ -149,7 +148,7 @@ def test_a_prefix_lies_in_the_buffer_and_the_rest_alone_does_not():
 
 
 def test_kv_written_out_for_every_head_are_the_same():
-    inputs = bench.inputs(TINY, CPU, 1)
+    inputs = cases.inputs(TINY, CPU, 1)
     (q, k, v), behind = peers.repeated(2)(inputs)
     assert k.shape == v.shape == q.shape and k.is_leaf and k.requires_grad
     cu = F.pad(torch.tensor(TINY.lengths).cumsum(0), (1, 0))
@@ -163,7 +162,7 @@ def test_kv_written_out_for_every_head_are_the_same():
 @pytest.mark.parametrize("causal", [True, False])
 def test_flex_masks_by_sequence(causal):
     case = replace(TINY, causal=causal, K=16)
-    inputs = bench.inputs(case, CPU, 1)
+    inputs = cases.inputs(case, CPU, 1)
     batch = Batch.of(case.lengths, causal, 2, CPU)
     out = peers.flex(batch, True).function(*(x.detach() for x in inputs.stacked))
     close([out], truth(case, inputs)[:1])
@@ -183,7 +182,7 @@ def library(name, seen):
 
 
 def test_packages_are_called_as_they_ask(monkeypatch):
-    inputs, seen = bench.inputs(TINY, CPU, 1), []
+    inputs, seen = cases.inputs(TINY, CPU, 1), []
     batch = Batch.of(TINY.lengths, TINY.causal, 2, CPU)
     places = {"flash_attn": "flash_attn", "fa4": "flash_attn.cute", "fa3": "flash_attn_interface"}
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
@@ -200,7 +199,7 @@ def test_packages_are_called_as_they_ask(monkeypatch):
 
 
 def test_xformers_sees_groups(monkeypatch):
-    inputs = bench.inputs(TINY, CPU, 1)
+    inputs = cases.inputs(TINY, CPU, 1)
     batch = Batch.of(TINY.lengths, TINY.causal, 2, CPU)
 
     class Mask:
@@ -244,7 +243,7 @@ def forward_and_backward(batch):
 
 
 def test_cudnn_is_called_by_its_schema(monkeypatch):
-    inputs, aten = bench.inputs(TINY, CPU, 1), torch.ops.aten
+    inputs, aten = cases.inputs(TINY, CPU, 1), torch.ops.aten
     batch = Batch.of(TINY.lengths, TINY.causal, 2, CPU)
     forward, backward = forward_and_backward(batch)
 
@@ -270,7 +269,7 @@ def test_fa3s_operators_alone(monkeypatch, tmp_path):
     binary = tmp_path / "xformers/flash_attn_3/_C.so"
     binary.parent.mkdir(parents=True)
     binary.touch()
-    inputs = bench.inputs(TINY, CPU, 1)
+    inputs = cases.inputs(TINY, CPU, 1)
     batch = Batch.of(TINY.lengths, TINY.causal, 2, CPU)
     forward, backward = forward_and_backward(batch)
     bounds = "Tensor? cu_seqlens_q=None, int? max_seqlen_q=None, float? softmax_scale=None"
@@ -309,14 +308,14 @@ def test_another_schema_is_an_error_and_what_is_missing_is_none():
     for name in ("nowhere", "nowhere.at.all", "json.nothing"):
         with pytest.raises(harness.Missing, match="that is not installed"):
             peers.module_of(name, "that")
-    case = bench.toy(bench.CASES["short"])
+    case = cases.toy(cases.CASES["short"])
     for name in set(peers.PEERS) - set(peers.ANYWHERE):
         with pytest.raises(harness.Missing, match="needs CUDA"):
-            bench.build(name, case, bench.inputs(case, CPU, 0), True)
+            bench.build(name, case, cases.inputs(case, CPU, 0), True)
 
 
 def test_rope_and_qk_norm_by_themselves():
-    inputs = bench.inputs(TINY, CPU, 1)
+    inputs = cases.inputs(TINY, CPU, 1)
     step, note = bench.build("rope_qk_norm", TINY, inputs, True)
     q, k, *gradients = step(inputs, True)
     assert "no attention" in note and len(gradients) == 4
@@ -359,7 +358,7 @@ def test_the_gate_sees(wrong, monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_spot_check_sees(mode, causal, monkeypatch):
     case = replace(TINY, causal=causal)
-    inputs = bench.inputs(case, CPU, 1)
+    inputs = cases.inputs(case, CPU, 1)
     names = {"fwd": ["out"], "bwd": ["dq", "dk", "dv"], "fwd+bwd": [*checked.NAMES]}[mode]
     everything = dict(zip(checked.NAMES, truth(case, inputs), strict=True))
     got = [everything[name] for name in names]
@@ -378,7 +377,7 @@ def test_the_spot_check_sees(mode, causal, monkeypatch):
 
 
 def test_who_computes_something_else_has_no_time(monkeypatch):
-    inputs = bench.inputs(TINY, CPU, 1)
+    inputs = cases.inputs(TINY, CPU, 1)
 
     def half(batch, smoke):
         right = peers.sdpa(batch, smoke).function
@@ -423,15 +422,15 @@ def test_targets_need_both_numbers_and_green():
 
 
 def test_every_case_has_a_baseline_and_runs_everywhere():
-    for name, case in bench.CASES.items():
+    for name, case in cases.CASES.items():
         assert (
             case.name == name
             and case.providers[0] == "ours"
             and case.providers[1] in (*("varlen", "alone"),)
         )
-        small = bench.toy(case)
+        small = cases.toy(case)
         assert small.causal == case.causal and small.modes == case.modes
-        assert f"T = {case.tokens}, {case.Hq}/{case.Hkv} heads" in bench.about(case)
+        assert f"T = {case.tokens}, {case.Hq}/{case.Hkv} heads" in cases.about(case)
         assert (0 < small.alive < len(small.lengths)) == (case.gone > 0)
 
 
@@ -477,10 +476,10 @@ def test_toy_cases_and_the_sweep_run_to_their_end(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_times_become_targets(capsys, monkeypatch):
-    toys = {name: bench.toy(bench.CASES[name]) for name in ("short", "skip")}
+    toys = {name: cases.toy(cases.CASES[name]) for name in ("short", "skip")}
     few = {"short": ("ours", "sdpa", "rope_qk_norm"), "skip": ("ours", "alone")}
     toys = {name: replace(case, providers=few[name]) for name, case in toys.items()}
-    monkeypatch.setattr(bench, "CASES", toys)
+    monkeypatch.setattr(cases, "CASES", toys)
     monkeypatch.setattr(bench, "BREAKDOWN", ())
     monkeypatch.setattr(worker, "MS", 1.0)
 
@@ -495,14 +494,14 @@ def test_times_become_targets(capsys, monkeypatch):
     assert len(rows) == 3 * 3 + 2 * 2 and all(r["ms"] > 0 for r in rows)
     for row in rows:
         case = toys[row["case"]]
-        gbs = bench.nbytes(case, row["mode"]) / row["ms"] / 1e6
+        gbs = cases.nbytes(case, row["mode"]) / row["ms"] / 1e6
         assert row["copy_share"] == pytest.approx(gbs / 3.0) and row["sets"] == 1
     ms = {(r["case"], r["provider"], r["mode"]): r["ms"] for r in rows}
     ratio = {t["target"]: t["value"] for t in bench.targets(rows)}
     for mode in ("fwd", "bwd"):
         told = ratio[f"skip, {mode}: time / that of the rest alone"]
         assert told == pytest.approx(ms["skip", "ours", mode] / ms["skip", "alone", mode])
-        floor = bench.nbytes(toys["short"], mode) / 3.0 / 1e6
+        floor = cases.nbytes(toys["short"], mode) / 3.0 / 1e6
         told = ratio[f"short, {mode}: time / floor of bytes"]
         assert told == pytest.approx(ms["short", "ours", mode] / floor)
     mine = [r for r in rows if r["case"] == "skip"]

@@ -11,19 +11,15 @@ from torch import Tensor
 
 from mlembed_kernels.attention.attention import attention, attention_ref
 
-from .attention_peers import Batch, Packed, Tensors
-from .harness import BACKWARD, FORWARD, TRAIN, judged, poison, reason
+from ..harness import BACKWARD, FORWARD, TRAIN, judged, poison, reason
+from .cases import EPS32, dtype_on
+from .peers import Batch, Packed, Tensors
 
 if TYPE_CHECKING:
-    from .attention import Case
+    from .cases import Case
 
-EPS32 = torch.finfo(torch.float32).eps
+
 NAMES = "out", "dq", "dk", "dv"
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    """bf16; Triton's interpreter, which stands in on CPUs, has no right bf16, but fp16."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ import torch.nn.functional as F
 
 from bench import __main__ as command
 from bench import harness, report, worker
-from bench import train_step as bench
-from bench import train_step_cases as cases
-from bench import train_step_gate as checked
-from bench import train_step_peers as peers
+from bench.train_step import bench, cases, peers
+from bench.train_step import gate as checked
 from mlembed import config
 from mlembed.blocks import Block, rope
 from mlembed.loss import weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TOYS = {name: bench.toy(case) for name, case in bench.CASES.items()}
 
@@ -63,7 +61,7 @@ def test_nothing_is_imported_that_a_bare_machine_lacks():
 import sys
 for name in ("babel", "tyro", "datasets", "liger_kernel", "transformers", "sentence_transformers"):
     sys.modules[name] = None
-import torch, bench.train_step as bench
+import torch, bench.train_step.bench as bench
 case = bench.toy(bench.CASES["step"])
 inputs = bench.inputs(case, torch.device("cpu"), 0)
 step, _ = bench.ours(case, inputs.device, True, compiled=False), None

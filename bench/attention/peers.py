@@ -5,7 +5,6 @@ inputs (the inputs themselves by default), and what has to be said of it. Sequen
 and copies that a model would make once for all layers are made here, outside of every time.
 """
 
-import importlib
 import importlib.util
 import inspect
 import sys
@@ -21,7 +20,7 @@ from torch import Tensor
 from mlembed_kernels.attention.attention import attention
 from mlembed_kernels.attention.work import Work
 
-from .harness import Leaves, Missing
+from ..harness import Leaves, Missing
 
 Tensors = tuple[Tensor, ...]
 Prepare = Callable[["Packed"], tuple[Tensors, Tensors]]  # -> leaves, gradients of what they give

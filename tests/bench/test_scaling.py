@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import scaling
-from bench import train_step_cases as cases
+from bench.train_step import cases
 from mlembed import config, distributed, ring
 from mlembed.distributed import World
 from mlembed.loss import loss_table

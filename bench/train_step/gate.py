@@ -21,9 +21,9 @@ from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 from mlembed.pack import Batch, collate, pack
 
-from .attention_gate import EPS32
-from .harness import Missing, judged, reason
-from .train_step_peers import dense, liger_halves
+from ..attention.cases import EPS32
+from ..harness import Missing, judged, reason
+from .peers import dense, liger_halves
 
 CPU = torch.device("cpu")
 Gradients = dict[str, Tensor]

@@ -6,7 +6,6 @@ product within the embedding is the embedding's. Kernels of the blocks are told 
 those of our attention as its modules have them. What is not known by name is `other`.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import harness
+from .. import harness
 
 if TYPE_CHECKING:
-    from .train_step import Trained
-    from .train_step_cases import Texts
+    from .cases import Texts, Trained
+
 
 STAGES = (
     *("embedding", "attention", "products", "point-wise", "loss", "optimiser"),

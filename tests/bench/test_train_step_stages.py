@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench import report
-from bench import train_step as bench
-from bench import train_step_stages as staged
+from bench.train_step import bench
+from bench.train_step import stages as staged
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TOYS = {name: bench.toy(case) for name, case in bench.CASES.items()}
 

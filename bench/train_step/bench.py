@@ -9,14 +9,13 @@ What a step must do at least, and how that is counted, is in bench/train_step_ca
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlembed import config
 from mlembed.activations import Kept, recomputed
@@ -25,57 +24,33 @@ from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 from mlembed.optim import adamw, to_weights
 
-from . import report
-from . import train_step_peers as peers
-from . import train_step_stages as staged
-from .harness import TRAIN
-from .train_step_cases import CASES as CASES
-from .train_step_cases import PEAK_TFLOPS, Case, Texts, floors, flops, tokens
-from .train_step_cases import about as about
-from .train_step_cases import inputs as inputs
-from .train_step_cases import nbytes as nbytes
-from .train_step_cases import toy as toy
-from .train_step_gate import gate as gate
+from .. import report
+from ..harness import TRAIN
+from . import peers
+from . import stages as staged
+from .cases import (
+    CASES,
+    PEAK_TFLOPS,
+    Case,
+    Texts,
+    Trained,
+    allocated,
+    floors,
+    flops,
+    tokens,
+)
+from .cases import about as about
+from .cases import inputs as inputs
+from .cases import nbytes as nbytes
+from .cases import toy as toy
+from .gate import gate as gate
 
-TESTS = "infonce", "partition", "cosine", "attention", "embed"  # tests/kernels/test_<name>*.py
+TESTS = ("*/*",)  # below tests/kernels/
 BREAKDOWN = tuple(CASES)  # where ours is split into its stages
 BASELINES = "sentence_transformers", "padded", "full_depth"  # speed-ups are printed against these
 REPEATS = 3  # at least: a step takes seconds elsewhere
 SWEEP: dict[str, str] = {}  # launches no kernel of its own
 SWEEP_CASE = "step"
-
-# ---- steps ----
-
-
-class Trained:
-    """A model with its optimiser. A call is one optimiser step, or without backward its loss."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[["Trained", Texts], Tensor],
-        before: int,
-    ) -> None:
-        """before: bytes that were allocated on the device before anything of this."""
-        self.model, self.optimizer, self.loss, self.before = model, optimizer, loss, before
-        self.mark: Callable[[str], None] = lambda stage: None  # told as stages begin
-
-    def __call__(self, inputs: Texts, backward: bool) -> Tensor:
-        loss = self.loss(self, inputs)
-        if backward:
-            self.mark("backward")
-            loss.backward()
-            self.mark("optimiser")
-            nn.utils.clip_grad_norm_(self.model.parameters(), inputs.case.run.optim.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.mark("end")
-        return loss.detach()
-
-
-def allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 # provider -> how it differs from what train.py runs

@@ -5,7 +5,6 @@ longest text, by torch's attention, in bf16 with moments in bf16. With flash-att
 would unpad inside. Each is made once for a case: a model, and its loss on the texts.
 """
 
-import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -19,12 +18,12 @@ from mlembed import config, pretrained
 from mlembed.loss import weights
 from mlembed.model import Transformer
 
-from .baselines import imported
-from .harness import Missing
+from ..harness import Missing
+from ..infonce.peers import imported
 
 if TYPE_CHECKING:
-    from .train_step import Trained
-    from .train_step_cases import Case, Texts
+    from .cases import Case, Texts, Trained
+
 
 Peer = tuple[nn.Module, Callable[["Trained", "Texts"], Tensor], str]  # model, loss, a note
 
