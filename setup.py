@@ -4,9 +4,13 @@ The folder `kernels/` installs as `mlembed_kernels`: Hugging Face ships a packag
 and a wheel with a top-level `kernels` would overwrite it.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["mlembed", "mlembed_kernels"],
-    package_dir={"mlembed": "mlembed", "mlembed_kernels": "kernels"},
+    packages=[
+        *find_packages(include=["mlembed", "mlembed.*"]),
+        "mlembed_kernels",
+        *(f"mlembed_kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"mlembed_kernels": "kernels"},
 )

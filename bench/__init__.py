@@ -7,6 +7,7 @@ for the kernels' tests.
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -39,3 +40,9 @@ class _Beside:
 
 
 sys.meta_path.insert(0, _Beside)
+
+
+def named(name: str) -> ModuleType:
+    """Import the bench of this name: bench/NAME.py, or bench/NAME/bench.py."""
+    folder = (ROOT / "bench" / name).is_dir()
+    return import_module(f"bench.{name}.bench" if folder else f"bench.{name}")

@@ -8,7 +8,6 @@ anywhere, prints no times and writes nothing.
 
 import argparse
 import datetime
-import importlib
 import importlib.util
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from . import ROOT, report
+from . import ROOT, named, report
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
 BROKEN = 70  # as in worker.py, which only the other process imports
@@ -42,7 +41,7 @@ class Run:
 
     def __init__(self, name: str, args: argparse.Namespace, deadline: float) -> None:
         self.name, self.args, self.deadline = name, args, deadline
-        self.bench: ModuleType = importlib.import_module(f"bench.{name}")
+        self.bench: ModuleType = named(name)
         self.records: list[dict[str, Any]] = []
         self.path: Path | None = None
         self.environment: dict[str, Any] = {}
@@ -134,8 +133,9 @@ class Run:
         """
         files = [
             path.relative_to(ROOT).as_posix()
-            for name in self.bench.TESTS
-            for path in ROOT.glob(f"tests/kernels/test_{name}*.py")
+            for pattern in self.bench.TESTS
+            for path in ROOT.glob(f"tests/kernels/{pattern}")
+            if path.name.startswith("test_")
         ]
         if importlib.util.find_spec("pytest") is None or not files:
             self.add({"kind": "tests", "ok": None, "note": "pytest or the tests are not there"})
@@ -302,7 +302,7 @@ def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
         if name not in (*NAMES, "all"):
             wrong("bench", (*NAMES, "all"), name)
     names = NAMES if "all" in args.names else tuple(n for n in NAMES if n in args.names)
-    cases = {name: tuple(importlib.import_module(f"bench.{name}").CASES) for name in names}
+    cases = {name: tuple(named(name).CASES) for name in names}
     known = tuple(case for of_one in cases.values() for case in of_one)
     for case in args.case:
         if case not in known:

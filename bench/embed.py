@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlembed_kernels import Occurrences
-from mlembed_kernels.embed import embed, embed_ref
+from mlembed_kernels.embedding.embed import embed, embed_ref
 
-from .attention import Checked
-from .attention_gate import EPS32, dtype_on
+from .attention.bench import Checked
+from .attention.cases import EPS32, dtype_on
 from .harness import BACKWARD, FORWARD, TRAIN, Apart, Leaves, judged, poison, reason
 
 Tensors = tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class Case:
         return Occurrences.of(stream(self.T, self.V)).distinct
 
 
-TESTS = ("embed",)  # tests/kernels/test_<name>*.py
+TESTS = ("embedding/*",)  # below tests/kernels/
 # The most telling first: what time is left for shrinks from the end.
 CASES = {
     case.name: case
@@ -365,7 +365,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # ---- launch configurations ----
 
-SWEEP = {"_embed_op": TRAIN}  # module -> what is timed
+SWEEP = {"embedding._op": TRAIN}  # module -> what is timed
 # Beside the present entry, from which they take what they do not name.
 CANDIDATES: dict[str, list[dict[str, int | None]]] = {
     "project": [

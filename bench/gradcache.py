@@ -38,19 +38,18 @@ from mlembed.model import Transformer
 from mlembed.optim import adamw, to_weights
 from mlembed.pack import Batch, PackedBatch
 
-from . import report, train_step
-from . import train_step_cases as cases
-from . import train_step_gate as checked
-from . import train_step_peers as peers
+from . import report
 from .harness import judged, reason
-from .train_step import Trained, allocated, fresh
-from .train_step import spot as spot
-from .train_step_cases import Case, Texts
-from .train_step_cases import flops as flops
-from .train_step_cases import inputs as inputs
-from .train_step_cases import nbytes as nbytes
+from .train_step import bench, cases, peers
+from .train_step import gate as checked
+from .train_step.bench import fresh
+from .train_step.bench import spot as spot
+from .train_step.cases import Case, Texts, Trained, allocated
+from .train_step.cases import flops as flops
+from .train_step.cases import inputs as inputs
+from .train_step.cases import nbytes as nbytes
 
-TESTS = train_step.TESTS
+TESTS = bench.TESTS
 BREAKDOWN: tuple[str, ...] = ()
 BASELINES = ("sentence_transformers",)  # speed-ups are printed against these
 REPEATS = 3
@@ -262,7 +261,7 @@ def ours(
 ) -> Trained:
     """keep: None for the plain step. pack_tokens: another limit than the case's."""
     if keep is None:
-        step = train_step.ours(case, device, smoke, compiled=compiled)
+        step = bench.ours(case, device, smoke, compiled=compiled)
         return Repacked(step, case, device, pack_tokens) if pack_tokens else step
     before = allocated(device)
     model = fresh(case.run.model, device)
@@ -384,7 +383,7 @@ def numbers(case: Case, step: Trained, inputs: Texts, ms: float) -> dict[str, An
         "again": twice,
         "budget_mib": None if limit is None else limit / 2**20,
         "hopper": "H100" in name or "H200" in name,
-        **train_step.memory(step, inputs),
+        **bench.memory(step, inputs),
     }
 
 

@@ -37,7 +37,13 @@ from . import ROOT
 
 TARGET = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132  # of an H100 or H200: columns are split to fill them
-OPS = "partition", "cosine", "distill", "embed", "attention"  # kernels/_NAME_op.py
+OPS = {  # operator -> its module in kernels/
+    "partition": "similarity._lse_op",
+    "cosine": "similarity._cosine_op",
+    "distill": "similarity._distill_op",
+    "embed": "embedding._op",
+    "attention": "attention._op",
+}
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 CPU = torch.device("cpu")
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -151,9 +157,9 @@ def prepare() -> None:
         (torch.cuda, "get_device_properties", lambda device: _Card),
     ):
         setattr(owner, name, value)
-    for name in OPS:
+    for name, path in OPS.items():
         # Shapes alone are known of a fake tensor's operators: these run all of their host code.
-        module = importlib.import_module(f"mlembed_kernels._{name}_op")
+        module = importlib.import_module(f"mlembed_kernels.{path}")
         for suffix, op in (("", f"{name}_op"), ("_backward", "_backward_op")):
             body = partial(_on_card, getattr(module, op)._init_fn)
             torch.library.register_fake(f"mlembed::{name}{suffix}", body, allow_override=True)
@@ -193,8 +199,8 @@ def train(function: Callable[..., Any], *leaves: Tensor) -> None:
 
 def run_loss(case: Any) -> None:
     """A case of bench/infonce.py, forward and backward."""
-    from . import infonce as bench
     from .harness import Leaves
+    from .infonce import bench
 
     q, c = (empty(case.E, case.B, case.D) for _ in "qc")
     with MODE:
@@ -204,7 +210,7 @@ def run_loss(case: Any) -> None:
 def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels import infonce
 
-    from . import infonce as bench
+    from .infonce import bench
 
     def check(check: bench.Check, dtype: torch.dtype) -> None:
         q, c = (empty(check.E, n, check.D, dtype=dtype) for n in (check.Q, check.C))
@@ -228,8 +234,8 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def run_attention(case: Any, provider: str) -> None:
     """A case of bench/attention.py, forward and backward."""
-    from . import attention as bench
-    from .attention_peers import Packed
+    from .attention import bench
+    from .attention.peers import Packed
 
     step = bench.ours(case, provider, CPU)
     heads = case.Hq, case.Hkv, case.Hkv, case.Hq
@@ -239,11 +245,10 @@ def run_attention(case: Any, provider: str) -> None:
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    from mlembed_kernels.attention import attention
+    from mlembed_kernels.attention.attention import attention
 
-    from . import attention as bench
-    from . import attention_gate as gate
-    from .attention_peers import Batch
+    from .attention import bench, gate
+    from .attention.peers import Batch
 
     def check(check: gate.Check, dtype: torch.dtype) -> None:
         batch = Batch.of(check.lengths, check.causal, check.Hq // check.Hkv, CPU)
@@ -278,7 +283,7 @@ def run_embed(case: Any) -> None:
 
 def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels import Occurrences
-    from mlembed_kernels.embed import embed
+    from mlembed_kernels.embedding.embed import embed
 
     from . import embed as bench
 
@@ -305,8 +310,8 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def step_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Whole models. Blocks are not compiled by inductor: its kernels are not ours."""
-    from . import train_step
-    from .train_step_cases import Case, Texts
+    from .train_step import bench as train_step
+    from .train_step.cases import Case, Texts
 
     table = train_step.loss_table
 

@@ -36,7 +36,8 @@ from mlembed.data import Batches
 from mlembed.distributed import World
 from mlembed.pack import Batch
 
-from . import harness, train_step_cases
+from . import harness
+from .train_step import cases
 from .worker import say
 
 TESTS: tuple[str, ...] = ()
@@ -52,8 +53,8 @@ PARTS = {
     "tokenise": "tokenised",
     "share out": "shared_out",
     "pack": "pack",
-    "of it work lists": "of@_work",
-    "of it occurrences": "of@_occurrences",
+    "of it work lists": "of@work",
+    "of it occurrences": "of@occurrences",
 }
 
 
@@ -77,9 +78,9 @@ class Case:
 # Tokens a second of a step, as predicted for one H200 (bench/LOG.md, train_step).
 # Of lealla there is no prediction: its floors, and 30 ms of the launches that the log names.
 STEP = 169e3
-LEALLA = train_step_cases.CASES["lealla"]
-FLOORS = sum(train_step_cases.floors(LEALLA, harness.TRAIN, 788, 4247).values())
-STEP_LEALLA = 1e3 * train_step_cases.tokens(LEALLA) / (FLOORS + 30)
+LEALLA = cases.CASES["lealla"]
+FLOORS = sum(cases.floors(LEALLA, harness.TRAIN, 788, 4247).values())
+STEP_LEALLA = 1e3 * cases.tokens(LEALLA) / (FLOORS + 30)
 
 
 CASES = {

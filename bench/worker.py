@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import harness
+from . import harness, named
 from .harness import Leaves, Missing, reason
 
 Config = dict[str, int | None]
@@ -45,7 +45,7 @@ class Worker:
     """The stages of one bench on one device."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.bench = importlib.import_module(f"bench.{args.name}")
+        self.bench = named(args.name)
         self.device, self.smoke, self.green = device, args.smoke, not args.red
         self.skip = set(args.skip)
         self.end = time.monotonic() + args.seconds

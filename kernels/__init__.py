@@ -5,14 +5,14 @@ specification that every faster implementation is held to) and the public functi
 begin with _ are what they share, and the Triton behind them, imported only when asked for.
 """
 
-from ._occurrences import Occurrences
-from ._work import Work
-from .attention import attention, attention_ref
-from .cosine import cosine, cosine_ref
-from .distill import distill, distill_ref
-from .embed import embed, embed_ref
-from .infonce import infonce, infonce_ref
-from .partition import partition, partition_ref
+from mlembed_kernels.attention.attention import attention, attention_ref
+from mlembed_kernels.attention.work import Work
+from mlembed_kernels.embedding.embed import embed, embed_ref
+from mlembed_kernels.embedding.occurrences import Occurrences
+from mlembed_kernels.similarity.cosine import cosine, cosine_ref
+from mlembed_kernels.similarity.distill import distill, distill_ref
+from mlembed_kernels.similarity.infonce import infonce, infonce_ref
+from mlembed_kernels.similarity.pairwise_lse import partition, partition_ref
 
 __version__ = "0.1.0"
 __all__ = [

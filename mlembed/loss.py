@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlembed_kernels import cosine, partition
-from mlembed_kernels.infonce import softmax_loss
-from mlembed_kernels.partition import NOTHING
+from mlembed_kernels.similarity.infonce import softmax_loss
+from mlembed_kernels.similarity.pairwise_lse import NOTHING
 
 from . import config
 from .bank import Bank, Slab

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from mlembed_kernels.attention import WIDTHS
+from mlembed_kernels.attention.attention import WIDTHS
 
 from . import config, data, evaluate, layouts, pretrained, shapes, sources, tokenizer
 from .cldr import normalise

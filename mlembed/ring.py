@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlembed_kernels.partition import NOTHING, partition, partition_backward
+from mlembed_kernels.similarity.pairwise_lse import NOTHING, partition, partition_backward
 
 from .bank import Slab
 from .distributed import World

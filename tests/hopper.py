@@ -39,7 +39,7 @@ E, N = 7, 16384
 
 
 def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool) -> None:
-    from mlembed_kernels.partition import partition
+    from mlembed_kernels.similarity.pairwise_lse import partition
 
     x, y = (empty(E, N, dims[-1], dtype=dtype) for _ in "xy")
     options: dict[str, Any] = {"positive": empty(N, dtype=torch.int64)}
@@ -56,7 +56,7 @@ def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: b
 
 
 def distill(dtype: torch.dtype, dims: tuple[int, ...], kind: str) -> None:
-    from mlembed_kernels.distill import distill
+    from mlembed_kernels.similarity.distill import distill
 
     teachers = (empty(N, 768, dtype=dtype) for _ in "qc")
     options = dict(zip(("teacher_q", "teacher_c"), teachers, strict=True))
@@ -65,7 +65,7 @@ def distill(dtype: torch.dtype, dims: tuple[int, ...], kind: str) -> None:
 
 
 def cosine(dtype: torch.dtype, dims: tuple[int, ...], partners: int) -> None:
-    from mlembed_kernels.cosine import cosine
+    from mlembed_kernels.similarity.cosine import cosine
 
     x, y = (empty(E, N, *more, dims[-1], dtype=dtype) for more in ((), (partners,)))
     train(partial(cosine, dims=dims, impl="triton"), x, y)
@@ -76,7 +76,7 @@ def attention(
 ) -> None:
     """Short and longer sequences."""
     from mlembed_kernels import Work
-    from mlembed_kernels.attention import attention
+    from mlembed_kernels.attention.attention import attention
 
     work = Work.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
     qkv = (empty(work.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
@@ -88,7 +88,7 @@ def attention(
 def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int], rank: int) -> None:
     """Sizes V, R, D. Once all tokens, one of them in several parts, and once few."""
     from mlembed_kernels import Occurrences
-    from mlembed_kernels.embed import embed
+    from mlembed_kernels.embedding.embed import embed
 
     def function(ids: torch.Tensor, U: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         occurrences = lists[ids]

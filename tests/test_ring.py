@@ -19,7 +19,7 @@ from mlembed import config, data, ring
 from mlembed.bank import Bank
 from mlembed.loss import loss_table, weights
 from mlembed.pack import Batch
-from mlembed_kernels.partition import partition, partition_backward
+from mlembed_kernels.similarity.pairwise_lse import partition, partition_backward
 
 SIZES = (2, 4)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}

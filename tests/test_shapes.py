@@ -7,7 +7,7 @@ import torch
 
 from mlembed.model import Transformer, num_parameters
 from mlembed.shapes import SHAPES
-from mlembed_kernels.attention import WIDTHS
+from mlembed_kernels.attention.attention import WIDTHS
 
 # Published totals; GTE's are those of BERT with its pooler, which its mean pooling does without.
 TOTALS = {

@@ -56,8 +56,8 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     are not about the edges of tiles."""
     if not INTERPRETED:
         return
-    for name in ("_forward", "_backward", "_tiles"):
-        module = importlib.import_module(f"mlembed_kernels.{name}")
+    for name in ("_lse_forward", "_lse_backward", "_tiles"):
+        module = importlib.import_module(f"mlembed_kernels.similarity.{name}")
         for table in (module.CONFIGS, module.CONFIGS_FP32):
             for kernel, options in table.items():
                 steps = {"BK": 64} if "BK" in options else {}

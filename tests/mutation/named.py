@@ -22,23 +22,23 @@ class Named:
 NAMED = {
     # The matrices of the loss ignore the workspace.
     "tiles-chunk": Named(
-        "kernels/_tiles.py",
+        "kernels/similarity/_tiles.py",
         "size = rows if not row_bytes else max(ROWS, workspace // row_bytes // ROWS * ROWS)",
         "size = rows",
-        ("test_infonce_limits", "test_partition"),
+        ("test_infonce_limits", "test_pairwise_lse"),
     ),
     "k-groups": Named(
-        "kernels/_tiles.py",
+        "kernels/similarity/_tiles.py",
         "together = max(1, min(E, workspace // exit_bytes))",
         "together = E",
-        ("test_infonce_limits", "test_partition"),
+        ("test_infonce_limits", "test_pairwise_lse"),
     ),
     # Slopes in fp16 underflow.
     "k-largest": Named(
-        "kernels/_backward.py",
+        "kernels/similarity/_lse_backward.py",
         "return top.masked_fill(top == 0, 1.0)",
         "return torch.ones_like(top)",
-        ("test_loss_scale", "test_infonce_triton", "test_partition"),
+        ("test_loss_scale", "test_infonce_triton", "test_pairwise_lse"),
     ),
     # All processes drop the same units.
     "train-seedrank": Named(

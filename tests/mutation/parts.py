@@ -28,22 +28,23 @@ FLAT = {
 PART = {f"mlembed/{name}.py": part for part, names in FLAT.items() for name in names.split()}
 # Tests to run before others, for files that no test is named after or whose own are slow.
 LOSS = (
-    "test_partition test_splits test_loss_scale test_infonce_triton test_infonce_limits "
+    "test_pairwise_lse test_splits test_loss_scale test_infonce_triton test_infonce_limits "
     "test_cosine test_distill"
 )
-ATTENTION = "test_attention_triton test_attention_limits"
+ATTENTION = "test_attention_triton test_limits"
 FIRST = {
-    "kernels/_attention_forward.py": ATTENTION,
-    "kernels/_attention_backward.py": ATTENTION,
-    "kernels/_attention_op.py": ATTENTION,
-    "kernels/_check.py": "test_infonce test_distill test_cosine test_partition",
-    "kernels/_forward.py": LOSS,
-    "kernels/_backward.py": LOSS,
-    "kernels/_nest.py": LOSS,
-    "kernels/_partition_op.py": LOSS,
-    "kernels/_tiles.py": LOSS,
-    "kernels/_occurrences.py": "test_embed_occurrences test_embed_triton",
-    "kernels/_work.py": f"test_attention_work {ATTENTION}",
+    "kernels/attention/_forward.py": ATTENTION,
+    "kernels/attention/_backward.py": ATTENTION,
+    "kernels/attention/_op.py": ATTENTION,
+    "kernels/_dispatch.py": "test_infonce test_distill test_cosine test_pairwise_lse",
+    "kernels/similarity/_checks.py": "test_infonce test_distill test_cosine test_pairwise_lse",
+    "kernels/similarity/_lse_forward.py": LOSS,
+    "kernels/similarity/_lse_backward.py": LOSS,
+    "kernels/similarity/_bands.py": LOSS,
+    "kernels/similarity/_lse_op.py": LOSS,
+    "kernels/similarity/_tiles.py": LOSS,
+    "kernels/embedding/occurrences.py": "test_occurrences test_embed_triton",
+    "kernels/attention/work.py": f"test_work {ATTENTION}",
     "mlembed/activations.py": "test_gradcache test_trunk",
     "mlembed/blocks.py": "test_model test_bert test_trunk",
     "train.py": "test_guards test_step_times test_gradcache test_train test_resume",
@@ -145,7 +146,7 @@ def tests_of(file: str) -> tuple[str, ...]:
     """
     stem = Path(file).stem.lstrip("_").removesuffix("_op")
     kernels = file.startswith("kernels/")
-    near = [path for path in test_files() if (path.parent.name == "kernels") == kernels]
+    near = [path for path in test_files() if ("kernels" in path.parts) == kernels]
     first = [path for name in FIRST.get(file, "").split() for path in near if path.stem == name]
     own = [path for path in near if path.stem == f"test_{stem}"]
     own += [path for path in near if path.stem.startswith(f"test_{stem}_")]

@@ -1,0 +1,1 @@
+"""Attention over packed sequences beside FlashAttention, xformers and flex attention."""

@@ -1,0 +1,1 @@
+"""The contrastive loss beside eager, compiled and other packages."""

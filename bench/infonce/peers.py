@@ -1,0 +1,242 @@
+"""The same loss by other means: what `infonce` is measured against.
+
+Each is built once per case and gives a step: inputs, with backward? -> the summed loss. Exits are
+leaves of their own, as a model hands them over (slicing one stacked leaf adds a zero-filled
+gradient of the whole stack per exit and prefix); `eager_stacked` alone has one leaf. Where a
+backward per exit or per pair saves memory and costs nothing, the step takes it.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..harness import Leaves, Missing, Step
+
+if TYPE_CHECKING:
+    from .cases import Case
+
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]  # normalised [B, d], [N, d] -> the mean loss
+CHUNK = 16384  # rows of the logits that the GEMM floor holds at a time
+
+
+def imported(module: str, package: str) -> Any:
+    """A library's module.
+
+    Raises:
+        Missing: it is not there (one that is there and fails to import raises what it raises).
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise Missing(f"{package} is not installed")
+    return importlib.import_module(module)
+
+
+def exit_loss(q: Tensor, c: Tensor, case: "Case") -> Tensor:
+    """One exit as ML-Embed's published code has it: each prefix normalised, one matmul, one CE."""
+    labels = torch.arange(q.shape[0], device=q.device)
+    total = q.new_zeros(())
+    for d in case.dims:
+        logits = F.normalize(q[:, :d], dim=-1) @ F.normalize(c[:, :d], dim=-1).T / case.temperature
+        loss = F.cross_entropy(logits, labels)
+        if case.both:
+            loss = (loss + F.cross_entropy(logits.T, labels)) / 2
+        total = total + loss
+    return total
+
+
+def eager(case: "Case", smoke: bool) -> Step:
+    """All exits, one backward."""
+
+    def step(inputs: Leaves, backward: bool) -> Tensor:
+        loss = torch.stack([exit_loss(q, c, case) for q, c in inputs.views]).sum()
+        if backward:
+            loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def eager_stacked(case: "Case", smoke: bool) -> Step:
+    """As eager, but slices of one leaf [E, B, D]: how it was measured on 2026-11-20."""
+
+    def step(inputs: Leaves, backward: bool) -> Tensor:
+        q, c = inputs.stacked
+        loss = torch.stack([exit_loss(q[e], c[e], case) for e in range(case.E)]).sum()
+        if backward:
+            loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def by_exit(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """Exit after exit, each with its backward."""
+
+    def step(inputs: Leaves, backward: bool) -> Tensor:
+        total = []
+        for q, c in inputs.views:
+            loss = loss_of(q, c)
+            if backward:
+                loss.backward()
+            total.append(loss.detach())
+        return torch.stack(total).sum()
+
+    return step
+
+
+def compiled(case: "Case", smoke: bool) -> Step:
+    """torch.compile of one exit; toy runs stop at its front half, which needs no C++ compiler."""
+
+    def one_exit(q: Tensor, c: Tensor) -> Tensor:
+        return exit_loss(q, c, case)
+
+    backend = "eager" if smoke else "inductor"
+    return by_exit(torch.compile(one_exit, dynamic=False, backend=backend))
+
+
+class Vectors(nn.Module):
+    """Stands where sentence-transformers' losses expect a model: hands on vectors it is given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.get_embedding_dimension = lambda: width
+        self.get_sentence_embedding_dimension = lambda: width
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features["vectors"]}
+
+
+def sentence_transformers(case: "Case", smoke: bool) -> Step:
+    """MatryoshkaLoss(MultipleNegativesRankingLoss) on the vectors themselves, exit after exit."""
+    losses = imported("sentence_transformers.sentence_transformer.losses", "sentence-transformers")
+    model = Vectors(case.D)
+    ranking = losses.MultipleNegativesRankingLoss(
+        model,
+        scale=1 / case.temperature,
+        directions=case.directions,
+        partition_mode="per_direction" if case.both else "joint",
+    )
+    matryoshka = losses.MatryoshkaLoss(model, ranking, list(case.dims))
+    no_labels = torch.empty(0)
+    return by_exit(lambda q, c: matryoshka([{"vectors": q}, {"vectors": c}], no_labels))
+
+
+# ---- one fused cross entropy per exit and prefix ----
+
+
+def by_pair(loss_of: PairLoss, dims: tuple[int, ...], temperature: float) -> Step:
+    """Each exit and prefix with its own backward; the temperature goes into the queries."""
+
+    def step(inputs: Leaves, backward: bool) -> Tensor:
+        total = []
+        for q, c in inputs.views:
+            for d in dims:
+                x = F.normalize(q[:, :d], dim=-1) / temperature
+                loss = loss_of(x, F.normalize(c[:, :d], dim=-1))
+                if backward:
+                    loss.backward()
+                total.append(loss.detach().float())
+        return torch.stack(total).sum()
+
+    return step
+
+
+def runnable(loss_of: PairLoss, case: "Case", like: Tensor) -> tuple[int, ...]:
+    """Prefixes that a library can run at all, tried on 256 rows. The rest is said in the result."""
+    works = []
+    for d in case.dims:
+        inputs = Leaves(*(torch.randn_like(like[:256])[None] for _ in "qc"))
+        try:
+            by_pair(loss_of, (d,), case.temperature)(inputs, True)
+            works.append(d)
+        except Exception as error:  # whatever a library raises is its answer
+            warnings.warn(f"prefix {d}: {error}", stacklevel=2)
+    if not works:
+        raise RuntimeError("runs none of the prefixes")
+    return tuple(works)
+
+
+def cut_cross_entropy(case: "Case", smoke: bool) -> PairLoss:
+    """`cce_exact`: the default drops gradients below 2^-12, all negatives of a flat softmax."""
+    linear_cross_entropy = imported("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+
+    def loss_of(q: Tensor, c: Tensor) -> Tensor:
+        labels = torch.arange(q.shape[0], device=q.device)
+        return linear_cross_entropy(q, c, labels, impl="cce_exact")
+
+    return loss_of
+
+
+def inf_cl(case: "Case", smoke: bool) -> PairLoss:
+    """Heads of at most 256, powers of two from 16: prefix 8 cannot run."""
+    cal_flash_loss = imported("inf_cl", "inf-cl").cal_flash_loss
+
+    def loss_of(q: Tensor, c: Tensor) -> Tensor:
+        head = min(q.shape[1], 256)
+        if head < 16 or head & (head - 1) or q.shape[1] % head:
+            raise ValueError(f"a width of {q.shape[1]} gives wrong row strides there")
+        return cal_flash_loss(q.contiguous(), c.contiguous(), head_dim=head).mean()
+
+    return loss_of
+
+
+def liger(case: "Case", smoke: bool) -> PairLoss:
+    fused = imported("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
+
+    def loss_of(q: Tensor, c: Tensor) -> Tensor:
+        return fused(c, q, torch.arange(q.shape[0], device=q.device))
+
+    return loss_of
+
+
+# ---- the floor ----
+
+
+def gemm(case: "Case", smoke: bool) -> Step:
+    """No loss: cuBLAS forms S = q c' and, with backward, dq = S c and dc = S' q, once per exit."""
+
+    def step(inputs: Leaves, backward: bool) -> None:
+        with torch.no_grad():
+            for q, c in inputs.views:
+                dc = torch.zeros_like(c) if backward and len(q) > CHUNK else None
+                for rows in q.split(CHUNK):
+                    S = rows @ c.T
+                    if backward:
+                        _ = S @ c
+                        _ = S.T @ rows if dc is None else dc.addmm_(S.T, rows)
+
+    return step
+
+
+STEPS: dict[str, Callable[["Case", bool], Step]] = {
+    "eager": eager,
+    "gemm": gemm,
+    "compile": compiled,
+    "sentence_transformers": sentence_transformers,
+    "eager_stacked": eager_stacked,
+}
+PAIRS: dict[str, Callable[["Case", bool], PairLoss]] = {
+    "cut_cross_entropy": cut_cross_entropy,
+    "inf_cl": inf_cl,
+    "liger": liger,
+}
+
+
+def build(name: str, case: "Case", like: Tensor, smoke: bool) -> tuple[Step, str | None]:
+    """The step of a baseline, and what it leaves out, if anything.
+
+    Raises:
+        Missing: its library is not installed.
+    """
+    if name in STEPS:
+        return STEPS[name](case, smoke), None
+    loss_of = PAIRS[name](case, smoke)
+    dims = runnable(loss_of, case, like)
+    without = [str(d) for d in case.dims if d not in dims]
+    note = f"without prefixes {', '.join(without)}, which it cannot run" if without else None
+    return by_pair(loss_of, dims, case.temperature), note

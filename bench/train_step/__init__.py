@@ -1,0 +1,1 @@
+"""A whole training step beside its peers, by stage."""

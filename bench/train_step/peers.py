@@ -1,0 +1,257 @@
+"""Who else takes the same step: models of transformers, with and without sentence-transformers.
+
+Both are Qwen3 or BERT with our weights (a nested vocabulary merged into a table), padded to the
+longest text, by torch's attention, in bf16 with moments in bf16. With flash-attn installed they
+would unpad inside. Each is made once for a case: a model, and its loss on the texts.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlembed import config, pretrained
+from mlembed.loss import weights
+from mlembed.model import Transformer
+
+from ..harness import Missing
+from ..infonce.peers import imported
+
+if TYPE_CHECKING:
+    from .cases import Case, Texts, Trained
+
+
+Peer = tuple[nn.Module, Callable[["Trained", "Texts"], Tensor], str]  # model, loss, a note
+
+
+def rectangle(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Texts padded at their ends, as transformers takes them."""
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def dense(exits_END: Tensor, pairs: int, run: config.Run, depths: Tensor | None = None) -> Tensor:
+    """loss_EM by normalise, product and cross entropy for each exit and prefix.
+
+    Texts are in the order of rows: queries, positives, then the negatives of each query.
+
+    depths: int [pairs], the last layer of each group; deeper there are neither its query nor its
+    documents.
+    """
+    exits, loss = run.model.exits, run.loss
+    negatives = exits_END.shape[1] // pairs - 2
+    group = torch.arange(pairs)
+    of_docs = torch.cat([group, group.repeat_interleave(negatives)])
+    table = []
+    for exit, x_ND in zip(exits, exits_END, strict=True):
+        here = torch.ones(pairs, dtype=torch.bool) if depths is None else depths >= exit
+        q, docs = x_ND[:pairs][here], x_ND[pairs:][here[of_docs]]
+        target = torch.arange(len(q), device=q.device)
+        for d in run.model.matryoshka_dims:
+            a, b = (F.normalize(x[:, :d], dim=-1) for x in (q, docs))
+            logits = a @ b.T / loss.temperature
+            one = F.cross_entropy(logits, target)
+            if loss.directions == "symmetric":
+                one = (one + F.cross_entropy(logits[:, : len(q)].T, target)) / 2
+            table.append(one)
+    return torch.stack(table).view(len(exits), -1)
+
+
+def transformers_model(start: Transformer) -> Any:
+    """transformers' model with the weights of ours, on its device: bf16 on GPUs.
+
+    Raises:
+        Missing: transformers is not installed.
+    """
+    transformers = imported("transformers", "transformers")
+    cfg, device = start.cfg, start.device
+    kind = "Bert" if cfg.style == "bert" else "Qwen3"
+    named = pretrained.hf_config(cfg) | {"attn_implementation": "sdpa"}
+    shape = getattr(transformers, f"{kind}Config")(**named)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        model = getattr(transformers, f"{kind}Model")(shape)
+    for weight in model.parameters():  # frequencies of positions, which are none, stay in fp32
+        weight.data = weight.data.to(dtype)
+    state = {k: v for k, v in start.state_dict().items() if not k.startswith("embed_tokens")}
+    with torch.no_grad():
+        state["embed_tokens.weight"] = start.embed_tokens.table()
+    model.load_state_dict({pretrained.hf_name(k, cfg): v for k, v in state.items()})
+    return model.train()
+
+
+def padded(case: "Case", start: Transformer) -> Peer:
+    """The public ML-Embed way: every exit normed over all tokens, a loss for each exit and prefix,
+    blocks recomputed."""
+    model = transformers_model(start)
+    # Named so up to transformers 5, where the other name comes up.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    made: dict[str, Tensor] = {}
+
+    def loss(step: "Trained", inputs: "Texts") -> Tensor:
+        if not made:
+            made.update(rectangle([torch.from_numpy(row) for row in inputs.rows]))
+            made.update({name: x.to(inputs.device) for name, x in made.items()})
+            made["last"] = made["attention_mask"].sum(1) - 1
+        given = {name: made[name] for name in ("input_ids", "attention_mask")}
+        out = model(**given, output_hidden_states=True)
+        rows = torch.arange(len(made["last"]), device=inputs.device)
+        exits = []
+        for exit in case.run.model.exits:
+            h = out.hidden_states[exit]
+            if start.cfg.style == "bert":
+                exits.append(model.pooler(h))
+                continue
+            # The last is normed already.
+            h = h if exit == case.run.model.num_hidden_layers else model.norm(h)
+            exits.append(h[rows, made["last"]])
+        loss_EM = dense(torch.stack(exits), case.pairs, case.run)
+        return (weights(case.run).to(inputs.device) * loss_EM).sum()
+
+    return model, loss, "padded to the longest text, weights bf16, blocks recomputed"
+
+
+def sentence_transformers(case: "Case", start: Transformer, cached: bool = True) -> Peer:
+    """MatryoshkaLoss(CachedMultipleNegativesRankingLoss), its model opened as a user opens one.
+
+    cached: otherwise MultipleNegativesRankingLoss, with a graph of all texts.
+
+    Raises:
+        Missing: it is not installed, or tokenizers is not.
+    """
+    st = imported("sentence_transformers", "sentence-transformers")
+    module = "sentence_transformers.sentence_transformer"
+    losses = imported(f"{module}.losses", "sentence-transformers")
+    modules = imported(f"{module}.modules", "sentence-transformers")
+    model = transformers_model(start)
+    device, dtype = model.device, model.dtype
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        tokenizer().save_pretrained(folder)
+        transformer = modules.Transformer(folder, model_kwargs={"dtype": dtype})
+    bert, D = case.run.model.style == "bert", case.run.model.hidden_size
+    parts = [transformer, modules.Pooling(D, pooling_mode="cls" if bert else "lasttoken")]
+    if bert:  # as LaBSE's modules
+        parts.append(modules.Dense(D, D, activation_function=nn.Tanh()))
+        own = {f"linear.{name}": x.detach() for name, x in start.pooler.named_parameters()}
+        parts[-1].load_state_dict(own)
+        parts[-1].to(dtype)
+    model = st.SentenceTransformer(modules=parts, device=str(device)).train()
+    run = case.run
+    directions = (
+        ("query_to_doc", "doc_to_query")
+        if run.loss.directions == "symmetric"
+        else ("query_to_doc",)
+    )
+    options = {
+        "scale": 1 / run.loss.temperature,
+        "directions": directions,
+        "partition_mode": "per_direction",
+    }
+    if cached:
+        options["mini_batch_size"] = case.mini_batch
+        ranking = losses.CachedMultipleNegativesRankingLoss(model, **options)
+    else:
+        ranking = losses.MultipleNegativesRankingLoss(model, **options)
+    w_M = weights(run)[-1]
+    dims = list(run.model.matryoshka_dims)
+    matryoshka = losses.MatryoshkaLoss(model, ranking, dims, (w_M / w_M.sum()).tolist())
+    no_labels = torch.empty(0)
+    made: list[dict[str, Tensor]] = []
+
+    def loss(step: "Trained", inputs: "Texts") -> Tensor:
+        if not made:
+            made.extend(columns(case, inputs))
+        value: Tensor = matryoshka([dict(column) for column in made], no_labels)
+        return value
+
+    table = " of a plain table," if run.model.ranks else ""
+    of = f"mini-batches of {case.mini_batch}" if cached else "one batch"
+    return model, loss, f"last layer only,{table} {of}, weights bf16"
+
+
+def columns(case: "Case", inputs: "Texts") -> list[dict[str, Tensor]]:
+    """Queries, positives, first negatives, second ones, ..., each padded to its longest text."""
+    rows = [torch.from_numpy(row) for row in inputs.rows]
+    P, n = case.pairs, case.negatives
+    parts = [rows[:P], rows[P : 2 * P], *(rows[2 * P + i :: n] for i in range(n))]
+    return [{k: x.to(inputs.device) for k, x in rectangle(part).items()} for part in parts]
+
+
+def tokenizer() -> Any:
+    """Of two words: texts come as ids, but a model is not opened without one."""
+    tokenizers = imported("tokenizers", "tokenizers")
+    models = importlib.import_module("tokenizers.models")
+    splitting = importlib.import_module("tokenizers.pre_tokenizers")
+    made = tokenizers.Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
+    made.pre_tokenizer = splitting.Whitespace()
+    transformers = imported("transformers", "transformers")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>")
+
+
+PEERS: dict[str, Callable[["Case", Transformer], Peer]] = {
+    "padded": padded,
+    "sentence_transformers": sentence_transformers,
+}
+
+
+# ---- Liger's functions in our blocks ----
+
+Half = Callable[..., Any]
+
+
+def liger_halves(device: torch.device) -> tuple[Half, Half]:
+    """A block's two halves, norms, RoPE and SwiGLU by liger-kernel, products one by one.
+
+    Raises:
+        Missing: it is not installed, or there is no GPU.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Missing("liger-kernel is not installed")
+    if device.type != "cuda":
+        raise Missing("needs CUDA")
+    ops = importlib.import_module("liger_kernel.ops")
+    return halves(
+        ops.LigerRMSNormFunction.apply, ops.LigerRopeFunction.apply, ops.LigerSiLUMulFunction.apply
+    )
+
+
+def halves(rms_norm: Half, rope: Half, silu_mul: Half) -> tuple[Half, Half]:
+    """As model.Block has them. Outputs of norms keep the dtype of their input, bf16."""
+
+    def norm(module: Any, x: Tensor) -> Tensor:
+        # The gradient of what it gives may be another's too: not in place.
+        out: Tensor = rms_norm(x, module.weight, module.eps, 0.0, "llama", False)
+        return out
+
+    def before(
+        layer: Any, x_TD: Tensor, cos_TK: Tensor, sin_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn = layer.self_attn
+        n_TD = norm(layer.input_layernorm, x_TD)
+        q, k, v = (
+            projection(n_TD).unflatten(-1, (-1, attn.head_dim))
+            for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
+        # It takes [1, H, T, K], which is this layout, and angles of both halves.
+        q, k = (x.transpose(0, 1)[None] for x in (q, k))
+        q, k = rope(q, k, *(torch.cat([x, x], -1)[None] for x in (cos_TK, sin_TK)))
+        return q[0].transpose(0, 1), k[0].transpose(0, 1), v
+
+    def after(layer: Any, x_TD: Tensor, out_THK: Tensor) -> Tensor:
+        x_TD = x_TD + layer.self_attn.o_proj(out_THK.flatten(1))
+        n_TD = norm(layer.post_attention_layernorm, x_TD)
+        mlp = layer.mlp
+        grown = silu_mul(mlp.gate_proj(n_TD), mlp.up_proj(n_TD))
+        result: Tensor = x_TD + mlp.down_proj(grown)
+        return result
+
+    return before, after

@@ -1,0 +1,274 @@
+"""Packed attention, forward: one kernel for tiles of whole short sequences, one for longer ones.
+
+A tile's rows are tokens of one query head, or of two heads of a group side by side, for which keys
+and values are read once.
+
+    packed   a tile of up to 64 tokens is all that its tokens attend to: one product, a plain
+             softmax under a block-diagonal mask, one product
+    long     a tile of one sequence runs over the keys before it (all, if not causal), blocks that
+             need no mask first, with the running maximum and sum of online softmax. It leaves the
+             logarithm of the sum, in base 2, for the backward
+
+Scores are in base 2: exp(scale s) = exp2(scale log2(e) s). Rounded to their dtype are the
+probabilities, before the division by their sum, which is taken in fp32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._dispatch import INTERPRETED
+from .work import Work
+
+LOG2E = 1.4426950408889634
+# By kernel and width of a head (32 counts as 64, 96 as 128); "pair" for even groups. ROWS of a
+# tile: so many tokens of one head, or half as many of two where groups are even. fp32, each product
+# of which is three, has registers for few tokens only. Compiled for sm_90a (triton 3.7.1), those of
+# bf16 and fp16 without spills; none has been measured. A throw-away kernel of this kind was, on an
+# H200 (2026-11-20): 64 rows and 4 warps were its best on short and middling sequences.
+CONFIGS: dict[str, dict[str, int]] = {
+    "packed_forward_pair_64": {"TOKENS": 64, "HEADS": 2, "num_warps": 8, "num_stages": 1},
+    "packed_forward_pair_128": {
+        "TOKENS": 64, "HEADS": 2, "num_warps": 8, "num_stages": 1, "maxnreg": 128,
+    },
+    "packed_forward_64": {"TOKENS": 64, "HEADS": 1, "num_warps": 4, "num_stages": 1},
+    "packed_forward_128": {"TOKENS": 64, "HEADS": 1, "num_warps": 4, "num_stages": 1},
+    "long_forward_64": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "long_forward_128": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+}  # fmt: skip
+CONFIGS_FP32: dict[str, dict[str, int]] = {
+    "packed_forward_pair_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
+    "packed_forward_pair_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
+    "packed_forward_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
+    "packed_forward_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
+    "long_forward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "long_forward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
+}
+
+
+def config(name: str, q: Tensor, group: int) -> dict[str, Any]:
+    return shaped(CONFIGS, CONFIGS_FP32, name, q, group)
+
+
+def shaped(
+    half: dict[str, dict[str, int]],
+    fp32: dict[str, dict[str, int]],
+    name: str,
+    q: Tensor,
+    group: int,
+) -> dict[str, Any]:
+    """Launch options for these heads; of ROWS, TOKENS of HEADS that stand side by side."""
+    K, wide = q.shape[-1], q.dtype == torch.float32
+    # The interpreter has all the registers in the world: there fp32 takes the tiles of the others.
+    table = fp32 if wide and not INTERPRETED else half
+    options: dict[str, Any] = {**table[f"{name}_{64 if K <= 64 else 128}"]}
+    options |= {"K": K, "KP": triton.next_power_of_2(K), "PRECISION": "tf32x3" if wide else "ieee"}
+    if options["KP"] > K:  # masks of columns need registers too
+        options.pop("maxnreg", None)
+    if "ROWS" in options:
+        rows = options.pop("ROWS")
+        heads = 2 if rows == 128 and group % 2 == 0 else 1
+        options |= {"TOKENS": rows // heads, "HEADS": heads}
+    assert group % options.get("HEADS", 1) == 0, f"{name}: {group} heads a group, {options}"
+    return options
+
+
+@triton.jit
+def _rows(X, row, step: tl.constexpr, column, at, ok, K: tl.constexpr, KP: tl.constexpr):
+    """[.., KP] of X: the tile's first `row`, `column` there, and offsets `at` of each line."""
+    d = tl.arange(0, KP)
+    mask = ok[:, None]
+    if K < KP:
+        mask = mask & (d < K)[None, :]
+    tile = X + tl.cast(row, tl.int64) * step + column
+    return tl.load(tile + (at[:, None] + d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(X, x, row, step: tl.constexpr, column, at, ok, K: tl.constexpr, KP: tl.constexpr):
+    d = tl.arange(0, KP)
+    mask = ok[:, None]
+    if K < KP:
+        mask = mask & (d < K)[None, :]
+    tile = X + tl.cast(row, tl.int64) * step + column
+    tl.store(tile + (at[:, None] + d[None, :]), x.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _begins(BEGIN, first, token, ok, NOT: tl.constexpr):
+    """Where in the tile each token's sequence begins; NOT for what is outside."""
+    return tl.where(ok, tl.load(BEGIN + first + token, mask=ok, other=0) - first, NOT)
+
+
+@triton.jit
+def _visible(BEGIN, first, row, col, row_ok, col_ok, CAUSAL: tl.constexpr):
+    """bool [rows, columns] within a tile of whole sequences; local tokens `row`, `col`."""
+    begin = _begins(BEGIN, first, row, row_ok, 1 << 20)[:, None]
+    if CAUSAL:
+        return (col[None, :] >= begin) & (col[None, :] <= row[:, None])
+    return _begins(BEGIN, first, col, col_ok, -1)[None, :] == begin
+
+
+@triton.jit
+def _softmax(s, visible):
+    """exp2(s - maximum) where visible, 0 elsewhere, and the sums of its rows, 1 for empty ones."""
+    z = tl.where(visible, s, float("-inf"))
+    m = tl.maximum(tl.max(z, 1), -1e30)
+    p = tl.exp2(z - m[:, None])
+    total = tl.sum(p, 1)
+    return p, tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def _alive(ALIVE, first, token, ok):
+    return ok & (tl.load(ALIVE + first + token, mask=ok, other=0) != 0)
+
+
+@triton.jit
+def _finite(x):
+    """x with 0 for NaN and infinities, and for each row 0, NaN where it held one.
+
+    Between sequences probabilities are 0, but 0 x NaN is NaN: what a sequence of the tile holds
+    must not reach the others. Added to the scores, the second part keeps it where it belongs.
+    """
+    nothing = x.to(tl.float32) * 0.0
+    return tl.where(nothing == 0.0, x, 0.0).to(x.dtype), tl.sum(nothing, 1)
+
+
+@triton.jit
+def _packed_forward_kernel(
+    Q, KEYS, V, O, BEGIN, ALIVE, PACKS, scale,
+    Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    SKIP: tl.constexpr, CAUSAL: tl.constexpr, HQ: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tile, head = pid // (HQ // HEADS), pid % (HQ // HEADS) * HEADS
+    first, n = tl.load(PACKS + 2 * tile), tl.load(PACKS + 2 * tile + 1)
+    r = tl.arange(0, TOKENS * HEADS)
+    row, col = r // HEADS, tl.arange(0, TOKENS)
+    row_in, col_in = row < n, col < n
+    row_ok, col_ok = row_in, col_in
+    if SKIP:  # those of zeros alone: their output is zero
+        row_ok, col_ok = _alive(ALIVE, first, row, row_in), _alive(ALIVE, first, col, col_in)
+    q = _rows(Q, first, Q_STEP, head * K, row * Q_STEP + r % HEADS * K, row_ok, K, KP)
+    k = _rows(KEYS, first, K_STEP, head // GROUP * K, col * K_STEP, col_ok, K, KP)
+    v = _rows(V, first, V_STEP, head // GROUP * K, col * V_STEP, col_ok, K, KP)
+    v, v_bad = _finite(v)
+    s = tl.dot(q, k.T, input_precision=PRECISION) * scale + v_bad[None, :]
+    visible = _visible(BEGIN, first, row, col, row_in, col_in, CAUSAL)
+    p, total = _softmax(s, visible)
+    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+    at = row * (HQ * K) + r % HEADS * K
+    _store_rows(O, o, first, HQ * K, head * K, at, row_in, K, KP)
+
+
+@triton.jit
+def _attend(
+    acc, m, total, q, KEYS, V, row, lo, hi, n, scale, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys lo..hi of a sequence of n; `row` the queries' positions in it."""
+    c = tl.arange(0, BN)
+    for j in tl.range(lo, hi, BN):
+        ok = j + c < n if MASKED else c < BN
+        k = _rows(KEYS, j, K_STEP, 0, c * K_STEP, ok, K, KP)
+        s = tl.dot(q, k.T, input_precision=PRECISION)
+        if MASKED:
+            visible = ok[None, :]
+            if CAUSAL:
+                visible = visible & (j + c[None, :] <= row[:, None])
+            s = tl.where(visible, s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - top[:, None])
+        fade = tl.exp2(m - top)
+        total = total * fade + tl.sum(p, 1)
+        m = top
+        v = _rows(V, j, V_STEP, 0, c * V_STEP, ok, K, KP)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, m, total
+
+
+@triton.jit(do_not_specialize=["T"])
+def _long_forward_kernel(
+    Q, KEYS, V, O, LSE, ALIVE, TILES, scale, T,
+    Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    SKIP: tl.constexpr, CAUSAL: tl.constexpr, HQ: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tile, head = pid // (HQ // HEADS), pid % (HQ // HEADS) * HEADS
+    first, begin = tl.load(TILES + 3 * tile), tl.load(TILES + 3 * tile + 1)
+    n = tl.load(TILES + 3 * tile + 2) - begin
+    r = tl.arange(0, TOKENS * HEADS)
+    token = r // HEADS
+    row = first - begin + token
+    ok = row < n
+    if CAUSAL:
+        free, last = (first - begin) // BN * BN, tl.minimum(first - begin + TOKENS, n)
+    else:
+        free, last = n // BN * BN, n
+    read = ok
+    if SKIP:
+        here = tl.load(ALIVE + begin) != 0
+        free, last = tl.where(here, free, 0), tl.where(here, last, 0)
+        read = ok & here
+    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, read, K, KP)
+    keys = KEYS + begin.to(tl.int64) * K_STEP + head // GROUP * K
+    values = V + begin.to(tl.int64) * V_STEP + head // GROUP * K
+    m = tl.full([TOKENS * HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS * HEADS], tl.float32)
+    acc = tl.zeros([TOKENS * HEADS, KP], tl.float32)
+    acc, m, total = _attend(
+        acc, m, total, q, keys, values, row, 0, free, n, scale, K_STEP, V_STEP,
+        False, CAUSAL, BN, K, KP, PRECISION,
+    )  # fmt: skip
+    acc, m, total = _attend(
+        acc, m, total, q, keys, values, row, free, last, n, scale, K_STEP, V_STEP,
+        True, CAUSAL, BN, K, KP, PRECISION,
+    )  # fmt: skip
+    if SKIP:
+        total = tl.where(total == 0.0, 1.0, total)
+    o = acc / total[:, None]
+    at = token * (HQ * K) + r % HEADS * K
+    _store_rows(O, o, first, HQ * K, head * K, at, ok, K, KP)
+    lse = LSE + (head + r % HEADS).to(tl.int64) * T + first + token
+    tl.store(lse, m + tl.log2(total), mask=ok)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    work: Work,
+    alive_T: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """o [T, Hq, K], and the base 2 logarithms of sums, fp32 [Hq, T], of longer sequences' rows."""
+    T, HQ, K = q.shape
+    group = HQ // k.shape[1]
+    o = torch.empty(T, HQ, K, dtype=q.dtype, device=q.device)
+    lse = torch.empty(HQ, T, dtype=torch.float32, device=q.device)
+    steps = q.stride(0), k.stride(0), v.stride(0)
+    alive = work.begin_T if alive_T is None else alive_T
+    same: dict[str, Any] = {"SKIP": alive_T is not None, "CAUSAL": causal, "HQ": HQ, "GROUP": group}
+    options = config("packed_forward" + "_pair" * (group % 2 == 0), q, group)
+    packs = work.packs(options["TOKENS"])
+    if len(packs):
+        _packed_forward_kernel[(len(packs) * (HQ // options["HEADS"]),)](
+            q, k, v, o, work.begin_T, alive, packs, scale * LOG2E, *steps, **same, **options
+        )
+    if work.max_seqlen > options["TOKENS"]:
+        options = config("long_forward", q, group)
+        tiles = work.tiles(options["TOKENS"])
+        _long_forward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
+            q, k, v, o, lse, alive, tiles, scale * LOG2E, T, *steps, **same, **options
+        )
+    return o, lse

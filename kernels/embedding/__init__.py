@@ -1,0 +1,1 @@
+"""Lookup in a low-rank nested vocabulary."""

@@ -1,0 +1,117 @@
+"""Nested low-rank token embedding (Matryoshka Embedding Learning, ML-Embed, arXiv 2605.15081).
+
+    E(r) = U[:, :r] W[:r, :]   in R^{V x D},      x_t = E(r)[ids_t] = U[ids_t, :r] W[:r]
+
+Ranks nest: the first r columns of U with the first r rows of W are themselves an embedding. A rank
+above V D / (V + D) holds more than the plain table.
+
+Backward, with s_v the sum of dx over the occurrences of token v (0 where there are none):
+
+    dU[v, :r] = s_v W[:r]',      dW[:r] = sum_v U[v, :r]' s_v
+
+so both passes need one row for each distinct token, n of them, and not one for each of T tokens.
+FLOPs: 2 n r D forward, 4 n r D backward; gathering first costs T / n times that (3.4 times for 73k
+tokens of a Zipf stream), building the table, as the public ML-Embed code does, V / n times (7).
+
+Bytes, of elements: forward n r of U and r D of W are read, T D written; backward T D of dx, n r of
+U and r D of W are read, V R of dU and R D of dW written. dU is dense, as torch's optimisers want
+it, and the largest of all; no other matrix of V rows is ever made.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._dispatch import check_impl, use_triton
+from .occurrences import Occurrences, check_ids
+
+
+def embed_ref(ids: Tensor, U: Tensor, W: Tensor, rank: int) -> Tensor:
+    """The specification. Arguments as in `embed`."""
+    return F.embedding(ids, U[:, :rank]) @ W[:rank]
+
+
+def embed(
+    ids: Tensor,
+    U: Tensor,
+    W: Tensor,
+    rank: int,
+    impl: str = "auto",
+    occurrences: Occurrences | None = None,
+) -> Tensor:
+    """Embed tokens at a nested rank -> [T, D], dtype of U, or autocast's where that is on.
+
+    Under autocast fp32 factors are rounded as they are read; their gradients are fp32. By "triton"
+    the same bits every time, and no temporary beyond 64 MiB; dU is dense, zeros for other tokens.
+
+    Args:
+        ids: int32 or int64 [T], each in 0..V-1, T >= 1.
+        U: [V, R]. W: [R, D]. One floating dtype; all three on one device.
+        rank: columns of U and rows of W in use, 1..R.
+        impl: "triton" (fp32, bf16, fp16), "reference", or "auto": triton on CUDA for those.
+        occurrences: `Occurrences.of(ids)` on their device, for "triton". Made once for a batch, in
+            a loader's process; without it it is made here, for which ids on a device are waited
+            for. Its tokens are those that count: on a device no more than T is compared.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, a rank or an `impl` other than the above; ids outside
+            0..V-1, which on a device only `occurrences` tell without waiting for it.
+    """
+    check_impl(impl)
+    check_ids(ids)
+    _check_factors(ids, U, W)
+    if not 1 <= rank <= U.shape[1]:
+        raise ValueError(f"rank: expected 1..{U.shape[1]} (the stored rank), got {rank}")
+    ours = use_triton(impl, U)
+    dtype = compute_dtype(U)
+    if ours and not U.is_cuda and dtype == torch.bfloat16:
+        raise ValueError(f"impl: triton's interpreter has no bf16 products, got autocast's {dtype}")
+    if ours and occurrences is None:
+        occurrences = Occurrences.of(ids).to(U.device)
+    _check_range(ids, len(U), occurrences)
+    if not ours or occurrences is None:
+        return embed_ref(ids, U, W, rank)
+    from . import _op as _embed_op  # imports triton, which not every platform has
+
+    return _embed_op.run(U, W, rank, dtype, occurrences)
+
+
+def compute_dtype(U: Tensor) -> torch.dtype:
+    """What a product of U would be: autocast leaves float64 alone."""
+    kind = U.device.type
+    if U.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return U.dtype
+
+
+def _check_factors(ids: Tensor, U: Tensor, W: Tensor) -> None:
+    if U.ndim != 2 or W.ndim != 2 or U.shape[1] != W.shape[0] or not (U.numel() and W.numel()):
+        raise ValueError(f"U, W: expected [V, R] and [R, D], got {list(U.shape)}, {list(W.shape)}")
+    if U.dtype != W.dtype or not U.is_floating_point():
+        raise ValueError(f"U, W: expected one floating dtype, got {U.dtype} and {W.dtype}")
+    if not (ids.device == U.device == W.device):
+        raise ValueError(
+            f"ids, U, W: expected one device, got {ids.device}, {U.device}, {W.device}"
+        )
+
+
+def _check_range(ids: Tensor, V: int, occurrences: Occurrences | None) -> None:
+    # Looking into a device tensor would wait for the device, and break a compiled graph.
+    here = ids.is_cpu and not torch.compiler.is_compiling()
+    if occurrences is not None:
+        found = occurrences.tokens, occurrences.buffer.device
+        if found != (len(ids), ids.device):
+            raise ValueError(
+                f"occurrences: expected (T, device) {(len(ids), ids.device)}, got {found}"
+            )
+        lowest, highest = occurrences.lowest, occurrences.highest
+        if here:
+            one_by_one = torch.repeat_interleave(occurrences.ids_P, occurrences.count_P)
+            if (ids[occurrences.order_T] != one_by_one).any():
+                raise ValueError("occurrences: expected those of ids, got those of others")
+    elif here:
+        lowest, highest = int(ids.min()), int(ids.max())
+    else:
+        return
+    if lowest < 0 or highest >= V:
+        raise ValueError(f"ids: expected 0..{V - 1}, got {lowest}..{highest}")

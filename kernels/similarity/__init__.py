@@ -1,0 +1,1 @@
+"""Losses over pairwise similarities: InfoNCE, log-sum-exp, cosine and distillation."""

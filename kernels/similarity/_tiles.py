@@ -1,0 +1,202 @@
+"""Tiles of pairs: which pairs count, and matrices over a chunk of them.
+
+Dropped pairs start at -1e30 instead of 0, once per tile: no dot lifts them, and their exponentials
+are 0 at every prefix.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._bands import ROWS, Nest, Packed, pack, padded
+
+GONE = tl.constexpr(-1e30)
+# A chunk's matrix: 1 where pairs are too similar; a teacher's cosines; its probabilities.
+NEAR, MSE, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+LOG2E = 1.4426950408889634
+# See _forward.
+CONFIGS = {"matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}}
+CONFIGS_FP32 = {"matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}}
+
+
+def options_of(
+    half: dict[str, dict[str, int]], fp32: dict[str, dict[str, int]], name: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A kernel's launch options; fp32's products are three tf32 ones."""
+    if dtype == torch.float32:
+        return {**fp32[name], "PRECISION": "tf32x3"}
+    return {**half[name], "PRECISION": "ieee"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which pairs count, as the kernels read it; rows padded to RP, columns to SP."""
+
+    positive: Tensor | None  # int32 [RP], -1 none
+    row_keys: Tensor | None  # int32 [K, RP]
+    col_keys: Tensor | None  # int32 [K, SP]
+    pair: Tensor | None = None  # [chunk, SP], something of every pair of a chunk of rows
+    pair_row: int = 0  # row of pair[0]
+    mode: int = 0  # what that is: NEAR, MSE or KL
+
+    def arguments(self, swap: bool, fallback: Tensor) -> dict[str, Any]:
+        """Return keyword arguments of `_start`.
+
+        swap: the kernel's rows are the columns here. fallback: passed for what is None; nothing is
+        read from it.
+        """
+        keys = (self.row_keys, self.col_keys)
+        return {
+            "POS": fallback if self.positive is None else self.positive,
+            "KX": fallback if keys[0] is None else keys[swap],
+            "KY": fallback if keys[0] is None else keys[not swap],
+            "PAIR": fallback if self.pair is None else self.pair,
+            "pair_row": self.pair_row,
+            "pair_stride": 0 if self.pair is None else self.pair.stride(0),
+            "HAS_POS": self.positive is not None,
+            "N_KEYS": 0 if keys[0] is None else len(keys[0]),
+            "MODE": self.mode,
+        }
+
+
+@triton.jit
+def _pair(
+    row0, col0, PAIR, pair_row, pair_stride,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The tile [BM, BN] of PAIR at (row0, col0), transposed if SWAP."""
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    if SWAP:
+        tile = PAIR + (col0 - pair_row).to(tl.int64) * pair_stride + row0
+        at = j * pair_stride + i
+    else:
+        tile = PAIR + (row0 - pair_row).to(tl.int64) * pair_stride + col0
+        at = i * pair_stride + j
+    return tl.load(tile + at)
+
+
+@triton.jit
+def _start(
+    row0, col0, NX, NY, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
+    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What a tile's dots begin with: 0, or far below any dot where the pair is dropped.
+
+    What it reads is read here, so that it is not held in registers from one tile to the next.
+    """
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    rows, cols = row0 + i, col0 + j
+    x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
+    y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
+    acc = x_gone[:, None] + y_gone[None, :]
+    if HAS_POS:
+        if SWAP:
+            own = tl.load(POS + cols)[None, :] == rows[:, None]
+        else:
+            own = tl.load(POS + rows)[:, None] == cols[None, :]
+        acc = tl.where(own, GONE, acc)
+    for k in tl.static_range(N_KEYS):
+        same = tl.load(KX + k * RP + rows)[:, None] == tl.load(KY + k * SP + cols)[None, :]
+        acc = tl.where(same, GONE, acc)
+    if MODE == NEAR:
+        near = _pair(row0, col0, PAIR, pair_row, pair_stride, SWAP, BM, BN)
+        acc = tl.where(near == 1, GONE, acc)
+    return acc
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right columns of a tile, in the registers they are in."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _quarters(x):
+    left, right = _halves(x)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit(do_not_specialize_on_alignment=["NX", "NY"])
+def _matrix_kernel(
+    X, Y, U, V, NX, NY, CEILING, OUT, row0, RP, SP,
+    FROM: tl.constexpr, UNTIL: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    MODE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """OUT [chunk, SP] of one exit's pairs. MODE NEAR: int8, where 2 (undecided) and both present,
+    whether the cosine is above the row's ceiling. Otherwise fp32, the cosine."""
+    local = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows, cols = row0 + local, tl.program_id(1) * BN + tl.arange(0, BN)
+    out = OUT + local.to(tl.int64)[:, None] * SP + cols[None, :]
+    if MODE == NEAR:
+        ceiling = tl.load(CEILING + rows)
+        judges = (rows < tl.load(NX)) & (ceiling < float("inf"))
+        near = tl.load(out).to(tl.int32)
+        decide = (near == 2) & judges[:, None] & (cols < tl.load(NY))[None, :]
+        if tl.max(tl.max(decide.to(tl.int32), 1)) == 0:
+            return
+    k = tl.arange(0, BK)[None, :]
+    x_rows = X + rows.to(tl.int64)[:, None] * DP + k
+    y_rows = Y + cols.to(tl.int64)[:, None] * DP + k
+    acc = tl.zeros([BM, BN], tl.float32)
+    for at in tl.range(FROM, UNTIL, BK):
+        acc = tl.dot(tl.load(x_rows + at), tl.load(y_rows + at).T, acc, input_precision=PRECISION)
+    u = tl.load(U + (M - 1) * RP + rows)
+    v = tl.load(V + (M - 1) * SP + cols)
+    cos = acc * u[:, None] * v[None, :]
+    if MODE == NEAR:
+        above = (cos > ceiling[:, None]).to(tl.int32)
+        tl.store(out, tl.where(decide, above, near).to(tl.int8))
+    else:
+        tl.store(out, cos)
+
+
+def near_mask(
+    x: Tensor,
+    y: Tensor,
+    nest: Nest,
+    counts: tuple[Tensor, Tensor],
+    ceiling: Tensor,
+    rows: slice,
+) -> Tensor:
+    """int8 [rows, SP]: 1 where a pair is too similar, by the deepest exit that can tell."""
+    E, SP = x.shape[0], padded(y.shape[1])
+    n = rows.stop - rows.start
+    near = torch.full((n, SP), 2, dtype=torch.int8, device=x.device)
+    for e in reversed(range(E)):  # tiles that are decided return at once
+        px = pack(x[e : e + 1], nest, counts[0][e : e + 1])
+        py = pack(y[e : e + 1], nest, counts[1][e : e + 1])
+        high = torch.nn.functional.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
+        fill(near, px, py, nest, rows.start, high, 1)
+    return near
+
+
+def fill(
+    out: Tensor, x: Packed, y: Packed, nest: Nest, row: int, ceiling: Tensor, mode: int
+) -> None:
+    """A matrix over the pairs of one exit, rows from `row`."""
+    options = options_of(CONFIGS, CONFIGS_FP32, "matrix", x.x.dtype)
+    # As many columns a step as divide every prefix's end.
+    first, last = nest.whole
+    options["BK"] = next(k for k in (64, 32, 16) if k <= options["BK"] and last % k == 0)
+    _matrix_kernel[(out.shape[0] // options["BM"], out.shape[1] // options["BN"])](
+        x.x, y.x, x.u, y.u, x.counts, y.counts, ceiling, out, row, x.x.shape[1], out.shape[1],
+        FROM=first, UNTIL=last, DP=nest.width, M=len(nest.starts), MODE=mode, **options,
+    )  # fmt: skip
+
+
+def chunks(rows: int, row_bytes: int, workspace: int) -> list[slice]:
+    """Rows at a time, multiples of ROWS, so that row_bytes of each fit the workspace."""
+    size = rows if not row_bytes else max(ROWS, workspace // row_bytes // ROWS * ROWS)
+    return [slice(r, min(r + size, rows)) for r in range(0, rows, size)]
+
+
+def groups(E: int, exit_bytes: int, workspace: int) -> list[slice]:
+    """Exits that are worked on together: as many as fit the workspace, at least one."""
+    together = max(1, min(E, workspace // exit_bytes))
+    return [slice(e, min(e + together, E)) for e in range(0, E, together)]

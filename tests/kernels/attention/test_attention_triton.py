@@ -1,0 +1,338 @@
+"""Packed attention by Triton, in its interpreter where there is no GPU, against float64: values and
+gradients never further off than the plain loop in the same dtype and a few roundings."""
+
+import math
+import random
+
+import pytest
+import torch
+from attention_truth import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact,
+    bounds,
+    cotangent,
+    inputs,
+    on,
+    results,
+    run,
+    same_bits,
+    triton,
+)
+from pairwise import all_pairs
+from torch import Tensor
+
+from mlembed_kernels import Work, attention, attention_ref
+
+pytest.importorskip("triton", reason="needs triton, which is not installed")
+from mlembed_kernels.attention import _forward  # noqa: E402
+
+both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+UNEVEN = [65, 1, 63, 300, 2, 127, 64]
+
+
+def heads_of(dtype: torch.dtype) -> tuple[int, int]:
+    """As many as one tile has."""
+    return (1, 1) if dtype == torch.float32 else (2, 1)
+
+
+def check(
+    lengths: list[int],
+    dtype: torch.dtype = torch.float32,
+    heads: tuple[int, int] | None = None,
+    K: int = 16,
+    qkv: tuple[Tensor, ...] | None = None,
+    cancels: bool = False,
+    **options,
+) -> dict[str, Tensor]:
+    if qkv is None:
+        qkv = inputs(lengths, heads or heads_of(dtype), K)
+    qkv = on(DEVICE, dtype, qkv)
+    got = run(qkv, lengths, **options)
+    assert_as_exact(got, qkv, lengths, cancels=cancels, **{"causal": True, **options})
+    return got
+
+
+# One sequence alone: a key to weigh, two; a pack and the two kernels' step at 64 | 65; a tile of
+# 128, short of it and over it; tiles that are full and a last one of 44 tokens.
+ALONE = all_pairs([1, 2, 63, 64, 65, 127, 129, 300], [True, False], DTYPES)
+
+
+@pytest.mark.parametrize(("n", "causal", "dtype"), ALONE)
+def test_one_sequence(n, causal, dtype):
+    check([n], dtype, causal=causal)
+
+
+@every_dtype
+@both_masks
+def test_mixed_lengths(causal, dtype):
+    order = UNEVEN if causal else random.Random(1).sample(UNEVEN, len(UNEVEN))
+    check(order, dtype, causal=causal)
+
+
+# Packs that one token fills or misses; packs around, before and behind long sequences.
+PACKS = {
+    "full": [32, 31, 1],
+    "one_over": [32, 32, 1],
+    "ones": [1] * 65,
+    "primes": [2, 3, 5, 7, 11, 13, 17, 19],
+    "between": [3, 66, 4, 5, 70, 1],
+    "long_at_both_ends": [66, 1, 2, 129],
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_packs(lengths, dtype):
+    check(lengths, dtype, causal=(dtype == torch.float32) == (len(lengths) % 2 == 0))
+
+
+@both_masks
+def test_three_thousand_tokens_alone(causal):
+    """One key: its weight is 1, to the bit."""
+    lengths = [1] * (3000 if causal or DEVICE == "cuda" else 500)
+    q, k, v = on(DEVICE, torch.float16, inputs(lengths, (1, 1)))
+    got = run([q, k, v], lengths, causal=causal)
+    assert torch.equal(got["out"], v)
+    assert torch.equal(got["dv"], cotangent(v.shape, v))
+    assert (got["dq"] == 0).all() and (got["dk"] == 0).all()
+
+
+# Groups: two heads a tile, several times over; three, so one head a tile also in half precision;
+# all on one; none.
+@every_dtype
+@pytest.mark.parametrize("heads", [(16, 8), (4, 2), (6, 2), (8, 1), (3, 3)], ids=str)
+def test_grouped_heads(heads, dtype):
+    few = heads[0] <= (4 if dtype == torch.float32 else 8)  # interpreted, each takes its time
+    lengths = [5, 66, 1] if DEVICE == "cuda" or few else [5, 1, 2]
+    check(lengths, dtype, heads, causal=(dtype == torch.float32) == (heads[1] == 2))
+
+
+# Qwen3's 128, others' 64, what a power of two above them has to mask; each pair of widths that are
+# launched alike, and every remainder of 128.
+@every_dtype
+@pytest.mark.parametrize("K", range(16, 129, 16))
+def test_widths(K, dtype):
+    check([3, 66, 2], dtype, K=K, causal=(dtype == torch.float32) == (K % 32 == 0))
+
+
+# On a GPU fp32 has registers for tiles of 16 tokens, and the interpreter for those of half
+# precision: so this is the step at 16 | 17, and a sequence of three tiles.
+@both_masks
+@pytest.mark.parametrize("lengths", [[16], [17], [5, 10, 1, 40, 2, 16, 33]], ids=str)
+def test_tiles_of_fp32(lengths, causal, monkeypatch):
+    monkeypatch.setattr(_forward, "INTERPRETED", False)
+    check(lengths, heads=(1, 1), causal=causal)
+    if len(lengths) == 1:
+        check(lengths, heads=(4, 2), K=48, causal=causal)
+
+
+# ---- scale ----
+
+
+SCALES = all_pairs([-0.7, 0.0, 1.3, 1e-3], [True, False], DTYPES)
+
+
+@pytest.mark.parametrize(("scale", "causal", "dtype"), SCALES)
+def test_scale(scale, causal, dtype):
+    # A negative factor turns the order of scores round: what was largest is smallest. At 0 all
+    # keys weigh alike, and what is masked still nothing.
+    check([5, 1, 66], dtype, causal=causal, scale=scale)
+
+
+def test_default_scale():
+    lengths, qkv = [5, 66], inputs([5, 66], (1, 1), K=32)
+    got = run(qkv, lengths)
+    same_bits(run(qkv, lengths, scale=32**-0.5), got)
+
+
+# ---- numbers that hurt ----
+
+
+@pytest.mark.parametrize(("times", "causal", "dtype"), all_pairs([10, 100], [True, False], DTYPES))
+def test_softmax_of_one_key(times, causal, dtype):
+    # Scores in the hundreds: all but one weight underflow, and that one is 1.
+    lengths = [7, 1, 66]
+    q, k, v = inputs(lengths, heads_of(dtype))
+    check(lengths, dtype, qkv=(times * q, k, v), causal=causal)
+
+
+@every_dtype
+@both_masks
+def test_equal_scores(causal, dtype):
+    lengths = [7, 1, 66]
+    q, k, v = inputs(lengths, heads_of(dtype))
+    for equal in ((0 * q, k, v), (q, k[:1].expand_as(k).contiguous(), v)):
+        got = check(lengths, dtype, qkv=equal, cancels=True, causal=causal)
+        # Weights are 1 / n: the mean of what is seen.
+        for part, values in zip(
+            got["out"].double().cpu().split(lengths), v.split(lengths), strict=True
+        ):
+            mean = values.cumsum(0) / torch.arange(1, len(values) + 1)[:, None, None]
+            mean = mean if causal else values.mean(0).expand_as(values)
+            torch.testing.assert_close(part, mean.expand_as(part), rtol=0, atol=5e-3)
+
+
+@both_masks
+def test_scores_far_below_nought(causal):
+    """Softmax sees differences only; a maximum that began at 0 would lose all of these."""
+    lengths = [7, 66]
+    q, k, v = inputs(lengths, (1, 1))
+    q, k = q.abs() + 1, k.abs() + 1
+    check(lengths, qkv=(10 * q, -10 * k, v), causal=causal)
+
+
+def test_rising_and_falling_scores():
+    """The running maximum moves at every block, or is found in the first."""
+    n = 130
+    q, k, v = inputs([n], (1, 1))
+    q = q.abs()
+    for order in (torch.arange(n), torch.arange(n).flip(0)):
+        ramp = (order[:, None, None] / 8).double() * torch.ones_like(k)
+        check([n], qkv=(q, ramp, v), causal=False)
+
+
+# ---- what holds for any numbers ----
+
+
+@every_dtype
+@both_masks
+def test_gradients_add_up(causal, dtype):
+    """A query's weights sum to 1, so dv sums to do; the same vector added to every key of a
+    sequence changes nothing, so dk sums to 0; a factor on q is one on k, so q dq = k dk."""
+    lengths, (Hq, Hkv), K = [9, 1, 130], (2, 1), 16
+    q, k, v = on(DEVICE, dtype, inputs(lengths, (Hq, Hkv), K))
+    got = {name: x.double().cpu() for name, x in run([q, k, v], lengths, causal=causal).items()}
+    do = cotangent(q.shape, q).double().cpu()
+    q, k = q.double().cpu(), k.double().cpu()
+
+    def sums(x: Tensor) -> Tensor:
+        """[N, Hkv, ..] over tokens of a sequence and query heads of a group."""
+        parts = [part.sum(0) for part in x.split(lengths)]
+        return torch.stack(parts).view(len(lengths), Hkv, -1, *x.shape[2:]).sum(2)
+
+    slack = 1e-3 if dtype == torch.float32 else 300 * torch.finfo(dtype).eps
+    for left, right in (
+        (sums(got["dv"]), sums(do)),
+        (sums(got["dk"]), torch.zeros(len(lengths), Hkv, K).double()),
+        (sums((q * got["dq"]).sum(-1)), sums((k * got["dk"]).sum(-1))),
+    ):
+        assert (left - right).abs().max() <= slack
+    assert got["dk"].abs().max() > 0.1
+
+
+@both_masks
+def test_a_vector_added_to_all_keys_changes_nothing(causal):
+    lengths = [9, 1, 70]
+    q, k, v = inputs(lengths, (1, 1))
+    shift = torch.stack([torch.full_like(k[0], c) for c in (1.0, -2.0, 0.5)])
+    moved = k + shift.repeat_interleave(torch.tensor(lengths), dim=0)
+    a, b = run([q, k, v], lengths, causal=causal), run([q, moved, v], lengths, causal=causal)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+
+
+@both_masks
+def test_permuting_sequences_permutes_the_result(causal):
+    lengths, order = [7, 1, 70, 2, 64, 2], [4, 3, 0, 2, 5, 1]
+    qkv = on(DEVICE, torch.float32, inputs(lengths, (1, 1)))
+    do = cotangent(qkv[0].shape, qkv[0])
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.cat([x.split(lengths)[i] for i in order])
+
+    before = run(qkv, lengths, causal=causal, do=do)
+    turned = [lengths[i] for i in order]
+    after = run([moved(x) for x in qkv], turned, causal=causal, do=moved(do))
+    for name in before:
+        torch.testing.assert_close(after[name], moved(before[name]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [50, 150])
+def test_causal_output_ignores_what_follows(n):
+    qkv = on(DEVICE, torch.float32, inputs([n], (1, 1)))
+    whole = triton(*qkv, cu_seqlens=bounds([n]), causal=True)
+    for m in (1, 2, n - 87 if n > 87 else 20, n - 1):
+        part = triton(*(x[:m] for x in qkv), cu_seqlens=bounds([m]), causal=True)
+        torch.testing.assert_close(whole[:m], part, rtol=1e-4, atol=1e-4)
+    both = triton(*qkv, cu_seqlens=bounds([n]), causal=False)
+    assert (both[0] - whole[0]).abs().max() > 0.01  # the first token sees the rest only here
+    torch.testing.assert_close(both[-1], whole[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    # The convention of Qwen3 and Llama: query heads 0..2 read key head 0, 3..5 read key head 1.
+    lengths = [5, 1, 70]
+    q, k, v = on(DEVICE, torch.float16, inputs(lengths, (6, 2)))
+    options = {"cu_seqlens": bounds(lengths), "causal": True}
+    keys, values = (torch.stack([x[:, 0]] * 3 + [x[:, 1]] * 3, dim=1) for x in (k, v))
+    assert torch.equal(triton(q, k, v, **options), triton(q, keys, values, **options))
+
+
+def test_one_sequence_after_another_in_float64():
+    """The specification is a loop; here each sequence is a batch of its own, to leave nothing to
+    its boundaries."""
+    lengths = [65, 1, 64, 2]
+    qkv = inputs(lengths, (2, 1))
+    got = triton(*on(DEVICE, torch.float32, qkv), cu_seqlens=bounds(lengths), causal=True).cpu()
+    for rows in torch.arange(sum(lengths)).split(lengths):
+        alone = attention_ref(*(x[rows] for x in qkv), cu_seqlens=bounds([len(rows)]), causal=True)
+        torch.testing.assert_close(got[rows].double(), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_by_default_where_there_is_cuda():
+    lengths = [5, 66]
+    qkv = on(DEVICE, torch.float32, inputs(lengths))
+    options = {"cu_seqlens": bounds(lengths), "causal": True}
+    auto, ours = attention(*qkv, **options), triton(*qkv, **options)
+    assert torch.equal(auto, ours) if DEVICE == "cuda" else auto.isclose(ours, atol=1e-4).all()
+    # What it has not, sdpa has.
+    for odd in (on(DEVICE, torch.float64, qkv), [x[..., :12] for x in qkv]):
+        torch.testing.assert_close(
+            attention(*odd, **options), attention_ref(*odd, **options), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_work_made_before_gives_the_same_bits():
+    lengths = [66, 3]
+    qkv = inputs(lengths, (1, 1))
+    want = run(qkv, lengths)
+    same_bits(run(qkv, lengths, work=Work.of(bounds(lengths)).to(DEVICE)), want)
+    same_bits(run(qkv, lengths, cu_seqlens=bounds(lengths, DEVICE).long()), want)
+
+
+def test_in_plain_numbers():
+    """Two tokens of one head: softmax is a logistic function of the scores' difference."""
+    q, k, v = (torch.zeros(2, 1, 16, device=DEVICE) for _ in range(3))
+    q[1, 0, 0], k[1, 0, 0], v[1, 0, 3] = 2.0, 3.0, 5.0
+    out = triton(q, k, v, cu_seqlens=bounds([2]), causal=True, scale=0.5)
+    assert out[0].abs().max() == 0  # sees itself, v = 0
+    assert out[1, 0, 3].item() == pytest.approx(5 / (1 + math.exp(-3)), rel=1e-5)
+
+
+@pytest.mark.parametrize("only", ["q", "k", "v", "qk", "kv", "qv"])
+def test_gradients_of_some(only):
+    lengths = [5, 66]
+    qkv = dict(zip("qkv", on(DEVICE, torch.float16, inputs(lengths, (1, 1))), strict=True))
+    want = run(list(qkv.values()), lengths)
+    leaves = {n: x.clone().requires_grad_(n in only) for n, x in qkv.items()}
+    out = triton(**leaves, cu_seqlens=bounds(lengths), causal=True)
+    grads = torch.autograd.grad(out, [leaves[n] for n in only], cotangent(out.shape, out))
+    assert all(torch.equal(g, want[f"d{n}"]) for n, g in zip(only, grads, strict=True))
+
+
+def test_without_gradients():
+    lengths = [5, 66]
+    qkv = on(DEVICE, torch.float32, inputs(lengths, (1, 1)))
+    out = triton(*qkv, cu_seqlens=bounds(lengths), causal=True)
+    assert not out.requires_grad and torch.equal(out, run(qkv, lengths)["out"])
+
+
+def test_under_autocast_it_follows_its_inputs():
+    lengths = [5, 66]
+    qkv = on(DEVICE, torch.float32, inputs(lengths, (1, 1)))
+    want = run(qkv, lengths)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = results(triton, qkv, cu_seqlens=bounds(lengths), causal=True)
+    same_bits(got, want)

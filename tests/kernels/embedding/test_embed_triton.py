@@ -1,0 +1,519 @@
+"""The nested embedding in Triton against float64, and what it promises besides its values."""
+
+import importlib
+
+import pytest
+import torch
+from live_memory import Live, without_kernels
+from pairwise import all_pairs
+from torch import Tensor, library
+
+from mlembed_kernels import Occurrences, embed, embed_ref
+from mlembed_kernels.embedding.occurrences import PART
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no right bf16
+EPS32 = torch.finfo(torch.float32).eps
+NAMES = "x", "dU", "dW"
+DTYPES = torch.float32, HALF
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+
+
+def module():
+    return importlib.import_module("mlembed_kernels._embed_op")
+
+
+def zipf(T: int, V: int) -> list[int]:
+    weight = 1 / torch.arange(1, V + 1)
+    generator = torch.Generator().manual_seed(1)
+    return torch.multinomial(weight, T, replacement=True, generator=generator).tolist()
+
+
+V, R, D = 401, 80, 160  # no multiples of a tile, but rows of 16 bytes; others in test_widths
+# One token; a prime of them; every row of the table, so that tiles are full but the last; one token
+# in many parts, and in as many as two steps of `total` sum; parts full, off by one, and of two
+# tokens; first and last row only; a stream with all of it, whose parts fill three tiles.
+TIMES = PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 1, 1
+IDS = {
+    "one": [7],
+    "prime": [(5 * i * i) % V for i in range(13)],
+    "distinct": [(3 * i) % V for i in range(V)],
+    "same": [3] * 1009,
+    "parts": [token for token in range(5, -1, -1) for _ in range(TIMES[token])],
+    "ends": [0, V - 1, V - 1, 0, V - 1],
+    "stream": zipf(1200, V),
+}
+RANKS = 1, 64, 65, R
+# Where the values are tried elsewhere: interpreted, a stream takes ten times as long.
+SHORT = "stream" if DEVICE == "cuda" else "parts"
+
+
+def factors(dtype: torch.dtype, V: int = V, R: int = R, D: int = D) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    U, W = torch.randn(V, R, generator=generator), torch.randn(R, D, generator=generator)
+    return U.to(DEVICE, dtype), W.to(DEVICE, dtype)
+
+
+def cotangent(ids: list[int] | Tensor, D: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(len(ids), D, generator=generator).to(DEVICE, dtype)
+
+
+def run(ids, U: Tensor, W: Tensor, rank: int, dx: Tensor, impl: str = "triton", **options):
+    """x, dU, dW by name."""
+    ids = torch.as_tensor(ids, device=DEVICE)
+    U, W = (x.detach().requires_grad_() for x in (U, W))
+    x = embed(ids, U, W, rank, impl=impl, **options)
+    return dict(zip(NAMES, (x.detach(), *torch.autograd.grad(x, (U, W), dx)), strict=True))
+
+
+def as_exact(ids, U: Tensor, W: Tensor, rank: int, dx: Tensor) -> dict[str, Tensor]:
+    """Within eager's error on the same bits, and a floor: a step of the dtype, half of it as a sum
+    of dx is rounded before its product, half as that is; and some of fp32, in which sums are."""
+    got, eager = (run(ids, U, W, rank, dx, impl) for impl in ("triton", "reference"))
+    with torch.autocast(DEVICE, enabled=False):
+        truth = run(ids, U.double(), W.double(), rank, dx.double(), "reference")
+    floor = torch.finfo(dx.dtype).eps + 64 * EPS32
+    for name in NAMES:
+        assert got[name].dtype == eager[name].dtype and got[name].shape == eager[name].shape
+        size = truth[name].abs().max().item()
+        ours, theirs = ((g[name].double() - truth[name]).abs().max() for g in (got, eager))
+        assert ours <= theirs + floor * size, (name, ours / size, theirs / size)
+    return got
+
+
+def summable(*tensors: Tensor) -> list[Tensor]:
+    """In the interpreter whole numbers: numpy's sums of a row may depend on where it stands."""
+    return [x if DEVICE == "cuda" else (4 * x).round() for x in tensors]
+
+
+def same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(("name", "rank", "dtype"), all_pairs(IDS, RANKS, DTYPES))
+def test_as_exact_as_eager(name, rank, dtype):
+    U, W = factors(dtype)
+    ids = IDS[name]
+    got = as_exact(ids, U, W, rank, cotangent(ids, D, dtype))
+    unseen = sorted(set(range(V)) - set(ids))
+    assert (got["dU"][unseen] == 0).all() and (got["dU"][:, rank:] == 0).all()
+    assert (got["dW"][rank:] == 0).all()
+
+
+# A column, around a tile's 128 columns, beyond the 256 of a sum's.
+@dtypes
+@pytest.mark.parametrize("D", [1, 16, 64, 65, 127, 128, 129, 300])
+def test_widths(D, dtype):
+    U, W = factors(dtype, D=D)
+    ids = IDS["parts"]
+    as_exact(ids, U, W, 17, cotangent(ids, D, dtype))
+
+
+@dtypes
+def test_a_table_of_one_row_and_one_column(dtype):
+    U, W = factors(dtype, V=1, R=1)
+    as_exact([0] * 5, U, W, 1, cotangent([0] * 5, D, dtype))
+
+
+@pytest.mark.parametrize("rank", [5, R])
+@pytest.mark.parametrize("name", ["stream", "same", "one"])
+def test_fp32_factors_under_autocast(name, rank):
+    U, W = factors(torch.float32)
+    ids = IDS[name]
+    with torch.autocast(DEVICE, HALF):
+        got = as_exact(ids, U, W, rank, cotangent(ids, D, HALF))
+    assert [got[name].dtype for name in NAMES] == [HALF, torch.float32, torch.float32]
+    rounded = run(ids, U.to(HALF), W.to(HALF), rank, cotangent(ids, D, HALF))
+    # Rounded as they are read; from fp32 steps are shorter, and sums in another order.
+    size = rounded["x"].abs().max()
+    assert (got["x"] - rounded["x"]).abs().max() <= torch.finfo(HALF).eps * size
+    for n in ("dU", "dW"):  # and not rounded when they are done
+        assert not torch.equal(got[n], got[n].to(HALF).float()), n
+        assert torch.equal(got[n].to(HALF), rounded[n]), n
+
+
+def test_autocast_of_the_backward_means_nothing():
+    U, W = factors(torch.float32)
+    ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, torch.float32)
+    want = run(ids, U, W, 65, dx)
+    U, W = U.requires_grad_(), W.requires_grad_()
+    x = embed(torch.tensor(ids, device=DEVICE), U, W, 65, impl="triton")
+    with torch.autocast(DEVICE, HALF):
+        dU, dW = torch.autograd.grad(x, (U, W), dx)
+    same_bits({"x": x, "dU": dU, "dW": dW}, want)
+
+
+@dtypes
+@pytest.mark.parametrize("rank", [1, 64, 65])
+def test_ranks_nest(rank, dtype):
+    """What lies beyond the rank is not read: not-a-number there changes nothing."""
+    U, W = factors(dtype)
+    ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
+    want = run(ids, U, W, rank, dx)
+    U[:, rank:], W[rank:] = torch.nan, torch.nan
+    same_bits(run(ids, U, W, rank, dx), want)
+
+
+def test_other_tokens_are_not_read():
+    U, W = factors(torch.float32)
+    ids, dx = IDS["prime"], cotangent(IDS["prime"], D, torch.float32)
+    want = run(ids, U, W, R, dx)
+    U[sorted(set(range(V)) - set(ids))] = torch.nan
+    same_bits(run(ids, U, W, R, dx), want)
+
+
+def test_a_nan_stays_with_its_token():
+    U, W = factors(torch.float32)
+    ids = torch.tensor(IDS["stream"])
+    token = ids[5]
+    U[token, 3] = torch.nan
+    dx = cotangent(ids, D, torch.float32)
+    got = run(ids, U, W, 64, dx)
+    assert torch.equal(got["x"].isnan().any(1).cpu(), ids == token)
+    assert not got["dU"].isnan().any()
+    dx[5, 1] = torch.nan
+    got = run(ids, U, W, 64, dx)
+    assert got["dU"].isnan().any(1).nonzero().tolist() == [[int(token)]]
+
+
+ZEROED = all_pairs(["one", "distinct", "ends", "stream"], RANKS, DTYPES)
+
+
+@pytest.mark.parametrize(("name", "rank", "dtype"), ZEROED)
+def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
+    """Where there are many: the same bits as zeros in advance, of every row and column."""
+    U, W = factors(dtype)
+    ids, dx = IDS[name], cotangent(IDS[name], D, dtype)
+    want = run(ids, U, W, rank, dx)
+    monkeypatch.setattr(module(), "FILLERS", 1)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda _: pytest.fail("in advance"))
+    same_bits(run(ids, U, W, rank, dx), want)
+
+
+# ---- the order of sums, and of anything else ----
+
+
+@dtypes
+def test_the_same_bits_every_time(dtype):
+    U, W = factors(dtype)
+    ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
+    want = run(ids, U, W, 65, dx)
+    same_bits(run(ids, U, W, 65, dx), want)
+    given = Occurrences.of(torch.tensor(ids)).to(DEVICE)
+    same_bits(run(ids, U, W, 65, dx, occurrences=given), want)
+    same_bits(run(torch.tensor(ids, dtype=torch.int32), U, W, 65, dx), want)
+
+
+def test_sums_are_taken_in_order():
+    """Large numbers that cancel: another order is another sum."""
+    ids = torch.tensor(IDS["stream"])
+    o = Occurrences.of(ids).to(DEVICE)
+    dx = cotangent(ids, D, torch.float32) * 10.0 ** (torch.arange(len(ids), device=DEVICE) % 7)[
+        :, None
+    ].to(torch.float32)
+    ((tokens, parts),) = o.chunks(1 << 20)
+    got = module()._sums(dx, o, tokens, parts).cpu()
+    dx, seen = dx.cpu(), 0
+    for i, token in enumerate(o.ids_n.tolist()):
+        rows = dx[ids == token]
+        if len(rows) <= PART:
+            want, seen = torch.zeros(D), seen + 1
+            for row in rows:
+                want += row
+            assert torch.equal(got[i], want)
+        else:
+            exact = rows.double().sum(0)
+            assert (got[i] - exact).abs().max() <= 8 * EPS32 * rows.abs().double().sum(0).max()
+    assert 0 < o.several < seen
+
+
+def test_tokens_in_another_order():
+    ids = torch.tensor(IDS["stream"])
+    U, W, dx = summable(*factors(torch.float32), cotangent(ids, D, torch.float32))
+    other = torch.randperm(len(ids), generator=torch.Generator().manual_seed(3))
+    want, got = run(ids, U, W, 65, dx), run(ids[other], U, W, 65, dx[other])
+    assert torch.equal(got["x"], want["x"][other])
+    for n in ("dU", "dW"):  # sums in the order of the tokens
+        size = want[n].abs().max()
+        assert (got[n] - want[n]).abs().max() <= 64 * EPS32 * size
+
+
+# ---- layouts ----
+
+
+def strided(name: str) -> tuple[Tensor, Tensor]:
+    U, W = factors(torch.float32)
+    wide, long = (torch.full(n, torch.nan, device=DEVICE) for n in ((V, 2 * R), (2 * V, R)))
+    if name == "columns_first":
+        return U.T.contiguous().T, W.T.contiguous().T
+    places = {"slice": wide[:, 3 : 3 + R], "columns": wide[:, ::2], "rows": long[1::2]}
+    return places[name].copy_(U), W
+
+
+@pytest.mark.parametrize("name", ["slice", "columns", "rows", "columns_first"])
+def test_layouts_of_the_factors(name):
+    ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, torch.float32)
+    want = run(ids, *factors(torch.float32), 65, dx)
+    got = run(ids, *strided(name), 65, dx)
+    for n in NAMES:  # where rows are read one number at a time the tiles are others
+        size = want[n].abs().max()
+        assert (got[n] - want[n]).abs().max() <= 64 * EPS32 * size
+        assert got[n].is_contiguous()
+
+
+def test_layouts_of_the_cotangent():
+    U, W = factors(torch.float32)
+    ids = IDS[SHORT]
+    dx = cotangent(ids, D, torch.float32)
+    stripes = torch.zeros(len(ids), 2 * D, device=DEVICE)[:, :D]
+    for odd in (
+        torch.ones((), device=DEVICE).expand_as(dx),  # of x.sum()
+        dx[:1].expand_as(dx),
+        dx[:, :1].expand_as(dx),
+        dx.T.contiguous().T,
+        stripes.copy_(dx),
+    ):
+        same_bits(run(ids, U, W, 65, odd), run(ids, U, W, 65, odd.contiguous()))
+
+
+# ---- memory ----
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of a few tokens, and some columns of their parts."""
+
+    def shrink(workspace: int) -> None:
+        monkeypatch.setattr(module(), "WORKSPACE", workspace)
+        monkeypatch.setattr("mlembed_kernels._occurrences.STEP", 2)
+
+    return shrink
+
+
+REPEATED = [*IDS["stream"], *IDS["same"]]
+
+
+@pytest.mark.parametrize("fillers", [1, 1 << 30], ids=["filled", "zeroed"])
+@dtypes
+def test_in_chunks_as_at_once(dtype, fillers, small, monkeypatch):
+    # Some tokens of several parts, one of many, and others.
+    ids = [*IDS["same"][:150], *(t for t in range(12) for _ in range(PART + 2 + t)), *range(60)]
+    D = 48
+    U, W, dx = summable(*factors(dtype, D=D), cotangent(ids, D, dtype))
+    want = run(ids, U, W, 65, dx)
+    small(512 * dx.element_size())
+    monkeypatch.setattr(module(), "FILLERS", fillers)
+    o = Occurrences.of(torch.tensor(ids)).to(DEVICE)
+    chunks = o.chunks(module().WORKSPACE // 4 * 3 // (D * dx.element_size()))
+    assert len(chunks) > 5 and sum(parts.stop > parts.start for _, parts in chunks) > 1
+    got = as_exact(ids, U, W, 65, dx)
+    same_bits({n: got[n] for n in ("x", "dU")}, {n: want[n] for n in ("x", "dU")})
+    step = torch.finfo(dtype).eps + 64 * EPS32  # sums of chunks, rounded once
+    assert (got["dW"] - want["dW"]).abs().max() <= step * want["dW"].abs().max()
+    same_bits(run(ids, U, W, 65, dx, occurrences=o), got)
+
+
+@dtypes
+def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
+    """Outputs, and fp32 sums of dW as large as it, excepted."""
+    without_kernels(monkeypatch)
+    small(64 << 10)
+    U, W = factors(dtype, V=5000)
+    dx = cotangent(REPEATED, D, dtype)
+    op, o, rank = module(), Occurrences.of(torch.tensor(REPEATED)).to(DEVICE), 17
+    with Live() as made:
+        sums = op._sums(dx, o, *o.chunks(64)[0])
+    assert sums.nbytes < made.most() <= sums.nbytes + op.WORKSPACE // 6  # of parts, some columns
+    with Live() as made:
+        x = op.forward(U, W, o, rank, dtype)
+        assert made.most() == x.nbytes and made.shapes == [tuple(x.shape)]
+        dU, dW = op.backward(dx, U, W, o, rank, (True, True))
+    most = made.most() - x.nbytes - dU.nbytes - dW.nbytes
+    # On a CPU halves are turned into fp32 for their product.
+    turned = 0 if DEVICE == "cuda" or dtype == torch.float32 else 2 * op.WORKSPACE
+    flags = len(U) + 8 * o.distinct  # of the rows that are there, a byte each
+    assert op.WORKSPACE // 2 < most <= op.WORKSPACE + flags + 2 * 4 * rank * D + turned
+    assert [shape for shape in made.shapes if shape[0] >= 5000] == [(5000, R), (5000,)]
+
+
+def test_what_is_saved():
+    """The factors, which are there anyhow, and the lists."""
+    U, W = (x.requires_grad_() for x in factors(torch.float32))
+    ids, saved = torch.tensor(IDS["stream"], device=DEVICE), {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        x = embed(ids, U, W, 65, impl="triton")
+    lists = Occurrences.of(ids).buffer.nbytes
+    assert sum(saved.values()) == U.nbytes + W.nbytes + lists
+    assert torch.autograd.grad(x.sum(), (U, W))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_factor(frozen, monkeypatch):
+    U, W = factors(torch.float32)
+    ids = torch.tensor(IDS[SHORT], device=DEVICE)
+    dx = cotangent(ids, D, torch.float32)
+    want = run(ids, U, W, 65, dx)
+    leaf = (U, W)[1 - frozen].requires_grad_()
+    work = {0: "_project", 1: "_product"}[frozen]  # that of the gradient that nobody wants
+    x = embed(ids, U, W, 65, impl="triton")
+    monkeypatch.setattr(module(), work, lambda *_: pytest.fail("computed"))
+    (got,) = torch.autograd.grad(x, leaf, dx)
+    assert torch.equal(got, want[NAMES[2 - frozen]])
+    with torch.no_grad():
+        monkeypatch.undo()
+        assert torch.equal(embed(ids, U, W, 65, impl="triton"), want["x"])
+
+
+def test_no_second_derivative():
+    U, W = (x.requires_grad_() for x in factors(torch.float32))
+    x = embed(torch.tensor(IDS["prime"], device=DEVICE), U, W, 5, impl="triton")
+    grads = torch.autograd.grad(x.square().sum(), (U, W), create_graph=True)
+    with pytest.raises(RuntimeError):
+        grads[0].sum().backward()
+
+
+# ---- torch's operators, graphs and devices ----
+
+
+@pytest.mark.parametrize("name", ["stream", "prime"])
+def test_operators_are_what_torch_expects(name):
+    o = Occurrences.of(torch.tensor(IDS[name])).to(DEVICE)
+    U, W = (x.requires_grad_() for x in factors(torch.float32))
+    args = U, W, o.buffer, list(o.counts), list(o.bounds), 65, HALF
+    assert set(library.opcheck(module().embed_op, args).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled(autocast):
+    """One graph, without a break, forward and backward; a few of them for any number of tokens."""
+    made: list[object] = []
+
+    def backend(graph, example_inputs):
+        made.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    def twice(ids, U, W, occurrences) -> Tensor:
+        return 2 * embed(ids, U, W, 65, impl="triton", occurrences=occurrences)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(twice, fullgraph=True, backend=backend)
+    dtype = HALF if autocast else torch.float32
+    V, D = 61, 48
+    for T in (100, 151, 202, 253):
+        ids = torch.tensor([*(token % V for token in IDS["stream"][:T]), *range(2, V)])
+        o = Occurrences.of(ids).to(DEVICE)
+        ids, dx = ids.to(DEVICE), cotangent(ids, D, dtype)
+        results = []
+        for function in (compiled, twice):
+            U, W = (x.requires_grad_() for x in factors(torch.float32, V=V, D=D))
+            with torch.autocast(DEVICE, HALF, enabled=autocast):
+                x = function(ids, U, W, o)
+            results.append((x, *torch.autograd.grad(x, (U, W), dx)))
+        assert results[0][0].dtype == dtype
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(made) <= 3, f"{len(made)} graphs for 4 batches"
+
+
+def step(ids: Tensor, U: Tensor, W: Tensor, occurrences: Occurrences) -> tuple[Tensor, ...]:
+    x = embed(ids, U, W, 65, occurrences=occurrences)
+    return x, *torch.autograd.grad(x.square().sum(), (U, W))
+
+
+@cuda_only
+def test_auto_is_triton_where_that_runs():
+    U, W = factors(torch.bfloat16)
+    ids = IDS["stream"]
+    dx = cotangent(ids, D, torch.bfloat16)
+    same_bits(run(ids, U, W, 65, dx, "auto"), run(ids, U, W, 65, dx))
+
+
+@cuda_only
+def test_nothing_waits_for_the_device(no_wait):
+    U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
+    ids = torch.tensor(IDS["stream"])
+    o = Occurrences.of(ids).to(DEVICE)
+    given = ids.to(DEVICE), U, W, o
+    step(*given)  # compiles
+    with no_wait():
+        step(*given)
+
+
+@cuda_only
+def test_in_a_cuda_graph():
+    U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
+    ids = torch.tensor(IDS["stream"])
+    given = ids.to(DEVICE), U, W, Occurrences.of(ids).to(DEVICE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*given)
+    with torch.no_grad():
+        U += 1  # other numbers in the same places
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(*given), strict=True))
+
+
+@cuda_only
+def test_memory_on_the_device():
+    """As the step that is measured: nothing beyond inputs, outputs and 64 MiB."""
+    T, many, rank = 73_419, 151_936, 512
+    U, W = (x.requires_grad_() for x in factors(torch.bfloat16, V=many, R=rank, D=1024))
+    ids = torch.tensor(zipf(T, many))
+    o, ids = Occurrences.of(ids).to(DEVICE), ids.to(DEVICE)
+    dx = torch.ones(T, 1024, device=DEVICE, dtype=torch.bfloat16)
+    for _ in range(2):  # the first makes the libraries' workspaces
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        x = embed(ids, U, W, rank, occurrences=o)
+        dU, dW = torch.autograd.grad(x, (U, W), dx)
+        most = torch.cuda.max_memory_allocated() - before - x.nbytes - dU.nbytes - dW.nbytes
+        del x, dU, dW
+    assert most <= 64 << 20
+
+
+@cuda_only
+def test_rows_far_apart():
+    """Offsets beyond 2^31 numbers: of U, of x, of dx and of dU."""
+    T, many, rank = 1 << 20, 1 << 21, 1100
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of device memory")
+    U, W = factors(torch.bfloat16, V=1, R=rank, D=2100)
+    U = U.expand(many, rank).contiguous().requires_grad_()
+    W.requires_grad_()
+    ids = torch.full((T,), many - 1)
+    ids[: T // 2] = torch.arange(T // 2) * 4
+    x = embed(ids.to(DEVICE), U, W, rank, impl="triton")
+    want = embed_ref(torch.zeros(1, dtype=torch.int64, device=DEVICE), U[:1], W, rank)
+    assert all(torch.equal(x[i], x[0]) for i in (1, T // 2, T - 1))
+    torch.testing.assert_close(x[-1:], want)
+    (dU,) = torch.autograd.grad(x, U, torch.ones_like(x[:1, :1]).expand_as(x))
+    one = dU[4].float()
+    torch.testing.assert_close(one, W.float().sum(1), rtol=1e-2, atol=0.5)
+    torch.testing.assert_close(dU[-1].float(), one * (T - T // 2), rtol=1e-2, atol=1.0)
+
+
+@cuda_only
+def test_in_inductor():
+    U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
+    ids = torch.tensor(IDS["stream"])
+    given = ids.to(DEVICE), U, W, Occurrences.of(ids).to(DEVICE)
+    torch._dynamo.reset()
+    got, want = torch.compile(step, fullgraph=True)(*given), step(*given)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -1,0 +1,541 @@
+"""Log-partitions of pairs against float64, by both implementations: Triton under its interpreter
+where there is no GPU."""
+
+import importlib.util
+import math
+
+import loss_truth
+import pytest
+import torch
+from live_memory import Live
+from loss_truth import DEVICE, assert_as_exact, results, rounded, vectors
+from torch import Tensor
+
+from mlembed_kernels.similarity.pairwise_lse import partition, partition_ref
+
+triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
+IMPLS = ["reference", pytest.param("triton", marks=triton)]
+impls = pytest.mark.parametrize("impl", IMPLS)
+
+# Unlike each other, so that no axis passes for another; the last prefix leaves some width unread.
+E, R, S, D = 3, 5, 7, 13
+DIMS = (3, 11)
+HUGE = 1 << 40
+
+
+OF_TILES = (
+    "test_shapes",
+    "test_shapes_with_ceilings_and_counts",
+    "test_workspace",
+    "test_cosines_of_minus_one_at_temperature_001",
+    "test_two_calls_give_the_same_bits",
+)
+
+
+@pytest.fixture(autouse=True)
+def tiles(request: pytest.FixtureRequest) -> None:
+    if request.node.originalname not in OF_TILES:
+        request.getfixturevalue("large_tiles")
+
+
+def keys(*columns: tuple[list[int], list[int]], dtype: torch.dtype = torch.int64) -> dict:
+    rows, cols = zip(*columns, strict=True)
+    return {
+        "row_keys": [torch.tensor(x, dtype=dtype) for x in rows],
+        "col_keys": [torch.tensor(x, dtype=dtype) for x in cols],
+    }
+
+
+ONE = ([0, 1, 2, 1, 9], [1, 0, 8, 8, 2, 1, 5])
+TWO = ([3, 3, 3, 4, 4], [3, 4, 5, 5, 5, 5, 5])
+# Equal in their lower halves only, as hashes of texts may be.
+THREE = ([HUGE, HUGE + 1, 7, -1, HUGE], [0, 1, HUGE, HUGE + 1, HUGE - 1, -1, 7])
+POSITIVE = {"positive": torch.tensor([0, 6, -1, 6, 2])}  # two rows share one, one has none
+# Negative, just outside, and beyond what 32 bits hold.
+OUTSIDE = {"positive": torch.tensor([-9, S, -HUGE, HUGE + 3, 4])}
+COUNTS = {"row_counts": torch.tensor([5, 3, 2]), "col_counts": torch.tensor([6, 4, 1])}
+
+
+def ceiling(*values: float) -> dict:
+    """One value a row, the exits a little apart."""
+    steps = 0.05 * torch.arange(E, dtype=torch.float64)[:, None]
+    return {"ceiling": torch.tensor(values, dtype=torch.float64) - steps}
+
+
+def judged_by_some() -> dict:
+    """Exit 2, the deepest, decides for rows 0 and 3 only, exit 1 for row 1 as well; none for 2."""
+    x = ceiling(0.1, 0.0, 0.2, -0.1, 0.3)["ceiling"]
+    x[2, [1, 4]] = torch.inf
+    x[1, 4] = torch.inf
+    x[:, 2] = torch.inf
+    return {"ceiling": x}
+
+
+CASES: dict[str, dict] = {
+    "plain": {},
+    "columns": {"columns": True},
+    "positive": POSITIVE,
+    "positive_columns": {**POSITIVE, "columns": True},
+    "positive_outside": {**OUTSIDE, "columns": True},
+    "positive_int32": {"positive": POSITIVE["positive"].int(), "columns": True},
+    "one_key": {**keys(ONE), "columns": True},
+    "two_keys": {**keys(ONE, TWO), **POSITIVE, "columns": True},
+    "three_keys": {**keys(TWO, THREE, ONE), "columns": True},
+    "int32_keys": {**keys(ONE, TWO, dtype=torch.int32), "columns": True},
+    "all_dropped": {**keys(([4] * R, [4] * S)), **POSITIVE, "columns": True},
+    "row_and_column_dropped": {**keys(([1, 0, 0, 0, 0], [1] * 6 + [0])), "columns": True},
+    "ceiling": ceiling(0.1, -0.2, 0.4, 0.0, 0.2),
+    "ceiling_of_some": {**judged_by_some(), **POSITIVE},
+    "ceiling_of_none": ceiling(*[math.inf] * R),
+    "ceiling_below_all": {**ceiling(0.1, -math.inf, 0.4, -2.0, math.inf), **POSITIVE},
+    "counts": {**COUNTS, "columns": True},
+    "counts_positive": {**COUNTS, **POSITIVE, "columns": True},
+    "counts_none": {
+        "row_counts": torch.tensor([5, 2, 0]),
+        "col_counts": torch.tensor([7, 0, 0]),
+        **POSITIVE,
+        "columns": True,
+    },
+    "counts_of_rows": {"row_counts": torch.tensor([4, 4, 1]), "columns": True},
+    "counts_of_columns": {"col_counts": torch.tensor([7, 3, 3]).int(), "columns": True},
+    "counts_ceiling": {**COUNTS, **judged_by_some()},
+    "everything": {**COUNTS, **POSITIVE, **keys(ONE, TWO), **judged_by_some()},
+}
+cases = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+
+
+def scales(E: int, M: int, temperature: float = 0.05) -> Tensor:
+    """1 / t, unlike each other."""
+    return torch.linspace(0.5, 1, E * M, dtype=torch.float64).view(E, M) / temperature
+
+
+def inputs(R: int = R, S: int = S, D: int = D, dims=DIMS, E: int = E, temperature=0.05, **options):
+    x, y = vectors(E, R, D, seed=1), vectors(E, S, D, seed=2)
+    return {"x": x, "y": y, "dims": dims, "scale": scales(E, len(dims), temperature), **options}
+
+
+def check(impl: str, given: dict, dtype=torch.float32, temperature=0.05, terms=0.0, **how) -> dict:
+    """Outputs and gradients against the truth; the reference in float64, Triton in `dtype`."""
+
+    def run(**rest):
+        return partition(**rest, impl=impl)
+
+    if impl == "reference":
+        got, want = results(run, given, **how), results(loss_truth.partition, given, **how)
+        assert got.keys() == want.keys()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
+    else:
+        given = rounded(given, dtype)
+        got = results(run, given, dtype, DEVICE, **how)
+        allowed = results(partition_ref, given, dtype, **how)
+        want = results(loss_truth.partition, given, **how)
+        assert {n: (x.shape, x.dtype) for n, x in got.items()} == {
+            n: (x.shape, x.dtype) for n, x in allowed.items()
+        }
+        assert_as_exact(got, allowed, want, temperature, dtype, terms)
+    return got
+
+
+# By Triton what is left out is in others: ceilings of all, counts of one side.
+SECONDS = "ceiling", "ceiling_of_none", "counts", "counts_of_rows"
+BOTH = [
+    pytest.param(options, impl, id=f"{name}-{impl}", marks=[*marks, *[pytest.mark.slow] * late])
+    for name, options in CASES.items()
+    for impl, marks, late in (("reference", [], 0), ("triton", [triton.mark], name in SECONDS))
+]
+
+
+@pytest.mark.parametrize(("options", "impl"), BOTH)
+def test_equals_the_truth(impl, options):
+    # What does not tell exits apart is tried on one only by Triton, for time's sake.
+    exits = not {"ceiling", "row_counts", "col_counts"}.isdisjoint(options)
+    check(impl, inputs(E=E if exits or impl == "reference" else 1, **options))
+
+
+@pytest.mark.parametrize("only", [0, 1, 2], ids=["rows", "columns", "cosines"])
+@pytest.mark.parametrize("name", ["two_keys", "counts_positive"])
+@impls
+def test_gradients_of_each_output(impl, name, only):
+    got = check(impl, inputs(E=1 if name == "two_keys" else E, **CASES[name]), only=only)
+    assert all(got[f"gradient of {x}"].abs().max() > 0.01 for x in "xy")
+    assert bool((got["gradient of scale"] != 0).any()) == (only < 2)  # cosines have no temperature
+
+
+# Rows and columns about a tile's 16, 64 and 128; one row, one column; primes. Widths: prefixes that
+# fill tiles, that are no powers of two, that are all narrow, all wide, or one of each; and
+# embeddings wider than their last prefix.
+SHAPES = {
+    "one_pair": (1, 1, 5, (2, 5), 1),
+    "one_row": (1, 129, 24, (8, 24), 1),
+    "one_column": (127, 1, 24, (7, 23), 1),
+    "a_tile": (64, 64, 64, (16, 64), 1),
+    "two_tiles": (128, 128, 32, (32,), 1),
+    "below_and_above": (127, 129, 40, (3, 17, 33), 1),
+    "above_and_below": (129, 127, 131, (130,), 1),
+    "narrow_and_wide": (65, 31, 323, (8, 16, 32, 64, 128, 320), 1),
+    "wide_first": (17, 131, 200, (129, 197), 1),
+    "three_exits": (67, 37, 150, (7, 24, 100, 149), 3),
+    "three_row_tiles": (257, 3, 70, (5, 70), 1),
+    "three_column_tiles": (3, 263, 70, (61, 67), 1),
+}
+
+
+def of_shape(R: int, S: int) -> dict:
+    """A positive for most rows, many keys that match some other row's."""
+    rows, cols = torch.arange(R), torch.arange(S)
+    return {
+        "positive": (rows * 5 + 2) % (S + 1) - 1,
+        "row_keys": [rows % 11, rows // 3],
+        "col_keys": [cols % 13, cols // 2],
+    }
+
+
+# The one of three exits is always tried with ceilings, below.
+FEW = [
+    pytest.param(*shape, id=name, marks=[pytest.mark.slow] * (name == "three_exits"))
+    for name, shape in SHAPES.items()
+]
+
+
+@triton
+@pytest.mark.parametrize(("R", "S", "D", "dims", "E"), FEW)
+def test_shapes(R, S, D, dims, E):
+    check("triton", inputs(R, S, D, dims, E, **of_shape(R, S), columns=True))
+
+
+@triton
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("narrow_and_wide", marks=pytest.mark.slow), "three_row_tiles", "three_exits"],
+)
+def test_shapes_with_ceilings_and_counts(name):
+    R, S, D, dims, E = SHAPES[name]
+    counts = {
+        "row_counts": torch.tensor([R, R // 2, 3][:E]),
+        "col_counts": torch.tensor([S, (S + 1) // 2, 2][:E]),
+    }
+    highest = torch.linspace(-0.2, 0.5, E * R, dtype=torch.float64).view(E, R)
+    highest[-1, ::5] = torch.inf
+    check("triton", inputs(R, S, D, dims, E, **of_shape(R, S), **counts, ceiling=highest))
+
+
+@triton
+@pytest.mark.parametrize("name", ["two_keys", "everything"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, name):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bf16 as integers")
+    exits = E if name == "everything" else 1
+    check("triton", inputs(R, S, 150, (8, 149), exits, **CASES[name]), dtype)
+
+
+@triton
+def test_small_slopes_of_half_precision():
+    """Vectors 2^12 times shorter, whose gradients are 2^12 times longer for the same slope: with
+    slopes of 2^-12 they are the same numbers, and none of what they are sums of underflows."""
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers stay exact when they are divided.
+    sides = [torch.randint(-8, 9, (1, n, 150), generator=generator).half() for n in (R, S)]
+    given = {"dims": (8, 149), "columns": True, "impl": "triton", **POSITIVE}
+    given = {name: loss_truth.on(DEVICE, value) for name, value in given.items()}
+    gradients = []
+    for small in (1.0, 2.0**-12):
+        leaves = [(small * x).to(DEVICE) for x in sides] + [scales(1, 2).float().to(DEVICE)]
+        x, y, scale = (leaf.requires_grad_() for leaf in leaves)
+        outs = partition(x, y, scale=scale, **given)
+        slopes = [small * vectors(*o.shape, seed=3).to(o) for o in outs]
+        dx, dy, dscale = torch.autograd.grad(outs, leaves, slopes)
+        gradients.append((dx, dy, dscale / small))
+    for want, got in zip(*gradients, strict=True):
+        assert want.abs().max() > 0.01 and torch.equal(got, want)
+
+
+# ---- merging ----
+
+
+@impls
+def test_chunks_merge(impl):
+    """Of columns: rows by logaddexp, columns side by side, cosines by their sum. The second chunk
+    is empty, and nothing of the first is kept for some rows."""
+    whole = inputs(**keys(ONE, TWO), **POSITIVE, columns=True, E=1)
+    whole["col_counts"] = torch.tensor([6])
+    dtype, device = (torch.float32, DEVICE) if impl == "triton" else (torch.float64, "cpu")
+
+    def merged(x, y, scale, sizes, positive, col_keys, col_counts, **rest):
+        start, rows, cols, own = 0, torch.tensor(-1e30, device=x.device), [], 0
+        for size in sizes:
+            here = slice(start, start + size)
+            part = partition(
+                x,
+                y[:, here],
+                scale=scale,
+                positive=positive - start,
+                col_keys=[key[here] for key in col_keys],
+                col_counts=(col_counts - start).clamp(0, size),
+                impl=impl,
+                **rest,
+            )
+            # Of -inf with -inf, logaddexp has a gradient of NaN.
+            rows = torch.logaddexp(rows, part[0].clamp(min=-1e30))
+            cols, own = [*cols, part[1]], own + part[2]
+            start += size
+        return rows, torch.cat(cols, dim=2), own
+
+    got = results(merged, {**whole, "sizes": (2, 0, 5)}, dtype, device)
+    want = results(merged, {**whole, "sizes": (7,)}, dtype, device)
+    tolerance = 1e-11 if impl == "reference" else 2e-5
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=tolerance, atol=tolerance)
+
+
+@triton
+@pytest.mark.parametrize("near", [False, True])
+def test_workspace(near):
+    """The least there is: exits and 128 rows in turn, 130 x 35 pairs of two exits."""
+    R, S = 130, 35
+    given = inputs(R, S, 133, (8, 130), 2, **of_shape(R, S), columns=not near)
+    if near:
+        given["ceiling"] = torch.full((2, R), 0.1, dtype=torch.float64)
+    given = rounded(given, torch.float32)
+
+    def run(**rest):
+        return partition(**rest, workspace=1, impl="triton")
+
+    with Live() as made:
+        got = results(run, given, torch.float32, DEVICE)
+    # Of the wide prefix's gradient a number of fp32, and a byte where pairs may be too similar.
+    pairs = made.most(lambda shape: shape[-1:] == (128,) and math.prod(shape) > 2 * 128)
+    assert 0 < pairs <= 128 * 128 * (4 + near)
+    allowed = results(partition_ref, given, torch.float32)
+    assert_as_exact(got, allowed, results(loss_truth.partition, given), 0.05)
+
+
+# ---- the same text on both sides ----
+
+
+@impls
+def test_rows_and_columns_are_one_tensor(impl):
+    itself = {"row_keys": [torch.arange(R)], "col_keys": [torch.arange(R)]}
+    given = {**inputs(E=1), **itself, "columns": True}
+    del given["y"]
+
+    def twice(f):
+        return lambda x, **rest: f(x=x, y=x, **rest)
+
+    if impl == "reference":
+        got = results(twice(partition_ref), given)
+        want = results(twice(loss_truth.partition), given)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
+    else:
+        given = rounded(given, torch.float32)
+        run = twice(lambda **rest: partition(**rest, impl="triton"))
+        got = results(run, given, torch.float32, DEVICE)
+        allowed = results(twice(partition_ref), given, torch.float32)
+        assert_as_exact(got, allowed, results(twice(loss_truth.partition), given), 0.05)
+    # z is symmetric, so that rows and columns are the same numbers.
+    torch.testing.assert_close(got["output 0"], got["output 1"], rtol=1e-6, atol=1e-5)
+
+
+# ---- numbers that hurt ----
+
+
+@pytest.mark.parametrize("n", [2, 70])
+@impls
+def test_cosines_of_minus_one_at_temperature_001(impl, n):
+    """exp(-200) is no fp32 number, and a sum of nothing else must still have its logarithm."""
+    x = torch.arange(1.0, n + 1)[None, :, None] * torch.tensor([1.0, 0.0])
+    given = {"x": x, "y": -x, "dims": (1, 2), "scale": torch.full((1, 2), 100.0), "columns": True}
+    # The gradient is that of parallel vectors: 0, a difference of terms of 1 / t.
+    got = check(impl, given, temperature=0.01, terms=3.0)
+    want = torch.full((1, 2, n), math.log(n) - 100, dtype=torch.float64)
+    for out in ("output 0", "output 1"):
+        torch.testing.assert_close(got[out].double().cpu(), want, rtol=1e-6, atol=0)
+
+
+@impls
+def test_one_row_far_from_all_others_near(impl):
+    """Row 0 is opposite to all columns but its positive, all others are like them; so row 0 has
+    sums of exp(-100), and columns sums of exp(100) to which row 0 adds nothing."""
+    x = torch.ones(1, 66, 2) + 1e-3 * vectors(1, 66, 2).float()
+    x[:, 0] *= -1
+    y = torch.ones(1, 5, 2)
+    given = {"x": x, "y": y, "dims": (2,), "scale": torch.full((1, 1), 100.0), "columns": True}
+    # Nearly parallel vectors have small gradients, of terms a thousand times as large.
+    near = {"temperature": 0.01, "terms": 66.0}
+    check(impl, {**given, "positive": torch.arange(66)}, **near)
+    check(impl, {**given, "y": -y}, **near)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.01, 0.003])
+@impls
+def test_low_temperatures_of_random_vectors(impl, temperature):
+    # Cosines of some 0.1 in width 70: sums about exp(-1 / t) of what they could be, some of whose
+    # terms, or all of them, underflow fp32 at exp(-87).
+    check(impl, inputs(67, 5, 70, (3, 70), 1, temperature, columns=True), temperature=temperature)
+
+
+@impls
+def test_lengths_from_1e_minus_9_to_1e_9(impl):
+    given = inputs(columns=True, **POSITIVE)
+    given["x"] = given["x"] * torch.logspace(-9, 9, E * R, dtype=torch.float64).view(E, R, 1)
+    given["y"] = given["y"] * torch.logspace(9, -9, E * S, dtype=torch.float64).view(E, S, 1)
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    given = rounded(given, dtype)
+
+    # A gradient is inversely as long as its vector: measured in units of it.
+    def run(f):
+        def of_factors(x, y, **rest):
+            return f(x=x * given["x"].to(x), y=y * given["y"].to(y), **rest)
+
+        return of_factors
+
+    units = {**given, "x": torch.ones_like(given["x"]), "y": torch.ones_like(given["y"])}
+    device = DEVICE if impl == "triton" else "cpu"
+    got = results(run(lambda **rest: partition(**rest, impl=impl)), units, dtype, device)
+    want = results(run(loss_truth.partition), units)
+    if impl == "triton":
+        assert_as_exact(got, results(run(partition_ref), units, dtype), want, 0.05)
+    else:
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
+
+
+@impls
+def test_zero_prefixes(impl):
+    """No direction, cosine 0; the gradient that of a product, so that a dead unit can come back."""
+    given = inputs(**POSITIVE, columns=True)
+    given["x"][:, 1, :3] = 0
+    given["x"][1, 2] = 0
+    given["y"][:, 6, :3] = 0
+    given["y"][2, 0] = 0
+    got = check(impl, given)
+    assert got["gradient of x"][1, 2].abs().max() > 0
+    assert (got["output 2"][0, 0, [1, 3]] == 0).all()
+
+
+@impls
+def test_a_copy_has_cosine_one(impl):
+    """Duplicates: exact copies among rows and columns, up to a factor of two."""
+    x = vectors(1, R, D).float()
+    given = {**inputs(**keys(ONE), E=1), "x": x, "y": torch.cat([x, 2 * x[:, :2]], dim=1)}
+    check(impl, {**given, **POSITIVE, "columns": True})
+
+
+@pytest.mark.parametrize("side", ["x", "y"])
+@impls
+def test_not_a_number(impl, side):
+    """Is seen at its exit, from its prefix on, by whatever it is paired with and no other."""
+    given = {name: loss_truth.on(DEVICE, x) for name, x in inputs(**POSITIVE).items()}
+    given |= {name: given[name].float() for name in ("x", "y", "scale")}
+    given[side][1, 2, 4] = torch.nan  # behind prefix 3
+    rows, cols, own = partition(**given, columns=True, impl=impl)
+    bad = torch.zeros(E, len(DIMS), R, S, dtype=torch.bool)
+    bad[1, 1:, *((2, slice(None)) if side == "x" else (slice(None), 2))] = True
+    kept = bad.clone()
+    for i, j in enumerate(POSITIVE["positive"].tolist()):
+        assert torch.equal(own[:, :, i].isnan().cpu(), bad[:, :, i, j] & (j >= 0))
+        if j >= 0:
+            kept[:, :, i, j] = False  # whether a dropped pair is seen is left open
+    for out, axis in ((rows, 3), (cols, 2)):
+        assert (out.isnan().cpu() >= kept.any(axis)).all()
+        assert (out.isnan().cpu() <= bad.any(axis)).all()
+
+
+@impls
+def test_a_gradient_of_zero_is_zero(impl):
+    """Outputs that nothing depends on: no gradient, and none through sums of nothing."""
+    given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(**CASES["all_dropped"], E=1).items()}
+    given |= {name: given[name].float().requires_grad_() for name in ("x", "y", "scale")}
+    rows, cols, _ = partition(**given, impl=impl)
+    assert (rows == -torch.inf).all() and (cols == -torch.inf).all()
+    gradients = torch.autograd.grad(
+        rows.sum() + cols.sum(), [given[n] for n in ("x", "y", "scale")]
+    )
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 7), (5, 0), (0, 0)])
+@impls
+def test_nothing_on_a_side(impl, rows, columns):
+    none = {"positive": torch.full((rows,), -1), "columns": True}
+    none |= {"row_keys": [torch.arange(rows)], "col_keys": [torch.arange(columns)]}
+    got = check(impl, inputs(rows, columns, E=1, **none))
+    assert (got["output 0"] == -torch.inf).all() and (got["output 1"] == -torch.inf).all()
+
+
+# ---- how it is called ----
+
+
+LAYOUTS = {  # x and y: [2, R, D] and [2, S, D]
+    "transposed_and_expanded": lambda new: (
+        new(D, R, 2).permute(2, 1, 0),
+        new(1, S, D).expand(2, -1, -1),
+    ),
+    "sliced_and_exits_inside": lambda new: (
+        new(2, 2 * R, D + 5)[:, 1::2, 3:-2],
+        new(S, 2, D).transpose(0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@impls
+def test_strides(impl, layout):
+    odd = layout(lambda *shape: vectors(*shape).float().to(DEVICE))
+    assert not any(v.is_contiguous() for v in odd)
+    rest = {"dims": DIMS, "scale": scales(2, len(DIMS)).float().to(DEVICE), "columns": True}
+    outs = []
+    for pair in (odd, [v.contiguous() for v in odd]):
+        leaves = [v.detach().requires_grad_() for v in pair]
+        rows, cols, _ = partition(*leaves, **rest, impl=impl)
+        # The gradients of a sum are one number, expanded: without strides of their own.
+        outs.append([rows, cols, *torch.autograd.grad(rows.sum() + cols.sum(), leaves)])
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@impls
+def test_only_one_of_them_needs_a_gradient(impl):
+    given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(**CASES["two_keys"], E=1).items()}
+    given |= {n: given[n].float() for n in ("x", "y", "scale")}
+
+    def gradients(*names: str) -> tuple[Tensor, ...]:
+        leaves = {n: given[n].clone().requires_grad_() for n in names}
+        rows, cols, _ = partition(**{**given, **leaves}, impl=impl)
+        return torch.autograd.grad(rows.exp().sum() + cols[..., 1:].sum(), list(leaves.values()))
+
+    for name, want in zip(("x", "y", "scale"), gradients("x", "y", "scale"), strict=True):
+        assert torch.equal(gradients(name)[0], want)
+
+
+@impls
+def test_two_calls_give_the_same_bits(impl):
+    # On a GPU large enough for all its multiprocessors.
+    R, S = (1300, 700) if DEVICE == "cuda" else (67, 31)
+    given = inputs(R, S, 150, (8, 149), 1, **of_shape(R, S), columns=True)
+    a, b = (
+        results(lambda **rest: partition(**rest, impl=impl), given, torch.float32, DEVICE)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_auto_is_the_reference_for_float64():
+    given = inputs(**CASES["everything"])
+    for got, want in zip(partition(**given), partition_ref(**given), strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="columns: expected False with ceilings"):
+        partition(**inputs(**CASES["ceiling"]), columns=True)
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        partition(**inputs(), impl="fast")
+    with pytest.raises(ValueError, match="impl: triton has fp32, bf16 and fp16"):
+        partition(**inputs(), impl="triton")
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="impl: triton's interpreter has no bf16 products"):
+            half = {name: inputs()[name].bfloat16() for name in ("x", "y")}
+            partition(**{**inputs(), **half}, impl="triton")
