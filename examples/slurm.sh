@@ -16,7 +16,8 @@
 # resumes by itself (SLURM_RESTART_COUNT), and so does a run whose process crashed (--max-restarts).
 # After the time limit, submit the job again with --resume.
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts 3 \

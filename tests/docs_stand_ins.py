@@ -15,23 +15,17 @@ from mlembed.data import tokenizer
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 
-# In a command that trains: the printed value of an option becomes another one, or the option is
-# added. Built-in text takes half a minute to make, and a score of it a minute.
-SMALLER = {
-    "--steps": "4",
-    "--batch-size": "8",
-    "--data": "pairs.jsonl",
-    "--eval": "tatoeba_dir",
-    "--precision": "fp32",
-}
-KEPT = {"--data", "--eval"}  # these keep the printed value
-# An option of such a command that a run with few steps, or without the hub, needs besides.
+# Options of every command that trains, instead of those it prints.
+SMALLER = {"--steps": "4", "--batch-size": "8", "--precision": "fp32"}
+# Options of those that print none: the built-in text takes long to make and to score.
+DEFAULTS = {"--data": "pairs.jsonl", "--eval": "tatoeba_dir"}
+# Options of some recipes besides.
 BESIDES = {
-    # Their vocabulary has 501,153 rows.
+    # LaBSE's vocabulary has 501,153 rows.
     r"lealla-": ["--init", "google-bert/bert-base-uncased"],
     r"gte-.*-supervised": ["--loss.num-negatives", "2"],
 }
-# Any word of a command that is another one here.
+# Words of any command, and what they become.
 WORDS = {
     "cldr": "tatoeba_dir",
     # A published shape has the heads and the vocabulary of Qwen3.
@@ -39,15 +33,16 @@ WORDS = {
     "--negatives 15": "--negatives 2",
     "own_model.py 200": "own_model.py 2",
 }
-# Directories that stand for checkpoints: their blocks.
+# Checkpoints of the hub and of a user, and the style of the tiny model there.
 MODELS = {
     "DIRECTORY": "qwen3",
     "Qwen/Qwen3-0.6B-Base": "qwen3",
     "google-bert/bert-base-uncased": "bert",
     "sentence-transformers/LaBSE": "bert",
 }
-# Before a command of mlembed: each latency and each rate is measured once.
-QUICK = "import mlembed.inference.cost as cost; cost.LATENCY_S = cost.PACKS_S = 0.0"
+# Run before each command: prices of sizes are measured once, on two texts.
+QUICK = "from mlembed.inference import cost; "
+QUICK += "cost.LATENCY_S, cost.PACKS_S, cost.PACK = 0.0, 0.0, 2"
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 THINGS = ("cats", "dogs", "owls", "bees", "ants")
@@ -70,9 +65,7 @@ def write_data(folder: Path) -> None:
         for text in TEXTS
         for lang, mark in (("eng", "."), ("deu", "!"), ("fra", "?"))
     ]
-    scored = [
-        {"sentence1": f"{a} a", "sentence2": f"{a} b", "score": i % 5} for i, a in enumerate(PLACES)
-    ]
+    scored = [f"{text} a,{text} b,{i % 5}" for i, text in enumerate(PLACES)]
     rows = {
         "pairs.jsonl": pairs,
         "retrieval.jsonl": pairs,
