@@ -40,11 +40,11 @@ from mlembed import (
     prepare,
     pretrained,
     resume,
-    strict,
     tokenizer,
 )
 from mlembed.activations import Kept
 from mlembed.bank import Bank
+from mlembed.config import strict
 from mlembed.depth import enabled
 from mlembed.distill import Distiller, rows_of
 from mlembed.distributed import World, any_process, world

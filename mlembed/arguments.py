@@ -11,7 +11,8 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from . import config, recipes, shapes, sources, strict
+from . import config, shapes, sources
+from .config import recipes, strict
 
 
 def parse(args: Sequence[str]) -> config.Run:

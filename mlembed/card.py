@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, log, streams, strict
+from . import config, log, streams
 from .charts import mean_score
+from .config import strict
 from .encode import Encoder
 from .languages import language
 from .model import num_parameters

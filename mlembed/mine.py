@@ -40,7 +40,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from . import config, files, layouts, log, sources
+from . import files, layouts, log, sources
+from .config import strict
 from .encode import Encoder
 
 BLOCK = 2**20  # candidates of the queries of a block together, and
@@ -84,7 +85,7 @@ class Options:
     def check(self) -> None:
         """ValueError for a value out of its range."""
         for name in ("top", "negatives"):
-            config.positive(name, getattr(self, name))
+            strict.positive(name, getattr(self, name))
         for name in ("skip", "relative_margin", "absolute_margin", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")

@@ -29,6 +29,7 @@ from mlembed_kernels import Work, attention
 
 from . import config
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, Vocabulary, wide
+from .config import strict
 from .pack import Kept, PackedBatch
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -179,7 +180,7 @@ class Transformer(nn.Module):
                 has not.
         """
         exits = self.cfg.exits if exits is None else exits
-        config.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
+        strict.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
         self.cfg.check(rank=rank)
         x_TD = self.embed_tokens(batch.ids_T, rank, batch.occurrences)
         if self.cfg.style == "bert":

@@ -18,7 +18,7 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from torch.nn.functional import normalize
 
-from . import strict
+from .config import strict
 from .encode import Encoder
 from .model import num_parameters
 

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import config, shapes, strict
+from . import config, shapes
+from .config import strict
 from .files import SHARDS, flush
 from .model import Transformer
 

@@ -28,7 +28,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from . import config, log, pretrained, shapes, sources, strict, tokenizer
+from . import config, log, pretrained, sources, tokenizer
+from .config import shapes, strict
 from .encode import Encoder
 from .files import atomic_directory
 from .model import Transformer, num_parameters
@@ -133,7 +134,7 @@ def pruned_config(cfg: config.Model, layers: Sequence[int], width: int, ffn: int
         ValueError: layers that do not rise in 1..depth, a width or an MLP beyond the model's, a
             BERT's width other than its heads' together.
     """
-    config.check_rising("keep_layers", layers, cfg.num_hidden_layers, "model's depth")
+    strict.check_rising("keep_layers", layers, cfg.num_hidden_layers, "model's depth")
     for name, got, most in (
         ("width", width, cfg.hidden_size),
         ("ffn", ffn, cfg.intermediate_size),

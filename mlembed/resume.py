@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config, files, strict
+from . import checkpoint, config, files
+from .config import strict
 from .distributed import World, broadcast
 
 

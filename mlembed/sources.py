@@ -21,8 +21,9 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from . import cldr, config, layouts, rows, stored, strict
+from . import cldr, config, layouts, rows, stored
 from .cldr import normalise
+from .config import strict
 from .layouts import Corpus, Item, Layout, Report
 from .rows import Row
 

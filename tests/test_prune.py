@@ -12,7 +12,8 @@ import torch
 from random_model import randomise
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
-from mlembed import config, pretrained, shapes, tokenizer
+from mlembed import config, pretrained, tokenizer
+from mlembed.config import shapes
 from mlembed.encode import Encoder
 from mlembed.model import Transformer, num_parameters
 from mlembed.pack import pack

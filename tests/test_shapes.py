@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mlembed.config.shapes import SHAPES
 from mlembed.model import Transformer, num_parameters
-from mlembed.shapes import SHAPES
 from mlembed_kernels.attention.attention import WIDTHS
 
 # Published totals; GTE's are those of BERT with its pooler, which its mean pooling does without.

@@ -36,7 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlembed import config, recipes, shapes
+from mlembed import config
+from mlembed.config import recipes, shapes
 from mlembed.depth import drawn
 from mlembed.model import num_parameters
 from mlembed.pack import Batch, PackedBatch, collate

@@ -14,10 +14,10 @@ from random_model import randomise
 
 from mlembed import config, pretrained, tokenizer
 from mlembed.arguments import parse
+from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
+from mlembed.config.shapes import SHAPES
 from mlembed.distributed import World
 from mlembed.model import Transformer
-from mlembed.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
-from mlembed.shapes import SHAPES
 from train import train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -25,7 +25,7 @@ WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 THINGS = ("cats", "dogs", "owls", "bees")
 TEXTS = [f"{a} {b}" for a in WORDS for b in THINGS]
 STEPS = 6
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import shlex
 import pytest
 from transformers import Qwen3Config
 
-from mlembed import arguments, config, recipes, shapes, strict
-from mlembed.config import Loss, Model, Optim, Run
+from mlembed import arguments, config, shapes
+from mlembed.config import Loss, Model, Optim, Run, recipes, strict
 
 # ---- recipes and overrides ----
 

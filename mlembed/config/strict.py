@@ -5,7 +5,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
@@ -70,3 +70,17 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Itera
             yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield prefix + key
+
+
+def check_rising(name: str, values: Sequence[int], top: int, what: str) -> None:
+    """ValueError unless `values` is non-empty, rises strictly, and lies in 1..top."""
+    if not values or list(values) != sorted(set(values)) or values[0] < 1:
+        raise ValueError(f"{name}: expected rising numbers from 1 on, got {tuple(values)}")
+    if values[-1] > top:
+        raise ValueError(f"{name}: expected at most the {what} {top}, got {values[-1]}")
+
+
+def positive(name: str, value: float) -> None:
+    """ValueError unless value > 0."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")

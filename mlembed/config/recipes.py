@@ -8,7 +8,9 @@ A second stage starts from the directory of the first: its `init` is that run.
 from collections.abc import Callable
 from dataclasses import replace
 
-from .config import Distill, Loss, Model, Optim, Run
+from .model import Model
+from .objective import Distill, Loss, Optim
+from .run import Run
 from .shapes import SHAPES
 
 # ---- ours ----
