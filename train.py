@@ -30,13 +30,11 @@ from tqdm import tqdm
 from mlembed import (
     arguments,
     charts,
-    checkpoint,
     config,
     data,
     evaluate,
     gradcache,
     guards,
-    log,
     prepare,
     pretrained,
     resume,
@@ -47,7 +45,6 @@ from mlembed.bank import Bank
 from mlembed.config import strict
 from mlembed.depth import enabled
 from mlembed.distill import Distiller, rows_of
-from mlembed.distributed import World, any_process, world
 from mlembed.encode import Encoder
 from mlembed.engine import Engine
 from mlembed.engine import first_bad as first_bad_gradient
@@ -55,6 +52,8 @@ from mlembed.export import export
 from mlembed.loss import loss_table, ranks_of, weights
 from mlembed.model import Transformer, num_parameters
 from mlembed.optim import adamw, learning_rate, to_weights
+from mlembed.runtime import checkpoint, log
+from mlembed.runtime.distributed import World, any_process, world
 from mlembed.teacher import Teacher
 
 BANK, DISTILLER = "bank.", "distiller."  # before the names of their tensors in a checkpoint

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Subset
 
 from mlembed import config, sources, tokenizer
 from mlembed.data import Batches
-from mlembed.distributed import World
 from mlembed.pack import Batch
+from mlembed.runtime.distributed import World
 
 from . import harness
 from .train_step import cases

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, log, streams
+from . import config, streams
 from .charts import mean_score
 from .config import strict
 from .encode import Encoder
 from .languages import language
 from .model import num_parameters
+from .runtime import log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from . import config, depth
-from .distributed import World
 from .pack import Batch, collate
+from .runtime.distributed import World
 from .sources import Table
 from .streams import Stream, name_of
 from .tokens import Tokens, tokenised

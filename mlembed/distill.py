@@ -24,8 +24,8 @@ from torch import Tensor
 from mlembed_kernels import distill
 
 from . import config
-from .distributed import World, gather
 from .pack import Batch
+from .runtime.distributed import World, gather
 
 TERMS = ("features", "logits", "between_exits")
 

@@ -25,10 +25,11 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import log, pretrained, shapes, tokenizer, vectors
+from . import pretrained, shapes, tokenizer, vectors
+from .runtime import log
+from .runtime.workers import Workers, ahead, device_of
 from .vectors import Quantiser
 from .windows import OneDevice, Window, process, progress_bar
-from .workers import Workers, ahead, device_of
 
 WINDOW = 32_768  # texts of a window at most
 CHARACTERS = 8_000_000  # of a window's texts, but for the last of them

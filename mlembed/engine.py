@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import config
-from .distributed import World
 from .model import Transformer
 from .pack import PackedBatch
+from .runtime.distributed import World
 
 
 class Engine:

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from . import charts, cldr, cost, files, log, scores
+from . import charts, cldr, cost, scores
 from .charts import mean_score
 from .encode import Encoder
 from .funnel import FULL, Funnel, Size, size_of, whole
+from .runtime import files, log
 from .tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task, read_all
 
 DOCUMENTS = 16_384  # encoded and searched at once

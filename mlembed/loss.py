@@ -41,9 +41,9 @@ from mlembed_kernels.similarity.pairwise_lse import NOTHING
 
 from . import config
 from .bank import Bank, Slab
-from .distributed import World, gather
 from .pack import Batch
 from .ring import Pairs, ringed, streamed
+from .runtime.distributed import World, gather
 
 Logs = list[list[Tensor]]  # log-partitions [E, M, Q] by softmax, each in parts
 

@@ -43,9 +43,10 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from . import config, log, pretrained, shapes, tokenizer
-from .files import atomic_directory
+from . import config, pretrained, shapes, tokenizer
 from .model import Transformer
+from .runtime import log
+from .runtime.files import atomic_directory
 
 Method = Literal["soup", "weighted", "slerp"]
 PARALLEL = 1e-6  # sin Omega under which two tensors have no plane between them

@@ -40,9 +40,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from . import files, layouts, log, sources
+from . import layouts, sources
 from .config import strict
 from .encode import Encoder
+from .runtime import files, log
 
 BLOCK = 2**20  # candidates of the queries of a block together, and
 QUERIES = 2**13  # these at most

@@ -18,8 +18,8 @@ from mlembed_kernels.attention.attention import WIDTHS
 from . import config, data, evaluate, layouts, pretrained, shapes, sources, tokenizer
 from .cldr import normalise
 from .distill import Distiller
-from .distributed import World, any_process
 from .model import Transformer
+from .runtime.distributed import World, any_process
 from .streams import name_of
 from .teacher import Stored, Teacher
 

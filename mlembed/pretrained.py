@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import config, shapes
 from .config import strict
-from .files import SHARDS, flush
 from .model import Transformer
+from .runtime.files import SHARDS, flush
 
 FACTORS = "mlembed_factors.safetensors"
 CACHED = 1  # version of what `factorise` computes and how the cache holds it
@@ -126,7 +126,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         ValueError: none there; or only pickles, which run code when they are read.
     """
     if any(directory.glob(SHARDS)):
-        from .checkpoint import read  # with all of torch.distributed: a second
+        from .runtime.checkpoint import read  # with all of torch.distributed: a second
 
         found = read(directory, "model.")
         return {name.removeprefix("model."): tensor for name, tensor in found.items()}

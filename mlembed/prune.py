@@ -28,12 +28,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from . import config, log, pretrained, sources, tokenizer
+from . import config, pretrained, sources, tokenizer
 from .config import shapes, strict
 from .encode import Encoder
-from .files import atomic_directory
 from .model import Transformer, num_parameters
 from .pack import PackedBatch, budgeted, pack
+from .runtime import log
+from .runtime.files import atomic_directory
 
 By = Literal["first", "magnitude", "activation"]
 

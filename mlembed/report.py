@@ -22,10 +22,11 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from . import charts, files, log, page
+from . import charts, page
 from .charts import mean_score
 from .languages import UNKNOWN, Language, language, levels
 from .results import Found, curve, mapping, names_of, number, read, thinned
+from .runtime import files, log
 
 POINTS = 200  # of a curve; more are not seen
 BARS = 24  # of steps in the breakdown

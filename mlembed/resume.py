@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config, files
+from . import config
 from .config import strict
-from .distributed import World, broadcast
+from .runtime import checkpoint, files
+from .runtime.distributed import World, broadcast
 
 
 def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from mlembed_kernels.similarity.pairwise_lse import NOTHING, partition, partition_backward
 
 from .bank import Slab
-from .distributed import World
+from .runtime.distributed import World
 
 Options = dict[str, Any]
 

@@ -21,11 +21,12 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from . import cldr, config, layouts, rows, stored
+from . import cldr, config, layouts, rows
 from .cldr import normalise
 from .config import strict
 from .layouts import Corpus, Item, Layout, Report
 from .rows import Row
+from .runtime import cache
 
 VERSION = 2  # of what is stored of a source
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
@@ -241,8 +242,8 @@ def _read(
     else:
         said = (source.path, source.subset, source.split, source.task, source.cap)
         notes = (VERSION, part.name, bad_rows, sorted(held_out), *said)
-        key = stored.digest(*notes, files=files)
-        table, report = stored.kept("text", key, lambda where: _save(*make(where), where), _open)
+        key = cache.digest(*notes, files=files)
+        table, report = cache.kept("text", key, lambda where: _save(*make(where), where), _open)
     return replace(table, source=source), report
 
 
@@ -262,7 +263,7 @@ def _open(directory: Path) -> tuple[Table, Report]:
     scores = None
     if (directory / "scores.npy").is_file():
         scores = np.load(directory / "scores.npy", mmap_mode="r")
-    texts = stored.Texts(directory / "texts.arrow")
+    texts = cache.Texts(directory / "texts.arrow")
     table = Table(about["name"], about["nway"], texts, ids, starts)
     return replace(table, task=about["task"], scores=scores), Report(**about["report"])
 
@@ -372,7 +373,7 @@ def _pairs(
     held_out: AbstractSet[str],
     directory: Path | None,
 ) -> Table:
-    texts: list[str] | stored.Writer = stored.Writer(directory / SPOOL) if directory else []
+    texts: list[str] | cache.Writer = cache.Writer(directory / SPOOL) if directory else []
     numbers, sizes, pairs, scores = array("q"), array("q"), array("q"), array("d")
     for item in found:
         parts = [item.query, item.positive, *item.negatives]
@@ -412,7 +413,7 @@ def _nway(
     held_out: AbstractSet[str],
     directory: Path | None,
 ) -> Table:
-    texts: list[str] | stored.Writer = stored.Writer(directory / SPOOL) if directory else []
+    texts: list[str] | cache.Writer = cache.Writer(directory / SPOOL) if directory else []
     keys, whole = array("q"), array("q")
     for row in layouts.nway_rows(found, report):
         if held_out and normalise(row["text"]) in held_out:
@@ -457,15 +458,15 @@ def _capped(kept: np.ndarray, cap: int, name: str, report: Report) -> np.ndarray
     return capped
 
 
-def _selected(texts: list[str] | stored.Writer, kept: np.ndarray) -> Sequence[str]:
+def _selected(texts: list[str] | cache.Writer, kept: np.ndarray) -> Sequence[str]:
     """The texts of these rows, in their order; of a spool, in texts.arrow beside it."""
     if isinstance(texts, list):
         return [texts[row] for row in kept.tolist()]
     spool = texts.close()
-    chosen = stored.Writer(spool.path.with_name("texts.arrow"))
-    for begin in range(0, len(kept), stored.CHUNK):
+    chosen = cache.Writer(spool.path.with_name("texts.arrow"))
+    for begin in range(0, len(kept), cache.CHUNK):
         # One by one: Arrow's take would copy all texts into one array first, each time.
-        chosen.extend([spool[row] for row in kept[begin : begin + stored.CHUNK].tolist()])
+        chosen.extend([spool[row] for row in kept[begin : begin + cache.CHUNK].tolist()])
     spool.path.unlink()
     return chosen.close()
 

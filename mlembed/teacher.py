@@ -23,7 +23,8 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import files, log, shapes, sources
+from . import shapes, sources
+from .runtime import files, log
 
 SLICE = 8192  # texts between two movements of the progress bar
 

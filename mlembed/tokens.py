@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from . import stored
+from .runtime import cache
 from .sources import Table
 from .tokenizer import tokenize
 
@@ -79,7 +79,7 @@ def tokenised(
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
-    return stored.kept("tokens", _key(table, own, max_length), build, _open)
+    return cache.kept("tokens", _key(table, own, max_length), build, _open)
 
 
 def _write(file: BinaryIO, chunks: Iterator[tuple[list[np.ndarray], int]]) -> tuple[array, int]:
@@ -120,8 +120,8 @@ def _key(table: Table, tokenizer: Tokenizer, max_length: int) -> str:
     total = hashlib.sha256(json.dumps(notes).encode())
     if first is not None:
         total.update(np.packbits(first).tobytes())
-    for begin in range(0, len(table.texts), stored.CHUNK):
-        texts = [text.encode() for text in table.texts[begin : begin + stored.CHUNK]]
+    for begin in range(0, len(table.texts), cache.CHUNK):
+        texts = [text.encode() for text in table.texts[begin : begin + cache.CHUNK]]
         total.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())
         total.update(b"".join(texts))
     return total.hexdigest()
@@ -140,8 +140,8 @@ def _chunks(
     source, first = table.source, _prompts(table)
     texts = len(table.texts)
     with tqdm(total=texts, desc=f"tokens {table.name}", disable=not progress, delay=2) as bar:
-        for begin in range(0, texts, stored.CHUNK):
-            some = list(table.texts[begin : begin + stored.CHUNK])
+        for begin in range(0, texts, cache.CHUNK):
+            some = list(table.texts[begin : begin + cache.CHUNK])
             query = np.zeros(len(some), bool) if first is None else first[begin : begin + len(some)]
             given = [
                 (source.prompt if is_query else source.document_prompt) + text

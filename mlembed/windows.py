@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import config, tokenizer
 from .model import Transformer, mode
 from .pack import PackedBatch, budgeted, pack
-from .workers import ahead, device_of
+from .runtime.workers import ahead, device_of
 
 # Tokens x width of a pack: what a layer makes of more leaves a CPU's caches (bench/LOG.md, encode).
 CPU_NUMBERS = 2048 * 384

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mlembed.bank import Bank, Slab
 from mlembed.config import Loss, Model, Run
-from mlembed.distributed import World
 from mlembed.loss import loss_table
 from mlembed.pack import Batch
+from mlembed.runtime.distributed import World
 from mlembed_kernels import infonce
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Subset
 
 from mlembed import config, data, teacher, tokenizer
 from mlembed.data import Batches
-from mlembed.distributed import World
+from mlembed.runtime.cache import Writer
+from mlembed.runtime.distributed import World
 from mlembed.sources import Table, text_id
-from mlembed.stored import Writer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mlembed.config import Distill, Run
 from mlembed.distill import TERMS, Distiller, principal, rows_of
-from mlembed.distributed import World
+from mlembed.runtime.distributed import World
 
 
 def table(told: Told, run: Run, term: str, where: World = ALONE, **options):

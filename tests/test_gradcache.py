@@ -12,9 +12,9 @@ from processes import gloo_once
 from mlembed import config, gradcache
 from mlembed.activations import Kept
 from mlembed.arguments import parse
-from mlembed.distributed import World
-from mlembed.log import Log
 from mlembed.loss import loss_table, ranks_of, weights
+from mlembed.runtime.distributed import World
+from mlembed.runtime.log import Log
 from train import Pass, add_gradients, one_step, set_up
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -12,8 +12,8 @@ import torch
 
 from mlembed import config, guards
 from mlembed.arguments import parse
-from mlembed.distributed import World
-from mlembed.log import Log
+from mlembed.runtime.distributed import World
+from mlembed.runtime.log import Log
 from train import guarded, set_up
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlembed import checkpoint, config, optim, pretrained
+from mlembed import config, optim, pretrained
 from mlembed.model import Transformer
 from mlembed.optim import StochasticAdamW, adamw, rounded, to_weights
 from mlembed.pack import pack
+from mlembed.runtime import checkpoint
 
 BF16 = config.Optim(lr=1e-2, weight_decay=0.1, weights="bf16")
 SHAPE = config.Model(

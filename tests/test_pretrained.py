@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Model,
 )
 
-import mlembed.checkpoint
+import mlembed.runtime.checkpoint
 from mlembed import config, pretrained, shapes
 from mlembed.model import Transformer
 from mlembed.pack import pack
@@ -218,13 +218,13 @@ def test_stored_factors_keep_their_order(tmp_path):
 
 def in_shards(model: Transformer, directory: Path, monkeypatch) -> Path:
     """A checkpoint of several files, with more in it than weights."""
-    monkeypatch.setattr(mlembed.checkpoint, "FILE", 1000)
+    monkeypatch.setattr(mlembed.runtime.checkpoint, "FILE", 1000)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    tensors = mlembed.checkpoint.training_tensors(model, optimizer, 0)
-    with mlembed.checkpoint.Saver(directory, 0, 1, 1, background=False) as saver:
+    tensors = mlembed.runtime.checkpoint.training_tensors(model, optimizer, 0)
+    with mlembed.runtime.checkpoint.Saver(directory, 0, 1, 1, background=False) as saver:
         saver.save(7, tensors, lambda path: pretrained.describe(model.cfg, path))
     return directory / "step_00000007"
 

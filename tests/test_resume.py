@@ -14,9 +14,9 @@ from subprocess import PIPE
 import processes
 import pytest
 
-from mlembed import checkpoint
-from mlembed.distributed import World
 from mlembed.resume import find_run
+from mlembed.runtime import checkpoint
+from mlembed.runtime.distributed import World
 
 STEPS = 12
 SMALL = [

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed import config, rows, sources, stored
+from mlembed import config, rows, sources
 from mlembed.cldr import normalise
+from mlembed.runtime import cache
 from mlembed.sources import text_id
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "train"
@@ -422,7 +423,7 @@ def test_malformed_mixtures(content, words, tmp_path):
 def large(tmp_path, monkeypatch):
     """Every source is large; the folder of their texts."""
     monkeypatch.setattr(sources, "BIG", 0)
-    monkeypatch.setattr(stored, "CHUNK", 3)
+    monkeypatch.setattr(cache, "CHUNK", 3)
     monkeypatch.setenv("MLEMBED_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "text"
 
@@ -460,7 +461,7 @@ def test_large_tables_are_the_same(fields, held_out, large, tmp_path, monkeypatc
             ((want, counted),) = reports(path, fields, held_out=held_out)
         for _ in range(2):  # written, then found
             ((table, report),) = reports(path, fields, held_out=held_out)
-            assert isinstance(table.texts, stored.Texts) and isinstance(table.ids, np.memmap)
+            assert isinstance(table.texts, cache.Texts) and isinstance(table.ids, np.memmap)
             same(table, want)
             assert report == counted
             middle = len(want.texts) // 2
@@ -469,7 +470,7 @@ def test_large_tables_are_the_same(fields, held_out, large, tmp_path, monkeypatc
             assert pickle.loads(pickle.dumps(table.texts))[1] == want.texts[1]
     assert len(list(large.iterdir())) == 2
     assert {p.name for entry in large.iterdir() for p in entry.iterdir()} == {
-        *("texts.arrow", "ids.npy", "starts.npy", "about.json", stored.WHOLE)
+        *("texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE)
     }
 
 
@@ -506,7 +507,7 @@ def test_what_changes_a_table_changes_its_key(large, tmp_path):
         assert len(read(path, held_out={"eins"})[0]) == 2
 
 
-@pytest.mark.parametrize("name", ["texts.arrow", "ids.npy", "about.json", stored.WHOLE])
+@pytest.mark.parametrize("name", ["texts.arrow", "ids.npy", "about.json", cache.WHOLE])
 def test_damaged_entries_are_made_again(name, large, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     want = items(read(path)[0])

@@ -10,9 +10,9 @@ import torch
 import train
 from mlembed import cost
 from mlembed.arguments import parse
-from mlembed.distributed import World
-from mlembed.log import Log
 from mlembed.optim import learning_rate
+from mlembed.runtime.distributed import World
+from mlembed.runtime.log import Log
 from mlembed.tasks import nway
 
 SMALL = [

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from mlembed import config, sources, streams, tokenizer
 from mlembed.data import Batches, steps_of
-from mlembed.distributed import World
+from mlembed.runtime.distributed import World
 from mlembed.streams import Stream
 
 CPU = torch.device("cpu")

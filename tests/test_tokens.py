@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from mlembed import config, stored, tokenizer, tokens
+from mlembed import config, tokenizer, tokens
+from mlembed.runtime import cache as stored
 from mlembed.sources import Table
 from mlembed.tokens import tokenised
 

@@ -20,10 +20,10 @@ from processes import started
 
 from mlembed import config
 from mlembed.arguments import parse
-from mlembed.distributed import World
-from mlembed.log import Log
 from mlembed.loss import loss_table
 from mlembed.prepare import bf16
+from mlembed.runtime.distributed import World
+from mlembed.runtime.log import Log
 from train import one_step, set_up
 
 ROOT = Path(__file__).parents[1]

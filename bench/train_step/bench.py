@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mlembed import config
 from mlembed.activations import Kept, recomputed
-from mlembed.distributed import World
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 from mlembed.optim import adamw, to_weights
+from mlembed.runtime.distributed import World
 
 from .. import report
 from ..harness import TRAIN

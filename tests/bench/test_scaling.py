@@ -11,11 +11,12 @@ import torch
 
 from bench import scaling
 from bench.train_step import cases
-from mlembed import config, distributed, ring
-from mlembed.distributed import World
+from mlembed import config, ring
 from mlembed.loss import loss_table
 from mlembed.model import Transformer, num_parameters
 from mlembed.pack import collate
+from mlembed.runtime import distributed
+from mlembed.runtime.distributed import World
 
 A = scaling.Assumed()
 SMALL = scaling.MODELS["0.6B"]

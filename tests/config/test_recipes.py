@@ -16,8 +16,8 @@ from mlembed import config, pretrained, tokenizer
 from mlembed.arguments import parse
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
 from mlembed.config.shapes import SHAPES
-from mlembed.distributed import World
 from mlembed.model import Transformer
+from mlembed.runtime.distributed import World
 from train import train
 
 ALONE = World(0, 1, torch.device("cpu"))

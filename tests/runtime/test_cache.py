@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from mlembed import stored
+from mlembed.runtime import cache as stored
 
 TEXTS = [f"text {i} ü 海" if i % 3 else "" for i in range(50)]
 
@@ -46,7 +46,7 @@ def test_an_entry_is_built_once(cache):
 BUILDER = """
 import sys, time
 from pathlib import Path
-from mlembed import stored
+from mlembed.runtime import cache as stored
 
 def build(directory):
     with open(sys.argv[1], "a") as log:

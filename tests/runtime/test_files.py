@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlembed import files
+from mlembed.runtime import files
 
 
 def names(directory):

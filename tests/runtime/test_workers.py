@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from mlembed import workers
-from mlembed.workers import Workers, ahead
+from mlembed.runtime import workers
+from mlembed.runtime.workers import Workers, ahead
 
 
 def test_ahead_is_one_ahead_and_in_order():

@@ -21,10 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mlembed import checkpoint, config, pretrained
-from mlembed.distributed import World, world
+from mlembed import config, pretrained
 from mlembed.model import Transformer
 from mlembed.optim import adamw
+from mlembed.runtime import checkpoint
+from mlembed.runtime.distributed import World, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # Of four processes, some have less of 50 tokens, and one has nothing of W's 5 rows.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_checkpoint import fresh, names, restore, save, saver, train
 
-from mlembed import checkpoint
+from mlembed.runtime import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mlembed import checkpoint, config, pretrained
+from mlembed import config, pretrained
 from mlembed.model import Transformer
 from mlembed.optim import adamw
 from mlembed.pack import pack
+from mlembed.runtime import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SHAPE = config.Model(
@@ -374,7 +375,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from mlembed import checkpoint, config, files, pretrained
+from mlembed import config, pretrained
+from mlembed.runtime import checkpoint, files
 from mlembed.model import Transformer
 from mlembed.optim import adamw
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlembed import log
-from mlembed.log import Log
+from mlembed.runtime import log
+from mlembed.runtime.log import Log
 
 
 def lines_of(directory):

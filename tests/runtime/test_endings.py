@@ -18,8 +18,8 @@ from processes import started
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mlembed.checkpoint import Saver
-from mlembed.distributed import gather, world
+from mlembed.runtime.checkpoint import Saver
+from mlembed.runtime.distributed import gather, world
 
 alive = []  # outlives the group, and ends with the interpreter
 

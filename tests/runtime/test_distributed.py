@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config, data, tokenizer
 from mlembed.bank import Bank
-from mlembed.distributed import World, any_process, broadcast, fresh, gather, world
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
+from mlembed.runtime.distributed import World, any_process, broadcast, fresh, gather, world
 from mlembed.sources import Table, text_id
 
 ALONE = World(0, 1, torch.device("cpu"))
