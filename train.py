@@ -31,19 +31,19 @@ from mlembed import (
     arguments,
     charts,
     config,
-    data,
     evaluate,
     gradcache,
     guards,
     prepare,
     pretrained,
     resume,
-    tokenizer,
 )
 from mlembed.activations import Kept
 from mlembed.bank import Bank
 from mlembed.config import strict
-from mlembed.depth import enabled
+from mlembed.data import tokenizer
+from mlembed.data.batches import Batch, Batches, steps_of
+from mlembed.data.depth import enabled
 from mlembed.distill import Distiller, rows_of
 from mlembed.encode import Encoder
 from mlembed.engine import Engine
@@ -70,7 +70,7 @@ class Job:
     directory: Path
     out: log.Log
     tasks: list[Any]
-    batches: data.Batches
+    batches: Batches
     encoder: Encoder
     engine: Engine
     optimizer: torch.optim.Optimizer
@@ -118,9 +118,9 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     text = prepare.read_text(run, out.say)
     learnt = prepare.text_to_ids(run, found, text)
     if run.epochs:
-        run = replace(run, steps=data.steps_of(run, text.tables, text.streams))
+        run = replace(run, steps=steps_of(run, text.tables, text.streams))
     teacher, stored, distiller = prepare.teachers(run, text, found, where)
-    batches = data.Batches(
+    batches = Batches(
         text.tables,
         learnt,
         run,
@@ -264,7 +264,7 @@ class Step:
     bad: str | None
 
 
-def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
+def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """One optimiser step, whose failures say what to do.
 
     Raises:
@@ -296,7 +296,7 @@ def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
     )
 
 
-def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
+def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """Gradients of all micro-batches and ranks, then one update."""
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
@@ -372,9 +372,7 @@ class Pass:
     share: float
 
 
-def add_gradients(
-    job: Job, batch: data.Batch, one: Pass, draw: tuple[int, int], sync: bool
-) -> Terms:
+def add_gradients(job: Job, batch: Batch, one: Pass, draw: tuple[int, int], sync: bool) -> Terms:
     """Forward, loss and backward of a micro-batch at one rank -> its share of each loss_EM."""
     run, where, half = job.run, job.where, job.encoder.bf16
     device, p = where.device, run.model.dropout

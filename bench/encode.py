@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from mlembed import config, tokenizer
+from mlembed import config
+from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.export import export
 from mlembed.model import Transformer

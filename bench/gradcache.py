@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from mlembed import config, gradcache
 from mlembed.activations import Kept
+from mlembed.data.collate import Batch
+from mlembed.data.packing import PackedBatch
 from mlembed.engine import Engine
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 from mlembed.optim import adamw, to_weights
-from mlembed.pack import Batch, PackedBatch
 from mlembed.runtime.distributed import World
 
 from . import report

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import config
+from .data.packing import PackedBatch, pack
 from .model import Transformer, mode
-from .pack import PackedBatch, pack
 
 SIZES = 256, 512  # tokens of the probe: two points of a line
 

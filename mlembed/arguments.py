@@ -11,8 +11,9 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from . import config, shapes, sources
+from . import config, shapes
 from .config import recipes, strict
+from .data import sources
 
 
 def parse(args: Sequence[str]) -> config.Run:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, streams
+from . import config
 from .charts import mean_score
 from .config import strict
+from .data import streams
 from .encode import Encoder
 from .languages import language
 from .model import num_parameters

@@ -24,7 +24,7 @@ from torch import Tensor
 from mlembed_kernels import distill
 
 from . import config
-from .pack import Batch
+from .data.collate import Batch
 from .runtime.distributed import World, gather
 
 TERMS = ("features", "logits", "between_exits")

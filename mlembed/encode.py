@@ -25,7 +25,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import pretrained, shapes, tokenizer, vectors
+from . import pretrained, shapes, vectors
+from .data import tokenizer
+from .data.formats import readers
 from .runtime import log
 from .runtime.workers import Workers, ahead, device_of
 from .vectors import Quantiser
@@ -289,7 +291,7 @@ class Encoder(OneDevice):
     ) -> Iterator[Window]:
         """Windows of texts as they come."""
         first = 0
-        for some in vectors.windows(texts, most, CHARACTERS):
+        for some in readers.windows(texts, most, CHARACTERS):
             here = slice(first, first + len(some))
             exits_N, ranks_N = (
                 self._sizes(name, size[here] if isinstance(size, list) else size, len(some))
@@ -448,7 +450,7 @@ def main(
         vectors.check_new(target)
     if quantise.makes_ranges:
         vectors.check_new(vectors.beside(target))
-    source = vectors.Texts(input or "-", column, invalid)
+    source = readers.Texts(input or "-", column, invalid)
     source.check()
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)

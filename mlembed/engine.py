@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import config
+from .data.packing import PackedBatch
 from .model import Transformer
-from .pack import PackedBatch
 from .runtime.distributed import World
 
 

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from . import charts, cldr, cost, scores
+from . import charts, cost, scores
 from .charts import mean_score
+from .data import cldr
+from .data.eval_sets import STS, Bitext, Mining, Pool, Retrieval, Side, Task, read_all
 from .encode import Encoder
 from .funnel import FULL, Funnel, Size, size_of, whole
 from .runtime import files, log
-from .tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task, read_all
 
 DOCUMENTS = 16_384  # encoded and searched at once
 IN_MEMORY = 2**30  # bytes of vectors; more of one task lie in a file

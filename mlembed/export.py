@@ -36,8 +36,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import card, pretrained, to_onnx, tokenizer
+from . import card, pretrained, to_onnx
 from .config import Model
+from .data import tokenizer
 from .encode import Encoder
 from .model import Transformer
 from .runtime import log

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from . import config
 from .activations import Kept, recomputed
+from .data.packing import PackedBatch
 from .engine import Engine
 from .model import Transformer
-from .pack import PackedBatch
 
 Forward = Callable[[int, bool], Tensor]  # (number of the pack, sync) -> exits_END of it
 SHARE = 0.8  # of what the probe finds free: the rest is for the loss, buckets and fragments

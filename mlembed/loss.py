@@ -41,7 +41,7 @@ from mlembed_kernels.similarity.pairwise_lse import NOTHING
 
 from . import config
 from .bank import Bank, Slab
-from .pack import Batch
+from .data.collate import Batch
 from .ring import Pairs, ringed, streamed
 from .runtime.distributed import World, gather
 

@@ -43,7 +43,8 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from . import config, pretrained, shapes, tokenizer
+from . import config, pretrained, shapes
+from .data import tokenizer
 from .model import Transformer
 from .runtime import log
 from .runtime.files import atomic_directory

@@ -40,8 +40,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from . import layouts, sources
 from .config import strict
+from .data import sources
+from .data.formats import layouts
+from .data.tables import Table, linked, text_id
 from .encode import Encoder
 from .runtime import files, log
 
@@ -167,7 +169,7 @@ class Places(Sequence[str]):
         return [self.prefixes[self.at[i, 0]] + self[i] for i in some]
 
 
-def gather(tables: Sequence[sources.Table], corpus: Sequence[str] | None = None) -> Texts:
+def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Texts:
     """The queries and documents of pair tables; with a corpus, whose prompt is that of the tables'
     documents, its texts and the positives are the documents.
 
@@ -185,9 +187,9 @@ def gather(tables: Sequence[sources.Table], corpus: Sequence[str] | None = None)
     prompts = sorted({table.source.document_prompt for table in tables})
     if len(prompts) != 1:
         raise ValueError(f"data: expected one document_prompt, got {prompts}")
-    numbers = [np.array([sources.text_id(text) for text in t.texts], np.int64) for t in tables]
+    numbers = [np.array([text_id(text) for text in t.texts], np.int64) for t in tables]
     every = np.concatenate([_pairs_of(*both) for both in zip(tables, numbers, strict=True)])
-    links = sources.linked(every.ravel(), np.arange(0, every.size + 1, 2))
+    links = linked(every.ravel(), np.arange(0, every.size + 1, 2))
     group_of = dict(zip(every.ravel().tolist(), links.tolist(), strict=True))
     columns: list[Sequence[str]] = [table.texts for table in tables]
     queries, documents = _Distinct(), _Distinct()
@@ -204,7 +206,7 @@ def gather(tables: Sequence[sources.Table], corpus: Sequence[str] | None = None)
                 documents.add(int(number[row]), i, row)
     if corpus is not None:
         for row, text in enumerate(corpus):
-            documents.add(sources.text_id(text), len(columns), row)
+            documents.add(text_id(text), len(columns), row)
         columns.append(corpus)
     found = np.array(pairs, dtype=np.int64)
     found = found[np.argsort(found[:, 0], kind="stable")]
@@ -221,7 +223,7 @@ def gather(tables: Sequence[sources.Table], corpus: Sequence[str] | None = None)
     )
 
 
-def _pairs_of(table: sources.Table, numbers: np.ndarray) -> np.ndarray:
+def _pairs_of(table: Table, numbers: np.ndarray) -> np.ndarray:
     """int64 [items, 2]: numbers of query and positive."""
     return np.stack([numbers[table.starts[:-1]], numbers[table.starts[:-1] + 1]], axis=1)
 
@@ -338,13 +340,13 @@ def _mine_block(
     scores_QC, places_QC = index.search(vectors_QD, most)
     linked_QC = texts.document_groups[places_QC] == texts.query_groups[block, None]
     found = []
-    for scores, places, linked in zip(scores_QC, places_QC, linked_QC, strict=True):
-        found.append(_nearest(scores[~linked], places[~linked], options.top))
+    for scores, places, related in zip(scores_QC, places_QC, linked_QC, strict=True):
+        found.append(_nearest(scores[~related], places[~related], options.top))
     own = [texts.pairs[slice(*texts.starts[query : query + 2]), 1] for query in block.tolist()]
     if deep is not None:
         deep.want(np.concatenate([*(places for _, places in found), *own]))
         vectors_QD = encoder.encode(words)
-    for query, vector_D, (scores, places), positives, linked in zip(
+    for query, vector_D, (scores, places), positives, related in zip(
         block.tolist(), vectors_QD, found, own, linked_QC, strict=True
     ):
         if deep is None:
@@ -353,7 +355,7 @@ def _mine_block(
             of_positives = deep.vectors_ND[positives] @ vector_D
             scores, places = _nearest(deep.vectors_ND[places] @ vector_D, places, options.top)
         kept, left_out = taken(scores, float(of_positives.min()), options, query)
-        left_out["linked"] = int(linked.sum())
+        left_out["linked"] = int(related.sum())
         yield Mined(query, places[kept], scores[kept], kept + 1, of_positives, left_out)
 
 

@@ -30,7 +30,7 @@ from mlembed_kernels import Work, attention
 from . import config
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, Vocabulary, wide
 from .config import strict
-from .pack import Kept, PackedBatch
+from .data.packing import Kept, PackedBatch
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 

@@ -15,12 +15,16 @@ from tokenizers import Tokenizer
 
 from mlembed_kernels.attention.attention import WIDTHS
 
-from . import config, data, evaluate, layouts, pretrained, shapes, sources, tokenizer
-from .cldr import normalise
+from . import config, evaluate, pretrained, shapes
+from .data import sources, tokenizer
+from .data.batches import Batches
+from .data.cldr import normalise
+from .data.formats import layouts
+from .data.streams import name_of
+from .data.tables import MIN_SCORE, Table
 from .distill import Distiller
 from .model import Transformer
 from .runtime.distributed import World, any_process
-from .streams import name_of
 from .teacher import Stored, Teacher
 
 SAMPLE = 8192  # texts, and at least 8 a coordinate, whose vectors say where a teacher's lie
@@ -30,7 +34,7 @@ SAMPLE = 8192  # texts, and at least 8 a coordinate, whose vectors say where a t
 class Text:
     """Training text, without any text of the evaluation, and what to score."""
 
-    tables: list[sources.Table]
+    tables: list[Table]
     streams: list[config.Source]
     tasks: list[Any]
     held_out: frozenset[str]  # texts of the evaluation, normalised
@@ -77,7 +81,7 @@ def left_out(report: layouts.Report) -> str:
         "bad rows": report.bad,
         "texts of the evaluation": report.held_out,
         "duplicates": report.duplicates,
-        f"scored below {sources.MIN_SCORE}": report.by_score,
+        f"scored below {MIN_SCORE}": report.by_score,
         "without a translation": report.alone,
         "beyond the cap": report.by_cap,
     }
@@ -108,7 +112,7 @@ def text_to_ids(run: config.Run, found: Path | None, text: Text) -> Tokenizer:
 
 
 def build(
-    run: config.Run, found: Path | None, learnt: Tokenizer, batches: data.Batches, where: World
+    run: config.Run, found: Path | None, learnt: Tokenizer, batches: Batches, where: World
 ) -> Transformer:
     """The model of a checkpoint of this run, of `init`, or with random weights."""
     torch.manual_seed(run.seed)

@@ -28,11 +28,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from . import config, pretrained, sources, tokenizer
+from . import config, pretrained
 from .config import shapes, strict
+from .data import sources, tokenizer
+from .data.packing import PackedBatch, budgeted, pack
 from .encode import Encoder
 from .model import Transformer, num_parameters
-from .pack import PackedBatch, budgeted, pack
 from .runtime import log
 from .runtime.files import atomic_directory
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from .tasks import STS, Bitext, Mining, Part
+from .data.eval_sets import STS, Bitext, Mining, Part
 
 BLOCK = 2**26  # scores at once: 256 MiB
 NEIGHBOURS = 4  # k of margins, in LASER and BUCC's evaluations

@@ -23,7 +23,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import shapes, sources
+from . import shapes
+from .data import sources
+from .data.tables import Table
 from .runtime import files, log
 
 SLICE = 8192  # texts between two movements of the progress bar
@@ -211,7 +213,7 @@ def _key(text: str, query: bool) -> tuple[int, int]:
 
 def store(
     teacher: Teacher,
-    tables: Sequence[sources.Table],
+    tables: Sequence[Table],
     out: Path,
     dtype: Literal["fp16", "fp32"] = "fp16",
     about: dict[str, Any] | None = None,
@@ -272,7 +274,7 @@ def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.ascontiguousarray(rising[first].T), row_of, new
 
 
-def _roles(tables: Sequence[sources.Table], prompted: bool) -> Iterator[tuple[str, bool]]:
+def _roles(tables: Sequence[Table], prompted: bool) -> Iterator[tuple[str, bool]]:
     """(text, whether as a query): any text of an n-way table may be drawn as either."""
     for table in tables:
         query = np.zeros(len(table.texts), dtype=bool)

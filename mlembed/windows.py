@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from . import config, tokenizer
+from . import config
+from .data import tokenizer
+from .data.packing import PackedBatch, budgeted, pack
 from .model import Transformer, mode
-from .pack import PackedBatch, budgeted, pack
 from .runtime.workers import ahead, device_of
 
 # Tokens x width of a pack: what a layer makes of more leaves a CPU's caches (bench/LOG.md, encode).

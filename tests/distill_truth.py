@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlembed.config import Distill, Loss, Model, Run
+from mlembed.data.collate import Batch, collate
 from mlembed.distill import Distiller, principal
-from mlembed.pack import Batch, collate
 from mlembed.runtime.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))

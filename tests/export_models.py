@@ -4,7 +4,8 @@ from random_model import randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from mlembed import config, tokenizer
+from mlembed import config
+from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.model import Transformer
 

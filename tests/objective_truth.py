@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from mlembed.config import Loss, Model, Run
+from mlembed.data.collate import collate
 from mlembed.loss import loss_table
-from mlembed.pack import collate
 from mlembed.runtime.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))

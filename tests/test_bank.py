@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from mlembed.bank import Bank, Slab
 from mlembed.config import Loss, Model, Run
+from mlembed.data.collate import Batch
 from mlembed.loss import loss_table
-from mlembed.pack import Batch
 from mlembed.runtime.distributed import World
 from mlembed_kernels import infonce
 

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from mlembed import config, pretrained, shapes
+from mlembed.data.packing import pack
 from mlembed.encode import Encoder
 from mlembed.export import export
 from mlembed.model import Transformer, num_parameters
-from mlembed.pack import pack
 
 # A prime vocabulary, heads of width 6, an MLP of a prime width, an epsilon that counts.
 CFG = config.Model(

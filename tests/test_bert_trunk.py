@@ -10,8 +10,8 @@ from test_bert import ALL_EXITS, LENGTHS, NESTED, POOLINGS, build, texts
 from torch import Tensor
 
 from mlembed.activations import Kept
+from mlembed.data.packing import pack
 from mlembed.model import Transformer
-from mlembed.pack import pack
 
 DEPTHS = np.array([3, 3, 2, 1, 1])
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from random_model import randomise
 
-from mlembed import config, encode, pretrained, tokenizer
+from mlembed import config, encode, pretrained
+from mlembed.data import tokenizer
+from mlembed.data.packing import budgeted
 from mlembed.encode import Encoder
 from mlembed.export import export
 from mlembed.model import Transformer
-from mlembed.pack import budgeted
 from mlembed.vectors import Quantiser
 
 TEXTS = [

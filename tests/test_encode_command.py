@@ -20,7 +20,8 @@ import pytest
 import tyro
 from test_encode import MAX_LENGTH, build
 
-from mlembed import encode, pretrained, tokenizer
+from mlembed import encode, pretrained
+from mlembed.data import tokenizer
 from mlembed.encode import Encoder, main
 from mlembed.vectors import Quantiser
 

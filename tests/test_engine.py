@@ -15,10 +15,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 
 from mlembed import config
+from mlembed.data.packing import pack
 from mlembed.engine import Engine, first_bad, local
 from mlembed.model import Transformer
 from mlembed.optim import adamw
-from mlembed.pack import pack
 from mlembed.runtime.distributed import World
 
 # Widths, heads and a vocabulary that neither two nor four processes share evenly.

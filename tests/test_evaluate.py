@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from random_model import randomise
 
-from mlembed import config, evaluate, pretrained, scores, tasks, tokenizer
+from mlembed import config, evaluate, pretrained, scores
+from mlembed.data import eval_sets, tokenizer
+from mlembed.data.eval_sets import STS, Bitext
 from mlembed.encode import Encoder
 from mlembed.model import Transformer
-from mlembed.tasks import STS, Bitext
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 LANGS = {"deu": "x{}x", "fra": "le {} {}"}
@@ -109,7 +110,7 @@ def wanted(tmp_path_factory):
     path = tatoeba_directory(tmp_path_factory.mktemp("tasks") / "tat")
     texts = [f"{a} {b}" for a in WORDS for b in WORDS[:4]]
     gold = np.random.default_rng(0).normal(size=len(texts) // 2)
-    return [*tasks.read(str(path)), STS("sts", texts, gold)]
+    return [*eval_sets.read(str(path)), STS("sts", texts, gold)]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def searched(tmp_path_factory):
     """One of each kind that is searched or mined."""
     path = tmp_path_factory.mktemp("searched")
     directories = (beir_directory(path / "b"), un_directory(path / "u"), bucc_directory(path / "m"))
-    return [task for directory in directories for task in tasks.read(str(directory))]
+    return [task for directory in directories for task in eval_sets.read(str(directory))]
 
 
 def test_search_is_that_of_all_at_once(encoder, searched, monkeypatch):
@@ -398,7 +399,7 @@ def test_command(directory, tmp_path):
     done = command(directory, "--data", data, *sizes, "--out", out)
     assert done.returncode == 0, done.stderr
     half = Encoder.load(str(directory), "cpu", "bfloat16")
-    want = evaluate.grid(half, tasks.read(str(data)), [8, 32], [1], [8], costs=False)
+    want = evaluate.grid(half, eval_sets.read(str(data)), [8, 32], [1], [8], costs=False)
     assert done.stdout.startswith(evaluate.table(want) + "\n\n")
     assert "to_pivot" in done.stdout and "mean of 36 languages: 2 of them" in done.stdout
     stored = json.loads((out / "grid.json").read_text())
@@ -438,7 +439,7 @@ def test_command_with_a_funnel(directory, tmp_path, encoder):
     done = command(directory, "--data", beir, other, *given, *prompts, "--out", out)
     assert done.returncode == 0, done.stderr
     stored = json.loads((out / "grid.json").read_text())
-    (task,) = tasks.read(str(beir))
+    (task,) = eval_sets.read(str(beir))
     texts = {"query": "sun ", "document": "tree "}
     want = evaluate.score_funnel(encoder, task, (4, 1, 8), 20, texts)
     assert stored["funnel"] == {"small": [4, 1, 8], "shortlist": 20, "b": pytest.approx(want)}

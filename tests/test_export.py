@@ -16,7 +16,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Model
 
 from mlembed import export as exporting
-from mlembed import pretrained, tokenizer
+from mlembed import pretrained
+from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.export import export
 

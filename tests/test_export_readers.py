@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from mlembed import export as exporting
-from mlembed import tokenizer
+from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.export import PROBES, export
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from random_model import randomise
 
-from mlembed import config, funnel, tokenizer
+from mlembed import config, funnel
+from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.funnel import Funnel
 from mlembed.model import Transformer

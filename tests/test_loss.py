@@ -10,10 +10,11 @@ import torch
 
 from mlembed import config
 from mlembed.config import Loss, Model, Optim, Run
+from mlembed.data.collate import Batch
+from mlembed.data.packing import pack
 from mlembed.loss import loss_table, ranks_of, sample_rank, weights
 from mlembed.model import Transformer
 from mlembed.optim import adamw, learning_rate
-from mlembed.pack import Batch, pack
 from mlembed.runtime.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))

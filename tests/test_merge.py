@@ -11,11 +11,12 @@ import torch
 from random_model import randomise
 from transformers import AutoModel, AutoTokenizer
 
-from mlembed import config, pretrained, tokenizer
+from mlembed import config, pretrained
+from mlembed.data import tokenizer
+from mlembed.data.packing import pack
 from mlembed.encode import Encoder
 from mlembed.merge import Tables, between, main, merge, shares
 from mlembed.model import Transformer
-from mlembed.pack import pack
 from mlembed.runtime import checkpoint
 
 CFG = config.Model(

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from mlembed import config, pretrained
+from mlembed.data.packing import PackedBatch, pack
 from mlembed.model import Transformer, num_parameters
-from mlembed.pack import PackedBatch, pack
 from mlembed_kernels import infonce
 
 # A prime vocabulary; heads x head_dim = 40 is not the width 24; two query heads a key head; a

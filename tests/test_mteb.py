@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from random_model import randomise
 
-from mlembed import config, evaluate, pretrained, scores, tasks, tokenizer
+from mlembed import config, evaluate, pretrained, scores
+from mlembed.data import eval_sets, tokenizer
 from mlembed.encode import Encoder
 from mlembed.model import Transformer
 
@@ -150,7 +151,7 @@ def test_bitext(tatoeba):
             self.data_loaded = True
 
     found = {row["hf_subset"]: row for row in by_mteb(Local()).scores["test"]}
-    (task,) = tasks.read(str(directory))
+    (task,) = eval_sets.read(str(directory))
     task.groups = {(lang, ""): task.groups[lang, ""] for lang in langs}
     got = ours(task)
     for metric, name in (("accuracy", "{}_pivot"), ("f1", "f1_{}_pivot")):
@@ -198,7 +199,7 @@ def test_sts(pairs):
             self.data_loaded = True
 
     (found,) = by_mteb(Local()).scores["test"]
-    (task,) = tasks.read(str(pairs))
+    (task,) = eval_sets.read(str(pairs))
     got = ours(task)
     assert got["score"] == pytest.approx(found["cosine_spearman"], abs=AGREE)
     assert got["pearson"] == pytest.approx(found["cosine_pearson"], abs=AGREE)
@@ -282,7 +283,7 @@ def test_retrieval(beir, monkeypatch):
 
     (found,) = by_mteb(Local()).scores[split]
     with warnings.catch_warnings(action="ignore"):  # of what is nowhere
-        (task,) = tasks.read(str(beir))
+        (task,) = eval_sets.read(str(beir))
     monkeypatch.setattr(evaluate, "DOCUMENTS", 64)  # several chunks
     got = ours(task)
     for name, theirs in (
@@ -424,7 +425,7 @@ def test_a_run_by_mteb(directory, tmp_path):
     """Its results in its own layout, and in our cells, as our scores of the same text."""
     encoder = Encoder.load(str(directory), "cpu")
     path, langs = tatoeba_files(tmp_path / "tat")
-    (task,) = tasks.read(str(path))
+    (task,) = eval_sets.read(str(path))
     model = mteb_encoder.MTEBEncoder(encoder, "made/up", 8, 2, 8)
     found = mteb_encoder.evaluate(model, [local_run(task, langs)], tmp_path / "out")["LocalRun"]
     unit = torch.from_numpy(encoder.encode(task.texts, 8, 2, 8))
@@ -451,7 +452,7 @@ class Counting(Encoder):
 def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
     """In bf16, each size as if it were alone."""
     path, langs = tatoeba_files(tmp_path / "tat")
-    (task,) = tasks.read(str(path))
+    (task,) = eval_sets.read(str(path))
     monkeypatch.setattr(mteb_encoder, "tasks", lambda names: [local_run(task, langs)])
     plain = Encoder.load(str(directory), "cpu", "bfloat16")
     encoder = Counting(plain.model, plain.tokenizer, plain.max_length)

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlembed import config, optim, pretrained
+from mlembed.data.packing import pack
 from mlembed.model import Transformer
 from mlembed.optim import StochasticAdamW, adamw, rounded, to_weights
-from mlembed.pack import pack
 from mlembed.runtime import checkpoint
 
 BF16 = config.Optim(lr=1e-2, weight_decay=0.1, weights="bf16")

@@ -23,8 +23,8 @@ from transformers import (
 
 import mlembed.runtime.checkpoint
 from mlembed import config, pretrained, shapes
+from mlembed.data.packing import pack
 from mlembed.model import Transformer
-from mlembed.pack import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # As in test_model.py: prime vocabulary, heads x head_dim unlike the width, an odd theta.

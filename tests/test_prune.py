@@ -12,11 +12,12 @@ import torch
 from random_model import randomise
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
-from mlembed import config, pretrained, tokenizer
+from mlembed import config, pretrained
 from mlembed.config import shapes
+from mlembed.data import tokenizer
+from mlembed.data.packing import pack
 from mlembed.encode import Encoder
 from mlembed.model import Transformer, num_parameters
-from mlembed.pack import pack
 from mlembed.prune import Kept, choose, main, prune, pruned_config, sample, spread, target
 
 CFG = config.Model(

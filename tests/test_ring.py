@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import gloo
-from test_distributed import ALONE, training
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlembed import config, data, ring
+from mlembed import config, ring
 from mlembed.bank import Bank
+from mlembed.data import batches
+from mlembed.data.collate import Batch
 from mlembed.loss import loss_table, weights
-from mlembed.pack import Batch
 from mlembed_kernels.similarity.pairwise_lse import partition, partition_backward
+from tests.runtime.test_distributed import ALONE, training
 
 SIZES = (2, 4)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -42,7 +43,7 @@ def step(where, number, dtype, symmetric, skip, across, bank=None):
     """-> (loss_EM, gradients, the batch) as train.py does."""
     run, tables, learnt, model = training(dtype, symmetric, skip)
     run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, negatives_across=across))
-    batch = data.Batches(tables, learnt, run, where)[number]
+    batch = batches.Batches(tables, learnt, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model
     exits_END = torch.cat([wrapped(pack, rank=4) for pack in batch.packs], dim=1)
     loss_EM = loss_table(exits_END, batch, run, where, bank=bank)

@@ -9,7 +9,7 @@ import pytrec_eval
 import torch
 
 from mlembed import scores
-from mlembed.tasks import STS, Bitext, Mining, Part
+from mlembed.data.eval_sets import STS, Bitext, Mining, Part
 
 
 def test_accuracy_by_hand():

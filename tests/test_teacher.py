@@ -29,8 +29,9 @@ from transformers import (
     Qwen3Model,
 )
 
-from mlembed import sources, teacher
-from mlembed.sources import Table
+from mlembed import teacher
+from mlembed.data import tables as sources
+from mlembed.data.tables import Table
 from mlembed.teacher import Stored, Teacher, store
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from test_model import ALL_EXITS, CFG, NESTED, as_transformers, hf_exits, texts
 from torch import Tensor
 
 from mlembed.activations import Kept
+from mlembed.data.packing import pack
 from mlembed.model import Transformer
-from mlembed.pack import pack
 
 # Falling depths, some at no exit, and lengths that hurt: one token, two, a prime, a long one.
 DEPTHS = np.array([4, 4, 3, 2, 2, 1, 1])

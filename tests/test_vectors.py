@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlembed import vectors
-from mlembed.vectors import Kept, Quantiser, Texts
+from mlembed.data.formats import readers
+from mlembed.data.formats.readers import Texts
+from mlembed.vectors import Kept, Quantiser
 
 
 def written(path, content: bytes) -> str:
@@ -102,7 +104,7 @@ def test_half_characters_of_json_are_replaced_where_asked_for(tmp_path):
 
 
 def test_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr(vectors, "MANY", 3)
+    monkeypatch.setattr(readers, "MANY", 3)
     path = tmp_path / "a.parquet"
     texts = [f"text {i}\n" for i in range(10)]
     table = pa.table({"text": texts, "n": list(range(10)), "null": ["a", None] * 5})

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mlembed import config
+from mlembed.data.collate import Batch, collate
+from mlembed.data.packing import pack
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
-from mlembed.pack import Batch, collate, pack
 from mlembed.runtime.distributed import World
 
 from ..attention.cases import EPS32

@@ -68,7 +68,8 @@ def test_texts_have_the_lengths_of_their_case():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A model as the bench saves it, without the check of export: its gate is one."""
-    from mlembed import pretrained, tokenizer
+    from mlembed import pretrained
+    from mlembed.data import tokenizer
     from mlembed.export import write_sentence_transformers
 
     case, path = bench.toy(bench.CASES["short"]), tmp_path_factory.mktemp("toy") / "model"

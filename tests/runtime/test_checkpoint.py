@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 from mlembed import config, pretrained
+from mlembed.data.packing import pack
 from mlembed.model import Transformer
 from mlembed.optim import adamw
-from mlembed.pack import pack
 from mlembed.runtime import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from test_checkpoint import fresh, names, restore, save, saver, train
 
 from mlembed.runtime import checkpoint
+from tests.runtime.test_checkpoint import fresh, names, restore, save, saver, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

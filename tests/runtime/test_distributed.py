@@ -13,12 +13,13 @@ from objective_truth import HARD, OBJECTIVES, assert_close, ragged, run_of, tabl
 from processes import gloo_once
 from torch.nn.parallel import DistributedDataParallel
 
-from mlembed import config, data, tokenizer
+from mlembed import config
 from mlembed.bank import Bank
+from mlembed.data import batches, tokenizer
+from mlembed.data.tables import Table, text_id
 from mlembed.loss import loss_table, weights
 from mlembed.model import Transformer
 from mlembed.runtime.distributed import World, any_process, broadcast, fresh, gather, world
-from mlembed.sources import Table, text_id
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside
@@ -98,7 +99,7 @@ def step(where, number, dtype, symmetric, skip):
     """-> (loss_EM, gradients, (source, documents of each process, queries of all that leave early,
     own packs)) of a batch, as train.py does."""
     run, tables, learnt, model = training(dtype, symmetric, skip)
-    batch = data.Batches(tables, learnt, run, where)[number]
+    batch = batches.Batches(tables, learnt, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model
     exits_END = torch.cat([wrapped(pack, rank=4) for pack in batch.packs], dim=1)
     loss_EM = loss_table(exits_END, batch, run, where)

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed import config, layouts, sources
+from mlembed import config
+from mlembed.data import sources
+from mlembed.data.formats import layouts
 
 
 def read(path, bad_rows="refuse", **fields):

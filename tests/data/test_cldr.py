@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import pyarrow as pa
 import pytest
 
-from mlembed import cldr
+from mlembed.data import cldr
 
 MONTHS = set(calendar.month_name[1:])
 WEEKDAYS = set(calendar.day_name)
@@ -240,7 +240,7 @@ def test_same_tables_again_and_in_a_fresh_process(tables):
     assert small[1]["text"].to_pylist() != tables[1]["text"].to_pylist()  # another seed
     assert digest(cldr.build(seed=1, pairs=cldr.MIN_PAIRS)) == digest(small)
     command = (
-        "import hashlib; from mlembed import cldr; tables = cldr.build(1, cldr.MIN_PAIRS);"
+        "import hashlib; from mlembed.data import cldr; tables = cldr.build(1, cldr.MIN_PAIRS);"
         "print(hashlib.sha256(repr([t.to_pydict() for t in tables]).encode()).hexdigest())"
     )
     elsewhere = {"PYTHONHASHSEED": "12345", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Tokyo"}

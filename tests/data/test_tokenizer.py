@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from mlembed import tokenizer
+from mlembed.data import tokenizer
 
 TEXTS = [
     "Wednesday, May 4, 2050",
@@ -41,7 +41,7 @@ ODD = [
 ]
 SCRIPT = """
 import sys
-from mlembed import tokenizer
+from mlembed.data import tokenizer
 sys.stdout.write(tokenizer.train({texts!r}, 400).to_str())
 """
 

@@ -16,8 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from .runtime import cache
-from .sources import Table
+from ..runtime import cache
+from .tables import Table
 from .tokenizer import tokenize
 
 VERSION = 1  # of what is kept

@@ -12,10 +12,11 @@ import torch
 from test_batches import each_text, same
 from torch.utils.data import DataLoader, Subset
 
-from mlembed import config, sources, streams, tokenizer
-from mlembed.data import Batches, steps_of
+from mlembed import config
+from mlembed.data import sources, streams, tokenizer
+from mlembed.data.batches import Batches, steps_of
+from mlembed.data.streams import Stream
 from mlembed.runtime.distributed import World
-from mlembed.streams import Stream
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

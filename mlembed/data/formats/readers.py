@@ -8,16 +8,19 @@ import contextlib
 import csv
 import json
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     import datasets
+
 
 Row = tuple[str, dict[str, Any] | str]  # where; the row, or what is wrong with it
 Names = Callable[[list[str]], list[str]]  # which of these columns are worth reading
@@ -273,3 +276,169 @@ def of_data_set(
         for row in _python(batch):
             number += 1
             yield f"{name}:{number}", row
+
+
+MANY = 4096  # rows of parquet at once as Python objects
+BUFFER = 2**20  # bytes of parquet at once; else a row group is, which may be the whole file
+UNKNOWN = "\ufffd"
+
+
+# ---- texts ----
+
+
+@dataclass
+class Texts:
+    """The texts of a file, in order, as they are read: lines, or a column of .jsonl or .parquet.
+
+    path: "-" is standard input, of lines. column: of .jsonl and .parquet. invalid: of bytes that
+    are no UTF-8 "replace" makes U+FFFD, "refuse" an error. replaced: how many it has made so far.
+
+    A byte order mark at the beginning of a file is no part of its text. An empty line is a text; in
+    .jsonl it is none.
+
+    Raises, as it is read:
+        ValueError: what is no UTF-8, no json or no text, by file, line and reason.
+    """
+
+    path: str = "-"
+    column: str = "text"
+    invalid: str = "refuse"
+    replaced: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        if self.path == "-":
+            return (text for _, text in self._lines(sys.stdin.buffer, "standard input"))
+        kinds = {".jsonl": self._jsonl, ".parquet": self._parquet}
+        return kinds.get(_kind(Path(self.path)), self._plain)()
+
+    def check(self) -> None:
+        """ValueError where there is no such file, or it has no such column, before any work."""
+        if self.path == "-":
+            return
+        path = Path(self.path)
+        if not path.exists() or path.is_dir():  # a named pipe, or a shell's <(..), is as good
+            raise ValueError(f"input: expected a file, got {self.path}, which is none")
+        if _kind(path) == ".parquet":
+            with self._open() as file:
+                names = file.schema_arrow.names
+            if self.column not in names:
+                found = ", ".join(names)
+                raise ValueError(f"{self.path}: expected a column {self.column!r}, got {found}")
+
+    def _plain(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            for _, text in self._lines(file, self.path):
+                yield text
+
+    def _lines(self, file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.endswith(b"\n"):
+                line = line[:-1].removesuffix(b"\r")
+            where = f"{name}:{number}"
+            try:
+                yield where, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if self.invalid != "replace":
+                    raise ValueError(
+                        f"{where}: expected UTF-8, got byte 0x{line[error.start]:02x} at "
+                        f"{error.start} of the line; --invalid replace puts U+FFFD there"
+                    ) from None
+                text = line.decode("utf-8", "replace")
+                # UTF-8 synchronises itself: those that were there before are found as bytes.
+                self.replaced += text.count(UNKNOWN) - line.count(UNKNOWN.encode())
+                yield where, text
+
+    def _jsonl(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            for where, line in self._lines(file, self.path):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where}: expected json, got {error}") from None
+                if not isinstance(row, dict):
+                    got = type(row).__name__
+                    raise ValueError(f"{where}: expected an object, got {got}")
+                yield self._text(row.get(self.column), where)
+
+    def _parquet(self) -> Iterator[str]:
+        number = 0
+        with self._open() as file:
+            batches = file.iter_batches(batch_size=MANY, columns=[self.column])
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (pa.ArrowException, OSError) as error:
+                    reason = str(error).splitlines()[0]
+                    where = f"{self.path}: after row {number}"
+                    raise ValueError(f"{where}: not parquet: {reason}") from None
+                if batch is None:
+                    return
+                for value in batch.column(0):
+                    number += 1
+                    where = f"{self.path}:{number}"
+                    try:
+                        found = value.as_py()
+                    except UnicodeDecodeError as error:  # Arrow does not look
+                        found = bytes(value.as_buffer())
+                        if self.invalid != "replace":
+                            raise ValueError(
+                                f"{where}: expected UTF-8, got byte 0x{found[error.start]:02x} at "
+                                f"{error.start}; --invalid replace puts U+FFFD there"
+                            ) from None
+                        text = found.decode("utf-8", "replace")
+                        self.replaced += text.count(UNKNOWN) - found.count(UNKNOWN.encode())
+                        found = text
+                    yield self._text(found, where)
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{self.path}: not parquet: {reason}") from None
+
+    def _text(self, value: Any, where: str) -> str:
+        """json's "\\ud83d" is half a character, which no encoding holds."""
+        if not isinstance(value, str):
+            got = "none" if value is None else type(value).__name__
+            raise ValueError(f"{where}: {self.column}: expected a text, got {got}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            if self.invalid != "replace":
+                raise ValueError(
+                    f"{where}: {self.column}: expected Unicode, got a lone surrogate in "
+                    f"{value[:40]!r}; --invalid replace puts U+FFFD there"
+                ) from None
+            half = [UNKNOWN if "\ud800" <= letter <= "\udfff" else letter for letter in value]
+            self.replaced += sum(a != b for a, b in zip(half, value, strict=True))
+            return "".join(half)
+        return value
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def windows(texts: Iterable[str], most: int, characters: int) -> Iterator[list[str]]:
+    """Texts as they come, `most` at a time, or fewer, once they have so many characters.
+
+    Raises:
+        ValueError: what is no string, by its number from 0.
+    """
+    some, first, room = list[str](), 0, characters
+    for text in texts:
+        if not isinstance(text, str):
+            got = type(text).__name__
+            raise ValueError(f"text {first + len(some)}: expected a string, got {got}")
+        some.append(text)
+        room -= len(text)
+        if len(some) == most or room < 0:
+            yield some
+            some, first, room = [], first + len(some), characters
+    if some:
+        yield some

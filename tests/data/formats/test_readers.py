@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed import config, layouts, rows, sources
+from mlembed import config
+from mlembed.data import sources
+from mlembed.data.formats import layouts, readers
 
 
 def source(path, **fields):
@@ -121,7 +123,7 @@ def test_bad_lines_of_jsonl_are_skipped(line, tmp_path):
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), "str")])
 def test_parquet_by_row_groups(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MANY", 7)
+    monkeypatch.setattr(readers, "MANY", 7)
     texts = {name: pa.array([f"{name}{i}" for i in range(50)]).cast(kind) for name in "qp"}
     table = pa.table({"query": texts["q"], "positive": texts["p"], "other": [b"\xff"] * 50})
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=11)
@@ -210,7 +212,7 @@ WANT = [list(pair) for pair in zip(*ROWS.values(), strict=True)]
 
 @pytest.mark.parametrize("big", [False, True])
 def test_a_saved_data_set(big, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MANY", 7)
+    monkeypatch.setattr(readers, "MANY", 7)
     monkeypatch.setenv("MLEMBED_CACHE", str(tmp_path / "cache"))
     if big:
         monkeypatch.setattr(sources, "BIG", 0)
@@ -352,6 +354,6 @@ def test_what_cannot_be_a_stream(tmp_path):
 
 
 def test_text_of_any_kind_of_file_is_checked():
-    assert rows.is_text("a") and rows.is_text(" \U0001f44b ")
+    assert readers.is_text("a") and readers.is_text(" \U0001f44b ")
     for odd in ("", " \t\n\u3000", "\ud83d", "a\udc00", None, 3, b"a", ["a"], np.str_("")):
-        assert not rows.is_text(odd)
+        assert not readers.is_text(odd)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mlembed.pack import budgeted, collate, pack, packs, shared_out
+from mlembed.data.collate import collate
+from mlembed.data.packing import budgeted, pack, packs, shared_out
 from mlembed_kernels import Work
 
 # One token, a prime, equal neighbours, a long one: boundaries off by one show in each.

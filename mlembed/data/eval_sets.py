@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from . import layouts, rows, sources
+from . import sources
+from .formats import layouts, readers
 
 PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # what each language is matched with
 UN = re.compile(r"un\.([^.-]+)-([^.-]+)\.([^.-]+)")
@@ -185,8 +186,8 @@ def read(source: str) -> list[Task]:
         return [sts(path)]
     if path.suffix == ".tsv" and path.parent.name == "qrels" and path.is_file():
         return [retrieval(path.parents[1], path.stem)]
-    (path,) = rows.files_of(source)
-    layout, found = layouts.recognised(rows.of_file(path, layouts.worth_reading))
+    (path,) = readers.files_of(source)
+    layout, found = layouts.recognised(readers.of_file(path, layouts.worth_reading))
     if isinstance(layout, layouts.Layout):
         raise ValueError(f"{path}: expected an n-way table with columns id, lang, text")
     records = list(layouts.nway_rows(found, layouts.Report(path.stem)))
@@ -491,14 +492,14 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
 
 def _documents(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """(file:line, id, title, text) of a .jsonl file. A text may be empty, not missing."""
-    for where, row in rows.of_file(path):
+    for where, row in readers.of_file(path):
         if isinstance(row, str):
             raise ValueError(f"{where}: {row}")
         key: Any = row.get("_id")
         key = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
         title, text = row.get("title") or "", row.get("text")
         for name, value in (("_id", key), ("title", title), ("text", text)):
-            if not isinstance(value, str) or rows.SURROGATE.search(value):
+            if not isinstance(value, str) or readers.SURROGATE.search(value):
                 raise ValueError(f"{where}: {name}: expected text, got {value!r}")
         yield where, key, str(title), str(text)
 

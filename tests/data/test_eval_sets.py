@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed import tasks
+from mlembed.data import eval_sets
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 LANGS = {"deu": "x{}x", "fra": "le {} {}"}
@@ -22,7 +22,7 @@ def tatoeba_directory(path):
 
 
 def test_tatoeba(tmp_path):
-    (task,) = tasks.read(str(tatoeba_directory(tmp_path / "tat")))
+    (task,) = eval_sets.read(str(tatoeba_directory(tmp_path / "tat")))
     assert task.name == "tat" and set(task.groups) == {("deu", ""), ("fra", "")}
     a, b = task.groups["fra", ""]
     assert [task.texts[i] for i in b] == WORDS
@@ -34,7 +34,7 @@ def test_tatoeba_lines_end_where_files_say(tmp_path):
     odd = ["a\u2028b", "c\x85d", "e\x0cf\x1cg", "", "h"]
     (tmp_path / "tatoeba.abc-eng.abc").write_bytes(("\r\n".join(odd) + "\r\n").encode())
     (tmp_path / "tatoeba.abc-eng.eng").write_text("1\n2\n3\n4\n5\n")
-    (task,) = tasks.read(str(tmp_path))
+    (task,) = eval_sets.read(str(tmp_path))
     a, b = task.groups["abc", ""]
     assert [task.texts[i] for i in a] == odd
     assert [task.texts[i] for i in b] == list("12345")
@@ -45,7 +45,7 @@ def test_tatoeba_of_unequal_length(lines, tmp_path):
     directory = tatoeba_directory(tmp_path / "tat")
     (directory / "tatoeba.deu-eng.deu").write_text(lines)
     with pytest.raises(ValueError) as caught:
-        tasks.read(str(directory))
+        eval_sets.read(str(directory))
     assert "tatoeba.deu-eng.deu: expected as many lines as tatoeba.deu-eng.eng" in str(caught.value)
     assert f"got {lines.count(chr(10))} and 10" in str(caught.value)
 
@@ -54,12 +54,12 @@ def test_tatoeba_with_a_side_missing(tmp_path):
     directory = tatoeba_directory(tmp_path / "tat")
     (directory / "tatoeba.deu-eng.deu").unlink()
     with pytest.raises(ValueError, match=r"expected tatoeba\.deu-eng\.deu beside it, found none"):
-        tasks.read(str(directory))
+        eval_sets.read(str(directory))
     only = tmp_path / "only"
     only.mkdir()
     (only / "tatoeba.deu-eng.deu").write_text("a\n")
     with pytest.raises(ValueError, match=r"only: expected tatoeba\.xxx-eng\.eng, found none"):
-        tasks.read(str(only))
+        eval_sets.read(str(only))
 
 
 ROWS = [
@@ -82,7 +82,7 @@ def test_nway_tables(suffix, key, tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
-    (task,) = tasks.read(str(path))
+    (task,) = eval_sets.read(str(path))
     pairs = {
         group: [(task.texts[i], task.texts[j]) for i, j in zip(*sides, strict=True)]
         for group, sides in task.groups.items()
@@ -99,7 +99,7 @@ def test_nway_keeps_kinds_apart():
         for kind in ("date", "name")
         for lang in ("en", "de")
     ]
-    task = tasks.nway("n", rows)
+    task = eval_sets.nway("n", rows)
     assert {g: task.texts[b[0]] for g, (_, b) in task.groups.items()} == {
         ("de", "date"): "date en",
         ("de", "name"): "name en",
@@ -108,29 +108,29 @@ def test_nway_keeps_kinds_apart():
 
 def test_nway_errors(tmp_path):
     with pytest.raises(ValueError, match="n: expected English .* among the languages"):
-        tasks.nway("n", [row for row in ROWS if row["lang"] != "eng"])
+        eval_sets.nway("n", [row for row in ROWS if row["lang"] != "eng"])
     with pytest.raises(ValueError, match="n: expected one text .* another of '1' in eng"):
-        tasks.nway("n", [*ROWS, ROWS[0] | {"text": "ocean"}])
+        eval_sets.nway("n", [*ROWS, ROWS[0] | {"text": "ocean"}])
     with pytest.raises(ValueError, match="n: expected ids shared with eng, found none"):
-        tasks.nway("n", ROWS[:2] + ROWS[5:])
+        eval_sets.nway("n", ROWS[:2] + ROWS[5:])
     path = tmp_path / "p.jsonl"
     path.write_text('{"query": "a", "positive": "b"}\n')
     with pytest.raises(ValueError, match=r"p\.jsonl: expected an n-way table"):
-        tasks.read(str(path))
+        eval_sets.read(str(path))
     with pytest.raises(ValueError, match="nothing, which does not exist"):
-        tasks.read(str(tmp_path / "nothing"))
+        eval_sets.read(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"none\.csv, which does not exist"):
-        tasks.read(str(tmp_path / "none.csv"))
+        eval_sets.read(str(tmp_path / "none.csv"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected tatoeba.*found none"):
-        tasks.read(str(tmp_path / "empty"))
+        eval_sets.read(str(tmp_path / "empty"))
 
 
 def test_sts_csv(tmp_path):
     path = tmp_path / "s.csv"
     long = "f" * 200_000  # more than the csv module takes by default
     path.write_text(f'sentence1,sentence2,score,x\n"a, b",c,4.5,1\n"d\ne",{long},0,2\n')
-    (task,) = tasks.read(str(path))
+    (task,) = eval_sets.read(str(path))
     assert task.name == "s" and task.texts == ["a, b", "c", "d\ne", long]
     assert task.scores.tolist() == [4.5, 0.0]
 
@@ -152,24 +152,24 @@ def test_sts_csv(tmp_path):
 def test_sts_csv_errors(content, message, tmp_path):
     (tmp_path / "s.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
-        tasks.read(str(tmp_path / "s.csv"))
+        eval_sets.read(str(tmp_path / "s.csv"))
 
 
 def test_a_directory_of_tasks(tmp_path):
     (tmp_path / "b.csv").write_text("sentence1,sentence2,score\na,b,1\n")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "notes.md").write_text("x")
-    assert [task.name for task in tasks.read(str(tmp_path))] == ["a", "b"]
+    assert [task.name for task in eval_sets.read(str(tmp_path))] == ["a", "b"]
 
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "tatoeba.deu-eng.eng").write_text("sea\nsun\n")
     (tmp_path / "tatoeba.deu-eng.deu").write_bytes(b"Meer\nOst\xff\n")
     with pytest.raises(ValueError, match=r"tatoeba\.deu-eng\.deu: not UTF-8 at byte 8"):
-        tasks.read(str(tmp_path))
+        eval_sets.read(str(tmp_path))
     (tmp_path / "bad.csv").write_bytes(b"sentence1,sentence2,score\n\xe9,b,1\n")
     with pytest.raises(ValueError, match=r"bad\.csv: not UTF-8 at byte 26"):
-        tasks.read(str(tmp_path / "bad.csv"))
+        eval_sets.read(str(tmp_path / "bad.csv"))
 
 
 def test_two_tasks_of_one_name(tmp_path):
@@ -179,18 +179,18 @@ def test_two_tasks_of_one_name(tmp_path):
         (tmp_path / folder).mkdir()
         files.append(tmp_path / folder / "dev.jsonl")
         files[-1].write_text("\n".join(map(json.dumps, rows)))
-    assert len(tasks.read_all([str(files[0])])) == 1
+    assert len(eval_sets.read_all([str(files[0])])) == 1
     with pytest.raises(ValueError, match="distinct file or directory names, got dev, dev"):
-        tasks.read_all([str(file) for file in files])
+        eval_sets.read_all([str(file) for file in files])
 
 
 def test_a_mark_at_the_start_is_no_text(tmp_path):
     (tmp_path / "tatoeba.abc-eng.abc").write_bytes("\ufeffa\n\ufeffb\n".encode())
     (tmp_path / "tatoeba.abc-eng.eng").write_text("1\n2\n")
-    (task,) = tasks.read(str(tmp_path))
+    (task,) = eval_sets.read(str(tmp_path))
     assert task.texts == ["a", "\ufeffb", "1", "2"] and task.tatoeba
     (tmp_path / "s.csv").write_bytes("\ufeffsentence1,sentence2,score\na,b,1\n".encode())
-    assert tasks.read(str(tmp_path / "s.csv"))[0].texts == ["a", "b"]
+    assert eval_sets.read(str(tmp_path / "s.csv"))[0].texts == ["a", "b"]
 
 
 # ---- BUCC ----
@@ -222,7 +222,7 @@ def bucc(path, splits=("dev", "test"), gold=("dev",), pair="de-en"):
     ],
 )
 def test_bucc(splits, gold, tuned, reported, tmp_path):
-    (task,) = tasks.read(str(bucc(tmp_path / "b", splits, gold)))
+    (task,) = eval_sets.read(str(bucc(tmp_path / "b", splits, gold)))
     assert task.name == "b" and task.splits == {"de": (tuned, reported)}
     for part, split in zip(task.parts["de"], (tuned, reported), strict=True):
         assert task.texts[part.source][1] == f"de {split}-1\ttabs stay"
@@ -233,7 +233,7 @@ def test_bucc(splits, gold, tuned, reported, tmp_path):
 
 def test_bucc_of_several_languages(tmp_path):
     bucc(bucc(tmp_path / "b"), pair="zh-en")
-    (task,) = tasks.read(str(tmp_path / "b"))
+    (task,) = eval_sets.read(str(tmp_path / "b"))
     assert list(task.parts) == ["de", "zh"]
     assert task.texts[task.parts["zh"][0].target][0] == "en dev-0\ttabs stay"
 
@@ -254,12 +254,12 @@ def test_bucc_errors(file, content, message, tmp_path):
     path = bucc(tmp_path / "b") / f"de-en.{file}"
     path.write_text(content) if content is not None else path.unlink()
     with pytest.raises(ValueError, match=message):
-        tasks.read(str(tmp_path / "b"))
+        eval_sets.read(str(tmp_path / "b"))
 
 
 def test_bucc_needs_gold_to_tune_on(tmp_path):
     with pytest.raises(ValueError, match=r"expected de-en\.dev\.gold or .*training\.gold"):
-        tasks.read(str(bucc(tmp_path / "b", gold=("test",))))
+        eval_sets.read(str(bucc(tmp_path / "b", gold=("test",))))
 
 
 # ---- a pool ----
@@ -277,7 +277,7 @@ def un(path, pool=("Mehr", "Sonne", "Mehr", "")):
 
 
 def test_un(tmp_path):
-    (task,) = tasks.read(str(un(tmp_path / "un")))
+    (task,) = eval_sets.read(str(un(tmp_path / "un")))
     assert task.name == "un" and list(task.sides) == ["de", "fr"]
     side = task.sides["de"]
     assert (side.queries, side.answers) == (["sea", "sun"], ["Meer", "Sonne"])
@@ -292,20 +292,20 @@ def test_un_errors(tmp_path):
     path = un(tmp_path / "a")
     (path / "un.en-fr.fr").write_text("lune\nsoleil\n")
     with pytest.raises(ValueError, match=r"un\.en-fr\.en: expected as many lines as un\.en-fr\.fr"):
-        tasks.read(str(path))
+        eval_sets.read(str(path))
     path = un(tmp_path / "b")
     (path / "un.en-fr.fr").unlink()
     with pytest.raises(ValueError, match=r"un\.en-fr\.en: expected un\.en-fr\.fr beside it"):
-        tasks.read(str(path))
+        eval_sets.read(str(path))
     path = un(tmp_path / "c")
     (path / "un.en-fr.es").write_text("luna\n")
     with pytest.raises(ValueError, match=r"un\.en-fr\.es: expected \.en or \.fr at its end"):
-        tasks.read(str(path))
+        eval_sets.read(str(path))
     path = un(tmp_path / "d")
     for side in ("ru", "fr"):
         (path / f"un.ru-fr.{side}").write_text("x\n")
     with pytest.raises(ValueError, match=r"expected one file towards fr, got another"):
-        tasks.read(str(path))
+        eval_sets.read(str(path))
 
 
 # ---- BEIR ----
@@ -331,7 +331,7 @@ def beir(path, corpus=CORPUS, queries=QUERIES, **splits):
 
 
 def test_beir(tmp_path):
-    (task,) = tasks.read(str(beir(tmp_path / "b")))
+    (task,) = eval_sets.read(str(beir(tmp_path / "b")))
     assert task.name == "b"
     assert task.queries == ["sea?", "moon?"]  # the other has no judgements
     documents = ["The sea is wet.", "the sun", "the moon", "only a title"]
@@ -347,17 +347,17 @@ def test_beir(tmp_path):
 def test_splits_of_beir(tmp_path):
     other = "query-id\tcorpus-id\tscore\nq1\td10\t1\n"
     path = beir(tmp_path / "b", test=QRELS, train=other)
-    assert tasks.read(str(path))[0].queries == ["sea?", "moon?"]
-    (task,) = tasks.read(str(path / "qrels" / "train.tsv"))
+    assert eval_sets.read(str(path))[0].queries == ["sea?", "moon?"]
+    (task,) = eval_sets.read(str(path / "qrels" / "train.tsv"))
     assert (task.name, task.queries) == ("b-train", ["sun?"])
-    assert tasks.read(str(beir(tmp_path / "one", dev=other)))[0].queries == ["sun?"]
+    assert eval_sets.read(str(beir(tmp_path / "one", dev=other)))[0].queries == ["sun?"]
     two = beir(tmp_path / "two", dev=QRELS, train=other)
     with pytest.raises(ValueError, match=r"expected qrels/test\.tsv, or one other .* got dev, tra"):
-        tasks.read(str(two))
+        eval_sets.read(str(two))
     # A directory of them, beside files.
     (tmp_path / "s.csv").write_text("sentence1,sentence2,score\na,b,1\n")
     (two / "qrels" / "dev.tsv").unlink()
-    assert [task.name for task in tasks.read(str(tmp_path))] == ["b", "one", "s", "two"]
+    assert [task.name for task in eval_sets.read(str(tmp_path))] == ["b", "one", "s", "two"]
 
 
 @pytest.mark.parametrize(
@@ -380,20 +380,22 @@ def test_splits_of_beir(tmp_path):
 )
 def test_beir_errors(what, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        tasks.read(str(beir(tmp_path / "b", **what)))
+        eval_sets.read(str(beir(tmp_path / "b", **what)))
 
 
 def test_judged_documents_that_the_corpus_lacks(tmp_path):
     """As in ArguAna: said, and never found."""
     path = beir(tmp_path / "b", corpus=CORPUS[:3])
     with pytest.warns(UserWarning, match=r"test\.tsv: judged documents .* lacks, .*: 1, first 'é'"):
-        (task,) = tasks.read(str(path))
+        (task,) = eval_sets.read(str(path))
     assert task.judged.tolist() == [[0, 0, 2], [0, 1, 0], [1, 2, 1], [1, 3, -1]]
     assert len(task.order_N) == 3
 
 
 def test_documents_of_a_querys_own_id(tmp_path):
-    (task,) = tasks.read(str(beir(tmp_path / "b", corpus=[*CORPUS, {"_id": "q2", "text": "x"}])))
+    (task,) = eval_sets.read(
+        str(beir(tmp_path / "b", corpus=[*CORPUS, {"_id": "q2", "text": "x"}]))
+    )
     assert task.own_Q.tolist() == [-1, 4]
 
 
@@ -402,8 +404,8 @@ def test_beir_with_a_file_missing(tmp_path):
         path = beir(tmp_path / name)
         (path / f"{name}.jsonl").unlink()
         with pytest.raises(ValueError, match=rf"expected {name}\.jsonl, found none"):
-            tasks.read(str(path))
+            eval_sets.read(str(path))
     path = beir(tmp_path / "qrels")
     (path / "qrels" / "test.tsv").unlink()
     with pytest.raises(ValueError, match=r"expected qrels/test\.tsv.*got none"):
-        tasks.read(str(path))
+        eval_sets.read(str(path))

@@ -8,7 +8,7 @@ Letters: G groups, N texts, L layers.
 
 import numpy as np
 
-from . import config
+from .. import config
 
 
 def drawn(

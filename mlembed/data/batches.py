@@ -20,15 +20,17 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from . import config, depth
-from .pack import Batch, collate
-from .runtime.distributed import World
-from .sources import Table
+from .. import config
+from ..runtime.distributed import World
+from . import depth
+from .collate import Batch, collate
 from .streams import Stream, name_of
+from .tables import Table
 from .tokens import Tokens, tokenised
 
 if TYPE_CHECKING:
-    from .teacher import Stored
+    from ..teacher import Stored
+
 
 # First numbers of seeds: an order, permutations, and each batch's texts and depths.
 ORDER, ITEMS, TEXTS, DEPTHS = 2, 3, 4, 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlembed import config
-from mlembed.depth import drawn, enabled, runs, skip_probabilities
+from mlembed.data.depth import drawn, enabled, runs, skip_probabilities
 
 
 def rng(seed=0):

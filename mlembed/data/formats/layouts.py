@@ -21,8 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from . import rows
-from .rows import SCORES, Row, is_text
+from . import readers
+from .readers import SCORES, Row, is_text
 
 SHOWN = 50  # bad rows that a report lists; all are counted
 PEEK = 1000  # rows in which a layout has to show itself
@@ -36,7 +36,7 @@ class Report:
     name: str
     skip: bool = False
     """Whether bad rows are left out; otherwise the first is an error."""
-    rows: int = 0
+    readers: int = 0
     items: int = 0
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
@@ -179,8 +179,8 @@ class Corpus:
 
     def _chunks(self) -> Iterator[pa.Array]:
         some: list[str] = []
-        for (file,) in [rows.files_of(self.path)]:
-            for where, row in rows.of_file(file):
+        for (file,) in [readers.files_of(self.path)]:
+            for where, row in readers.of_file(file):
                 if isinstance(row, str):
                     raise ValueError(f"{where}: {row}")
                 name = next((n for n in ("_id", "doc_id", "docid", "id") if n in row), "_id")

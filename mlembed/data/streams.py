@@ -21,8 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from . import config, rows, sources
-from .layouts import Item
+from .. import config
+from . import sources, tables
+from .formats import readers
+from .formats.layouts import Item
 from .tokenizer import tokenize
 
 WINDOW = 8192  # items
@@ -32,7 +34,7 @@ WINDOWS = 6  # first number of the seed of a window's permutation
 def name_of(source: config.Source) -> str:
     """As in logs: the source's own, or that of its file, directory or data set."""
     path = Path(source.path)
-    own = path.stem if path.suffix in rows.SUFFIXES else path.name
+    own = path.stem if path.suffix in readers.SUFFIXES else path.name
     return source.name or "-".join(filter(None, (own, source.subset)))
 
 
@@ -40,7 +42,7 @@ def task_of(source: config.Source) -> str:
     """One of `config.TASKS`. auto: bitext of parallel files, retrieval otherwise."""
     if source.task != "auto":
         return source.task
-    return "bitext" if rows.parallel_files(source.path) else "retrieval"
+    return "bitext" if readers.parallel_files(source.path) else "retrieval"
 
 
 class Stream:
@@ -156,8 +158,8 @@ class Stream:
             items = [item for w in touched for item in self.windows[w]]
             texts = [t for item in items for t in (item.query, item.positive, *item.negatives)]
             starts = np.cumsum([0, *(2 + len(item.negatives) for item in items)])
-            numbers = np.array([sources.text_id(text) for text in texts])
-            self.linked = touched, sources.linked(numbers, starts), starts
+            numbers = np.array([tables.text_id(text) for text in texts])
+            self.linked = touched, tables.linked(numbers, starts), starts
         _, ids, starts = self.linked
         before = np.cumsum([0, *(len(self.windows[w]) for w in touched)])
         at = np.concatenate([before[touched.index(w)] + some for w, some in parts])

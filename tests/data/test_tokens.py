@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from mlembed import config, tokenizer, tokens
+from mlembed import config
+from mlembed.data import tokenizer, tokens
+from mlembed.data.tables import Table
+from mlembed.data.tokens import tokenised
 from mlembed.runtime import cache as stored
-from mlembed.sources import Table
-from mlembed.tokens import tokenised
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 WORDS += ["Straße", "мир", "海", "ملح"]
@@ -281,8 +282,8 @@ import hashlib, json, sys, time
 from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
-from mlembed import tokens
-from mlembed.sources import Table
+from mlembed.data import tokens
+from mlembed.data.tables import Table
 tokens.FEW = 0
 texts = json.loads(Path(sys.argv[1]).read_text())
 own = Tokenizer.from_file(sys.argv[2])

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from mlembed import config, data, teacher, tokenizer
-from mlembed.data import Batches
+from mlembed import config, teacher
+from mlembed.data import tokenizer
+from mlembed.data.batches import Batches, some_of, steps_of
+from mlembed.data.tables import Table, text_id
 from mlembed.runtime.cache import Writer
 from mlembed.runtime.distributed import World
-from mlembed.sources import Table, text_id
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -326,7 +327,7 @@ def test_an_nway_table_counts_half_its_texts(make):
     nway = Table("nway", True, texts, np.arange(3000) // 30, starts)
     batches = make([nway, pairs("p", 500)], batch_size=1, steps=3000, source_alpha=1.0)
     assert chi_square(batches.order, np.array([0.75, 0.25])) < 10.8
-    assert data.steps_of(config.Run(epochs=1.0, batch_size=7), [nway]) == 215  # 1500 / 7
+    assert steps_of(config.Run(epochs=1.0, batch_size=7), [nway]) == 215  # 1500 / 7
 
 
 def test_sources_are_drawn_by_their_weights(make):
@@ -379,8 +380,8 @@ def test_epochs_are_as_many_items_as_there_are(tables):
         (3.0, 1, 5, 20),
     ):
         run = config.Run(epochs=epochs, batch_size=B, gradient_accumulation_steps=more)
-        assert data.steps_of(run, tables) == want
-    assert data.steps_of(config.Run(steps=77), tables) == 77
+        assert steps_of(run, tables) == want
+    assert steps_of(config.Run(steps=77), tables) == 77
 
 
 def test_no_sources_is_an_error(make):
@@ -430,7 +431,7 @@ def test_draws_are_even_and_have_no_repetition():
     """Every ordered choice of k from n as often as any other: chi-square, against all of them."""
     rng = np.random.default_rng(0)
     for n, K in ((5, 3), (4, 4), (2, 2), (6, 1)):
-        drawn = data.some_of(np.full(24_000, n), K, rng)
+        drawn = some_of(np.full(24_000, n), K, rng)
         found = Counter(map(tuple, drawn.tolist()))
         cells = list(permutations(range(n), K))
         assert set(found) == set(cells)
@@ -443,14 +444,14 @@ def test_draws_are_even_and_have_no_repetition():
 def test_draws_of_ragged_counts():
     counts = np.array([0, 1, 2, 7, 1000, 3, 0])
     for K in (0, 1, 3, 9):
-        drawn = data.some_of(counts, K, np.random.default_rng(1))
+        drawn = some_of(counts, K, np.random.default_rng(1))
         assert drawn.shape == (7, K) and drawn.dtype == np.int64
         for row, n in zip(drawn.tolist(), counts.tolist(), strict=True):
             k = min(K, n)
             assert row[k:] == [-1] * (K - k)
             assert len(set(row[:k])) == k and all(0 <= i < n for i in row[:k])
-    assert data.some_of(np.zeros(0, dtype=np.int64), 2, np.random.default_rng(0)).shape == (0, 2)
-    pairs = Counter(map(tuple, np.sort(data.some_of(np.full(900, 4), 2, np.random.default_rng(2)))))
+    assert some_of(np.zeros(0, dtype=np.int64), 2, np.random.default_rng(0)).shape == (0, 2)
+    pairs = Counter(map(tuple, np.sort(some_of(np.full(900, 4), 2, np.random.default_rng(2)))))
     assert set(pairs) == set(combinations(range(4), 2))
 
 
@@ -520,7 +521,7 @@ def test_texts_are_cut_to_max_length(make, tables, learnt):
 # ---- ids ----
 
 SCRIPT = (
-    "from mlembed.sources import text_id; print(text_id('Meer'), text_id('n', '7'), text_id(''))"
+    "from mlembed.data.tables import text_id;print(text_id('Meer'), text_id('n', '7'), text_id(''))"
 )
 
 

@@ -6,67 +6,37 @@ of them are drawn as query and positive. layouts.py has the layouts.
 """
 
 import functools
-import hashlib
 import json
 import re
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from . import cldr, config, layouts, rows
+from .. import config
+from ..config import strict
+from ..runtime import cache
+from . import cldr
 from .cldr import normalise
-from .config import strict
-from .layouts import Corpus, Item, Layout, Report
-from .rows import Row
-from .runtime import cache
+from .formats import layouts, readers
+from .formats.layouts import Corpus, Item, Layout, Report
+from .formats.readers import Row
+from .tables import MIN_SCORE, Table, _nothing, _nway, _pairs, _Part
 
 VERSION = 2  # of what is stored of a source
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
-MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SPOOL = "spool.arrow"  # texts before it is known which stay
 BadRows = Literal["refuse", "skip"]
-
-
-@dataclass(frozen=True)
-class Table:
-    """One source as text. Item i owns texts[starts[i]:starts[i + 1]].
-
-    Of a pair table these are the query, the positive, then any hard negatives; of an n-way table,
-    translations. Texts with equal `ids` are never each other's negatives.
-    """
-
-    name: str
-    nway: bool
-    texts: Sequence[str]  # a list, or memory-mapped
-    ids: np.ndarray  # int64 [texts]
-    starts: np.ndarray  # int64 [items + 1]
-    source: config.Source = config.Source(path="text")
-    task: str = "retrieval"  # one of config.TASKS
-    scores: np.ndarray | None = None  # float32 [items] in 0..1, of task sts
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
 
 
 @functools.cache
 def cldr_tables() -> tuple[pa.Table, pa.Table]:
     """The built-in text (train pairs, held-out n-way table), built once a process."""
     return cldr.build()
-
-
-def text_id(*parts: str) -> int:
-    """A 63-bit id of a text, the same in every process and on every machine."""
-    digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 # ---- sources as they are named ----
@@ -136,27 +106,12 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         reason = str(error)
         raise ValueError(reason if where in reason else f"{where}: {reason}") from None
     beside = str(mixture.parent / source.path)
-    here = Path(beside).exists() or rows.parallel_files(beside)
-    if source.path != "cldr" and (here or Path(beside).suffix in rows.SUFFIXES):
+    here = Path(beside).exists() or readers.parallel_files(beside)
+    if source.path != "cldr" and (here or Path(beside).suffix in readers.SUFFIXES):
         source = replace(source, path=beside)
     if source.corpus:
         source = replace(source, corpus=str(mixture.parent / source.corpus))
     return source
-
-
-# ---- reading ----
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What becomes one table: a file, parallel files, a data set, the built-in text."""
-
-    name: str
-    where: str
-    rows: Callable[[], Iterator[Row]]
-    files: list[Path] = field(default_factory=list)
-    parallel: bool = False
-    layout: Layout | None = None  # where it needs no recognising
 
 
 def _parts(source: config.Source) -> list[_Part]:
@@ -164,17 +119,17 @@ def _parts(source: config.Source) -> list[_Part]:
     if source.path == "cldr":
         pairs = cldr_tables()[0]
         return [_Part(source.name or "cldr", "cldr", lambda: _arrow_rows(pairs))]
-    if rows.is_data_set(path) or path.is_dir() and source.subset:
+    if readers.is_data_set(path) or path.is_dir() and source.subset:
         return [_data_set(source)]
     if path.exists():
-        files = rows.files_of(source.path)
+        files = readers.files_of(source.path)
         return [_file(file, source, alone=len(files) == 1) for file in files]
-    if by_code := rows.parallel_files(source.path):
+    if by_code := readers.parallel_files(source.path):
         codes, files = list(by_code), list(by_code.values())
-        lines = functools.partial(rows.of_parallel, by_code, source.path)
+        lines = functools.partial(readers.of_parallel, by_code, source.path)
         two = Layout(codes[0], codes[1], ()) if len(codes) == 2 else None
         return [_Part(source.name or path.name, source.path, lines, files, True, two)]
-    if path.suffix in rows.SUFFIXES or not HUB_ID.fullmatch(source.path):
+    if path.suffix in readers.SUFFIXES or not HUB_ID.fullmatch(source.path):
         raise ValueError(
             f"data: expected a file, directory, `name` of parallel files or hub id, got "
             f"{source.path}, which does not exist"
@@ -190,16 +145,16 @@ def _file(file: Path, source: config.Source, alone: bool) -> _Part:
     name = file.stem if not source.name else source.name
     if source.name and not alone:
         name = f"{source.name}/{file.stem}"
-    read_it = functools.partial(rows.of_file, file, layouts.worth_reading)
+    read_it = functools.partial(readers.of_file, file, layouts.worth_reading)
     return _Part(name, str(file), read_it, [file])
 
 
 def _data_set(source: config.Source) -> _Part:
-    found = rows.data_set(source.path, source.subset, source.split, source.streaming)
+    found = readers.data_set(source.path, source.subset, source.split, source.streaming)
     name = "-".join(filter(None, (Path(source.path).name, source.subset)))
     # Of a stream there are none: what is not on disk is not stored either.
     files = [Path(file["filename"]) for file in getattr(found, "cache_files", [])]
-    read_it = functools.partial(rows.of_data_set, found, source.path, layouts.worth_reading)
+    read_it = functools.partial(readers.of_data_set, found, source.path, layouts.worth_reading)
     return _Part(source.name or name, source.path, read_it, files)
 
 
@@ -362,142 +317,3 @@ def _make(
         table = _pairs(part, valid, report, task, source.cap, held_out, directory)
     report.items = len(table)
     return replace(table, task=task), report
-
-
-def _pairs(
-    part: _Part,
-    found: Iterator[Item],
-    report: Report,
-    task: str,
-    cap: int,
-    held_out: AbstractSet[str],
-    directory: Path | None,
-) -> Table:
-    texts: list[str] | cache.Writer = cache.Writer(directory / SPOOL) if directory else []
-    numbers, sizes, pairs, scores = array("q"), array("q"), array("q"), array("d")
-    for item in found:
-        parts = [item.query, item.positive, *item.negatives]
-        if held_out and any(normalise(text) in held_out for text in parts):
-            report.held_out += len(parts)
-            continue
-        own = [text_id(text) for text in parts]
-        texts.extend(parts)
-        numbers.extend(own)
-        sizes.append(len(parts))
-        pairs.append(text_id(f"{own[0]} {own[1]}"))
-        scores.append(np.nan if item.score is None else item.score)
-    number, size, score = (np.array(values) for values in (numbers, sizes, scores))
-    if (score > 1).any():
-        score = score / 5
-    kept = _new(pairs)
-    report.duplicates = int((~kept).sum())
-    if task != "sts":
-        low = kept & (score < MIN_SCORE)  # which a missing one, NaN, is not
-        report.by_score = int(low.sum())
-        kept &= ~low
-    kept = _capped(kept, cap, part.name, report)
-    if not kept.any():
-        raise _nothing(part.where, report, nway=False)
-    rows_kept = np.flatnonzero(np.repeat(kept, size))
-    starts = np.concatenate([[0], np.cumsum(size[kept])])
-    ids = linked(number[rows_kept], starts)
-    table = Table(part.name, False, _selected(texts, rows_kept), ids, starts)
-    return replace(table, scores=score[kept].astype(np.float32)) if task == "sts" else table
-
-
-def _nway(
-    part: _Part,
-    found: Iterator[Row],
-    report: Report,
-    cap: int,
-    held_out: AbstractSet[str],
-    directory: Path | None,
-) -> Table:
-    texts: list[str] | cache.Writer = cache.Writer(directory / SPOOL) if directory else []
-    keys, whole = array("q"), array("q")
-    for row in layouts.nway_rows(found, report):
-        if held_out and normalise(row["text"]) in held_out:
-            report.held_out += 1
-            continue
-        texts.extend([row["text"]])
-        keys.append(text_id(part.name, row["id"]))
-        whole.append(text_id(row["id"], row["lang"], row["text"]))
-    kept = _new(whole)
-    report.duplicates = int((~kept).sum())
-    key, first, group = np.unique(np.array(keys), return_index=True, return_inverse=True)
-    order = np.argsort(first)  # ids in the order in which they come
-    key, group = key[order], np.argsort(order)[group]
-    count = np.bincount(group[kept], minlength=len(key))
-    report.alone = int((count == 1).sum())
-    several = _capped(count > 1, cap, part.name, report)
-    if not several.any():
-        raise _nothing(part.where, report, nway=True)
-    kept &= several[group]
-    rows_kept = np.flatnonzero(kept)[np.argsort(group[kept], kind="stable")]
-    size = count[several]
-    starts = np.concatenate([[0], np.cumsum(size)])
-    ids = np.repeat(key[several], size)
-    return Table(part.name, True, _selected(texts, rows_kept), ids, starts)
-
-
-def _new(values: array) -> np.ndarray:
-    """Which values had not been there before -> bool [values]."""
-    new = np.zeros(len(values), dtype=bool)
-    new[np.unique(np.array(values), return_index=True)[1]] = True
-    return new
-
-
-def _capped(kept: np.ndarray, cap: int, name: str, report: Report) -> np.ndarray:
-    """At most `cap` of what is kept: a function of these and the name alone."""
-    places = np.flatnonzero(kept)
-    report.by_cap = max(0, len(places) - cap) if cap else 0
-    if not report.by_cap:
-        return kept
-    capped = np.zeros_like(kept)
-    capped[np.random.default_rng([0, text_id(name)]).choice(places, cap, replace=False)] = True
-    return capped
-
-
-def _selected(texts: list[str] | cache.Writer, kept: np.ndarray) -> Sequence[str]:
-    """The texts of these rows, in their order; of a spool, in texts.arrow beside it."""
-    if isinstance(texts, list):
-        return [texts[row] for row in kept.tolist()]
-    spool = texts.close()
-    chosen = cache.Writer(spool.path.with_name("texts.arrow"))
-    for begin in range(0, len(kept), cache.CHUNK):
-        # One by one: Arrow's take would copy all texts into one array first, each time.
-        chosen.extend([spool[row] for row in kept[begin : begin + cache.CHUNK].tolist()])
-    spool.path.unlink()
-    return chosen.close()
-
-
-def linked(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Ids of the texts of a pair table, equal for all that pairs link, directly or by others.
-
-    Two queries with the same positive, or two positives of the same query (a name in two
-    languages, two passages that answer), would be false negatives of each other. A group's id is
-    the number of the first of its texts.
-
-    Args:
-        numbers: int64 [texts], equal for equal texts.
-    """
-    _, first, place = np.unique(numbers, return_index=True, return_inverse=True)
-    queries, positives = place[starts[:-1]], place[starts[:-1] + 1]
-    links = coo_array((np.ones(len(queries)), (queries, positives)), shape=(len(first),) * 2)
-    groups, group = connected_components(links, directed=False)
-    earliest = np.full(groups, len(numbers))
-    np.minimum.at(earliest, group, first)
-    return numbers[earliest][group][place]
-
-
-def _nothing(where: str, report: Report, nway: bool) -> ValueError:
-    """Why a source has no items."""
-    wanted = "rows"
-    if report.bad < report.rows:
-        wanted = "ids with two texts or more" if nway else "pairs"
-    if report.by_score:
-        wanted = f"pairs with a score of {MIN_SCORE} or more"
-    elif report.held_out:
-        wanted += " without texts of the evaluation"
-    first = f"; {report.bad} bad ones, first {report.bad_rows[0]}" if report.bad else ""
-    return ValueError(f"{where}: expected {wanted}, found none{first}")
