@@ -27,22 +27,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mlembed import (
-    arguments,
-    charts,
-    config,
-    evaluate,
-    gradcache,
-    guards,
-    prepare,
-    pretrained,
-    resume,
-)
+from mlembed import arguments, charts, config, evaluate, gradcache, guards, prepare, resume
 from mlembed.activations import Kept
 from mlembed.bank import Bank
 from mlembed.config import strict
 from mlembed.data import tokenizer
-from mlembed.data.batches import Batch, Batches, steps_of
+from mlembed.data.batches import Batches, steps_of
+from mlembed.data.collate import Batch
 from mlembed.data.depth import enabled
 from mlembed.distill import Distiller, rows_of
 from mlembed.encode import Encoder
@@ -50,7 +41,8 @@ from mlembed.engine import Engine
 from mlembed.engine import first_bad as first_bad_gradient
 from mlembed.export import export
 from mlembed.loss import loss_table, ranks_of, weights
-from mlembed.model import Transformer, num_parameters
+from mlembed.modeling import pretrained, vocabulary
+from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed.optim import adamw, learning_rate, to_weights
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
@@ -132,7 +124,7 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     model = prepare.build(run, found, learnt, batches, where).to(where.device)
     to_weights(model, run.optim)
     if where.main:
-        pretrained.warn_beyond_break_even(model.cfg)
+        vocabulary.warn_beyond_break_even(model.cfg)
     run = replace(run, model=model.cfg)
     half = prepare.bf16(run, where.device)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")

@@ -30,7 +30,7 @@ from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 
 from . import harness, loader
 from .worker import say

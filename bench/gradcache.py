@@ -35,7 +35,7 @@ from mlembed.data.collate import Batch
 from mlembed.data.packing import PackedBatch
 from mlembed.engine import Engine
 from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw, to_weights
 from mlembed.runtime.distributed import World
 

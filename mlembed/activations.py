@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import config
 from .data.packing import PackedBatch, pack
-from .model import Transformer, mode
+from .modeling.transformer import Transformer, mode
 
 SIZES = 256, 512  # tokens of the probe: two points of a line
 

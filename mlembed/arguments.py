@@ -11,9 +11,10 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from . import config, shapes
+from . import config
 from .config import recipes, strict
 from .data import sources
+from .modeling import hf_config
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -48,7 +49,7 @@ def parse(args: Sequence[str]) -> config.Run:
     finder.add_argument("--init", default=base.init if name in recipes.RECIPES else "")
     init = finder.parse_known_args(rest)[0].init
     if init and not helping:  # the checkpoint's shape is what further keys override
-        model = shapes.from_checkpoint(shapes.resolve(init), base.model)
+        model = hf_config.from_checkpoint(hf_config.resolve(init), base.model)
         longest = min(base.max_length, model.max_position_embeddings)
         base = dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
     said = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}

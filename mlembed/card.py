@@ -19,7 +19,7 @@ from .config import strict
 from .data import streams
 from .encode import Encoder
 from .languages import language
-from .model import num_parameters
+from .modeling.transformer import num_parameters
 from .runtime import log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .encode import Encoder
-from .model import num_parameters
+from .modeling.transformer import num_parameters
 
 SHORT = "A man is playing the guitar in front of a small crowd."
 PACK = 32  # texts in the first pack; memory is of this one

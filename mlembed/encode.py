@@ -25,13 +25,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import pretrained, shapes, vectors
+from . import vectors
 from .data import tokenizer
 from .data.formats import readers
+from .modeling import hf_config, pretrained
+from .modeling.packed_forward import OneDevice, Window, process, progress_bar
 from .runtime import log
 from .runtime.workers import Workers, ahead, device_of
 from .vectors import Quantiser
-from .windows import OneDevice, Window, process, progress_bar
 
 WINDOW = 32_768  # texts of a window at most
 CHARACTERS = 8_000_000  # of a window's texts, but for the last of them
@@ -64,7 +65,7 @@ class Encoder(OneDevice):
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         where = device_of(device)
-        directory = shapes.resolve(source)
+        directory = hf_config.resolve(source)
         model = pretrained.load(str(directory), dtype=getattr(torch, dtype))
         text_to_ids = tokenizer.load(directory)
         most = model.cfg.max_position_embeddings

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import config
 from .data.packing import PackedBatch
-from .model import Transformer
+from .modeling.transformer import Transformer
 from .runtime.distributed import World
 
 

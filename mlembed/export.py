@@ -36,11 +36,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import card, pretrained, to_onnx
+from . import card, to_onnx
 from .config import Model
 from .data import tokenizer
 from .encode import Encoder
-from .model import Transformer
+from .modeling import pretrained
+from .modeling.transformer import Transformer
 from .runtime import log
 from .runtime.files import atomic_directory
 

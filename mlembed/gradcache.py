@@ -27,7 +27,7 @@ from . import config
 from .activations import Kept, recomputed
 from .data.packing import PackedBatch
 from .engine import Engine
-from .model import Transformer
+from .modeling.transformer import Transformer
 
 Forward = Callable[[int, bool], Tensor]  # (number of the pack, sync) -> exits_END of it
 SHARE = 0.8  # of what the probe finds free: the rest is for the loss, buckets and fragments

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from .config import strict
 from .encode import Encoder
-from .model import num_parameters
+from .modeling.transformer import num_parameters
 
 
 class Passes:

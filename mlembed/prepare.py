@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from mlembed_kernels.attention.attention import WIDTHS
 
-from . import config, evaluate, pretrained, shapes
+from . import config, evaluate
 from .data import sources, tokenizer
 from .data.batches import Batches
 from .data.cldr import normalise
@@ -23,7 +23,8 @@ from .data.formats import layouts
 from .data.streams import name_of
 from .data.tables import MIN_SCORE, Table
 from .distill import Distiller
-from .model import Transformer
+from .modeling import hf_config, pretrained
+from .modeling.transformer import Transformer
 from .runtime.distributed import World, any_process
 from .teacher import Stored, Teacher
 
@@ -105,7 +106,7 @@ def prompts(run: config.Run) -> dict[str, str]:
 def text_to_ids(run: config.Run, found: Path | None, text: Text) -> Tokenizer:
     """The tokenizer of a checkpoint of this run, of `init`, a named one, or one learnt."""
     if given := found or run.init or run.tokenizer:
-        return tokenizer.load(shapes.resolve(str(given)))
+        return tokenizer.load(hf_config.resolve(str(given)))
     if not text.tables:
         raise ValueError("tokenizer: expected one, or init, where all text is streamed, got none")
     return tokenizer.train((t for table in text.tables for t in table.texts), run.model.vocab_size)
@@ -117,7 +118,7 @@ def build(
     """The model of a checkpoint of this run, of `init`, or with random weights."""
     torch.manual_seed(run.seed)
     if found:
-        return pretrained.load(str(found), shapes.from_checkpoint(found, run.model))
+        return pretrained.load(str(found), hf_config.from_checkpoint(found, run.model))
     if not run.init:
         size = learnt.get_vocab_size()
         if run.tokenizer:  # a checkpoint's table may have more rows than its tokenizer has tokens

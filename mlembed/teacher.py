@@ -23,9 +23,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import shapes
 from .data import sources
 from .data.tables import Table
+from .modeling import hf_config
 from .runtime import files, log
 
 SLICE = 8192  # texts between two movements of the progress bar
@@ -132,7 +132,7 @@ def _weights(source: str) -> str:
     """What sentence-transformers is to open. ValueError for nothing there, and for pickled weights:
     of the whole model, or of one of its modules, for which it would open them."""
     try:
-        directory = shapes.resolve(source)
+        directory = hf_config.resolve(source)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from None
     folders = {path.parent for path in directory.rglob("*.safetensors")}

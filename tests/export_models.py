@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.encode import Encoder
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 
 TRAINED_ON = [
     "Wednesday, May 4, 2050",

@@ -9,9 +9,10 @@ import torch
 from random_model import randomise
 from test_funnel import build
 
-from mlembed import cost, pretrained
+from mlembed import cost
 from mlembed.encode import Encoder
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 
 MIB = 2**20
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from random_model import randomise
 
-from mlembed import config, encode, pretrained
+from mlembed import config, encode
 from mlembed.data import tokenizer
 from mlembed.data.packing import budgeted
 from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 from mlembed.vectors import Quantiser
 
 TEXTS = [

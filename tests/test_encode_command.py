@@ -20,9 +20,10 @@ import pytest
 import tyro
 from test_encode import MAX_LENGTH, build
 
-from mlembed import encode, pretrained
+from mlembed import encode
 from mlembed.data import tokenizer
 from mlembed.encode import Encoder, main
+from mlembed.modeling import pretrained
 from mlembed.vectors import Quantiser
 
 TEXTS = [

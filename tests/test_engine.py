@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.engine import Engine, first_bad, local
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw
 from mlembed.runtime.distributed import World
 

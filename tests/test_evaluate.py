@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from random_model import randomise
 
-from mlembed import config, evaluate, pretrained, scores
+from mlembed import config, evaluate, scores
 from mlembed.data import eval_sets, tokenizer
 from mlembed.data.eval_sets import STS, Bitext
 from mlembed.encode import Encoder
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 LANGS = {"deu": "x{}x", "fra": "le {} {}"}

@@ -8,7 +8,7 @@ from mlembed import config, funnel
 from mlembed.data import tokenizer
 from mlembed.encode import Encoder
 from mlembed.funnel import Funnel
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from mlembed.config import Loss, Model, Optim, Run
 from mlembed.data.collate import Batch
 from mlembed.data.packing import pack
 from mlembed.loss import loss_table, ranks_of, sample_rank, weights
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw, learning_rate
 from mlembed.runtime.distributed import World
 

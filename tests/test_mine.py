@@ -11,14 +11,15 @@ from random_model import randomise
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
-from mlembed import config, mine, pretrained
+from mlembed import config, mine
 from mlembed.data import sources, tokenizer
 from mlembed.data.formats import layouts
 from mlembed.data.sources import tables_of
 from mlembed.encode import Encoder
 from mlembed.export import export
 from mlembed.mine import Column, Options, gather, main, write
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "один", "два", "три", "四", "五"]
 MARGINS = Options(top=20, negatives=5)

@@ -16,10 +16,11 @@ import torch
 from datasets import Dataset
 from random_model import randomise
 
-from mlembed import config, evaluate, pretrained, scores
+from mlembed import config, evaluate, scores
 from mlembed.data import eval_sets, tokenizer
 from mlembed.encode import Encoder
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 
 mteb = pytest.importorskip("mteb")
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS  # noqa: E402

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlembed import config, optim, pretrained
+from mlembed import config, optim
 from mlembed.data.packing import pack
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import StochasticAdamW, adamw, rounded, to_weights
 from mlembed.runtime import checkpoint
 

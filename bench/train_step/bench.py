@@ -20,7 +20,7 @@ from torch import Tensor
 from mlembed import config
 from mlembed.activations import Kept, recomputed
 from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw, to_weights
 from mlembed.runtime.distributed import World
 

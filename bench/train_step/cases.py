@@ -41,7 +41,7 @@ from mlembed.config import recipes, shapes
 from mlembed.data.collate import Batch, collate
 from mlembed.data.depth import drawn
 from mlembed.data.packing import PackedBatch
-from mlembed.model import num_parameters
+from mlembed.modeling.transformer import num_parameters
 from mlembed_kernels import Occurrences
 
 from ..embed import stream

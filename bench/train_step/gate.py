@@ -19,7 +19,7 @@ from mlembed import config
 from mlembed.data.collate import Batch, collate
 from mlembed.data.packing import pack
 from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 
 from ..attention.cases import EPS32

@@ -19,7 +19,7 @@ from bench import report, worker
 from bench.train_step import cases
 from bench.train_step import gate as checked
 from mlembed.activations import Kept
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

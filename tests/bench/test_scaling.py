@@ -14,7 +14,7 @@ from bench.train_step import cases
 from mlembed import config, ring
 from mlembed.data.collate import collate
 from mlembed.loss import loss_table
-from mlembed.model import Transformer, num_parameters
+from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed.runtime import distributed
 from mlembed.runtime.distributed import World
 

@@ -8,8 +8,9 @@ import shlex
 import pytest
 from transformers import Qwen3Config
 
-from mlembed import arguments, config, shapes
+from mlembed import arguments, config
 from mlembed.config import Loss, Model, Optim, Run, recipes, strict
+from mlembed.modeling import hf_config
 
 # ---- recipes and overrides ----
 
@@ -416,7 +417,7 @@ def qwen3_directory(path, style, theta=1_000_000.0, **changes):
 @pytest.mark.parametrize("style", [4, 5])
 def test_shape_of_a_transformers_checkpoint(style, tmp_path):
     directory = qwen3_directory(tmp_path, style)
-    model = shapes.from_checkpoint(directory, Model(ranks=(8, 16), pooling="mean"))
+    model = hf_config.from_checkpoint(directory, Model(ranks=(8, 16), pooling="mean"))
     for name, value in SHAPE.items():
         assert getattr(model, name) == value, name
     assert model.rope_theta == 1_000_000.0 and type(model.rope_theta) is float
@@ -427,7 +428,7 @@ def test_shape_of_a_transformers_checkpoint(style, tmp_path):
 @pytest.mark.parametrize("style", [4, 5])
 def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
     directory = qwen3_directory(tmp_path, style, is_causal=False)
-    assert shapes.from_checkpoint(directory, Model()).causal is False
+    assert hf_config.from_checkpoint(directory, Model()).causal is False
 
 
 @pytest.mark.parametrize(
@@ -444,30 +445,30 @@ def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
 def test_variants_that_the_model_has_not_are_refused(style, changes, words, tmp_path):
     directory = qwen3_directory(tmp_path, style, **changes)
     with pytest.raises(ValueError) as caught:
-        shapes.from_checkpoint(directory, Model())
+        hf_config.from_checkpoint(directory, Model())
     assert str(directory) in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(ValueError, match=r"expected a checkpoint directory with config\.json"):
-        shapes.from_checkpoint(tmp_path, Model())
+        hf_config.from_checkpoint(tmp_path, Model())
     for source in (str(tmp_path / "none"), "./none", "just_a_name", "a/b/c"):
         with pytest.raises(ValueError, match="neither"):
-            shapes.resolve(source)
+            hf_config.resolve(source)
 
 
 def test_a_directory_of_ours_gives_back_exactly_what_was_saved(tmp_path):
     saved = Model(exits=(3, 4), matryoshka_dims=(5, 256), ranks=(7, 9), pooling="cls")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    (tmp_path / shapes.NESTING).write_text(json.dumps({"model": strict.to_dict(saved)}))
-    assert shapes.from_checkpoint(tmp_path, Model()) == saved
-    (tmp_path / shapes.NESTING).write_text(json.dumps({"model": {"exitz": [1]}}))
-    with pytest.raises(ValueError, match=f"{shapes.NESTING}.*exitz.*near.*exits"):
-        shapes.from_checkpoint(tmp_path, Model())
-    (tmp_path / shapes.NESTING).write_text("{}")
-    with pytest.raises(ValueError, match=shapes.NESTING):
-        shapes.from_checkpoint(tmp_path, Model())
+    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": strict.to_dict(saved)}))
+    assert hf_config.from_checkpoint(tmp_path, Model()) == saved
+    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": {"exitz": [1]}}))
+    with pytest.raises(ValueError, match=f"{hf_config.NESTING}.*exitz.*near.*exits"):
+        hf_config.from_checkpoint(tmp_path, Model())
+    (tmp_path / hf_config.NESTING).write_text("{}")
+    with pytest.raises(ValueError, match=hf_config.NESTING):
+        hf_config.from_checkpoint(tmp_path, Model())
 
 
 @pytest.mark.parametrize("stored", ["flash_attn", None])
@@ -475,9 +476,9 @@ def test_what_computes_attention_is_not_the_checkpoints(stored, tmp_path):
     """It belongs to a machine: what was trained by a package loads where that is missing."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     model = {"attention": stored} if stored else {}
-    (tmp_path / shapes.NESTING).write_text(json.dumps({"model": model}))
-    assert shapes.from_checkpoint(tmp_path, Model()).attention == "auto"
-    assert shapes.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
+    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": model}))
+    assert hf_config.from_checkpoint(tmp_path, Model()).attention == "auto"
+    assert hf_config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
     run = arguments.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
     assert run.model.attention == "varlen"
 

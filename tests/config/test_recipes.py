@@ -12,12 +12,13 @@ import pytest
 import torch
 from random_model import randomise
 
-from mlembed import config, pretrained
+from mlembed import config
 from mlembed.arguments import parse
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
 from mlembed.config.shapes import SHAPES
 from mlembed.data import tokenizer
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from train import train
 

@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from test_batches import each_text, same
 from torch.utils.data import DataLoader, Subset
 
 from mlembed import config
@@ -17,6 +16,7 @@ from mlembed.data import sources, streams, tokenizer
 from mlembed.data.batches import Batches, steps_of
 from mlembed.data.streams import Stream
 from mlembed.runtime.distributed import World
+from tests.data.test_batches import each_text, same
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mlembed import config, pretrained
+from mlembed import config
 from mlembed.data.packing import pack
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw
 from mlembed.runtime import checkpoint
 
@@ -375,9 +376,10 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from mlembed import config, pretrained
+from mlembed import config
+from mlembed.modeling import pretrained
 from mlembed.runtime import checkpoint, files
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw
 
 directory, limit, background = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mlembed import config, pretrained
-from mlembed.model import Transformer
+from mlembed import config
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
 from mlembed.optim import adamw
 from mlembed.runtime import checkpoint
 from mlembed.runtime.distributed import World, world

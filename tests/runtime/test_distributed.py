@@ -18,7 +18,7 @@ from mlembed.bank import Bank
 from mlembed.data import batches, tokenizer
 from mlembed.data.tables import Table, text_id
 from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World, any_process, broadcast, fresh, gather, world
 
 ALONE = World(0, 1, torch.device("cpu"))

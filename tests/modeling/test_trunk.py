@@ -8,12 +8,12 @@ import pytest
 import torch
 from pairwise import all_pairs
 from random_model import randomise
-from test_model import ALL_EXITS, CFG, NESTED, as_transformers, hf_exits, texts
 from torch import Tensor
 
 from mlembed.activations import Kept
 from mlembed.data.packing import pack
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
+from tests.modeling.test_transformer import ALL_EXITS, CFG, NESTED, as_transformers, hf_exits, texts
 
 # Falling depths, some at no exit, and lengths that hurt: one token, two, a prime, a long one.
 DEPTHS = np.array([4, 4, 3, 2, 2, 1, 1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlembed.config.shapes import SHAPES
-from mlembed.model import Transformer, num_parameters
+from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed_kernels.attention.attention import WIDTHS
 
 # Published totals; GTE's are those of BERT with its pooler, which its mean pooling does without.

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_bert import ALL_EXITS, LENGTHS, NESTED, POOLINGS, build, texts
 from torch import Tensor
 
 from mlembed.activations import Kept
 from mlembed.data.packing import pack
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
+from tests.modeling.test_bert import ALL_EXITS, LENGTHS, NESTED, POOLINGS, build, texts
 
 DEPTHS = np.array([3, 3, 2, 1, 1])
 

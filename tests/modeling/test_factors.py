@@ -17,9 +17,11 @@ from random_model import randomise
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed import config, pretrained
-from mlembed.model import Transformer, num_parameters
-from mlembed.pretrained import cached_factors, factorise, warn_beyond_break_even
+from mlembed import config
+from mlembed.modeling import hf_config, pretrained
+from mlembed.modeling import vocabulary as vocabulary_module
+from mlembed.modeling.transformer import Transformer, num_parameters
+from mlembed.modeling.vocabulary import cached_factors, factorise, warn_beyond_break_even
 
 CFG = config.Model(
     vocab_size=101,
@@ -95,7 +97,7 @@ def test_chunks_of_rows_change_nothing(weighted, monkeypatch):
     given = counts if weighted else None
     U, W = factorise(table, 11, given)
     for elements in (1, 24 * 100, 24 * 7):  # a row at a time, all but one, seven
-        monkeypatch.setattr(pretrained, "CHUNK", elements)
+        monkeypatch.setattr(vocabulary_module, "CHUNK", elements)
         left, right = factorise(table, 11, given)
         torch.testing.assert_close(left, U, rtol=0, atol=1e-6)
         torch.testing.assert_close(right, W, rtol=0, atol=1e-6)
@@ -255,7 +257,7 @@ def test_any_change_is_computed_anew(cache, computed):
 def test_another_version_is_computed_anew(cache, computed, monkeypatch):
     table, _ = falling(31, 8)
     cached_factors(table, 3)
-    monkeypatch.setattr(pretrained, "CACHED", pretrained.CACHED + 1)
+    monkeypatch.setattr(vocabulary_module, "CACHED", vocabulary_module.CACHED + 1)
     cached_factors(table, 3)
     assert len(computed) == 2
 
@@ -289,7 +291,7 @@ def test_factors_of_another_shape_or_name_are_replaced(cache, computed):
     other = cached_factors(falling(101, 24, seed=1)[0], 11)  # of the right shape, so only the key
     first, second = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for damage in (
-        lambda: pretrained._write_factors(first, want[0][:, :5].contiguous(), want[1][:5]),
+        lambda: vocabulary_module._write_factors(first, want[0][:, :5].contiguous(), want[1][:5]),
         lambda: save_file({"U": want[0]}, first),
         lambda: save_file({"U": want[0], "W": want[1]}, first),  # without a digest
         lambda: first.write_bytes(second.read_bytes()),
@@ -327,7 +329,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, compu
 
 FULL = """
 import resource, sys, torch
-from mlembed.pretrained import cached_factors
+from mlembed.modeling.vocabulary import cached_factors
 table = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 U, W = cached_factors(table, 64)
@@ -357,7 +359,7 @@ def test_where_it_is_kept(tmp_path, monkeypatch):
 RACE = """
 import sys, time, torch
 from pathlib import Path
-from mlembed import pretrained
+from mlembed.modeling import pretrained
 table = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
 me, go = Path(sys.argv[1]), Path(sys.argv[2])
 torch.nn.functional.relu(table)
@@ -396,14 +398,14 @@ def test_processes_that_race_end_with_a_whole_file(cache, tmp_path, computed):
     assert int(first) > 1 and int(second) > 1 and one == two
     table = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     (file,) = cache.iterdir()
-    assert pretrained._digest("", *cached_factors(table, 64)) == one and not computed
+    assert vocabulary_module._digest("", *cached_factors(table, 64)) == one and not computed
 
 
 # ---- load ----
 
 
 def saved_by_transformers(directory):
-    hf = randomise(Qwen3Model(Qwen3Config(**pretrained.hf_config(CFG))))
+    hf = randomise(Qwen3Model(Qwen3Config(**hf_config.hf_config(CFG))))
     table, counts = falling(101, 24)
     hf.embed_tokens.weight.data = table
     hf.save_pretrained(directory)

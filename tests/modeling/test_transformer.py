@@ -10,9 +10,10 @@ from random_model import randomise
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
-from mlembed import config, pretrained
+from mlembed import config
 from mlembed.data.packing import PackedBatch, pack
-from mlembed.model import Transformer, num_parameters
+from mlembed.modeling import hf_config, pretrained
+from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed_kernels import infonce
 
 # A prime vocabulary; heads x head_dim = 40 is not the width 24; two query heads a key head; a
@@ -47,7 +48,7 @@ def texts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[np.ndarray]
 
 def as_transformers(model: Transformer, rank: int | None = None) -> Qwen3Model:
     """The same weights in transformers' class, every name matched."""
-    hf = Qwen3Model(Qwen3Config(**pretrained.hf_config(model.cfg))).eval()
+    hf = Qwen3Model(Qwen3Config(**hf_config.hf_config(model.cfg))).eval()
     weights = {n: w for n, w in model.state_dict().items() if not n.startswith("embed_tokens.")}
     weights["embed_tokens.weight"] = model.embed_tokens.table(rank).detach()
     hf.load_state_dict(weights, strict=True)

@@ -12,13 +12,15 @@ import torch
 from random_model import randomise
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
-from mlembed import config, pretrained
+from mlembed import config
 from mlembed.config import shapes
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
 from mlembed.encode import Encoder
-from mlembed.model import Transformer, num_parameters
-from mlembed.prune import Kept, choose, main, prune, pruned_config, sample, spread, target
+from mlembed.modeling import hf_config, pretrained
+from mlembed.modeling.prune import Kept, choose, prune, pruned_config, spread
+from mlembed.modeling.transformer import Transformer, num_parameters
+from mlembed.prune import main, sample, target
 
 CFG = config.Model(
     vocab_size=101,
@@ -243,7 +245,7 @@ def test_activation_scores_are_means_over_tokens():
     with torch.no_grad():
         for i, layer in enumerate(model.layers):  # the stream of trained models grows
             layer.mlp.down_proj.weight *= 3.0**i
-    hf = Qwen3Model(Qwen3Config(**pretrained.hf_config(CFG))).eval()
+    hf = Qwen3Model(Qwen3Config(**hf_config.hf_config(CFG))).eval()
     hf.load_state_dict(model.state_dict())
     behind_last, inner = [], [[] for _ in range(5)]
     hf.layers[-1].register_forward_hook(lambda m, a, out: behind_last.append(out))

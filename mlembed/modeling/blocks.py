@@ -20,47 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mlembed_kernels import Occurrences, embed
-
-from . import config
-
-
-class Vocabulary(nn.Module):
-    """Token embedding U[ids, :r] W[:r] (ranks given) or a plain table `weight` (no ranks)."""
-
-    def __init__(self, cfg: config.Model) -> None:
-        super().__init__()
-        self.ranks = cfg.ranks
-        V, D = cfg.vocab_size, cfg.hidden_size
-        if self.ranks:
-            self.U = nn.Parameter(torch.empty(V, self.ranks[-1]))
-            self.W = nn.Parameter(torch.empty(self.ranks[-1], D))
-        else:
-            self.weight = nn.Parameter(torch.empty(V, D))
-
-    def forward(
-        self, ids_T: Tensor, rank: int | None, occurrences: Occurrences | None = None
-    ) -> Tensor:
-        """-> [T, D] in the weights' dtype, or autocast's."""
-        if self.ranks:
-            rank = self.ranks[-1] if rank is None else rank
-            return embed(ids_T, self.U, self.W, rank, occurrences=occurrences)
-        V = len(self.weight)
-        if occurrences is not None and not 0 <= occurrences.lowest <= occurrences.highest < V:
-            found = f"{occurrences.lowest}..{occurrences.highest}"
-            raise ValueError(f"ids: expected tokens in 0..{V - 1}, got {found}")
-        rows_TD = F.embedding(ids_T, self.weight)
-        if torch.is_autocast_enabled(ids_T.device.type):
-            return rows_TD.to(torch.get_autocast_dtype(ids_T.device.type))
-        return rows_TD
-
-    def table(self, rank: int | None = None) -> Tensor:
-        """The merged table E(r) [V, D]. ValueError for a rank that is not stored."""
-        if not self.ranks:
-            return self.weight.clone()
-        rank = self.ranks[-1] if rank is None else rank
-        ids = torch.arange(len(self.U), device=self.U.device)
-        return embed(ids, self.U, self.W, rank, impl="reference")
+from .. import config
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -11,12 +11,15 @@ import torch
 from random_model import randomise
 from transformers import AutoModel, AutoTokenizer
 
-from mlembed import config, pretrained
+from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
 from mlembed.encode import Encoder
-from mlembed.merge import Tables, between, main, merge, shares
-from mlembed.model import Transformer
+from mlembed.merge import main, shares
+from mlembed.modeling import pretrained
+from mlembed.modeling.merge import merge
+from mlembed.modeling.transformer import Transformer
+from mlembed.modeling.vocabulary import Tables, between
 from mlembed.runtime import checkpoint
 
 CFG = config.Model(
@@ -268,7 +271,7 @@ def test_models_with_one_basis_are_merged_rank_by_rank():
 
 
 def test_inner_products_of_tables_in_chunks(monkeypatch):
-    monkeypatch.setattr("mlembed.merge.ROWS", 13)
+    monkeypatch.setattr("mlembed.modeling.vocabulary.ROWS", 13)
     models = [random(NESTED, seed) for seed in range(3)]
     tables = Tables()
     for t, model in zip((1.0, 0.4, 0.3), models, strict=True):

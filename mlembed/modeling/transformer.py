@@ -27,10 +27,11 @@ from torch.utils.checkpoint import (
 
 from mlembed_kernels import Work, attention
 
-from . import config
-from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, Vocabulary, wide
-from .config import strict
-from .data.packing import Kept, PackedBatch
+from .. import config
+from ..config import strict
+from ..data.packing import Kept, PackedBatch
+from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, wide
+from .vocabulary import Vocabulary
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 

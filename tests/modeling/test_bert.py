@@ -25,11 +25,12 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from mlembed import config, pretrained, shapes
+from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.model import Transformer, num_parameters
+from mlembed.modeling import hf_config, pretrained
+from mlembed.modeling.transformer import Transformer, num_parameters
 
 # A prime vocabulary, heads of width 6, an MLP of a prime width, an epsilon that counts.
 CFG = config.Model(
@@ -133,7 +134,7 @@ def equal(model: Transformer, hf, pooling: str, rank=None) -> None:
 def test_reads_what_transformers_writes(kind, pooling, tmp_path):
     hf = randomise(HF[kind]())
     hf.save_pretrained(tmp_path)
-    cfg = shapes.from_checkpoint(tmp_path, config.Model(pooling="mean"))
+    cfg = hf_config.from_checkpoint(tmp_path, config.Model(pooling="mean"))
     assert cfg.position_offset == (2 if kind == "xlm-roberta" else 0) and cfg.style == "bert"
     assert cfg.max_position_embeddings == 31 and cfg.layer_norm_eps == 1e-3 and not cfg.causal
     model = pretrained.load(str(tmp_path), replace(cfg, pooling=pooling))
@@ -166,7 +167,7 @@ def test_transformers_reads_what_we_write(pooling, offset, cfg, tmp_path):
 def test_reads_what_transformers_writes_and_transformers_reads_it_again(tmp_path):
     hf = randomise(HF["xlm-roberta"]())
     hf.save_pretrained(tmp_path / "theirs")
-    cfg = shapes.from_checkpoint(tmp_path / "theirs", CFG)
+    cfg = hf_config.from_checkpoint(tmp_path / "theirs", CFG)
     (tmp_path / "ours").mkdir()
     pretrained.save(pretrained.load(str(tmp_path / "theirs"), cfg), tmp_path / "ours")
     again = AutoModel.from_pretrained(tmp_path / "ours", local_files_only=True)
@@ -206,7 +207,7 @@ def test_prefixes_heads_and_old_names(tmp_path):
 def test_pooling_of_a_plain_checkpoint(asked, given, tmp_path):
     HF["bert"]().save_pretrained(tmp_path)
     start = replace(CFG, pooling=asked)
-    assert shapes.from_checkpoint(tmp_path, start).pooling == given
+    assert hf_config.from_checkpoint(tmp_path, start).pooling == given
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from mlembed import attention_interface
+from mlembed.modeling import attention_interface
 
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 # transformers 5.24 has another name for it, and warns of the old one.

@@ -7,28 +7,23 @@ A training checkpoint (checkpoint.py), which has the weights in shards under our
 merged table, is read as well.
 """
 
-import hashlib
 import json
-import os
-import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import config, shapes
-from .config import strict
-from .model import Transformer
-from .runtime.files import SHARDS, flush
+from .. import config
+from ..config import strict
+from ..runtime.files import SHARDS
+from .hf_config import NESTING, from_checkpoint, hf_config, resolve, sentence_pooling
+from .transformer import Transformer
+from .vocabulary import cached_factors
 
 FACTORS = "mlembed_factors.safetensors"
-CACHED = 1  # version of what `factorise` computes and how the cache holds it
-CHUNK = 2**23  # elements of a table in float64 at once: 64 MiB
 # Modules of ours and of Hugging Face's BERT, XLM-R and RoBERTa: outside of layers, and in them.
 OUTSIDE = {
     "embed_tokens": "embeddings.word_embeddings",
@@ -51,73 +46,6 @@ OURS = {theirs: ours for ours, theirs in (OUTSIDE | INSIDE).items()}
 HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."  # of tasks: not the encoder's
 
 
-def hf_config(cfg: config.Model) -> dict[str, Any]:
-    """The `config.json` of this shape as Qwen3, BERT or XLM-R, readable by transformers 4 and 5.
-
-    XLM-R's positions are behind its padding token's, so `pad_token_id` says where they begin; no
-    text may hold that token. Of Qwen3's rotary base transformers 5 reads `rope_parameters`; 4 reads
-    `rope_theta` and would otherwise fall back to 10,000 without a word, so both are written.
-    """
-    return _bert_config(cfg) if cfg.style == "bert" else _qwen3_config(cfg)
-
-
-def _bert_config(cfg: config.Model) -> dict[str, Any]:
-    kind = ("XLMRobertaModel", "xlm-roberta") if cfg.position_offset else ("BertModel", "bert")
-    return {
-        "architectures": [kind[0]],
-        "model_type": kind[1],
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "num_hidden_layers": cfg.num_hidden_layers,
-        "num_attention_heads": cfg.num_attention_heads,
-        "intermediate_size": cfg.intermediate_size,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": cfg.dropout,
-        "attention_probs_dropout_prob": 0.0,
-        "max_position_embeddings": cfg.position_offset + cfg.max_position_embeddings,
-        "type_vocab_size": cfg.type_vocab_size,
-        "layer_norm_eps": cfg.layer_norm_eps,
-        "position_embedding_type": "absolute",
-        "pad_token_id": max(0, cfg.position_offset - 1),
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "use_cache": False,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-    }
-
-
-def _qwen3_config(cfg: config.Model) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3Model"],
-        "model_type": "qwen3",
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "num_hidden_layers": cfg.num_hidden_layers,
-        "num_attention_heads": cfg.num_attention_heads,
-        "num_key_value_heads": cfg.num_key_value_heads,
-        "head_dim": cfg.head_dim,
-        "intermediate_size": cfg.intermediate_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": cfg.max_position_embeddings,
-        "max_window_layers": cfg.num_hidden_layers,
-        "layer_types": ["full_attention"] * cfg.num_hidden_layers,
-        "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-        "is_causal": cfg.causal,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-    }
-
-
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of an encoder (one file, several, or a training checkpoint's shards) by our own
     names. Heads of tasks and buffers of positions, which are no weights, are left out.
@@ -126,7 +54,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         ValueError: none there; or only pickles, which run code when they are read.
     """
     if any(directory.glob(SHARDS)):
-        from .runtime.checkpoint import read  # with all of torch.distributed: a second
+        from ..runtime.checkpoint import read  # with all of torch.distributed: a second
 
         found = read(directory, "model.")
         return {name.removeprefix("model."): tensor for name, tensor in found.items()}
@@ -173,140 +101,6 @@ def hf_name(name: str, cfg: config.Model) -> str:
     return f"{OUTSIDE[module]}.{kind}"
 
 
-# ---- the vocabulary's factors ----
-
-
-def factorise(table: Tensor, rank: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Truncated SVD of E [V, D] -> U [V, R] and W [R, D] in fp32, best directions first (ML-Embed).
-
-    Minimises sum_v c_v |E_v - U_v W|^2, with c_v = counts_v + 1, or 1 without counts: the more
-    often a token occurs, the nearer it is kept, and none is given up. For rows W that are
-    orthonormal the best U_v is E_v W^T, whatever c_v, and what it misses is
-    sum_v c_v |E_v|^2 - tr(W G W^T) with G = sum_v c_v E_v^T E_v = E^T C E, least for the
-    eigenvectors of G of the largest eigenvalues: those of the SVD of sqrt(C) E. The first r
-    columns and rows are therefore the factors of rank r.
-
-    G [D, D] is summed in float64 by chunks of rows, as V is far larger than D. An eigenvector's
-    sign is arbitrary: its largest component is made positive.
-
-    Args:
-        table: [V, D], any floating dtype.
-        rank: 1..D.
-        counts: [V], how often each token occurs, int or float.
-
-    Raises:
-        ValueError: another rank, counts that are not V numbers of 0 or more, a table with
-            infinities or NaN.
-    """
-    V, D = table.shape
-    if not 1 <= rank <= D:
-        raise ValueError(f"rank: expected 1..{D} (the table's width), got {rank}")
-    gram_DD = torch.zeros(D, D, dtype=torch.float64)
-    root_V1 = _checked(counts, V).sqrt()[:, None]
-    rows = max(1, CHUNK // D)
-    for begin in range(0, V, rows):
-        some = slice(begin, begin + rows)
-        E = table[some].to(torch.float64, copy=True).mul_(root_V1[some])
-        gram_DD.addmm_(E.T, E)
-    if not gram_DD.isfinite().all():
-        raise ValueError("embed_tokens.weight: expected finite numbers, found others")
-    W = torch.linalg.eigh(gram_DD)[1].flip(-1)[:, :rank].T.contiguous()
-    W *= W.gather(1, W.abs().argmax(1, keepdim=True)).sign()
-    U = torch.empty(V, rank, dtype=torch.float32)
-    for begin in range(0, V, rows):
-        some = slice(begin, begin + rows)
-        U[some] = table[some].double() @ W.T
-    return U, W.float()
-
-
-def _checked(counts: Tensor | None, V: int) -> Tensor:
-    """c_v in float64 [V], see `factorise`."""
-    if counts is None:
-        return torch.ones(V, dtype=torch.float64)
-    if counts.shape != (V,):
-        got = list(counts.shape)
-        raise ValueError(f"counts: expected a number for each of {V} tokens, got shape {got}")
-    if not (counts.isfinite() & (counts >= 0)).all():
-        raise ValueError("counts: expected finite numbers of 0 or more, found others")
-    return counts.double() + 1
-
-
-def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`factorise`, computed once: later calls, in any process, read the result from disk.
-
-    It is kept in $MLEMBED_CACHE/factors, by default ~/.cache/mlembed/factors, under a name that
-    depends on every bit of the arguments. A file that is damaged is replaced; one that cannot be
-    written is a warning. ValueErrors are those of `factorise`.
-    """
-    V, D = table.shape
-    given = [table] if counts is None else [table, counts]
-    key = _digest(f"factors {CACHED}, rank {rank}", *given)
-    home = os.path.expanduser(os.environ.get("MLEMBED_CACHE") or "~/.cache/mlembed")
-    path = Path(home) / "factors" / f"{key}.safetensors"
-    if (found := _read_factors(path, (V, rank, D))) is not None:
-        return found
-    U, W = factorise(table, rank, counts)
-    try:
-        _write_factors(path, U, W)
-    except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"{path}: factors of the vocabulary could not be kept there, and will be computed "
-            f"again: {error}",
-            stacklevel=2,
-        )
-    return U, W
-
-
-def _read_factors(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
-    """U [V, R] and W [R, D] of a cached file, shape being (V, R, D); None where it has not them."""
-    V, R, D = shape
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
-            digest = (tensors.metadata() or {}).get("digest")
-    except (OSError, SafetensorError, RuntimeError):  # torch's own, if the file goes meanwhile
-        return None
-    whole = U.shape == (V, R) and W.shape == (R, D) and digest == _digest(path.stem, U, W)
-    return (U, W) if whole else None
-
-
-def _write_factors(path: Path, U: Tensor, W: Tensor) -> None:
-    """As a whole, whoever else writes it: in a directory of this process's own, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
-        file = Path(partial) / path.name
-        save_file({"U": U, "W": W}, file, metadata={"digest": _digest(path.stem, U, W)})
-        flush(file)
-        file.replace(path)
-    flush(path.parent)
-
-
-def _digest(note: str, *tensors: Tensor) -> str:
-    """sha256 of a note and of tensors' dtypes, shapes and bytes."""
-    total = hashlib.sha256(note.encode())
-    for tensor in tensors:
-        total.update(f"\n{tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        total.update(flat.view(torch.uint8).numpy().data)  # numpy knows bytes, but no bf16
-    return total.hexdigest()
-
-
-def warn_beyond_break_even(cfg: config.Model) -> None:
-    """UserWarning where ranks are so high that U and W hold more than a plain table would.
-
-    R (V + D) > V D, so beyond the break-even V D / (V + D), a little less than D.
-    """
-    V, D = cfg.vocab_size, cfg.hidden_size
-    most = V * D // (V + D)
-    if beyond := [str(rank) for rank in cfg.ranks if rank > most]:
-        warnings.warn(
-            f"model.ranks: expected at most the break-even {most} of {V} tokens by width {D}, got "
-            f"{', '.join(beyond)}: these factors hold more than the plain table; leave them out, "
-            "or all ranks for the table itself",
-            stacklevel=2,
-        )
-
-
 # ---- reading and writing directories ----
 
 
@@ -334,8 +128,8 @@ def load(
         ValueError: no such checkpoint, another architecture, missing or misshapen weights, pooling
             "pooler" of a checkpoint that has none, counts of another vocabulary.
     """
-    directory = shapes.resolve(source)
-    cfg = cfg or shapes.from_checkpoint(directory, config.Model())
+    directory = resolve(source)
+    cfg = cfg or from_checkpoint(directory, config.Model())
     weights = read_weights(directory)
     if not any(directory.glob(SHARDS)):
         _choose_pooler(weights, directory, cfg)
@@ -389,8 +183,8 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
         weights.pop("pooler.weight", None)
         weights.pop("pooler.bias", None)
         return
-    ours = (directory / shapes.NESTING).is_file()  # its modules are written from its weights
-    dense = None if ours else shapes.sentence_pooling(directory, cfg.hidden_size)[1]
+    ours = (directory / NESTING).is_file()  # its modules are written from its weights
+    dense = None if ours else sentence_pooling(directory, cfg.hidden_size)[1]
     if dense is not None:
         file = dense / "model.safetensors"
         if not file.is_file():
@@ -456,4 +250,4 @@ def describe(cfg: config.Model, directory: Path) -> None:
     # What computes attention is left out: a model trained by flash_attn also loads on a laptop.
     shape = {key: value for key, value in strict.to_dict(cfg).items() if key != "attention"}
     nesting = {"model": shape}
-    (directory / shapes.NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")
+    (directory / NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")

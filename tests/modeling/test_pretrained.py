@@ -22,9 +22,11 @@ from transformers import (
 )
 
 import mlembed.runtime.checkpoint
-from mlembed import config, pretrained, shapes
+from mlembed import config
 from mlembed.data.packing import pack
-from mlembed.model import Transformer
+from mlembed.modeling import pretrained
+from mlembed.modeling.hf_config import NESTING, from_checkpoint, resolve
+from mlembed.modeling.transformer import Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # As in test_model.py: prime vocabulary, heads x head_dim unlike the width, an odd theta.
@@ -131,7 +133,7 @@ def test_weights_in_half_precision(tmp_path):
 
 def test_what_computes_attention_is_not_saved(tmp_path):
     pretrained.save(Transformer(replace(CFG, attention="flash_attn")), tmp_path)
-    assert "attention" not in json.loads((tmp_path / shapes.NESTING).read_text())["model"]
+    assert "attention" not in json.loads((tmp_path / NESTING).read_text())["model"]
     assert pretrained.load(str(tmp_path)).cfg == CFG
 
 
@@ -351,7 +353,7 @@ def test_a_run_stands_for_its_finished_model(tmp_path):
     (tmp_path / "model").mkdir()
     pretrained.save(model := randomise(Transformer(NESTED)), tmp_path / "model")
     assert torch.equal(our_exits(pretrained.load(str(tmp_path))), our_exits(model))
-    assert shapes.from_checkpoint(shapes.resolve(str(tmp_path)), config.Model()) == NESTED
+    assert from_checkpoint(resolve(str(tmp_path)), config.Model()) == NESTED
 
 
 @pytest.mark.parametrize(("mode", "pooling"), [("lasttoken", "last"), ("mean", "mean")])

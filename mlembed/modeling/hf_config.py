@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import Model
-from .config.strict import from_dict
+from .. import config
+from ..config import Model
+from ..config.strict import from_dict
 
 NESTING = "mlembed_config.json"  # what a model directory of ours says of its nesting
 BERTS = "bert", "roberta", "xlm-roberta"  # model_type of what style "bert" is
@@ -214,3 +215,70 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+
+
+def hf_config(cfg: config.Model) -> dict[str, Any]:
+    """The `config.json` of this shape as Qwen3, BERT or XLM-R, readable by transformers 4 and 5.
+
+    XLM-R's positions are behind its padding token's, so `pad_token_id` says where they begin; no
+    text may hold that token. Of Qwen3's rotary base transformers 5 reads `rope_parameters`; 4 reads
+    `rope_theta` and would otherwise fall back to 10,000 without a word, so both are written.
+    """
+    return _bert_config(cfg) if cfg.style == "bert" else _qwen3_config(cfg)
+
+
+def _bert_config(cfg: config.Model) -> dict[str, Any]:
+    kind = ("XLMRobertaModel", "xlm-roberta") if cfg.position_offset else ("BertModel", "bert")
+    return {
+        "architectures": [kind[0]],
+        "model_type": kind[1],
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_attention_heads": cfg.num_attention_heads,
+        "intermediate_size": cfg.intermediate_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": cfg.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": cfg.position_offset + cfg.max_position_embeddings,
+        "type_vocab_size": cfg.type_vocab_size,
+        "layer_norm_eps": cfg.layer_norm_eps,
+        "position_embedding_type": "absolute",
+        "pad_token_id": max(0, cfg.position_offset - 1),
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "use_cache": False,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def _qwen3_config(cfg: config.Model) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3Model"],
+        "model_type": "qwen3",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_attention_heads": cfg.num_attention_heads,
+        "num_key_value_heads": cfg.num_key_value_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.intermediate_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_position_embeddings,
+        "max_window_layers": cfg.num_hidden_layers,
+        "layer_types": ["full_attention"] * cfg.num_hidden_layers,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "is_causal": cfg.causal,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }

@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from . import config
-from .data import tokenizer
-from .data.packing import PackedBatch, budgeted, pack
-from .model import Transformer, mode
-from .runtime.workers import ahead, device_of
+from .. import config
+from ..data import tokenizer
+from ..data.packing import PackedBatch, budgeted, pack
+from ..runtime.workers import ahead, device_of
+from .transformer import Transformer, mode
 
 # Tokens x width of a pack: what a layer makes of more leaves a CPU's caches (bench/LOG.md, encode).
 CPU_NUMBERS = 2048 * 384
