@@ -7,8 +7,8 @@ import torch
 
 from mlembed.config import Loss, Model, Run
 from mlembed.data.collate import collate
-from mlembed.loss import loss_table
 from mlembed.runtime.distributed import World
+from mlembed.training.objective.loss import loss_table
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXITS, DIMS, D = (1, 2), (3, 8, 13), 13  # the width is a prime, as no tile is

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlembed import config
-from mlembed.loss import weights
 from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.transformer import Transformer
+from mlembed.training.objective.loss import weights
 
 from ..harness import Missing
 from ..infonce.peers import imported

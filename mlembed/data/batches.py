@@ -29,7 +29,7 @@ from .tables import Table
 from .tokens import Tokens, tokenised
 
 if TYPE_CHECKING:
-    from ..teacher import Stored
+    from ..training.objective.teacher import Stored
 
 
 # First numbers of seeds: an order, permutations, and each batch's texts and depths.

@@ -8,9 +8,10 @@ import shlex
 import pytest
 from transformers import Qwen3Config
 
-from mlembed import arguments, config
+from mlembed import config
 from mlembed.config import Loss, Model, Optim, Run, recipes, strict
 from mlembed.modeling import hf_config
+from mlembed.training import arguments
 
 # ---- recipes and overrides ----
 

@@ -13,13 +13,13 @@ import torch
 from random_model import randomise
 
 from mlembed import config
-from mlembed.arguments import parse
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
 from mlembed.config.shapes import SHAPES
 from mlembed.data import tokenizer
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
+from mlembed.training.arguments import parse
 from train import train
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from mlembed import config, teacher
+from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.data.batches import Batches, some_of, steps_of
 from mlembed.data.tables import Table, text_id
 from mlembed.runtime.cache import Writer
 from mlembed.runtime.distributed import World
+from mlembed.training.objective import teacher
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

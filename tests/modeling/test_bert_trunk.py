@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlembed.activations import Kept
 from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
+from mlembed.training.gradcache import Kept
 from tests.modeling.test_bert import ALL_EXITS, LENGTHS, NESTED, POOLINGS, build, texts
 
 DEPTHS = np.array([3, 3, 2, 1, 1])

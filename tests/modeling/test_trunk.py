@@ -10,9 +10,9 @@ from pairwise import all_pairs
 from random_model import randomise
 from torch import Tensor
 
-from mlembed.activations import Kept
 from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
+from mlembed.training.gradcache import Kept
 from tests.modeling.test_transformer import ALL_EXITS, CFG, NESTED, as_transformers, hf_exits, texts
 
 # Falling depths, some at no exit, and lengths that hurt: one token, two, a prime, a long one.

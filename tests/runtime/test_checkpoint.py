@@ -14,8 +14,8 @@ from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
-from mlembed.optim import adamw
 from mlembed.runtime import checkpoint
+from mlembed.training.optim import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SHAPE = config.Model(
@@ -380,7 +380,7 @@ from mlembed import config
 from mlembed.modeling import pretrained
 from mlembed.runtime import checkpoint, files
 from mlembed.modeling.transformer import Transformer
-from mlembed.optim import adamw
+from mlembed.training.optim import adamw
 
 directory, limit, background = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 torch.manual_seed(0)

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from mlembed import config
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
-from mlembed.optim import adamw
 from mlembed.runtime import checkpoint
 from mlembed.runtime.distributed import World, world
+from mlembed.training.optim import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # Of four processes, some have less of 50 tokens, and one has nothing of W's 5 rows.

@@ -14,12 +14,12 @@ from processes import gloo_once
 from torch.nn.parallel import DistributedDataParallel
 
 from mlembed import config
-from mlembed.bank import Bank
 from mlembed.data import batches, tokenizer
 from mlembed.data.tables import Table, text_id
-from mlembed.loss import loss_table, weights
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World, any_process, broadcast, fresh, gather, world
+from mlembed.training.objective.bank import Bank
+from mlembed.training.objective.loss import loss_table, weights
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside

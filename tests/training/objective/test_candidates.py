@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlembed import config, ring
-from mlembed.bank import Bank
+from mlembed import config
 from mlembed.data import batches
 from mlembed.data.collate import Batch
-from mlembed.loss import loss_table, weights
+from mlembed.training.objective import candidates
+from mlembed.training.objective.bank import Bank
+from mlembed.training.objective.loss import loss_table, weights
 from mlembed_kernels.similarity.pairwise_lse import partition, partition_backward
 from tests.runtime.test_distributed import ALONE, training
 
@@ -117,7 +118,7 @@ def held(where, across):
 def told(where, symmetric):
     """Of one loss: what is sent (bytes), waited for and computed, in this order."""
     events = []
-    right = dist.batch_isend_irecv, ring.partition, ring.partition_backward
+    right = dist.batch_isend_irecv, candidates.partition, candidates.partition_backward
 
     class Waited:
         def __init__(self, work):
@@ -138,13 +139,13 @@ def told(where, symmetric):
         return function(*args, **kwargs)
 
     dist.batch_isend_irecv = exchange
-    ring.partition, ring.partition_backward = (partial(computed, f) for f in right[1:])
+    candidates.partition, candidates.partition_backward = (partial(computed, f) for f in right[1:])
     try:
         total = wide(where, "ring", symmetric)()
         forward, events = events, []
         total.backward()
     finally:
-        dist.batch_isend_irecv, ring.partition, ring.partition_backward = right
+        dist.batch_isend_irecv, candidates.partition, candidates.partition_backward = right
     return forward, events
 
 

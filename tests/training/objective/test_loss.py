@@ -12,10 +12,10 @@ from mlembed import config
 from mlembed.config import Loss, Model, Optim, Run
 from mlembed.data.collate import Batch
 from mlembed.data.packing import pack
-from mlembed.loss import loss_table, ranks_of, sample_rank, weights
 from mlembed.modeling.transformer import Transformer
-from mlembed.optim import adamw, learning_rate
 from mlembed.runtime.distributed import World
+from mlembed.training.objective.loss import loss_table, ranks_of, sample_rank, weights
+from mlembed.training.optim import adamw, learning_rate
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXITS = ["uniform", "depth", "inverse", "log"]

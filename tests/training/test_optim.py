@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlembed import config, optim
+from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
-from mlembed.optim import StochasticAdamW, adamw, rounded, to_weights
 from mlembed.runtime import checkpoint
+from mlembed.training import optim
+from mlembed.training.optim import StochasticAdamW, adamw, rounded, to_weights
 
 BF16 = config.Optim(lr=1e-2, weight_decay=0.1, weights="bf16")
 SHAPE = config.Model(

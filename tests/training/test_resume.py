@@ -14,9 +14,9 @@ from subprocess import PIPE
 import processes
 import pytest
 
-from mlembed.resume import find_run
 from mlembed.runtime import checkpoint
 from mlembed.runtime.distributed import World
+from mlembed.training.resume import find_run
 
 STEPS = 12
 SMALL = [
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over(arguments, whole, tmp_path):
 
 
 def changed(args, say=print):
-    from mlembed.arguments import parse
+    from mlembed.training.arguments import parse
 
     return find_run(parse([str(x) for x in args]), World(0, 1, "cpu"), say)
 

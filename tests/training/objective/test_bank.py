@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlembed.bank import Bank, Slab
 from mlembed.config import Loss, Model, Run
 from mlembed.data.collate import Batch
-from mlembed.loss import loss_table
 from mlembed.runtime.distributed import World
+from mlembed.training.objective.bank import Bank, Slab
+from mlembed.training.objective.loss import loss_table
 from mlembed_kernels import infonce
 
 ALONE = World(0, 1, torch.device("cpu"))

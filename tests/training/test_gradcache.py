@@ -9,13 +9,16 @@ import pytest
 import torch
 from processes import gloo_once
 
-from mlembed import config, gradcache
-from mlembed.activations import Kept
-from mlembed.arguments import parse
-from mlembed.loss import loss_table, ranks_of, weights
+from mlembed import config
 from mlembed.runtime.distributed import World
 from mlembed.runtime.log import Log
-from train import Pass, add_gradients, one_step, set_up
+from mlembed.training import gradcache
+from mlembed.training.arguments import parse
+from mlembed.training.gradcache import Kept
+from mlembed.training.objective.loss import loss_table, ranks_of, weights
+from mlembed.training.setup import set_up
+from mlembed.training.step import Pass
+from train import add_gradients, one_step
 
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL = [

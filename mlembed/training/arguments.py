@@ -11,10 +11,10 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from . import config
-from .config import recipes, strict
-from .data import sources
-from .modeling import hf_config
+from .. import config
+from ..config import recipes, strict
+from ..data import sources
+from ..modeling import hf_config
 
 
 def parse(args: Sequence[str]) -> config.Run:

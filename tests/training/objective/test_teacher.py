@@ -29,10 +29,11 @@ from transformers import (
     Qwen3Model,
 )
 
-from mlembed import teacher
+from mlembed import teacher as command
 from mlembed.data import tables as sources
 from mlembed.data.tables import Table
-from mlembed.teacher import Stored, Teacher, store
+from mlembed.training.objective import teacher
+from mlembed.training.objective.teacher import Stored, Teacher, store
 
 CPU = torch.device("cpu")
 WORDS = ["one two three", "four five", "ein zwei drei vier", "раз два три", "the quick brown fox"]
@@ -448,7 +449,7 @@ def test_the_command(saved, bert, tmp_path):
 def test_the_command_refuses_what_is_there_before_it_loads_anything(tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(ValueError, match="out: expected a new directory"):
-        teacher.main("nobody/nothing", tmp_path, data=("nothing",))
+        command.main("nobody/nothing", tmp_path, data=("nothing",))
     assert (tmp_path / "a").read_text() == "mine"
 
 
@@ -458,7 +459,7 @@ def test_the_command_refuses_streams(tmp_path):
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [{"path": "pairs.jsonl", "streaming": True}]}))
     with pytest.raises(ValueError, match="data: expected stored sources, got streams: .*pairs"):
-        teacher.main("nobody/nothing", tmp_path / "out", data=(str(mixture),))
+        command.main("nobody/nothing", tmp_path / "out", data=(str(mixture),))
 
 
 def test_roles_are_those_that_training_draws():

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import config
-from .config import strict
-from .runtime import checkpoint, files
-from .runtime.distributed import World, broadcast
+from .. import config
+from ..config import strict
+from ..runtime import checkpoint, files
+from ..runtime.distributed import World, broadcast
 
 
 def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None]:

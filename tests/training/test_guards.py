@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mlembed import config, guards
-from mlembed.arguments import parse
+from mlembed import config
 from mlembed.runtime.distributed import World
 from mlembed.runtime.log import Log
-from train import guarded, set_up
+from mlembed.training import guards
+from mlembed.training.arguments import parse
+from mlembed.training.setup import set_up
+from train import guarded
 
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL = [

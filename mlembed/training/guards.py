@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import config
+from .. import config
 
 GIB = 2**30
 

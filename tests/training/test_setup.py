@@ -2,24 +2,25 @@
 
 import json
 
-from mlembed import config, prepare
+from mlembed import config
 from mlembed.config import Run, Source
+from mlembed.training import setup
 
 
 def test_prompts_by_name():
     ask, other = Source(path="a.jsonl", prompt="ask: "), Source(path="b.jsonl", name="bee")
     run = Run(data=(), sources=(ask,))
-    assert prepare.prompts(run) == {"a": "ask: ", "query": "ask: ", "document": ""}
+    assert setup.prompts(run) == {"a": "ask: ", "query": "ask: ", "document": ""}
     # Which of two a query should have is not known.
     run = Run(data=(), sources=(ask, other))
-    assert prepare.prompts(run) == {"a": "ask: ", "query": "", "document": ""}
+    assert setup.prompts(run) == {"a": "ask: ", "query": "", "document": ""}
     bee = Source(path="b.jsonl", name="bee", prompt="ask: ", document_prompt="text: ")
     run = Run(data=(), sources=(ask, bee))
     want = {"a": "ask: ", "bee": "ask: ", "query": "ask: ", "document": ""}
-    assert prepare.prompts(run) == want
+    assert setup.prompts(run) == want
     run = Run(data=("cldr",), sources=(ask,))  # plain data have none
-    assert prepare.prompts(run) == {"a": "ask: ", "query": "", "document": ""}
-    assert prepare.prompts(Run()) == {"query": "", "document": ""}
+    assert setup.prompts(run) == {"a": "ask: ", "query": "", "document": ""}
+    assert setup.prompts(Run()) == {"query": "", "document": ""}
 
 
 def test_languages_of_all_tables(tmp_path):
@@ -37,4 +38,4 @@ def test_languages_of_all_tables(tmp_path):
     )
     data = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
     run = config.Run(data=data, eval=(str(tmp_path / "dev.jsonl"),))
-    assert prepare.read_text(run, lambda line: None).languages == {"a": 3, "b": 6, "c": 3}
+    assert setup.read_text(run, lambda line: None).languages == {"a": 3, "b": 6, "c": 3}

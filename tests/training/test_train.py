@@ -19,14 +19,14 @@ import torch
 from processes import started
 
 from mlembed import config
-from mlembed.arguments import parse
-from mlembed.loss import loss_table
-from mlembed.prepare import bf16
 from mlembed.runtime.distributed import World
 from mlembed.runtime.log import Log
-from train import one_step, set_up
+from mlembed.training.arguments import parse
+from mlembed.training.objective.loss import loss_table
+from mlembed.training.setup import bf16, set_up
+from train import one_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # A model and a text small enough that a run is all start-up.
 SMALL = [
     *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.head-dim", "8"),

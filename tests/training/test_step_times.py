@@ -9,11 +9,11 @@ import torch
 
 import train
 from mlembed import cost
-from mlembed.arguments import parse
 from mlembed.data.eval_sets import nway
-from mlembed.optim import learning_rate
 from mlembed.runtime.distributed import World
 from mlembed.runtime.log import Log
+from mlembed.training.arguments import parse
+from mlembed.training.optim import learning_rate
 
 SMALL = [
     *("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.head-dim", "8"),

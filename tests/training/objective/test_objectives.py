@@ -24,8 +24,8 @@ from objective_truth import (
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import pairwise_cos_sim
 
-from mlembed.bank import Bank
-from mlembed.loss import loss_table, weights
+from mlembed.training.objective.bank import Bank
+from mlembed.training.objective.loss import loss_table, weights
 
 # ---- against the formulas ----
 

@@ -27,10 +27,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from . import config
-from .data.packing import PackedBatch
-from .modeling.transformer import Transformer
-from .runtime.distributed import World
+from .. import config
+from ..data.packing import PackedBatch
+from ..modeling.transformer import Transformer
+from ..runtime.distributed import World
 
 
 class Engine:

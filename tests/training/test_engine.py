@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from mlembed import config
 from mlembed.data.packing import pack
-from mlembed.engine import Engine, first_bad, local
 from mlembed.modeling.transformer import Transformer
-from mlembed.optim import adamw
 from mlembed.runtime.distributed import World
+from mlembed.training.engine import Engine, first_bad, local
+from mlembed.training.optim import adamw
 
 # Widths, heads and a vocabulary that neither two nor four processes share evenly.
 MODEL = config.Model(

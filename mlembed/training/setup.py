@@ -3,6 +3,10 @@
 Every function is called by all processes of a run, with the same arguments.
 """
 
+import math
+import os
+import resource
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,21 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch.utils.data import DataLoader, Subset
 
 from mlembed_kernels.attention.attention import WIDTHS
 
-from . import config, evaluate
-from .data import sources, tokenizer
-from .data.batches import Batches
-from .data.cldr import normalise
-from .data.formats import layouts
-from .data.streams import name_of
-from .data.tables import MIN_SCORE, Table
-from .distill import Distiller
-from .modeling import hf_config, pretrained
-from .modeling.transformer import Transformer
-from .runtime.distributed import World, any_process
-from .teacher import Stored, Teacher
+from .. import config, evaluate
+from ..data import sources, tokenizer
+from ..data.batches import Batches, steps_of
+from ..data.cldr import normalise
+from ..data.formats import layouts
+from ..data.streams import name_of
+from ..data.tables import MIN_SCORE, Table
+from ..encode import Encoder
+from ..modeling import hf_config, pretrained, vocabulary
+from ..modeling.transformer import Transformer, num_parameters
+from ..runtime import checkpoint, log
+from ..runtime.distributed import World, any_process
+from . import gradcache, setup
+from .engine import Engine
+from .gradcache import Kept
+from .objective.bank import Bank
+from .objective.distill import Distiller
+from .objective.teacher import Stored, Teacher
+from .optim import adamw, to_weights
 
 SAMPLE = 8192  # texts, and at least 8 a coordinate, whose vectors say where a teacher's lie
 
@@ -211,3 +223,126 @@ def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget:
         f"{'triton' if cuda else 'their PyTorch references'}, "
         f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
     )
+
+
+BANK, DISTILLER = "bank.", "distiller."  # before the names of their tensors in a checkpoint
+
+# ---- one run ----
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with everything it was built into. budget: bytes for graphs, inf where none is set."""
+
+    run: config.Run
+    where: World
+    directory: Path
+    out: log.Log
+    tasks: list[Any]
+    batches: Batches
+    encoder: Encoder
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    kept: Kept | None
+    budget: float
+    bank: Bank | None
+    teacher: Teacher | None
+    distiller: Distiller | None
+    saver: checkpoint.Saver
+    stages: log.Stages
+    languages: dict[str, int]  # training texts of each, where rows name theirs
+
+    @property
+    def model(self) -> Transformer:
+        return self.engine.model
+
+
+def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
+    """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
+    text = setup.read_text(run, out.say)
+    learnt = setup.text_to_ids(run, found, text)
+    if run.epochs:
+        run = replace(run, steps=steps_of(run, text.tables, text.streams))
+    teacher, stored, distiller = setup.teachers(run, text, found, where)
+    batches = Batches(
+        text.tables,
+        learnt,
+        run,
+        where,
+        streams=text.streams,
+        teacher=stored,
+        held_out=text.held_out,
+    )
+    model = setup.build(run, found, learnt, batches, where).to(where.device)
+    to_weights(model, run.optim)
+    if where.main:
+        vocabulary.warn_beyond_break_even(model.cfg)
+    run = replace(run, model=model.cfg)
+    half = setup.bf16(run, where.device)
+    compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
+    if compiled:
+        model.compile_blocks(lean=run.activation_checkpointing == "selective")
+    prompts = setup.prompts(run)
+    encoder = Encoder(model, learnt, run.max_length, bf16=half, prompts=prompts)
+    if run.model.attention != "auto":  # one that is not to be had says so before the run begins
+        encoder.exits(["a text"])
+    limited = run.gradient_cache or run.activation_checkpointing == "selective"
+    kept = Kept.by(model, half) if limited else None
+    budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
+    engine = Engine.of(model, run, where, half)
+    optimizer = adamw(model, run.optim)
+    bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
+    if found:
+        checkpoint.restore(found, model, optimizer, where.rank, where.size)
+        if bank is not None:
+            held = checkpoint.read(found, BANK)
+            bank.load({n.removeprefix(BANK): x for n, x in held.items()}, where.device)
+        if distiller is not None:
+            held = checkpoint.read(found, DISTILLER)
+            distiller.load({n.removeprefix(DISTILLER): x for n, x in held.items()})
+    for name, count in zip(batches.names, batches.truncated, strict=False):
+        if count:
+            out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
+    out.say(
+        f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
+        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
+    )
+    if teacher is not None:
+        out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
+    out.say(f"run    {setup.what_runs(run, where, half, compiled, budget)}")
+    saver = checkpoint.Saver(
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
+    )
+    stages = log.Stages(where.device)
+    built = encoder, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages
+    return Job(run, where, directory, out, text.tasks, batches, *built, text.languages)
+
+
+def loader(job: Job, start: int) -> DataLoader:
+    """The micro-batches from step `start` on, made ready by as many processes as configured."""
+    run, workers = job.run, job.run.loader_workers
+    if workers < 0:
+        workers = 2 if job.where.device.type == "cuda" else 0
+    if workers:  # a tensor on its way is an open file, and a batch has dozens of them
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not fork
+    return DataLoader(
+        Subset(job.batches, range(batches_of(run, start)[0], batches_of(run, run.steps)[0])),
+        batch_size=None,
+        generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+    )
+
+
+def batches_of(run: config.Run, step: int) -> range:
+    """Numbers of a step's micro-batches."""
+    count = run.gradient_accumulation_steps
+    return range(step * count, (step + 1) * count)
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C, and SLURM's SIGTERM, reach every process; the run decides when its loaders end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

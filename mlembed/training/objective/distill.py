@@ -23,9 +23,9 @@ from torch import Tensor
 
 from mlembed_kernels import distill
 
-from . import config
-from .data.collate import Batch
-from .runtime.distributed import World, gather
+from ... import config
+from ...data.collate import Batch
+from ...runtime.distributed import World, gather
 
 TERMS = ("features", "logits", "between_exits")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import config
+from .. import config
 
 CHUNK = 2**24  # elements updated at once: three fp32 copies of so many take 192 MiB
 

@@ -35,17 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlembed_kernels import cosine, partition
+from mlembed_kernels import cosine
 from mlembed_kernels.similarity.infonce import softmax_loss
 from mlembed_kernels.similarity.pairwise_lse import NOTHING
 
-from . import config
-from .bank import Bank, Slab
-from .data.collate import Batch
-from .ring import Pairs, ringed, streamed
-from .runtime.distributed import World, gather
-
-Logs = list[list[Tensor]]  # log-partitions [E, M, Q] by softmax, each in parts
+from ... import config
+from ...data.collate import Batch
+from ...runtime.distributed import World, gather
+from .bank import Bank
+from .candidates import Pairs, _in_batch, _joint
 
 
 def loss_table(
@@ -221,87 +219,6 @@ def _contrastive(
         share_EQ = _shares(batch, pairs, exits, batch.has_negatives)
         loss_EM = loss_EM + _softmax([hard_EMQ], z_EMQ, share_EQ)
     return loss_EM
-
-
-def _in_batch(
-    queries: Tensor,
-    docs: Tensor,
-    source: str,
-    run: config.Run,
-    pairs: Pairs,
-    symmetric: bool,
-    bank: Bank | None,
-) -> tuple[Logs, Tensor]:
-    """Log-partitions over all processes' documents and the bank's and, if symmetric, over all
-    processes' queries; and the positives' cosines [E, M, Q]."""
-    held = [] if bank is None else bank.slabs(source)
-    size = pairs.where.size
-    passing: dict[int, Slab] = {}
-
-    def keep(process: int, vectors_EnD: Tensor) -> None:
-        if bank is not None:
-            ids, counts = pairs.doc_ids[process], pairs.doc_counts[process]
-            passing[process] = bank.copied(Slab(vectors_EnD, ids, counts))
-
-    if run.loss.negatives_across == "ring" and size > 1:
-        logs, cos_EMQ = ringed(queries, docs, pairs, symmetric, keep)
-    else:
-        slabs = gather(docs, [len(ids) for ids in pairs.doc_ids])
-        for process, slab in enumerate(slabs):
-            keep(process, slab)
-        others = gather(queries, [len(pairs.target)] * size) if symmetric else None
-        logs, cos_EMQ = _gathered(queries, docs, slabs, others, pairs)
-    if held:
-        logs[0].append(streamed(queries, held, pairs))
-    if bank is not None:
-        bank.add(source, [passing[process] for process in range(size)])
-    return logs, cos_EMQ
-
-
-def _gathered(
-    queries: Tensor,
-    docs: Tensor,
-    doc_slabs: list[Tensor],
-    query_slabs: list[Tensor] | None,
-    pairs: Pairs,
-) -> tuple[Logs, Tensor]:
-    """`_in_batch` of what is here of all processes, [E, n, D] of each; without queries only one
-    direction."""
-    # Where all queries are here, one pass over the pairs serves both directions.
-    both = query_slabs is not None and len(query_slabs) == 1
-    forward, backward = [], []
-    cos_EMQ = queries.new_zeros(())
-    for process, slab in enumerate(doc_slabs):
-        rows, columns, own = partition(queries, slab, columns=both, **pairs.with_documents(process))
-        forward.append(rows)
-        cos_EMQ = cos_EMQ if own is None else own
-        backward += [] if columns is None else [columns[:, :, pairs.target]]
-    if query_slabs is None:
-        return [forward], cos_EMQ
-    if not both:
-        anchors = docs[:, pairs.target]
-        for process, slab in enumerate(query_slabs):
-            backward.append(partition(anchors, slab, **pairs.with_queries(process))[0])
-    return [forward, backward], cos_EMQ
-
-
-def _joint(queries: Tensor, docs: Tensor, owner: Tensor, pairs: Pairs) -> tuple[Logs, Tensor]:
-    """GTE's four sums as one softmax: beside those of `_gathered`, of q_i over the queries of all
-    processes but itself, and of d_i over all documents but those that were drawn for q_i."""
-    doc_slabs = gather(docs, [len(ids) for ids in pairs.doc_ids])
-    query_slabs = gather(queries, [len(pairs.target)] * pairs.where.size)
-    logs, cos_EMQ = _gathered(queries, docs, doc_slabs, query_slabs, pairs)
-    parts = [part for direction in logs for part in direction]
-    anchors = docs[:, pairs.target]
-    everyone = torch.arange(len(pairs.target), device=owner.device)
-    for process, (query_slab, doc_slab) in enumerate(zip(query_slabs, doc_slabs, strict=True)):
-        parts.append(partition(queries, query_slab, **pairs.with_queries(process))[0])
-        options = pairs.with_documents(process)
-        if process == pairs.where.rank:  # others have no documents of its queries
-            options["row_keys"] += (everyone,)
-            options["col_keys"] += (owner,)
-        parts.append(partition(anchors, doc_slab, **options)[0])
-    return [parts], cos_EMQ
 
 
 # ---- sts ----

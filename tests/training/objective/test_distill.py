@@ -26,8 +26,8 @@ from processes import gloo_once
 from torch import Tensor
 
 from mlembed.config import Distill, Run
-from mlembed.distill import TERMS, Distiller, principal, rows_of
 from mlembed.runtime.distributed import World
+from mlembed.training.objective.distill import TERMS, Distiller, principal, rows_of
 
 
 def table(told: Told, run: Run, term: str, where: World = ALONE, **options):
