@@ -27,8 +27,8 @@ from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
 from mlembed.data.depth import enabled
-from mlembed.encode import Encoder
 from mlembed.export import export
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world

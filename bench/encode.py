@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 
 from mlembed import config
 from mlembed.data import tokenizer
-from mlembed.encode import Encoder
 from mlembed.export import export
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling.transformer import Transformer
 
 from . import harness, loader

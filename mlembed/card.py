@@ -17,7 +17,7 @@ from . import config
 from .charts import mean_score
 from .config import strict
 from .data import streams
-from .encode import Encoder
+from .inference.encoder import Encoder
 from .languages import language
 from .modeling.transformer import num_parameters
 from .runtime import log

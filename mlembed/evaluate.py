@@ -23,12 +23,13 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from . import charts, cost, scores
+from . import charts, scores
 from .charts import mean_score
 from .data import cldr
 from .data.eval_sets import STS, Bitext, Mining, Pool, Retrieval, Side, Task, read_all
-from .encode import Encoder
-from .funnel import FULL, Funnel, Size, size_of, whole
+from .inference import cost, search
+from .inference.encoder import Encoder
+from .inference.search import FULL, Funnel, Size, size_of, whole
 from .runtime import files, log
 
 DOCUMENTS = 16_384  # encoded and searched at once
@@ -118,7 +119,7 @@ def score(
         exits_END = _stored(encoder, task.texts, exits, rank, progress, Path(directory))
         return {
             (exit, dim): _no_score(broken)
-            if (broken := scores.not_finite(vectors[:, :dim]))
+            if (broken := search.not_finite(vectors[:, :dim]))
             else measures[type(task)](task, vectors[:, :dim])
             for exit, vectors in zip(exits, exits_END, strict=True)
             for dim in dims
@@ -158,13 +159,13 @@ def _search(
     rank: int | None,
     prompts: dict[str, str],
     progress: bool,
-) -> dict[tuple[int, int], scores.Nearest]:
+) -> dict[tuple[int, int], search.Nearest]:
     """The k nearest documents of each query at every exit and dim; documents are gone through once,
     and forgotten."""
     device = encoder.model.device
     before, before_document = prompts.get("query", ""), prompts.get("document", "")
     queries_EQD = encoder.exits(queries, exits, rank, progress, before).to(device)
-    found = {(exit, dim): scores.Nearest(len(queries), k) for exit in exits for dim in dims}
+    found = {(exit, dim): search.Nearest(len(queries), k) for exit in exits for dim in dims}
     first = 0
     for some in _chunks(documents):
         some_ECD = encoder.exits(some, exits, rank, progress, before_document).to(device)

@@ -39,7 +39,7 @@ from torch import Tensor
 from . import card, to_onnx
 from .config import Model
 from .data import tokenizer
-from .encode import Encoder
+from .inference.encoder import Encoder
 from .modeling import pretrained
 from .modeling.transformer import Transformer
 from .runtime import log

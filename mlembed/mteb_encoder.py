@@ -19,7 +19,7 @@ from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from torch.nn.functional import normalize
 
 from .config import strict
-from .encode import Encoder
+from .inference.encoder import Encoder
 from .modeling.transformer import num_parameters
 
 

@@ -2,19 +2,6 @@
 
 python -m mlembed.prune MODEL OUT --shape ml-embed-80m [--data FILES]
 python -m mlembed.prune MODEL OUT --layers 8 --width 320 --ffn 2048
-
-Attention heads, their width and the vocabulary stay, as in F2LLM-v2 (arXiv 2603.19223), whose 80M,
-160M and 330M are pruned from the 0.6B and then trained. How their layers, coordinates and units
-were chosen is not published; what is here is ours, in the manner of Minitron (arXiv 2407.14679):
-what a sample of text makes large is kept. The result is a start for training, not a model:
-
-    python train.py RECIPE --init OUT
-
-Of the residual stream the same coordinates stay in every layer. RMSNorm then takes its mean over
-fewer of them, which keeps the scale where those that went were as large as those that stay. Nothing
-is rescaled: where they were all zero, what a norm gives is sqrt(kept / all) times what it was.
-
-Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +15,7 @@ from . import config
 from .config import shapes, strict
 from .data import sources, tokenizer
 from .data.packing import PackedBatch, budgeted, pack
-from .encode import Encoder
+from .inference.encoder import Encoder
 from .modeling import pretrained
 from .modeling.prune import By, choose, prune, pruned_config, spread
 from .modeling.transformer import num_parameters

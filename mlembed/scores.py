@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,8 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from .data.eval_sets import STS, Bitext, Mining, Part
+from .inference.search import NEIGHBOURS, nearest, neighbours
 
-BLOCK = 2**26  # scores at once: 256 MiB
-NEIGHBOURS = 4  # k of margins, in LASER and BUCC's evaluations
 MARGINS = ("ratio", "distance", "absolute")
 CANDIDATES = ("fwd", "bwd", "intersect", "max")
 DIRECTIONS = ("to_pivot", "from_pivot", "f1_to_pivot", "f1_from_pivot")
@@ -34,27 +32,6 @@ LANGUAGES = {
     "mhr mkd mon nds nld nno nob nov oci orv pam pes pms pol por ron rus slk slv spa sqi srp swe "
     "swg swh tam tat tel tgl tha tuk tur tzl uig ukr urd uzb vie war wuu xho yid yue zsm",
 }
-
-
-# ---- bitext ----
-
-
-def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of a [n, D] the row of b [m, D] of the highest product, and the reverse; of
-    equal ones the first. In blocks, so that n m may be any number."""
-    step = max(1, BLOCK // max(1, len(b)))
-    if len(a) <= step:
-        products = a @ b.T
-        return products.argmax(1), products.argmax(0)
-    there, back = [], torch.zeros(len(b), dtype=torch.int64, device=b.device)
-    best = torch.full((len(b),), -torch.inf, dtype=b.dtype, device=b.device)
-    for begin in range(0, len(a), step):
-        products = a[begin : begin + step] @ b.T
-        there.append(products.argmax(1))
-        high, row = products.max(0)
-        better = high > best
-        best[better], back[better] = high[better], row[better] + begin
-    return torch.cat(there), back
 
 
 def accuracy(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -138,17 +115,6 @@ def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
         "score": float(spearmanr(cosine, task.scores).statistic),
         "pearson": float(pearsonr(cosine, task.scores).statistic),
     }
-
-
-# ---- mining ----
-
-
-def neighbours(a: np.ndarray, b: np.ndarray, k: int = NEIGHBOURS) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines, falling, and rows of the k nearest of unit rows b for each of a: [n, k] each."""
-    index = faiss.IndexFlatIP(b.shape[1])
-    index.add(np.ascontiguousarray(b, dtype=np.float32))
-    cosines, rows = index.search(np.ascontiguousarray(a, dtype=np.float32), min(k, len(b)))
-    return cosines, rows
 
 
 @dataclass(frozen=True)
@@ -317,43 +283,6 @@ def _mined(
 def _in(pairs: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """bool [P]: whether each pair is among gold."""
     return np.isin(pairs[:, 0] << 32 | pairs[:, 1], gold[:, 0] << 32 | gold[:, 1])
-
-
-# ---- search ----
-
-
-def not_finite(vectors: Tensor) -> int:
-    """Rows in which something is NaN or infinite."""
-    return int((~torch.isfinite(vectors).all(-1)).sum())
-
-
-class Nearest:
-    """The k nearest documents of each query among those seen so far: memory does not grow with
-    their number.
-
-    scores: fp32 [Q, <= k]. rows: int64 [Q, <= k], in the order in which documents came, or -1.
-    not_finite: vectors of documents, and of queries, that are no numbers.
-    """
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.k, self.not_finite = k, 0
-        self.scores = torch.empty(queries, 0)
-        self.rows = torch.empty(queries, 0, dtype=torch.int64)
-
-    def add(self, unit_QD: Tensor, unit_CD: Tensor, first: int) -> None:
-        """Documents first, first + 1, ..; both of unit rows, on one device."""
-        self.not_finite += not_finite(unit_CD) + (0 if first else not_finite(unit_QD))
-        step = max(1, BLOCK // max(1, len(unit_CD)))
-        scores, rows = [], []
-        for begin in range(0, len(unit_QD), step):
-            some = slice(begin, begin + step)
-            high, row = (unit_QD[some] @ unit_CD.T).topk(min(self.k, len(unit_CD)))
-            both = torch.cat([self.scores[some], high.cpu()], dim=1)
-            places = torch.cat([self.rows[some], row.cpu() + first], dim=1)
-            kept, at = both.topk(min(self.k, both.shape[1]))
-            scores.append(kept)
-            rows.append(places.gather(1, at))
-        self.scores, self.rows = torch.cat(scores), torch.cat(rows)
 
 
 def retrieval(

@@ -6,7 +6,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mlembed import config
 from mlembed.data import tokenizer
-from mlembed.encode import Encoder
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling.transformer import Transformer
 
 TRAINED_ON = [

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen
 
 from mlembed import export as exporting
 from mlembed.data import tokenizer
-from mlembed.encode import Encoder
 from mlembed.export import export
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 
 

@@ -18,7 +18,7 @@ from random_model import randomise
 
 from mlembed import config, evaluate, scores
 from mlembed.data import eval_sets, tokenizer
-from mlembed.encode import Encoder
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 

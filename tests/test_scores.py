@@ -10,6 +10,7 @@ import torch
 
 from mlembed import scores
 from mlembed.data.eval_sets import STS, Bitext, Mining, Part
+from mlembed.inference import search
 
 
 def test_accuracy_by_hand():
@@ -135,10 +136,10 @@ def test_weighted_f1():
 @pytest.mark.parametrize("block", [1, 7, 30, 2**26])
 def test_nearest_in_blocks(block, monkeypatch):
     """Of equal ones the first, whichever block they are in."""
-    monkeypatch.setattr(scores, "BLOCK", block)
+    monkeypatch.setattr(search, "BLOCK", block)
     rng = np.random.default_rng(0)
     a, b = rng.integers(-1, 2, (9, 3)), rng.integers(-1, 2, (7, 3))  # many are equal
-    there, back = scores.nearest(torch.tensor(a).float(), torch.tensor(b).float())
+    there, back = search.nearest(torch.tensor(a).float(), torch.tensor(b).float())
     products = a @ b.T
     assert there.tolist() == [row.tolist().index(row.max()) for row in products]
     assert back.tolist() == [column.tolist().index(column.max()) for column in products.T]
@@ -339,13 +340,13 @@ def test_mining_of_texts_that_repeat():
 @pytest.mark.parametrize("chunk, block", [(100, 2**26), (7, 2**26), (1, 2**26), (13, 40)])
 def test_nearest_so_far(chunk, block, monkeypatch):
     """The same however documents come, and never more than k are kept."""
-    monkeypatch.setattr(scores, "BLOCK", block)
+    monkeypatch.setattr(search, "BLOCK", block)
     rng = np.random.default_rng(0)
     queries, documents = (
         torch.tensor(rng.normal(size=(6, 5))),
         torch.tensor(rng.normal(size=(50, 5))),
     )
-    found = scores.Nearest(6, 8)
+    found = search.Nearest(6, 8)
     for first in range(0, 50, chunk):
         found.add(queries.float(), documents[first : first + chunk].float(), first)
         assert found.rows.shape == (6, min(8, first + chunk, 50))

@@ -1,4 +1,32 @@
-"""Merge models of one shape: weights, and vocabularies as the tables that they stand for."""
+"""One model of several of the same shape: soups of runs, or of the last checkpoints of one.
+
+Models are taken up one after the other; what is merged so far, m, with weight W, becomes
+
+    m <- a m + b x      with t = w / (W + w), then W <- W + w
+
+- soup, weighted: a = 1 - t, b = t, so that in the end m = sum_i w_i x_i / sum_i w_i (model soups,
+  arXiv 2203.05482; equal weights for soup).
+- slerp: each tensor, flattened, is a vector; with cos Omega = <m, x> / (|m| |x|)
+
+      a = sin((1 - t) Omega) / sin Omega,   b = sin(t Omega) / sin Omega
+
+  which keeps the length where both have the same one, as their mean would not. Where sin Omega is
+  under 1e-6, or a tensor is all zero, the two are alike, or opposite, and a and b are the soup's.
+  Of more than two models the result depends on their order: it is this chain.
+
+A nested vocabulary is a product: U W = (U G) (G^-1 W) for every G, so two models may have the same
+table by factors that average to nonsense. What is merged is the table, m = sum_i c_i U_i W_i, whose
+rank is up to k R, and its best approximation of rank R is stored, best directions first. Rank r is
+then the best rank-r approximation of the merged table. It is not the merge of the models' own
+tables of rank r, which training made meaningful; how far it is from that is said for each rank.
+Where all have the same W to the bit, and so after a merge with itself, W stays and U is merged:
+then every rank is the merge of that rank, exactly.
+
+Sums are in float64. There is one model in memory beside what is merged so far, and the factors of
+all.
+
+Letters: V vocabulary, R rank, D width, k models.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,18 @@
-"""Prune a model to a smaller shape: layers, width, heads and MLP units by rank of importance."""
+"""Cut a smaller model out of a larger one: fewer layers, a narrower residual stream and MLP.
+
+Attention heads, their width and the vocabulary stay, as in F2LLM-v2 (arXiv 2603.19223), whose 80M,
+160M and 330M are pruned from the 0.6B and then trained. How their layers, coordinates and units
+were chosen is not published; what is here is ours, in the manner of Minitron (arXiv 2407.14679):
+what a sample of text makes large is kept. The result is a start for training, not a model:
+
+    python train.py RECIPE --init OUT
+
+Of the residual stream the same coordinates stay in every layer. RMSNorm then takes its mean over
+fewer of them, which keeps the scale where those that went were as large as those that stay. Nothing
+is rescaled: where they were all zero, what a norm gives is sqrt(kept / all) times what it was.
+
+Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R rank.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

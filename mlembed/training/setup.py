@@ -27,7 +27,7 @@ from ..data.cldr import normalise
 from ..data.formats import layouts
 from ..data.streams import name_of
 from ..data.tables import MIN_SCORE, Table
-from ..encode import Encoder
+from ..inference.encoder import Encoder
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log

@@ -16,7 +16,7 @@ import torch
 from bench import __main__ as command
 from bench import encode as bench
 from bench import loader
-from mlembed.encode import Encoder
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling.transformer import Transformer, num_parameters
 
 ROOT = Path(__file__).parents[2]

@@ -27,8 +27,8 @@ from transformers import (
 
 from mlembed import config
 from mlembed.data.packing import pack
-from mlembed.encode import Encoder
 from mlembed.export import export
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.transformer import Transformer, num_parameters
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
-from mlembed.encode import Encoder
+from mlembed.inference.encoder import Encoder
 from mlembed.merge import main, shares
 from mlembed.modeling import pretrained
 from mlembed.modeling.merge import merge

@@ -16,7 +16,7 @@ from mlembed import config
 from mlembed.config import shapes
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
-from mlembed.encode import Encoder
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.prune import Kept, choose, prune, pruned_config, spread
 from mlembed.modeling.transformer import Transformer, num_parameters

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train
-from mlembed import cost
 from mlembed.data.eval_sets import nway
+from mlembed.inference import cost
 from mlembed.runtime.distributed import World
 from mlembed.runtime.log import Log
 from mlembed.training.arguments import parse

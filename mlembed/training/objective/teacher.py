@@ -1,4 +1,9 @@
-"""Teachers: models that encode as training goes, or vectors that were stored before it."""
+"""A teacher's vectors: of another model, with its own tokenizer, as they are needed or stored.
+
+Stored vectors are found by their text: keys.npy has 128 bits of each text's hash, sorted, as two
+rows of uint64, and vectors.npy, memory-mapped, the vectors in the same order. Where queries have a
+prompt, the same text as a query and as a document are two.
+"""
 
 import hashlib
 import itertools

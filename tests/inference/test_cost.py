@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 from random_model import randomise
-from test_funnel import build
 
-from mlembed import cost
-from mlembed.encode import Encoder
+from mlembed.inference import cost
+from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
+from tests.inference.test_funnel import build
 
 MIB = 2**20
 
@@ -41,7 +41,7 @@ def test_peak_is_of_what_is_alive_at_one_time(encoder):
 def test_the_profiler_says_nothing():
     """In a process that has not had it before: it reads how much to say once."""
     script = (
-        "import torch; from mlembed import cost; from types import SimpleNamespace as S;"
+        "import torch; from mlembed.inference import cost; from types import SimpleNamespace as S;"
         "encoder = S(model=S(device=torch.device('cpu')));"
         "print(cost._peak(encoder, lambda texts: [torch.ones(2**18), None][1]))"
     )

@@ -14,9 +14,11 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .encode import Encoder
+from .encoder import Encoder
 
 CHUNK = 16_384  # documents encoded at once
 
@@ -182,3 +184,76 @@ def _encoded(
             unit = F.normalize(raw_END[exits.index(exit), :, :dim], dim=-1)
             found[dim, exit, rank] = unit.numpy()
     return [found[size] for size in sizes]
+
+
+BLOCK = 2**26  # scores at once: 256 MiB
+NEIGHBOURS = 4  # k of margins, in LASER and BUCC's evaluations
+
+
+# ---- bitext ----
+
+
+def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of a [n, D] the row of b [m, D] of the highest product, and the reverse; of
+    equal ones the first. In blocks, so that n m may be any number."""
+    step = max(1, BLOCK // max(1, len(b)))
+    if len(a) <= step:
+        products = a @ b.T
+        return products.argmax(1), products.argmax(0)
+    there, back = [], torch.zeros(len(b), dtype=torch.int64, device=b.device)
+    best = torch.full((len(b),), -torch.inf, dtype=b.dtype, device=b.device)
+    for begin in range(0, len(a), step):
+        products = a[begin : begin + step] @ b.T
+        there.append(products.argmax(1))
+        high, row = products.max(0)
+        better = high > best
+        best[better], back[better] = high[better], row[better] + begin
+    return torch.cat(there), back
+
+
+# ---- mining ----
+
+
+def neighbours(a: np.ndarray, b: np.ndarray, k: int = NEIGHBOURS) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines, falling, and rows of the k nearest of unit rows b for each of a: [n, k] each."""
+    index = faiss.IndexFlatIP(b.shape[1])
+    index.add(np.ascontiguousarray(b, dtype=np.float32))
+    cosines, rows = index.search(np.ascontiguousarray(a, dtype=np.float32), min(k, len(b)))
+    return cosines, rows
+
+
+# ---- search ----
+
+
+def not_finite(vectors: Tensor) -> int:
+    """Rows in which something is NaN or infinite."""
+    return int((~torch.isfinite(vectors).all(-1)).sum())
+
+
+class Nearest:
+    """The k nearest documents of each query among those seen so far: memory does not grow with
+    their number.
+
+    scores: fp32 [Q, <= k]. rows: int64 [Q, <= k], in the order in which documents came, or -1.
+    not_finite: vectors of documents, and of queries, that are no numbers.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k, self.not_finite = k, 0
+        self.scores = torch.empty(queries, 0)
+        self.rows = torch.empty(queries, 0, dtype=torch.int64)
+
+    def add(self, unit_QD: Tensor, unit_CD: Tensor, first: int) -> None:
+        """Documents first, first + 1, ..; both of unit rows, on one device."""
+        self.not_finite += not_finite(unit_CD) + (0 if first else not_finite(unit_QD))
+        step = max(1, BLOCK // max(1, len(unit_CD)))
+        scores, rows = [], []
+        for begin in range(0, len(unit_QD), step):
+            some = slice(begin, begin + step)
+            high, row = (unit_QD[some] @ unit_CD.T).topk(min(self.k, len(unit_CD)))
+            both = torch.cat([self.scores[some], high.cpu()], dim=1)
+            places = torch.cat([self.rows[some], row.cpu() + first], dim=1)
+            kept, at = both.topk(min(self.k, both.shape[1]))
+            scores.append(kept)
+            rows.append(places.gather(1, at))
+        self.scores, self.rows = torch.cat(scores), torch.cat(rows)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from random_model import randomise
 
-from mlembed import config, funnel
+from mlembed import config
 from mlembed.data import tokenizer
-from mlembed.encode import Encoder
-from mlembed.funnel import Funnel
+from mlembed.inference import search
+from mlembed.inference.encoder import Encoder
+from mlembed.inference.search import Funnel
 from mlembed.modeling.transformer import Transformer
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
@@ -67,7 +68,7 @@ def by_hand(encoder, small, full, shortlist, k, before=("", "")):
     ],
 )
 def test_both_steps(encoder, stored, small, full, monkeypatch):
-    monkeypatch.setattr(funnel, "CHUNK", 32)
+    monkeypatch.setattr(search, "CHUNK", 32)
     built = Funnel.build(encoder, DOCUMENTS, small, full, stored=stored)
     found = built.search(QUERIES, k=5, shortlist=12)
     rows, cosines, listed = by_hand(encoder, small, full, 12, 5)
@@ -100,10 +101,10 @@ def test_documents_are_encoded_when_first_shortlisted(encoder):
 
 
 def test_a_shortlist_of_all_is_a_full_search(encoder):
-    found = funnel.funnel(encoder, QUERIES, DOCUMENTS, SMALL, FULL, k=6, shortlist=1000)
+    found = search.funnel(encoder, QUERIES, DOCUMENTS, SMALL, FULL, k=6, shortlist=1000)
     assert found.rows_QK.tolist() == by_hand(encoder, FULL, FULL, 90, 6)[0].tolist()
     assert found.scanned > 1
-    assert funnel.funnel(encoder, [], DOCUMENTS, SMALL).rows_QK.shape == (0, 10)
+    assert search.funnel(encoder, [], DOCUMENTS, SMALL).rows_QK.shape == (0, 10)
 
 
 def test_prompts(encoder):
@@ -133,13 +134,13 @@ def test_prompts(encoder):
     ],
 )
 def test_sizes(text, size):
-    assert funnel.size_of(text) == size
+    assert search.size_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["a", "4:1:2:3", "-4", "4;1", "4.0"])
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match=f"funnel: expected DIM:EXIT:RANK.*got '{text}'"):
-        funnel.size_of(text)
+        search.size_of(text)
 
 
 def test_errors(encoder):

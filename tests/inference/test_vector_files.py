@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed import vectors
 from mlembed.data.formats import readers
 from mlembed.data.formats.readers import Texts
-from mlembed.vectors import Kept, Quantiser
+from mlembed.inference import vector_files
+from mlembed.inference.vector_files import Kept, Quantiser
 
 
 def written(path, content: bytes) -> str:
@@ -247,14 +247,14 @@ def test_ranges_that_are_wrong(some, tmp_path):
             Quantiser("int8", bad)
     np.save(tmp_path / "s.npy", np.array([["a"], ["b"]]))
     with pytest.raises(ValueError, match="ranges: expected numbers"):
-        vectors.read_ranges(tmp_path / "s.npy")
+        vector_files.read_ranges(tmp_path / "s.npy")
     np.save(tmp_path / "r.npy", np.zeros((3, 19)))
     with pytest.raises(ValueError, match=r"ranges: expected \[2, D\], got \(3, 19\)"):
-        vectors.read_ranges(tmp_path / "r.npy")
+        vector_files.read_ranges(tmp_path / "r.npy")
     np.save(tmp_path / "o.npy", np.array([[{}], [{}]]), allow_pickle=True)
     for name in ("o.npy", "nowhere.npy"):
         with pytest.raises(ValueError, match="ranges: expected an .npy file"):
-            vectors.read_ranges(tmp_path / name)
+            vector_files.read_ranges(tmp_path / name)
 
 
 # ---- files ----
@@ -276,7 +276,7 @@ def read(path) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_read_back_as_the_same(some, tmp_path, suffix, kind):
     made, path = Quantiser(kind)(some), tmp_path / f"out{suffix}"
-    with vectors.written(path, made.dtype, made.shape[1]) as write:
+    with vector_files.written(path, made.dtype, made.shape[1]) as write:
         for begin in (0, 7, 8):
             write(made[begin : begin + (7 if begin == 0 else 1)], [])
         write(made[9:], [])
@@ -292,14 +292,14 @@ def test_files_read_back_as_the_same(some, tmp_path, suffix, kind):
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".jsonl"])
 def test_no_vectors_are_a_file_too(tmp_path, suffix):
     path = tmp_path / f"out{suffix}"
-    with vectors.written(path, np.dtype("f4"), 5):
+    with vector_files.written(path, np.dtype("f4"), 5):
         pass
     assert len(read(path)) == 0 and (suffix == ".jsonl" or read(path).shape == (0, 5))
 
 
 def test_an_npy_of_more_rows_than_fit_its_first_header(tmp_path):
-    assert len(vectors._header(np.dtype("f4"), 10**18, 10**6)) == vectors.HEADER
-    with vectors.written(tmp_path / "a.npy", np.dtype("u1"), 1) as write:
+    assert len(vector_files._header(np.dtype("f4"), 10**18, 10**6)) == vector_files.HEADER
+    with vector_files.written(tmp_path / "a.npy", np.dtype("u1"), 1) as write:
         write(np.zeros((123_456, 1), np.uint8), [])
     assert np.load(tmp_path / "a.npy").shape == (123_456, 1)
 
@@ -307,7 +307,7 @@ def test_an_npy_of_more_rows_than_fit_its_first_header(tmp_path):
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_texts_beside_vectors(some, tmp_path, suffix):
     path, texts = tmp_path / f"out{suffix}", ['"\u2028\\', "", "🙂\n"]
-    with vectors.written(path, some.dtype, 19, texts=True) as write:
+    with vector_files.written(path, some.dtype, 19, texts=True) as write:
         write(some[:3], texts)
     rows = pq.read_table(path).to_pylist() if suffix == ".parquet" else None
     rows = rows or [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
@@ -319,7 +319,7 @@ def test_texts_beside_vectors(some, tmp_path, suffix):
 def test_what_fails_leaves_nothing(some, tmp_path, suffix):
     with (
         pytest.raises(KeyboardInterrupt),
-        vectors.written(tmp_path / f"out{suffix}", some.dtype, 19) as write,
+        vector_files.written(tmp_path / f"out{suffix}", some.dtype, 19) as write,
     ):
         write(some, [])
         raise KeyboardInterrupt
@@ -335,7 +335,7 @@ def test_a_full_disk_says_so_and_nothing_stays(some, tmp_path, suffix):
     try:
         with (
             pytest.raises(OSError, match="File too large"),
-            vectors.written(tmp_path / f"out{suffix}", many.dtype, 19) as write,
+            vector_files.written(tmp_path / f"out{suffix}", many.dtype, 19) as write,
         ):
             write(many, [])
     finally:
@@ -347,17 +347,17 @@ def test_nothing_is_overwritten(some, tmp_path):
     path = tmp_path / "out.npy"
     with (
         pytest.raises(ValueError, match="out: expected a new file, got .*out.npy, which exists"),
-        vectors.written(path, some.dtype, 19) as write,
+        vector_files.written(path, some.dtype, 19) as write,
     ):
         write(some, [])
         path.write_bytes(b"another's")  # meanwhile
     assert path.read_bytes() == b"another's" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="which exists"), vectors.new_file(path):
+    with pytest.raises(ValueError, match="which exists"), vector_files.new_file(path):
         raise AssertionError("begun")
     with pytest.raises(ValueError, match="out: expected a directory to write to"):
-        vectors.check_new(tmp_path / "nowhere/out.npy")
+        vector_files.check_new(tmp_path / "nowhere/out.npy")
     with pytest.raises(ValueError, match="expected .parquet or .jsonl to keep texts"):
-        vectors.written(tmp_path / "b.npy", some.dtype, 19, texts=True)
+        vector_files.written(tmp_path / "b.npy", some.dtype, 19, texts=True)
 
 
 def test_saved_with_its_ranges(some, tmp_path):
@@ -365,12 +365,12 @@ def test_saved_with_its_ranges(some, tmp_path):
     texts = Kept([str(i) for i in range(40)], True)
     passing = iter(texts)
     parts = (quantise(some[i : i + 20]) for i in (0, 20) if [next(passing) for _ in range(20)])
-    said = vectors.save(path, parts, texts, quantise, 19)
+    said = vector_files.save(path, parts, texts, quantise, 19)
     assert said.startswith(f"{path}: 40 x 19 uint8, ") and said.endswith(" texts/s")
     assert pq.read_table(path)["text"].to_pylist() == [str(i) for i in range(40)]
-    ranges = vectors.read_ranges(vectors.beside(path))
+    ranges = vector_files.read_ranges(vector_files.beside(path))
     np.testing.assert_array_equal(read(path), Quantiser("uint8", ranges)(some))
     # Ranges that were given are not written again.
     other = Quantiser("uint8", ranges)
-    vectors.save(tmp_path / "b.npy", [other(some)], Kept([], False), other, 19)
+    vector_files.save(tmp_path / "b.npy", [other(some)], Kept([], False), other, 19)
     assert len(list(tmp_path.iterdir())) == 3

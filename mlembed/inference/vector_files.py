@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .data.formats.readers import _kind
+from ..data.formats.readers import _kind
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 HEADER = 128  # bytes of an .npy's, room for any number of rows

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .encode import Encoder
-from .modeling.transformer import num_parameters
+from ..modeling.transformer import num_parameters
+from .encoder import Encoder
 
 SHORT = "A man is playing the guitar in front of a small crowd."
 PACK = 32  # texts in the first pack; memory is of this one

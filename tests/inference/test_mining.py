@@ -11,13 +11,15 @@ from random_model import randomise
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
-from mlembed import config, mine
+from mlembed import config
 from mlembed.data import sources, tokenizer
 from mlembed.data.formats import layouts
 from mlembed.data.sources import tables_of
-from mlembed.encode import Encoder
 from mlembed.export import export
-from mlembed.mine import Column, Options, gather, main, write
+from mlembed.inference import mining
+from mlembed.inference.encoder import Encoder
+from mlembed.inference.mining import Column, Options, gather, write
+from mlembed.mine import main
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 
@@ -246,8 +248,8 @@ def brute(encoder, rows, options, corpus=None):
 @pytest.mark.parametrize("block", [10**6, 90])
 def test_as_a_loop_over_all_pairs_mines(encoder, options, block, tmp_path, monkeypatch):
     """Rows that link in chains, stored negatives, queries that are documents as well."""
-    monkeypatch.setattr(mine, "BLOCK", block)  # 90 candidates: some queries at a time, or one
-    monkeypatch.setattr(mine, "DOCUMENTS", 32)
+    monkeypatch.setattr(mining, "BLOCK", block)  # 90 candidates: some queries at a time, or one
+    monkeypatch.setattr(mining, "DOCUMENTS", 32)
     rows = pairs(90, seed=2)
     for i in range(0, 20, 2):
         rows[i]["positive"] = rows[i + 2]["positive"]  # a chain of queries
@@ -277,7 +279,7 @@ def test_the_shortlist_is_shallow_and_documents_go_deep_once(encoder, tmp_path, 
 
     real = Encoder.encode
     monkeypatch.setattr(Encoder, "encode", encode)
-    monkeypatch.setattr(mine, "BLOCK", 50)
+    monkeypatch.setattr(mining, "BLOCK", 50)
     rows = pairs()
     options = Options(top=2, negatives=1, exit=1, dim=5, rescore=True)
     mined(encoder, rows, options, tmp_path, corpus=[f"{i} один" for i in range(200)])
@@ -330,7 +332,7 @@ def test_random_picks_are_of_what_is_left_and_the_same_again(encoder, tmp_path, 
     rows = pairs()
     options = replace(MARGINS, pick="random", negatives=4)
     _, got = mined(encoder, rows, options, tmp_path)
-    monkeypatch.setattr(mine, "BLOCK", 50)
+    monkeypatch.setattr(mining, "BLOCK", 50)
     assert by_pair(mined(encoder, rows, options, tmp_path)[1]) == by_pair(got)
     other = mined(encoder, rows, replace(options, seed=1), tmp_path)[1]
     assert by_pair(other) != by_pair(got)
@@ -424,8 +426,8 @@ def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(scores, *args)
 
-    real = mine.taken
-    monkeypatch.setattr(mine, "taken", breaks)
+    real = mining.taken
+    monkeypatch.setattr(mining, "taken", breaks)
     with pytest.raises(ValueError, match="out.jsonl: could not be written: .*No space left"):
         write(encoder, texts, MARGINS, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
