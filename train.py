@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlembed import charts, config, evaluate
+from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
 from mlembed.data.depth import enabled
+from mlembed.evaluation import charts, grid, tables
 from mlembed.export import export
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
@@ -276,7 +277,7 @@ def score(job: Job, step: int) -> None:
         return
     shape = job.run.model
     full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = evaluate.grid(encoder, job.tasks, *full, costs=False)
+    (cell,) = grid.grid(encoder, job.tasks, *full, costs=False)
     percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
@@ -289,13 +290,13 @@ def finish(job: Job) -> None:
         return
     if job.tasks:
         began = time.perf_counter()
-        cells = evaluate.grid(encoder, job.tasks, progress=sys.stderr.isatty())
+        cells = grid.grid(encoder, job.tasks, progress=sys.stderr.isatty())
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        evaluate.write_report(directory / "report", cells, extra)
-        out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
+        tables.write_report(directory / "report", cells, extra)
+        out.say(f"\n{tables.table(cells)}\n\n{tables.by_kind(cells[-1]['scores'], untrained)}")
         spent = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
     worst = export(encoder, directory / "model", source=str(directory))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from . import config
-from .charts import mean_score
 from .config import strict
 from .data import streams
+from .evaluation.charts import mean_score
+from .evaluation.languages import language
 from .inference.encoder import Encoder
-from .languages import language
 from .modeling.transformer import num_parameters
 from .runtime import log
 

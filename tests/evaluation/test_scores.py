@@ -8,8 +8,8 @@ import pytest
 import pytrec_eval
 import torch
 
-from mlembed import scores
 from mlembed.data.eval_sets import STS, Bitext, Mining, Part
+from mlembed.evaluation import scores
 from mlembed.inference import search
 
 

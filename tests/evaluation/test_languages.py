@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlembed.languages import language, levels
+from mlembed.evaluation.languages import language, levels
 
 # ---- names and scripts ----
 

@@ -14,9 +14,10 @@ import processes
 import pytest
 from PIL import Image
 
-from mlembed import report, results
+from mlembed import report
+from mlembed.evaluation import report_page, results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NASTY = "<b>R&D \"one\" 'two'</b>" + 60 * "x"
 EXITS, DIMS, RANKS = (1, 2), (8, 16), (4, 8)
 LANGUAGES = {"deu": 0.9, "rus": 0.5, "zho_Hant": 0.4, "fra": 0.6, "qqq": 0.1, "<i>&": 0.95}
@@ -194,14 +195,14 @@ def test_headline_says_what_nesting_buys(html):
 
 def test_smallest_within_a_point():
     cells = grid_of()["cells"]  # exit 2: 70 % + 0.2 a width + 0.4 a rank
-    assert report.cheapest_within(cells, 1.0) is cells[-1]
-    small = report.cheapest_within(cells, 1.6)  # rank 4, 1.6 below
+    assert report_page.cheapest_within(cells, 1.0) is cells[-1]
+    small = report_page.cheapest_within(cells, 1.6)  # rank 4, 1.6 below
     assert (small["rank"], small["exit"], small["dim"]) == (4, 2, 16)
-    small = report.cheapest_within(cells, 3.2)  # fewest parameters, then the shorter vector
+    small = report_page.cheapest_within(cells, 3.2)  # fewest parameters, then the shorter vector
     assert (small["rank"], small["exit"], small["dim"]) == (4, 2, 8)
-    assert report.cheapest_within(cells, 100.0) is cells[0]
+    assert report_page.cheapest_within(cells, 100.0) is cells[0]
     cells[1] |= {"parameters": 9, "latency_ms": 9.0}
-    assert [report.cheapest_within(cells, 100.0, first) for first in range(3)] == [
+    assert [report_page.cheapest_within(cells, 100.0, first) for first in range(3)] == [
         cells[1],
         cells[0],
         cells[0],
@@ -209,14 +210,14 @@ def test_smallest_within_a_point():
     none = copy.deepcopy(cells)
     for cell in none:
         cell["scores"][NASTY]["score"] = None
-    assert report.cheapest_within(none, 1.0) is None
+    assert report_page.cheapest_within(none, 1.0) is None
 
 
 def test_a_cost_that_is_unknown_is_infinite():
     cell = {"parameters": 9, "bytes_per_vector": 32}
-    assert report.costs({**cell, "latency_ms": 1.5}) == (9, 32, 1.5)
+    assert report_page.costs({**cell, "latency_ms": 1.5}) == (9, 32, 1.5)
     for unknown in ({}, {"latency_ms": 0.0}, {"latency_ms": None}):
-        assert report.costs(cell | unknown) == (9, 32, math.inf)
+        assert report_page.costs(cell | unknown) == (9, 32, math.inf)
 
 
 def rows_of(html, caption):
@@ -285,7 +286,7 @@ def test_pareto_front_is_listed(html):
 
 
 def test_same_files_same_bytes(run, html):
-    again, files = report.render(results.read(run))
+    again, files = report_page.render(results.read(run))
     assert again == html
     assert files == {path.name: path.read_bytes() for path in (run / "report").glob("*.png")}
 
@@ -319,7 +320,7 @@ def test_a_new_directory(tmp_path, capsys):
 
 
 def rendered(path, grid, lines):
-    html, files = report.render(results.read(write(path / "run", grid, lines)))
+    html, files = report_page.render(results.read(write(path / "run", grid, lines)))
     return Reader(html).text, files
 
 
@@ -363,7 +364,7 @@ def test_a_run_that_has_not_ended(tmp_path):
     run = write(tmp_path / "run", lines=lines)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 60, "ki')
-    html, files = report.render(results.read(run))
+    html, files = report_page.render(results.read(run))
     text = Reader(html).text
     assert "has no report/grid.json" in text and "Step time by stage: not recorded." in text
     assert "Tokens a second: not recorded." in text and "Not scored." in text

@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset
 from random_model import randomise
 
-from mlembed import config, evaluate, scores
+from mlembed import config
 from mlembed.data import eval_sets, tokenizer
+from mlembed.evaluation import grid, scores
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
@@ -27,9 +28,9 @@ from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
 from mteb.abstasks.text.bitext_mining import AbsTaskBitextMining  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-from mlembed import mteb_encoder  # noqa: E402
+from mlembed.evaluation import mteb_model  # noqa: E402
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "eval"
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 WIDTH = 48
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 LANGS = ("en", "de", "es", "fr", "ja", "zh")
@@ -64,7 +65,7 @@ class Vectors:
         return torch.from_numpy(unit(texts)).repeat(len(exits), 1, 1)
 
 
-class Looked(mteb_encoder.MTEBEncoder):
+class Looked(mteb_model.MTEBEncoder):
     """To mteb a model of the same vectors."""
 
     def __init__(self):
@@ -97,7 +98,7 @@ def by_mteb(task, out=None):
 
 
 def ours(task):
-    return evaluate.score(Vectors(), task, [WIDTH], [1], None, {})[1, WIDTH]
+    return grid.score(Vectors(), task, [WIDTH], [1], None, {})[1, WIDTH]
 
 
 # ---- bitext ----
@@ -285,7 +286,7 @@ def test_retrieval(beir, monkeypatch):
     (found,) = by_mteb(Local()).scores[split]
     with warnings.catch_warnings(action="ignore"):  # of what is nowhere
         (task,) = eval_sets.read(str(beir))
-    monkeypatch.setattr(evaluate, "DOCUMENTS", 64)  # several chunks
+    monkeypatch.setattr(grid, "DOCUMENTS", 64)  # several chunks
     got = ours(task)
     for name, theirs in (
         ("score", "ndcg_cut_10"),
@@ -345,7 +346,7 @@ def loader(texts):
 )
 def test_vectors_and_prompts(directory, prompts, kind, used):
     encoder = Encoder.load(str(directory), "cpu")
-    model = mteb_encoder.MTEBEncoder(encoder, "made/up", 8, 1, 4, prompts)
+    model = mteb_model.MTEBEncoder(encoder, "made/up", 8, 1, 4, prompts)
     assert isinstance(model, mteb.models.EncoderProtocol)
     got = model.encode(
         loader(WORDS),
@@ -362,40 +363,40 @@ def test_vectors_and_prompts(directory, prompts, kind, used):
 
 def test_what_mteb_says_of_it(directory):
     encoder = Encoder.load(str(directory), "cpu")
-    meta = mteb_encoder.MTEBEncoder(encoder, "made/up", 8, 1, 4).mteb_model_meta
+    meta = mteb_model.MTEBEncoder(encoder, "made/up", 8, 1, 4).mteb_model_meta
     small = pretrained.cut(encoder.model, 1, 4)
     assert meta.n_parameters == sum(p.numel() for p in small.parameters())
     assert (meta.embed_dim, meta.max_tokens) == (8, 32)
     assert meta.experiment_kwargs == {"dim": 8, "exit": 1, "rank": 4}
     other = Encoder.load(str(directory), "cpu")
-    assert mteb_encoder.digest(other) == meta.revision
+    assert mteb_model.digest(other) == meta.revision
     with torch.no_grad():
         next(other.model.parameters()).view(-1)[0] += 1
-    assert mteb_encoder.digest(other) != meta.revision
+    assert mteb_model.digest(other) != meta.revision
     with pytest.raises(ValueError, match="exit: expected 1..2"):
-        mteb_encoder.MTEBEncoder(encoder, "made/up", exit=3)
+        mteb_model.MTEBEncoder(encoder, "made/up", exit=3)
 
 
 def test_names_of_tasks():
-    (task,) = mteb_encoder.tasks(["STS12"])
+    (task,) = mteb_model.tasks(["STS12"])
     assert task.metadata.name == "STS12"
     with pytest.raises(ValueError, match=r"mteb: expected a task .*near:.*NFCorpus.*got 'NFCorpu'"):
-        mteb_encoder.tasks(["STS12", "NFCorpu"])
+        mteb_model.tasks(["STS12", "NFCorpu"])
     with pytest.raises(ValueError, match=r"mteb: expected tasks of text, got CIFAR10, of image"):
-        mteb_encoder.tasks(["CIFAR10"])
-    assert len(mteb_encoder.tasks(["STS12", "STS12"])) == 1
+        mteb_model.tasks(["CIFAR10"])
+    assert len(mteb_model.tasks(["STS12", "STS12"])) == 1
 
 
 def test_names_of_models(directory):
-    assert mteb_encoder.model_name("Qwen/Qwen3-Embedding-0.6B") == "Qwen/Qwen3-Embedding-0.6B"
-    assert mteb_encoder.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
+    assert mteb_model.model_name("Qwen/Qwen3-Embedding-0.6B") == "Qwen/Qwen3-Embedding-0.6B"
+    assert mteb_model.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
 
 
 def test_a_directory_of_two_names_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
-    assert mteb_encoder.model_name("runs/tiny") == "mlembed/runs-tiny"
-    assert mteb_encoder.model_name("nowhere") == f"mlembed/{tmp_path.name}-nowhere"
+    assert mteb_model.model_name("runs/tiny") == "mlembed/runs-tiny"
+    assert mteb_model.model_name("nowhere") == f"mlembed/{tmp_path.name}-nowhere"
 
 
 def local_run(task, langs):
@@ -427,8 +428,8 @@ def test_a_run_by_mteb(directory, tmp_path):
     encoder = Encoder.load(str(directory), "cpu")
     path, langs = tatoeba_files(tmp_path / "tat")
     (task,) = eval_sets.read(str(path))
-    model = mteb_encoder.MTEBEncoder(encoder, "made/up", 8, 2, 8)
-    found = mteb_encoder.evaluate(model, [local_run(task, langs)], tmp_path / "out")["LocalRun"]
+    model = mteb_model.MTEBEncoder(encoder, "made/up", 8, 2, 8)
+    found = mteb_model.evaluate(model, [local_run(task, langs)], tmp_path / "out")["LocalRun"]
     unit = torch.from_numpy(encoder.encode(task.texts, 8, 2, 8))
     want = scores.score_bitext(task, unit)
     assert found["score"] == pytest.approx(want["f1_to_pivot"], abs=AGREE)
@@ -454,21 +455,21 @@ def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monk
     """In bf16, each size as if it were alone."""
     path, langs = tatoeba_files(tmp_path / "tat")
     (task,) = eval_sets.read(str(path))
-    monkeypatch.setattr(mteb_encoder, "tasks", lambda names: [local_run(task, langs)])
+    monkeypatch.setattr(mteb_model, "tasks", lambda names: [local_run(task, langs)])
     plain = Encoder.load(str(directory), "cpu", "bfloat16")
     encoder = Counting(plain.model, plain.tokenizer, plain.max_length)
     sizes = {"dims": [8, 32], "exits": [1, 2], "ranks": [8]}
-    cells = evaluate.grid(encoder, [], **sizes, costs=False)
-    evaluate.add_mteb(encoder, str(directory), ["LocalRun"], cells, {}, tmp_path / "out")
+    cells = grid.grid(encoder, [], **sizes, costs=False)
+    grid.add_mteb(encoder, str(directory), ["LocalRun"], cells, {}, tmp_path / "out")
     assert encoder.encoded == len(task.texts)
-    for cell, one in zip(cells, evaluate.grid(plain, [task], **sizes, costs=False), strict=True):
+    for cell, one in zip(cells, grid.grid(plain, [task], **sizes, costs=False), strict=True):
         want = one["scores"]["tat"]["f1_to_pivot"]
         assert cell["scores"]["LocalRun"]["score"] == pytest.approx(want, abs=AGREE)
         assert cell["parameter_bytes"] == 2 * cell["parameters"]
     whole = [cell["scores"]["LocalRun"]["score"] for cell in cells]
     assert len(set(whole)) > 1
     stored = list((tmp_path / "out").rglob("LocalRun.json"))
-    assert len(stored) == 4 and all(mteb_encoder.digest(plain) in file.parts for file in stored)
+    assert len(stored) == 4 and all(mteb_model.digest(plain) in file.parts for file in stored)
 
 
 def test_command_refuses_an_unknown_task(directory, tmp_path):

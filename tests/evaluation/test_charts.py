@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from mlembed import charts
+from mlembed.evaluation import charts
 
 
 def cell(exit=1, dim=8, rank=None, score=0.5, **more):

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from random_model import randomise
 
-from mlembed import config, evaluate, scores
+from mlembed import config, evaluate
 from mlembed.data import eval_sets, tokenizer
 from mlembed.data.eval_sets import STS, Bitext
+from mlembed.evaluation import grid, scores, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
@@ -116,7 +117,7 @@ def wanted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cells(encoder, wanted):
-    return evaluate.grid(encoder, wanted)
+    return grid.grid(encoder, wanted)
 
 
 def without_price(cells):
@@ -147,7 +148,7 @@ def test_grid_is_each_cell_alone(encoder, wanted, cells):
 
 def test_grid_of_chosen_sizes(encoder, wanted, cells):
     """Also ones that were never trained, in any order; the largest is the last."""
-    chosen = evaluate.grid(encoder, wanted, [32, 5, 32], [3, 2], [8, 3], costs=False)
+    chosen = grid.grid(encoder, wanted, [32, 5, 32], [3, 2], [8, 3], costs=False)
     assert len(chosen) == 8
     for cell in chosen:
         want = alone(encoder, wanted, cell)["sts"]["score"]
@@ -182,12 +183,12 @@ def test_grid_of_a_plain_vocabulary(wanted):
         intermediate_size=16,
     )
     encoder = Encoder(Transformer(cfg).eval(), learnt, 16)
-    cells = evaluate.grid(encoder, wanted[:1])
+    cells = grid.grid(encoder, wanted[:1])
     assert [(c["rank"], c["exit"], c["dim"]) for c in cells] == [(None, 1, 8), (None, 1, 16)]
     assert cells[0]["parameters"] == sum(p.numel() for p in encoder.model.parameters())
-    assert "table" in evaluate.table(cells)
+    assert "table" in tables.table(cells)
     with pytest.raises(ValueError, match="rank: expected none"):
-        evaluate.grid(encoder, wanted[:1], ranks=[4])
+        grid.grid(encoder, wanted[:1], ranks=[4])
 
 
 @pytest.mark.parametrize(
@@ -203,18 +204,18 @@ def test_grid_of_a_plain_vocabulary(wanted):
 )
 def test_sizes_that_the_model_lacks(encoder, wanted, sizes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.grid(encoder, wanted, **sizes)
+        grid.grid(encoder, wanted, **sizes)
 
 
 def test_vectors_that_are_no_numbers(directory, searched, wanted, tmp_path):
     """No score at that depth, and said; other depths are as they were, and the file is JSON."""
     encoder = Encoder.load(str(directory), "cpu")
     every = [*searched, *wanted]
-    before = evaluate.grid(encoder, every, [8], costs=False)
+    before = grid.grid(encoder, every, [8], costs=False)
     with torch.no_grad():
         next(encoder.model.layers[2].parameters()).fill_(torch.nan)
-    cells = evaluate.grid(encoder, every, [8], costs=False)
-    evaluate.write_report(tmp_path, cells, {})
+    cells = grid.grid(encoder, every, [8], costs=False)
+    tables.write_report(tmp_path, cells, {})
     text = (tmp_path / "grid.json").read_text()
     stored = json.loads(text, parse_constant=pytest.fail)["cells"]
     for cell, kept, old in zip(cells, stored, before, strict=True):
@@ -222,7 +223,7 @@ def test_vectors_that_are_no_numbers(directory, searched, wanted, tmp_path):
             assert cell == kept == old
         else:
             assert all(task["score"] is None for task in kept["scores"].values())
-            assert "b: no score, as 132 vectors are no numbers" in evaluate.details(cell["scores"])
+            assert "b: no score, as 132 vectors are no numbers" in tables.details(cell["scores"])
 
 
 # ---- search ----
@@ -257,8 +258,8 @@ def test_search_is_that_of_all_at_once(encoder, searched, monkeypatch):
             want[exit, dim] = ndcg, p1, mined["score"]
     assert all(len({column[i] for column in want.values()}) > 1 for i in range(3))
     for chunk in (16_384, 7):
-        monkeypatch.setattr(evaluate, "DOCUMENTS", chunk)
-        for cell in evaluate.grid(encoder, searched, [4, 32], [1, 3], [8], costs=False):
+        monkeypatch.setattr(grid, "DOCUMENTS", chunk)
+        for cell in grid.grid(encoder, searched, [4, 32], [1, 3], [8], costs=False):
             got = [task["score"] for task in cell["scores"].values()]
             assert got == pytest.approx(want[cell["exit"], cell["dim"]], abs=1e-6)
     assert cell["scores"]["u"]["by_language"].keys() == {"de"}
@@ -266,10 +267,10 @@ def test_search_is_that_of_all_at_once(encoder, searched, monkeypatch):
 
 def test_vectors_of_many_texts_lie_in_a_file(encoder, searched, wanted, monkeypatch):
     every = [searched[2], *wanted]
-    usual = evaluate.grid(encoder, every, costs=False)
-    monkeypatch.setattr(evaluate, "IN_MEMORY", 0)
-    monkeypatch.setattr(evaluate, "DOCUMENTS", 6)
-    for cell, other in zip(evaluate.grid(encoder, every, costs=False), usual, strict=True):
+    usual = grid.grid(encoder, every, costs=False)
+    monkeypatch.setattr(grid, "IN_MEMORY", 0)
+    monkeypatch.setattr(grid, "DOCUMENTS", 6)
+    for cell, other in zip(grid.grid(encoder, every, costs=False), usual, strict=True):
         for name, result in cell["scores"].items():
             assert result["score"] == pytest.approx(other["scores"][name]["score"], abs=1e-6)
 
@@ -280,12 +281,12 @@ def test_prompts_go_before_queries_and_documents(encoder, searched):
     sizes = [32], [3], [8]
 
     def ndcg(encoder, **options):
-        (cell,) = evaluate.grid(encoder, [beir, un], *sizes, costs=False, **options)
+        (cell,) = grid.grid(encoder, [beir, un], *sizes, costs=False, **options)
         return cell["scores"]["b"]["score"], cell["scores"]["u"]["score"]
 
     plain = ndcg(encoder)
     prompts = {"query": "sun sun sun ", "document": "tree "}
-    own = evaluate.Encoder(encoder.model, encoder.tokenizer, 32, prompts=prompts)
+    own = Encoder(encoder.model, encoder.tokenizer, 32, prompts=prompts)
     queries = encoder.encode([f"sun sun sun {text}" for text in beir.queries], *(32, 3, 8))
     documents = encoder.encode([f"tree {text}" for text in beir.documents()], *(32, 3, 8))
     cosines = queries @ documents.T
@@ -303,11 +304,11 @@ def test_prompts_go_before_queries_and_documents(encoder, searched):
 def test_mean_score_is_over_tasks(cells):
     for cell in cells:
         first, second = (task["score"] for task in cell["scores"].values())
-        assert evaluate.mean_score(cell) == pytest.approx(100 * (first + second) / 2)
+        assert tables.mean_score(cell) == pytest.approx(100 * (first + second) / 2)
 
 
 def test_table(cells):
-    head, columns, sizes, *rows = evaluate.table(cells).splitlines()
+    head, columns, sizes, *rows = tables.table(cells).splitlines()
     assert "score (%)" in head and columns.split() == ["rank", "exit", "params", "4", "8", "32"]
     assert sizes.split() == ["16B", "32B", "128B"]
     assert len(rows) == 4
@@ -316,24 +317,24 @@ def test_table(cells):
         group = cells[begin : begin + 3]
         assert (int(rank), int(exit)) == (group[0]["rank"], group[0]["exit"])
         assert parameters == f"{group[0]['parameters'] / 1e6:.2f}M"
-        assert shown == [f"{evaluate.mean_score(cell):.1f}" for cell in group]
+        assert shown == [f"{tables.mean_score(cell):.1f}" for cell in group]
     assert len({len(row) for row in (columns, sizes, *rows)}) == 1  # columns stand under each other
 
 
 def test_by_kind():
     now = {"cldr": {"score": 0.5, "by_kind": {"date": 0.25, "territory": 0.75}}}
     before = {"cldr": {"score": 0.125, "by_kind": {"date": 0.0}}}
-    lines = evaluate.by_kind(now, before).splitlines()
+    lines = tables.by_kind(now, before).splitlines()
     assert lines[0].split()[-2:] == ["trained", "untrained"]
     assert lines[1].split() == ["cldr", "50.0", "12.5"]
     assert lines[2].split() == ["date", "25.0", "0.0"]
     assert lines[3].split() == ["territory", "(unseen", "names)", "75.0"]
-    assert len(evaluate.by_kind(now, {}).splitlines()) == 4
+    assert len(tables.by_kind(now, {}).splitlines()) == 4
 
 
 def test_report(cells, tmp_path):
     out = tmp_path / "deep" / "report"
-    evaluate.write_report(out, cells, {"commit": "abc"})
+    tables.write_report(out, cells, {"commit": "abc"})
     assert sorted(p.name for p in out.iterdir()) == ["grid.json", "grid.png"]
     assert json.loads((out / "grid.json").read_text()) == {"commit": "abc", "cells": cells}
     with Image.open(out / "grid.png") as image:
@@ -345,7 +346,7 @@ def test_report(cells, tmp_path):
 
 def test_report_of_scores_that_are_all_zero(cells, tmp_path):
     none = [{**cell, "scores": {"t": {"score": 0.0}}} for cell in cells]
-    evaluate.write_report(tmp_path, none, {})
+    tables.write_report(tmp_path, none, {})
     assert json.loads((tmp_path / "grid.json").read_text()) == {"cells": none}
     with Image.open(tmp_path / "grid.png") as image:
         image.load()
@@ -353,14 +354,14 @@ def test_report_of_scores_that_are_all_zero(cells, tmp_path):
 
 
 def test_prices(cells):
-    head, *rows = evaluate.prices(cells).splitlines()
+    head, *rows = tables.prices(cells).splitlines()
     assert len(rows) == 4 and "ms a short text" in head
     rank, exit, latency, rate, memory = rows[1].split()
     cell = cells[3]
     assert (int(rank), int(exit)) == (cell["rank"], cell["exit"])
     assert latency == f"{cell['latency_ms']:.2f}" and memory == f"{cell['memory_mib']:.1f}"
     assert rate == f"{cell['texts_per_second']:.0f}"
-    assert evaluate.prices(without_price(cells)) == ""
+    assert tables.prices(without_price(cells)) == ""
 
 
 def test_details():
@@ -377,13 +378,13 @@ def test_details():
             "splits": {"de": "threshold of dev, scores of dev"},
         },
     }
-    assert evaluate.details(found, "width 8").splitlines() == [
+    assert tables.details(found, "width 8").splitlines() == [
         "  other measures at width 8 (%)",
         "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: 30 of them are here",
         "    F1 by ratio: fwd 12.5, max 50.0",
         "    de: threshold of dev, scores of dev",
     ]
-    assert evaluate.details({"t": {"score": 0.5}}) == ""
+    assert tables.details({"t": {"score": 0.5}}) == ""
 
 
 # ---- the command ----
@@ -400,8 +401,8 @@ def test_command(directory, tmp_path):
     done = command(directory, "--data", data, *sizes, "--out", out)
     assert done.returncode == 0, done.stderr
     half = Encoder.load(str(directory), "cpu", "bfloat16")
-    want = evaluate.grid(half, eval_sets.read(str(data)), [8, 32], [1], [8], costs=False)
-    assert done.stdout.startswith(evaluate.table(want) + "\n\n")
+    want = grid.grid(half, eval_sets.read(str(data)), [8, 32], [1], [8], costs=False)
+    assert done.stdout.startswith(tables.table(want) + "\n\n")
     assert "to_pivot" in done.stdout and "mean of 36 languages: 2 of them" in done.stdout
     stored = json.loads((out / "grid.json").read_text())
     assert without_price(stored.pop("cells")) == want
@@ -442,7 +443,7 @@ def test_command_with_a_funnel(directory, tmp_path, encoder):
     stored = json.loads((out / "grid.json").read_text())
     (task,) = eval_sets.read(str(beir))
     texts = {"query": "sun ", "document": "tree "}
-    want = evaluate.score_funnel(encoder, task, (4, 1, 8), 20, texts)
+    want = grid.score_funnel(encoder, task, (4, 1, 8), 20, texts)
     assert stored["funnel"] == {"small": [4, 1, 8], "shortlist": 20, "b": pytest.approx(want)}
     (cell,) = stored["cells"]
     assert cell["scores"]["b"]["score"] == pytest.approx(want["full"])
@@ -471,13 +472,13 @@ def test_command_refuses_before_any_work(given, message, tmp_path):
 
 def test_a_funnel_takes_the_grids_scores(encoder, searched):
     """And without them scores in one pass what is of one rank: the same."""
-    cells = evaluate.grid(encoder, searched[:1], [4, 32], [1, 3], [8], costs=False)
-    alone = evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20)
-    assert alone == evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)
+    cells = grid.grid(encoder, searched[:1], [4, 32], [1, 3], [8], costs=False)
+    alone = grid.score_funnel(encoder, searched[0], (4, 1, 8), 20)
+    assert alone == grid.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)
     (small,) = (c for c in cells if (c["dim"], c["exit"]) == (4, 1))
     assert alone["small"] == pytest.approx(small["scores"]["b"]["score"], abs=1e-6)
     small["scores"]["b"]["score"] = 7.0  # it is not made again
-    assert evaluate.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)["small"] == 7
+    assert grid.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)["small"] == 7
 
 
 @pytest.mark.parametrize(
@@ -485,8 +486,8 @@ def test_a_funnel_takes_the_grids_scores(encoder, searched):
     [("mteb", ValueError, "pip install mlembed"), ("torch", ModuleNotFoundError, "torch")],
 )
 def test_only_a_missing_mteb_is_blamed_on_mteb(missing, error, says, monkeypatch):
-    monkeypatch.delitem(sys.modules, "mlembed.mteb_encoder", raising=False)
-    monkeypatch.delattr("mlembed.mteb_encoder", raising=False)
+    monkeypatch.delitem(sys.modules, "mlembed.evaluation.mteb_model", raising=False)
+    monkeypatch.delattr("mlembed.evaluation.mteb_model", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(error, match=says):
-        evaluate._mteb()
+        grid._mteb()

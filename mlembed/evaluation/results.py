@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .runtime.log import METRICS
+from ..runtime.log import METRICS
 
 MOST = 2**53  # of a count: a float holds it, and so does a figure
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mlembed import charts, page
+from mlembed.evaluation import charts, page
 
 NASTY = "<b>&amp; \"q\" 'a' \u202e"
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from mlembed import results
+from mlembed.evaluation import results
 
 CELL = {"dim": 8, "exit": 1, "rank": 4, "parameters": 100, "bytes_per_vector": 32}
 CELL["scores"] = {"a": {"score": 0.5}}

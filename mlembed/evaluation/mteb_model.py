@@ -18,9 +18,9 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from torch.nn.functional import normalize
 
-from .config import strict
-from .inference.encoder import Encoder
-from .modeling.transformer import num_parameters
+from ..config import strict
+from ..inference.encoder import Encoder
+from ..modeling.transformer import num_parameters
 
 
 class Passes:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from .data.eval_sets import STS, Bitext, Mining, Part
-from .inference.search import NEIGHBOURS, nearest, neighbours
+from ..data.eval_sets import STS, Bitext, Mining, Part
+from ..inference.search import NEIGHBOURS, nearest, neighbours
 
 MARGINS = ("ratio", "distance", "absolute")
 CANDIDATES = ("fwd", "bwd", "intersect", "max")
