@@ -10,83 +10,34 @@
 A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*, report/, model/.
 """
 
-import math
-import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mlembed import (
-    arguments,
-    charts,
-    checkpoint,
-    config,
-    data,
-    evaluate,
-    gradcache,
-    guards,
-    log,
-    prepare,
-    pretrained,
-    resume,
-    strict,
-    tokenizer,
-)
-from mlembed.activations import Kept
-from mlembed.bank import Bank
-from mlembed.depth import enabled
-from mlembed.distill import Distiller, rows_of
-from mlembed.distributed import World, any_process, world
-from mlembed.encode import Encoder
-from mlembed.engine import Engine
-from mlembed.engine import first_bad as first_bad_gradient
+from mlembed import config
+from mlembed.config import strict
+from mlembed.data import tokenizer
+from mlembed.data.collate import Batch
+from mlembed.data.depth import enabled
+from mlembed.evaluation import charts, grid, tables
 from mlembed.export import export
-from mlembed.loss import loss_table, ranks_of, weights
-from mlembed.model import Transformer, num_parameters
-from mlembed.optim import adamw, learning_rate, to_weights
-from mlembed.teacher import Teacher
-
-BANK, DISTILLER = "bank.", "distiller."  # before the names of their tensors in a checkpoint
-
-# ---- one run ----
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run with everything it was built into. budget: bytes for graphs, inf where none is set."""
-
-    run: config.Run
-    where: World
-    directory: Path
-    out: log.Log
-    tasks: list[Any]
-    batches: data.Batches
-    encoder: Encoder
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    kept: Kept | None
-    budget: float
-    bank: Bank | None
-    teacher: Teacher | None
-    distiller: Distiller | None
-    saver: checkpoint.Saver
-    stages: log.Stages
-    languages: dict[str, int]  # training texts of each, where rows name theirs
-
-    @property
-    def model(self) -> Transformer:
-        return self.engine.model
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
+from mlembed.runtime import checkpoint, log
+from mlembed.runtime.distributed import World, any_process, world
+from mlembed.training import arguments, gradcache, guards, resume
+from mlembed.training.objective.loss import loss_table, ranks_of, weights
+from mlembed.training.optim import learning_rate
+from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
+from mlembed.training.step import Pass, Step, Terms, source_of, update, weighted
 
 
 def train(run: config.Run, where: World) -> int:
@@ -112,67 +63,6 @@ def train(run: config.Run, where: World) -> int:
         finish(job)
     out.close()
     return 0 if done == job.run.steps else 130
-
-
-def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
-    """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
-    text = prepare.read_text(run, out.say)
-    learnt = prepare.text_to_ids(run, found, text)
-    if run.epochs:
-        run = replace(run, steps=data.steps_of(run, text.tables, text.streams))
-    teacher, stored, distiller = prepare.teachers(run, text, found, where)
-    batches = data.Batches(
-        text.tables,
-        learnt,
-        run,
-        where,
-        streams=text.streams,
-        teacher=stored,
-        held_out=text.held_out,
-    )
-    model = prepare.build(run, found, learnt, batches, where).to(where.device)
-    to_weights(model, run.optim)
-    if where.main:
-        pretrained.warn_beyond_break_even(model.cfg)
-    run = replace(run, model=model.cfg)
-    half = prepare.bf16(run, where.device)
-    compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
-    if compiled:
-        model.compile_blocks(lean=run.activation_checkpointing == "selective")
-    prompts = prepare.prompts(run)
-    encoder = Encoder(model, learnt, run.max_length, bf16=half, prompts=prompts)
-    if run.model.attention != "auto":  # one that is not to be had says so before the run begins
-        encoder.exits(["a text"])
-    limited = run.gradient_cache or run.activation_checkpointing == "selective"
-    kept = Kept.by(model, half) if limited else None
-    budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
-    engine = Engine.of(model, run, where, half)
-    optimizer = adamw(model, run.optim)
-    bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
-    if found:
-        checkpoint.restore(found, model, optimizer, where.rank, where.size)
-        if bank is not None:
-            held = checkpoint.read(found, BANK)
-            bank.load({n.removeprefix(BANK): x for n, x in held.items()}, where.device)
-        if distiller is not None:
-            held = checkpoint.read(found, DISTILLER)
-            distiller.load({n.removeprefix(DISTILLER): x for n, x in held.items()})
-    for name, count in zip(batches.names, batches.truncated, strict=False):
-        if count:
-            out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
-    out.say(
-        f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
-        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
-    )
-    if teacher is not None:
-        out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
-    out.say(f"run    {prepare.what_runs(run, where, half, compiled, budget)}")
-    saver = checkpoint.Saver(
-        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
-    )
-    stages = log.Stages(where.device)
-    built = encoder, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages
-    return Job(run, where, directory, out, text.tasks, batches, *built, text.languages)
 
 
 def optimise(job: Job, start: int) -> int:
@@ -223,49 +113,7 @@ def optimise(job: Job, start: int) -> int:
     return run.steps
 
 
-def loader(job: Job, start: int) -> DataLoader:
-    """The micro-batches from step `start` on, made ready by as many processes as configured."""
-    run, workers = job.run, job.run.loader_workers
-    if workers < 0:
-        workers = 2 if job.where.device.type == "cuda" else 0
-    if workers:  # a tensor on its way is an open file, and a batch has dozens of them
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not fork
-    return DataLoader(
-        Subset(job.batches, range(batches_of(run, start)[0], batches_of(run, run.steps)[0])),
-        batch_size=None,
-        generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-    )
-
-
-def batches_of(run: config.Run, step: int) -> range:
-    """Numbers of a step's micro-batches."""
-    count = run.gradient_accumulation_steps
-    return range(step * count, (step + 1) * count)
-
-
-Terms = dict[str, Tensor]  # loss_EM by name: contrastive, and what is distilled
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step gave: the exits that had a loss, by term loss_EM of this process at them and what
-    each entry weighs, the queries of all processes at each, gradient norm, tokens of all processes,
-    and the first tensor that was not finite, if any; then the step was left out."""
-
-    exits: tuple[int, ...]
-    losses: Terms
-    weight_EM: Tensor
-    queries: list[int]
-    norm: Tensor
-    tokens: int
-    bad: str | None
-
-
-def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
+def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """One optimiser step, whose failures say what to do.
 
     Raises:
@@ -297,7 +145,7 @@ def guarded(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
     )
 
 
-def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
+def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """Gradients of all micro-batches and ranks, then one update."""
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
@@ -335,47 +183,7 @@ def one_step(job: Job, step: int, feed: Iterator[data.Batch]) -> Step:
     return Step(exits, losses, weight_EM, queries, norm, tokens, bad)
 
 
-def update(job: Job, step: int, losses: Terms, exits: tuple[int, ...]) -> tuple[Tensor, str | None]:
-    """Clip and step, unless something is not finite; -> gradient norm, and what that was."""
-    run, where, engine = job.run, job.where, job.engine
-    norm = engine.norm()
-    finite = bool(norm.isfinite() & torch.stack(list(losses.values())).isfinite().all())
-    finite = finite and (job.distiller is None or job.distiller.finite())
-    bad = None
-    if any_process(not finite, where):
-        bad = first_bad(job, losses, exits)
-    else:
-        engine.clip(norm, run.optim.max_grad_norm)
-        job.optimizer.step()
-    if job.distiller is not None:
-        if bad is None:
-            job.distiller.step(learning_rate(step, run), run.optim.max_grad_norm)
-        else:
-            job.distiller.discard()
-    engine.zero()
-    return norm, bad
-
-
-def source_of(job: Job, step: int) -> str:
-    """Where a step's texts are from."""
-    numbers = (job.batches.order[number] for number in batches_of(job.run, step))
-    return ", ".join(sorted({job.batches.names[number] for number in numbers}))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What a pass of a step is about: exits with a loss, vocabulary rank, weights of the loss."""
-
-    step: int
-    exits: tuple[int, ...]
-    rank: int | None
-    weight_EM: Tensor
-    share: float
-
-
-def add_gradients(
-    job: Job, batch: data.Batch, one: Pass, draw: tuple[int, int], sync: bool
-) -> Terms:
+def add_gradients(job: Job, batch: Batch, one: Pass, draw: tuple[int, int], sync: bool) -> Terms:
     """Forward, loss and backward of a micro-batch at one rank -> its share of each loss_EM."""
     run, where, half = job.run, job.where, job.encoder.bf16
     device, p = where.device, run.model.dropout
@@ -406,31 +214,6 @@ def add_gradients(
     with job.stages.of("backward"):  # less forward and loss, which it calls
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
     return found
-
-
-def weighted(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
-    """The loss: terms by their weights, entries by theirs, which a term that only some exits have
-    shares out among these."""
-    total = weight_EM.new_zeros(())
-    for name, loss_EM in terms.items():
-        here_EM = weight_EM * rows_of(run.distill, name, len(weight_EM)).to(weight_EM)[:, None]
-        here_EM = here_EM * (weight_EM.sum() / here_EM.sum().clamp(min=1e-30))
-        total = total + getattr(run.distill, name) * (here_EM * loss_EM).sum()
-    return total
-
-
-def first_bad(job: Job, losses: Terms, exits: tuple[int, ...]) -> str:
-    """What was not finite, in the order in which it was computed: weights, losses, gradients. All
-    processes call it, and agree on whether it is weights; of these and of losses each sees its own.
-    """
-    gradient = first_bad_gradient(job.model)
-    weight = guards.bad_weight(job.model)
-    if any_process(weight is not None, job.where):
-        return weight or "weight that another process holds"
-    dims = job.run.model.matryoshka_dims
-    named = ((name, guards.bad_loss(table, exits, dims)) for name, table in losses.items())
-    loss = next((f"{bad} ({name})" for name, bad in named if bad), None)
-    return loss or f"gradient of {gradient or 'nothing by itself, but their norm'}"
 
 
 def record(job: Job, step: int, result: Step, rate: float, stage_ms: dict[str, float]) -> float:
@@ -494,7 +277,7 @@ def score(job: Job, step: int) -> None:
         return
     shape = job.run.model
     full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = evaluate.grid(encoder, job.tasks, *full, costs=False)
+    (cell,) = grid.grid(encoder, job.tasks, *full, costs=False)
     percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
@@ -507,13 +290,13 @@ def finish(job: Job) -> None:
         return
     if job.tasks:
         began = time.perf_counter()
-        cells = evaluate.grid(encoder, job.tasks, progress=sys.stderr.isatty())
+        cells = grid.grid(encoder, job.tasks, progress=sys.stderr.isatty())
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        evaluate.write_report(directory / "report", cells, extra)
-        out.say(f"\n{evaluate.table(cells)}\n\n{evaluate.by_kind(cells[-1]['scores'], untrained)}")
+        tables.write_report(directory / "report", cells, extra)
+        out.say(f"\n{tables.table(cells)}\n\n{tables.by_kind(cells[-1]['scores'], untrained)}")
         spent = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
     worst = export(encoder, directory / "model", source=str(directory))
@@ -527,12 +310,6 @@ def finish(job: Job) -> None:
         f"export  {python} -m mlembed.export {directory} OUT --dim {dim} --exit {exit}\n"
         f"page    {python} -m mlembed.report {directory}"
     )
-
-
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C, and SLURM's SIGTERM, reach every process; the run decides when its loaders end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def main() -> int:

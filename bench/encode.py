@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from mlembed import config, tokenizer
-from mlembed.encode import Encoder
+from mlembed import config
+from mlembed.data import tokenizer
 from mlembed.export import export
-from mlembed.model import Transformer
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling.transformer import Transformer
 
 from . import harness, loader
 from .worker import say

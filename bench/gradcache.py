@@ -29,14 +29,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mlembed import config, gradcache
-from mlembed.activations import Kept
-from mlembed.distributed import World
-from mlembed.engine import Engine
-from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
-from mlembed.optim import adamw, to_weights
-from mlembed.pack import Batch, PackedBatch
+from mlembed import config
+from mlembed.data.collate import Batch
+from mlembed.data.packing import PackedBatch
+from mlembed.modeling.transformer import Transformer
+from mlembed.runtime.distributed import World
+from mlembed.training import gradcache
+from mlembed.training.engine import Engine
+from mlembed.training.gradcache import Kept
+from mlembed.training.objective.loss import loss_table, weights
+from mlembed.training.optim import adamw, to_weights
 
 from . import report
 from .harness import judged, reason

@@ -31,10 +31,11 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Subset
 
-from mlembed import config, sources, tokenizer
-from mlembed.data import Batches
-from mlembed.distributed import World
-from mlembed.pack import Batch
+from mlembed import config
+from mlembed.data import sources, tokenizer
+from mlembed.data.batches import Batches
+from mlembed.data.collate import Batch
+from mlembed.runtime.distributed import World
 
 from . import harness
 from .train_step import cases

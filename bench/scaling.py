@@ -51,7 +51,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mlembed import config
-from mlembed.model import num_parameters
+from mlembed.modeling.transformer import num_parameters
 
 from .report import aligned
 

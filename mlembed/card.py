@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, log, streams, strict
-from .charts import mean_score
-from .encode import Encoder
-from .languages import language
-from .model import num_parameters
+from . import config
+from .config import strict
+from .data import streams
+from .evaluation.charts import mean_score
+from .evaluation.languages import language
+from .inference.encoder import Encoder
+from .modeling.transformer import num_parameters
+from .runtime import log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"

@@ -36,11 +36,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import card, log, pretrained, to_onnx, tokenizer
+from . import card, to_onnx
 from .config import Model
-from .encode import Encoder
-from .files import atomic_directory
-from .model import Transformer
+from .data import tokenizer
+from .inference.encoder import Encoder
+from .modeling import pretrained
+from .modeling.transformer import Transformer
+from .runtime import log
+from .runtime.files import atomic_directory
 
 MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mlembed.config import Distill, Loss, Model, Run
-from mlembed.distill import Distiller, principal
-from mlembed.distributed import World
-from mlembed.pack import Batch, collate
+from mlembed.data.collate import Batch, collate
+from mlembed.runtime.distributed import World
+from mlembed.training.objective.distill import Distiller, principal
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXITS, DIMS, D = (1, 2, 4), (3, 8, 13), 13  # widths are primes, as no tile is

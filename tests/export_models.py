@@ -4,9 +4,10 @@ from random_model import randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from mlembed import config, tokenizer
-from mlembed.encode import Encoder
-from mlembed.model import Transformer
+from mlembed import config
+from mlembed.data import tokenizer
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling.transformer import Transformer
 
 TRAINED_ON = [
     "Wednesday, May 4, 2050",

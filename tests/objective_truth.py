@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from mlembed.config import Loss, Model, Run
-from mlembed.distributed import World
-from mlembed.loss import loss_table
-from mlembed.pack import collate
+from mlembed.data.collate import collate
+from mlembed.runtime.distributed import World
+from mlembed.training.objective.loss import loss_table
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXITS, DIMS, D = (1, 2), (3, 8, 13), 13  # the width is a prime, as no tile is

@@ -258,7 +258,7 @@ def _command(argv: list[str], cwd: str) -> None:
 
 def _function(path: str, module: str, name: str, args: tuple, folder: str) -> None:
     """Call a function of a test file inside a group, and save what it returns."""
-    from mlembed.distributed import world
+    from mlembed.runtime.distributed import world
 
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, path)

@@ -12,7 +12,8 @@ import pytest
 from export_models import KINDS, build
 from huggingface_hub import ModelCard
 
-from mlembed import card, config, strict
+from mlembed import card, config
+from mlembed.config import strict
 from mlembed.export import export
 
 GRID = {

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_encode import TEXTS, build
 
 from mlembed import encode
-from mlembed.encode import Encoder
+from mlembed.inference.encoder import Encoder
+from tests.inference.test_encoder import TEXTS, build
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tyro
-from test_encode import MAX_LENGTH, build
 
-from mlembed import encode, pretrained, tokenizer
-from mlembed.encode import Encoder, main
-from mlembed.vectors import Quantiser
+from mlembed.data import tokenizer
+from mlembed.encode import main
+from mlembed.inference.encoder import WINDOW, Encoder
+from mlembed.inference.vector_files import Quantiser
+from mlembed.modeling import pretrained
+from tests.inference.test_encoder import MAX_LENGTH, build
 
 TEXTS = [
     "Wednesday, May 4, 2050",
@@ -91,7 +93,7 @@ def test_who_reads_no_more_ends_it(directory):
         process.stdout.close()
         with contextlib.suppress(BrokenPipeError):
             for _ in range(12):  # windows
-                process.stdin.write(b"a\n" * encode.WINDOW)
+                process.stdin.write(b"a\n" * WINDOW)
             raise AssertionError("all of it was read")
         assert process.wait(60) == 0 and process.stderr.read() == b""
 

@@ -16,9 +16,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Model
 
 from mlembed import export as exporting
-from mlembed import pretrained, tokenizer
-from mlembed.encode import Encoder
+from mlembed.data import tokenizer
 from mlembed.export import export
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from export_models import MAX_LENGTH, build
 from packaging.version import Version
 
 from mlembed import export as exporting
-from mlembed import pretrained, tokenizer
+from mlembed.data import tokenizer
+from mlembed.modeling import pretrained
 
 cards_at_the_endpoint = pytest.mark.skipif(
     Version(huggingface_hub.__version__) < Version("2.2"),

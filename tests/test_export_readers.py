@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from mlembed import export as exporting
-from mlembed import tokenizer
-from mlembed.encode import Encoder
+from mlembed.data import tokenizer
 from mlembed.export import PROBES, export
+from mlembed.inference.encoder import Encoder
 
 READERS = [path for path in os.environ.get("MLEMBED_READERS", "").split(os.pathsep) if path]
 PROMPTS = {"query": "Instruct: find\nQuery: "}

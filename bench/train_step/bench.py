@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from mlembed import config
-from mlembed.activations import Kept, recomputed
-from mlembed.distributed import World
-from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
-from mlembed.optim import adamw, to_weights
+from mlembed.modeling.transformer import Transformer
+from mlembed.runtime.distributed import World
+from mlembed.training.gradcache import Kept, recomputed
+from mlembed.training.objective.loss import loss_table, weights
+from mlembed.training.optim import adamw, to_weights
 
 from .. import report
 from ..harness import TRAIN

@@ -36,10 +36,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlembed import config, recipes, shapes
-from mlembed.depth import drawn
-from mlembed.model import num_parameters
-from mlembed.pack import Batch, PackedBatch, collate
+from mlembed import config
+from mlembed.config import recipes, shapes
+from mlembed.data.collate import Batch, collate
+from mlembed.data.depth import drawn
+from mlembed.data.packing import PackedBatch
+from mlembed.modeling.transformer import num_parameters
 from mlembed_kernels import Occurrences
 
 from ..embed import stream

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mlembed import config
-from mlembed.distributed import World
-from mlembed.loss import loss_table, weights
-from mlembed.model import Transformer
-from mlembed.pack import Batch, collate, pack
+from mlembed.data.collate import Batch, collate
+from mlembed.data.packing import pack
+from mlembed.modeling.transformer import Transformer
+from mlembed.runtime.distributed import World
+from mlembed.training.objective.loss import loss_table, weights
 
 from ..attention.cases import EPS32
 from ..harness import Missing, judged, reason

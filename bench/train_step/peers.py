@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlembed import config, pretrained
-from mlembed.loss import weights
-from mlembed.model import Transformer
+from mlembed import config
+from mlembed.modeling import hf_config, pretrained
+from mlembed.modeling.transformer import Transformer
+from mlembed.training.objective.loss import weights
 
 from ..harness import Missing
 from ..infonce.peers import imported
@@ -72,7 +73,7 @@ def transformers_model(start: Transformer) -> Any:
     transformers = imported("transformers", "transformers")
     cfg, device = start.cfg, start.device
     kind = "Bert" if cfg.style == "bert" else "Qwen3"
-    named = pretrained.hf_config(cfg) | {"attn_implementation": "sdpa"}
+    named = hf_config.hf_config(cfg) | {"attn_implementation": "sdpa"}
     shape = getattr(transformers, f"{kind}Config")(**named)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:

@@ -16,8 +16,8 @@ import torch
 from bench import __main__ as command
 from bench import encode as bench
 from bench import loader
-from mlembed.encode import Encoder
-from mlembed.model import Transformer, num_parameters
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling.transformer import Transformer, num_parameters
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -68,8 +68,9 @@ def test_texts_have_the_lengths_of_their_case():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A model as the bench saves it, without the check of export: its gate is one."""
-    from mlembed import pretrained, tokenizer
+    from mlembed.data import tokenizer
     from mlembed.export import write_sentence_transformers
+    from mlembed.modeling import pretrained
 
     case, path = bench.toy(bench.CASES["short"]), tmp_path_factory.mktemp("toy") / "model"
     path.mkdir()

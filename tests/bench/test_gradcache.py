@@ -18,8 +18,8 @@ from bench import gradcache as bench
 from bench import report, worker
 from bench.train_step import cases
 from bench.train_step import gate as checked
-from mlembed.activations import Kept
-from mlembed.model import Transformer
+from mlembed.modeling.transformer import Transformer
+from mlembed.training.gradcache import Kept
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import loader as bench
-from mlembed.data import Batches
+from mlembed.data.batches import Batches
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

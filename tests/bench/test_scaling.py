@@ -11,11 +11,13 @@ import torch
 
 from bench import scaling
 from bench.train_step import cases
-from mlembed import config, distributed, ring
-from mlembed.distributed import World
-from mlembed.loss import loss_table
-from mlembed.model import Transformer, num_parameters
-from mlembed.pack import collate
+from mlembed import config
+from mlembed.data.collate import collate
+from mlembed.modeling.transformer import Transformer, num_parameters
+from mlembed.runtime import distributed
+from mlembed.runtime.distributed import World
+from mlembed.training.objective import candidates
+from mlembed.training.objective.loss import loss_table
 
 A = scaling.Assumed()
 SMALL = scaling.MODELS["0.6B"]
@@ -101,7 +103,7 @@ def test_candidates_send_what_our_code_sends(across, monkeypatch):
         sent.append((n - 1) * own.nbytes)
         own.copy_(whole.view(n, *own.shape).sum(0))
 
-    monkeypatch.setattr(ring, "_exchange", exchange)
+    monkeypatch.setattr(candidates, "_exchange", exchange)
     monkeypatch.setattr(distributed, "all_gather", all_gather)
     monkeypatch.setattr(distributed, "reduce_scatter", reduce_scatter)
     m = config.Model(hidden_size=32, exits=(1, 4), matryoshka_dims=(8, 32))

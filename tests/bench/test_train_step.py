@@ -20,8 +20,8 @@ from bench import harness, report, worker
 from bench.train_step import bench, cases, peers
 from bench.train_step import gate as checked
 from mlembed import config
-from mlembed.blocks import Block, rope
-from mlembed.loss import weights
+from mlembed.modeling.blocks import Block, rope
+from mlembed.training.objective.loss import weights
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

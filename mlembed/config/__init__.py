@@ -1,0 +1,18 @@
+"""Configuration of a run, and the recipes that are complete ones. Imports no torch."""
+
+from .model import ML_EMBED_EXITS, Model
+from .objective import TASKS, Depth, Distill, Loss, Optim
+from .run import Run, Source, load
+
+__all__ = [
+    "ML_EMBED_EXITS",
+    "TASKS",
+    "Depth",
+    "Distill",
+    "Loss",
+    "Model",
+    "Optim",
+    "Run",
+    "Source",
+    "load",
+]

@@ -1,0 +1,113 @@
+"""Shape and nesting of the encoder."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .strict import check_rising, positive
+
+ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; the last layer joins
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape and nesting of the encoder (names as in Hugging Face configurations)."""
+
+    style: Literal["qwen3", "bert"] = "qwen3"
+    """Blocks: RMSNorm before, rotary positions, SwiGLU, no biases; or LayerNorm behind, learned
+    positions, GELU, biases."""
+    vocab_size: int = 8192
+    """Tokens; when the tokenizer is trained here, how many it may learn."""
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    intermediate_size: int = 768
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-12
+    max_position_embeddings: int = 512
+    """Tokens of the longest text that there are positions for."""
+    position_offset: int = 0
+    """Rows of a BERT's position table before position 0: 0, or 2 as RoBERTa and XLM-R have it."""
+    type_vocab_size: int = 2
+    """Rows of a BERT's segment table, of which the first is added to every token."""
+    causal: bool = True
+    """Each token sees only what precedes it (as Qwen3 does); otherwise the whole text."""
+    pooling: Literal["last", "mean", "cls", "pooler"] = "last"
+    """What stands for a text: its last token (EOS), the mean of all tokens, the first ([CLS]), or
+    BERT's pooler, tanh of a dense layer over the first."""
+    exits: tuple[int, ...] = ()
+    """Depths where texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, 24, .. all."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
+    ranks: tuple[int, ...] = ()
+    """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
+    dropout: float = 0.0
+    """In training, the share of what attention and the MLP add to the residual stream that is
+    dropped, the rest scaled up."""
+    attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = "auto"
+    """What computes attention. auto: our Triton on CUDA, torch elsewhere; a name never changes."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            positive(f"model.{name}", getattr(self, name))
+        positive("model.intermediate_size", self.intermediate_size)
+        L, D = self.num_hidden_layers, self.hidden_size
+        if not self.exits:
+            exits = tuple(x for x in ML_EMBED_EXITS if x < L) + (L,)
+            object.__setattr__(self, "exits", exits)
+        if not self.matryoshka_dims:
+            powers = tuple(2**i for i in range(3, 15) if 2**i < D)
+            object.__setattr__(self, "matryoshka_dims", (*powers, D))
+        check_rising("model.exits", self.exits, L, "depth num_hidden_layers")
+        check_rising("model.matryoshka_dims", self.matryoshka_dims, D, "width hidden_size")
+        if self.ranks:
+            check_rising("model.ranks", self.ranks, min(D, self.vocab_size), "width hidden_size")
+        if self.exits[-1] != L:
+            raise ValueError(
+                f"model.exits: expected to end at the last layer {L}, got {self.exits}"
+            )
+        if self.matryoshka_dims[-1] != D:
+            raise ValueError(
+                f"model.matryoshka_dims: expected to end at hidden_size {D}, "
+                f"got {self.matryoshka_dims}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "model.num_key_value_heads: expected a divisor of num_attention_heads "
+                f"{self.num_attention_heads}, got {self.num_key_value_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: expected 0..1 (1 excluded), got {self.dropout}")
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim: expected an even number, got {self.head_dim}")
+        if self.style == "bert":
+            self._check_bert()
+        elif self.pooling == "pooler":
+            raise ValueError("model.pooling: expected last, mean or cls without style bert")
+
+    def _check_bert(self) -> None:
+        positive("model.type_vocab_size", self.type_vocab_size)
+        heads = self.num_attention_heads
+        if self.causal:
+            raise ValueError("model.causal: expected False with style bert, got True")
+        if self.num_key_value_heads != heads or heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                "model: expected as many key-value heads as heads, together hidden_size "
+                f"{self.hidden_size} wide, with style bert, got {self.num_key_value_heads} and "
+                f"{heads} heads of {self.head_dim}"
+            )
+
+    def check(
+        self, dim: int | None = None, exit: int | None = None, rank: int | None = None
+    ) -> None:
+        """ValueError for a width, depth or vocabulary rank that a model of this shape lacks."""
+        if dim is not None and not 1 <= dim <= self.hidden_size:
+            raise ValueError(f"dim: expected 1..{self.hidden_size} (the width), got {dim}")
+        if exit is not None and not 1 <= exit <= self.num_hidden_layers:
+            raise ValueError(f"exit: expected 1..{self.num_hidden_layers} (the depth), got {exit}")
+        if rank is not None and not self.ranks:
+            raise ValueError(f"rank: expected none (the vocabulary is a plain table), got {rank}")
+        if rank is not None and not 1 <= rank <= self.ranks[-1]:
+            raise ValueError(f"rank: expected 1..{self.ranks[-1]} (the stored rank), got {rank}")

@@ -1,0 +1,208 @@
+"""What a run minimises and how: loss, distillation, depth, optimiser."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .strict import positive
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The 3D objective: sum over exits and prefixes of w_e w_m loss_em, weights summing to one."""
+
+    temperature: float = 0.05
+    """Of sources that have none of their own."""
+    directions: Literal["query_to_doc", "symmetric", "gte"] = "symmetric"
+    """Of retrieval: a softmax over documents; the mean of that and one over queries; or GTE's one
+    softmax over both and over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)."""
+    count_positive_twice: bool = True
+    """With gte: both sums that hold the positive count it, as the paper prints them."""
+    margin: float = 0.0
+    """Of bitext: what the positives' cosines are lowered by (LaBSE, arXiv 2007.01852: 0.3)."""
+    hard_negatives: Literal["shared", "own", "separate"] = "shared"
+    """Of retrieval and bitext: candidates of all queries of the batch; of their own query, in one
+    softmax with the others' positives; of their own query, in a softmax of its own whose loss is
+    added (ML-Embed's released code)."""
+    num_negatives: int = 7
+    """Hard negatives drawn per row where the data has them: ML-Embed's numbers, by task."""
+    clustering_negatives: int = 9
+    classification_negatives: int = 1
+    exit_weights: Literal["uniform", "depth", "inverse", "log", "custom"] = "uniform"
+    """w_e equal (ML-Embed); in proportion to the exit's depth l; 1 / l (2DMSE, arXiv 2402.14776 v1)
+    or 1 / (1 + ln(1 + l)) (ESE, its v3) for all but the last, which weighs 1; or as given."""
+    custom_exit_weights: tuple[float, ...] = ()
+    matryoshka_weights: Literal["uniform", "ml-embed", "custom"] = "uniform"
+    """w_m equal; ML-Embed's 1 / (n sqrt(D / d)), n counted down from the full width; as given."""
+    custom_matryoshka_weights: tuple[float, ...] = ()
+    normalise_weights: bool = True
+    """Weights sum to one. Otherwise prefixes' stay as their rule has them, and so do exits' but for
+    `uniform`, which is a mean over exits in ML-Embed as well: the published losses' scale."""
+    ranks: Literal["sampled", "all"] = "sampled"
+    """sampled: one vocabulary rank a step, in proportion to itself (ML-Embed). all: every rank each
+    step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
+    negatives_across: Literal["gather", "ring"] = "gather"
+    """How other processes' texts become candidates: all at once, or passed around, so that no
+    process ever holds more than its own and two others' (one in hand, one arriving)."""
+    memory_bank: int = 0
+    """Documents of earlier steps, of the batch's source, that are negatives of its queries as well
+    (MoCo's queue, arXiv 1911.05722); no gradient reaches them. Whole micro-batches, the newest."""
+    bank_on: Literal["device", "host"] = "device"
+    """Where these are kept; from pinned host memory they come micro-batch by micro-batch."""
+
+    def __post_init__(self) -> None:
+        positive("loss.temperature", self.temperature)
+        if self.memory_bank < 0:
+            raise ValueError(f"loss.memory_bank: expected 0 or more, got {self.memory_bank}")
+        if self.memory_bank and self.ranks == "all":
+            raise ValueError("loss.ranks: expected sampled with a memory bank, got all")
+        for name in ("num_negatives", "clustering_negatives", "classification_negatives"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("exit_weights", "matryoshka_weights"):
+            given = getattr(self, f"custom_{name}")
+            if (getattr(self, name) == "custom") != bool(given) or any(w < 0 for w in given):
+                raise ValueError(
+                    f"loss.custom_{name}: expected numbers of 0 or more with loss.{name} custom, "
+                    f"and none otherwise, got {given} with {getattr(self, name)}"
+                )
+            if given and not sum(given) > 0:
+                raise ValueError(f"loss.custom_{name}: expected one above 0, got {given}")
+        if not 0 <= self.margin < 2:
+            raise ValueError(f"loss.margin: expected 0..2 (2 excluded), got {self.margin}")
+        if self.directions == "gte" and (self.negatives_across == "ring" or self.memory_bank):
+            raise ValueError(
+                "loss.directions: expected query_to_doc or symmetric with a ring or a memory bank, "
+                "got gte"
+            )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW; the rate warms up linearly, then falls to `min_lr_ratio` of itself."""
+
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.05
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup_ratio: float = 0.05
+    """Share of the steps; `warmup_steps`, where it is above 0, instead."""
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """fp32 masters, or matrices kept in bf16 alone and rounded stochastically after each step."""
+
+    def __post_init__(self) -> None:
+        positive("optim.lr", self.lr)
+        positive("optim.max_grad_norm", self.max_grad_norm)
+        positive("optim.eps", self.eps)
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps: expected 0 or more, got {self.warmup_steps}")
+        if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                "optim: expected weight_decay of 0 or more and betas in 0..1 (1 excluded), "
+                f"got {self.weight_decay} and {self.betas}"
+            )
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}: expected 0..1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """What a student learns from a teacher, beside, or instead of, the contrastive loss.
+
+    loss = contrastive L + features F + logits S + between_exits B, each a table over exits and
+    prefixes with the weights of L.
+    """
+
+    teacher: str = ""
+    """Directory or hub id of a sentence-transformers or transformers model, which encodes each
+    batch's texts with its own tokenizer."""
+    embeddings: str = ""
+    """Or a directory of a teacher's vectors, which `python -m mlembed.teacher` wrote."""
+    prompt: str = ""
+    """What the teacher reads before each query; its documents have none."""
+    batch_tokens: int = 16_384
+    """Tokens that the teacher encodes at once, padding included."""
+    contrastive: float = 1.0
+    features: float = 0.0
+    """Mean squared difference of the vectors' coordinates."""
+    feature_form: Literal["raw", "normalised"] = "raw"
+    align: Literal["truncate", "pca", "projection"] = "truncate"
+    """How vectors of two widths are compared, at a prefix d: with the teacher's first d coordinates
+    (ML-Embed's code); with its first d principal ones; or, by a learnt matrix of which d columns
+    are used, in the teacher's space."""
+    logits: float = 0.0
+    """Difference of the cosines of queries and documents, student's and teacher's."""
+    logit_form: Literal["mse", "kl"] = "mse"
+    teacher_temperature: float = 0.05
+    """Of kl, beside the student's own."""
+    exits: Literal["last", "all"] = "last"
+    """Which exits have `features` and `logits`."""
+    between_exits: float = 0.0
+    """`logits` of every other exit towards the last one's, of whole width and without gradient."""
+
+    def __post_init__(self) -> None:
+        terms = ("contrastive", "features", "logits", "between_exits")
+        if min(getattr(self, name) for name in terms) < 0 or self.learns == 0:
+            given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
+            raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
+        positive("distill.teacher_temperature", self.teacher_temperature)
+        positive("distill.batch_tokens", self.batch_tokens)
+        if self.teacher and self.embeddings:
+            raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
+        if self.prompt and not self.teacher:
+            raise ValueError(
+                "distill.prompt: expected none without distill.teacher (stored embeddings have "
+                f"theirs), got {self.prompt!r}"
+            )
+        needs, has = bool(self.features or self.logits), bool(self.teacher or self.embeddings)
+        if needs != has:
+            raise ValueError(
+                "distill: expected a teacher (or its embeddings) with features or logits above 0, "
+                f"and none without, got teacher {self.teacher or self.embeddings or 'none'}, "
+                f"features {self.features}, logits {self.logits}"
+            )
+
+    @property
+    def learns(self) -> float:
+        """Sum of the terms' weights."""
+        return self.contrastive + self.features + self.logits + self.between_exits
+
+
+TASKS = ("retrieval", "clustering", "classification", "bitext", "sts")
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep each group, a query with its documents, runs in training (layer-skip training)."""
+
+    exits: tuple[int, ...] = ()
+    """Depths to leave at, some of model.exits, the last = all layers. Empty: all run to the end."""
+    shares: tuple[float, ...] = ()
+    """How much of a batch's tokens leaves at each, summing to one. Empty: equal shares."""
+    layer_dropout: float = 0.0
+    """A text skips layer l of 0..L-1 with probability layer_dropout * S(t) * (2^(l / (L-1)) - 1)
+    (LayerSkip, arXiv 2404.16710)."""
+    dropout_schedule: Literal["constant", "exponential"] = "constant"
+    """S(t) at step t of T: 1, as LayerSkip fine-tunes, or 2^(t / T) - 1, as it pre-trains."""
+    curriculum: Literal["none", "rotational", "gradual"] = "none"
+    """Exits with a loss at a step, the last always: all of them; every `rotation`-th, the next ones
+    at the next step; from the deepest on, all of them after half of the run."""
+    rotation: int = 2
+
+    def __post_init__(self) -> None:
+        positive("depth.rotation", self.rotation)
+        if not 0 <= self.layer_dropout < 1:
+            raise ValueError(f"depth.layer_dropout: expected 0..1, got {self.layer_dropout}")
+        if self.shares and len(self.shares) != len(self.exits):
+            raise ValueError(
+                f"depth.shares: expected one for each of depth.exits {self.exits}, "
+                f"got {self.shares}"
+            )
+        if self.shares and (min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6):
+            raise ValueError(
+                f"depth.shares: expected positive numbers that sum to 1, got {self.shares}"
+            )

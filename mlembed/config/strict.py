@@ -1,0 +1,86 @@
+"""Dataclasses from and to json: every key known, every value of its field's type."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+
+def near(name: str, names: typing.Iterable[str]) -> str:
+    """The hint ", near: a, b" of an error about an unknown name, or nothing."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    leaf = name.rpartition(".")[2]
+    close += [n for n in names if n.rpartition(".")[2] == leaf and n not in close]
+    return f" (near: {', '.join(close)})" if close else ""
+
+
+def flat_keys(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, nested dataclasses included."""
+    keys = []
+    for f, kind in zip(fields(cls), typing.get_type_hints(cls).values(), strict=True):
+        nested = isinstance(kind, type) and is_dataclass(kind)
+        keys += flat_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return keys
+
+
+def to_dict(run: Any) -> dict[str, Any]:
+    """Nested plain values, tuples as lists: what json gives back."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def from_dict(cls: type, data: Any, where: str) -> Any:
+    """Strict inverse of `to_dict`: every key known, every value of its field's type."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"{where}: no such key {key!r}{near(key, hints)}")
+    return cls(**{key: _typed(hints[key], value, f"{where}: {key}") for key, value in data.items()})
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise ValueError(f"{where}: expected {len(inner)} values, got {len(value)}")
+        return tuple(_typed(inner[0], item, where) for item in value)
+    if origin is Literal and value in inner:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
+        return value
+    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise ValueError(f"{where}: expected {expected}, got {value!r}")
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ between two nested dictionaries."""
+    for key in a.keys() | b.keys():
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield prefix + key
+
+
+def check_rising(name: str, values: Sequence[int], top: int, what: str) -> None:
+    """ValueError unless `values` is non-empty, rises strictly, and lies in 1..top."""
+    if not values or list(values) != sorted(set(values)) or values[0] < 1:
+        raise ValueError(f"{name}: expected rising numbers from 1 on, got {tuple(values)}")
+    if values[-1] > top:
+        raise ValueError(f"{name}: expected at most the {what} {top}, got {values[-1]}")
+
+
+def positive(name: str, value: float) -> None:
+    """ValueError unless value > 0."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")

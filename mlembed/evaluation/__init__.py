@@ -1,0 +1,1 @@
+"""Scores of a model at every size, and the report of them."""

@@ -1,0 +1,1 @@
+"""The encoder: blocks, nested vocabulary, pretrained weights, merging and pruning."""

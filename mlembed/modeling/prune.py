@@ -1,0 +1,278 @@
+"""Cut a smaller model out of a larger one: fewer layers, a narrower residual stream and MLP.
+
+Attention heads, their width and the vocabulary stay, as in F2LLM-v2 (arXiv 2603.19223), whose 80M,
+160M and 330M are pruned from the 0.6B and then trained. How their layers, coordinates and units
+were chosen is not published; what is here is ours, in the manner of Minitron (arXiv 2407.14679):
+what a sample of text makes large is kept. The result is a start for training, not a model:
+
+    python train.py RECIPE --init OUT
+
+Of the residual stream the same coordinates stay in every layer. RMSNorm then takes its mean over
+fewer of them, which keeps the scale where those that went were as large as those that stay. Nothing
+is rescaled: where they were all zero, what a norm gives is sqrt(kept / all) times what it was.
+
+Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R rank.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import config
+from ..config import strict
+from ..data.packing import PackedBatch
+from .transformer import Transformer
+
+By = Literal["first", "magnitude", "activation"]
+
+# Along which axis a weight has the residual stream's coordinates, and the MLP's units.
+WIDTH = {
+    "embed_tokens.weight": 1,
+    "embed_tokens.W": 1,
+    "norm.weight": 0,
+    "input_layernorm.weight": 0,
+    "post_attention_layernorm.weight": 0,
+    "self_attn.q_proj.weight": 1,
+    "self_attn.k_proj.weight": 1,
+    "self_attn.v_proj.weight": 1,
+    "self_attn.o_proj.weight": 0,
+    "mlp.gate_proj.weight": 1,
+    "mlp.up_proj.weight": 1,
+    "mlp.down_proj.weight": 0,
+}
+UNITS = {
+    "mlp.gate_proj.weight": 0,
+    "mlp.up_proj.weight": 0,
+    "mlp.up_proj.bias": 0,
+    "mlp.down_proj.weight": 1,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays. layers: rising, from 1 on. width_D: int64, rising coordinates. units: int64,
+    rising, of each kept layer; as many in each."""
+
+    layers: tuple[int, ...]
+    width_D: Tensor
+    units: tuple[Tensor, ...]
+
+
+def spread(layers: int, keep: int) -> tuple[int, ...]:
+    """`keep` of layers 1..`layers`, evenly spaced, the first and the last among them.
+
+    Layer 1 + round(i (L - 1) / (keep - 1)) for i = 0..keep - 1, halves up. Of one, the first: what
+    follows the embedding.
+
+    Raises:
+        ValueError: keep outside 1..layers.
+    """
+    if not 1 <= keep <= layers:
+        raise ValueError(f"layers: expected 1..{layers} (the model's), got {keep}")
+    if keep == 1:
+        return (1,)
+    return tuple(1 + (2 * i * (layers - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))
+
+
+def prune(model: Transformer, kept: Kept) -> Transformer:
+    """A copy with the kept layers, coordinates and units, fp32, on the CPU.
+
+    Exits: where the kept layers are the first ones, those among them and the last, as
+    `pretrained.cut` has them; otherwise the default ones of that depth, as no kept layer sees any
+    more what it was trained on. Prefixes: those below the new width, and it. Ranks: those that the
+    new width allows, W's columns being cut as any table's are; with none left, a plain table.
+    """
+    cfg = pruned_config(model.cfg, kept.layers, len(kept.width_D), len(kept.units[0]))
+    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+    if model.cfg.ranks:
+        U, W = (weights.pop(f"embed_tokens.{name}") for name in "UW")
+        if cfg.ranks:
+            most = cfg.ranks[-1]
+            weights |= {"embed_tokens.U": U[:, :most], "embed_tokens.W": W[:most]}
+        else:
+            weights["embed_tokens.weight"] = U.float() @ W.float()
+    small = Transformer(cfg)
+    places = {old: new for new, old in enumerate(kept.layers)}
+    state = {}
+    for name, weight in weights.items():
+        layer, part = _place(name)
+        if layer and layer not in places:
+            continue
+        if part in WIDTH:
+            weight = weight.index_select(WIDTH[part], kept.width_D)
+        if layer and part in UNITS:
+            weight = weight.index_select(UNITS[part], kept.units[places[layer]])
+        state[f"layers.{places[layer]}.{part}" if layer else name] = weight.float()
+    small.load_state_dict(state)
+    return small.eval()
+
+
+def _place(name: str) -> tuple[int, str]:
+    """A weight's layer, from 1 on, 0 for none, and its name within."""
+    if not name.startswith("layers."):
+        return 0, name
+    _, layer, part = name.split(".", 2)
+    return int(layer) + 1, part
+
+
+def pruned_config(cfg: config.Model, layers: Sequence[int], width: int, ffn: int) -> config.Model:
+    """The shape of what is left, see `prune`.
+
+    Raises:
+        ValueError: layers that do not rise in 1..depth, a width or an MLP beyond the model's, a
+            BERT's width other than its heads' together.
+    """
+    strict.check_rising("keep_layers", layers, cfg.num_hidden_layers, "model's depth")
+    for name, got, most in (
+        ("width", width, cfg.hidden_size),
+        ("ffn", ffn, cfg.intermediate_size),
+    ):
+        if not 1 <= got <= most:
+            raise ValueError(f"{name}: expected 1..{most} (the model's), got {got}")
+    if cfg.style == "bert" and width != cfg.hidden_size:
+        raise ValueError(
+            f"width: expected {cfg.hidden_size} of a BERT, whose heads together are as wide and "
+            f"stay, got {width}"
+        )
+    L, prefix = len(layers), list(layers) == list(range(1, len(layers) + 1))
+    return replace(
+        cfg,
+        num_hidden_layers=L,
+        hidden_size=width,
+        intermediate_size=ffn,
+        exits=(*(e for e in cfg.exits if e < L), L) if prefix else (),
+        matryoshka_dims=(*(d for d in cfg.matryoshka_dims if d < width), width),
+        ranks=tuple(rank for rank in cfg.ranks if rank <= width),
+    )
+
+
+# ---- what is kept ----
+
+
+def choose(
+    model: Transformer,
+    layers: Sequence[int],
+    width: int,
+    ffn: int,
+    by: By = "first",
+    batches: Iterable[PackedBatch] = (),
+) -> Kept:
+    """The `width` coordinates and, in each kept layer, the `ffn` units that score highest.
+
+    Scores by `by`, float64; of equal ones the first is kept.
+
+    - first: falling from the first on. For models of Matryoshka training, whose first coordinates
+      are trained to do alone.
+    - magnitude: of a coordinate, its share of the squares of every matrix that reads or writes it,
+      summed over the matrices, each counting alike. Of a unit, the product of the norms of its
+      weights: what it can add at most.
+    - activation: of a coordinate, its share of the mean |x| of the residual stream before every
+      layer and behind the last one, these summed, each counting alike, as deeper ones are larger.
+      Of a unit, the mean |inner activation| times the norm of its column of down_proj: the size of
+      what it adds.
+
+    Args:
+        batches: packed text, for activation. Every token counts once.
+
+    Raises:
+        ValueError: as `pruned_config`; activation without text, or text without activation.
+    """
+    cfg = model.cfg
+    pruned_config(cfg, layers, width, ffn)
+    D, inner = cfg.hidden_size, cfg.intermediate_size
+    if by == "activation":
+        of_width, of_units = _by_activation(model, batches)
+    elif any(True for _ in batches):
+        raise ValueError(f"data: expected none for pruning by {by}, got some")
+    elif by == "magnitude":
+        of_width, of_units = _by_magnitude(model)
+    else:
+        of_width = -torch.arange(D, dtype=torch.float64)
+        of_units = [-torch.arange(inner, dtype=torch.float64)] * cfg.num_hidden_layers
+    units = tuple(_highest(of_units[layer - 1], ffn) for layer in layers)
+    return Kept(tuple(layers), _highest(of_width, width), units)
+
+
+def _highest(scores: Tensor, keep: int) -> Tensor:
+    """Rising places of the `keep` highest scores."""
+    return scores.argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def _by_magnitude(model: Transformer) -> tuple[Tensor, list[Tensor]]:
+    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+    of_width = torch.zeros(model.cfg.hidden_size, dtype=torch.float64)
+    of_units: list[Tensor] = [torch.ones(())] * model.cfg.num_hidden_layers
+    for name, weight in weights.items():
+        layer, part = _place(name)
+        if part in WIDTH and weight.ndim == 2:
+            squares_D = _squares(weight, WIDTH[part])
+            if part == "embed_tokens.W":  # of U W: column d is U W_d, so W_d^T (U^T U) W_d
+                U, W = weights["embed_tokens.U"].double(), weight.double()
+                squares_D = ((U.T @ U) @ W).mul_(W).sum(0)
+            of_width += squares_D / squares_D.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        if layer and part in UNITS and weight.ndim == 2:
+            of_units[layer - 1] = of_units[layer - 1] * _squares(weight, UNITS[part])
+    return of_width, of_units
+
+
+def _squares(weight: Tensor, axis: int) -> Tensor:
+    """Sums of squares of a matrix's rows (axis 0) or columns (1), float64."""
+    return weight.double().square().sum(1 - axis)
+
+
+def _by_activation(
+    model: Transformer, batches: Iterable[PackedBatch]
+) -> tuple[Tensor, list[Tensor]]:
+    sums, units, tokens = _activations(model, batches)
+    if not tokens:
+        raise ValueError("data: expected text for pruning by activation, got none")
+    shares = sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    layers: Any = model.layers
+    down = [_squares(layer.mlp.down_proj.weight.detach().cpu(), 1).sqrt() for layer in layers]
+    return shares.sum(0), [of / tokens * norm for of, norm in zip(units, down, strict=True)]
+
+
+@torch.no_grad()
+def _activations(
+    model: Transformer, batches: Iterable[PackedBatch]
+) -> tuple[Tensor, list[Tensor], int]:
+    """Sums over tokens of |residual stream| [L + 1, D] and of |inner activation| [F] of each layer,
+    float64, and how many tokens there were."""
+    L, D = model.cfg.num_hidden_layers, model.cfg.hidden_size
+    stream = torch.zeros(L + 1, D, dtype=torch.float64)
+    units = [torch.zeros(model.cfg.intermediate_size, dtype=torch.float64) for _ in range(L)]
+    tokens = 0
+    with _watched(model, stream, units):
+        for batch in batches:
+            model(batch.to(model.device), exits=[L])
+            tokens += batch.work.tokens
+    return stream, units, tokens
+
+
+@contextmanager
+def _watched(model: Transformer, stream: Tensor, units: list[Tensor]) -> Iterator[None]:
+    """Inside, what passes through the model is added to these."""
+
+    def add(x: Tensor, to: Tensor) -> None:
+        to += x.abs().sum(0, dtype=torch.float64).cpu()
+
+    def before(to: Tensor) -> Any:
+        return lambda module, args: add(args[0], to)
+
+    def behind(to: Tensor) -> Any:
+        return lambda module, args, out: add(out, to)
+
+    layers: Any = model.layers
+    hooks = [layers[-1].register_forward_hook(behind(stream[-1]))]
+    for i, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(before(stream[i])))
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(before(units[i])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

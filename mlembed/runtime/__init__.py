@@ -1,0 +1,1 @@
+"""Files, caches, checkpoints, processes and logs."""

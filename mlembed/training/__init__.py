@@ -1,0 +1,1 @@
+"""One optimiser step and everything that it needs: objective, gradient cache, engine, resume."""

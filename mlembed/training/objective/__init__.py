@@ -1,0 +1,1 @@
+"""The objective: contrastive loss over candidates of all processes, and distillation."""

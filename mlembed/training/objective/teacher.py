@@ -1,0 +1,281 @@
+"""A teacher's vectors: of another model, with its own tokenizer, as they are needed or stored.
+
+Stored vectors are found by their text: keys.npy has 128 bits of each text's hash, sorted, as two
+rows of uint64, and vectors.npy, memory-mapped, the vectors in the same order. Where queries have a
+prompt, the same text as a query and as a document are two.
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...data.tables import Table
+from ...modeling import hf_config
+from ...runtime import files
+
+SLICE = 8192  # texts between two movements of the progress bar
+
+
+@dataclass
+class Teacher:
+    """A sentence-transformers model, or any that transformers opens, which then pools as
+    sentence-transformers chooses (`pipeline` says how): the last token of a causal language model,
+    the mean of others.
+
+    width: of its vectors. prompt: before each query. max_tokens: encoded at once, with padding.
+    """
+
+    model: Any
+    width: int
+    prompt: str
+    max_tokens: int
+
+    @staticmethod
+    def load(source: str, prompt: str, max_tokens: int, device: torch.device) -> "Teacher":
+        """From a run, a directory or a hub id; weights in safetensors, and no code of theirs. A
+        prompt that the model has by default is not used: documents have none.
+
+        Raises:
+            ValueError: nothing that can be opened so.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        directory = _weights(source)
+        try:
+            model = SentenceTransformer(
+                directory,
+                device=str(device),
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+            )
+        except Exception as error:  # the libraries raise many kinds for what cannot be opened
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"teacher: {source} could not be opened: {reason}") from None
+        model.eval().requires_grad_(False)
+        model.default_prompt_name = None
+        width = model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1]
+        return Teacher(model, int(width), prompt, max_tokens)
+
+    @property
+    def pipeline(self) -> str:
+        """Its modules in order, with what Pooling takes: "Transformer, Pooling (mean)"."""
+        names = []
+        for module in self.model:
+            mode = getattr(module, "pooling_mode", "")
+            mode = mode if isinstance(mode, str) else " and ".join(mode)
+            names.append(type(module).__name__ + (f" ({mode})" if mode else ""))
+        return ", ".join(names)
+
+    @torch.no_grad()  # not inference_mode: losses may keep these vectors for their backward
+    def encode(self, texts: Sequence[str], queries: int = 0, progress: bool = False) -> Tensor:
+        """Raw vectors -> fp32 [N, width] on the model's device: as the model's own modules leave
+        them, of length one only where these normalise. bf16 autocast on CUDA.
+
+        Args:
+            queries: so many texts, the first ones, have the prompt in front.
+        """
+        read = [self.prompt + text for text in texts[:queries]] + list(texts[queries:])
+        place = {text: i for i, text in enumerate(dict.fromkeys(read))}  # each is encoded once
+        distinct = list(place)
+        device = self.model.device
+        out = torch.empty(len(distinct), self.width, device=device)
+        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        with half, tqdm(total=len(distinct), disable=not progress, desc="teacher") as bar:
+            for rows in self._batches(distinct):
+                out[rows] = self.model.encode(
+                    [distinct[row] for row in rows],
+                    batch_size=len(rows),
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                ).to(out)
+                bar.update(len(rows))
+        return out[torch.tensor([place[text] for text in read], dtype=torch.long, device=device)]
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each, before any are cut off."""
+        read = self.model.tokenizer
+        if hasattr(read, "encode_batch"):  # a static model has a bare one
+            return [len(text.ids) for text in read.encode_batch(texts)]
+        return [len(ids) for ids in read(texts, verbose=False)["input_ids"]]
+
+    def _batches(self, texts: list[str]) -> Iterator[list[int]]:
+        """Rows by length, so many that, padded to the longest, they have `max_tokens` tokens."""
+        limit = self.model.max_seq_length or 2**31
+        slices = (texts[i : i + SLICE] for i in range(0, len(texts), SLICE))
+        lengths = [min(n, limit) for some in slices for n in self._lengths(some)]
+        batch: list[int] = []
+        for row in sorted(range(len(texts)), key=lengths.__getitem__, reverse=True):
+            if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > self.max_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+
+def _weights(source: str) -> str:
+    """What sentence-transformers is to open. ValueError for nothing there, and for pickled weights:
+    of the whole model, or of one of its modules, for which it would open them."""
+    try:
+        directory = hf_config.resolve(source)
+    except ValueError as error:
+        raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from None
+    folders = {path.parent for path in directory.rglob("*.safetensors")}
+    pickled = {path.parent for path in directory.rglob("*.bin")} - folders
+    if not folders or pickled:
+        where = min(pickled, default=directory)
+        raise ValueError(f"teacher: expected weights in safetensors in {where}, found none")
+    return str(directory)
+
+
+# ---- stored ----
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Vectors of a directory, memory-mapped. keys: uint64 [2, n], rising. prompted: queries are
+    apart."""
+
+    directory: str
+    vectors_ND: np.ndarray
+    keys: np.ndarray
+    prompted: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stored.open, (self.directory,)  # another process maps the files itself
+
+    @property
+    def width(self) -> int:
+        return self.vectors_ND.shape[1]
+
+    @staticmethod
+    def open(directory: str) -> "Stored":
+        """ValueError for a directory that `python -m mlembed.teacher` did not write."""
+        path = Path(directory)
+        names = ("teacher.json", "vectors.npy", "keys.npy")
+        if missing := [name for name in names if not (path / name).is_file()]:
+            raise ValueError(f"teacher: expected {', '.join(missing)} in {directory}, found none")
+        try:
+            about = json.loads((path / "teacher.json").read_text(encoding="utf-8"))
+            prompted = bool(about["prompt"])
+            vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
+            keys = np.load(path / "keys.npy", mmap_mode="r", allow_pickle=False)
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"teacher: {directory} could not be read: {error}") from None
+        whole = keys.dtype == np.uint64 and vectors.ndim == 2 and vectors.dtype.kind == "f"
+        if not whole or keys.shape != (2, len(vectors)) or not len(vectors):
+            raise ValueError(
+                f"teacher: expected a vector for each key in {directory}, got {vectors.dtype} "
+                f"{list(vectors.shape)} for {keys.dtype} {list(keys.shape)}"
+            )
+        return Stored(directory, vectors, keys, prompted)
+
+    def vectors(self, texts: Sequence[str], queries: int = 0) -> np.ndarray:
+        """-> fp32 [N, width], the first `queries` texts as queries.
+
+        Raises:
+            ValueError: a text that is not there.
+        """
+        asked = [_key(text, self.prompted and i < queries) for i, text in enumerate(texts)]
+        wanted = np.array(asked, dtype=np.uint64).reshape(-1, 2).T
+        # Two texts with the first half in common do not happen; the second is for certainty.
+        at = np.searchsorted(self.keys[0], wanted[0]).clip(max=self.keys.shape[1] - 1)
+        if (lost := np.flatnonzero((self.keys[:, at] != wanted).any(0))).size:
+            role = "query" if lost[0] < queries else "document"
+            raise ValueError(
+                f"teacher: expected the vector of every text, found none of the {role} "
+                f"{texts[int(lost[0])][:60]!r}"
+            )
+        return np.asarray(self.vectors_ND[at], dtype=np.float32)
+
+
+def _key(text: str, query: bool) -> tuple[int, int]:
+    person = b"query" if query else b"document"
+    said = text.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(said, digest_size=16, person=person).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def store(
+    teacher: Teacher,
+    tables: Sequence[Table],
+    out: Path,
+    dtype: Literal["fp16", "fp32"] = "fp16",
+    about: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> int:
+    """Encode every distinct text of the tables, once in each role it has, into `out`, which
+    appears when it is complete; -> how many. Of each text some 80 bytes are held at most, and no
+    vectors.
+
+    Raises:
+        ValueError: `out` is not empty; vectors that fp16 cannot hold.
+    """
+    prompted = bool(teacher.prompt)
+    halves = array("Q")
+    for text, query in _roles(tables, prompted):
+        halves.extend(_key(text, query))
+    keys, row_of, new = _sorted(np.frombuffer(halves, dtype=np.uint64).reshape(-1, 2))
+    kind = np.float16 if dtype == "fp16" else np.float32
+    count = keys.shape[1]
+    with files.atomic_directory(out) as partial:
+        np.save(partial / "keys.npy", keys)
+        vectors = np.lib.format.open_memmap(
+            partial / "vectors.npy", "w+", dtype=kind, shape=(count, teacher.width)
+        )
+        each = zip(_roles(tables, prompted), row_of, new, strict=True)
+        wanted = ((query, row, text) for (text, query), row, is_new in each if is_new)
+        with tqdm(total=count, disable=not progress, desc="teacher", file=sys.stderr) as bar:
+            while some := list(itertools.islice(wanted, SLICE)):
+                some.sort(reverse=True)  # queries first
+                roles, rows, texts = zip(*some, strict=True)
+                encoded = teacher.encode(texts, queries=sum(roles)).cpu().numpy()
+                if np.abs(encoded).max() > np.finfo(kind).max:
+                    raise ValueError("dtype: expected fp32 for vectors beyond fp16's range")
+                vectors[list(rows)] = encoded
+                bar.update(len(some))
+        vectors.flush()
+        said = {
+            **(about or {}),
+            "pipeline": teacher.pipeline,
+            "prompt": teacher.prompt,
+            "dtype": dtype,
+            "width": teacher.width,
+            "count": count,
+        }
+        files.write_text(partial / "teacher.json", json.dumps(said, indent=2) + "\n")
+    return count
+
+
+def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint64 [n, 2] -> the distinct pairs, rising, as [2, distinct]; the place of each of n among
+    them; and whether it is the first of its kind."""
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable
+    rising = pairs[order]
+    first = np.ones(len(pairs), dtype=bool)
+    first[1:] = (rising[1:] != rising[:-1]).any(1)
+    row_of, new = np.empty(len(pairs), dtype=np.int64), np.empty(len(pairs), dtype=bool)
+    row_of[order], new[order] = first.cumsum() - 1, first
+    return np.ascontiguousarray(rising[first].T), row_of, new
+
+
+def _roles(tables: Sequence[Table], prompted: bool) -> Iterator[tuple[str, bool]]:
+    """(text, whether as a query): any text of an n-way table may be drawn as either."""
+    for table in tables:
+        query = np.zeros(len(table.texts), dtype=bool)
+        query[table.starts[:-1]] = prompted and not table.nway
+        for text, first in zip(table.texts, query.tolist(), strict=True):
+            if prompted and table.nway:
+                yield text, True
+            yield text, first

@@ -1,0 +1,539 @@
+"""What a user may write and what each mistake says: recipes, keys, config.json, checkpoints."""
+
+import dataclasses
+import json
+import re
+import shlex
+
+import pytest
+from transformers import Qwen3Config
+
+from mlembed import config
+from mlembed.config import Loss, Model, Optim, Run, recipes, strict
+from mlembed.modeling import hf_config
+from mlembed.training import arguments
+
+# ---- recipes and overrides ----
+
+
+def test_recipes_parse_to_themselves():
+    assert arguments.parse(["tiny"]) == recipes.tiny()
+    assert recipes.tiny().model.exits == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "args, dotted, value",
+    [
+        (["--optim.lr", "1e-3"], "optim.lr", 1e-3),
+        (["--optim.lr=1e-3"], "optim.lr", 1e-3),
+        (["--model.exits", "1", "2", "4"], "model.exits", (1, 2, 4)),
+        (["--model.exits", "2", "4"], "model.exits", (2, 4)),
+        (["--data", "a", "b"], "data", ("a", "b")),
+        (["--eval"], "eval", ()),
+        (["--model.no-causal"], "model.causal", False),
+        (["--model.ranks"], "model.ranks", ()),
+        (["--model.matryoshka-dims", "8", "192"], "model.matryoshka_dims", (8, 192)),
+        (["--model.matryoshka_dims", "8", "192"], "model.matryoshka_dims", (8, 192)),
+        (["--optim.betas", "0.8", "0.9"], "optim.betas", (0.8, 0.9)),
+        (["--loss.directions", "query_to_doc"], "loss.directions", "query_to_doc"),
+        (["--loss.matryoshka-weights", "ml-embed"], "loss.matryoshka_weights", "ml-embed"),
+        (["--resume"], "resume", True),
+        (["--steps", "3"], "steps", 3),
+        (["--name", "x.y"], "name", "x.y"),
+    ],
+)
+def test_an_override_changes_its_field_and_no_other(args, dotted, value):
+    run = arguments.parse(["tiny", *args])
+    found = run
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+    before, after = strict.to_dict(recipes.tiny()), strict.to_dict(run)
+    assert set(strict.differences(before, after)) <= {dotted}
+
+
+def test_many_overrides_at_once():
+    line = (
+        "tiny --steps 7 --data a.jsonl b --model.num-hidden-layers 2 --model.exits 1 2 "
+        "--optim.warmup-ratio 0 --model.no-causal --model.pooling mean"
+    )
+    run = arguments.parse(shlex.split(line))
+    assert (run.steps, run.data, run.optim.warmup_ratio) == (7, ("a.jsonl", "b"), 0.0)
+    assert (run.model.exits, run.model.causal, run.model.pooling) == ((1, 2), False, "mean")
+
+
+def test_unknown_recipe_names_the_near_one():
+    with pytest.raises(ValueError, match=r"a name that --help lists .*near: tiny.*got 'tyni'"):
+        arguments.parse(["tyni"])
+
+
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("--optim.lrr", "optim.lr"),
+        ("--lr", "optim.lr"),
+        ("--model.exit", "model.exits"),
+        ("--matryoshka_dims", "model.matryoshka_dims"),
+        ("--step", "steps"),
+        ("--model.matryoshka-dim=8", "model.matryoshka_dims"),
+    ],
+)
+def test_unknown_key_names_near_ones(key, near):
+    with pytest.raises(ValueError) as caught:
+        arguments.parse(["tiny", key, "1"])
+    assert "no such key" in str(caught.value)
+    assert "near: " in str(caught.value) and near in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--optim.lr", "fast"],
+        ["--steps", "1.5"],
+        ["--steps"],
+        ["--optim.betas", "0.9"],
+        ["--loss.exit-weights", "heavy"],
+        ["--model.pooling", "max"],
+        ["--model.no-such"],
+        ["stray"],
+    ],
+)
+def test_wrong_values_are_refused(args, capsys):
+    assert args[0].lstrip("-") in refusal(["tiny", *args], capsys)
+
+
+@pytest.mark.parametrize("args", [["--steps", "0"], ["--model.exits", "1", "2"], ["--data"]])
+def test_impossible_values_are_refused_from_the_command_line_too(args, capsys):
+    said = refusal(["tiny", *args], capsys)
+    assert args[0].lstrip("-") in said and "expected" in said
+
+
+def refusal(args, capsys):
+    """What the command line says as it refuses: a ValueError (exit status 1) or an exit."""
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        arguments.parse(args)
+    assert getattr(caught.value, "code", 1) not in (0, None)
+    return str(caught.value) + "".join(capsys.readouterr())
+
+
+def test_a_path_with_an_equals_sign_is_a_path():
+    """As partitioned data sets are laid out."""
+    run = arguments.parse(["tiny", "--data", "lang=en/part.parquet", "model.jsonl", "--steps", "3"])
+    assert run.data == ("lang=en/part.parquet", "model.jsonl") and run.steps == 3
+
+
+def test_keys_without_dashes():
+    run = arguments.parse(["tiny", "optim.lr=1e-3", "batch-size=8", "name=x"])
+    assert (run.optim.lr, run.batch_size, run.name) == (1e-3, 8, "x")
+    with pytest.raises(ValueError, match=r"no such key.*near: .*optim\.lr"):
+        arguments.parse(["tiny", "optim.lrr=1"])
+
+
+def test_help_lists_the_recipes(capsys):
+    for args, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as caught:
+            arguments.parse(args)
+        assert caught.value.code == code
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in recipes.RECIPES)
+
+
+def test_help_of_a_recipe_needs_no_checkpoint(capsys):
+    with pytest.raises(SystemExit) as caught:
+        arguments.parse(["qwen3", "--help"])
+    assert caught.value.code == 0
+    assert "--optim.lr" in capsys.readouterr().out
+
+
+def test_flat_keys_are_exactly_the_fields():
+    keys = strict.flat_keys(Run)
+    assert len(keys) == len(set(keys))
+    assert {"steps", "optim.lr", "model.exits", "loss.temperature"} <= set(keys)
+    assert not {"optim", "model", "loss"} & set(keys)
+
+
+# ---- config.json ----
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        recipes.tiny(),
+        recipes.qwen3(),
+        Run(),
+        Run(model=Model(causal=False, pooling="mean"), optim=Optim(betas=(0.5, 0.6)), eval=()),
+    ],
+)
+def test_config_json_round_trip(run, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(strict.to_dict(run)))
+    assert config.load(path) == run
+    assert hash(config.load(path)) == hash(run)  # tuples came back as tuples
+
+
+def test_a_saved_config_can_be_parsed_and_overridden(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(strict.to_dict(arguments.parse(["tiny", "--steps", "9"]))))
+    run = arguments.parse([str(path), "--name", "again"])
+    assert run == dataclasses.replace(recipes.tiny(), steps=9, name="again")
+
+
+def test_a_saved_config_with_init_keeps_its_own_shape(tmp_path):
+    """The checkpoint it started from may be gone; the resolved shape is in the file."""
+    run = dataclasses.replace(recipes.tiny(), init=str(tmp_path / "gone"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(strict.to_dict(run)))
+    assert arguments.parse([str(path)]) == run
+
+
+def test_an_integer_stands_for_a_float(tmp_path):
+    stored = strict.to_dict(recipes.tiny())
+    stored["optim"]["lr"] = 1
+    run = strict.from_dict(Run, stored, "here")
+    assert run.optim.lr == 1.0 and type(run.optim.lr) is float
+
+
+@pytest.mark.parametrize(
+    "place, key, value, words",
+    [
+        ((), "stepz", 3, ["stepz", "near", "steps"]),
+        (("optim",), "lrr", 3, ["optim", "lrr", "near", "lr"]),
+        (("model",), "exit", 3, ["model", "exit", "near", "exits"]),
+        ((), "steps", "3", ["steps", "expected int", "'3'"]),
+        ((), "steps", True, ["steps", "expected int", "True"]),
+        ((), "steps", 3.0, ["steps", "expected int", "3.0"]),
+        ((), "resume", 1, ["resume", "expected bool"]),
+        ((), "name", None, ["name", "expected str", "None"]),
+        ((), "data", "cldr", ["data", "expected tuple", "cldr"]),
+        ((), "data", [1], ["data", "expected str", "1"]),
+        ((), "model", 3, ["model", "expected an object", "int"]),
+        (("optim",), "lr", True, ["lr", "expected float"]),
+        (("optim",), "betas", [0.9], ["betas", "expected 2 values", "got 1"]),
+        (("loss",), "exit_weights", "heavy", ["exit_weights", "uniform", "depth", "heavy"]),
+        (("model",), "attention", "flash", ["attention", "flash_attn", "'flash'"]),
+        (("model",), "exits", [1, "4"], ["exits", "expected int", "'4'"]),
+        (("model",), "exits", [1, 5], ["exits", "depth", "4", "5"]),
+    ],
+)
+def test_load_is_strict(place, key, value, words, tmp_path):
+    stored = strict.to_dict(recipes.tiny())
+    inner = stored
+    for part in place:
+        inner = inner[part]
+    inner[key] = value
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError) as caught:
+        config.load(path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_load_names_a_missing_file_and_the_line_of_bad_json(tmp_path):
+    with pytest.raises(ValueError, match="none.json, which does not exist"):
+        config.load(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="none.json, which does not exist"):
+        arguments.parse([str(tmp_path / "none.json")])
+    path = tmp_path / "config.json"
+    path.write_text('{\n"steps": 3,\n"name" "x"\n}')
+    with pytest.raises(ValueError, match=r"config\.json:3: not json"):
+        config.load(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json: expected an object, got list"):
+        config.load(path)
+
+
+# ---- default rules ----
+
+
+@pytest.mark.parametrize(
+    "depth, exits",
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (4, (1, 2, 4)),
+        (5, (1, 2, 4, 5)),
+        (28, (1, 2, 4, 8, 16, 24, 28)),
+        (36, (1, 2, 4, 8, 16, 24, 32, 36)),
+        (48, (1, 2, 4, 8, 16, 24, 32, 40, 48)),
+        (60, (1, 2, 4, 8, 16, 24, 32, 40, 48, 60)),
+    ],
+)
+def test_default_exits(depth, exits):
+    assert Model(num_hidden_layers=depth).exits == exits
+
+
+@pytest.mark.parametrize(
+    "width, dims",
+    [
+        (4, (4,)),
+        (8, (8,)),
+        (9, (8, 9)),
+        (192, (8, 16, 32, 64, 128, 192)),
+        (256, (8, 16, 32, 64, 128, 256)),
+        (1024, (8, 16, 32, 64, 128, 256, 512, 1024)),
+    ],
+)
+def test_default_prefixes(width, dims):
+    assert Model(hidden_size=width).matryoshka_dims == dims
+
+
+def test_ranks_are_a_plain_table_by_default():
+    assert Model().ranks == ()
+
+
+# ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(matryoshka_dims=(8, 512)), "model.matryoshka_dims: .*width hidden_size 256, got 512"),
+        (dict(matryoshka_dims=(8, 128)), "model.matryoshka_dims: .*end at hidden_size 256"),
+        (dict(matryoshka_dims=(16, 8, 256)), "model.matryoshka_dims: expected rising"),
+        (dict(matryoshka_dims=(8, 8, 256)), "model.matryoshka_dims: expected rising"),
+        (dict(matryoshka_dims=(0, 256)), "model.matryoshka_dims: expected rising .* from 1"),
+        (dict(exits=(1, 5)), "model.exits: .*depth num_hidden_layers 4, got 5"),
+        (dict(exits=(1, 2)), "model.exits: .*end at the last layer 4"),
+        (dict(exits=(2, 1, 4)), "model.exits: expected rising"),
+        (dict(exits=(1, 1, 4)), "model.exits: expected rising"),
+        (dict(exits=(-1, 4)), "model.exits: expected rising"),
+        (dict(ranks=(8, 257)), "model.ranks: .*256, got 257"),
+        (dict(ranks=(8, 128), vocab_size=100), "model.ranks: .*100, got 128"),
+        (dict(ranks=(16, 8)), "model.ranks: expected rising"),
+        (dict(ranks=(0,)), "model.ranks: expected rising"),
+        (dict(num_key_value_heads=3), "num_key_value_heads: expected a divisor .* 4, got 3"),
+        (dict(head_dim=63), "model.head_dim: expected an even number, got 63"),
+    ],
+)
+def test_model_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Model(**fields)
+
+
+@pytest.mark.parametrize("size", [0, -2])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+    ],
+)
+def test_model_refuses_sizes_below_one(name, size):
+    with pytest.raises(ValueError, match="expected"):
+        Model(**{name: size})
+
+
+@pytest.mark.parametrize(
+    "cls, fields, message",
+    [
+        (Loss, dict(temperature=0.0), "loss.temperature: expected more than 0"),
+        (Loss, dict(temperature=float("nan")), "loss.temperature: expected more than 0, got nan"),
+        (Loss, dict(num_negatives=-1), "loss.num_negatives: expected 0 or more, got -1"),
+        (Optim, dict(lr=0.0), "optim.lr: expected more than 0"),
+        (Optim, dict(lr=-1.0), "optim.lr: expected more than 0, got -1"),
+        (Optim, dict(max_grad_norm=0.0), "optim.max_grad_norm: expected more than 0"),
+        (Optim, dict(min_lr_ratio=1.5), r"optim.min_lr_ratio: expected 0\.\.1, got 1.5"),
+        (Optim, dict(warmup_ratio=-0.1), r"optim.warmup_ratio: expected 0\.\.1, got -0.1"),
+        (Run, dict(steps=0), "steps: expected more than 0, got 0"),
+        (Run, dict(batch_size=0), "batch_size: expected more than 0, got 0"),
+        (Run, dict(batch_size=-4), "batch_size: expected more than 0, got -4"),
+        (Run, dict(gradient_accumulation_steps=0), "gradient_accumulation_steps: expected more"),
+        (Run, dict(log_every=0), "log_every: expected more than 0"),
+        (Run, dict(keep_checkpoints=0), "keep_checkpoints: expected more than 0"),
+        (Run, dict(max_length=1), "max_length: expected 2 or more tokens, got 1"),
+        (Run, dict(max_length=513), "max_length: .*max_position_embeddings 512, got 513"),
+        (Run, dict(data=()), "data: expected at least one source"),
+        (Run, dict(name=""), "name: expected a plain directory name"),
+        (Run, dict(name="a/b"), "name: expected a plain directory name"),
+        (Run, dict(name="."), "name: expected a plain directory name"),
+        (Run, dict(name=".."), "name: expected a plain directory name"),
+    ],
+)
+def test_run_refuses(cls, fields, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)
+
+
+def test_the_edges_are_allowed():
+    model = Model(exits=(4,), matryoshka_dims=(256,), ranks=(256,))
+    assert (model.exits, model.matryoshka_dims, model.ranks) == ((4,), (256,), (256,))
+    optim = Optim(min_lr_ratio=0.0, warmup_ratio=1.0)
+    assert (optim.min_lr_ratio, optim.warmup_ratio) == (0.0, 1.0)
+    assert Loss(num_negatives=0).num_negatives == 0
+    assert [Run(max_length=length).max_length for length in (2, 512)] == [2, 512]
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipes.tiny().steps = 3
+
+
+# ---- differences ----
+
+
+def test_differences_name_dotted_keys():
+    a = strict.to_dict(recipes.tiny())
+    b = strict.to_dict(arguments.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
+    assert sorted(strict.differences(a, b)) == ["data", "optim.lr", "steps"]
+    assert list(strict.differences(a, a)) == []
+    assert sorted(strict.differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 1, "d": 2}})) == [
+        "a.d",
+        "c",
+    ]
+
+
+# ---- checkpoints ----
+
+SHAPE = dict(
+    vocab_size=300,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=96,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+)
+
+
+def qwen3_directory(path, style, theta=1_000_000.0, **changes):
+    """A config.json as transformers writes it: 5 nests rope_theta, 4 has it at the top."""
+    rope = {"rope_type": "default", "rope_theta": theta}
+    Qwen3Config(**SHAPE, rope_parameters=rope).save_pretrained(path)
+    stored = json.loads((path / "config.json").read_text())
+    assert stored["model_type"] == "qwen3" and stored["rope_parameters"]["rope_theta"] == theta
+    if style == 4:
+        del stored["rope_parameters"]
+        stored |= {"rope_theta": theta, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    (path / "config.json").write_text(json.dumps(stored | changes))
+    return path
+
+
+@pytest.mark.parametrize("style", [4, 5])
+def test_shape_of_a_transformers_checkpoint(style, tmp_path):
+    directory = qwen3_directory(tmp_path, style)
+    model = hf_config.from_checkpoint(directory, Model(ranks=(8, 16), pooling="mean"))
+    for name, value in SHAPE.items():
+        assert getattr(model, name) == value, name
+    assert model.rope_theta == 1_000_000.0 and type(model.rope_theta) is float
+    assert model.causal and model.pooling == "mean" and model.ranks == (8, 16)
+    assert model.exits == (1, 2, 3) and model.matryoshka_dims == (8, 16, 32, 64)
+
+
+@pytest.mark.parametrize("style", [4, 5])
+def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
+    directory = qwen3_directory(tmp_path, style, is_causal=False)
+    assert hf_config.from_checkpoint(directory, Model()).causal is False
+
+
+@pytest.mark.parametrize(
+    "style, changes, words",
+    [
+        (5, {"model_type": "llama"}, ["model_type 'qwen3'", "'llama'"]),
+        (4, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
+        (4, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, ["linear"]),
+        (5, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, ["yarn"]),
+        (5, {"attention_bias": True}, ["bias True"]),
+        (5, {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding windows True"]),
+    ],
+)
+def test_variants_that_the_model_has_not_are_refused(style, changes, words, tmp_path):
+    directory = qwen3_directory(tmp_path, style, **changes)
+    with pytest.raises(ValueError) as caught:
+        hf_config.from_checkpoint(directory, Model())
+    assert str(directory) in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_no_checkpoint_there(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a checkpoint directory with config\.json"):
+        hf_config.from_checkpoint(tmp_path, Model())
+    for source in (str(tmp_path / "none"), "./none", "just_a_name", "a/b/c"):
+        with pytest.raises(ValueError, match="neither"):
+            hf_config.resolve(source)
+
+
+def test_a_directory_of_ours_gives_back_exactly_what_was_saved(tmp_path):
+    saved = Model(exits=(3, 4), matryoshka_dims=(5, 256), ranks=(7, 9), pooling="cls")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": strict.to_dict(saved)}))
+    assert hf_config.from_checkpoint(tmp_path, Model()) == saved
+    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": {"exitz": [1]}}))
+    with pytest.raises(ValueError, match=f"{hf_config.NESTING}.*exitz.*near.*exits"):
+        hf_config.from_checkpoint(tmp_path, Model())
+    (tmp_path / hf_config.NESTING).write_text("{}")
+    with pytest.raises(ValueError, match=hf_config.NESTING):
+        hf_config.from_checkpoint(tmp_path, Model())
+
+
+@pytest.mark.parametrize("stored", ["flash_attn", None])
+def test_what_computes_attention_is_not_the_checkpoints(stored, tmp_path):
+    """It belongs to a machine: what was trained by a package loads where that is missing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    model = {"attention": stored} if stored else {}
+    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": model}))
+    assert hf_config.from_checkpoint(tmp_path, Model()).attention == "auto"
+    assert hf_config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
+    run = arguments.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
+    assert run.model.attention == "varlen"
+
+
+def test_init_takes_the_checkpoints_shape_and_keys_override_it(tmp_path):
+    wide = dict(hidden_size=1024, vocab_size=2000, max_position_embeddings=4096)
+    directory = qwen3_directory(tmp_path, 5, **wide)
+    run = arguments.parse(["qwen3", "--init", str(directory), "--model.exits", "1", "3"])
+    assert run.init == str(directory)
+    assert run.model.hidden_size == 1024 and run.model.num_hidden_layers == 3
+    assert run.model.exits == (1, 3) and run.model.ranks == recipes.qwen3().model.ranks
+    assert run.model.matryoshka_dims == (8, 16, 32, 64, 128, 256, 512, 1024)
+    assert run.optim == recipes.qwen3().optim
+
+
+def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
+    """Its width is below the recipe's ranks, its positions below the recipe's max_length; both
+    are overridden, so nothing is wrong with this command."""
+    directory = qwen3_directory(tmp_path, 5)
+    keys = ["--model.ranks", "8", "16", "--max_length", "32"]
+    run = arguments.parse(["qwen3", "--init", str(directory), *keys])
+    assert (run.model.ranks, run.max_length, run.model.hidden_size) == ((8, 16), 32, 64)
+
+
+# ---- big batches, many processes ----
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optim": Optim(weights="bf16"), "engine": "fsdp"}, "optim.weights: expected fp32"),
+        ({"cpu_offload": True}, "engine: expected fsdp with cpu_offload, got ddp"),
+        (
+            {"loss": Loss(memory_bank=1023)},
+            "at least the 1024 documents of a micro-batch, got 1023",
+        ),
+        (
+            {"loss": Loss(memory_bank=1024), "depth": config.Depth(curriculum="gradual")},
+            "depth.curriculum: expected none with loss.memory_bank",
+        ),
+        ({"allow_changed": ("steps", "optim.lrr")}, "allow_changed: no such key optim.lrr"),
+        ({"activation_gib": -1.0}, "activation_gib: expected 0 or more, got -1.0"),
+    ],
+)
+def test_runs_that_cannot_be(change, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Run(**change)
+
+
+def test_losses_and_models_that_cannot_be():
+    with pytest.raises(ValueError, match="loss.memory_bank: expected 0 or more, got -1"):
+        Loss(memory_bank=-1)
+    with pytest.raises(ValueError, match="loss.ranks: expected sampled with a memory bank"):
+        Loss(memory_bank=512, ranks="all")
+    with pytest.raises(ValueError, match="model.dropout: expected 0..1"):
+        Model(dropout=1.0)
+    assert Run(loss=Loss(memory_bank=1024), engine="fsdp", cpu_offload=True).activation_gib == 0

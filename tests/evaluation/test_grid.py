@@ -1,0 +1,493 @@
+"""The grid against each cell alone, search in chunks, what is shown, and the command as users run
+it."""
+
+import json
+import sys
+
+import numpy as np
+import processes
+import pytest
+import torch
+from PIL import Image
+from random_model import randomise
+
+from mlembed import config, evaluate
+from mlembed.data import eval_sets, tokenizer
+from mlembed.data.eval_sets import STS, Bitext
+from mlembed.evaluation import grid, scores, tables
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
+
+WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
+LANGS = {"deu": "x{}x", "fra": "le {} {}"}
+PRICE = ("latency_ms", "texts_per_second", "memory_mib")
+
+
+def tatoeba_directory(path):
+    path.mkdir()
+    for lang, form in LANGS.items():
+        other = "".join(form.format(w, w[::-1]) + "\n" for w in WORDS)
+        (path / f"tatoeba.{lang}-eng.{lang}").write_text(other, encoding="utf-8")
+        (path / f"tatoeba.{lang}-eng.eng").write_text("\n".join(WORDS), encoding="utf-8")
+    return path
+
+
+def beir_directory(path):
+    """Queries of two words, documents of five."""
+    rng = np.random.default_rng(0)
+    (path / "qrels").mkdir(parents=True)
+    for name, size, n in (("queries", 2, 12), ("corpus", 5, 120)):
+        rows = [
+            {"_id": f"{name[0]}{i}", "text": " ".join(rng.choice(WORDS, size))} for i in range(n)
+        ]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = [f"q{i}\tc{d}\t1" for i in range(12) for d in rng.choice(120, 4, False)]
+    lines = ["query-id\tcorpus-id\tscore", *judged]
+    (path / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def nearly(n, seed):
+    """n texts of eight words, and the same with one word or two replaced."""
+    rng = np.random.default_rng(seed)
+    texts = rng.choice(WORDS, (n, 8))
+    others = texts.copy()
+    for row, other in enumerate(others):
+        other[rng.choice(8, 1 + row % 2, False)] = rng.choice(WORDS, 1 + row % 2)
+    return [[" ".join(words) for words in side] for side in (texts, others)]
+
+
+def un_directory(path):
+    path.mkdir()
+    english, german = nearly(30, 1)
+    (path / "un.en-de.en").write_text("\n".join(english) + "\n")
+    (path / "un.en-de.de").write_text("\n".join(german) + "\n")
+    pool = [text for seed in (2, 3) for text in nearly(30, seed)[0]]
+    (path / "pool.de").write_text("\n".join(pool + german[:5]) + "\n")
+    return path
+
+
+def bucc_directory(path):
+    path.mkdir()
+    for side, texts in zip(("de", "en"), nearly(40, 4), strict=True):
+        lines = [f"{side}{i}\t{text}\n" for i, text in enumerate(texts)]
+        (path / f"de-en.dev.{side}").write_text("".join(lines))
+    (path / "de-en.dev.gold").write_text("".join(f"de{i}\ten{i}\n" for i in range(25)))
+    return path
+
+
+# ---- the grid ----
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A small random model, saved as training saves it."""
+    path = tmp_path_factory.mktemp("model")
+    learnt = tokenizer.train(WORDS * 5, 300)
+    cfg = config.Model(
+        vocab_size=learnt.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=48,
+        exits=(1, 3),
+        matryoshka_dims=(4, 8, 32),
+        ranks=(4, 8),
+    )
+    pretrained.save(randomise(Transformer(cfg)), path)
+    tokenizer.save(learnt, path, 32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(directory):
+    return Encoder.load(str(directory), "cpu")
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory):
+    path = tatoeba_directory(tmp_path_factory.mktemp("tasks") / "tat")
+    texts = [f"{a} {b}" for a in WORDS for b in WORDS[:4]]
+    gold = np.random.default_rng(0).normal(size=len(texts) // 2)
+    return [*eval_sets.read(str(path)), STS("sts", texts, gold)]
+
+
+@pytest.fixture(scope="module")
+def cells(encoder, wanted):
+    return grid.grid(encoder, wanted)
+
+
+def without_price(cells):
+    """What does not change from one run to the next."""
+    return [{k: v for k, v in cell.items() if k not in PRICE} for cell in cells]
+
+
+def alone(encoder, wanted, cell):
+    found = {}
+    for task in wanted:
+        unit = encoder.encode(task.texts, cell["dim"], cell["exit"], cell["rank"])
+        assert unit.shape == (len(task.texts), cell["dim"])
+        score = scores.score_bitext if isinstance(task, Bitext) else scores.score_sts
+        found[task.name] = score(task, torch.from_numpy(unit))
+    return found
+
+
+def test_grid_is_each_cell_alone(encoder, wanted, cells):
+    keys = [(cell["rank"], cell["exit"], cell["dim"]) for cell in cells]
+    assert keys == [(r, e, d) for r in (4, 8) for e in (1, 3) for d in (4, 8, 32)]
+    for cell in cells:
+        for name, want in alone(encoder, wanted, cell).items():
+            got = cell["scores"][name]
+            assert got["score"] == pytest.approx(want["score"], abs=1e-6)
+            assert got.get("by_language") == pytest.approx(want.get("by_language"))
+    assert len({cell["scores"]["sts"]["score"] for cell in cells}) == len(cells)
+
+
+def test_grid_of_chosen_sizes(encoder, wanted, cells):
+    """Also ones that were never trained, in any order; the largest is the last."""
+    chosen = grid.grid(encoder, wanted, [32, 5, 32], [3, 2], [8, 3], costs=False)
+    assert len(chosen) == 8
+    for cell in chosen:
+        want = alone(encoder, wanted, cell)["sts"]["score"]
+        assert cell["scores"]["sts"]["score"] == pytest.approx(want, abs=1e-6)
+    (full,) = (c for c in chosen if (c["rank"], c["exit"], c["dim"]) == (8, 3, 32))
+    assert full == without_price(cells)[-1]
+
+
+def test_costs(encoder, cells):
+    for cell in cells:
+        small = pretrained.cut(encoder.model, cell["exit"], cell["rank"])
+        assert cell["parameters"] == sum(p.numel() for p in small.parameters())
+        vector = encoder.encode(["sea"], cell["dim"], cell["exit"], cell["rank"])[0]
+        assert cell["bytes_per_vector"] == vector.nbytes
+    by_size = {}
+    for cell in cells:
+        by_size.setdefault((cell["exit"], cell["rank"]), set()).add(
+            tuple(cell[name] for name in PRICE)
+        )
+    assert len(by_size) == 4 and all(len(prices) == 1 for prices in by_size.values())
+
+
+def test_grid_of_a_plain_vocabulary(wanted):
+    learnt = tokenizer.train(WORDS, 300)
+    cfg = config.Model(
+        vocab_size=learnt.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=16,
+    )
+    encoder = Encoder(Transformer(cfg).eval(), learnt, 16)
+    cells = grid.grid(encoder, wanted[:1])
+    assert [(c["rank"], c["exit"], c["dim"]) for c in cells] == [(None, 1, 8), (None, 1, 16)]
+    assert cells[0]["parameters"] == sum(p.numel() for p in encoder.model.parameters())
+    assert "table" in tables.table(cells)
+    with pytest.raises(ValueError, match="rank: expected none"):
+        grid.grid(encoder, wanted[:1], ranks=[4])
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(dims=[33]), r"dim: expected 1\.\.32 \(the width\), got 33"),
+        (dict(dims=[0, 4]), r"dim: expected 1\.\.32"),
+        (dict(exits=[4]), r"exit: expected 1\.\.3 \(the depth\), got 4"),
+        (dict(exits=[0]), r"exit: expected 1\.\.3 \(the depth\), got 0"),
+        (dict(ranks=[9]), r"rank: expected 1\.\.8 \(the stored rank\), got 9"),
+        (dict(ranks=[0]), r"rank: expected 1\.\.8"),
+    ],
+)
+def test_sizes_that_the_model_lacks(encoder, wanted, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        grid.grid(encoder, wanted, **sizes)
+
+
+def test_vectors_that_are_no_numbers(directory, searched, wanted, tmp_path):
+    """No score at that depth, and said; other depths are as they were, and the file is JSON."""
+    encoder = Encoder.load(str(directory), "cpu")
+    every = [*searched, *wanted]
+    before = grid.grid(encoder, every, [8], costs=False)
+    with torch.no_grad():
+        next(encoder.model.layers[2].parameters()).fill_(torch.nan)
+    cells = grid.grid(encoder, every, [8], costs=False)
+    tables.write_report(tmp_path, cells, {})
+    text = (tmp_path / "grid.json").read_text()
+    stored = json.loads(text, parse_constant=pytest.fail)["cells"]
+    for cell, kept, old in zip(cells, stored, before, strict=True):
+        if cell["exit"] == 1:
+            assert cell == kept == old
+        else:
+            assert all(task["score"] is None for task in kept["scores"].values())
+            assert "b: no score, as 132 vectors are no numbers" in tables.details(cell["scores"])
+
+
+# ---- search ----
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """One of each kind that is searched or mined."""
+    path = tmp_path_factory.mktemp("searched")
+    directories = (beir_directory(path / "b"), un_directory(path / "u"), bucc_directory(path / "m"))
+    return [task for directory in directories for task in eval_sets.read(str(directory))]
+
+
+def test_search_is_that_of_all_at_once(encoder, searched, monkeypatch):
+    """In chunks of any size, at every exit and dim of one pass; each alone, from full matrices."""
+    beir, un, bucc = searched
+    want = {}
+    for exit in (1, 3):
+        for dim in (4, 32):
+            documents = encoder.encode(list(beir.documents()), dim, exit, 8)
+            cosines = encoder.encode(beir.queries, dim, exit, 8) @ documents.T
+            rows = np.argsort(-cosines, axis=1)[:, :100]
+            near = np.take_along_axis(cosines, rows, 1)
+            ndcg = scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
+            side = un.sides["de"]
+            among = encoder.encode([*side.answers, *side.others()], dim, exit, 8)
+            best = (encoder.encode(side.queries, dim, exit, 8) @ among.T).argmax(1)
+            mined = scores.score_mining(
+                bucc, torch.tensor(encoder.encode(bucc.texts, dim, exit, 8))
+            )
+            p1 = scores.precision_at_1(best, side.answers)
+            want[exit, dim] = ndcg, p1, mined["score"]
+    assert all(len({column[i] for column in want.values()}) > 1 for i in range(3))
+    for chunk in (16_384, 7):
+        monkeypatch.setattr(grid, "DOCUMENTS", chunk)
+        for cell in grid.grid(encoder, searched, [4, 32], [1, 3], [8], costs=False):
+            got = [task["score"] for task in cell["scores"].values()]
+            assert got == pytest.approx(want[cell["exit"], cell["dim"]], abs=1e-6)
+    assert cell["scores"]["u"]["by_language"].keys() == {"de"}
+
+
+def test_vectors_of_many_texts_lie_in_a_file(encoder, searched, wanted, monkeypatch):
+    every = [searched[2], *wanted]
+    usual = grid.grid(encoder, every, costs=False)
+    monkeypatch.setattr(grid, "IN_MEMORY", 0)
+    monkeypatch.setattr(grid, "DOCUMENTS", 6)
+    for cell, other in zip(grid.grid(encoder, every, costs=False), usual, strict=True):
+        for name, result in cell["scores"].items():
+            assert result["score"] == pytest.approx(other["scores"][name]["score"], abs=1e-6)
+
+
+def test_prompts_go_before_queries_and_documents(encoder, searched):
+    """The encoder's own, or others; not before pairs of translations."""
+    beir, un, _ = searched
+    sizes = [32], [3], [8]
+
+    def ndcg(encoder, **options):
+        (cell,) = grid.grid(encoder, [beir, un], *sizes, costs=False, **options)
+        return cell["scores"]["b"]["score"], cell["scores"]["u"]["score"]
+
+    plain = ndcg(encoder)
+    prompts = {"query": "sun sun sun ", "document": "tree "}
+    own = Encoder(encoder.model, encoder.tokenizer, 32, prompts=prompts)
+    queries = encoder.encode([f"sun sun sun {text}" for text in beir.queries], *(32, 3, 8))
+    documents = encoder.encode([f"tree {text}" for text in beir.documents()], *(32, 3, 8))
+    cosines = queries @ documents.T
+    rows = np.argsort(-cosines, axis=1)[:, :100]
+    near = np.take_along_axis(cosines, rows, 1)
+    want = scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
+    assert ndcg(own) == (pytest.approx(want, abs=1e-6), plain[1]) and want != plain[0]
+    assert ndcg(encoder, prompts=prompts) == ndcg(own)
+    assert ndcg(own, prompts={}) == plain
+
+
+# ---- showing ----
+
+
+def test_mean_score_is_over_tasks(cells):
+    for cell in cells:
+        first, second = (task["score"] for task in cell["scores"].values())
+        assert tables.mean_score(cell) == pytest.approx(100 * (first + second) / 2)
+
+
+def test_table(cells):
+    head, columns, sizes, *rows = tables.table(cells).splitlines()
+    assert "score (%)" in head and columns.split() == ["rank", "exit", "params", "4", "8", "32"]
+    assert sizes.split() == ["16B", "32B", "128B"]
+    assert len(rows) == 4
+    for row, begin in zip(rows, range(0, 12, 3), strict=True):
+        rank, exit, parameters, *shown = row.split()
+        group = cells[begin : begin + 3]
+        assert (int(rank), int(exit)) == (group[0]["rank"], group[0]["exit"])
+        assert parameters == f"{group[0]['parameters'] / 1e6:.2f}M"
+        assert shown == [f"{tables.mean_score(cell):.1f}" for cell in group]
+    assert len({len(row) for row in (columns, sizes, *rows)}) == 1  # columns stand under each other
+
+
+def test_by_kind():
+    now = {"cldr": {"score": 0.5, "by_kind": {"date": 0.25, "territory": 0.75}}}
+    before = {"cldr": {"score": 0.125, "by_kind": {"date": 0.0}}}
+    lines = tables.by_kind(now, before).splitlines()
+    assert lines[0].split()[-2:] == ["trained", "untrained"]
+    assert lines[1].split() == ["cldr", "50.0", "12.5"]
+    assert lines[2].split() == ["date", "25.0", "0.0"]
+    assert lines[3].split() == ["territory", "(unseen", "names)", "75.0"]
+    assert len(tables.by_kind(now, {}).splitlines()) == 4
+
+
+def test_report(cells, tmp_path):
+    out = tmp_path / "deep" / "report"
+    tables.write_report(out, cells, {"commit": "abc"})
+    assert sorted(p.name for p in out.iterdir()) == ["grid.json", "grid.png"]
+    assert json.loads((out / "grid.json").read_text()) == {"commit": "abc", "cells": cells}
+    with Image.open(out / "grid.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 300 and image.height > 300
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert len(colours) > 50  # a heat map, not an empty page
+
+
+def test_report_of_scores_that_are_all_zero(cells, tmp_path):
+    none = [{**cell, "scores": {"t": {"score": 0.0}}} for cell in cells]
+    tables.write_report(tmp_path, none, {})
+    assert json.loads((tmp_path / "grid.json").read_text()) == {"cells": none}
+    with Image.open(tmp_path / "grid.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 300
+
+
+def test_prices(cells):
+    head, *rows = tables.prices(cells).splitlines()
+    assert len(rows) == 4 and "ms a short text" in head
+    rank, exit, latency, rate, memory = rows[1].split()
+    cell = cells[3]
+    assert (int(rank), int(exit)) == (cell["rank"], cell["exit"])
+    assert latency == f"{cell['latency_ms']:.2f}" and memory == f"{cell['memory_mib']:.1f}"
+    assert rate == f"{cell['texts_per_second']:.0f}"
+    assert tables.prices(without_price(cells)) == ""
+
+
+def test_details():
+    found = {
+        "t": {
+            "score": 0.5,
+            "to_pivot": 0.25,
+            "by_language": {"de": 1.0},
+            "means": {"14": {"languages": 14, "accuracy": 0.75}, "36": {"languages": 30}},
+        },
+        "m": {
+            "score": 0.5,
+            "by_margin": {"ratio": {"fwd": 0.125, "max": 0.5}},
+            "splits": {"de": "threshold of dev, scores of dev"},
+        },
+    }
+    assert tables.details(found, "width 8").splitlines() == [
+        "  other measures at width 8 (%)",
+        "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: 30 of them are here",
+        "    F1 by ratio: fwd 12.5, max 50.0",
+        "    de: threshold of dev, scores of dev",
+    ]
+    assert tables.details({"t": {"score": 0.5}}) == ""
+
+
+# ---- the command ----
+
+
+def command(*args):
+    return processes.run("-m", "mlembed.evaluate", *args)
+
+
+def test_command(directory, tmp_path):
+    data = tatoeba_directory(tmp_path / "tat")
+    out = tmp_path / "report"
+    sizes = ["--dim", 8, 32, "--exit", 1, "--rank", 8, "--dtype", "bfloat16"]
+    done = command(directory, "--data", data, *sizes, "--out", out)
+    assert done.returncode == 0, done.stderr
+    half = Encoder.load(str(directory), "cpu", "bfloat16")
+    want = grid.grid(half, eval_sets.read(str(data)), [8, 32], [1], [8], costs=False)
+    assert done.stdout.startswith(tables.table(want) + "\n\n")
+    assert "to_pivot" in done.stdout and "mean of 36 languages: 2 of them" in done.stdout
+    stored = json.loads((out / "grid.json").read_text())
+    assert without_price(stored.pop("cells")) == want
+    assert (stored["model"], stored["data"]) == (str(directory), [str(data)])
+    assert stored["device"].startswith("cpu") and stored["commit"]
+    assert stored["dtype"] == "bfloat16" and "at width 32, exit 1, rank 8 (%)" in done.stdout
+    assert want[0]["parameter_bytes"] == 2 * want[0]["parameters"]
+    with Image.open(out / "grid.png") as image:
+        image.verify()
+
+
+def test_command_refuses_sizes_that_the_model_lacks(directory, tmp_path):
+    data = tatoeba_directory(tmp_path / "tat")
+    done = command(directory, "--data", data, "--dim", "64", "--out", tmp_path / "report")
+    assert (done.returncode, done.stdout) == (1, "")
+    # And no progress bar, as nobody looks.
+    assert done.stderr == "error: dim: expected 1..32 (the width), got 64\n"
+    assert not (tmp_path / "report").exists()
+
+
+def test_command_refuses_an_existing_out(directory, tmp_path):
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    done = command(directory, "--out", out)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: out: expected a new directory, got {out}, which exists\n"
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_command_with_a_funnel(directory, tmp_path, encoder):
+    beir, other = beir_directory(tmp_path / "b"), un_directory(tmp_path / "u")
+    out = tmp_path / "report"
+    given = ["--dim", 32, "--exit", 3, "--rank", 8, "--funnel", "4:1:8", "--shortlist", 20]
+    prompts = ["--query-prompt", "sun ", "--document-prompt", "tree "]
+    done = command(directory, "--data", beir, other, *given, *prompts, "--out", out)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((out / "grid.json").read_text())
+    (task,) = eval_sets.read(str(beir))
+    texts = {"query": "sun ", "document": "tree "}
+    want = grid.score_funnel(encoder, task, (4, 1, 8), 20, texts)
+    assert stored["funnel"] == {"small": [4, 1, 8], "shortlist": 20, "b": pytest.approx(want)}
+    (cell,) = stored["cells"]
+    assert cell["scores"]["b"]["score"] == pytest.approx(want["full"])
+    assert want["small"] != want["full"] and 0 < want["scanned"] < 1
+    line = next(line for line in done.stdout.splitlines() if "%" in line and "b " in line)
+    assert f"{100 * want['funnel']:.1f}" in line
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(funnel="4:1"), "funnel: expected retrieval among --data, got none"),
+        (dict(funnel="4:1:2:3"), "funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got '4:1:2:"),
+        (dict(out="{}/tat/tatoeba.deu-eng.deu/report"), "out: expected a new directory, got .*deu"),
+        (dict(mteb=("tat",)), "mteb: expected other names than --data has, got tat"),
+    ],
+)
+def test_command_refuses_before_any_work(given, message, tmp_path):
+    """Also before a model is looked for."""
+    data = tatoeba_directory(tmp_path / "tat")
+    if "out" in given:
+        given = {"out": given["out"].format(tmp_path)}
+    with pytest.raises(ValueError, match=message):
+        evaluate.main("no such model", data=(str(data),), **given)
+
+
+def test_a_funnel_takes_the_grids_scores(encoder, searched):
+    """And without them scores in one pass what is of one rank: the same."""
+    cells = grid.grid(encoder, searched[:1], [4, 32], [1, 3], [8], costs=False)
+    alone = grid.score_funnel(encoder, searched[0], (4, 1, 8), 20)
+    assert alone == grid.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)
+    (small,) = (c for c in cells if (c["dim"], c["exit"]) == (4, 1))
+    assert alone["small"] == pytest.approx(small["scores"]["b"]["score"], abs=1e-6)
+    small["scores"]["b"]["score"] = 7.0  # it is not made again
+    assert grid.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)["small"] == 7
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "says"),
+    [("mteb", ValueError, "pip install mlembed"), ("torch", ModuleNotFoundError, "torch")],
+)
+def test_only_a_missing_mteb_is_blamed_on_mteb(missing, error, says, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlembed.evaluation.mteb_model", raising=False)
+    monkeypatch.delattr("mlembed.evaluation.mteb_model", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(error, match=says):
+        grid._mteb()

@@ -1,0 +1,481 @@
+"""Our scores beside those of mteb's own task code on the same vectors, our encoder as its model.
+
+The only file that imports mteb, which takes seconds."""
+
+import csv
+import json
+import warnings
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import processes
+import pytest
+import torch
+from datasets import Dataset
+from random_model import randomise
+
+from mlembed import config
+from mlembed.data import eval_sets, tokenizer
+from mlembed.evaluation import grid, scores
+from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
+from mlembed.modeling.transformer import Transformer
+
+mteb = pytest.importorskip("mteb")
+from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
+from mteb.abstasks.text.bitext_mining import AbsTaskBitextMining  # noqa: E402
+from mteb.types import PromptType  # noqa: E402
+
+from mlembed.evaluation import mteb_model  # noqa: E402
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
+WIDTH = 48
+WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
+LANGS = ("en", "de", "es", "fr", "ja", "zh")
+STS = [f"stsb-{lang}-{split}" for lang in LANGS for split in ("dev", "test")]
+BEIR = ["afriqa-en-dev", "afriqa-fr-dev", "arcd-ar-test", "drcd-zh-Hant-dev", "jaquad-ja-dev"]
+AGREE = 1e-6
+
+
+def vector(text):
+    """Sums of vectors of the text's trigrams, so that texts alike are near."""
+    text = f" {text} "
+    rows = [zlib.crc32(text[i : i + 3].encode()) % len(TABLE) for i in range(len(text) - 2)]
+    return TABLE[rows].sum(0)
+
+
+TABLE = np.random.default_rng(0).normal(size=(4096, WIDTH)).astype(np.float32)
+
+
+def unit(texts):
+    raw = np.array([vector(text) for text in texts], dtype=np.float32).reshape(-1, WIDTH)
+    return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+
+class Vectors:
+    """To our evaluation what an `Encoder` is, with one exit; in any order of calls one text has one
+    vector."""
+
+    model = SimpleNamespace(device=torch.device("cpu"), cfg=SimpleNamespace(hidden_size=WIDTH))
+    prompts: dict[str, str] = {}
+
+    def exits(self, texts, exits, rank=None, progress=False, prompt=""):
+        return torch.from_numpy(unit(texts)).repeat(len(exits), 1, 1)
+
+
+class Looked(mteb_model.MTEBEncoder):
+    """To mteb a model of the same vectors."""
+
+    def __init__(self):
+        self.mteb_model_meta = mteb.models.ModelMeta.create_empty(
+            overwrites={"name": "made/up", "revision": "1"}
+        )
+
+    def encode(self, inputs, **options):
+        return unit([text for batch in inputs for text in batch["text"]])
+
+
+def metadata(kind, name, main_score, langs, split="test"):
+    return mteb.TaskMetadata(
+        dataset={"path": "local", "revision": "1"},
+        name=name,
+        description="local",
+        type=kind,
+        eval_splits=[split],
+        eval_langs=langs,
+        main_score=main_score,
+    )
+
+
+def by_mteb(task, out=None):
+    cache = mteb.ResultCache(out) if out else None
+    (result,) = mteb.evaluate(
+        Looked(), [task], cache=cache, co2_tracker=False, show_progress_bar=False
+    ).task_results
+    return result
+
+
+def ours(task):
+    return grid.score(Vectors(), task, [WIDTH], [1], None, {})[1, WIDTH]
+
+
+# ---- bitext ----
+
+
+def tatoeba_files(path):
+    """English sentences that repeat, and one language in which most words are near."""
+    rng = np.random.default_rng(0)
+    path.mkdir()
+    for lang, form in (("deu", "x{}x"), ("nld", "{} de {}")):
+        english = [" ".join(rng.choice(WORDS, 3)) for _ in range(80)]
+        other = [form.format(s, s[::-1][:4]) for s in english]
+        (path / f"tatoeba.{lang}-eng.{lang}").write_text("\n".join(other) + "\n")
+        (path / f"tatoeba.{lang}-eng.eng").write_text("\n".join(english) + "\n")
+    return path, ("deu", "nld")
+
+
+@pytest.fixture(params=["made", "shared"])
+def tatoeba(request, tmp_path):
+    if request.param == "made":
+        return tatoeba_files(tmp_path / "tat")
+    if not (SHARED / "tatoeba_dev").is_dir():
+        pytest.skip("no tatoeba_dev")
+    return SHARED / "tatoeba_dev", ("ara", "cmn", "deu", "heb", "lat", "nov", "tgl", "yid")
+
+
+def test_bitext(tatoeba):
+    directory, langs = tatoeba
+
+    def lines(lang, end):
+        path = directory / f"tatoeba.{lang}-eng.{end}"
+        return path.read_bytes().decode().removesuffix("\n").split("\n")
+
+    class Local(AbsTaskBitextMining):
+        metadata = metadata(
+            "BitextMining",
+            "LocalTatoeba",
+            "f1",
+            {f"{lang}-{way}": ["eng-Latn"] for lang in langs for way in ("to", "from")},
+        )
+
+        def load_data(self, **options):
+            self.dataset = {
+                f"{lang}-{way}": {
+                    "test": Dataset.from_dict(
+                        {"sentence1": lines(lang, one), "sentence2": lines(lang, two)}
+                    )
+                }
+                for lang in langs
+                for way, one, two in (("to", lang, "eng"), ("from", "eng", lang))
+            }
+            self.data_loaded = True
+
+    found = {row["hf_subset"]: row for row in by_mteb(Local()).scores["test"]}
+    (task,) = eval_sets.read(str(directory))
+    task.groups = {(lang, ""): task.groups[lang, ""] for lang in langs}
+    got = ours(task)
+    for metric, name in (("accuracy", "{}_pivot"), ("f1", "f1_{}_pivot")):
+        for way in ("to", "from"):
+            want = np.mean([found[f"{lang}-{way}"][metric] for lang in langs])
+            assert got[name.format(way)] == pytest.approx(want, abs=AGREE)
+    for lang in langs:
+        both = [found[f"{lang}-{way}"]["accuracy"] for way in ("to", "from")]
+        assert got["by_language"][lang] == pytest.approx(np.mean(both), abs=AGREE)
+    assert 0 < got["f1_to_pivot"] < got["to_pivot"] < 1  # neither trivial nor one thing twice
+
+
+# ---- scored pairs ----
+
+
+@pytest.fixture(params=["made", "klue-sts-ko-dev", *STS])
+def pairs(request, tmp_path):
+    if request.param == "made":
+        path = tmp_path / "made.csv"
+        rng = np.random.default_rng(0)
+        rows = [(" ".join(rng.choice(WORDS, 4)), " ".join(rng.choice(WORDS, 4))) for _ in range(60)]
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["sentence1", "sentence2", "score"])
+            for a, b in rows:
+                writer.writerow([a, b, len(set(a.split()) & set(b.split()))])
+        return path
+    path = SHARED / "sts" / f"{request.param}.csv"
+    if not path.is_file():
+        pytest.skip("no sts")
+    return path
+
+
+def test_sts(pairs):
+    with pairs.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    class Local(AbsTaskSTS):
+        metadata = metadata("STS", "LocalSTS", "cosine_spearman", ["eng-Latn"])
+
+        def load_data(self, **options):
+            columns = {name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}
+            score = [float(row["score"]) for row in rows]
+            self.dataset = {"test": Dataset.from_dict({**columns, "score": score})}
+            self.data_loaded = True
+
+    (found,) = by_mteb(Local()).scores["test"]
+    (task,) = eval_sets.read(str(pairs))
+    got = ours(task)
+    assert got["score"] == pytest.approx(found["cosine_spearman"], abs=AGREE)
+    assert got["pearson"] == pytest.approx(found["cosine_pearson"], abs=AGREE)
+    assert 0.05 < got["score"] < 0.99 and got["score"] != got["pearson"]
+
+
+# ---- retrieval ----
+
+
+def beir_files(path):
+    """Documents that repeat (equal scores), grades, a query whose judgements are all 0, and one
+    without any; queries that are documents too, and a judged document that is not there."""
+    rng = np.random.default_rng(1)
+    (path / "qrels").mkdir(parents=True)
+    documents = [" ".join(rng.choice(WORDS, 5)) for _ in range(150)]
+    documents += documents[:40]
+    rows = [
+        {"_id": f"d{i * 7 % 190}", "title": "sun" if i % 3 else "", "text": text}
+        for i, text in enumerate(documents)
+    ]
+    queries = [{"_id": f"q{i}", "text": " ".join(rng.choice(WORDS, 3))} for i in range(30)]
+    rows += queries[::3]
+    lines = ["query-id\tcorpus-id\tscore", "q2\tnowhere\t2"]
+    for i in range(29):
+        for j in rng.choice(190, 6, replace=False):
+            lines.append(f"q{i}\td{j}\t{0 if i == 4 else rng.integers(-1, 4)}")
+    for name, some in (("corpus", rows), ("queries", queries)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (path / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(params=["made", *BEIR])
+def beir(request, tmp_path):
+    if request.param == "made":
+        return beir_files(tmp_path / "made")
+    path = SHARED / "retrieval" / request.param
+    if not path.is_dir():
+        pytest.skip("no retrieval")
+    return path
+
+
+def test_retrieval(beir, monkeypatch):
+    (split,) = (path.stem for path in (beir / "qrels").iterdir())
+
+    def rows(name):
+        with (beir / name).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    class Local(AbsTaskRetrieval):
+        metadata = metadata("Retrieval", "LocalRetrieval", "ndcg_at_10", ["eng-Latn"], split)
+        k_values = (1, 10, 100, 200)
+        ignore_identical_ids = True  # as BEIR does
+
+        def load_data(self, **options):
+            corpus = [
+                {"id": r["_id"], "title": r.get("title", ""), "text": r["text"]}
+                for r in rows("corpus.jsonl")
+            ]
+            queries = [{"id": r["_id"], "text": r["text"]} for r in rows("queries.jsonl")]
+            relevant: dict[str, dict[str, int]] = {}
+            for line in (beir / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]:
+                query, document, grade = line.split("\t")
+                relevant.setdefault(query, {})[document] = int(grade)
+            self.dataset = {
+                "default": {
+                    split: {
+                        "corpus": Dataset.from_list(corpus),
+                        "queries": Dataset.from_list(queries),
+                        "relevant_docs": relevant,
+                        "top_ranked": None,
+                    }
+                }
+            }
+            self.data_loaded = True
+
+        def task_specific_scores(self, scores, *args, **options):
+            """What mteb's table rounds to five places."""
+            names = ("ndcg_cut_10", "recall_10", "recall_100", "map_cut_100")
+            return {n: float(np.mean([row[n] for row in scores.values()])) for n in names}
+
+    (found,) = by_mteb(Local()).scores[split]
+    with warnings.catch_warnings(action="ignore"):  # of what is nowhere
+        (task,) = eval_sets.read(str(beir))
+    monkeypatch.setattr(grid, "DOCUMENTS", 64)  # several chunks
+    got = ours(task)
+    for name, theirs in (
+        ("score", "ndcg_cut_10"),
+        ("ndcg_at_10", "ndcg_cut_10"),
+        ("recall_at_10", "recall_10"),
+        ("recall_at_100", "recall_100"),
+        ("map_at_100", "map_cut_100"),
+        ("mrr_at_10", "mrr_at_10"),
+    ):
+        assert got[name] == pytest.approx(found[theirs], abs=AGREE), name
+    assert 0 < got["map_at_100"] < got["recall_at_10"] < got["recall_at_100"]
+
+
+# ---- our encoder as mteb's model ----
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    path.mkdir()
+    learnt = tokenizer.train(WORDS * 5, 300)
+    cfg = config.Model(
+        vocab_size=learnt.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=48,
+        exits=(1, 2),
+        matryoshka_dims=(8, 32),
+        ranks=(4, 8),
+    )
+    pretrained.save(randomise(Transformer(cfg)), path)
+    tokenizer.save(learnt, path, 32)
+    return path
+
+
+def loader(texts):
+    return torch.utils.data.DataLoader(
+        Dataset.from_dict({"text": texts}), batch_size=3, shuffle=False
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts, kind, used",
+    [
+        ({}, "query", ""),
+        ({"query": "Q: ", "document": "D: "}, "query", "Q: "),
+        ({"query": "Q: ", "document": "D: "}, "document", "D: "),
+        ({"query": "Q: "}, None, ""),
+        ({"query": "Q: ", "Retrieval": "R: "}, "query", "R: "),
+        ({"Retrieval": "R: ", "NFCorpus": "N: "}, "query", "N: "),
+        ({"NFCorpus": "N: ", "NFCorpus-query": "NQ: "}, "query", "NQ: "),
+        ({"NFCorpus": "N: ", "NFCorpus-query": "NQ: "}, "document", "N: "),
+    ],
+)
+def test_vectors_and_prompts(directory, prompts, kind, used):
+    encoder = Encoder.load(str(directory), "cpu")
+    model = mteb_model.MTEBEncoder(encoder, "made/up", 8, 1, 4, prompts)
+    assert isinstance(model, mteb.models.EncoderProtocol)
+    got = model.encode(
+        loader(WORDS),
+        task_metadata=mteb.get_task("NFCorpus").metadata,
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=PromptType(kind) if kind else None,
+        batch_size=2,
+    )
+    want = encoder.encode([used + word for word in WORDS], 8, 1, 4)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert got.shape == (10, 8)
+
+
+def test_what_mteb_says_of_it(directory):
+    encoder = Encoder.load(str(directory), "cpu")
+    meta = mteb_model.MTEBEncoder(encoder, "made/up", 8, 1, 4).mteb_model_meta
+    small = pretrained.cut(encoder.model, 1, 4)
+    assert meta.n_parameters == sum(p.numel() for p in small.parameters())
+    assert (meta.embed_dim, meta.max_tokens) == (8, 32)
+    assert meta.experiment_kwargs == {"dim": 8, "exit": 1, "rank": 4}
+    other = Encoder.load(str(directory), "cpu")
+    assert mteb_model.digest(other) == meta.revision
+    with torch.no_grad():
+        next(other.model.parameters()).view(-1)[0] += 1
+    assert mteb_model.digest(other) != meta.revision
+    with pytest.raises(ValueError, match="exit: expected 1..2"):
+        mteb_model.MTEBEncoder(encoder, "made/up", exit=3)
+
+
+def test_names_of_tasks():
+    (task,) = mteb_model.tasks(["STS12"])
+    assert task.metadata.name == "STS12"
+    with pytest.raises(ValueError, match=r"mteb: expected a task .*near:.*NFCorpus.*got 'NFCorpu'"):
+        mteb_model.tasks(["STS12", "NFCorpu"])
+    with pytest.raises(ValueError, match=r"mteb: expected tasks of text, got CIFAR10, of image"):
+        mteb_model.tasks(["CIFAR10"])
+    assert len(mteb_model.tasks(["STS12", "STS12"])) == 1
+
+
+def test_names_of_models(directory):
+    assert mteb_model.model_name("Qwen/Qwen3-Embedding-0.6B") == "Qwen/Qwen3-Embedding-0.6B"
+    assert mteb_model.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
+
+
+def test_a_directory_of_two_names_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    assert mteb_model.model_name("runs/tiny") == "mlembed/runs-tiny"
+    assert mteb_model.model_name("nowhere") == f"mlembed/{tmp_path.name}-nowhere"
+
+
+def local_run(task, langs):
+    class Local(AbsTaskBitextMining):
+        metadata = metadata(
+            "BitextMining", "LocalRun", "f1", {f"{x}-eng": ["eng-Latn"] for x in langs}
+        )
+
+        def load_data(self, **options):
+            sides = {lang: task.groups[lang, ""] for lang in langs}
+            self.dataset = {
+                f"{lang}-eng": {
+                    "test": Dataset.from_dict(
+                        {
+                            "sentence1": [task.texts[i] for i in a],
+                            "sentence2": [task.texts[i] for i in b],
+                        }
+                    )
+                }
+                for lang, (a, b) in sides.items()
+            }
+            self.data_loaded = True
+
+    return Local()
+
+
+def test_a_run_by_mteb(directory, tmp_path):
+    """Its results in its own layout, and in our cells, as our scores of the same text."""
+    encoder = Encoder.load(str(directory), "cpu")
+    path, langs = tatoeba_files(tmp_path / "tat")
+    (task,) = eval_sets.read(str(path))
+    model = mteb_model.MTEBEncoder(encoder, "made/up", 8, 2, 8)
+    found = mteb_model.evaluate(model, [local_run(task, langs)], tmp_path / "out")["LocalRun"]
+    unit = torch.from_numpy(encoder.encode(task.texts, 8, 2, 8))
+    want = scores.score_bitext(task, unit)
+    assert found["score"] == pytest.approx(want["f1_to_pivot"], abs=AGREE)
+    assert found["by_language"].keys() == {"deu-eng", "nld-eng"}
+    (stored,) = (tmp_path / "out").rglob("LocalRun.json")
+    rows = json.loads(stored.read_text())["scores"]["test"]
+    assert np.mean([row["main_score"] for row in rows]) == pytest.approx(found["score"])
+    # results/<model>/<revision>/experiments/<sizes>/LocalRun.json
+    assert "made__up" in stored.parts and "dim_8__exit_2__rank_8" in stored.parts
+
+
+class Counting(Encoder):
+    """Counts the texts that go through the trunk."""
+
+    encoded = 0
+
+    def run(self, ids, *args, **options):
+        self.encoded += len(ids)
+        return super().run(ids, *args, **options)
+
+
+def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
+    """In bf16, each size as if it were alone."""
+    path, langs = tatoeba_files(tmp_path / "tat")
+    (task,) = eval_sets.read(str(path))
+    monkeypatch.setattr(mteb_model, "tasks", lambda names: [local_run(task, langs)])
+    plain = Encoder.load(str(directory), "cpu", "bfloat16")
+    encoder = Counting(plain.model, plain.tokenizer, plain.max_length)
+    sizes = {"dims": [8, 32], "exits": [1, 2], "ranks": [8]}
+    cells = grid.grid(encoder, [], **sizes, costs=False)
+    grid.add_mteb(encoder, str(directory), ["LocalRun"], cells, {}, tmp_path / "out")
+    assert encoder.encoded == len(task.texts)
+    for cell, one in zip(cells, grid.grid(plain, [task], **sizes, costs=False), strict=True):
+        want = one["scores"]["tat"]["f1_to_pivot"]
+        assert cell["scores"]["LocalRun"]["score"] == pytest.approx(want, abs=AGREE)
+        assert cell["parameter_bytes"] == 2 * cell["parameters"]
+    whole = [cell["scores"]["LocalRun"]["score"] for cell in cells]
+    assert len(set(whole)) > 1
+    stored = list((tmp_path / "out").rglob("LocalRun.json"))
+    assert len(stored) == 4 and all(mteb_model.digest(plain) in file.parts for file in stored)
+
+
+def test_command_refuses_an_unknown_task(directory, tmp_path):
+    out = tmp_path / "report"
+    done = processes.run("-m", "mlembed.evaluate", directory, "--mteb", "STS21", "--out", out)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: mteb: expected a task of mteb") and "near: STS22" in last
+    assert not out.exists()

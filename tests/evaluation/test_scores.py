@@ -1,0 +1,464 @@
+"""Every measure against plain Python in float64, and against what the papers say by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import pytrec_eval
+import torch
+
+from mlembed.data.eval_sets import STS, Bitext, Mining, Part
+from mlembed.evaluation import scores
+from mlembed.inference import search
+
+
+def test_accuracy_by_hand():
+    """Rows at 0, 10 and 20 degrees against rows at 4, 6 and 90.
+
+    There: 0 -> 4 right, 10 -> 6 right, 20 -> 6 wrong. Back: 4 -> 0 right, 6 -> 10 right,
+    90 -> 20 right.
+    """
+
+    def at(*degrees):
+        return torch.tensor(
+            [[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees]
+        )
+
+    there, back = scores.accuracy(at(0, 10, 20), at(4, 6, 90))
+    assert (there, back) == (pytest.approx(2 / 3), 1.0)
+    assert scores.accuracy(at(4, 6, 90), at(0, 10, 20)) == (back, there)
+    assert scores.accuracy(at(0, 90), at(90, 0)) == (0.0, 0.0)
+
+
+def nearest(vectors, a, b):
+    """Share of rows a whose nearest among rows b is their own, in Python floats."""
+    right = 0
+    for i, row in enumerate(a):
+        cosines = [
+            np.dot(vectors[row], vectors[other])
+            / np.linalg.norm(vectors[row])
+            / np.linalg.norm(vectors[other])
+            for other in b
+        ]
+        right += int(np.argmax(cosines)) == i
+    return right / len(a)
+
+
+def test_bitext_means_over_languages_then_kinds():
+    """A language that lacks a kind counts in the others only, and every kind weighs the same."""
+    rng = np.random.default_rng(0)
+    task = Bitext("t", [], {})
+    groups = {("de", "date"): 7, ("fr", "date"): 3, ("de", "name"): 5}
+    vectors = []
+    for group, n in groups.items():
+        first = len(vectors)
+        english = rng.normal(size=(n, 6))
+        vectors += [*(english + 0.9 * rng.normal(size=(n, 6))), *english]
+        task.groups[group] = (first + np.arange(n), first + n + np.arange(n))
+    vectors = np.array(vectors)
+    there = {g: nearest(vectors, a, b) for g, (a, b) in task.groups.items()}
+    back = {g: nearest(vectors, b, a) for g, (a, b) in task.groups.items()}
+    both = {g: (there[g] + back[g]) / 2 for g in groups}
+    assert len(set(both.values())) == 3 and there != back  # else the means could be mixed up
+    date = (both["de", "date"] + both["fr", "date"]) / 2
+    name = both["de", "name"]
+    got = scores.score_bitext(task, torch.from_numpy(vectors * 3))
+    assert got["score"] == pytest.approx((date + name) / 2)
+    assert got["by_kind"] == pytest.approx({"date": date, "name": name})
+    assert got["by_language"] == pytest.approx(
+        {"de": (both["de", "date"] + both["de", "name"]) / 2, "fr": both["fr", "date"]}
+    )
+    for key, side in (("to_pivot", there), ("from_pivot", back)):
+        mean = ((side["de", "date"] + side["fr", "date"]) / 2 + side["de", "name"]) / 2
+        assert got[key] == pytest.approx(mean)
+
+
+def test_bitext_without_kinds_has_no_by_kind():
+    task = Bitext("t", [], {("de", ""): (np.arange(3), np.arange(3, 6))})
+    got = scores.score_bitext(task, torch.eye(3).repeat(2, 1))
+    assert got["by_kind"] == {} and got["score"] == 1.0 and got["by_language"] == {"de": 1.0}
+
+
+def test_sts_is_spearman():
+    """Without ties: 1 - 6 sum (rank difference)^2 / (n (n^2 - 1))."""
+    rng = np.random.default_rng(0)
+    n = 30
+    vectors = rng.normal(size=(2 * n, 8))
+    gold = rng.permutation(n) / 7
+    cosines = [
+        np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+        for a, b in zip(vectors[0::2], vectors[1::2], strict=True)
+    ]
+    gaps = np.argsort(np.argsort(cosines)) - np.argsort(np.argsort(gold))
+    want = 1 - 6 * (gaps**2).sum() / (n * (n**2 - 1))
+    task = STS("s", ["x"] * 2 * n, gold)
+    got = scores.score_sts(task, torch.from_numpy(vectors))
+    assert got["score"] == pytest.approx(want)
+    assert got["pearson"] == pytest.approx(np.corrcoef(cosines, gold)[0, 1])
+    assert abs(want) < 0.9
+    order = np.sort(gold)[np.argsort(np.argsort(cosines))]
+    perfect = scores.score_sts(STS("s", task.texts, order), torch.from_numpy(vectors))
+    assert perfect["score"] == pytest.approx(1.0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "texts, gold", [([0, 1, 2, 3], [1, 1]), ([0, 0, 1, 1], [1, 2]), ([0, 1], [1])]
+)
+def test_sts_of_what_does_not_vary(texts, gold):
+    """There is no correlation then, which is neither an error nor a number."""
+    got = scores.score_sts(STS("s", ["x"] * len(texts), np.array(gold)), torch.eye(4)[texts])
+    assert math.isnan(got["score"]) and math.isnan(got["pearson"])
+
+
+# ---- bitext: F1 and means ----
+
+
+def f1_by_hand(found):
+    """Of each class, from its own counts."""
+    total = 0.0
+    for label in range(len(found)):
+        right = int(found[label] == label)
+        precision = right / max(1, sum(f == label for f in found))
+        total += 2 * precision * right / (precision + right) if right else 0.0
+    return total / len(found)
+
+
+def test_weighted_f1():
+    assert scores.weighted_f1(np.array([0, 0, 2])) == pytest.approx((2 / 3 + 0 + 1) / 3)
+    rng = np.random.default_rng(0)
+    found = np.where(rng.random(40) < 0.5, np.arange(40), rng.integers(0, 40, 40))
+    assert scores.weighted_f1(found) == pytest.approx(f1_by_hand(found.tolist()))
+    assert scores.weighted_f1(np.arange(5)) == 1.0
+
+
+@pytest.mark.parametrize("block", [1, 7, 30, 2**26])
+def test_nearest_in_blocks(block, monkeypatch):
+    """Of equal ones the first, whichever block they are in."""
+    monkeypatch.setattr(search, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-1, 2, (9, 3)), rng.integers(-1, 2, (7, 3))  # many are equal
+    there, back = search.nearest(torch.tensor(a).float(), torch.tensor(b).float())
+    products = a @ b.T
+    assert there.tolist() == [row.tolist().index(row.max()) for row in products]
+    assert back.tolist() == [column.tolist().index(column.max()) for column in products.T]
+
+
+def test_f1_of_bitext_is_of_one_direction():
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(20, 3))
+    vectors[:10] = vectors[10:] + 0.8 * rng.normal(size=(10, 3))
+    task = Bitext("t", [], {("de", ""): (np.arange(10), np.arange(10, 20))})
+    got = scores.score_bitext(task, torch.from_numpy(vectors))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = unit[:10] @ unit[10:].T
+    assert got["f1_to_pivot"] == pytest.approx(f1_by_hand(cosine.argmax(1).tolist()))
+    assert got["f1_from_pivot"] == pytest.approx(f1_by_hand(cosine.argmax(0).tolist()))
+    assert got["f1_to_pivot"] != got["f1_from_pivot"] and "means" not in got
+
+
+def test_means_over_sets_of_languages():
+    """Given where a whole set is there, of accuracies into English."""
+    assert {n: len(set(codes.split())) for n, codes in scores.LANGUAGES.items()} == {
+        n: n for n in (14, 36, 112)
+    }
+    all_112 = scores.LANGUAGES[112].split()
+    assert set(scores.LANGUAGES[14].split()) | set(scores.LANGUAGES[36].split()) <= set(all_112)
+    accuracy = {code: i / 112 for i, code in enumerate(all_112)}
+    got = scores.means(accuracy)
+    assert got["112"] == {"languages": 112, "accuracy": pytest.approx(111 / 224)}
+    want = np.mean([accuracy[code] for code in scores.LANGUAGES[36].split()])
+    assert got["36"]["accuracy"] == pytest.approx(want)
+    del accuracy["tha"]
+    got = scores.means(accuracy)
+    assert got["14"] == {"languages": 13} and got["112"] == {"languages": 111}
+    assert scores.means({"xyz": 1.0})["36"] == {"languages": 0}
+    task = Bitext("t", [], {("deu", ""): (np.arange(3), np.arange(3, 6))}, tatoeba=True)
+    got = scores.score_bitext(task, torch.eye(3).repeat(2, 1))
+    assert got["means"]["14"] == {"languages": 1}
+    got = scores.score_bitext(task, torch.eye(3)[[0, 1, 1, 0, 0, 1]])["by_direction"]
+    want = {"to_pivot": 2 / 3, "from_pivot": 1 / 3, "f1_to_pivot": 5 / 9, "f1_from_pivot": 2 / 9}
+    assert got == {"deu": pytest.approx(want)}
+
+
+# ---- mining ----
+
+
+def margins_by_hand(a, b, k, margin):
+    """[n, m] margins of all pairs, though only neighbours are candidates."""
+    cosine = a @ b.T
+    forward = np.sort(cosine, axis=1)[:, ::-1][:, :k].mean(1)
+    backward = np.sort(cosine, axis=0)[::-1][:k].mean(0)
+    mean = (forward[:, None] + backward[None]) / 2
+    return {"ratio": cosine / mean, "distance": cosine - mean, "absolute": cosine}[margin]
+
+
+def best_by_hand(a, b, k, margin):
+    """For each row of a the neighbour of the best margin."""
+    cosine, margins = a @ b.T, margins_by_hand(a, b, k, margin)
+    found = []
+    for i in range(len(a)):
+        near = sorted(range(len(b)), key=lambda j, i=i: -cosine[i, j])[:k]
+        j = max(near, key=lambda j, i=i: margins[i, j])
+        found.append((margins[i, j], i, j))
+    return found
+
+
+def corpora(n=30, m=40, planted=12, seed=0):
+    """Two sides of unit rows, and which rows are translations: a shuffled few, with noise."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(n, 8)), rng.normal(size=(m, 8))
+    gold = np.stack([rng.permutation(n)[:planted], rng.permutation(m)[:planted]], axis=1)
+    b[gold[:, 1]] = a[gold[:, 0]] + 0.45 * rng.normal(size=(planted, 8))
+    return *(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)), gold
+
+
+@pytest.mark.parametrize("margin", scores.MARGINS)
+def test_candidates(margin):
+    a, b, _ = corpora()
+    fwd = best_by_hand(a, b, 4, margin)
+    bwd = [(x, i, j) for x, j, i in best_by_hand(b, a, 4, margin)]
+    want = {
+        "fwd": fwd,
+        "bwd": bwd,
+        "intersect": [pair for pair in fwd if any(pair[1:] == other[1:] for other in bwd)],
+        "max": [],
+    }
+    for candidate in sorted([*fwd, *bwd], reverse=True):
+        taken = want["max"]
+        if not any(candidate[1] == t[1] or candidate[2] == t[2] for t in taken):
+            taken.append(candidate)
+    sides = scores.Sides.of(a.astype(np.float32), b.astype(np.float32))
+    for kind in scores.CANDIDATES:
+        margins, pairs = sides.candidates(margin, kind)
+        assert (np.diff(margins) <= 0).all()
+        assert sorted(map(tuple, pairs.tolist())) == sorted(pair[1:] for pair in want[kind]), kind
+        at = {tuple(pair): x for pair, x in zip(pairs.tolist(), margins, strict=True)}
+        for x, *pair in want[kind]:
+            assert at[tuple(pair)] == pytest.approx(x, abs=1e-5)
+    assert len(want["intersect"]) < len(want["max"]) < len(want["fwd"]) + len(want["bwd"])
+
+
+def test_sides_that_are_smaller_than_k():
+    a, b, _ = corpora(3, 2, 1)
+    margins, pairs = scores.Sides.of(a, b).candidates("ratio", "max")
+    assert 1 <= len(pairs) <= 2 and np.isfinite(margins).all()
+
+
+@pytest.mark.parametrize(
+    "margins, right, gold, want",
+    [
+        ([0.9, 0.8, 0.7, 0.1], [1, 1, 0, 0], 2, 0.75),  # between the last taken and the next
+        ([0.9, 0.8, 0.7, 0.1], [1, 1, 0, 1], 3, 0.1),  # all: F1 6/7 against 4/5
+        ([0.9, 0.8, 0.7], [0, 1, 1], 2, 0.7),
+        ([0.9, 0.8, 0.8, 0.4], [1, 1, 0, 0], 2, 0.6),  # equal ones are taken together: 4/5
+        ([0.9, 0.8, 0.8, 0.4], [1, 0, 0, 0], 1, 0.85),
+        ([0.5], [1], 1, 0.5),
+    ],
+)
+def test_threshold(margins, right, gold, want):
+    at = scores.threshold(np.array(margins), np.array(right, bool), gold)
+    assert at == pytest.approx(want)
+
+
+def test_no_threshold_is_better():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        margins = np.sort(rng.integers(0, 12, 15))[::-1] / 10
+        right, gold = rng.random(15) < 0.5, 9
+
+        def f1(at, margins=margins, right=right, gold=gold):
+            taken = margins >= at
+            return scores.precision_recall_f1((taken & right).sum(), taken.sum(), gold)[2]
+
+        at = scores.threshold(margins, right, gold)
+        assert f1(at) == pytest.approx(max(f1(x) for x in np.unique(margins)))
+
+
+def test_precision_recall_f1():
+    assert scores.precision_recall_f1(3, 4, 6) == (0.75, 0.5, pytest.approx(0.6))
+    assert scores.precision_recall_f1(0, 0, 6) == (0, 0, 0)
+
+
+def test_mining_tunes_on_one_part_and_scores_the_other():
+    sets = {seed: corpora(seed=seed) for seed in (1, 2)}
+    vectors, parts = [], []
+    for a, b, gold in sets.values():
+        first = len(vectors)
+        vectors += [*a, *b]
+        parts.append(Part(slice(first, first + 30), slice(first + 30, first + 70), gold))
+    texts = [f"text {i}" for i in range(140)]
+    task = Mining("m", texts, {"de": tuple(parts)}, {"de": ("dev", "test")})
+    got = scores.score_mining(task, torch.tensor(np.array(vectors)).float() * 3)
+
+    def by_hand(margin, kind):
+        found = []
+        for a, b, gold in sets.values():
+            margins, pairs = scores.Sides.of(a, b).candidates(margin, kind)
+            pairs = list(map(tuple, pairs.tolist()))
+            right = np.array([pair in set(map(tuple, gold.tolist())) for pair in pairs])
+            found.append((margins, right, len(gold)))
+        (at, test) = scores.threshold(*found[0]), found[1]
+        taken = test[0] >= at
+        return scores.precision_recall_f1((taken & test[1]).sum(), taken.sum(), test[2])
+
+    precision, recall, f1 = by_hand("ratio", "max")
+    assert (got["precision"], got["recall"], got["score"]) == pytest.approx((precision, recall, f1))
+    assert got["by_language"] == {"de": pytest.approx(f1)} and 0.3 < f1 < 1
+    for margin, kind in itertools.product(scores.MARGINS, scores.CANDIDATES):
+        assert got["by_margin"][margin][kind] == pytest.approx(by_hand(margin, kind)[2])
+    assert got["splits"] == {"de": "threshold of dev, scores of test"}
+    # Tuned on what is reported, it cannot be worse.
+    task.parts["de"] = parts[1], parts[1]
+    assert scores.score_mining(task, torch.tensor(np.array(vectors)).float())["score"] >= f1
+
+
+def test_mining_of_texts_that_repeat():
+    """As LASER's mine_bitexts.py --unify and its bucc.py: they are searched once, and are in no
+    pair that is taken."""
+    a, b, gold = corpora()
+    again = gold[:3, 1]
+    vectors = torch.tensor(np.concatenate([a, b, b[again]])).float()
+    texts = [f"text {i}" for i in range(70)]
+    texts += [f" {texts[30 + row]}" for row in again]
+    part = Part(slice(0, 30), slice(30, 73), gold)
+    task = Mining("m", texts, {"de": (part, part)}, {"de": ("dev", "dev")})
+    got = scores.score_mining(task, vectors)
+    margins, pairs = scores.Sides.of(a, b).candidates("ratio", "max")
+    kept = ~np.isin(pairs[:, 1], again)
+    right = np.array([pair in gold.tolist() for pair in pairs[kept].tolist()])
+    taken = margins[kept] >= scores.threshold(margins[kept], right, 12)
+    want = scores.precision_recall_f1((taken & right).sum(), taken.sum(), 12)
+    assert (got["precision"], got["recall"], got["score"]) == pytest.approx(want)
+    assert 0 < got["recall"] <= 9 / 12
+
+
+# ---- search ----
+
+
+@pytest.mark.parametrize("chunk, block", [(100, 2**26), (7, 2**26), (1, 2**26), (13, 40)])
+def test_nearest_so_far(chunk, block, monkeypatch):
+    """The same however documents come, and never more than k are kept."""
+    monkeypatch.setattr(search, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    queries, documents = (
+        torch.tensor(rng.normal(size=(6, 5))),
+        torch.tensor(rng.normal(size=(50, 5))),
+    )
+    found = search.Nearest(6, 8)
+    for first in range(0, 50, chunk):
+        found.add(queries.float(), documents[first : first + chunk].float(), first)
+        assert found.rows.shape == (6, min(8, first + chunk, 50))
+    products = (queries @ documents.T).numpy()
+    want = np.argsort(-products, axis=1)[:, :8]
+    assert found.rows.tolist() == want.tolist()
+    np.testing.assert_allclose(found.scores, np.take_along_axis(products, want, 1), atol=1e-5)
+
+
+def measures_by_hand(ranking, grades):
+    """One query: documents' grades down its ranking, and all that were given."""
+    discount = [1 / math.log2(rank + 2) for rank in range(10)]
+    ideal = sorted((g for g in grades if g > 0), reverse=True)
+    best = sum(g * d for g, d in zip(ideal, discount, strict=False))
+    gain = sum(max(0, g) * d for g, d in zip(ranking, discount, strict=False))
+    hits = [g > 0 for g in ranking[:100]]
+    relevant = len(ideal)
+    precision = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits))]
+    first = next((i for i, hit in enumerate(hits[:10]) if hit), None)
+    return {
+        "ndcg_at_10": gain / best if best else 0.0,
+        "recall_at_10": sum(hits[:10]) / relevant if relevant else 0.0,
+        "recall_at_100": sum(hits) / relevant if relevant else 0.0,
+        "map_at_100": sum(p for p, hit in zip(precision, hits, strict=True) if hit) / relevant
+        if relevant
+        else 0.0,
+        "mrr_at_10": 0.0 if first is None else 1 / (first + 1),
+    }
+
+
+def test_retrieval_by_hand():
+    """Equal scores, graded and negative relevance, queries without any that is relevant."""
+    rng = np.random.default_rng(0)
+    Q, N = 12, 160
+    cosines = rng.integers(0, 40, (Q, N)) / 40  # many are equal
+    order = rng.permutation(N)  # of the ids
+    grades = {(q, d): int(rng.integers(-1, 4)) for q in range(Q) for d in rng.choice(N, 20, False)}
+    grades |= {key: 0 for key in grades if key[0] == 3}
+    want = []
+    kept = np.empty((Q, 100), dtype=np.int64)
+    for q in range(Q):
+        ranking = sorted(range(N), key=lambda d, q=q: (cosines[q, d], order[d]), reverse=True)
+        kept[q] = rng.permutation(ranking[:100])
+        own = [g for (of, _), g in grades.items() if of == q]
+        want.append(measures_by_hand([grades.get((q, d), 0) for d in ranking], own))
+    assert want[3]["ndcg_at_10"] == 0
+    judged = np.array([[q, d, g] for (q, d), g in sorted(grades.items())])
+    near = np.take_along_axis(cosines, kept, axis=1).astype(np.float32)
+    got = scores.retrieval(near, kept, judged, order)
+    for name in want[0]:
+        assert got[name] == pytest.approx(np.mean([row[name] for row in want])), name
+    assert got["score"] == got["ndcg_at_10"]
+
+
+def test_retrieval_agrees_with_trec_eval():
+    """Recall and MAP are shares of all relevant documents, also where a query has more of them than
+    the 100 documents that are searched."""
+    rng = np.random.default_rng(1)
+    Q, N = 6, 300
+    ids = [f"d{i:03}" for i in rng.permutation(N)]
+    cosines = (rng.integers(0, 90, (Q, N)) / 90).astype(np.float32)
+    judged = [250, 101, 100, 99, 20, 1]
+    grades = {(q, d): 1 for q in range(Q) for d in rng.choice(N, judged[q], False)}
+    grades |= {(4, d): int(rng.integers(-1, 4)) for q, d in grades if q == 4}
+
+    runs = {f"q{q}": {ids[d]: float(cosines[q, d]) for d in range(N)} for q in range(Q)}
+    relevance = {f"q{q}": {ids[d]: g for (of, d), g in grades.items() if of == q} for q in range(Q)}
+    names = {
+        "ndcg_at_10": "ndcg_cut_10",
+        "recall_at_10": "recall_10",
+        "recall_at_100": "recall_100",
+        "map_at_100": "map_cut_100",
+    }
+    want = pytrec_eval.RelevanceEvaluator(relevance, set(names.values())).evaluate(runs)
+
+    order = np.argsort(np.argsort(ids))
+    rows = np.stack([np.lexsort((-order, -row))[:100] for row in cosines])
+    near = np.take_along_axis(cosines, rows, axis=1)
+    for q in range(Q):  # one at a time: a mean could hide two faults
+        own = np.array([[0, d, g] for (of, d), g in sorted(grades.items()) if of == q])
+        got = scores.retrieval(near[q : q + 1], rows[q : q + 1], own, order)
+        for name, theirs in names.items():
+            assert got[name] == pytest.approx(want[f"q{q}"][theirs], abs=1e-6), (q, name)
+    assert want["q0"]["recall_100"] <= 100 / 250
+
+
+def test_retrieval_of_fewer_documents_than_ten():
+    """Also where a query's only judgement is of the last document, and none of the first."""
+    rows = np.array([[0, 1, 2], [2, 1, 0]])
+    near = np.array([[0.9, 0.8, 0.7]] * 2, np.float32)
+    got = scores.retrieval(near, rows, np.array([[0, 2, 1], [1, 2, 1]]), np.arange(3))
+    assert got["mrr_at_10"] == pytest.approx((1 / 3 + 1) / 2)
+    assert got["ndcg_at_10"] == pytest.approx((0.5 + 1) / 2)
+    assert got["recall_at_10"] == got["recall_at_100"] == 1
+
+
+def test_retrieval_passes_over_a_querys_own_document():
+    """And counts judged documents that are not there (3, of 3 documents) as not found."""
+    rows = np.array([[2, 1, 0]])
+    near = np.array([[0.9, 0.8, 0.7]], np.float32)
+    judged = np.array([[0, 1, 1], [0, 3, 1]])
+    first, second = 1, 1 / math.log2(3)
+    got = scores.retrieval(near, rows, judged, np.arange(3), np.array([2]))
+    assert got["ndcg_at_10"] == pytest.approx(first / (first + second))
+    assert (got["mrr_at_10"], got["recall_at_10"], got["map_at_100"]) == (1, 0.5, 0.5)
+    got = scores.retrieval(near, rows, judged, np.arange(3), np.array([-1]))
+    assert got["mrr_at_10"] == 0.5
+
+
+def test_precision_at_1():
+    """An answer counts by its text; what stands behind the answers is a pool's."""
+    answers = ["a", "b", "a", "c"]
+    assert scores.precision_at_1(np.array([0, 1, 2, 3]), answers) == 1
+    assert scores.precision_at_1(np.array([2, 1, 0, 3]), answers) == 1
+    assert scores.precision_at_1(np.array([1, 1, 3, 4]), answers) == 0.25

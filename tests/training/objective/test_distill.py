@@ -1,0 +1,461 @@
+"""What is distilled against float64 formulas text by text, against sentence-transformers' losses,
+and on several gloo processes against one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from distill_truth import (
+    ALONE,
+    DIMS,
+    EXITS,
+    NARROW,
+    WIDE,
+    D,
+    Told,
+    backward,
+    batch_of,
+    distiller,
+    run_of,
+    texts,
+    truth,
+)
+from processes import gloo_once
+from torch import Tensor
+
+from mlembed.config import Distill, Run
+from mlembed.runtime.distributed import World
+from mlembed.training.objective.distill import TERMS, Distiller, principal, rows_of
+
+
+def table(told: Told, run: Run, term: str, where: World = ALONE, **options):
+    """-> loss_EM, its gradient by row (0 for rows of other processes), and that of P, if any."""
+    batch, made = batch_of(told, where, **options), distiller(run, told, where)
+    leaf = told.vectors.clone().requires_grad_()
+    of_packs = batch.rows[batch.place.argsort()]
+    found = made.tables(leaf[:, of_packs], batch, run, where, EXITS)
+    assert list(found) == [term]
+    backward(found[term])
+    P = made.projection
+    return (
+        found[term].detach(),
+        leaf.grad,
+        torch.zeros((), dtype=torch.float64) if P is None else P.grad,
+    )
+
+
+# term, options, the teacher's width, whether texts leave
+CASES = [
+    ("features", {"align": align, "feature_form": form, "exits": exits}, width, skip)
+    for align in ("truncate", "pca", "projection")
+    for form in ("raw", "normalised")
+    for exits, width, skip in (("last", WIDE, True), ("all", NARROW, False), ("all", WIDE, True))
+] + [
+    (term, {"logit_form": form, "exits": exits, "teacher_temperature": 0.2}, width, skip)
+    for term in ("logits", "between_exits")
+    for form in ("mse", "kl")
+    for exits, width, skip in (("last", WIDE, True), ("all", NARROW, False), ("all", WIDE, True))
+]  # fmt: skip
+NAMES = [
+    f"{term}-{'-'.join(map(str, o.values()))}-{width}-{skip}" for term, o, width, skip in CASES
+]
+
+
+def of_case(case, where: World = ALONE):
+    term, options, width, skip = case
+    return table(texts(skip=skip, width=width), run_of(**{term: 1.0}, **options), term, where)
+
+
+def assert_close(got, want, rtol=1e-9):
+    assert torch.allclose(got[0], want[0], rtol=rtol, atol=0), (got[0], want[0])
+    assert torch.equal(got[0] == 0, want[0] == 0)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert torch.allclose(a.double(), b, rtol=0, atol=rtol * (b.abs().max().item() + 1e-9))
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_a_term_is_its_formula(case):
+    term, options, width, skip = case
+    told, run = texts(skip=skip, width=width), run_of(**{term: 1.0}, **options)
+    got, want = table(told, run, term), truth(told, run, term)
+    assert got[0].dtype == torch.float64 and got[1].norm() > 0
+    # P is fp32, and so is its gradient.
+    P = options.get("align") == "projection"
+    assert_close(got, want, 2e-6 if P else 1e-9)
+    assert bool(got[2].norm() > 0) == P
+
+
+@pytest.mark.parametrize("task", ["clustering", "classification", "bitext", "sts"])
+@pytest.mark.parametrize("term", TERMS)
+def test_terms_are_the_same_for_every_task(term, task):
+    told, run = texts(), run_of(**{term: 1.0})
+    for a, b in zip(table(told, run, term), table(told, run, term, task=task), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_students_temperature_is_the_sources():
+    told, run = texts(skip=True), run_of(logits=1.0, logit_form="kl", exits="all")
+    got = table(told, run, "logits", temperature=0.3)
+    assert_close(got, truth(told, run, "logits", temperature=0.3))
+    assert not torch.allclose(got[0], table(told, run, "logits")[0], rtol=1e-2)
+
+
+def test_one_pair_is_enough():
+    for term in TERMS:
+        told, run = texts((0,)), run_of(**{term: 1.0})
+        assert_close(table(told, run, term), truth(told, run, term))
+
+
+def test_where_nobody_is_left_a_term_is_zero():
+    """No group runs to the last exit."""
+    told = texts()
+    told = told._replace(depths=np.full(len(told.groups), 2))
+    for term in TERMS:
+        run = run_of(**{term: 1.0})
+        got = table(told, run, term)
+        assert (got[0] == 0).all() and (got[1] == 0).all()
+
+
+def test_several_terms_at_once_are_those_alone():
+    told = texts(skip=True)
+    run = run_of(features=2.0, logits=3.0, between_exits=0.5)
+    batch, made = batch_of(told), distiller(run, told)
+    found = made.tables(
+        told.vectors[:, batch.rows[batch.place.argsort()]], batch, run, ALONE, EXITS
+    )
+    assert list(found) == list(TERMS)  # weights are the caller's
+    for term in TERMS:
+        assert torch.equal(found[term], table(told, run_of(**{term: 1.0}), term)[0])
+
+
+def test_fewer_exits():
+    """A step with some of the exits, and one with the last alone: nothing is between exits."""
+    told = texts(skip=True)
+    run = run_of(features=1.0, logits=1.0, between_exits=1.0, exits="all")
+    batch, made = batch_of(told), distiller(run, told)
+    x = told.vectors[:, batch.rows[batch.place.argsort()]]
+    every = made.tables(x, batch, run, ALONE, EXITS)
+    some = made.tables(x[1:], batch, run, ALONE, EXITS[1:])
+    alone = made.tables(x[2:], batch, run, ALONE, EXITS[2:])
+    for term in TERMS:
+        assert torch.allclose(some[term], every[term][1:], rtol=1e-12)
+        if term != "between_exits":
+            assert torch.allclose(alone[term], every[term][2:], rtol=1e-12)
+    assert "between_exits" not in alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_of_half_vectors_are_fp32(dtype):
+    told = texts(skip=True)
+    run = run_of(features=1.0, logits=1.0, between_exits=1.0, logit_form="kl")
+    made, batch = distiller(run, told), batch_of(told)
+    batch = replace(batch, teacher_ND=batch.teacher_ND.float())
+    x = told.vectors[:, batch.rows[batch.place.argsort()]]
+    want = made.tables(x, batch, run, ALONE, EXITS)
+    got = made.tables(x.to(dtype), batch, run, ALONE, EXITS)
+    for term in TERMS:
+        assert got[term].dtype == torch.float32
+        close = 1e-5 if dtype == torch.float32 else 0.05
+        assert torch.allclose(got[term].double(), want[term], rtol=close, atol=1e-7)
+
+
+# ---- published losses ----
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Imported here: the other processes would wait for it as well."""
+    from sentence_transformers.sentence_transformer import losses
+
+    return losses
+
+
+def test_features_are_sentence_transformers_mse_loss(published):
+    """On the same bits, of all texts as one column, cut to the prefix."""
+    told, run = texts(dtype=torch.float32), run_of(features=1.0)
+    got = table(told, run, "features")[0]
+    for m, d in enumerate(DIMS):
+        students = told.vectors[-1, :, :d]
+        want = published.MSELoss(model=None).compute_loss_from_embeddings(
+            [students], [told.teacher[:, :d]]
+        )
+        assert torch.allclose(got[-1, m], want, rtol=1e-6)
+
+
+def test_features_are_a_third_of_ml_embeds_three():
+    """kd = MSE(q, t_q[:d]) + MSE(p, t_p[:d]) + MSE(neg, t_neg[:d]), one negative each."""
+    told, run = texts((1,) * 5), run_of(features=1.0)
+    x, t = told.vectors[-1], told.teacher[:, :D]
+    kd = sum(F.mse_loss(x[i::3], t[i::3]) for i in range(3))
+    assert torch.allclose(3 * table(told, run, "features")[0][-1, -1], kd, rtol=1e-12)
+
+
+def test_kl_is_sentence_transformers_distill_kl_div_loss(published):
+    """On the same bits, every document as a column; which scales it by the temperature squared."""
+    told = texts(dtype=torch.float32)
+    run = run_of(logits=1.0, logit_form="kl", teacher_temperature=0.2)
+    got = table(told, run, "logits")[0]
+    queries = [group[0] for group in told.groups]
+    docs = [row for group in told.groups for row in group[1:]]
+    t = F.normalize(told.teacher, dim=-1)
+    public = published.DistillKLDivLoss(
+        model=None, similarity_fct=F.cosine_similarity,
+        student_temperature=0.1, teacher_temperature=0.2,
+    )  # fmt: skip
+    for m, d in enumerate(DIMS):
+        x = told.vectors[-1, :, :d]
+        columns = [x[queries], *(x[j].expand(len(queries), -1) for j in docs)]
+        want = public.compute_loss_from_embeddings(columns, t[queries] @ t[docs].T)
+        assert torch.allclose(got[-1, m], want / 0.1**2, rtol=1e-4)
+
+
+# ---- principal coordinates ----
+
+
+@pytest.mark.parametrize("rows, width", [(200, 7), (4, 7), (1, 3)])
+def test_every_prefix_is_the_best_approximation_of_its_rank(rows, width):
+    """By numpy's SVD (Eckart and Young); with fewer rows than coordinates as well."""
+    rng = np.random.default_rng(rows)
+    t = rng.normal(size=(rows, width)) * np.arange(1, width + 1) + 2
+    R = principal(torch.from_numpy(t)).double()
+    values = np.linalg.svd(t, compute_uv=False)
+    assert torch.allclose(R.T @ R, torch.eye(width, dtype=torch.float64), atol=1e-6)
+    for d in range(width + 1):
+        rest = t - t @ R[:, :d].numpy() @ R[:, :d].numpy().T
+        assert np.isclose((rest**2).sum(), (values[d:] ** 2).sum(), atol=1e-4 * (t**2).sum())
+        if d:
+            kept = t @ R[:, :d].numpy()
+            assert np.isclose((kept**2).sum(), (values[:d] ** 2).sum(), rtol=1e-6)
+
+
+def test_whole_vectors_keep_their_cosines():
+    t = texts().teacher
+    rotated = t @ principal(t).double()
+    whole, turned = (F.normalize(v, dim=-1) @ F.normalize(v, dim=-1).T for v in (t, rotated))
+    assert torch.allclose(whole, turned, atol=1e-6)
+
+
+def test_signs_do_not_depend_on_the_sample():
+    t = texts().teacher
+    assert torch.allclose(principal(t), principal(-t.flip(0)), atol=1e-5)
+    R = principal(t)
+    assert (R.gather(0, R.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+# ---- widths ----
+
+
+def test_prefixes_wider_than_the_teacher_have_no_truncated_target():
+    told = texts(width=NARROW)
+    loss_EM, grad, _ = table(told, run_of(features=1.0), "features")
+    assert (loss_EM[-1] != 0).tolist() == [True, False, False]
+    assert (grad[..., 3:] == 0).all() and (grad[-1, :, :3] != 0).all()
+
+
+def test_a_teacher_that_no_prefix_fits():
+    run = run_of(features=1.0)
+    with pytest.raises(ValueError, match="distill.align: expected pca or projection for a teacher"):
+        Distiller.of(run, 2, None, ALONE)
+    assert Distiller.of(run, 3, None, ALONE)
+    assert Distiller.of(run_of(features=1.0, align="projection"), 2, None, ALONE)
+    assert Distiller.of(run_of(logits=1.0), 2, None, ALONE)  # cosines need no alignment
+
+
+def test_nothing_to_distil():
+    assert Distiller.of(run_of(), 0, None, ALONE) is None
+    assert Distiller.of(run_of(between_exits=1.0), 0, None, ALONE) is not None
+
+
+def test_rows_of():
+    last, every = Distill(between_exits=1.0), Distill(between_exits=1.0, exits="all")
+    rows = {(c.exits, t): rows_of(c, t, 3).tolist() for c in (last, every) for t in TERMS}
+    inner, end, all_ = [True, True, False], [False, False, True], [True] * 3
+    assert rows == {
+        ("last", "features"): end, ("last", "logits"): end, ("last", "between_exits"): inner,
+        ("all", "features"): all_, ("all", "logits"): all_, ("all", "between_exits"): inner,
+    }  # fmt: skip
+    assert rows_of(last, "contrastive", 3).tolist() == all_
+
+
+# ---- the projection ----
+
+LEARNT = {"features": 1.0, "align": "projection", "exits": "all"}
+
+
+@pytest.mark.parametrize("width", [NARROW, D, WIDE])
+def test_the_projection_begins_orthonormal_and_the_same(width):
+    run = run_of(**LEARNT)
+    P = Distiller.of(run, width, None, ALONE).projection
+    again = Distiller.of(run, width, None, ALONE).projection
+    other = Distiller.of(replace(run, seed=1), width, None, ALONE).projection
+    assert P.shape == (width, D) and torch.equal(P, again) and not torch.equal(P, other)
+    gram = (P.T @ P if width >= D else P @ P.T).detach()
+    assert torch.allclose(gram, torch.eye(min(width, D)), atol=1e-5)
+
+
+def test_a_prefix_uses_as_many_columns():
+    told, run = texts(), run_of(**LEARNT)
+    batch, made = batch_of(told), distiller(run, told)
+    x = told.vectors[:, batch.rows[batch.place.argsort()]]
+    loss_EM = made.tables(x, batch, run, ALONE, EXITS)["features"]
+    for m, d in enumerate(DIMS):
+        grad = torch.autograd.grad(loss_EM[0, m], made.projection, retain_graph=True)[0]
+        assert (grad[:, :d] != 0).all() and (grad[:, d:] == 0).all()
+
+
+def add_gradients(made: Distiller, told: Told, run: Run, where: World = ALONE) -> float:
+    batch = batch_of(told, where)
+    x = told.vectors[:, batch.rows[batch.place.argsort()]]
+    loss = made.tables(x, batch, run, where, EXITS)["features"].mean()
+    loss.backward()
+    return loss.item()
+
+
+def test_steps_are_adamws_of_clipped_gradients():
+    told, run = texts(), run_of(**LEARNT)
+    run = replace(run, optim=replace(run.optim, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5))
+    made = distiller(run, told)
+    P = made.projection.detach().double()
+    m = v = torch.zeros_like(P)
+    for i in range(1, 4):
+        add_gradients(made, told, run)
+        g = made.projection.grad.double()
+        assert g.norm() > 0.01
+        g = g * min(1, 0.01 / (g.norm() + 1e-6))
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        P = P - 0.1 * i * (m / (1 - 0.8**i)) / ((v / (1 - 0.9**i)).sqrt() + 1e-3)
+        made.step(0.1 * i, 0.01)
+        assert made.projection.grad is None
+        assert torch.allclose(made.projection.detach().double(), P, atol=1e-6)
+
+
+def test_it_learns():
+    told, run = texts(), run_of(**LEARNT)
+    made = distiller(run, told)
+    losses = []
+    for _ in range(60):
+        losses.append(add_gradients(made, told, run))
+        made.step(0.05, 1e9)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_gradients_of_micro_batches_add_up_and_can_be_discarded():
+    told, run = texts(), run_of(**LEARNT)
+    made = distiller(run, told)
+    before = made.projection.detach().clone()
+    add_gradients(made, told, run)
+    once = made.projection.grad.clone()
+    add_gradients(made, told, run)
+    assert torch.allclose(made.projection.grad, 2 * once)
+    made.discard()
+    made.step(0.1, 1.0)
+    assert torch.equal(made.projection, before) and not made.optimizer.state
+
+
+def test_no_projection_no_steps():
+    made = distiller(run_of(logits=1.0), texts())
+    made.step(0.1, 1.0)
+    made.discard()
+    assert made.state() == {}
+    made.load({})
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_resumed_projection_goes_on_as_if_nothing_had_been(steps):
+    told, run = texts(), run_of(**LEARNT)
+    made = distiller(run, told)
+    for _ in range(steps):
+        add_gradients(made, told, run)
+        made.step(0.1, 1.0)
+    saved = {name: value.clone() for name, value in made.state().items()}
+    assert all(value.ndim > 0 for value in saved.values()) and len(saved) == (4 if steps else 1)
+    again = distiller(replace(run, seed=5), told)
+    again.load(saved)
+    for one in (made, again):
+        for _ in range(2):
+            add_gradients(one, told, run)
+            one.step(0.05, 1.0)
+    assert torch.equal(made.projection, again.projection)
+
+
+def test_a_resumed_rotation_needs_no_sample():
+    told, run = texts(), run_of(features=1.0, align="pca")
+    made = distiller(run, told)
+    again = Distiller.of(run, WIDE, None, ALONE)
+    again.load(made.state())
+    assert torch.equal(made.rotation, again.rotation) and made.rotation.norm() > 1
+
+
+@pytest.mark.parametrize(
+    "align, name", [("pca", r"rotation \[17, 17\]"), ("projection", r"projection \[17, 13\]")]
+)
+def test_tensors_of_another_distillation(align, name):
+    run = run_of(features=1.0, align=align)
+    made = Distiller.of(run, WIDE, None, ALONE)
+    with pytest.raises(ValueError, match=f"expected {name} in the checkpoint, got none"):
+        made.load({})
+    other = Distiller.of(run, NARROW, None, ALONE).state()
+    with pytest.raises(ValueError, match=rf"expected {name} in the checkpoint, got \[5, "):
+        made.load(other)
+
+
+# ---- processes ----
+
+
+def stepped(where: World) -> tuple[Tensor, list[Tensor]]:
+    """The projection after two steps of unlike shares; a large eps, so that scale matters."""
+    told, run = texts(skip=True), run_of(**LEARNT)
+    run = replace(run, optim=replace(run.optim, eps=0.1))
+    made = distiller(run, told, where)
+    grads = []
+    for _ in range(2):
+        add_gradients(made, told, run, where)
+        grads.append(made.projection.grad.clone())
+        made.step(0.1, 1e9)
+    return made.projection.detach(), grads
+
+
+def rotated(where: World) -> Tensor:
+    """A sample that is not quite the same on all."""
+    run = run_of(features=1.0, align="pca")
+    return Distiller.of(run, WIDE, texts().teacher + 1e-3 * where.rank, where).rotation
+
+
+def process(where: World) -> dict:
+    """Return what one process found, by case."""
+    found = {name: of_case(case, where) for name, case in zip(NAMES, CASES, strict=True)}
+    found["stepped"], found["rotated"] = stepped(where), rotated(where)
+    found["sizes"] = batch_of(texts(skip=True), where).doc_sizes
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def found(request):
+    """Return what each of 2 or 4 processes found."""
+    return gloo_once(request.param, process)
+
+
+@pytest.mark.parametrize("name, case", zip(NAMES, CASES, strict=True), ids=NAMES)
+def test_the_mean_over_processes_is_the_loss_of_one(found, name, case):
+    got = [torch.stack(parts).mean(0) for parts in zip(*(p[name] for p in found), strict=True)]
+    assert_close(got, [x.double() for x in of_case(case)], 2e-6 if "projection" in name else 1e-9)
+    assert (found[0][name][0] - found[1][name][0]).abs().max() > 1e-6  # each has its own texts
+
+
+def test_shares_are_unequal(found):
+    assert len(set(found[0]["sizes"])) > 1
+
+
+def test_the_projection_is_the_same_on_all_processes_and_on_one(found):
+    want, grads = stepped(ALONE)
+    for part in found:
+        assert torch.equal(part["stepped"][0], found[0]["stepped"][0])
+        assert not torch.equal(part["stepped"][1][0], grads[0])
+    assert torch.allclose(found[0]["stepped"][0], want, atol=1e-5)
+
+
+def test_the_rotation_is_the_main_processs(found):
+    for part in found:
+        assert torch.equal(part["rotated"], rotated(ALONE))

@@ -1,0 +1,358 @@
+"""Real gloo processes against one: gradients, norms and weights of two steps, and how often they
+talk, however many packs each process has."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import gloo_once
+from random_model import randomise
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
+
+from mlembed import config
+from mlembed.data.packing import pack
+from mlembed.modeling.transformer import Transformer
+from mlembed.runtime.distributed import World
+from mlembed.training.engine import Engine, first_bad, local
+from mlembed.training.optim import adamw
+
+# Widths, heads and a vocabulary that neither two nor four processes share evenly.
+MODEL = config.Model(
+    vocab_size=101,
+    hidden_size=22,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    intermediate_size=37,
+    max_position_embeddings=64,
+    exits=(1, 3),
+    matryoshka_dims=(5, 22),
+    ranks=(3, 11),
+)
+ALONE = World(0, 1, torch.device("cpu"))
+STEPS, MAX_NORM = 2, 0.7
+DEEP, SHALLOW = (3, 3, 2, 1), (2, 1, 1)  # depths of the texts of a pack
+LAYERS_AND_ROOT = MODEL.num_hidden_layers + 1
+# torch's functions for each, by version.
+COLLECTIVES = {
+    "gathers": ("all_gather_single", "all_gather_into_tensor"),
+    "scatters": ("reduce_scatter_single", "reduce_scatter_tensor"),
+    "reduces": ("all_reduce",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    engine: str
+    dropout: float = 0.0
+    recompute: int = 0
+    half: bool = False
+    offload: bool = False
+    compiled: bool = False
+
+
+CASES = {
+    "ddp": Case("ddp"),
+    "ddp dropout": Case("ddp", dropout=0.3, recompute=2),
+    "fsdp": Case("fsdp", offload=True),
+    "fsdp dropout": Case("fsdp", dropout=0.3, recompute=2),
+    "fsdp compiled": Case("fsdp", compiled=True),
+    "fsdp bf16": Case("fsdp", half=True),
+}
+OF_FOUR = "ddp", "fsdp dropout"
+
+
+def packs(rank):
+    """Of a process: two to four, unlike the next one's; the last has a text of full depth."""
+    generator = np.random.default_rng(rank)
+    count = 2 + rank % 3
+    found = []
+    for i in range(count):
+        depths = DEEP if i in (0, count - 1) else SHALLOW
+        texts = [generator.integers(0, 101, generator.integers(1, 9)) for _ in depths]
+        found.append(pack(texts, np.array(depths)))
+    return found
+
+
+def cotangent(step, rank, i, like):
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + i)
+    return torch.randn(like.shape, generator=generator)
+
+
+def configured(case):
+    return config.Run(
+        model=replace(MODEL, dropout=case.dropout),
+        optim=config.Optim(lr=1e-2, max_grad_norm=MAX_NORM),
+        engine=case.engine,
+        cpu_offload=case.offload,
+    )
+
+
+def forward(engine, case, one, step, rank, i, sync):
+    """Of process `rank`'s pack i; what is dropped is the pack's own."""
+    autocast = torch.autocast("cpu", torch.bfloat16) if case.half else nullcontext()
+    with torch.random.fork_rng([]), autocast:
+        torch.manual_seed(1000 * step + 10 * rank + i)
+        return engine.forward(one, exits=None, rank=None, recompute=case.recompute, sync=sync)
+
+
+def add_gradients(engine, case, step, where):
+    """Of a step, by this process: all packs at once, or as the gradient cache does it with every
+    other graph kept. Processes differ in which, and, as in a loss, they communicate in between."""
+    own, rank = packs(where.rank), where.rank
+    at_once, last = (step + rank) % 2 == 0, len(own) - 1
+    keeps = [at_once or ((i + rank + step) % 2 == 0 and i != last) for i in range(len(own))]
+    outputs = []
+    for i, one in enumerate(own):
+        with torch.set_grad_enabled(keeps[i]):
+            outputs.append(forward(engine, case, one, step, rank, i, at_once))
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    assert ones.item() == where.size
+    grads = [cotangent(step, rank, i, out) for i, out in enumerate(outputs)]
+    if held := [i for i in range(len(own)) if keeps[i]]:
+        engine.backward([outputs[i] for i in held], [grads[i] for i in held], sync=at_once)
+    for i, one in enumerate(own):
+        if not keeps[i]:
+            again = forward(engine, case, one, step, rank, i, i == last)
+            assert torch.equal(again, outputs[i])
+            engine.backward([again], [grads[i]], sync=i == last)
+
+
+def add_gradients_alone(engine, case, step, size):
+    """The same of all `size` processes, by one."""
+    for rank in range(size):
+        for i, one in enumerate(packs(rank)):
+            out = forward(engine, case, one, step, rank, i, True)
+            engine.backward([out], [cotangent(step, rank, i, out) / size], sync=True)
+
+
+def full(x):
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def train(case, where, size):
+    """-> of two steps: gradients, norms before and after clipping, collectives, weights."""
+    run, called, graphs = configured(case), Counter(), []
+    model = randomise(Transformer(run.model))
+    if case.compiled:
+        torch._dynamo.reset()
+        model.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
+    engine = Engine.of(model, run, where, case.half)
+    assert engine.model is model and model.training
+    if hasattr(engine, "replica"):
+
+        def hook(state, bucket):
+            called["bucket", bucket.index()] += 1
+            return allreduce_hook(None, bucket)
+
+        engine.replica.register_comm_hook(None, hook)
+    optimizer = adamw(model, run.optim)
+    found = {"grads": [], "norms": [], "called": [], "graphs": [], "bad": []}
+    for step in range(STEPS):
+        called.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            for kind, names in COLLECTIVES.items():
+                for name in names:
+                    if hasattr(dist, name):
+                        patch.setattr(dist, name, counted(getattr(dist, name), called, kind))
+            engine.begin()
+            if where.size > 1:
+                add_gradients(engine, case, step, where)
+            else:
+                add_gradients_alone(engine, case, step, size)
+        found["called"].append(dict(called))
+        found["grads"].append({name: full(p.grad) for name, p in model.named_parameters()})
+        norm = engine.norm()
+        engine.clip(norm, MAX_NORM)
+        found["norms"].append((norm, engine.norm()))
+        optimizer.step()
+        if step == STEPS - 1 and where.size > 1:
+            found["bad"] = spoilt(model, where)
+        engine.zero()
+        assert all(p.grad is None for p in model.parameters())
+        found["graphs"].append(len(graphs))
+    assert {local(p).dtype for p in model.parameters()} == {torch.float32}
+    found["weights"] = {name: full(p) for name, p in model.named_parameters()}
+    whole = engine.whole()
+    assert (whole is None) == (where.rank > 0)
+    found["whole"] = whole and {name: w.detach() for name, w in whole.state_dict().items()}
+    return found
+
+
+def counted(function, called, kind):
+    def count(*args, **options):
+        (dtype,) = {x.dtype for x in (*args, *options.values()) if isinstance(x, torch.Tensor)}
+        called[kind, dtype] += 1
+        return function(*args, **options)
+
+    return count
+
+
+def spoilt(model, where):
+    """What is said to be the first bad gradient: of good ones, of one bad one on the last process,
+    and of an earlier one on the first process as well."""
+    said = [first_bad(model)]
+    for rank, name in ((where.size - 1, "layers.1.mlp.up_proj"), (0, "layers.0.mlp.down_proj")):
+        if where.rank == rank:
+            local(model.get_submodule(name).weight.grad)[0, 0] = torch.inf if rank else torch.nan
+        said.append(first_bad(model))
+    return said
+
+
+def process(where, names):
+    """Return what this process got by case and, on the main process, what one alone gets."""
+    everything, wanted = {}, {}
+    for name in names:
+        case = CASES[name]
+        found = {"got": train(case, where, where.size)}
+        key = case.dropout
+        if where.main:
+            if key not in wanted:
+                wanted[key] = train(Case("ddp", dropout=key), ALONE, where.size)
+            found["want"] = wanted[key]
+        everything[name] = found
+    return everything
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def found(request):
+    """Return what each of 2 or 4 processes found, by case."""
+    names = tuple(CASES) if request.param == 2 else OF_FOUR
+    results = gloo_once(request.param, process, names)
+    return {name: [result[name] for result in results] for name in names}
+
+
+def of_each(found):
+    """(case, what one process got, what one process alone got) of all cases and processes."""
+    for name, processes in found.items():
+        for process in processes:
+            yield CASES[name], process["got"], processes[0]["want"]
+
+
+def test_packs_differ():
+    """Otherwise equality below would say little."""
+    of = [packs(rank) for rank in range(4)]
+    assert [len(own) for own in of] == [2, 3, 4, 2]
+    for own in of:
+        assert own[-1].work_at(MODEL.num_hidden_layers) is not None
+        assert len({one.work.tokens for one in own}) > 1
+    assert any(one.work_at(MODEL.num_hidden_layers) is None for own in of for one in own)
+
+
+def test_gradients_are_the_single_process_gradients(found):
+    for case, got, want in of_each(found):
+        for mine, theirs in zip(got["grads"], want["grads"], strict=True):
+            assert mine.keys() == theirs.keys()
+            for name, gradient in theirs.items():
+                assert gradient.norm() > 0 and mine[name].dtype == torch.float32, name
+                error = (mine[name] - gradient).norm() / gradient.norm()
+                # The second step's weights differ by the first step's rounding.
+                assert error < (0.06 if case.half else 3e-6), (case, name, error)
+
+
+def test_norms_and_clipping(found):
+    for case, got, want in of_each(found):
+        for (before, after), (want_before, _) in zip(got["norms"], want["norms"], strict=True):
+            assert type(before) is torch.Tensor and before.shape == () and before > 10
+            assert before.item() == pytest.approx(
+                want_before.item(), rel=0.01 if case.half else 2e-6
+            )
+            assert after.item() == pytest.approx(MAX_NORM, rel=1e-5)
+    for processes in found.values():
+        assert len({str(process["got"]["norms"]) for process in processes}) == 1
+
+
+def test_weights_after_two_steps(found):
+    for case, got, want in of_each(found):
+        for name, weight in want["weights"].items():
+            error = (got["weights"][name] - weight).norm() / weight.norm()
+            assert error < (0.03 if case.half else 1e-5), (case, name, error)
+    for processes in found.values():
+        for process in processes[1:]:
+            for name, weight in process["got"]["weights"].items():
+                assert torch.equal(weight, processes[0]["got"]["weights"][name]), name
+
+
+def test_the_whole_model_is_on_the_main_process(found):
+    for processes in found.values():
+        first, *others = (process["got"] for process in processes)
+        assert all(other["whole"] is None for other in others)
+        assert first["whole"].keys() == first["weights"].keys()
+        for name, weight in first["weights"].items():
+            assert torch.equal(first["whole"][name], weight), name
+
+
+def test_they_talk_once_a_step(found):
+    """Besides the one time in between, whatever the number of packs: gradients in fp32."""
+    wide = torch.float32
+    for case, got, _ in of_each(found):
+        once = {("reduces", wide): 2, ("bucket", 0): 1}
+        if case.engine == "fsdp":
+            gathered = torch.bfloat16 if case.half else wide
+            once = {("gathers", gathered): LAYERS_AND_ROOT, ("scatters", wide): LAYERS_AND_ROOT}
+            once["reduces", wide] = 1
+        assert got["called"] == [once] * STEPS, case
+
+
+def test_the_first_bad_gradient_of_any_process(found):
+    names = [None, "layers.1.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"]
+    for _, got, _ in of_each(found):
+        assert got["bad"] == names
+
+
+def test_shards_are_compiled_for_all_layers_at_once(found):
+    """Two halves, with and without a graph, and anew where FSDP2's view is one of a longer base."""
+    for process in found.get("fsdp compiled", ()):
+        assert 4 <= max(process["got"]["graphs"]) <= 6
+
+
+# ---- one process ----
+
+
+def test_alone_it_is_torch():
+    run, (one, *_) = configured(Case("ddp")), packs(0)
+    engine = Engine.of(randomise(Transformer(run.model)), run, ALONE, False)
+    plain = randomise(Transformer(run.model))
+    options = dict(exits=(1, 3), rank=3, recompute=0)
+    out = engine.forward(one, **options, sync=True)
+    assert torch.equal(out, plain(one, **options))
+    grads = torch.ones_like(out)
+    engine.begin()
+    engine.backward([out], [grads], sync=True)
+    plain(one, **options).backward(grads)
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
+    assert torch.equal(engine.norm(), norm) and norm > MAX_NORM
+    assert first_bad(engine.model) is None
+    engine.clip(norm, MAX_NORM)
+    for a, b in zip(engine.model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    engine.model.norm.weight.grad[0] = torch.nan
+    assert first_bad(engine.model) == "norm.weight"
+    engine.zero()
+    assert all(p.grad is None for p in engine.model.parameters())
+    assert engine.whole() is engine.model
+
+
+def test_small_gradients_are_not_scaled():
+    run, (one, *_) = configured(Case("ddp")), packs(0)
+    engine = Engine.of(randomise(Transformer(run.model)), run, ALONE, False)
+    out = engine.forward(one, exits=None, rank=None, recompute=0, sync=True)
+    engine.backward([out], [torch.ones_like(out)], sync=True)
+    before = [p.grad.clone() for p in engine.model.parameters()]
+    engine.clip(engine.norm(), 1e4)
+    assert all(
+        torch.equal(p.grad, b) for p, b in zip(engine.model.parameters(), before, strict=True)
+    )
+
+
+def test_fsdp_needs_several_processes():
+    run = configured(Case("fsdp"))
+    with pytest.raises(ValueError, match=r"engine: expected several processes .* for fsdp, got on"):
+        Engine.of(Transformer(run.model), run, ALONE, False)
