@@ -364,6 +364,19 @@ def test_the_tree_of_the_readme_is_the_tree():
         assert (ROOT / name).exists(), name
 
 
+def test_ci_runs_what_developers_run():
+    """The workflow calls .ci/run, whose targets exist; ruff has one version."""
+    assert "- run: .ci/run\n" in text_of(".github/workflows/ci.yml")
+    targets = re.findall(r"^make ([\w-]+)$", text_of(".ci/run"), re.MULTILINE)
+    assert targets and set(targets) <= set(
+        re.findall(r"`make ([\w-]+)", text_of("CONTRIBUTING.md"))
+    )
+    (version,) = re.findall(
+        r"ruff-pre-commit\n +rev: v(.+)$", text_of(".pre-commit-config.yaml"), re.M
+    )
+    assert f"\nruff=={version}\n" in text_of("constraints.txt")
+
+
 # ---- the job ----
 
 
