@@ -28,9 +28,9 @@ from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
 from mlembed.data.depth import enabled
 from mlembed.evaluation import charts, grid, tables
-from mlembed.export import export
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
+from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
 from mlembed.training import arguments, gradcache, guards, resume
@@ -306,9 +306,9 @@ def finish(job: Job) -> None:
     out.say(
         f"model   {directory}/model: sentence-transformers and transformers open it, "
         f"vectors within {worst:.0e}\n"
-        f'encode  {python} -m mlembed.encode {directory} "Wednesday, May 4, 2050"\n'
-        f"export  {python} -m mlembed.export {directory} OUT --dim {dim} --exit {exit}\n"
-        f"page    {python} -m mlembed.report {directory}"
+        f'encode  {python} -m mlembed encode {directory} "Wednesday, May 4, 2050"\n'
+        f"export  {python} -m mlembed export {directory} OUT --dim {dim} --exit {exit}\n"
+        f"page    {python} -m mlembed report {directory}"
     )
 
 

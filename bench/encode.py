@@ -28,9 +28,9 @@ from tokenizers import Tokenizer
 
 from mlembed import config
 from mlembed.data import tokenizer
-from mlembed.export import export
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling.transformer import Transformer
+from mlembed.publishing.export import export
 
 from . import harness, loader
 from .worker import say

@@ -1,7 +1,7 @@
 """Processes for tests, forked from a parent that has imported everything already.
 
     run("train.py", "tiny", "--steps", "1")     a command, as `python train.py tiny --steps 1`
-    run("-m", "mlembed.encode", run, "a text")  as `python -m mlembed.encode ..`
+    run("-m", "mlembed", "encode", run, "a text")  as `python -m mlembed encode ..`
     run("-c", "print(1)")                       as `python -c ..`
     run(.., processes=2)                        the same command in each process of a gloo group
     gloo(2, function, *args)                    what function(where, *args) returns in each process
@@ -183,7 +183,8 @@ def _fork(
 def _server() -> multiprocessing.context.ForkServerContext:
     """Start the warm parent. It inherits the environment, and imports from our path."""
     context = multiprocessing.get_context("forkserver")
-    ours = [f"mlembed.{path.stem}" for path in (ROOT / "mlembed").glob("[!_]*.py")]
+    files = (path.relative_to(ROOT) for path in (ROOT / "mlembed").rglob("[!_]*.py"))
+    ours = [".".join(path.with_suffix("").parts) for path in files]
     context.set_forkserver_preload([*LIBRARIES, *sorted(ours), "mlembed_kernels", "train"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -121,7 +121,7 @@ class Distill:
     """Directory or hub id of a sentence-transformers or transformers model, which encodes each
     batch's texts with its own tokenizer."""
     embeddings: str = ""
-    """Or a directory of a teacher's vectors, which `python -m mlembed.teacher` wrote."""
+    """Or a directory of a teacher's vectors, which `python -m mlembed teacher` wrote."""
     prompt: str = ""
     """What the teacher reads before each query; its documents have none."""
     batch_tokens: int = 16_384

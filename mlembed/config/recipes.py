@@ -87,7 +87,7 @@ def ml_embed(size: str, stage: int) -> Run:
     documents of all processes, and the same numbers in both stages.
 
     From 0.6B up the first stage starts from Qwen3's base models. 80M, 160M and 330M are pruned from
-    a trained 0.6B, as F2LLM-v2's are (how is not known; `python -m mlembed.prune`); 140M is 160M
+    a trained 0.6B, as F2LLM-v2's are (how is not known; `python -m mlembed prune`); 140M is 160M
     with a nested vocabulary, which alone of all sizes 160M has not (`mlembed/shapes.py`: ours, as
     the paper's arithmetic is not known). Distillation: `--distill.teacher`.
     """
@@ -130,7 +130,7 @@ def lealla(size: str) -> Run:
     distillations with weight 1, of normalised vectors against the teacher's principal coordinates,
     which the paper motivates (reduced LaBSE is as good), and random weights to start from.
 
-    `--distill.embeddings DIR` takes vectors that `python -m mlembed.teacher` wrote.
+    `--distill.embeddings DIR` takes vectors that `python -m mlembed teacher` wrote.
     """
     shape = SHAPES[f"lealla-{size}"]
     flat = replace(

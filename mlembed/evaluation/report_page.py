@@ -1,6 +1,6 @@
 """What a run gave, as one HTML page that needs nothing else, and its figures as PNG.
 
-RUN is what train.py wrote, or what `python -m mlembed.evaluate --out` did (then there are no
+RUN is what train.py wrote, or what `python -m mlembed evaluate --out` did (then there are no
 training curves). The page is readable on a phone, in print, in dark and in light, and without
 telling colours apart. What a file does not say is said to be missing, never made up.
 
@@ -133,7 +133,7 @@ def command(found: Found) -> str:
     if not isinstance(model, str) or not isinstance(data, list):
         return MISSING
     words = " ".join(shlex.quote(str(word)) for word in [model, "--data", *data])
-    return f"python -m mlembed.evaluate {words} --out NEW"
+    return f"python -m mlembed evaluate {words} --out NEW"
 
 
 # ---- the grid ----

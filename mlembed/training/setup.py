@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Subset
 
 from mlembed_kernels.attention.attention import WIDTHS
 
-from .. import config, evaluate
+from .. import config
+from ..cli import evaluate
 from ..data import sources, tokenizer
 from ..data.batches import Batches, steps_of
 from ..data.cldr import normalise

@@ -69,8 +69,8 @@ def test_texts_have_the_lengths_of_their_case():
 def toy(tmp_path_factory):
     """A model as the bench saves it, without the check of export: its gate is one."""
     from mlembed.data import tokenizer
-    from mlembed.export import write_sentence_transformers
     from mlembed.modeling import pretrained
+    from mlembed.publishing.export import write_sentence_transformers
 
     case, path = bench.toy(bench.CASES["short"]), tmp_path_factory.mktemp("toy") / "model"
     path.mkdir()

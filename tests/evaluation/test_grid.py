@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from random_model import randomise
 
-from mlembed import config, evaluate
+from mlembed import config
+from mlembed.cli import evaluate
 from mlembed.data import eval_sets, tokenizer
 from mlembed.data.eval_sets import STS, Bitext
 from mlembed.evaluation import grid, scores, tables
@@ -391,7 +392,7 @@ def test_details():
 
 
 def command(*args):
-    return processes.run("-m", "mlembed.evaluate", *args)
+    return processes.run("-m", "mlembed", "evaluate", *args)
 
 
 def test_command(directory, tmp_path):

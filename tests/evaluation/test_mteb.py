@@ -474,7 +474,7 @@ def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monk
 
 def test_command_refuses_an_unknown_task(directory, tmp_path):
     out = tmp_path / "report"
-    done = processes.run("-m", "mlembed.evaluate", directory, "--mteb", "STS21", "--out", out)
+    done = processes.run("-m", "mlembed", "evaluate", directory, "--mteb", "STS21", "--out", out)
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: mteb: expected a task of mteb") and "near: STS22" in last

@@ -14,7 +14,7 @@ import processes
 import pytest
 from PIL import Image
 
-from mlembed import report
+from mlembed.cli import report
 from mlembed.evaluation import report_page, results
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def write(run, grid=None, lines=None):
 
 
 def command(*args):
-    return processes.run("-m", "mlembed.report", *args)
+    return processes.run("-m", "mlembed", "report", *args)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_what_evaluate_wrote(tmp_path):
     report.main(run)
     text = Reader((run / "report.html").read_text(encoding="utf-8")).text
     assert "has no metrics.jsonl: it was evaluated, not trained, here." in text
-    assert "python -m mlembed.evaluate 'some model' --data cldr 'a b' --out NEW" in text
+    assert "python -m mlembed evaluate 'some model' --data cldr 'a b' --out NEW" in text
     assert (run / "report_grid_plain.png").is_file() and "scores & more" in text
 
 

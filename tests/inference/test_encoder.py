@@ -12,12 +12,12 @@ from random_model import randomise
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.data.packing import budgeted
-from mlembed.export import export
 from mlembed.inference import encoder as encode
 from mlembed.inference.encoder import Encoder
 from mlembed.inference.vector_files import Quantiser
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
+from mlembed.publishing.export import export
 
 TEXTS = [
     "Wednesday, May 4, 2050",

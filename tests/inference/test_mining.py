@@ -12,16 +12,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from mlembed import config
+from mlembed.cli.mine import main
 from mlembed.data import sources, tokenizer
 from mlembed.data.formats import layouts
 from mlembed.data.sources import tables_of
-from mlembed.export import export
 from mlembed.inference import mining
 from mlembed.inference.encoder import Encoder
 from mlembed.inference.mining import Column, Options, gather, write
-from mlembed.mine import main
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
+from mlembed.publishing.export import export
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "один", "два", "три", "四", "五"]
 MARGINS = Options(top=20, negatives=5)

@@ -27,10 +27,10 @@ from transformers import (
 
 from mlembed import config
 from mlembed.data.packing import pack
-from mlembed.export import export
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.transformer import Transformer, num_parameters
+from mlembed.publishing.export import export
 
 # A prime vocabulary, heads of width 6, an MLP of a prime width, an epsilon that counts.
 CFG = config.Model(

@@ -12,10 +12,10 @@ from random_model import randomise
 from transformers import AutoModel, AutoTokenizer
 
 from mlembed import config
+from mlembed.cli.merge import main, shares
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
 from mlembed.inference.encoder import Encoder
-from mlembed.merge import main, shares
 from mlembed.modeling import pretrained
 from mlembed.modeling.merge import merge
 from mlembed.modeling.transformer import Transformer

@@ -13,6 +13,7 @@ from random_model import randomise
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from mlembed import config
+from mlembed.cli.prune import main, sample, target
 from mlembed.config import shapes
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
@@ -20,7 +21,6 @@ from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.prune import Kept, choose, prune, pruned_config, spread
 from mlembed.modeling.transformer import Transformer, num_parameters
-from mlembed.prune import main, sample, target
 
 CFG = config.Model(
     vocab_size=101,

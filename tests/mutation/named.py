@@ -49,14 +49,14 @@ NAMED = {
     ),
     # The schedule of layer dropout runs on micro-batches instead of steps.
     "data-depthstep": Named(
-        "mlembed/data.py",
+        "mlembed/data/batches.py",
         "run.model.num_hidden_layers, number // run.gradient_accumulation_steps",
         "run.model.num_hidden_layers, number",
         ("test_batches", "test_depth"),
     ),
     # Recall and MAP are of at most 100 relevant documents.
     "map-denominator": Named(
-        "mlembed/scores.py",
+        "mlembed/evaluation/scores.py",
         "minlength=Q).clip(min=1)\n    hits",
         "minlength=Q).clip(min=1, max=100)\n    hits",
         ("test_scores",),

@@ -13,19 +13,8 @@ from .operators import TURNS, Mutant
 ROOT = Path(__file__).parents[2]
 # Mutants of the whole list, by part.
 SIZES = defaultdict(lambda: 12, kernels=32)
-# A file's part is its folder's name, or, as long as mlembed/ is flat, the row that names it.
-FOLDERS = {"config": "config and runtime", "runtime": "config and runtime"}
-FLAT = {
-    "config and runtime": "config strict shapes recipes arguments files stored checkpoint "
-    "distributed workers log",
-    "data": "data sources rows streams tokenizer tokens pack depth cldr layouts languages tasks",
-    "modeling": "model blocks pretrained windows prune merge attention_interface activations",
-    "training": "gradcache engine optim resume guards loss ring bank distill teacher prepare",
-    "inference": "encode vectors funnel mine cost",
-    "evaluation": "evaluate scores results charts report page mteb_encoder",
-    "publishing": "export to_onnx card",
-}
-PART = {f"mlembed/{name}.py": part for part, names in FLAT.items() for name in names.split()}
+# A file's part is its wing's name; the commands count with configuration and runtime.
+FOLDERS = dict.fromkeys(("config", "runtime", "cli"), "config and runtime")
 # Tests to run before others, for files that no test is named after or whose own are slow.
 LOSS = (
     "test_pairwise_lse test_splits test_loss_scale test_infonce_triton test_infonce_limits "
@@ -45,8 +34,10 @@ FIRST = {
     "kernels/similarity/_tiles.py": LOSS,
     "kernels/embedding/occurrences.py": "test_occurrences test_embed_triton",
     "kernels/attention/work.py": f"test_work {ATTENTION}",
-    "mlembed/activations.py": "test_gradcache test_trunk",
-    "mlembed/blocks.py": "test_model test_bert test_trunk",
+    "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
+    "mlembed/training/gradcache.py": "test_gradcache test_trunk",
+    "mlembed/training/setup.py": "test_setup test_train test_resume",
+    "mlembed/training/step.py": "test_guards test_train test_resume",
     "train.py": "test_guards test_step_times test_gradcache test_train test_resume",
 }
 
@@ -57,14 +48,11 @@ def product() -> list[str]:
 
 
 def part_of(file: str) -> str:
-    """Raises ValueError for a file that the table above does not know."""
     top, *rest = Path(file).parts
     if not rest or top == "kernels":
         return top
-    if file in PART or rest[0] in ("__init__.py", "__main__.py"):
-        return PART.get(file, "config and runtime")
     if len(rest) == 1:
-        raise ValueError(f"{file}: expected a row of FLAT in tests/mutation/parts.py, got none")
+        return "config and runtime"
     return FOLDERS.get(rest[0], rest[0])
 
 

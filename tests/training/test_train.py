@@ -300,7 +300,7 @@ def test_accumulation_averages_micro_batches(arguments, tmp_path):
 def test_starts_from_a_qwen3_checkpoint(whole, text, tmp_path):
     run, _ = whole
     exported = tmp_path / "start"
-    assert processes.run("-m", "mlembed.export", run, exported).returncode == 0
+    assert processes.run("-m", "mlembed", "export", run, exported).returncode == 0
     for own in ("mlembed_config.json", "mlembed_factors.safetensors"):
         (exported / own).unlink()  # now it is any Qwen3 model, its vocabulary a plain table
     args = ["--init", exported, "--model.ranks", 8, 16, "--max-length", 32, "--steps", 30]

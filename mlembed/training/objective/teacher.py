@@ -161,7 +161,7 @@ class Stored:
 
     @staticmethod
     def open(directory: str) -> "Stored":
-        """ValueError for a directory that `python -m mlembed.teacher` did not write."""
+        """ValueError for a directory that `python -m mlembed teacher` did not write."""
         path = Path(directory)
         names = ("teacher.json", "vectors.npy", "keys.npy")
         if missing := [name for name in names if not (path / name).is_file()]:

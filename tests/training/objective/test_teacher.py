@@ -29,7 +29,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from mlembed import teacher as command
+from mlembed.cli import teacher as command
 from mlembed.data import tables as sources
 from mlembed.data.tables import Table
 from mlembed.training.objective import teacher
@@ -438,7 +438,7 @@ def test_the_command(saved, bert, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     options = ["--data", data, "--dtype", "fp32", "--device", "cpu"]
-    done = processes.run("-m", "mlembed.teacher", saved["bert"], out, *options)
+    done = processes.run("-m", "mlembed", "teacher", saved["bert"], out, *options)
     assert done.returncode == 0, done.stderr
     assert "4 vectors of width 20, by Transformer, Pooling (mean), Normalize" in done.stdout
     texts = ["one", "two", "three", "four five"]

@@ -1,7 +1,5 @@
 """Cut a model to one (dim, exit, rank), as the libraries that people run read it.
 
-python -m mlembed.export RUN OUT [--dim 96] [--exit 2] [--rank 64] [--format onnx]
-
 The directory is a plain Qwen3, BERT or XLM-R model of `exit` layers with the vocabulary merged at
 `rank`, and sentence-transformers modules under the names that every version from 5.0 on maps:
 
@@ -26,24 +24,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import card, to_onnx
-from .config import Model
-from .data import tokenizer
-from .inference.encoder import Encoder
-from .modeling import pretrained
-from .modeling.transformer import Transformer
-from .runtime import log
-from .runtime.files import atomic_directory
+from ..config import Model
+from ..data import tokenizer
+from ..inference.encoder import Encoder
+from ..modeling import pretrained
+from ..modeling.transformer import Transformer
+from ..runtime.files import atomic_directory
+from . import model_card, to_onnx
 
 MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"
@@ -97,7 +93,7 @@ def export(
     exit = cfg.num_hidden_layers if exit is None else exit
     cfg.check(dim, exit, rank)
     check_formats(formats, out)
-    of = card.origin(source)
+    of = model_card.origin(source)
     with atomic_directory(out) as partial:
         pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
         split(partial, SHARD)
@@ -108,8 +104,8 @@ def export(
             if "onnx" in formats:
                 to_onnx.write(partial)
             worst = check(partial, encoder, dim, exit, rank)
-        made = card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
-        text = card.write(encoder, made, of, license)
+        made = model_card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
+        text = model_card.write(encoder, made, of, license)
         (partial / "README.md").write_text(text, encoding="utf-8")
     return worst
 
@@ -412,52 +408,3 @@ def push(directory: Path, repo: str, private: bool) -> str:
             f"there by `hf auth login`, then `{again}`"
         ) from None
     return str(address)
-
-
-def main(
-    model: Annotated[str, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
-    /,
-    dim: int | None = None,
-    exit: int | None = None,
-    rank: int | None = None,
-    format: tuple[str, ...] = FORMATS[:1],
-    license: str = "",
-    push_to_hub: str = "",
-    private: bool = False,
-) -> None:
-    """Write a cut of a trained model for sentence-transformers, transformers and onnxruntime.
-
-    Args:
-        model: run, checkpoint or model directory; of a run, the model card tells how it was made.
-        out: new directory.
-        dim: width; full by default.
-        exit: depth; full by default.
-        rank: vocabulary rank; the stored one by default.
-        format: sentence-transformers, onnx (adds onnx/model.onnx), or both.
-        license: of the weights, for the model card, e.g. apache-2.0.
-        push_to_hub: new repository of the hub, e.g. me/small-model, to upload the directory to.
-        private: whether that repository is private.
-    """
-    if private and not push_to_hub:
-        raise ValueError("private: expected it with --push-to-hub, got it alone")
-    if push_to_hub:
-        from huggingface_hub.utils import validate_repo_id
-
-        validate_repo_id(push_to_hub)
-        if "/" not in push_to_hub:  # the card's snippets need it
-            raise ValueError(f"push-to-hub: expected OWNER/NAME, got {push_to_hub}")
-    encoder = Encoder.load(model, "cpu")
-    said = {"source": model, "license": license, "repo": push_to_hub}
-    worst = export(encoder, out, dim, exit, rank, formats=format, **said)
-    readers = ["sentence-transformers", "transformers"]
-    readers += ["onnxruntime"] if "onnx" in format else []
-    named = f"{', '.join(readers[:-1])} and {readers[-1]}"
-    print(f"{out}: read by {named}, vectors within {worst:.1e}")
-    if push_to_hub:
-        print(f"pushed to {push(out, push_to_hub, private)}")
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.export")

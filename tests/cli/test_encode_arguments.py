@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlembed import encode
+from mlembed.cli import encode
 from mlembed.inference.encoder import Encoder
 from tests.inference.test_encoder import TEXTS, build
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Model
 
-from mlembed import export as exporting
 from mlembed.data import tokenizer
-from mlembed.export import export
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
+from mlembed.publishing import export as exporting
+from mlembed.publishing.export import export
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +411,7 @@ def test_an_encoder_whose_attention_has_no_fp32(tokens, tmp_path):
 def command(*arguments: str | Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("MLEMBED_TRACEBACK", None)
-    return processes.run("-m", "mlembed.export", *arguments, env=environment)
+    return processes.run("-m", "mlembed", "export", *arguments, env=environment)
 
 
 @pytest.fixture

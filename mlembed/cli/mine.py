@@ -1,6 +1,6 @@
 """Hard negatives for pairs: documents that a model finds near a query, but not too near.
 
-python -m mlembed.mine MODEL OUT.jsonl --data pairs.jsonl [--exit 4 --dim 256 --rescore]
+python -m mlembed mine MODEL OUT.jsonl --data pairs.jsonl [--exit 4 --dim 256 --rescore]
 """
 
 import sys
@@ -9,11 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .data import sources
-from .data.formats import layouts
-from .inference.encoder import Encoder
-from .inference.mining import Column, Options, gather, write
-from .runtime import log
+from ..data import sources
+from ..data.formats import layouts
+from ..inference.encoder import Encoder
+from ..inference.mining import Column, Options, gather, write
 
 
 def main(
@@ -45,8 +44,3 @@ def main(
     )
     report = write(Encoder.load(model, device), texts, options, out, sys.stderr.isatty())
     print(f"{out}: {report}")
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.mine")

@@ -1,7 +1,7 @@
 """Texts to vectors at any width, depth and vocabulary rank: the one inference path.
 
-python -m mlembed.encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
-python -m mlembed.encode MODEL --input texts.txt --out vectors.npy
+python -m mlembed encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
+python -m mlembed encode MODEL --input texts.txt --out vectors.npy
 """
 
 import os
@@ -13,11 +13,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .data.formats import readers
-from .inference import vector_files
-from .inference.encoder import Encoder
-from .inference.vector_files import Quantiser
-from .runtime import log
+from ..data.formats import readers
+from ..inference import vector_files
+from ..inference.encoder import Encoder
+from ..inference.vector_files import Quantiser
 
 # ---- the command ----
 
@@ -109,8 +108,3 @@ def main(
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if source.replaced:
         print(f"no UTF-8: {source.replaced} replaced by U+FFFD", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.encode")

@@ -1,6 +1,6 @@
 """A teacher's vectors: of another model, with its own tokenizer, as they are needed or stored.
 
-python -m mlembed.teacher MODEL OUT --data bitext.parquet ..
+python -m mlembed teacher MODEL OUT --data bitext.parquet ..
 """
 
 from pathlib import Path
@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from .data import sources
-from .runtime import log
-from .training.objective.teacher import Teacher, store
+from ..data import sources
+from ..training.objective.teacher import Teacher, store
 
 
 def main(
@@ -45,8 +44,3 @@ def main(
     teacher = Teacher.load(model, prompt, batch_tokens, chosen)
     count = store(teacher, tables, out, dtype, {"model": model}, progress=True)
     print(f"{out}: {count} vectors of width {teacher.width}, by {teacher.pipeline}")
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.teacher")

@@ -1,6 +1,6 @@
 """Scores over any set of widths, depths and vocabulary ranks.
 
-python -m mlembed.evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
+python -m mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .data.eval_sets import Retrieval, Task, read_all
-from .evaluation.grid import _mteb, add_mteb, grid, score_funnel
-from .evaluation.tables import by_kind, details, funnels, prices, size_name, table, write_report
-from .inference.encoder import Encoder
-from .inference.search import Size, size_of
-from .runtime import log
+from ..data.eval_sets import Retrieval, Task, read_all
+from ..evaluation.grid import _mteb, add_mteb, grid, score_funnel
+from ..evaluation.tables import by_kind, details, funnels, prices, size_name, table, write_report
+from ..inference.encoder import Encoder
+from ..inference.search import Size, size_of
+from ..runtime import log
 
 
 def _asked(data: Sequence[str], mteb: Sequence[str], small: Size | None, out: str) -> list[Task]:
@@ -109,8 +109,3 @@ def main(
     print("\n\n".join(part for part in parts if part))
     if out:
         write_report(Path(out), cells, extra)
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.evaluate")

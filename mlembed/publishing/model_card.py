@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config
-from .config import strict
-from .data import streams
-from .evaluation.charts import mean_score
-from .evaluation.languages import language
-from .inference.encoder import Encoder
-from .modeling.transformer import num_parameters
-from .runtime import log
+from .. import config
+from ..config import strict
+from ..data import streams
+from ..evaluation.charts import mean_score
+from ..evaluation.languages import language
+from ..inference.encoder import Encoder
+from ..modeling.transformer import num_parameters
+from ..runtime import log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"
@@ -226,7 +226,7 @@ def how_to_use(encoder: Encoder, cut: Cut) -> str:
             'vectors = session.run(["sentence_embedding"], dict(tokens))[0]',
         ],
         "mlembed": [
-            "from mlembed.encode import Encoder",
+            "from mlembed.inference.encoder import Encoder",
             "",
             texts,
             f"vectors = Encoder.load({name}).{method}(texts, dim={cut.dim})",
@@ -293,7 +293,7 @@ def how_it_was_made(cut: Cut, of: Origin, license: str) -> str:
             f"Exported from {of.name or 'a model in memory'}; its training is {NOT_RECORDED}.",
             "",
         ]
-    commands.append(f"python -m mlembed.export {shlex.join((source, cut.name))} {options}")
+    commands.append(f"python -m mlembed export {shlex.join((source, cut.name))} {options}")
     lines += ["```bash", *commands, "```", ""]
     if of.run:
         written = json.dumps(differences(of.run), indent=2, ensure_ascii=False)

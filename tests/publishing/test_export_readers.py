@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from mlembed import export as exporting
 from mlembed.data import tokenizer
-from mlembed.export import PROBES, export
 from mlembed.inference.encoder import Encoder
+from mlembed.publishing import export as exporting
+from mlembed.publishing.export import PROBES, export
 
 READERS = [path for path in os.environ.get("MLEMBED_READERS", "").split(os.pathsep) if path]
 PROMPTS = {"query": "Instruct: find\nQuery: "}
-SCRIPT = Path(__file__).parent / "readers" / "read.py"
+SCRIPT = Path(__file__).parents[1] / "readers" / "read.py"
 
 
 def read(path: Path) -> dict | list:

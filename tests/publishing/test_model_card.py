@@ -12,9 +12,10 @@ import pytest
 from export_models import KINDS, build
 from huggingface_hub import ModelCard
 
-from mlembed import card, config
+from mlembed import config
 from mlembed.config import strict
-from mlembed.export import export
+from mlembed.publishing import model_card
+from mlembed.publishing.export import export
 
 GRID = {
     "commit": "abc1234",
@@ -56,9 +57,9 @@ def a_run(directory: Path, run: config.Run = RUN, grid: dict | None = GRID) -> P
 
 
 def made(encoder, source: Path | str, cut=(5, 1, 3), **options) -> ModelCard:
-    of = card.origin(str(source))
+    of = model_card.origin(str(source))
     formats = options.pop("formats", ("sentence-transformers",))
-    text = card.write(encoder, card.Cut("small", *cut, formats), of, **options)
+    text = model_card.write(encoder, model_card.Cut("small", *cut, formats), of, **options)
     return ModelCard(text)
 
 
@@ -130,7 +131,7 @@ def test_a_plain_table_and_an_older_report(tmp_path):
 def test_how_it_was_made(encoder, tmp_path):
     run = a_run(tmp_path / "run")
     text = made(encoder, run, (5, 1, 3), formats=("sentence-transformers", "onnx")).text
-    command = "python -m mlembed.export runs/second small --dim 5 --exit 1 --rank 3"
+    command = "python -m mlembed export runs/second small --dim 5 --exit 1 --rank 3"
     assert f"{command} --format sentence-transformers onnx\n" in text
     assert "training run: abc1234" in text and re.search(r"torch 2\.\d", text)
     assert "Began from owner/base-model." in text
@@ -160,13 +161,13 @@ def test_where_a_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("runs/second", "runs/second/model"):
         for path in (source, str(tmp_path / source)):
-            assert card.origin(path).name == "second" and card.origin(path).grid == GRID
+            assert model_card.origin(path).name == "second" and model_card.origin(path).grid == GRID
     exported = tmp_path / "runs" / "second" / "cut"  # some model that lies beside, of elsewhere
     exported.mkdir()
-    assert card.origin(str(exported)).run == {}
+    assert model_card.origin(str(exported)).run == {}
     (run / "report" / "grid.json").write_text("{")
     with pytest.raises(ValueError, match=r"grid\.json:1: not json"):
-        card.origin(str(run))
+        model_card.origin(str(run))
 
 
 def test_a_checkpoint_has_no_scores_of_the_finished_model(encoder, tmp_path):
@@ -174,19 +175,19 @@ def test_a_checkpoint_has_no_scores_of_the_finished_model(encoder, tmp_path):
     step.mkdir(parents=True)
     text = made(encoder, step).text
     assert "## Scores\n\nNot recorded." in text and "Scored in" not in text
-    assert "mlembed.export runs/second/checkpoints/step_00000040 small --dim" in text
+    assert "mlembed export runs/second/checkpoints/step_00000040 small --dim" in text
     assert "training run: abc1234" in text and "German 1,200" in text
 
 
 def test_odd_names_prompts_and_licences(encoder, tmp_path):
     prompts = {"query": "<query>: ", "tick": "a `b` "}
-    cut = card.Cut('it"s \\ mine', 5, 1, 3, ("sentence-transformers",))
+    cut = model_card.Cut('it"s \\ mine', 5, 1, 3, ("sentence-transformers",))
     licence = "my own: [all]"
-    of = card.origin(str(a_run(tmp_path / "run")))
-    read = ModelCard(card.write(replace(encoder, prompts=prompts), cut, of, licence))
+    of = model_card.origin(str(a_run(tmp_path / "run")))
+    read = ModelCard(model_card.write(replace(encoder, prompts=prompts), cut, of, licence))
     assert read.data.license == licence
     assert '- `query`: `"<query>: "`\n- `tick`: `` "a `b` " ``\n' in read.text
-    (command,) = re.findall("python -m mlembed.export (.*)", read.text)
+    (command,) = re.findall("python -m mlembed export (.*)", read.text)
     assert shlex.split(command)[1] == cut.name and shlex.split(command)[-1] == licence
     for snippet in re.findall(r"```python\n(.*?)\n```", read.text, re.DOTALL):
         strings = [n.value for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.Constant)]
@@ -222,7 +223,7 @@ def test_snippets_run_and_agree(kind, prompt, tmp_path, monkeypatch):
     export(encoder, tmp_path / "small", 5, 1, 3, formats=formats)
     monkeypatch.chdir(tmp_path)
     found = run(Path("small/README.md").read_text(), 4 if prompt else 3)
-    texts = json.loads(f"[{card.TEXTS}]")
+    texts = json.loads(f"[{model_card.TEXTS}]")
     ours = encoder.encode([prompt + text for text in texts], 5, 1, 3)
     for vectors in found:
         np.testing.assert_allclose(vectors, ours, rtol=0, atol=1e-5)
@@ -230,11 +231,11 @@ def test_snippets_run_and_agree(kind, prompt, tmp_path, monkeypatch):
 
 def test_snippets_of_what_goes_to_the_hub_name_it_there(encoder):
     """Run as the hub's client has kept such a repository, by hand: tests have no network."""
-    made = card.Cut("small", 5, 1, 3, ("onnx",), "me/small")
-    text = card.write(encoder, made, card.Origin())
+    made = model_card.Cut("small", 5, 1, 3, ("onnx",), "me/small")
+    text = model_card.write(encoder, made, model_card.Origin())
     snippets = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert len(snippets) == 4
     for snippet in snippets:
         assert snippet.count('"me/small"') == 1 and '"small"' not in snippet
     assert 'name = snapshot_download("me/small")\n' in snippets[2]  # its files, by their path
-    assert "mlembed.export MODEL small --dim 5" in text
+    assert "mlembed export MODEL small --dim 5" in text

@@ -1,7 +1,7 @@
 """Cut a smaller model out of a larger one: fewer layers, a narrower residual stream and MLP.
 
-python -m mlembed.prune MODEL OUT --shape ml-embed-80m [--data FILES]
-python -m mlembed.prune MODEL OUT --layers 8 --width 320 --ffn 2048
+python -m mlembed prune MODEL OUT --shape ml-embed-80m [--data FILES]
+python -m mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,15 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from . import config
-from .config import shapes, strict
-from .data import sources, tokenizer
-from .data.packing import PackedBatch, budgeted, pack
-from .inference.encoder import Encoder
-from .modeling import pretrained
-from .modeling.prune import By, choose, prune, pruned_config, spread
-from .modeling.transformer import num_parameters
-from .runtime import log
-from .runtime.files import atomic_directory
+from .. import config
+from ..config import shapes, strict
+from ..data import sources, tokenizer
+from ..data.packing import PackedBatch, budgeted, pack
+from ..inference.encoder import Encoder
+from ..modeling import pretrained
+from ..modeling.prune import By, choose, prune, pruned_config, spread
+from ..modeling.transformer import num_parameters
+from ..runtime.files import atomic_directory
 
 # ---- from directories to directories ----
 
@@ -131,8 +130,3 @@ def main(
         f"{cfg.hidden_size}, mlp {ffn} of {cfg.intermediate_size}, by {by}: "
         f"{now:,} parameters of {before:,}"
     )
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.prune")

@@ -1,4 +1,4 @@
-"""python -m mlembed.encode as a user runs it: what goes in and out, what is refused, processes, and
+"""python -m mlembed encode as a user runs it: what goes in and out, what is refused, processes, and
 memory."""
 
 import contextlib
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import tyro
 
+from mlembed.cli.encode import main
 from mlembed.data import tokenizer
-from mlembed.encode import main
 from mlembed.inference.encoder import WINDOW, Encoder
 from mlembed.inference.vector_files import Quantiser
 from mlembed.modeling import pretrained
@@ -32,7 +32,7 @@ TEXTS = [
     "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
     "in 1 hour 🙂",
 ]
-HEAD = [sys.executable, "-m", "mlembed.encode"]
+HEAD = [sys.executable, "-m", "mlembed", "encode"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("MLEMBED_TRACEBACK", None)
 
@@ -53,7 +53,7 @@ def directory(encoder, tmp_path_factory) -> Path:
 
 
 def command(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    words = "-m", "mlembed.encode", *arguments
+    words = "-m", "mlembed", "encode", *arguments
     return processes.run(*words, input=stdin, env=ENVIRONMENT, text=False)
 
 

@@ -17,9 +17,10 @@ import pytest
 from export_models import MAX_LENGTH, build
 from packaging.version import Version
 
-from mlembed import export as exporting
+from mlembed.cli import export as export_command
 from mlembed.data import tokenizer
 from mlembed.modeling import pretrained
+from mlembed.publishing import export as exporting
 
 cards_at_the_endpoint = pytest.mark.skipif(
     Version(huggingface_hub.__version__) < Version("2.2"),
@@ -89,7 +90,7 @@ def model_directory(tmp_path) -> Path:
 
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "mlembed.export", *arguments],
+        [sys.executable, "-m", "mlembed", "export", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -138,7 +139,7 @@ def test_a_card_that_the_hub_refuses(model_directory, hub, tmp_path):
 @pytest.mark.parametrize("name", ["small", "me/../small"])
 def test_names_that_no_repository_has(name, tmp_path):
     with pytest.raises(ValueError, match="small"):  # before anything is read
-        exporting.main(str(tmp_path / "none"), tmp_path / "out", push_to_hub=name)
+        export_command.main(str(tmp_path / "none"), tmp_path / "out", push_to_hub=name)
 
 
 @cards_at_the_endpoint

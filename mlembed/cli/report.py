@@ -1,6 +1,6 @@
 """What a run gave, as one HTML page that needs nothing else, and its figures as PNG.
 
-python -m mlembed.report RUN [--out DIR]
+python -m mlembed report RUN [--out DIR]
 """
 
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from .evaluation.report_page import write
-from .evaluation.results import read
-from .runtime import files, log
+from ..evaluation.report_page import write
+from ..evaluation.results import read
+from ..runtime import files
 
 
 def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
@@ -36,8 +36,3 @@ def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
         target.mkdir(parents=True, exist_ok=True)
         said = write(found, target)
     print(f"{target / 'report.html'}: {said}")
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.report")

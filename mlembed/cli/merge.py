@@ -1,7 +1,7 @@
 """One model of several of the same shape: soups of runs, or of the last checkpoints of one.
 
-python -m mlembed.merge OUT runs/a runs/b [--method slerp] [--weights 1 3]
-python -m mlembed.merge OUT runs/a/checkpoints/step_*
+python -m mlembed merge OUT runs/a runs/b [--method slerp] [--weights 1 3]
+python -m mlembed merge OUT runs/a/checkpoints/step_*
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,11 @@ from typing import Annotated
 
 import tyro
 
-from .data import tokenizer
-from .modeling import hf_config, pretrained
-from .modeling.merge import checked, common, merge
-from .modeling.vocabulary import Method
-from .runtime import log
-from .runtime.files import atomic_directory
+from ..data import tokenizer
+from ..modeling import hf_config, pretrained
+from ..modeling.merge import checked, common, merge
+from ..modeling.vocabulary import Method
+from ..runtime.files import atomic_directory
 
 
 def main(
@@ -81,8 +80,3 @@ def shares(method: Method, models: int, weights: Sequence[float], t: float | Non
     if not 0 <= t <= 1:
         raise ValueError(f"t: expected 0..1, got {t}")
     return [1 - t, t]
-
-
-if __name__ == "__main__":
-    with log.one_line_errors():
-        tyro.cli(main, prog="python -m mlembed.merge")

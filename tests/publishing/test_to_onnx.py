@@ -12,9 +12,9 @@ from export_models import CORNERS, KINDS, MAX_LENGTH, TEXTS, build
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mlembed import export as exporting
-from mlembed import to_onnx
-from mlembed.export import export
+from mlembed.publishing import export as exporting
+from mlembed.publishing import to_onnx
+from mlembed.publishing.export import export
 
 BOTH = ("sentence-transformers", "onnx")
 
@@ -104,7 +104,7 @@ def test_the_file_is_plain_onnx_and_says_nothing_of_this_machine(smallest):
     opsets = {one.domain: one.version for one in stored.opset_import}
     assert opsets[""] == to_onnx.OPSET >= 17
     assert {node.domain for node in stored.graph.node} == {""}  # no functions of some package
-    here = str(Path(__file__).parents[1]).encode()
+    here = str(Path(__file__).parents[2]).encode()
     assert b"site-packages" not in path.read_bytes() and here not in path.read_bytes()
     assert [one.name for one in path.parent.iterdir()] == ["model.onnx"]
 
@@ -141,7 +141,7 @@ def test_without_its_packages(tmp_path):
         "sys.path.insert(0, 'tests')\n"
         "from pathlib import Path\n"
         "from export_models import build\n"
-        "from mlembed.export import export\n"
+        "from mlembed.publishing.export import export\n"
         "from mlembed.log import one_line_errors\n"
         "with one_line_errors():\n"
         f"    export(build(), Path({str(tmp_path / 'out')!r}), formats=['onnx'])"

@@ -1,0 +1,42 @@
+"""The command `mlembed`: `mlembed encode MODEL "a text"`, or `python -m mlembed` in a checkout."""
+
+import sys
+from importlib import import_module
+
+import tyro
+
+COMMANDS = {
+    "encode": "texts to vectors, at any width, depth and vocabulary rank",
+    "evaluate": "score a model over every size",
+    "export": "write a cut of a model for sentence-transformers, transformers and onnxruntime",
+    "report": "make an HTML page of a run's scores and costs",
+    "mine": "find hard negatives for pairs",
+    "merge": "average models of one shape",
+    "prune": "cut a smaller model out of a larger one",
+    "teacher": "store a teacher's vectors of training text",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {about}" for name, about in COMMANDS.items()]
+    return "usage: mlembed COMMAND ...\n\n" + "\n".join(lines) + "\n\nmlembed COMMAND --help"
+
+
+def main() -> int:
+    """Run the command that the first argument names. Return the exit status."""
+    name, rest = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: command: expected one of {', '.join(COMMANDS)}, got {name}", file=sys.stderr)
+        return 1
+    from .runtime import log
+
+    with log.one_line_errors():
+        tyro.cli(import_module(f"mlembed.cli.{name}").main, prog=f"mlembed {name}", args=rest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

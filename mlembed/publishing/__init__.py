@@ -1,0 +1,1 @@
+"""Models for other libraries: directories, onnx, and the model card."""
