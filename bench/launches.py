@@ -302,7 +302,7 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
     for case in bench.CASES.values():
         yield f"embed-{case.name}", partial(run_embed, case)
-    for one in gate.checks():
+    for one in bench.checks():
         for dtype in (torch.bfloat16, torch.float32)[: 1 + one.fp32]:
             name = f"embed-gate-{one.name}-{str(dtype).removeprefix('torch.')}"
             yield name.replace(" ", "-"), partial(check, one, dtype)

@@ -492,7 +492,7 @@ def test_a_second_reading_does_not_read_rows(large, tmp_path, monkeypatch):
     def refused(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(rows, "of_file", refused)
+    monkeypatch.setattr(readers, "of_file", refused)
     same(read(path)[0], table)
     assert read(path, prompt="x")[0].source.prompt == "x"  # which changes no text
 
