@@ -33,7 +33,7 @@ from mlembed.modeling import pretrained
 from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
-from mlembed.training import arguments, gradcache, guards, resume
+from mlembed.training import arguments, gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -185,7 +185,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
 
 def add_gradients(job: Job, batch: Batch, one: Pass, draw: tuple[int, int], sync: bool) -> Terms:
     """Forward, loss and backward of a micro-batch at one rank -> its share of each loss_EM."""
-    run, where, half = job.run, job.where, job.encoder.bf16
+    run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
     packs = [pack.to(device) for pack in batch.packs]
     keeps, again, final = gradcache.keeping(run, job.kept, packs, job.budget)
@@ -255,7 +255,7 @@ def save(job: Job, step: int) -> None:
 
     def write_beside(directory: Path) -> None:
         pretrained.describe(job.run.model, directory)
-        tokenizer.save(job.encoder.tokenizer, directory, job.run.max_length)
+        tokenizer.save(job.tokenizer, directory, job.run.max_length)
 
     tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
     if job.bank is not None:
@@ -268,7 +268,10 @@ def save(job: Job, step: int) -> None:
 def whole(job: Job) -> Encoder | None:
     """On the main process, an encoder with all the weights; all processes call it."""
     model = job.engine.whole()
-    return replace(job.encoder, model=model) if model is not None else None
+    if model is None:
+        return None
+    prompts = setup.prompts(job.run)
+    return Encoder(model, job.tokenizer, job.run.max_length, bf16=job.bf16, prompts=prompts)
 
 
 def score(job: Job, step: int) -> None:

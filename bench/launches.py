@@ -210,9 +210,9 @@ def run_loss(case: Any) -> None:
 def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     from mlembed_kernels import infonce
 
-    from .infonce import bench
+    from .infonce import bench, gate
 
-    def check(check: bench.Check, dtype: torch.dtype) -> None:
+    def check(check: gate.Check, dtype: torch.dtype) -> None:
         q, c = (empty(check.E, n, check.D, dtype=dtype) for n in (check.Q, check.C))
         ids = {}
         if check.masks:
@@ -226,7 +226,7 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
     for case in bench.CASES.values():
         yield f"infonce-{case.name}", partial(run_loss, case)
-    for one in bench.checks():
+    for one in gate.checks():
         for dtype in (torch.bfloat16, torch.float32)[: 1 + one.fp32]:
             name = f"infonce-gate-{one.name}-{str(dtype).removeprefix('torch.')}"
             yield name.replace(", ", "-").replace(" ", "-"), partial(check, one, dtype)

@@ -227,7 +227,7 @@ def fresh(code):
 
 
 def test_reading_text_and_files_needs_no_triton():
-    names = ("config", "pack", "data", "tokenizer", "checkpoint")
+    names = ("config", "data.packing", "data.batches", "data.tokenizer", "runtime.checkpoint")
     fresh("import sys; sys.modules['triton'] = None; import mlembed." + ", mlembed.".join(names))
 
 

@@ -4,65 +4,17 @@ python -m mlembed prune MODEL OUT --shape ml-embed-80m [--data FILES]
 python -m mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
 """
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 
-from .. import config
-from ..config import shapes, strict
-from ..data import sources, tokenizer
-from ..data.packing import PackedBatch, budgeted, pack
+from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained
-from ..modeling.prune import By, choose, prune, pruned_config, spread
+from ..modeling.prune import By, choose, prune, pruned_config, sample, spread, target
 from ..modeling.transformer import num_parameters
 from ..runtime.files import atomic_directory
-
-# ---- from directories to directories ----
-
-
-def sample(encoder: Encoder, data: Sequence[str], texts: int, seed: int) -> Iterator[PackedBatch]:
-    """`texts` texts of the sources, all if there are fewer, drawn alike from all, packed.
-
-    Prompts are left out.
-
-    Raises:
-        ValueError: text that cannot be read, a stream, texts below 1.
-    """
-    if texts < 1:
-        raise ValueError(f"texts: expected 1 or more, got {texts}")
-    tables = sources.tables_of(data)
-    ends = np.cumsum([len(table.texts) for table in tables])
-    chosen = np.random.default_rng(seed).permutation(ends[-1])[:texts]
-    of = np.searchsorted(ends, chosen, side="right")
-    found = [
-        tables[table].texts[row - (ends[table - 1] if table else 0)]
-        for table, row in zip(of.tolist(), chosen.tolist(), strict=True)
-    ]
-    ids = tokenizer.tokenize(encoder.tokenizer, found, encoder.max_length)
-    lengths = np.array([len(text) for text in ids], dtype=np.int64)
-    return (pack([ids[row] for row in rows]) for rows in budgeted(lengths, encoder.max_tokens))
-
-
-def target(cfg: config.Model, shape: str) -> config.Model:
-    """A published shape that `cfg` can be pruned to.
-
-    Raises:
-        ValueError: no shape of that name (with near ones), one of other heads, vocabulary or style.
-    """
-    if shape not in shapes.SHAPES:
-        near = strict.near(shape, shapes.SHAPES)
-        raise ValueError(f"shape: expected one of {', '.join(shapes.SHAPES)}{near}, got {shape!r}")
-    wanted = shapes.SHAPES[shape]
-    names = ("style", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    for name in names:
-        want, got = getattr(wanted, name), getattr(cfg, name)
-        if want != got:
-            raise ValueError(f"shape: {name}: expected {want}, as {shape} has, got {got}")
-    return wanted
 
 
 def main(
@@ -119,7 +71,8 @@ def main(
     width = cfg.hidden_size if width is None else width
     ffn = cfg.intermediate_size if ffn is None else ffn
     pruned_config(cfg, keep, width, ffn)  # before text is read
-    batches = sample(encoder, data, texts, seed) if data else ()
+    limits = encoder.max_length, encoder.max_tokens
+    batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else ()
     small = prune(encoder.model, choose(encoder.model, keep, width, ffn, by, batches))
     with atomic_directory(out) as partial:
         pretrained.save(small, partial)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,12 +28,16 @@ from .streams import Stream, name_of
 from .tables import Table
 from .tokens import Tokens, tokenised
 
-if TYPE_CHECKING:
-    from ..training.objective.teacher import Stored
-
-
 # First numbers of seeds: an order, permutations, and each batch's texts and depths.
 ORDER, ITEMS, TEXTS, DEPTHS = 2, 3, 4, 5
+
+
+class VectorLookup(Protocol):
+    """Vectors of texts that a teacher encoded before training."""
+
+    def vectors(self, texts: Sequence[str], queries: int = 0) -> np.ndarray:
+        """Return fp32 [N, width]; the first `queries` texts are queries, the rest documents."""
+
 
 # ---- which source ----
 
@@ -204,7 +208,7 @@ class Batches(Dataset[Batch]):
         world: World,
         *,
         streams: Sequence[config.Source] = (),
-        teacher: "Stored | None" = None,
+        teacher: VectorLookup | None = None,
         held_out: AbstractSet[str] = frozenset(),
     ) -> None:
         """

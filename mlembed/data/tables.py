@@ -58,7 +58,7 @@ class _Part:
 
     name: str
     where: str
-    readers: Callable[[], Iterator[Row]]
+    rows: Callable[[], Iterator[Row]]
     files: list[Path] = field(default_factory=list)
     parallel: bool = False
     layout: Layout | None = None  # where it needs no recognising

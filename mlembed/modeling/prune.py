@@ -19,12 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from .. import config
-from ..config import strict
-from ..data.packing import PackedBatch
+from ..config import shapes, strict
+from ..data import sources, tokenizer
+from ..data.packing import PackedBatch, budgeted, pack
 from .transformer import Transformer
 
 By = Literal["first", "magnitude", "activation"]
@@ -276,3 +279,54 @@ def _watched(model: Transformer, stream: Tensor, units: list[Tensor]) -> Iterato
     finally:
         for hook in hooks:
             hook.remove()
+
+
+# ---- a sample of text, and published shapes ----
+
+
+def sample(
+    tokens: Tokenizer,
+    max_length: int,
+    max_tokens: int,
+    data: Sequence[str],
+    texts: int,
+    seed: int,
+) -> Iterator[PackedBatch]:
+    """`texts` texts of the sources, all if there are fewer, drawn alike from all, packed.
+
+    Prompts are left out.
+
+    Raises:
+        ValueError: text that cannot be read, a stream, texts below 1.
+    """
+    if texts < 1:
+        raise ValueError(f"texts: expected 1 or more, got {texts}")
+    tables = sources.tables_of(data)
+    ends = np.cumsum([len(table.texts) for table in tables])
+    chosen = np.random.default_rng(seed).permutation(ends[-1])[:texts]
+    of = np.searchsorted(ends, chosen, side="right")
+    found = [
+        tables[table].texts[row - (ends[table - 1] if table else 0)]
+        for table, row in zip(of.tolist(), chosen.tolist(), strict=True)
+    ]
+    ids = tokenizer.tokenize(tokens, found, max_length)
+    lengths = np.array([len(text) for text in ids], dtype=np.int64)
+    return (pack([ids[row] for row in rows]) for rows in budgeted(lengths, max_tokens))
+
+
+def target(cfg: config.Model, shape: str) -> config.Model:
+    """A published shape that `cfg` can be pruned to.
+
+    Raises:
+        ValueError: no shape of that name (with near ones), one of other heads, vocabulary or style.
+    """
+    if shape not in shapes.SHAPES:
+        near = strict.near(shape, shapes.SHAPES)
+        raise ValueError(f"shape: expected one of {', '.join(shapes.SHAPES)}{near}, got {shape!r}")
+    wanted = shapes.SHAPES[shape]
+    names = ("style", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for name in names:
+        want, got = getattr(wanted, name), getattr(cfg, name)
+        if want != got:
+            raise ValueError(f"shape: {name}: expected {want}, as {shape} has, got {got}")
+    return wanted

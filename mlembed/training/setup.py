@@ -21,19 +21,19 @@ from torch.utils.data import DataLoader, Subset
 from mlembed_kernels.attention.attention import WIDTHS
 
 from .. import config
-from ..cli import evaluate
 from ..data import sources, tokenizer
 from ..data.batches import Batches, steps_of
 from ..data.cldr import normalise
+from ..data.eval_sets import read_all
 from ..data.formats import layouts
 from ..data.streams import name_of
 from ..data.tables import MIN_SCORE, Table
-from ..inference.encoder import Encoder
 from ..modeling import hf_config, pretrained, vocabulary
+from ..modeling.packed_forward import OneDevice, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log
 from ..runtime.distributed import World, any_process
-from . import gradcache, setup
+from . import gradcache
 from .engine import Engine
 from .gradcache import Kept
 from .objective.bank import Bank
@@ -62,7 +62,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
         ValueError: text that cannot be read, or that leaves nothing to train on; two sources of one
             name.
     """
-    tasks = evaluate.read_all(run.eval)
+    tasks = read_all(run.eval)
     held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
     tables, streams, languages = [], [], Counter[str]()
     for source in (*map(sources.of, run.data), *run.sources):
@@ -241,7 +241,8 @@ class Job:
     out: log.Log
     tasks: list[Any]
     batches: Batches
-    encoder: Encoder
+    tokenizer: Tokenizer
+    bf16: bool  # autocast
     engine: Engine
     optimizer: torch.optim.Optimizer
     kept: Kept | None
@@ -260,11 +261,11 @@ class Job:
 
 def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
     """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
-    text = setup.read_text(run, out.say)
-    learnt = setup.text_to_ids(run, found, text)
+    text = read_text(run, out.say)
+    learnt = text_to_ids(run, found, text)
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
-    teacher, stored, distiller = setup.teachers(run, text, found, where)
+    teacher, stored, distiller = teachers(run, text, found, where)
     batches = Batches(
         text.tables,
         learnt,
@@ -274,19 +275,19 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
         teacher=stored,
         held_out=text.held_out,
     )
-    model = setup.build(run, found, learnt, batches, where).to(where.device)
+    model = build(run, found, learnt, batches, where).to(where.device)
     to_weights(model, run.optim)
     if where.main:
         vocabulary.warn_beyond_break_even(model.cfg)
     run = replace(run, model=model.cfg)
-    half = setup.bf16(run, where.device)
+    half = bf16(run, where.device)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
-    prompts = setup.prompts(run)
-    encoder = Encoder(model, learnt, run.max_length, bf16=half, prompts=prompts)
     if run.model.attention != "auto":  # one that is not to be had says so before the run begins
-        encoder.exits(["a text"])
+        encoder = OneDevice(model, learnt, run.max_length, bf16=half)
+        ids = tokenizer.tokenize(learnt, ["a text"], run.max_length)
+        encoder.run(ids, list(run.model.exits), None, lambda v, _: v, progress_bar(None, False))
     limited = run.gradient_cache or run.activation_checkpointing == "selective"
     kept = Kept.by(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
@@ -310,12 +311,12 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     )
     if teacher is not None:
         out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
-    out.say(f"run    {setup.what_runs(run, where, half, compiled, budget)}")
+    out.say(f"run    {what_runs(run, where, half, compiled, budget)}")
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
     )
     stages = log.Stages(where.device)
-    built = encoder, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages
+    built = learnt, half, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages
     return Job(run, where, directory, out, text.tasks, batches, *built, text.languages)
 
 

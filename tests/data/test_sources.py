@@ -30,7 +30,7 @@ def reports(path, fields=None, **options):
 
 
 def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in readers), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -69,12 +69,12 @@ def test_pairs_jsonl(tmp_path):
 
 
 def test_a_negative_that_is_a_positive_elsewhere_is_known_as_such(tmp_path):
-    readers = [
+    rows = [
         {"query": "q", "positive": "a", "negatives": ["b", "c"]},
         {"query": "q", "positive": "b"},
         {"query": "r", "positive": "c"},
     ]
-    (table,) = read(jsonl(tmp_path / "p.jsonl", readers))
+    (table,) = read(jsonl(tmp_path / "p.jsonl", rows))
     of = dict(zip(table.texts, table.ids.tolist(), strict=True))
     assert of["q"] == of["a"] == of["b"] != of["c"] == of["r"]
 
@@ -102,18 +102,18 @@ def test_any_script_line_end_and_blank_line(tmp_path):
 
 def test_score_threshold(tmp_path):
     scores = [0.79, 0.8, 1, None, 0.0]
-    readers = [{"query": f"q{i}", "positive": f"p{i}", "score": s} for i, s in enumerate(scores)]
-    (table,) = read(jsonl(tmp_path / "s.jsonl", readers))
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "score": s} for i, s in enumerate(scores)]
+    (table,) = read(jsonl(tmp_path / "s.jsonl", rows))
     assert [item[0] for item in items(table)] == ["q1", "q2", "q3"]
     with pytest.raises(ValueError, match=r"low\.jsonl: expected pairs with a score of 0\.8"):
-        read(jsonl(tmp_path / "low.jsonl", readers[:1]))
+        read(jsonl(tmp_path / "low.jsonl", rows[:1]))
 
 
 # ---- n-way tables ----
 
 
 def test_nway(tmp_path):
-    readers = [
+    rows = [
         {"id": "a", "lang": "en", "text": "sea"},
         {"id": "b", "lang": "en", "text": "alone"},
         {"id": 7, "lang": "en", "text": "seven"},
@@ -121,7 +121,7 @@ def test_nway(tmp_path):
         {"id": "7", "lang": "de", "text": "sieben"},
         {"id": "a", "lang": "fr", "text": "mer"},
     ]
-    (table,) = read(jsonl(tmp_path / "n.jsonl", readers))
+    (table,) = read(jsonl(tmp_path / "n.jsonl", rows))
     assert table.nway and items(table) == [["sea", "Meer", "mer"], ["seven", "sieben"]]
     assert table.ids.tolist() == [text_id("n", "a")] * 3 + [text_id("n", "7")] * 2
 
@@ -134,9 +134,9 @@ def test_nway_parquet(column, tmp_path):
 
 
 def test_nway_without_translations(tmp_path):
-    readers = [{"id": i, "lang": "en", "text": "x"} for i in range(3)]
+    rows = [{"id": i, "lang": "en", "text": "x"} for i in range(3)]
     with pytest.raises(ValueError, match=r"n\.jsonl: expected ids with two texts or more"):
-        read(jsonl(tmp_path / "n.jsonl", readers))
+        read(jsonl(tmp_path / "n.jsonl", rows))
 
 
 # ---- directories ----
@@ -220,8 +220,8 @@ def test_the_built_in_text():
 
 def test_tasks(tmp_path):
     plain = jsonl(tmp_path / "p.jsonl", PAIRS)
-    readers = [{"id": "1", "lang": lang, "text": lang} for lang in ("en", "de")]
-    nway = jsonl(tmp_path / "n.jsonl", readers)
+    rows = [{"id": "1", "lang": lang, "text": lang} for lang in ("en", "de")]
+    nway = jsonl(tmp_path / "n.jsonl", rows)
     assert read(plain)[0].task == "retrieval" and read(nway)[0].task == "bitext"
     assert read(plain, task="bitext")[0].task == "bitext"
     assert read(nway, task="retrieval")[0].task == "retrieval"
@@ -234,8 +234,8 @@ def test_tasks(tmp_path):
 
 @pytest.mark.parametrize("task", ["clustering", "classification"])
 def test_tasks_that_need_negatives(task, tmp_path):
-    readers = [{"query": "a", "positive": "b", "negatives": ["c"]}, {"query": "d", "positive": "e"}]
-    path = jsonl(tmp_path / "p.jsonl", readers)
+    rows = [{"query": "a", "positive": "b", "negatives": ["c"]}, {"query": "d", "positive": "e"}]
+    path = jsonl(tmp_path / "p.jsonl", rows)
     with pytest.raises(
         ValueError, match=rf"p\.jsonl:2: negatives: expected .* for {task}, got none"
     ):
@@ -248,8 +248,8 @@ def test_tasks_that_need_negatives(task, tmp_path):
 def test_scores_of_sts_are_kept_on_one_scale(most, tmp_path):
     """One score above 1 anywhere makes all of them 0..5."""
     scores = [0.25, 0.0, 1.0, 0.5] if most == 1 else [1.25, 0, 0.75, 0.5]
-    readers = [{"sentence1": f"{i}", "sentence2": "b", "score": s} for i, s in enumerate(scores)]
-    (table,) = read(jsonl(tmp_path / "s.jsonl", readers), task="sts")
+    rows = [{"sentence1": f"{i}", "sentence2": "b", "score": s} for i, s in enumerate(scores)]
+    (table,) = read(jsonl(tmp_path / "s.jsonl", rows), task="sts")
     assert len(table) == 4 and table.scores.dtype == np.float32
     assert table.scores == pytest.approx([s / most for s in scores])
     assert read(jsonl(tmp_path / "p.jsonl", PAIRS))[0].scores is None
@@ -257,8 +257,8 @@ def test_scores_of_sts_are_kept_on_one_scale(most, tmp_path):
 
 def test_score_threshold_of_the_longer_scale(tmp_path):
     scores = [5, 4, 3.99, 1.0, None, 0.9]
-    readers = [{"query": f"q{i}", "positive": f"p{i}", "score": s} for i, s in enumerate(scores)]
-    ((table, report),) = reports(jsonl(tmp_path / "s.jsonl", readers))
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "score": s} for i, s in enumerate(scores)]
+    ((table, report),) = reports(jsonl(tmp_path / "s.jsonl", rows))
     assert [item[0] for item in items(table)] == ["q0", "q1", "q4"] and report.by_score == 3
 
 
@@ -266,15 +266,15 @@ def test_score_threshold_of_the_longer_scale(tmp_path):
 
 
 def test_exact_pairs_count_once(tmp_path):
-    readers = [("a", "b"), ("a", "c"), ("a", "b"), ("b", "a"), ("A", "b"), ("a ", "b"), ("b", "a")]
-    path = jsonl(tmp_path / "p.jsonl", [{"query": q, "positive": p} for q, p in readers])
+    rows = [("a", "b"), ("a", "c"), ("a", "b"), ("b", "a"), ("A", "b"), ("a ", "b"), ("b", "a")]
+    path = jsonl(tmp_path / "p.jsonl", [{"query": q, "positive": p} for q, p in rows])
     ((table, report),) = reports(path)
     assert items(table) == [["a", "b"], ["a", "c"], ["b", "a"], ["A", "b"], ["a ", "b"]]
     assert (report.rows, report.items, report.duplicates) == (7, 5, 2)
 
 
 def test_exact_rows_of_nway_tables_count_once(tmp_path):
-    readers = [
+    rows = [
         ("1", "en", "a"),
         ("1", "de", "a"),
         ("1", "en", "a"),
@@ -282,7 +282,7 @@ def test_exact_rows_of_nway_tables_count_once(tmp_path):
         ("2", "en", "b"),
     ]
     path = jsonl(
-        tmp_path / "n.jsonl", [dict(zip(("id", "lang", "text"), r, strict=True)) for r in readers]
+        tmp_path / "n.jsonl", [dict(zip(("id", "lang", "text"), r, strict=True)) for r in rows]
     )
     ((table, report),) = reports(path)
     assert items(table) == [["a", "a"]]
@@ -293,12 +293,12 @@ def test_exact_rows_of_nway_tables_count_once(tmp_path):
 def test_cap(nway, tmp_path):
     """So many of what is left, always the same ones, of a source of another name others."""
     if nway:
-        readers = [{"id": i, "lang": x, "text": f"{i}{x}"} for x in "ab" for i in range(200)]
-        readers += [{"id": i, "lang": "a", "text": f"{i}a"} for i in range(200, 300)]
+        rows = [{"id": i, "lang": x, "text": f"{i}{x}"} for x in "ab" for i in range(200)]
+        rows += [{"id": i, "lang": "a", "text": f"{i}a"} for i in range(200, 300)]
     else:
-        readers = [{"query": f"{i}", "positive": f"{i}p"} for i in range(200)] * 2
-        readers += [{"query": f"{i}", "positive": "p", "score": 0.1} for i in range(100)]
-    path = jsonl(tmp_path / "p.jsonl", readers)
+        rows = [{"query": f"{i}", "positive": f"{i}p"} for i in range(200)] * 2
+        rows += [{"query": f"{i}", "positive": "p", "score": 0.1} for i in range(100)]
+    path = jsonl(tmp_path / "p.jsonl", rows)
     ((whole, _),), ((some, report),) = reports(path), reports(path, {"cap": 50})
     assert len(whole) == 200 and len(some) == report.items == 50 and report.by_cap == 150
     places = [items(whole).index(item) for item in items(some)]
@@ -313,22 +313,22 @@ def test_cap(nway, tmp_path):
 
 
 def test_held_out_texts_take_their_pairs_along(tmp_path):
-    readers = [
+    rows = [
         {"query": "Sea", "positive": "Meer"},
         {"query": "clean", "positive": "sauber", "negatives": ["dirty", " MEER "]},
         {"query": "a", "positive": "b", "negatives": ["c"]},
         {"query": "ﬁ", "positive": "x"},
     ]
     held_out = {normalise("meer"), normalise("FI")}
-    ((table, report),) = reports(jsonl(tmp_path / "p.jsonl", readers), held_out=held_out)
+    ((table, report),) = reports(jsonl(tmp_path / "p.jsonl", rows), held_out=held_out)
     assert items(table) == [["a", "b", "c"]] and report.held_out == 8
     assert table.ids.tolist() == [text_id("a"), text_id("a"), text_id("c")]
 
 
 def test_held_out_texts_of_nway_items_go_alone(tmp_path):
     texts = {"1": ["a", "b", "c"], "2": ["d", "a"], "3": ["e", "f"]}
-    readers = [{"id": k, "lang": t, "text": t} for k, ts in texts.items() for t in ts]
-    ((table, report),) = reports(jsonl(tmp_path / "n.jsonl", readers), held_out={"a"})
+    rows = [{"id": k, "lang": t, "text": t} for k, ts in texts.items() for t in ts]
+    ((table, report),) = reports(jsonl(tmp_path / "n.jsonl", rows), held_out={"a"})
     assert items(table) == [["b", "c"], ["e", "f"]]
     assert (report.held_out, report.alone) == (2, 1)
     assert table.ids.tolist() == [text_id("n", "1")] * 2 + [text_id("n", "3")] * 2
@@ -432,7 +432,7 @@ def large(tmp_path, monkeypatch):
 
 def many(path):
     """A pair table and an n-way table with something of all that is left out."""
-    readers = [
+    rows = [
         {
             "query": f"q{i % 40}",
             "positive": f"p{i % 50}",
@@ -442,8 +442,8 @@ def many(path):
         for i in range(300)
     ]
     nway = [{"id": i % 37, "lang": f"l{i % 7}", "text": f"t{i % 60}"} for i in range(400)]
-    readers[0] |= {"query_lang": "eng", "positive_lang": "deu"}
-    return [jsonl(path / "p.jsonl", readers), jsonl(path / "n.jsonl", nway)]
+    rows[0] |= {"query_lang": "eng", "positive_lang": "deu"}
+    return [jsonl(path / "p.jsonl", rows), jsonl(path / "n.jsonl", nway)]
 
 
 def same(a, b):
@@ -477,8 +477,8 @@ def test_large_tables_are_the_same(fields, held_out, large, tmp_path, monkeypatc
 
 
 def test_large_scores(large, tmp_path):
-    readers = [{"sentence1": f"{i}", "sentence2": "b", "score": i / 10} for i in range(9)]
-    path = jsonl(tmp_path / "s.jsonl", readers)
+    rows = [{"sentence1": f"{i}", "sentence2": "b", "score": i / 10} for i in range(9)]
+    path = jsonl(tmp_path / "s.jsonl", rows)
     for _ in range(2):
         (table,) = read(path, task="sts")
         assert table.scores == pytest.approx([i / 10 for i in range(9)])

@@ -13,13 +13,13 @@ from random_model import randomise
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from mlembed import config
-from mlembed.cli.prune import main, sample, target
+from mlembed.cli.prune import main
 from mlembed.config import shapes
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
-from mlembed.modeling.prune import Kept, choose, prune, pruned_config, spread
+from mlembed.modeling.prune import Kept, choose, prune, pruned_config, sample, spread, target
 from mlembed.modeling.transformer import Transformer, num_parameters
 
 CFG = config.Model(
@@ -418,7 +418,9 @@ def test_a_sample_is_of_all_texts_alike(source, tmp_path):
 
     def texts(**options):
         found = []
-        for batch in sample(encoder, files, **options):
+        for batch in sample(
+            encoder.tokenizer, encoder.max_length, encoder.max_tokens, files, **options
+        ):
             bounds = batch.work.cu_seqlens.tolist()
             found += [batch.ids_T[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
         return sorted(found)

@@ -36,7 +36,7 @@ class Report:
     name: str
     skip: bool = False
     """Whether bad rows are left out; otherwise the first is an error."""
-    readers: int = 0
+    rows: int = 0
     items: int = 0
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
