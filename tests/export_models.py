@@ -1,6 +1,6 @@
 """Random models of every kind that is exported, and texts that tell them apart."""
 
-from random_model import randomise
+from factories import randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 
 from mlembed import config
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES

@@ -8,8 +8,8 @@ import numpy as np
 import processes
 import pytest
 import torch
+from factories import randomise
 from PIL import Image
-from random_model import randomise
 
 from mlembed import config
 from mlembed.cli import evaluate

@@ -14,7 +14,7 @@ import processes
 import pytest
 import torch
 from datasets import Dataset
-from random_model import randomise
+from factories import randomise
 
 from mlembed import config
 from mlembed.data import eval_sets, tokenizer

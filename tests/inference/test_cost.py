@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 
 from mlembed.inference import cost
 from mlembed.inference.encoder import Encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 
 from mlembed import config
 from mlembed.data import tokenizer

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from random_model import randomise
+from factories import randomise
 
 from mlembed import config
 from mlembed.data import tokenizer

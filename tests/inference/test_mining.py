@@ -7,7 +7,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from random_model import randomise
+from factories import randomise
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 

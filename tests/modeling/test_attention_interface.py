@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 from torch import Tensor
 from transformers import (
     AutoModel,

@@ -13,7 +13,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3Model
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 from transformers import AutoModel, AutoTokenizer
 
 from mlembed import config

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

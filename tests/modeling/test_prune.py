@@ -9,7 +9,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from mlembed import config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from random_model import randomise
+from factories import randomise
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from factories import randomise
 from pairwise import all_pairs
-from random_model import randomise
 from torch import Tensor
 
 from mlembed.data.packing import pack

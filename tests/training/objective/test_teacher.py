@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from random_model import randomise
+from factories import randomise
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
     Normalize,
