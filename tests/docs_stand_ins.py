@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from factories import tiny_model, tiny_tokenizer
 
-from mlembed.config.model import Model
 from mlembed.data import tokenizer
 from mlembed.modeling import pretrained
-from mlembed.modeling.transformer import Transformer
 
 # Options of every command that trains, instead of those it prints.
 SMALLER = {"--steps": "4", "--batch-size": "8", "--precision": "fp32"}
@@ -118,21 +117,12 @@ def write_data(folder: Path) -> None:
 
 def write_models(folder: Path) -> None:
     """Write the checkpoints of MODELS, and one tokenizer for all of them."""
-    learnt = tokenizer.train([*TEXTS, *PLACES], 300)
+    tokens = tiny_tokenizer([*TEXTS, *PLACES])
+    shape = {"vocab_size": tokens.get_vocab_size(), "max_position_embeddings": 4096}
+    shape |= {"num_hidden_layers": 3, "num_key_value_heads": 2}
+    bert = {"style": "bert", "causal": False, "pooling": "mean"}
     for name, style in MODELS.items():
-        model = Model(
-            style=style,
-            causal=style == "qwen3",
-            pooling="last" if style == "qwen3" else "mean",
-            vocab_size=learnt.get_vocab_size(),
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=8,
-            intermediate_size=48,
-            max_position_embeddings=4096,
-        )
         (folder / name).mkdir(parents=True)
-        pretrained.save(Transformer(model), folder / name)
-        tokenizer.save(learnt, folder / name, 64)
+        model = tiny_model(**shape | (bert if style == "bert" else {}))
+        pretrained.save(model, folder / name)
+        tokenizer.save(tokens, folder / name, 64)
