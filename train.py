@@ -125,9 +125,9 @@ def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     except RuntimeError as error:
         if not guards.out_of_memory(error):
             raise
-        tokens = max(pack.work.tokens for pack in job.batches[batches_of(run, step)[0]].packs)
+        tokens = max(pack.plan.tokens for pack in job.batches[batches_of(run, step)[0]].packs)
         free = gradcache.free_bytes(job.where.device)
-        reason = guards.advice(error, run, step + 1, tokens, job.budget, free)
+        reason = guards.oom_advice(error, run, step + 1, tokens, job.budget, free)
         raise ValueError(reason) from None
     if result.bad is None:
         return result

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlembed_kernels import Occurrences
+from mlembed_kernels import TokenIndex
 from mlembed_kernels.embedding.embed import embed, embed_ref
 
 from .attention.bench import Checked
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def distinct(self) -> int:
-        return Occurrences.of(stream(self.T, self.V)).distinct
+        return TokenIndex.of(stream(self.T, self.V)).distinct
 
 
 TESTS = ("embedding/*",)  # below tests/kernels/
@@ -164,8 +164,8 @@ def build(name: str, case: Case, like: Factors, smoke: bool) -> tuple[Apart, str
     ids, device = like.ids, like.dx.device
     function: Callable[..., Tensor] = PEERS.get(name, embed_ref)
     if name == "ours":
-        o = Occurrences.of(stream(case.T, case.V)).to(device)
-        function = partial(embed, impl="triton", occurrences=o)
+        o = TokenIndex.of(stream(case.T, case.V)).to(device)
+        function = partial(embed, impl="triton", token_index=o)
     elif name == "compiled":
         function = torch.compile(embed_ref, backend="aot_eager" if smoke else "inductor")
 
@@ -280,7 +280,7 @@ def spot(case: Case, inputs: Factors, mode: str, got: Tensors) -> dict[str, Any]
     ids, dx, rank = inputs.ids, inputs.dx, case.rank
     absent = torch.ones(case.V, dtype=torch.bool)
     absent[stream(case.T, case.V)] = False
-    present = Occurrences.of(stream(case.T, case.V)).ids_n.long()
+    present = TokenIndex.of(stream(case.T, case.V)).ids_n.long()
     every = present[torch.linspace(0, len(present) - 1, TOKENS).long()]
     tokens = torch.cat([every.unique(), absent.nonzero()[:, 0][:: max(case.V // 8, 1)]]).to(
         U.device

@@ -36,7 +36,7 @@ from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training import gradcache
 from mlembed.training.engine import Engine
-from mlembed.training.gradcache import Kept
+from mlembed.training.gradcache import ActivationCost
 from mlembed.training.objective.loss import loss_table, weights
 from mlembed.training.optim import adamw, to_weights
 
@@ -162,7 +162,7 @@ def cached_step(
     run: config.Run,
     batch: Batch,
     packs: Sequence[PackedBatch],
-    kept: Kept,
+    kept: ActivationCost,
     budget: float,
     half: bool,
     mark: Callable[[str], None] = lambda stage: None,
@@ -176,7 +176,7 @@ def cached_step(
     Returns:
         The loss, and how large a part of the tokens was encoded twice.
     """
-    device = packs[0].work.buffer.device
+    device = packs[0].plan.buffer.device
     keeps, again, final = gradcache.keeping(run, kept, packs, budget)
     found: list[Tensor] = []
 
@@ -196,11 +196,13 @@ def cached_step(
 
     engine.begin()
     gradcache.gradients(engine, forward, loss, keeps, final, sync=True)
-    twice = sum(p.work.tokens for p, keep in zip(packs, keeps, strict=True) if not keep)
+    twice = sum(p.plan.tokens for p, keep in zip(packs, keeps, strict=True) if not keep)
     return found[0].detach(), twice / batch.tokens
 
 
-def budget_of(keep: Keep, kept: Kept, packs: Sequence[PackedBatch], run: config.Run) -> float:
+def budget_of(
+    keep: Keep, kept: ActivationCost, packs: Sequence[PackedBatch], run: config.Run
+) -> float:
     """Bytes for graphs that keep so many of them."""
     if keep in ("none", "all"):
         return float("inf") if keep == "all" else 0.0
@@ -220,7 +222,7 @@ class Cached(Trained):
         self.run, self.keep, self.half = replace(run, gradient_cache=True), keep, half
         device = model.device
         self.engine = Engine.of(model, self.run, World(0, 1, device), half)
-        self.kept = Kept.by(model, half)
+        self.kept = ActivationCost.by(model, half)
         self.budget, self.twice = 0.0, 0.0
 
     def __call__(self, inputs: Texts, backward: bool) -> Tensor:
@@ -346,7 +348,7 @@ def packed(
     model.train()
     batch = checked.batch_of(check)
     packs = [some.to(device) for some in batch.packs]
-    kept, engine = Kept.by(model, half), Engine.of(model, run, World(0, 1, device), half)
+    kept, engine = ActivationCost.by(model, half), Engine.of(model, run, World(0, 1, device), half)
     budget = budget_of(keep, kept, packs, run)
     loss, _ = cached_step(engine, run, batch, packs, kept, budget, half)
     gradients = {}

@@ -38,7 +38,7 @@ from . import ROOT
 TARGET = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132  # of an H100 or H200: columns are split to fill them
 OPS = {  # operator -> its module in kernels/
-    "partition": "similarity._lse_op",
+    "pairwise_lse": "similarity._lse_op",
     "cosine": "similarity._cosine_op",
     "distill": "similarity._distill_op",
     "embed": "embedding._op",
@@ -255,7 +255,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         heads = check.Hq, check.Hkv, check.Hkv
         qkv = [empty(sum(check.lengths), H, check.K, dtype=dtype) for H in heads]
         active = empty(len(check.lengths), dtype=torch.bool) if check.skips else None
-        options: dict[str, Any] = {"cu_seqlens": batch.cu, "work": batch.work, "active": active}
+        options: dict[str, Any] = {"cu_seqlens": batch.cu, "work": batch.plan, "active": active}
         train(partial(attention, **options, causal=check.causal, impl="triton"), *qkv)
 
     for case in bench.CASES.values():
@@ -282,20 +282,20 @@ def run_embed(case: Any) -> None:
 
 
 def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    from mlembed_kernels import Occurrences
+    from mlembed_kernels import TokenIndex
     from mlembed_kernels.embedding.embed import embed
 
     from . import embed as bench
 
     def check(check: bench.Check, dtype: torch.dtype) -> None:
         ids = torch.tensor(check.ids)
-        occurrences = Occurrences.of(ids).to(CPU)
+        token_index = TokenIndex.of(ids).to(CPU)
         ids = ids.to(CPU)
         factors = torch.float32 if check.masters else dtype
 
         def function(U: Tensor, W: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype, enabled=check.masters):
-                return embed(ids, U, W, check.rank, impl="triton", occurrences=occurrences)
+                return embed(ids, U, W, check.rank, impl="triton", token_index=token_index)
 
         shapes = (check.V, check.R), (check.R, check.D)
         train(function, *(empty(*shape, dtype=factors) for shape in shapes))

@@ -54,8 +54,8 @@ PARTS = {
     "tokenise": "tokenised",
     "share out": "shared_out",
     "pack": "pack",
-    "of it work lists": "of@work",
-    "of it occurrences": "of@occurrences",
+    "of it attention plan": "of@plan",
+    "of it token index": "of@token_index",
 }
 
 

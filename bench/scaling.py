@@ -151,10 +151,10 @@ def slab_bytes(m: config.Model, pairs: int) -> float:
 
 
 def candidate_bytes(m: config.Model, n: int, across: Across, pairs: int) -> float:
-    slab = slab_bytes(m, pairs)
+    shard = slab_bytes(m, pairs)
     if n == 1:
         return 0.0
-    return 2 * (n - 1) * slab + (2 * n * slab if across == "ring" else 0.0)
+    return 2 * (n - 1) * shard + (2 * n * shard if across == "ring" else 0.0)
 
 
 def rate(n: int, across: Across, a: Assumed) -> float:
@@ -194,8 +194,8 @@ def state_bytes(m: config.Model, n: int, engine: Engine) -> float:
 
 def loss_bytes(m: config.Model, n: int, across: Across, a: Assumed) -> float:
     own = 12.0 * len(m.exits) * 2 * a.pairs * m.hidden_size
-    slab = slab_bytes(m, a.pairs)
-    others = 2 * n * slab if across == "gather" else 2 * slab + 4 * slab
+    shard = slab_bytes(m, a.pairs)
+    others = 2 * n * shard if across == "gather" else 2 * shard + 4 * shard
     return own + others + a.workspace_gib * GIB
 
 

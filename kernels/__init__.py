@@ -6,18 +6,18 @@ begin with _ are what they share, and the Triton behind them, imported only when
 """
 
 from mlembed_kernels.attention.attention import attention, attention_ref
-from mlembed_kernels.attention.work import Work
+from mlembed_kernels.attention.plan import AttentionPlan
 from mlembed_kernels.embedding.embed import embed, embed_ref
-from mlembed_kernels.embedding.occurrences import Occurrences
+from mlembed_kernels.embedding.token_index import TokenIndex
 from mlembed_kernels.similarity.cosine import cosine, cosine_ref
 from mlembed_kernels.similarity.distill import distill, distill_ref
 from mlembed_kernels.similarity.infonce import infonce, infonce_ref
-from mlembed_kernels.similarity.pairwise_lse import partition, partition_ref
+from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
 __version__ = "0.1.0"
 __all__ = [
-    "Occurrences",
-    "Work",
+    "TokenIndex",
+    "AttentionPlan",
     "attention",
     "attention_ref",
     "cosine",
@@ -28,6 +28,6 @@ __all__ = [
     "embed_ref",
     "infonce",
     "infonce_ref",
-    "partition",
-    "partition_ref",
+    "pairwise_lse",
+    "pairwise_lse_ref",
 ]

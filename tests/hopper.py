@@ -38,8 +38,8 @@ HEADS = (16, 8), (12, 12), (12, 4), (32, 8)
 E, N = 7, 16384
 
 
-def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool) -> None:
-    from mlembed_kernels.similarity.pairwise_lse import partition
+def pairwise_lse(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: bool) -> None:
+    from mlembed_kernels.similarity.pairwise_lse import pairwise_lse
 
     x, y = (empty(E, N, dims[-1], dtype=dtype) for _ in "xy")
     options: dict[str, Any] = {"positive": empty(N, dtype=torch.int64)}
@@ -49,7 +49,7 @@ def partition(dtype: torch.dtype, dims: tuple[int, ...], columns: bool, masks: b
     scale = empty(E, len(dims), dtype=torch.float32)
 
     def function(*xy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = partition(*xy, dims=dims, scale=scale, columns=columns, impl="triton", **options)
+        parts = pairwise_lse(*xy, dims=dims, scale=scale, columns=columns, impl="triton", **options)
         return tuple(part for part in parts if part is not None)
 
     train(function, x, y)
@@ -75,30 +75,30 @@ def attention(
     dtype: torch.dtype, heads: tuple[int, int], K: int, causal: bool, skip: bool = False
 ) -> None:
     """Short and longer sequences."""
-    from mlembed_kernels import Work
+    from mlembed_kernels import AttentionPlan
     from mlembed_kernels.attention.attention import attention
 
-    work = Work.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
-    qkv = (empty(work.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
-    options: dict[str, Any] = {"cu_seqlens": work.cu_seqlens, "work": work, "causal": causal}
-    options["active"] = empty(work.sequences, dtype=torch.bool) if skip else None
+    plan = AttentionPlan.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
+    qkv = (empty(plan.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
+    options: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "work": plan, "causal": causal}
+    options["active"] = empty(plan.sequences, dtype=torch.bool) if skip else None
     train(partial(attention, impl="triton", **options), *qkv)
 
 
 def embed(factors: torch.dtype, dtype: torch.dtype, sizes: tuple[int, int, int], rank: int) -> None:
     """Sizes V, R, D. Once all tokens, one of them in several parts, and once few."""
-    from mlembed_kernels import Occurrences
+    from mlembed_kernels import TokenIndex
     from mlembed_kernels.embedding.embed import embed
 
     def function(ids: torch.Tensor, U: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-        occurrences = lists[ids]
+        token_index = lists[ids]
         with torch.autocast("cpu", dtype, enabled=factors != dtype):
-            return embed(ids, U, W, rank, impl="triton", occurrences=occurrences)
+            return embed(ids, U, W, rank, impl="triton", token_index=token_index)
 
     V, R, D = sizes
     several = torch.zeros(48, dtype=torch.int64)
     batches = [torch.cat([several, torch.arange(distinct)]) for distinct in (V, 3)]
-    lists = {ids.to(CPU): Occurrences.of(ids).to(CPU) for ids in batches}
+    lists = {ids.to(CPU): TokenIndex.of(ids).to(CPU) for ids in batches}
     for ids in lists:
         train(partial(function, ids), empty(V, R, dtype=factors), empty(R, D, dtype=factors))
 
@@ -108,7 +108,7 @@ def variants() -> Iterator[tuple[str, Callable[[], None]]]:
         for shape, dims in SHAPES.items():
             for wanted in ("rows", "rows-masks", "both", "both-masks"):
                 both, masks = "both" in wanted, "masks" in wanted
-                yield f"{shape}-{wanted}-{dtype}", partial(partition, half, dims, both, masks)
+                yield f"{shape}-{wanted}-{dtype}", partial(pairwise_lse, half, dims, both, masks)
         for kind in ("mse", "kl"):
             yield f"{kind}-{dtype}", partial(distill, half, FULL, kind)
         for partners in (1, 4):

@@ -49,7 +49,7 @@ def log_sums(z: Tensor, keep: Tensor) -> Tensor:
     return torch.stack(logs) if logs else z.new_zeros(0)
 
 
-def partition(
+def pairwise_lse(
     x: Tensor,
     y: Tensor,
     *,

@@ -100,7 +100,7 @@ def ours(case: Case, provider: str, device: torch.device) -> Apart:
         causal=case.causal,
         active=active,
         impl="triton",
-        work=batch.work,
+        plan=batch.plan,
     )
     if not (prefixed and case.gone):
         return Apart(function, whole)

@@ -87,7 +87,7 @@ def verdict(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str,
     if check.skips:
         options["active"] = torch.arange(len(check.lengths), device=device) % 3 != 1
     reference = partial(attention_ref, **options)
-    kernel = partial(attention, **options, impl="triton", work=batch.work)
+    kernel = partial(attention, **options, impl="triton", plan=batch.plan)
     truth = differentiated(reference, *(x.double() for x in bits))
     eager = differentiated(reference, *bits)
     poison(device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlembed_kernels.attention.attention import attention
-from mlembed_kernels.attention.work import Work
+from mlembed_kernels.attention.plan import AttentionPlan
 
 from ..harness import Leaves, Missing
 
@@ -44,13 +44,13 @@ class Batch:
     longest: int
     causal: bool
     group: int  # query heads of a key/value head
-    work: Work
+    plan: AttentionPlan
 
     @staticmethod
     def of(lengths: Sequence[int], causal: bool, group: int, device: torch.device) -> "Batch":
         cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
-        work = Work.of(cu).to(device)
-        return Batch(cu.to(device), int(cu[-1]), max(lengths), causal, group, work)
+        plan = AttentionPlan.of(cu).to(device)
+        return Batch(cu.to(device), int(cu[-1]), max(lengths), causal, group, plan)
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def sdpa(batch: Batch, smoke: bool) -> Peer:
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(
-            q, k, v, cu_seqlens=batch.cu, causal=batch.causal, impl="sdpa", work=batch.work
+            q, k, v, cu_seqlens=batch.cu, causal=batch.causal, impl="sdpa", plan=batch.plan
         )
 
     return Peer(function)
@@ -352,7 +352,7 @@ def rope_qk_norm(batch: Batch, smoke: bool) -> Peer:
         return rotated(q, q_weight, cos, sin), rotated(k, k_weight, cos, sin)
 
     compiled: Any = torch.compile(both, dynamic=False, backend="eager" if smoke else "inductor")
-    begin_T = batch.work.begin_T
+    begin_T = batch.plan.begin_T
     tables: list[Tensor] = []  # cos, sin
 
     def prepare(inputs: Packed) -> tuple[Tensors, Tensors]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mlembed import config
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
-from mlembed.training.gradcache import Kept, recomputed
+from mlembed.training.gradcache import ActivationCost, recomputed
 from mlembed.training.objective.loss import loss_table, weights
 from mlembed.training.optim import adamw, to_weights
 
@@ -95,7 +95,7 @@ def ours(
         backend = "inductor" if device.type == "cuda" else "aot_eager"
         model.compile_blocks(backend, lean=keep == "selective")
     half = device.type == "cuda" or weights == "bf16"
-    kept = Kept.by(model, half) if keep == "selective" else None
+    kept = ActivationCost.by(model, half) if keep == "selective" else None
     loss = partial(our_loss, run=run, kept=kept, deep=deep, half=half)
     return Trained(model, adamw(model, run.optim), loss, before)
 
@@ -108,7 +108,13 @@ def fresh(cfg: config.Model, device: torch.device) -> Transformer:
 
 
 def our_loss(
-    step: Trained, inputs: Texts, *, run: config.Run, kept: Kept | None, deep: bool, half: bool
+    step: Trained,
+    inputs: Texts,
+    *,
+    run: config.Run,
+    kept: ActivationCost | None,
+    deep: bool,
+    half: bool,
 ) -> Tensor:
     """As train.py computes it, in one process."""
     device = inputs.device

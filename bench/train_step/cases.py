@@ -42,7 +42,7 @@ from mlembed.data.collate import Batch, collate
 from mlembed.data.depth import drawn
 from mlembed.data.packing import PackedBatch
 from mlembed.modeling.transformer import num_parameters
-from mlembed_kernels import Occurrences
+from mlembed_kernels import TokenIndex
 
 from ..embed import stream
 from ..harness import TRAIN
@@ -261,7 +261,7 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
     S = float(sum(n.sum() for n in layers))
     P = float(sum((n * (n + 1) / 2 if m.causal else n * n).sum() for n in layers))
     T = tokens(case)
-    distinct = Occurrences.of(stream(T, V)).distinct
+    distinct = TokenIndex.of(stream(T, V)).distinct
     read, written, rows = 4.0 * distinct * D, 4.0 * V * D, 0.0
     if m.ranks:
         r = m.ranks[-1]

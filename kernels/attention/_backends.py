@@ -20,20 +20,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .work import Work
+from .plan import AttentionPlan
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, causal: bool) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+) -> Tensor:
     """torch's dense attention. Only q, k, v are laid out on rectangles, for this one call.
 
     On CPUs one for each quarter of the sequences, which are alike in length where a batch is
     sorted; on a device, where that would mean reading the lengths, a single one.
     """
-    cu_seqlens = work.cu_seqlens
+    cu_seqlens = plan.cu_seqlens
     if q.device.type != "cpu" or cu_seqlens.numel() < 16:
-        return _rectangle(q, k, v, cu_seqlens, work.max_seqlen, causal, scale)
+        return _rectangle(q, k, v, cu_seqlens, plan.max_seqlen, causal, scale)
     outs = []
     for part in cu_seqlens[1:].chunk(4):  # the ends of its sequences
         first = cu_seqlens[cu_seqlens < part[0]][-1:]
@@ -90,9 +92,11 @@ def _softmax_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, causal: bool) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+) -> Tensor:
     """torch's own FlashAttention 2. Where it has no grouped queries, k and v are repeated."""
-    _check(q, "varlen", work, HALF)
+    _check(q, "varlen", plan, HALF)
     attend, grouped = _varlen()
     options = {"enable_gqa": True} if grouped else {}
     if not grouped:
@@ -101,43 +105,47 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, causal: bo
         q,
         k,
         v,
-        work.cu_seqlens,
-        work.cu_seqlens,
-        work.max_seqlen,
-        work.max_seqlen,
+        plan.cu_seqlens,
+        plan.cu_seqlens,
+        plan.max_seqlen,
+        plan.max_seqlen,
         scale=scale,
         window_size=(-1, 0 if causal else -1),
         **options,
     )
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, causal: bool) -> Tensor:
+def flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+) -> Tensor:
     """flash-attn's function for packed sequences."""
-    _check(q, "flash_attn", work, HALF)
+    _check(q, "flash_attn", plan, HALF)
     return _flash_attn()(
         q,
         k,
         v,
-        work.cu_seqlens,
-        work.cu_seqlens,
-        work.max_seqlen,
-        work.max_seqlen,
+        plan.cu_seqlens,
+        plan.cu_seqlens,
+        plan.max_seqlen,
+        plan.max_seqlen,
         softmax_scale=scale,
         causal=causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor, work: Work, scale: float, causal: bool) -> Tensor:
+def xformers(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+) -> Tensor:
     """xformers' memory_efficient_attention. Its grouped queries have no backward: k, v repeated."""
-    _check(q, "xformers", work, (*HALF, torch.float32))
+    _check(q, "xformers", plan, (*HALF, torch.float32))
     fmha = _xformers()
     q, k, v = (x[None] for x in (q, *_repeated(q, k, v)))
-    mask = _block_diagonal(fmha.attn_bias, work, causal)
+    mask = _block_diagonal(fmha.attn_bias, plan, causal)
     return fmha.memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]
 
 
-def _block_diagonal(attn_bias: Any, work: Work, causal: bool) -> Any:
+def _block_diagonal(attn_bias: Any, plan: AttentionPlan, causal: bool) -> Any:
     """xformers' mask of a packed batch.
 
     From the boundaries on the device: its own `from_seqlens` takes lengths on the host and copies
@@ -145,10 +153,10 @@ def _block_diagonal(attn_bias: Any, work: Work, causal: bool) -> Any:
     queries and keys have the same.
     """
     blocks = attn_bias._SeqLenInfo(
-        seqstart=work.cu_seqlens,
-        max_seqlen=work.max_seqlen,
+        seqstart=plan.cu_seqlens,
+        max_seqlen=plan.max_seqlen,
         min_seqlen=1,
-        seqstart_py=[0, work.tokens],
+        seqstart_py=[0, plan.tokens],
     )
     kind = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
     return kind(q_seqinfo=blocks, k_seqinfo=blocks)
@@ -165,7 +173,7 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 # ---- what is there ----
 
 
-def _check(q: Tensor, impl: str, work: Work, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check(q: Tensor, impl: str, plan: AttentionPlan, dtypes: tuple[torch.dtype, ...]) -> None:
     """ValueError, before anything is launched, for what kernels of CUDA libraries have not."""
     if not q.is_cuda:
         raise ValueError(f"impl: {impl} needs CUDA, got {q.device}")
@@ -176,7 +184,7 @@ def _check(q: Tensor, impl: str, work: Work, dtypes: tuple[torch.dtype, ...]) ->
         raise ValueError(
             f"impl: {impl} has heads of 8 to 256, multiples of 8, got K = {q.shape[-1]}"
         )
-    if not work.sequences:
+    if not plan.sequences:
         raise ValueError(f"impl: {impl} needs one or more sequences, got none")
 
 

@@ -32,7 +32,7 @@ from ._forward import (
     _visible,
     shaped,
 )
-from .work import Work
+from .plan import AttentionPlan
 
 # As in _attention_forward. "pair": groups of two heads. "keys": TOKENS of its tile, BM queries of
 # one head at a time.
@@ -297,7 +297,7 @@ def backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    work: Work,
+    plan: AttentionPlan,
     alive_T: Tensor | None,
     scale: float,
     causal: bool,
@@ -308,30 +308,30 @@ def backward(
     group = HQ // HKV
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     steps = do.stride(0), q.stride(0), k.stride(0), v.stride(0)
-    alive = work.begin_T if alive_T is None else alive_T
+    alive = plan.begin_T if alive_T is None else alive_T
     same: dict[str, Any] = {"SKIP": alive_T is not None, "CAUSAL": causal, "HQ": HQ, "GROUP": group}
     factors = scale, scale * LOG2E
     options = config("packed_backward" + "_pair" * (group == 2), q, group)
     short = options["TOKENS"]
-    packs = work.packs(short)
+    packs = plan.packs(short)
     if len(packs):
         check = torch.empty(len(packs) * HKV, dtype=torch.float32, device=q.device)
-        args = do, q, k, v, dq, dk, dv, work.begin_T, alive, packs, check, *factors, group
+        args = do, q, k, v, dq, dk, dv, plan.begin_T, alive, packs, check, *factors, group
         _packed_backward_kernel[(len(check),)](*args, *steps, **same, **options)
         options.pop("maxnreg", None)
         _apart_backward_kernel[(triton.cdiv(len(check), 64),)](
             *args, len(check), *steps, **same, **options
         )
-    if work.max_seqlen <= short:
+    if plan.max_seqlen <= short:
         return dq, dk, dv
     options = config("queries_backward", q, group)
-    tiles = work.tiles(options["TOKENS"])
+    tiles = plan.tiles(options["TOKENS"])
     delta = torch.empty_like(lse)
     _queries_backward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
         do, q, k, v, o, lse, delta, dq, alive, tiles, *factors, T, *steps, **same, **options
     )
     options = config("keys_backward", q, group)
-    tiles = work.tiles(options["TOKENS"])
+    tiles = plan.tiles(options["TOKENS"])
     _keys_backward_kernel[(len(tiles) * HKV,)](
         do, q, k, v, lse, delta, dk, dv, alive, tiles, *factors, T, *steps, **same, **options
     )

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import INTERPRETED
-from .work import Work
+from .plan import AttentionPlan
 
 LOG2E = 1.4426950408889634
 # By kernel and width of a head (32 counts as 64, 96 as 128); "pair" for even groups. ROWS of a
@@ -246,7 +246,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    work: Work,
+    plan: AttentionPlan,
     alive_T: Tensor | None,
     scale: float,
     causal: bool,
@@ -257,17 +257,17 @@ def forward(
     o = torch.empty(T, HQ, K, dtype=q.dtype, device=q.device)
     lse = torch.empty(HQ, T, dtype=torch.float32, device=q.device)
     steps = q.stride(0), k.stride(0), v.stride(0)
-    alive = work.begin_T if alive_T is None else alive_T
+    alive = plan.begin_T if alive_T is None else alive_T
     same: dict[str, Any] = {"SKIP": alive_T is not None, "CAUSAL": causal, "HQ": HQ, "GROUP": group}
     options = config("packed_forward" + "_pair" * (group % 2 == 0), q, group)
-    packs = work.packs(options["TOKENS"])
+    packs = plan.packs(options["TOKENS"])
     if len(packs):
         _packed_forward_kernel[(len(packs) * (HQ // options["HEADS"]),)](
-            q, k, v, o, work.begin_T, alive, packs, scale * LOG2E, *steps, **same, **options
+            q, k, v, o, plan.begin_T, alive, packs, scale * LOG2E, *steps, **same, **options
         )
-    if work.max_seqlen > options["TOKENS"]:
+    if plan.max_seqlen > options["TOKENS"]:
         options = config("long_forward", q, group)
-        tiles = work.tiles(options["TOKENS"])
+        tiles = plan.tiles(options["TOKENS"])
         _long_forward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
             q, k, v, o, lse, alive, tiles, scale * LOG2E, T, *steps, **same, **options
         )

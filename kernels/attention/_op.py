@@ -5,14 +5,14 @@ from torch import Tensor, library
 
 from ._backward import backward
 from ._forward import forward
-from .work import Work
+from .plan import AttentionPlan
 
 
 def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    work: Work,
+    plan: AttentionPlan,
     alive_T: Tensor | None,
     scale: float,
     causal: bool,
@@ -22,8 +22,8 @@ def run(
         q, scale = q * 0, 1.0
     if scale < 0:  # maxima are taken before the factor
         q, scale = -q, -scale
-    counts = [work.tokens, work.sequences, work.max_seqlen, *work.counts]
-    return attention_op(q, k, v, work.buffer, alive_T, counts, scale, causal)[0]
+    counts = [plan.tokens, plan.sequences, plan.max_seqlen, *plan.counts]
+    return attention_op(q, k, v, plan.buffer, alive_T, counts, scale, causal)[0]
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if heads and apart and len(x) > 1 else x.contiguous()
 
 
-def _work(buffer: Tensor, counts: list[int]) -> Work:
-    return Work(buffer, counts[0], counts[1], counts[2], tuple(counts[3:]))
+def _work(buffer: Tensor, counts: list[int]) -> AttentionPlan:
+    return AttentionPlan(buffer, counts[0], counts[1], counts[2], tuple(counts[3:]))
 
 
 @library.custom_op("mlembed::attention", mutates_args=())

@@ -6,8 +6,8 @@ Query head h reads key/value head h // (Hq / Hkv) (grouped queries, GQA).
 
 Layer-skip. Where sequences leave at depths of their own, order the batch deepest first: those
 alive at a layer are then a prefix of the packed buffer, and attention over them is this function on
-`q[:T_l]`, `cu_seqlens[:n + 1]` and `Work.of(cu_seqlens[:n + 1])`. Nothing is launched, filled or
-read for the others. Sets that are no prefix, or that only the device knows, come as `active`.
+`q[:T_l]`, `cu_seqlens[:n + 1]` and `AttentionPlan.of(cu_seqlens[:n + 1])`. Nothing is launched,
+filled or read for the others. Sets that are no prefix, or that only the device knows, come as `active`.
 
 For sequences of lengths n_i: FLOPs 4 Hq K sum(n_i^2) forward (half of it when causal), 2.5 times
 that backward; bytes (2 Hq + 2 Hkv) K T forward, (3 Hq + 4 Hkv) K T backward, times those of an
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import INTERPRETED
-from .work import Work
+from .plan import AttentionPlan
 
 IMPLS = ("auto", "triton", "sdpa", "varlen", "flash_attn", "xformers", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +71,7 @@ def attention(
     scale: float | None = None,
     active: Tensor | None = None,
     impl: str = "auto",
-    work: Work | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Attention within each packed sequence -> [T, Hq, K], dtype of q.
 
@@ -89,8 +89,8 @@ def attention(
         impl: "triton" (fp32, bf16, fp16; K a multiple of 16, at most 128), "sdpa" (torch, on a
             rectangle), "varlen" (torch's FlashAttention 2), "flash_attn", "xformers" (packages),
             "reference" (a loop over sequences). "auto": triton on CUDA for what it has, else sdpa.
-        work: `Work.of(cu_seqlens)` on q's device. Made once for all layers; without it it is made
-            here, for which a cu_seqlens on a device is waited for. Its boundaries are those that
+        plan: `AttentionPlan.of(cu_seqlens)` on q's device. Made once for all layers; without it the
+            call makes one, for which a cu_seqlens on a device is waited for. Its boundaries are those that
             count: on a device no more than T and N are compared.
 
     Raises:
@@ -104,9 +104,9 @@ def attention(
         impl = "triton" if ours else "sdpa"
     if impl == "triton":
         _check_triton(q)
-    if work is None:
-        work = Work.of(cu_seqlens).to(q.device)
-    _check_work(work, q, cu_seqlens)
+    if plan is None:
+        plan = AttentionPlan.of(cu_seqlens).to(q.device)
+    _check_work(plan, q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -114,16 +114,16 @@ def attention(
         return attention_ref(
             q, k, v, cu_seqlens=cu_seqlens, causal=causal, scale=scale, active=active
         )
-    alive_T = None if active is None else work.alive_T(active)
+    alive_T = None if active is None else plan.alive_T(active)
     if impl == "triton":
         from . import _op as _attention_op  # imports triton, which not every platform has
 
-        return _attention_op.run(q, k, v, work, alive_T, scale, causal)
+        return _attention_op.run(q, k, v, plan, alive_T, scale, causal)
     from . import _backends as _attention_backends
 
     if alive_T is not None:  # of zeros alone it is zero, and so are the gradients
         q, k, v = (x.masked_fill(~alive_T[:, None, None], 0) for x in (q, k, v))
-    return getattr(_attention_backends, impl)(q, k, v, work, scale, causal)
+    return getattr(_attention_backends, impl)(q, k, v, plan, scale, causal)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, active: Tensor | None) -> None:
@@ -171,14 +171,14 @@ def _check_triton(q: Tensor) -> None:
         raise ValueError(f"impl: triton's interpreter has no bf16 products, got {q.dtype}")
 
 
-def _check_work(work: Work, q: Tensor, cu_seqlens: Tensor) -> None:
-    found = work.tokens, work.sequences, work.buffer.device
+def _check_work(plan: AttentionPlan, q: Tensor, cu_seqlens: Tensor) -> None:
+    found = plan.tokens, plan.sequences, plan.buffer.device
     wanted = len(q), len(cu_seqlens) - 1, q.device
-    if work.tokens != len(q) and work.sequences == len(cu_seqlens) - 1:
-        raise ValueError(f"cu_seqlens: expected the last to be T = {len(q)}, got {work.tokens}")
+    if plan.tokens != len(q) and plan.sequences == len(cu_seqlens) - 1:
+        raise ValueError(f"cu_seqlens: expected the last to be T = {len(q)}, got {plan.tokens}")
     if found != wanted:
-        raise ValueError(f"work: expected (T, N, device) {wanted}, got {found}")
+        raise ValueError(f"plan: expected (T, N, device) {wanted}, got {found}")
     # Looking into a device tensor would wait for the device, and break a compiled graph.
-    here = cu_seqlens.is_cpu and work.buffer.is_cpu and not torch.compiler.is_compiling()
-    if here and (cu_seqlens != work.cu_seqlens).any():
+    here = cu_seqlens.is_cpu and plan.buffer.is_cpu and not torch.compiler.is_compiling()
+    if here and (cu_seqlens != plan.cu_seqlens).any():
         raise ValueError("work: expected that of cu_seqlens, got that of other boundaries")

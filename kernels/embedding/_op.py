@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from .._dispatch import INTERPRETED
-from .occurrences import Occurrences
+from .token_index import TokenIndex
 
 FILLERS = 264  # programs, from which on they write dU's zeros: two a multiprocessor of Hopper's
 WORKSPACE = 64 << 20  # bytes of all temporaries together, whatever T, n, D and r
@@ -218,9 +218,9 @@ def _sum(x: Tensor, out: Tensor, order: Tensor, first: Tensor, count: Tensor) ->
     )  # fmt: skip
 
 
-def _sums(dx: Tensor, occurrences: Occurrences, tokens: slice, parts: slice) -> Tensor:
+def _sums(dx: Tensor, token_index: TokenIndex, tokens: slice, parts: slice) -> Tensor:
     """[tokens, D], dtype of dx: its sum over all occurrences of some distinct tokens."""
-    o, D = occurrences, dx.shape[1]
+    o, D = token_index, dx.shape[1]
     out = torch.empty(tokens.stop - tokens.start, D, dtype=dx.dtype, device=dx.device)
     several = max(min(tokens.stop, o.several) - tokens.start, 0)
     # From there on a part is a token's all.
@@ -258,10 +258,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float().T @ b.float()
 
 
-def forward(
-    U: Tensor, W: Tensor, occurrences: Occurrences, rank: int, dtype: torch.dtype
-) -> Tensor:
-    o = occurrences
+def forward(U: Tensor, W: Tensor, token_index: TokenIndex, rank: int, dtype: torch.dtype) -> Tensor:
+    o = token_index
     out = torch.empty(o.tokens, W.shape[1], dtype=dtype, device=U.device)
     spread = o.first_P, o.count_P, o.order_T
     _project(U, W[:rank].to(dtype).contiguous(), out, o.ids_P, spread)
@@ -269,10 +267,10 @@ def forward(
 
 
 def backward(
-    dx: Tensor, U: Tensor, W: Tensor, occurrences: Occurrences, rank: int, of: tuple[bool, bool]
+    dx: Tensor, U: Tensor, W: Tensor, token_index: TokenIndex, rank: int, of: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """dU and dW, empty where they are not asked for; a chunk of distinct tokens at a time."""
-    o, dtype, D = occurrences, dx.dtype, dx.shape[1]
+    o, dtype, D = token_index, dx.dtype, dx.shape[1]
     dU = torch.empty(U.shape if of[0] else 0, dtype=U.dtype, device=U.device)
     seen = torch.zeros(len(dU), dtype=torch.int8, device=U.device)
     if of[0]:
@@ -295,15 +293,15 @@ def backward(
     return dU, dW
 
 
-def run(U: Tensor, W: Tensor, rank: int, dtype: torch.dtype, occurrences: Occurrences) -> Tensor:
+def run(U: Tensor, W: Tensor, rank: int, dtype: torch.dtype, token_index: TokenIndex) -> Tensor:
     """x [T, D]."""
-    o = occurrences
+    o = token_index
     return embed_op(U, W, o.buffer, list(o.counts), list(o.bounds), rank, dtype)
 
 
-def _occurrences(buffer: Tensor, counts: list[int], bounds: list[int]) -> Occurrences:
+def _occurrences(buffer: Tensor, counts: list[int], bounds: list[int]) -> TokenIndex:
     tokens, distinct, lowest, highest, parts, several = counts
-    return Occurrences(buffer, tokens, distinct, lowest, highest, parts, several, tuple(bounds))
+    return TokenIndex(buffer, tokens, distinct, lowest, highest, parts, several, tuple(bounds))
 
 
 @library.custom_op("mlembed::embed", mutates_args=())

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import check_impl, use_triton
-from .occurrences import Occurrences, check_ids
+from .token_index import TokenIndex, check_ids
 
 
 def embed_ref(ids: Tensor, U: Tensor, W: Tensor, rank: int) -> Tensor:
@@ -37,7 +37,7 @@ def embed(
     W: Tensor,
     rank: int,
     impl: str = "auto",
-    occurrences: Occurrences | None = None,
+    token_index: TokenIndex | None = None,
 ) -> Tensor:
     """Embed tokens at a nested rank -> [T, D], dtype of U, or autocast's where that is on.
 
@@ -49,13 +49,13 @@ def embed(
         U: [V, R]. W: [R, D]. One floating dtype; all three on one device.
         rank: columns of U and rows of W in use, 1..R.
         impl: "triton" (fp32, bf16, fp16), "reference", or "auto": triton on CUDA for those.
-        occurrences: `Occurrences.of(ids)` on their device, for "triton". Made once for a batch, in
+        token_index: `TokenIndex.of(ids)` on their device, for "triton". Made once for a batch, in
             a loader's process; without it it is made here, for which ids on a device are waited
             for. Its tokens are those that count: on a device no more than T is compared.
 
     Raises:
         ValueError: shapes, dtypes, devices, a rank or an `impl` other than the above; ids outside
-            0..V-1, which on a device only `occurrences` tell without waiting for it.
+            0..V-1, which on a device only `token_index` tell without waiting for it.
     """
     check_impl(impl)
     check_ids(ids)
@@ -66,14 +66,14 @@ def embed(
     dtype = compute_dtype(U)
     if ours and not U.is_cuda and dtype == torch.bfloat16:
         raise ValueError(f"impl: triton's interpreter has no bf16 products, got autocast's {dtype}")
-    if ours and occurrences is None:
-        occurrences = Occurrences.of(ids).to(U.device)
-    _check_range(ids, len(U), occurrences)
-    if not ours or occurrences is None:
+    if ours and token_index is None:
+        token_index = TokenIndex.of(ids).to(U.device)
+    _check_range(ids, len(U), token_index)
+    if not ours or token_index is None:
         return embed_ref(ids, U, W, rank)
     from . import _op as _embed_op  # imports triton, which not every platform has
 
-    return _embed_op.run(U, W, rank, dtype, occurrences)
+    return _embed_op.run(U, W, rank, dtype, token_index)
 
 
 def compute_dtype(U: Tensor) -> torch.dtype:
@@ -95,20 +95,20 @@ def _check_factors(ids: Tensor, U: Tensor, W: Tensor) -> None:
         )
 
 
-def _check_range(ids: Tensor, V: int, occurrences: Occurrences | None) -> None:
+def _check_range(ids: Tensor, V: int, token_index: TokenIndex | None) -> None:
     # Looking into a device tensor would wait for the device, and break a compiled graph.
     here = ids.is_cpu and not torch.compiler.is_compiling()
-    if occurrences is not None:
-        found = occurrences.tokens, occurrences.buffer.device
+    if token_index is not None:
+        found = token_index.tokens, token_index.buffer.device
         if found != (len(ids), ids.device):
             raise ValueError(
-                f"occurrences: expected (T, device) {(len(ids), ids.device)}, got {found}"
+                f"token_index: expected (T, device) {(len(ids), ids.device)}, got {found}"
             )
-        lowest, highest = occurrences.lowest, occurrences.highest
+        lowest, highest = token_index.lowest, token_index.highest
         if here:
-            one_by_one = torch.repeat_interleave(occurrences.ids_P, occurrences.count_P)
-            if (ids[occurrences.order_T] != one_by_one).any():
-                raise ValueError("occurrences: expected those of ids, got those of others")
+            one_by_one = torch.repeat_interleave(token_index.ids_P, token_index.count_P)
+            if (ids[token_index.order_T] != one_by_one).any():
+                raise ValueError("token_index: expected those of ids, got those of others")
     elif here:
         lowest, highest = int(ids.min()), int(ids.max())
     else:

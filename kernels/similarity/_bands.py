@@ -27,7 +27,7 @@ NARROW = 128  # packed columns of the narrow prefixes, at most
 
 
 @dataclass(frozen=True)
-class Nest:
+class Bands:
     """Where the bands lie in the packed copy.
 
     Band m: raw columns edges[m]:edges[m+1], packed ones starts[m]:+widths[m]; the first `narrow` in
@@ -64,7 +64,7 @@ def _up(n: int, step: int) -> int:
 
 
 @lru_cache
-def nest_of(dims: tuple[int, ...]) -> Nest:
+def bands_of(dims: tuple[int, ...]) -> Bands:
     edges, starts, widths, ends = (0, *dims), [], [], []
     for low, high in zip(edges, dims, strict=False):
         power = max(16, triton.next_power_of_2(high - low))
@@ -80,7 +80,7 @@ def nest_of(dims: tuple[int, ...]) -> Nest:
         widths.append(_up(high - low, 64))
         at += widths[-1]
         ends.append(at - wide)
-    return Nest(
+    return Bands(
         edges,
         tuple(starts),
         tuple(widths),
@@ -161,17 +161,17 @@ class Packed:
     counts: Tensor  # int32 [E]
 
 
-def pack(x: Tensor, nest: Nest, counts: Tensor) -> Packed:
+def pack(x: Tensor, bands: Bands, counts: Tensor) -> Packed:
     """x [E, R, D] -> packed. Reads x twice (once from cache), writes it once."""
     E, R, _ = x.shape
-    RP, M = padded(R), len(nest.starts)
-    packed = torch.empty(E, RP, nest.width, dtype=x.dtype, device=x.device)
+    RP, M = padded(R), len(bands.starts)
+    packed = torch.empty(E, RP, bands.width, dtype=x.dtype, device=x.device)
     u = torch.empty(E, M, RP, dtype=torch.float32, device=x.device)
     unit = torch.empty(E, RP, dtype=torch.float32, device=x.device)
-    start, end, at, width = nest.segments
+    start, end, at, width = bands.segments
     _pack_kernel[(RP // 32, E)](
         x, packed, u, unit, counts, RP, *x.stride(),
-        EDGES=nest.edges, FROM=start, UNTIL=end, AT=at, WIDTHS=width, DP=nest.width, BR=32,
+        EDGES=bands.edges, FROM=start, UNTIL=end, AT=at, WIDTHS=width, DP=bands.width, BR=32,
         num_warps=4,
     )  # fmt: skip
     return Packed(packed, u, unit, counts)
@@ -202,13 +202,13 @@ def _positive_kernel(
         tl.store(COS + (e * M + m) * RP + rows, tl.where(here, cos, 0.0))
 
 
-def positive_cosines(x: Packed, y: Packed, nest: Nest, positive: Tensor) -> Tensor:
+def positive_cosines(x: Packed, y: Packed, bands: Bands, positive: Tensor) -> Tensor:
     """fp32 [E, M, RP]; positive int32 [RP], anything outside the columns is none."""
     cos = torch.empty_like(x.u)
     (E, _, RP), SP = x.u.shape, y.u.shape[2]
     _positive_kernel[(RP // 32, E)](
         x.x, y.x, x.u, y.u, positive, x.counts, y.counts, cos, RP, SP,
-        STARTS=nest.starts, WIDTHS=nest.widths, DP=nest.width, BR=32, num_warps=4,
+        STARTS=bands.starts, WIDTHS=bands.widths, DP=bands.width, BR=32, num_warps=4,
     )  # fmt: skip
     return cos
 
@@ -336,7 +336,7 @@ def unpack(
     factor: Tensor,
     x: Packed,
     y: Packed,
-    nest: Nest,
+    bands: Bands,
     pairs: Pairs | None,
     row0: int = 0,
 ) -> None:
@@ -352,7 +352,7 @@ def unpack(
         pairs.partner if pairs else none,
         pairs.pair if pairs else none,
         factor, out, row0, wide.shape[1], R, RP, SP, pairs.cos.shape[2] if pairs else 0,
-        EDGES=nest.edges, STARTS=nest.starts, DP=nest.width, D=D, NARROW=nest.narrow,
-        WN=nest.narrow_width, WIDE=nest.wide if nest.ends else nest.width,
+        EDGES=bands.edges, STARTS=bands.starts, DP=bands.width, D=D, NARROW=bands.narrow,
+        WN=bands.narrow_width, WIDE=bands.wide if bands.ends else bands.width,
         PAIRS=pairs is not None, BR=32, BK=64, num_warps=8,
     )  # fmt: skip

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, library
 
 from . import _lse_backward, _lse_forward
-from ._bands import nest_of, pack, padded, unpack
+from ._bands import bands_of, pack, padded, unpack
 from ._lse_op import counts_of
-from ._tiles import Kept, chunks, fill, groups
+from ._tiles import PairMask, chunks, fill, groups
 
 MODES = {"mse": 2, "kl": 3}
 PAIR_BYTES = 8  # the teacher's matrix in fp32, and its entropy's terms
@@ -17,16 +17,16 @@ class _Teacher:
 
     def __init__(self, q: Tensor, c: Tensor, temperature: float, kind: str) -> None:
         one = (q.shape[1],)
-        self.nest = nest_of(one)
-        self.x = pack(q[None], self.nest, counts_of(None, q[None]))
-        self.y = pack(c[None], self.nest, counts_of(None, c[None]))
+        self.bands = bands_of(one)
+        self.x = pack(q[None], self.bands, counts_of(None, q[None]))
+        self.y = pack(c[None], self.bands, counts_of(None, c[None]))
         self.temperature, self.kind = temperature, kind
 
-    def kept(self, rows: slice, columns: Tensor) -> tuple[Kept, Tensor]:
+    def kept(self, rows: slice, columns: Tensor) -> tuple[PairMask, Tensor]:
         """columns: int32 [1], how many are present."""
         SP = self.y.x.shape[1]
         out = torch.empty(rows.stop - rows.start, SP, dtype=torch.float32, device=self.x.x.device)
-        fill(out, self.x, self.y, self.nest, rows.start, self.x.u, 0)
+        fill(out, self.x, self.y, self.bands, rows.start, self.x.u, 0)
         entropy = out.new_zeros(len(out))
         if self.kind == "kl":
             absent = torch.arange(SP, device=out.device) >= columns
@@ -34,7 +34,7 @@ class _Teacher:
             out.sub_(out.amax(1, keepdim=True)).exp_()
             out.div_(out.sum(1, keepdim=True))
             entropy = torch.special.entr(out).sum(1)
-        return Kept(None, None, None, out, rows.start, MODES[self.kind]), entropy
+        return PairMask(None, None, None, out, rows.start, MODES[self.kind]), entropy
 
 
 @library.custom_op("mlembed::distill", mutates_args=())
@@ -52,20 +52,20 @@ def distill_op(
 ) -> tuple[Tensor, Tensor]:
     """sum_j (s - t)^2 or sum_j p s, fp32 [E, M, R], and the entropy of p, fp32 [E, R]."""
     with torch.cuda.device_of(x):  # where triton launches
-        nest, (E, R, _) = nest_of(tuple(dims)), x.shape
+        bands, (E, R, _) = bands_of(tuple(dims)), x.shape
         nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
         sums = torch.empty(E, len(dims), R, dtype=torch.float32, device=x.device)
         entropies = torch.empty(E, R, dtype=torch.float32, device=x.device)
         teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
         one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
         RP, SP = padded(R), padded(y.shape[1])
-        whole = (RP + SP) * nest.width * x.element_size() + PAIR_BYTES * RP * SP
+        whole = (RP + SP) * bands.width * x.element_size() + PAIR_BYTES * RP * SP
         # Where candidates leave, the teacher's probabilities differ by exit.
         for group in groups(E, whole if col_counts is None else workspace, workspace):
-            px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
+            px, py = pack(x[group], bands, nx[group]), pack(y[group], bands, ny[group])
             for rows in chunks(RP, PAIR_BYTES * SP, workspace):
                 kept, entropy = teacher.kept(rows, ny[group][:1])
-                tiles = _lse_forward.Tiles(px, py, nest, one[group], one[group], kept)
+                tiles = _lse_forward.Tiles(px, py, bands, one[group], one[group], kept)
                 here = slice(rows.start, min(rows.stop, R))
                 sums[group, :, here] = tiles.sums(rows, False)[0][..., here]
                 entropies[group, here] = entropy[: here.stop - here.start]
@@ -95,7 +95,7 @@ def _backward_op(
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
-        nest, (E, R, D), S = nest_of(tuple(dims)), x.shape, y.shape[1]
+        bands, (E, R, D), S = bands_of(tuple(dims)), x.shape, y.shape[1]
         nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
         dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
         dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
@@ -104,16 +104,16 @@ def _backward_op(
         slope = dsums * (2.0 if kind == "mse" else 1.0)  # d (s - t)^2 = 2 (s - t) ds
         factor = _lse_backward.largest(slope)
         RP, SP = padded(R), padded(S)
-        wide_bytes = x.element_size() * (len(dims) - nest.narrow)
-        whole = (RP + SP) * nest.width * (4 + x.element_size()) + (
+        wide_bytes = x.element_size() * (len(dims) - bands.narrow)
+        whole = (RP + SP) * bands.width * (4 + x.element_size()) + (
             PAIR_BYTES + wide_bytes
         ) * RP * SP
         for group in groups(E, whole if col_counts is None else workspace, workspace):
-            px, py = pack(x[group], nest, nx[group]), pack(y[group], nest, ny[group])
+            px, py = pack(x[group], bands, nx[group]), pack(y[group], bands, ny[group])
             none = torch.zeros_like(slope[group])
             sides = _lse_backward.Sides.of(none, slope[group], one[group], factor[group])
             tiles = _lse_backward.Tiles(
-                px, py, nest, one[group], Kept(None, None, None), sides, None
+                px, py, bands, one[group], PairMask(None, None, None), sides, None
             )
             f = factor[group]
             row_bytes = (PAIR_BYTES + wide_bytes * len(f)) * SP
@@ -121,8 +121,8 @@ def _backward_op(
                 tiles.kept = teacher.kept(rows, ny[group][:1])[0]
                 tiles.narrow(rows)
                 grad = tiles.wide(rows, SP)
-                unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, nest, None, rows.start)
-            unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, nest, None)
+                unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, bands, None, rows.start)
+            unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, bands, None)
         return dx, dy
 
 

@@ -29,13 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bands import Nest, Packed, Pairs, pack, padded, unpack
+from ._bands import Bands, Packed, Pairs, pack, padded, unpack
 from ._tiles import (
     GONE,
     KL,
     LOG2E,
     MSE,
-    Kept,
+    PairMask,
     _pair,
     _quarters,
     _start,
@@ -305,9 +305,9 @@ class Sides:
 def backward(
     x: Tensor,
     y: Tensor,
-    nest: Nest,
+    bands: Bands,
     scale: Tensor,
-    kept: Kept,
+    kept: PairMask,
     counts: tuple[Tensor, Tensor],
     ceiling: Tensor | None,
     rows: tuple[Tensor, Tensor],
@@ -319,21 +319,21 @@ def backward(
 
     rows, cols, own: (saved output, its gradient) of `forward`.
     """
-    (E, R, D), S, M = x.shape, y.shape[1], len(nest.starts)
-    RP, SP, wide = padded(R), padded(S), M - nest.narrow
+    (E, R, D), S, M = x.shape, y.shape[1], len(bands.starts)
+    RP, SP, wide = padded(R), padded(S), M - bands.narrow
     dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
     dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
     dscale = torch.empty(E, M, dtype=torch.float32, device=x.device)
     factor = largest(rows[1], cols[1] if cols is not None else None)
     pair_bytes = wide * x.element_size() + (ceiling is not None)
-    whole = (RP + SP) * nest.width * (4 + x.element_size()) + pair_bytes * RP * SP
+    whole = (RP + SP) * bands.width * (4 + x.element_size()) + pair_bytes * RP * SP
     for group in groups(E, whole, workspace):
-        px, py = (pack(v[group], nest, n[group]) for v, n in zip((x, y), counts, strict=True))
+        px, py = (pack(v[group], bands, n[group]) for v, n in zip((x, y), counts, strict=True))
         sx = Sides.of(rows[0][group], rows[1][group], scale[group], factor[group])
         sy = None
         if cols is not None:
             sy = Sides.of(cols[0][group], cols[1][group], scale[group], factor[group])
-        tiles = Tiles(px, py, nest, scale[group] * LOG2E, kept, sx, sy)
+        tiles = Tiles(px, py, bands, scale[group] * LOG2E, kept, sx, sy)
         pairs = _pairs(own, group, kept.positive, R, SP) if own is not None else (None, None)
         f, width = factor[group], SP
         if ceiling is None:  # masks are made by whole rows
@@ -341,12 +341,12 @@ def backward(
             tiles.narrow(slice(0, RP))
         for r in chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
             if ceiling is not None:
-                near = near_mask(x, y, nest, counts, ceiling, r)
+                near = near_mask(x, y, bands, counts, ceiling, r)
                 tiles.kept = replace(kept, pair=near, pair_row=r.start, mode=1)
                 tiles.narrow(r)
             grad = tiles.wide(r, width)
-            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, nest, pairs[0], r.start)
-        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, nest, pairs[1])
+            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, bands, pairs[0], r.start)
+        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, bands, pairs[1])
         dscale[group] = tiles.along_x.sum(-1) * f[:, None] / scale[group]
     return dx, dy, dscale
 
@@ -388,17 +388,17 @@ class Tiles:
         self,
         x: Packed,
         y: Packed,
-        nest: Nest,
+        bands: Bands,
         scale2: Tensor,
-        kept: Kept,
+        kept: PairMask,
         sx: Sides,
         sy: Sides | None,
     ) -> None:
-        self.x, self.y, self.nest, self.scale2, self.kept = x, y, nest, scale2, kept
+        self.x, self.y, self.bands, self.scale2, self.kept = x, y, bands, scale2, kept
         self.sides = sx, sy
-        self.dx = self._zeros(x.x.shape[1], nest.narrow_width)
-        wide = nest.width - nest.wide if nest.ends else 0
-        self.dy = self._zeros(y.x.shape[1], nest.narrow_width), self._zeros(y.x.shape[1], wide)
+        self.dx = self._zeros(x.x.shape[1], bands.narrow_width)
+        wide = bands.width - bands.wide if bands.ends else 0
+        self.dy = self._zeros(y.x.shape[1], bands.narrow_width), self._zeros(y.x.shape[1], wide)
         self.along_x, self.along_y = torch.zeros_like(x.u), torch.zeros_like(y.u)
 
     def _zeros(self, rows: int, width: int) -> Tensor:
@@ -414,7 +414,7 @@ class Tiles:
 
     def narrow(self, rows: slice) -> None:
         """Adds the narrow prefixes of these rows' pairs, to both sides."""
-        MN, nest = self.nest.narrow, self.nest
+        MN, bands = self.bands.narrow, self.bands
         if not MN:
             return
         options = config("narrow_backward", self.x.x.dtype)
@@ -430,8 +430,8 @@ class Tiles:
                 row0=mine.start, col0=other.start, RP=RP,
                 SP=(self.x if swap else self.y).x.shape[1],
                 tiles=(other.stop - other.start) // options["BN"],
-                STARTS=nest.starts[:MN], WIDTHS=nest.widths[:MN], DP=nest.width,
-                M=len(nest.starts), SWAP=swap, ROWS=side_x is not None,
+                STARTS=bands.starts[:MN], WIDTHS=bands.widths[:MN], DP=bands.width,
+                M=len(bands.starts), SWAP=swap, ROWS=side_x is not None,
                 COLUMNS=side_y is not None, **options,
             )  # fmt: skip
 
@@ -447,12 +447,12 @@ class Tiles:
         return grad
 
     def _rectangle(self, rows: slice, cols: slice, grad: Tensor) -> None:
-        nest, MN, M = self.nest, self.nest.narrow, len(self.nest.starts)
+        bands, MN, M = self.bands, self.bands.narrow, len(self.bands.starts)
         x, y = self.x.x, self.y.x
         E, RP, SP = x.shape[0], x.shape[1], y.shape[1]
         n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
         options = config("wide_backward", x.dtype)
-        if sum(nest.ends) <= 2 * options["BK"]:  # two steps are unrolled, and then spill
+        if sum(bands.ends) <= 2 * options["BK"]:  # two steps are unrolled, and then spill
             options["BK"] //= 2
         tiles = n_rows // options["BM"], n_cols // options["BN"]
         g = torch.empty(M - MN, E, n_rows, n_cols, dtype=x.dtype, device=x.device)
@@ -462,14 +462,14 @@ class Tiles:
             *self._shared(False), g, along_x, along_y,
             **self.kept.arguments(False, self.x.u),
             row0=rows.start, col0=cols.start, RP=RP, SP=SP, tiles_m=tiles[0], tiles_n=tiles[1],
-            ENDS=nest.ends, FIRST=MN, FROM=nest.wide, DP=nest.width, M=M, ROWS=True,
+            ENDS=bands.ends, FIRST=MN, FROM=bands.wide, DP=bands.width, M=M, ROWS=True,
             COLUMNS=self.sides[1] is not None, **options,
         )  # fmt: skip
         self.along_x[:, MN:, rows] += along_x.sum(2)
         self.along_y[:, MN:, cols] += along_y.sum(2)
         options = config("product", x.dtype)
-        starts = 0, *nest.ends[:-1]  # all narrow columns belong to the first wide prefix
-        tiles_n = sum(-(-(b - a) // options["BN"]) for a, b in zip(starts, nest.ends, strict=True))
+        starts = 0, *bands.ends[:-1]  # all narrow columns belong to the first wide prefix
+        tiles_n = sum(-(-(b - a) // options["BN"]) for a, b in zip(starts, bands.ends, strict=True))
         # Of x the chunk's rows, which begin at 0; of y the rows from cols.start.
         for swap, mine, at, other, with_ in (
             (False, grad, 0, cols.start, y),
@@ -478,5 +478,6 @@ class Tiles:
             n = n_cols if swap else n_rows
             _product_kernel[(n // options["BM"] * tiles_n, E)](
                 g, with_, mine, at, other, mine.shape[1], with_.shape[1], n_rows, n_cols, tiles_n,
-                STARTS=starts, ENDS=nest.ends, FROM=nest.wide, DP=nest.width, SWAP=swap, **options,
+                STARTS=starts, ENDS=bands.ends, FROM=bands.wide, DP=bands.width, SWAP=swap,
+                **options,
             )  # fmt: skip

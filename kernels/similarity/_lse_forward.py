@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bands import Nest, Packed, pack, padded, positive_cosines
+from ._bands import Bands, Packed, pack, padded, positive_cosines
 from ._tiles import (
     GONE,
     KL,
     LOG2E,
     MSE,
-    Kept,
+    PairMask,
     _pair,
     _quarters,
     _start,
@@ -269,16 +269,16 @@ def _exact_kernel(
 def forward(
     x: Tensor,
     y: Tensor,
-    nest: Nest,
+    bands: Bands,
     scale: Tensor,
-    kept: Kept,
+    kept: PairMask,
     counts: tuple[Tensor, Tensor],
     ceiling: Tensor | None,
     columns: bool,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rows [E, M, R], columns [E, M, S] (empty unless asked for), positives' cosines [E, M, R]."""
-    (E, R, _), S, M = x.shape, y.shape[1], len(nest.starts)
+    (E, R, _), S, M = x.shape, y.shape[1], len(bands.starts)
     RP, SP = padded(R), padded(S)
     rows_EMR = torch.empty(E, M, R, dtype=torch.float32, device=x.device)
     cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
@@ -289,7 +289,7 @@ def forward(
         config(name, x.dtype)["BM"] for name in ("narrow_forward_columns", "wide_forward_columns")
     )
     row_bytes = (4 * M * SP // smallest if columns else 0) + (SP if ceiling is not None else 0)
-    whole = (RP + SP) * nest.width * x.element_size() + RP * row_bytes
+    whole = (RP + SP) * bands.width * x.element_size() + RP * row_bytes
     by_exits = groups(E, whole, workspace)
     by_rows = chunks(RP, row_bytes * by_exits[0].stop, workspace)
     # A mask of near pairs serves all exits; column sums are completed exit by exit.
@@ -299,15 +299,15 @@ def forward(
     done: tuple[slice | None, slice | None] = (None, None)
     for group, chunk in order:
         if group != done[0]:
-            px, py = (pack(v[group], nest, n[group]) for v, n in zip((x, y), counts, strict=True))
-            tile = Tiles(px, py, nest, scale2[group], shift2[group], kept)
+            px, py = (pack(v[group], bands, n[group]) for v, n in zip((x, y), counts, strict=True))
+            tile = Tiles(px, py, bands, scale2[group], shift2[group], kept)
             total = torch.zeros_like(py.u) if columns else None
             if kept.positive is not None and chunk.start == 0:
-                own_EMR[group] = positive_cosines(px, py, nest, kept.positive)[..., :R]
+                own_EMR[group] = positive_cosines(px, py, bands, kept.positive)[..., :R]
         if ceiling is not None and chunk != done[1]:
             # The mask of the chunk before is freed first: with it there would be two workspaces.
             kept = tile.kept = replace(kept, pair=None)
-            near = near_mask(x, y, nest, counts, ceiling, chunk)
+            near = near_mask(x, y, bands, counts, ceiling, chunk)
             kept = replace(kept, pair=near, pair_row=chunk.start, mode=1)
             del near
         tile.kept = kept
@@ -328,15 +328,15 @@ class Tiles:
 
     x: Packed
     y: Packed
-    nest: Nest
+    bands: Bands
     scale2: Tensor  # log2(e) / t, fp32 [E, M]
     shift2: Tensor
-    kept: Kept
+    kept: PairMask
 
     def sums(self, rows: slice, columns: bool) -> tuple[Tensor, Tensor | None]:
         """2^-shift sums: of rows [E, M, RP] (only `rows` written), of columns over `rows`."""
-        x, y, nest = self.x, self.y, self.nest
-        (E, M, RP), SP, MN = x.u.shape, y.u.shape[2], nest.narrow
+        x, y, bands = self.x, self.y, self.bands
+        (E, M, RP), SP, MN = x.u.shape, y.u.shape[2], bands.narrow
         n = rows.stop - rows.start
         variant = "_columns" if columns else "_matrix" if self.kept.mode else ""
         narrow = config("narrow_forward" + variant, x.x.dtype)
@@ -359,17 +359,17 @@ class Tiles:
             kept = self.kept.arguments(False, x.u)
             common = {
                 "COLS": buffer, **kept, "row0": rows.start, "RP": RP, "SP": SP,
-                "tiles": SP // options["BN"], "DP": nest.width, "M": M, "COLUMNS": columns,
+                "tiles": SP // options["BN"], "DP": bands.width, "M": M, "COLUMNS": columns,
             }  # fmt: skip
             grid = (n // options["BM"], splits, E)
             if options is narrow:
                 _narrow_forward_kernel[grid](
-                    *shared, STARTS=nest.starts[:MN], WIDTHS=nest.widths[:MN], **common, **options
+                    *shared, STARTS=bands.starts[:MN], WIDTHS=bands.widths[:MN], **common, **options
                 )
             else:
                 _wide_forward_kernel[grid](
-                    *shared, ENDS=nest.ends, FIRST=MN, FROM=nest.wide, MP=triton.next_power_of_2(m),
-                    **common, **options,
+                    *shared, ENDS=bands.ends, FIRST=MN, FROM=bands.wide,
+                    MP=triton.next_power_of_2(m), **common, **options,
                 )  # fmt: skip
         if not columns:
             return out.sum(0), None
@@ -385,7 +385,7 @@ class Tiles:
         _exact_kernel[((rows.stop - rows.start) // options["BM"], E)](
             x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, sums, lse,
             **kept, row0=rows.start, RP=RP, SP=SP, tiles=SP // options["BN"],
-            STARTS=self.nest.starts, WIDTHS=self.nest.widths, DP=self.nest.width, M=M, SWAP=swap,
+            STARTS=self.bands.starts, WIDTHS=self.bands.widths, DP=self.bands.width, M=M, SWAP=swap,
             **options,
         )  # fmt: skip
         return lse

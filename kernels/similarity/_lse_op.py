@@ -1,13 +1,13 @@
-"""`partition` as one node that torch.compile and CUDA graphs can carry."""
+"""`pairwise_lse` as one node that torch.compile and CUDA graphs can carry."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from ._bands import nest_of, padded
+from ._bands import bands_of, padded
 from ._lse_backward import backward
 from ._lse_forward import forward
-from ._tiles import Kept
+from ._tiles import PairMask
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -21,7 +21,7 @@ def counts_of(counts: Tensor | None, x: Tensor) -> Tensor:
 
 def _kept(
     positive: Tensor | None, row_keys: Tensor | None, col_keys: Tensor | None, R: int, S: int
-) -> Kept:
+) -> PairMask:
     if positive is not None:
         positive = positive.masked_fill((positive < 0) | (positive >= S), -1).to(torch.int32)
         positive = F.pad(positive, (0, padded(R) - R), value=-1)
@@ -29,7 +29,7 @@ def _kept(
         row_keys, col_keys = _ranks(row_keys, col_keys)
         row_keys = F.pad(row_keys, (0, padded(R) - R), value=-1)
         col_keys = F.pad(col_keys, (0, padded(S) - S), value=-1)
-    return Kept(positive, row_keys, col_keys)
+    return PairMask(positive, row_keys, col_keys)
 
 
 def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,8 @@ def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
     return rows.masked_fill(~found, -1).int(), cols.int()
 
 
-@library.custom_op("mlembed::partition", mutates_args=())
-def partition_op(
+@library.custom_op("mlembed::pairwise_lse", mutates_args=())
+def pairwise_lse_op(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
@@ -66,7 +66,7 @@ def partition_op(
         return forward(
             x,
             y,
-            nest_of(tuple(dims)),
+            bands_of(tuple(dims)),
             scale,
             _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
             (counts_of(row_counts, x), counts_of(col_counts, y)),
@@ -76,7 +76,7 @@ def partition_op(
         )
 
 
-@partition_op.register_fake
+@pairwise_lse_op.register_fake
 def _(x, y, scale, positive, *others):  # type: ignore[no-untyped-def]
     *_, dims, columns, _ = others
     (E, R, _), S, M = x.shape, y.shape[1], len(dims)
@@ -86,7 +86,7 @@ def _(x, y, scale, positive, *others):  # type: ignore[no-untyped-def]
     return rows, cols, own
 
 
-@library.custom_op("mlembed::partition_backward", mutates_args=())
+@library.custom_op("mlembed::pairwise_lse_backward", mutates_args=())
 def _backward_op(
     x: Tensor,
     y: Tensor,
@@ -112,7 +112,7 @@ def _backward_op(
         return backward(
             x,
             y,
-            nest_of(tuple(dims)),
+            bands_of(tuple(dims)),
             scale,
             _kept(positive, row_keys, col_keys, x.shape[1], y.shape[1]),
             (counts_of(row_counts, x), counts_of(col_counts, y)),
@@ -143,4 +143,4 @@ def _grads(ctx, drows, dcols, down):  # type: ignore[no-untyped-def]
     return dx, dy, dscale, *(None,) * 9
 
 
-partition_op.register_autograd(_grads, setup_context=_setup)
+pairwise_lse_op.register_autograd(_grads, setup_context=_setup)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bands import ROWS, Nest, Packed, pack, padded
+from ._bands import ROWS, Bands, Packed, pack, padded
 
 GONE = tl.constexpr(-1e30)
 # A chunk's matrix: 1 where pairs are too similar; a teacher's cosines; its probabilities.
@@ -33,7 +33,7 @@ def options_of(
 
 
 @dataclass(frozen=True)
-class Kept:
+class PairMask:
     """Which pairs count, as the kernels read it; rows padded to RP, columns to SP."""
 
     positive: Tensor | None  # int32 [RP], -1 none
@@ -159,7 +159,7 @@ def _matrix_kernel(
 def near_mask(
     x: Tensor,
     y: Tensor,
-    nest: Nest,
+    bands: Bands,
     counts: tuple[Tensor, Tensor],
     ceiling: Tensor,
     rows: slice,
@@ -169,24 +169,24 @@ def near_mask(
     n = rows.stop - rows.start
     near = torch.full((n, SP), 2, dtype=torch.int8, device=x.device)
     for e in reversed(range(E)):  # tiles that are decided return at once
-        px = pack(x[e : e + 1], nest, counts[0][e : e + 1])
-        py = pack(y[e : e + 1], nest, counts[1][e : e + 1])
+        px = pack(x[e : e + 1], bands, counts[0][e : e + 1])
+        py = pack(y[e : e + 1], bands, counts[1][e : e + 1])
         high = torch.nn.functional.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
-        fill(near, px, py, nest, rows.start, high, 1)
+        fill(near, px, py, bands, rows.start, high, 1)
     return near
 
 
 def fill(
-    out: Tensor, x: Packed, y: Packed, nest: Nest, row: int, ceiling: Tensor, mode: int
+    out: Tensor, x: Packed, y: Packed, bands: Bands, row: int, ceiling: Tensor, mode: int
 ) -> None:
     """A matrix over the pairs of one exit, rows from `row`."""
     options = options_of(CONFIGS, CONFIGS_FP32, "matrix", x.x.dtype)
     # As many columns a step as divide every prefix's end.
-    first, last = nest.whole
+    first, last = bands.whole
     options["BK"] = next(k for k in (64, 32, 16) if k <= options["BK"] and last % k == 0)
     _matrix_kernel[(out.shape[0] // options["BM"], out.shape[1] // options["BN"])](
         x.x, y.x, x.u, y.u, x.counts, y.counts, ceiling, out, row, x.x.shape[1], out.shape[1],
-        FROM=first, UNTIL=last, DP=nest.width, M=len(nest.starts), MODE=mode, **options,
+        FROM=first, UNTIL=last, DP=bands.width, M=len(bands.starts), MODE=mode, **options,
     )  # fmt: skip
 
 

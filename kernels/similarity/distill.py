@@ -10,7 +10,7 @@ Logit distillation as LEALLA has it (arXiv 2302.08387; its formula is not publis
 usual one), and the divergence between exits of Matryoshka2d losses where the teacher is the model's
 own deepest exit. No gradient flows to the teacher.
 
-KL splits into -H(p_i), log-partition of the student (`partition`), and -sum_j p_ij s_ij / T: the
+KL splits into -H(p_i), log-partition of the student (`pairwise_lse`), and -sum_j p_ij s_ij / T: the
 last, like the squared difference, is a sum over the same tiles as the contrastive loss, with one
 matrix beside it, the teacher's, made anew for a chunk of rows at a time. FLOPs: 2 Q C D_t more a
 pass than the loss.
@@ -22,7 +22,7 @@ from torch import Tensor
 from .._dispatch import check_impl, use_triton
 from ._checks import check_counts, check_vectors, scale_of
 from .cosine import unit
-from .pairwise_lse import NOTHING, WORKSPACE, partition, present
+from .pairwise_lse import NOTHING, WORKSPACE, pairwise_lse, present
 
 KINDS = ("mse", "kl")
 
@@ -145,7 +145,7 @@ def distill(
     n_c = present(cand_counts, E, C, q.device).sum(-1, keepdim=True)
     if kind == "mse":
         return sums_EMQ.sum(-1) / (n_q * n_c).clamp(min=1)
-    log_EMQ = partition(
+    log_EMQ = pairwise_lse(
         q,
         c,
         dims=dims,

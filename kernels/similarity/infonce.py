@@ -25,9 +25,9 @@ are closer to query i (or to its positive, where that is the anchor) than cos(q_
 (Qwen3-Embedding, 2506.05176). What is left out is decided once, by the deepest exit at which the
 texts are present at its full width, for all exits and prefixes; no gradient flows through it.
 
-With N the log-partition from `partition`, the loss is softplus(log N - z): its slope in z is
+With N the log-partition from `pairwise_lse`, the loss is softplus(log N - z): its slope in z is
 -sigmoid(log N - z), never a difference of two rounded numbers. This file is plain PyTorch over
-[E, M, Q]; what is quadratic in the batch is in partition.py.
+[E, M, Q]; what is quadratic in the batch is in pairwise_lse.py.
 """
 
 import math
@@ -42,7 +42,7 @@ from torch import Tensor
 from .._dispatch import check_impl
 from ._checks import check_indices, check_objective, check_vectors, scale_of
 from .cosine import cosine
-from .pairwise_lse import NOTHING, WORKSPACE, partition, present
+from .pairwise_lse import NOTHING, WORKSPACE, pairwise_lse, present
 
 
 def infonce_ref(
@@ -66,7 +66,7 @@ def infonce_ref(
     cand_counts: Tensor | Sequence[Tensor] | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
-    """The specification: `infonce` over the references of `partition` and `cosine`."""
+    """The specification: `infonce` over the references of `pairwise_lse` and `cosine`."""
     return infonce(**locals(), impl="reference")
 
 
@@ -263,7 +263,9 @@ def _rows(
     common: dict[str, Any],
 ) -> Tensor:
     row_keys, col_keys = keys
-    return partition(x, y, row_keys=row_keys, col_keys=col_keys, col_counts=col_counts, **common)[0]
+    return pairwise_lse(
+        x, y, row_keys=row_keys, col_keys=col_keys, col_counts=col_counts, **common
+    )[0]
 
 
 def _query_doc(
@@ -272,7 +274,7 @@ def _query_doc(
     """Of queries against each piece: rows, the positives' columns, the positives' cosines."""
     forward, backward, cos_EMQ = [], None, None
     for k, piece in enumerate(pairs.pieces):
-        rows_EMQ, cols_EMC, own_EMQ = partition(
+        rows_EMQ, cols_EMC, own_EMQ = pairwise_lse(
             pairs.q,
             piece,
             positive=pairs.target - pairs.starts[k],

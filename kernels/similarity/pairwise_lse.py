@@ -34,7 +34,7 @@ def present(counts: Tensor | None, E: int, n: int, device: torch.device) -> Tens
     return torch.arange(n, device=device) < counts[:, None]
 
 
-def partition_ref(
+def pairwise_lse_ref(
     x: Tensor,
     y: Tensor,
     *,
@@ -49,7 +49,7 @@ def partition_ref(
     columns: bool = False,
     workspace: int = WORKSPACE,
 ) -> Parts:
-    """The specification: one [R, S] matrix per exit and prefix. Arguments as in `partition`."""
+    """The specification: one [R, S] matrix per exit and prefix. Arguments as in `pairwise_lse`."""
     E, R, S = x.shape[0], x.shape[1], y.shape[1]
     # Half precision has a step of 0.06 at logit 16: products and sums are taken in fp32 or wider.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -111,7 +111,7 @@ def _too_similar(
     return drop
 
 
-def partition(
+def pairwise_lse(
     x: Tensor,
     y: Tensor,
     *,
@@ -151,7 +151,7 @@ def partition(
     if ceiling is not None and columns:
         raise ValueError("columns: expected False with ceilings, which belong to rows, got True")
     if not use_triton(impl, x):
-        return partition_ref(
+        return pairwise_lse_ref(
             x,
             y,
             dims=dims,
@@ -167,7 +167,7 @@ def partition(
         )
     from . import _lse_op as _partition_op  # imports triton, which not every platform has
 
-    rows, cols, own = _partition_op.partition_op(
+    rows, cols, own = _partition_op.pairwise_lse_op(
         x,
         y,
         scale,
@@ -184,7 +184,7 @@ def partition(
     return rows, cols if columns else None, None if positive is None else own
 
 
-def partition_backward(
+def pairwise_lse_backward(
     x: Tensor,
     y: Tensor,
     outputs: Parts,
@@ -202,13 +202,13 @@ def partition_backward(
     workspace: int = WORKSPACE,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dx [E, R, D], dy [E, S, D], dscale [E, M] of `partition`, by hand.
+    """Gradients dx [E, R, D], dy [E, S, D], dscale [E, M] of `pairwise_lse`, by hand.
 
     For callers that hand y through and keep no graph of it: what autograd would return, from
     nothing but the inputs and the outputs. Not differentiable.
 
     Args:
-        outputs: what `partition` returned for the other arguments, which are its own.
+        outputs: what `pairwise_lse` returned for the other arguments, which are its own.
         slopes: dL/d of each output, None where that is None.
 
     Raises:
@@ -238,7 +238,7 @@ def partition_backward(
             )
     with torch.enable_grad():
         x, y, scale = (t.detach().requires_grad_() for t in (x, y, scale))
-        again = partition_ref(
+        again = pairwise_lse_ref(
             x,
             y,
             dims=dims,

@@ -85,7 +85,7 @@ def main(
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
     encoder.max_tokens = max_tokens
-    given = vector_files.Kept(texts or source, keep_text)
+    given = vector_files.TextBuffer(texts or source, keep_text)
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(
             given,

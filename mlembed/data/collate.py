@@ -60,7 +60,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Of this process."""
-        return sum(pack.work.tokens for pack in self.packs)
+        return sum(pack.plan.tokens for pack in self.packs)
 
 
 def collate(

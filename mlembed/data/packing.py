@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlembed_kernels import Occurrences, Work
+from mlembed_kernels import AttentionPlan, TokenIndex
 
 
 @dataclass(frozen=True)
-class Kept:
+class SkipLayer:
     """Those that run through a layer which others skip (LayerSkip's dropout): no prefix.
 
     rows_T: int64, their tokens' rows. work: what attention has to compute among them.
     """
 
     rows_T: Tensor
-    work: Work
+    plan: AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -34,45 +34,45 @@ class PackedBatch:
     """N texts end to end, without padding, deepest first.
 
     ids_T: int64 [T] tokens. pos_T: int64 [T] position of each token in its own text.
-    occurrences: where each distinct token is, listed on the host once.
+    token_index: where each distinct token is, listed on the host once.
     live: (depth, work) by rising depth: up to that layer attention has that work, of a prefix of
     the texts. kept: of layers that some of these skip, by depth.
     """
 
     ids_T: Tensor
     pos_T: Tensor
-    occurrences: Occurrences
-    live: tuple[tuple[float, Work], ...]
-    kept: dict[int, Kept]
+    token_index: TokenIndex
+    live: tuple[tuple[float, AttentionPlan], ...]
+    kept: dict[int, SkipLayer]
 
     @property
-    def work(self) -> Work:
+    def plan(self) -> AttentionPlan:
         """Of all texts."""
         return self.live[0][1]
 
     @property
     def cu_seqlens(self) -> Tensor:
         """int32 [N + 1]; text i is ids_T[cu_seqlens[i]:cu_seqlens[i + 1]]."""
-        return self.work.cu_seqlens
+        return self.plan.cu_seqlens
 
-    def work_at(self, depth: int) -> Work | None:
+    def work_at(self, depth: int) -> AttentionPlan | None:
         """Of the texts that run through layer `depth` (1..), if any do."""
-        return next((work for until, work in self.live if depth <= until), None)
+        return next((plan for until, plan in self.live if depth <= until), None)
 
     def __len__(self) -> int:
-        return self.work.sequences
+        return self.plan.sequences
 
     def to(self, device: torch.device) -> "PackedBatch":
         kept = {
-            depth: Kept(some.rows_T.to(device, non_blocking=True), some.work.to(device))
+            depth: SkipLayer(some.rows_T.to(device, non_blocking=True), some.plan.to(device))
             for depth, some in self.kept.items()
         }
         return replace(
             self,
             ids_T=self.ids_T.to(device, non_blocking=True),
             pos_T=self.pos_T.to(device, non_blocking=True),
-            occurrences=self.occurrences.to(device),
-            live=tuple((until, work.to(device)) for until, work in self.live),
+            token_index=self.token_index.to(device),
+            live=tuple((until, plan.to(device)) for until, plan in self.live),
             kept=kept,
         )
 
@@ -100,35 +100,35 @@ def pack(
             f"texts: expected one or more, each of one or more tokens, got lengths {lengths[:20]}"
         )
     bounds = np.concatenate([[0], lengths.cumsum()])
-    live: list[tuple[float, Work]] = [(np.inf, Work.of(torch.from_numpy(bounds)))]
+    live: list[tuple[float, AttentionPlan]] = [(np.inf, AttentionPlan.of(torch.from_numpy(bounds)))]
     if depths is not None:
         if len(depths) != len(lengths) or (np.diff(depths) > 0).any() or depths[-1] < 1:
             raise ValueError(f"depths: expected one a text, falling, from 1 on, got {depths[:20]}")
         live = [(int(until), live[0][1]) for until in depths[-1:]]
         for until in np.unique(depths)[1:]:
             there = int((depths >= until).sum())
-            live.append((int(until), Work.of(torch.from_numpy(bounds[: there + 1]))))
+            live.append((int(until), AttentionPlan.of(torch.from_numpy(bounds[: there + 1]))))
     ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))
     positions = torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths))
-    packed = PackedBatch(ids, positions, Occurrences.of(ids), tuple(live), {})
+    packed = PackedBatch(ids, positions, TokenIndex.of(ids), tuple(live), {})
     if runs_LN is None:
         return packed
     return replace(packed, kept=_kept(packed, lengths, runs_LN))
 
 
-def _kept(batch: PackedBatch, lengths: np.ndarray, runs_LN: np.ndarray) -> dict[int, Kept]:
+def _kept(batch: PackedBatch, lengths: np.ndarray, runs_LN: np.ndarray) -> dict[int, SkipLayer]:
     kept = {}
     for depth, runs_N in enumerate(runs_LN, 1):
-        work = batch.work_at(depth)
-        if work is None:
+        plan = batch.work_at(depth)
+        if plan is None:
             break
-        runs_N = runs_N[: work.sequences].copy()
+        runs_N = runs_N[: plan.sequences].copy()
         runs_N[0] |= not runs_N.any()
         if runs_N.all():
             continue
         bounds = np.concatenate([[0], lengths[: len(runs_N)][runs_N].cumsum()])
         rows = np.flatnonzero(np.repeat(runs_N, lengths[: len(runs_N)]))
-        kept[depth] = Kept(torch.from_numpy(rows), Work.of(torch.from_numpy(bounds)))
+        kept[depth] = SkipLayer(torch.from_numpy(rows), AttentionPlan.of(torch.from_numpy(bounds)))
     return kept
 
 

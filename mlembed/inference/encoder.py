@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data import tokenizer
 from ..data.formats import readers
 from ..modeling import hf_config, pretrained
-from ..modeling.packed_forward import OneDevice, Window, process, progress_bar
+from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
 from ..runtime.workers import Workers, ahead, device_of
 from .vector_files import Quantiser
 
@@ -32,7 +32,7 @@ Size = int | None | Sequence[int | None]
 
 
 @dataclass
-class Encoder(OneDevice):
+class Encoder(DeviceEncoder):
     """A model with its tokenizer. prompts: texts to put before others, by name."""
 
     prompts: dict[str, str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Encoder(OneDevice):
             model.compile_blocks()
         return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))
 
-    def on(self, devices: Sequence[str], compile: bool = False) -> "Several":
+    def on(self, devices: Sequence[str], compile: bool = False) -> "ParallelEncoder":
         """Copies of this in a process each, one a device: what `with` gives encodes on all of them.
 
         Args:
@@ -84,7 +84,7 @@ class Encoder(OneDevice):
         for device in devices:
             device_of(device)
         own = {one.name: getattr(self, one.name) for one in fields(Encoder)}
-        return Several(**own, devices=tuple(devices), compile=compile)
+        return ParallelEncoder(**own, devices=tuple(devices), compile=compile)
 
     # ---- what is asked for ----
 
@@ -339,7 +339,7 @@ def _prompts(directory: Path) -> dict[str, str]:
 
 
 @dataclass
-class Several(Encoder):
+class ParallelEncoder(Encoder):
     """An encoder whose windows are dealt to processes, one a device; they live within `with`.
 
     `exits`, of all exits at once, is still of the model it was made from, in this process.
@@ -355,7 +355,9 @@ class Several(Encoder):
     def __enter__(self) -> Self:
         weights = {name: x.detach().cpu() for name, x in self.model.state_dict().items()}
         threads = max(1, torch.get_num_threads() // len(self.devices))
-        options = {one.name: getattr(self, one.name) for one in fields(OneDevice)} | {"model": None}
+        options = {one.name: getattr(self, one.name) for one in fields(DeviceEncoder)} | {
+            "model": None
+        }
         shared = self.model.cfg, weights, options, threads, self.compile
         made_of = [(device, *shared) for device in self.devices]
         self.workers = Workers(process, made_of, self.devices).__enter__()

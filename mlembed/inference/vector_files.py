@@ -30,7 +30,7 @@ Write = Callable[[np.ndarray, list[str]], None]
 
 
 @dataclass
-class Kept:
+class TextBuffer:
     """Texts in passing: those since the last `take` are kept, where they are wanted at all."""
 
     texts: Iterable[str]
@@ -173,7 +173,7 @@ def beside(path: Path) -> Path:
 
 
 def save(
-    path: Path, parts: Iterable[np.ndarray], texts: Kept, quantise: Quantiser, width: int
+    path: Path, parts: Iterable[np.ndarray], texts: TextBuffer, quantise: Quantiser, width: int
 ) -> str:
     """Arrays [n, ..] of vectors of `width` numbers, as `quantise` has made them, to a new file as
     `written` says; the ranges that it took from them `beside` it -> a line of what is there.

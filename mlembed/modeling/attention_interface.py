@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from mlembed_kernels import Work, attention
+from mlembed_kernels import AttentionPlan, attention
 
 # What else transformers hands to an attention function and would change its result.
 REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "output_attentions")
@@ -60,7 +60,7 @@ class Layout:
     """Where the tokens of a padded batch are, and what attention over them has to compute."""
 
     rows_T: Tensor | None  # int64 [T] in 0..B S; None: all of them, there is no padding
-    work: Work
+    plan: AttentionPlan
 
 
 @torch.compiler.disable
@@ -125,7 +125,7 @@ def _layout(
     B, S = shape
     given = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64)
     if numbers_BS is None and given is not None:
-        return Layout(None, Work.of(given).to(device))
+        return Layout(None, AttentionPlan.of(given).to(device))
     if numbers_BS is not None:
         numbers = numbers_BS.to("cpu", torch.int64)
     elif position_ids is not None:
@@ -145,7 +145,7 @@ def _layout(
             f"cu_seq_lens_q: expected the mask's {bounds.tolist()[:9]}, got {given.tolist()[:9]}"
         )
     rows_T = None if len(rows) == B * S else rows.to(device, non_blocking=True)
-    return Layout(rows_T, Work.of(bounds).to(device))
+    return Layout(rows_T, AttentionPlan.of(bounds).to(device))
 
 
 # ---- in every layer ----
@@ -189,12 +189,12 @@ def attend(
         layout = _layout((B, S), query.device, given, position_ids, cu_seqlens)
         if shared is not None:
             shared.layout = layout
-    rows_T, work = layout.rows_T, layout.work
+    rows_T, plan = layout.rows_T, layout.plan
     # Norms leave queries and keys in fp32 where autocast narrows values.
     q, k, v = (rearrange(x.to(value.dtype), "b h s k -> (b s) h k") for x in (query, key, value))
     if rows_T is not None:
         q, k, v = (x.index_select(0, rows_T) for x in (q, k, v))
-    out = attention(q, k, v, cu_seqlens=work.cu_seqlens, causal=causal, scale=scaling, work=work)
+    out = attention(q, k, v, cu_seqlens=plan.cu_seqlens, causal=causal, scale=scaling, plan=plan)
     if rows_T is not None:
         out = out.new_zeros(B * S, *out.shape[1:]).index_copy(0, rows_T, out)
     return rearrange(out, "(b s) h k -> b s h k", b=B), None

@@ -46,7 +46,7 @@ class Window:
 
 
 @dataclass
-class OneDevice:
+class DeviceEncoder:
     """A model with its tokenizer.
 
     max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch, of which a CPU
@@ -154,11 +154,11 @@ def progress_bar(count: int | None, progress: bool) -> tqdm:
 def _pinned(batch: PackedBatch) -> PackedBatch:
     """Copies of pinned memory do not wait for what the device is doing."""
     live = tuple(
-        (until, replace(work, buffer=work.buffer.pin_memory())) for until, work in batch.live
+        (until, replace(plan, buffer=plan.buffer.pin_memory())) for until, plan in batch.live
     )
-    tokens = replace(batch.occurrences, buffer=batch.occurrences.buffer.pin_memory())
+    tokens = replace(batch.token_index, buffer=batch.token_index.buffer.pin_memory())
     ids_T, pos_T = batch.ids_T.pin_memory(), batch.pos_T.pin_memory()
-    return replace(batch, ids_T=ids_T, pos_T=pos_T, occurrences=tokens, live=live)
+    return replace(batch, ids_T=ids_T, pos_T=pos_T, token_index=tokens, live=live)
 
 
 def process(
@@ -179,7 +179,7 @@ def process(
     model = model.to(where).eval()
     if compile:
         model.compile_blocks()
-    encoder = OneDevice(**options | {"model": model})
+    encoder = DeviceEncoder(**options | {"model": model})
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, left behind by who is made to end
     reading, encoding = threading.Lock(), threading.Lock()
     bar = progress_bar(None, False)

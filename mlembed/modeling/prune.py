@@ -56,7 +56,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class Kept:
+class Selection:
     """What stays. layers: rising, from 1 on. width_D: int64, rising coordinates. units: int64,
     rising, of each kept layer; as many in each."""
 
@@ -81,7 +81,7 @@ def spread(layers: int, keep: int) -> tuple[int, ...]:
     return tuple(1 + (2 * i * (layers - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))
 
 
-def prune(model: Transformer, kept: Kept) -> Transformer:
+def prune(model: Transformer, kept: Selection) -> Transformer:
     """A copy with the kept layers, coordinates and units, fp32, on the CPU.
 
     Exits: where the kept layers are the first ones, those among them and the last, as
@@ -163,7 +163,7 @@ def choose(
     ffn: int,
     by: By = "first",
     batches: Iterable[PackedBatch] = (),
-) -> Kept:
+) -> Selection:
     """The `width` coordinates and, in each kept layer, the `ffn` units that score highest.
 
     Scores by `by`, float64; of equal ones the first is kept.
@@ -197,7 +197,7 @@ def choose(
         of_width = -torch.arange(D, dtype=torch.float64)
         of_units = [-torch.arange(inner, dtype=torch.float64)] * cfg.num_hidden_layers
     units = tuple(_highest(of_units[layer - 1], ffn) for layer in layers)
-    return Kept(tuple(layers), _highest(of_width, width), units)
+    return Selection(tuple(layers), _highest(of_width, width), units)
 
 
 def _highest(scores: Tensor, keep: int) -> Tensor:
@@ -252,7 +252,7 @@ def _activations(
     with _watched(model, stream, units):
         for batch in batches:
             model(batch.to(model.device), exits=[L])
-            tokens += batch.work.tokens
+            tokens += batch.plan.tokens
     return stream, units, tokens
 
 

@@ -25,11 +25,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mlembed_kernels import Work, attention
+from mlembed_kernels import AttentionPlan, attention
 
 from .. import config
 from ..config import strict
-from ..data.packing import Kept, PackedBatch
+from ..data.packing import PackedBatch, SkipLayer
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, wide
 from .vocabulary import Vocabulary
 
@@ -183,36 +183,36 @@ class Transformer(nn.Module):
         exits = self.cfg.exits if exits is None else exits
         strict.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
         self.cfg.check(rank=rank)
-        x_TD = self.embed_tokens(batch.ids_T, rank, batch.occurrences)
+        x_TD = self.embed_tokens(batch.ids_T, rank, batch.token_index)
         if self.cfg.style == "bert":
             most = self.cfg.max_position_embeddings
-            if batch.work.max_seqlen > most:
-                got = batch.work.max_seqlen
+            if batch.plan.max_seqlen > most:
+                got = batch.plan.max_seqlen
                 raise ValueError(f"texts: expected at most {most} tokens (positions), got {got}")
             x_TD = self.embed_places(x_TD, batch.pos_T)
         tables = self.rotation(batch.pos_T)
         pooled = []
         for depth, layer in enumerate(self.layers[: exits[-1]], 1):
-            work = batch.work_at(depth)
-            if work is None:
+            plan = batch.work_at(depth)
+            if plan is None:
                 break
             run: Callable[..., Tensor] = self._kept if depth in batch.kept else self.block
             early = depth == exits[-1] and self._ends_early and depth not in batch.kept
             if early:
-                run = partial(self.block, rows_N=self._rows(work))
+                run = partial(self.block, rows_N=self._rows(plan))
             again = depth <= recompute and torch.is_grad_enabled()
-            x_TD = layer(x_TD, run, tables, batch.kept.get(depth, work), recompute=again)
+            x_TD = layer(x_TD, run, tables, batch.kept.get(depth, plan), recompute=again)
             further = batch.work_at(depth + 1) if depth < exits[-1] else None
             staying = 0 if further is None else further.tokens
             if depth in exits:
                 if early:
                     here_nD = self._pooled(x_TD)
                 else:
-                    x_TD, here_nD = self._exit(x_TD, work, staying)
+                    x_TD, here_nD = self._exit(x_TD, plan, staying)
                 # Padding at the end: who has left comes last.
-                pooled.append(F.pad(here_nD, (0, 0, 0, len(batch) - work.sequences)))
+                pooled.append(F.pad(here_nD, (0, 0, 0, len(batch) - plan.sequences)))
             elif staying < len(x_TD):
-                x_TD, _ = Exit.apply(x_TD, work.cu_seqlens[:0].long(), staying)
+                x_TD, _ = Exit.apply(x_TD, plan.cu_seqlens[:0].long(), staying)
         if len(pooled) < len(exits):  # deeper than any of the texts
             nobody_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))
             pooled += [nobody_ND] * (len(exits) - len(pooled))
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
         layer: nn.Module,
         x_TD: Tensor,
         tables: tuple[Tensor, ...],
-        work: Work,
+        plan: AttentionPlan,
         rows_N: Tensor | None = None,
     ) -> Tensor:
         """One layer over the first work.tokens rows of a pack; tables: what `rotation` gives.
@@ -245,21 +245,21 @@ class Transformer(nn.Module):
             q,
             k,
             v,
-            cu_seqlens=work.cu_seqlens,
+            cu_seqlens=plan.cu_seqlens,
             causal=self.cfg.causal,
             impl=self.cfg.attention,
-            work=work,
+            plan=plan,
         )
         if rows_N is not None:
             x_TD, out_THK = x_TD[rows_N], out_THK[rows_N]
         return self._after(layer, x_TD, out_THK)
 
     def _kept(
-        self, layer: nn.Module, x_TD: Tensor, tables: tuple[Tensor, ...], kept: Kept
+        self, layer: nn.Module, x_TD: Tensor, tables: tuple[Tensor, ...], kept: SkipLayer
     ) -> Tensor:
         """A layer that some of the texts skip: it is run on the others, gathered."""
         theirs = tuple(table[kept.rows_T] for table in tables)
-        some_tD = self.block(layer, x_TD[kept.rows_T], theirs, kept.work)
+        some_tD = self.block(layer, x_TD[kept.rows_T], theirs, kept.plan)
         return x_TD.index_copy(0, kept.rows_T, some_tD)
 
     def rotation(self, pos_T: Tensor) -> tuple[Tensor, ...]:
@@ -276,25 +276,25 @@ class Transformer(nn.Module):
         dtype = wide(self.dtype)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def _exit(self, x_TD: Tensor, work: Work, staying: int) -> tuple[Tensor, Tensor]:
+    def _exit(self, x_TD: Tensor, plan: AttentionPlan, staying: int) -> tuple[Tensor, Tensor]:
         """x_TD of those who go on, and fp32 [n, D] of the n texts that are here.
 
         For one-token poolings only that token's row is normed, or pooled by the pooler.
         """
         if self.cfg.pooling == "mean":
-            begin, end = work.cu_seqlens[:-1].long(), work.cu_seqlens[1:].long()
+            begin, end = plan.cu_seqlens[:-1].long(), plan.cu_seqlens[1:].long()
             pooled = torch.segment_reduce(
                 self._normed(x_TD), "mean", lengths=end - begin, axis=0, unsafe=True
             )
             x_TD, _ = Exit.apply(x_TD, end[:0], staying)
             return x_TD, pooled
-        x_TD, pooled = Exit.apply(x_TD, self._rows(work), staying)
+        x_TD, pooled = Exit.apply(x_TD, self._rows(plan), staying)
         return x_TD, self._pooled(pooled)
 
-    def _rows(self, work: Work) -> Tensor:
+    def _rows(self, plan: AttentionPlan) -> Tensor:
         """int64 [n], which token's row stands for each text, of one-token poolings."""
         last = self.cfg.pooling == "last"
-        return work.cu_seqlens[1:].long() - 1 if last else work.cu_seqlens[:-1].long()
+        return plan.cu_seqlens[1:].long() - 1 if last else plan.cu_seqlens[:-1].long()
 
     def _pooled(self, rows_nD: Tensor) -> Tensor:
         normed = self._normed(rows_nD)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mlembed_kernels import Occurrences, embed
+from mlembed_kernels import TokenIndex, embed
 
 from .. import config
 from ..runtime.files import flush
@@ -36,15 +36,15 @@ class Vocabulary(nn.Module):
             self.weight = nn.Parameter(torch.empty(V, D))
 
     def forward(
-        self, ids_T: Tensor, rank: int | None, occurrences: Occurrences | None = None
+        self, ids_T: Tensor, rank: int | None, token_index: TokenIndex | None = None
     ) -> Tensor:
         """-> [T, D] in the weights' dtype, or autocast's."""
         if self.ranks:
             rank = self.ranks[-1] if rank is None else rank
-            return embed(ids_T, self.U, self.W, rank, occurrences=occurrences)
+            return embed(ids_T, self.U, self.W, rank, token_index=token_index)
         V = len(self.weight)
-        if occurrences is not None and not 0 <= occurrences.lowest <= occurrences.highest < V:
-            found = f"{occurrences.lowest}..{occurrences.highest}"
+        if token_index is not None and not 0 <= token_index.lowest <= token_index.highest < V:
+            found = f"{token_index.lowest}..{token_index.highest}"
             raise ValueError(f"ids: expected tokens in 0..{V - 1}, got {found}")
         rows_TD = F.embedding(ids_T, self.weight)
         if torch.is_autocast_enabled(ids_T.device.type):

@@ -103,10 +103,10 @@ def gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """
     if len(sizes) == 1:
         return [x]
-    # Collectives move equal shapes: shorter slabs are filled up with rows that are cut off again.
+    # Collectives move equal shapes: shorter shards are filled up with rows that are cut off again.
     filled = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
-    slabs = _Gather.apply(filled, len(sizes)).unbind()
-    return [slab[:, :n] for slab, n in zip(slabs, sizes, strict=True)]
+    shards = _Gather.apply(filled, len(sizes)).unbind()
+    return [shard[:, :n] for shard, n in zip(shards, sizes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):

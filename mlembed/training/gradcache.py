@@ -35,7 +35,7 @@ SHARE = 0.8  # of what the probe finds free: the rest is for the loss, buckets a
 
 
 @dataclass(frozen=True)
-class Kept:
+class ActivationCost:
     """Bytes that a block keeps for a pack of T tokens: fixed + T per_token; recomputed, T input."""
 
     fixed: float  # weights in another dtype
@@ -43,7 +43,7 @@ class Kept:
     input: float
 
     @staticmethod
-    def by(model: Transformer, bf16: bool) -> "Kept":
+    def by(model: Transformer, bf16: bool) -> "ActivationCost":
         """Measured: what autograd saves of one block, as this machine, dtype and compiler have it.
 
         Args:
@@ -52,7 +52,9 @@ class Kept:
         small, large = (_saved(model, tokens, bf16) for tokens in SIZES)
         per_token = (large - small) / (SIZES[1] - SIZES[0])
         width = 2 if bf16 else model.dtype.itemsize
-        return Kept(small - SIZES[0] * per_token, per_token, width * model.cfg.hidden_size)
+        return ActivationCost(
+            small - SIZES[0] * per_token, per_token, width * model.cfg.hidden_size
+        )
 
     def blocks(self, packs: Sequence[PackedBatch], layers: int, budget: float) -> int:
         """How many layers, from the first on, to recompute for all packs to keep `budget` bytes.
@@ -61,8 +63,8 @@ class Kept:
         """
         whole, light = [], []
         for depth in range(1, layers + 1):
-            works = [work for one in packs if (work := one.work_at(depth)) is not None]
-            tokens = sum(work.tokens for work in works)
+            works = [plan for one in packs if (plan := one.work_at(depth)) is not None]
+            tokens = sum(plan.tokens for plan in works)
             whole.append(len(works) * self.fixed + tokens * self.per_token)
             light.append(tokens * self.input)
         kept = sum(whole)
@@ -74,7 +76,7 @@ class Kept:
 
 
 def recomputed(
-    run: config.Run, kept: Kept | None, packs: Sequence[PackedBatch], budget: float
+    run: config.Run, kept: ActivationCost | None, packs: Sequence[PackedBatch], budget: float
 ) -> int:
     """The layers to recompute in a step of these packs, as configured, for `budget` bytes."""
     layers = run.model.num_hidden_layers
@@ -90,7 +92,7 @@ def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
     dtype = torch.bfloat16 if bf16 else model.dtype
     x_TD = torch.ones(tokens, model.cfg.hidden_size, device=model.device, dtype=dtype)
     tables = model.rotation(batch.pos_T)
-    shared = [*model.parameters(), *tables, batch.work.buffer]  # not a block's own
+    shared = [*model.parameters(), *tables, batch.plan.buffer]  # not a block's own
     known = {x.untyped_storage().data_ptr() for x in shared}
     found: dict[int, int] = {}
 
@@ -103,7 +105,7 @@ def _saved(model: Transformer, tokens: int, bf16: bool) -> int:
     autocast = torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
     keeping = saved_tensors_hooks(note, lambda x: x)
     with mode(model, training=True), torch.enable_grad(), autocast, keeping:
-        out = model.block(model.layers[0], x_TD.requires_grad_(), tables, batch.work)
+        out = model.block(model.layers[0], x_TD.requires_grad_(), tables, batch.plan)
     total = sum(found.values())
     del out  # only now: memory of what is kept is nobody else's
     return total
@@ -149,7 +151,7 @@ def gradients(
 
 
 def keeping(
-    run: config.Run, kept: Kept | None, packs: Sequence[PackedBatch], budget: float
+    run: config.Run, kept: ActivationCost | None, packs: Sequence[PackedBatch], budget: float
 ) -> tuple[list[bool], list[int], int]:
     """Which packs keep their graphs, how many layers of each are recomputed, and the final pack.
 
@@ -162,7 +164,7 @@ def keeping(
     """
     layers = run.model.num_hidden_layers
     deepest = [i for i, pack in enumerate(packs) if pack.work_at(layers) is not None]
-    final = min(deepest, key=lambda i: packs[i].work.tokens)
+    final = min(deepest, key=lambda i: packs[i].plan.tokens)
     if not run.gradient_cache:
         again = recomputed(run, kept, packs, budget)
         return [True] * len(packs), [again] * len(packs), final
@@ -178,13 +180,13 @@ def keeping(
     return keeps, each, final
 
 
-def graph_bytes(kept: Kept, pack: PackedBatch, recompute: int, layers: int) -> float:
+def graph_bytes(kept: ActivationCost, pack: PackedBatch, recompute: int, layers: int) -> float:
     """Bytes that a pack's graph holds when its first `recompute` layers are computed again."""
     total = 0.0
     for depth in range(1, layers + 1):
-        if (work := pack.work_at(depth)) is not None:
+        if (plan := pack.work_at(depth)) is not None:
             light = depth <= recompute
-            total += work.tokens * (kept.input if light else kept.per_token)
+            total += plan.tokens * (kept.input if light else kept.per_token)
             total += 0.0 if light else kept.fixed
     return total
 

@@ -35,7 +35,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def advice(
+def oom_advice(
     error: Exception, run: config.Run, step: int, tokens: int, graphs: float, free: float
 ) -> str:
     """Which knob to turn after `out_of_memory`, and to what.

@@ -32,7 +32,7 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
         return directory, None
     if not saved.is_file():
         raise ValueError(f"{directory}: expected a run to resume, found none")
-    before, now = (resumable(r) for r in (config.load(saved), run))
+    before, now = (fields_to_match(r) for r in (config.load(saved), run))
     differing = set(strict.differences(before, now)) - set(run.allow_changed)
     if differing:
         raise ValueError(
@@ -51,7 +51,7 @@ def step_of(found: Path | None) -> int:
     return int(found.name.removeprefix("step_")) if found else 0
 
 
-def resumable(run: config.Run) -> dict[str, Any]:
+def fields_to_match(run: config.Run) -> dict[str, Any]:
     """What has to be the same to go on with a run. What fits a machine has not: the next one may
     lack an attention or a compiler, have less memory, or be more of them."""
     plain = config.Run()

@@ -29,13 +29,13 @@ from ..data.formats import layouts
 from ..data.streams import name_of
 from ..data.tables import MIN_SCORE, Table
 from ..modeling import hf_config, pretrained, vocabulary
-from ..modeling.packed_forward import OneDevice, progress_bar
+from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log
 from ..runtime.distributed import World, any_process
 from . import gradcache
 from .engine import Engine
-from .gradcache import Kept
+from .gradcache import ActivationCost
 from .objective.bank import Bank
 from .objective.distill import Distiller
 from .objective.teacher import Stored, Teacher
@@ -200,7 +200,7 @@ def bf16(run: config.Run, device: torch.device) -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
+def describe_run(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
     """Processes, precision, and by what each expensive operation is computed."""
     cuda = where.device.type == "cuda"
     attention = run.model.attention
@@ -220,7 +220,7 @@ def what_runs(run: config.Run, where: World, half: bool, compiled: bool, budget:
         f"{where.size} x {where.device.type}{spread}, "
         f"{'bf16 autocast' if half else 'fp32'}{weights}; "
         f"attention by {attention}, "
-        "loss (partition, cosine) and embed by "
+        "loss (pairwise_lse, cosine) and embed by "
         f"{'triton' if cuda else 'their PyTorch references'}, "
         f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
     )
@@ -245,7 +245,7 @@ class Job:
     bf16: bool  # autocast
     engine: Engine
     optimizer: torch.optim.Optimizer
-    kept: Kept | None
+    kept: ActivationCost | None
     budget: float
     bank: Bank | None
     teacher: Teacher | None
@@ -285,11 +285,11 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
     if run.model.attention != "auto":  # one that is not to be had says so before the run begins
-        encoder = OneDevice(model, learnt, run.max_length, bf16=half)
+        encoder = DeviceEncoder(model, learnt, run.max_length, bf16=half)
         ids = tokenizer.tokenize(learnt, ["a text"], run.max_length)
         encoder.run(ids, list(run.model.exits), None, lambda v, _: v, progress_bar(None, False))
     limited = run.gradient_cache or run.activation_checkpointing == "selective"
-    kept = Kept.by(model, half) if limited else None
+    kept = ActivationCost.by(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
     engine = Engine.of(model, run, where, half)
     optimizer = adamw(model, run.optim)
@@ -311,7 +311,7 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
     )
     if teacher is not None:
         out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
-    out.say(f"run    {what_runs(run, where, half, compiled, budget)}")
+    out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
     )

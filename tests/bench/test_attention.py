@@ -335,7 +335,7 @@ def test_rope_and_qk_norm_by_themselves():
 def test_the_gate_sees(wrong, monkeypatch):
     calls = iter(range(1000))
 
-    def faulty(q, k, v, impl, work, **options):
+    def faulty(q, k, v, impl, plan, **options):
         out = attention_ref(q, k, v, **options)
         if wrong == "nothing":
             return out
@@ -483,7 +483,7 @@ def test_times_become_targets(capsys, monkeypatch):
     monkeypatch.setattr(bench, "BREAKDOWN", ())
     monkeypatch.setattr(worker, "MS", 1.0)
 
-    def quick(q, k, v, impl, work, **options):
+    def quick(q, k, v, impl, plan, **options):
         return attention_ref(q, k, v, **options)
 
     monkeypatch.setattr(bench, "attention", quick)

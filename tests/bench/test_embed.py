@@ -204,7 +204,7 @@ def test_times_become_targets(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"step": toy})
     monkeypatch.setattr(bench, "BREAKDOWN", ())
     monkeypatch.setattr(worker, "MS", 1.0)
-    quick = lambda ids, U, W, rank, impl, occurrences: embed_ref(ids, U, W, rank)  # noqa: E731
+    quick = lambda ids, U, W, rank, impl, token_index: embed_ref(ids, U, W, rank)  # noqa: E731
     monkeypatch.setattr(bench, "embed", quick)
     worker_of(smoke=False).case("step")
     rows = [r for r in said(capsys) if r["kind"] == "row"]

@@ -19,7 +19,7 @@ from bench import report, worker
 from bench.train_step import cases
 from bench.train_step import gate as checked
 from mlembed.modeling.transformer import Transformer
-from mlembed.training.gradcache import Kept
+from mlembed.training.gradcache import ActivationCost
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -69,12 +69,12 @@ def test_names_are_one_anothers():
 
 def test_one_more_forward_by_hand():
     """fit: 49,967 tokens of 28 layers; 15,728,640 weights, 3072 columns of heads in each."""
-    S, work = 49_967 * 28, bench.again_work(bench.CASES["fit"])
+    S, plan = 49_967 * 28, bench.again_work(bench.CASES["fit"])
     assert cases.tokens(bench.CASES["fit"]) == 49_967
-    assert work["products"][0] == 2 * 15_728_640 * S
-    assert work["point-wise"] == (0.0, 2 * (9 * 1024 + 2 * 3072 + 3 * 3072) * S)
+    assert plan["products"][0] == 2 * 15_728_640 * S
+    assert plan["point-wise"] == (0.0, 2 * (9 * 1024 + 2 * 3072 + 3 * 3072) * S)
     pairs = sum(n * (n + 1) / 2 for n in cases.lengths(bench.CASES["fit"])) * 28
-    assert work["attention"] == pytest.approx((4 * 16 * 128 * pairs, 2 * 2 * 3072 * S))
+    assert plan["attention"] == pytest.approx((4 * 16 * 128 * pairs, 2 * 2 * 3072 * S))
     floors = bench.floors(bench.CASES["fit"], "fwd+bwd", 788, 4247)
     plain = cases.floors(bench.CASES["fit"], "fwd+bwd", 788, 4247)
     assert {k: v for k, v in floors.items() if k != bench.AGAIN} == plain
@@ -90,18 +90,18 @@ def test_the_log_says_what_the_functions_say():
              if row[0] in bench.CASES}  # fmt: skip
     assert len(table) == 7 * len(bench.CASES)
     for name, case in bench.CASES.items():
-        work, again = cases.stage_work(case), bench.again_work(case).values()
-        floors = {stage: max(a / 788e9, b / 4247e6) for stage, (a, b) in work.items()}
+        plan, again = cases.stage_work(case), bench.again_work(case).values()
+        floors = {stage: max(a / 788e9, b / 4247e6) for stage, (a, b) in plan.items()}
         floors[bench.AGAIN] = sum(max(a / 788e9, b / 4247e6) for a, b in again)
-        work[bench.AGAIN] = tuple(sum(x) for x in zip(*again, strict=True))
-        for stage, (products, size) in work.items():
+        plan[bench.AGAIN] = tuple(sum(x) for x in zip(*again, strict=True))
+        for stage, (products, size) in plan.items():
             wanted = [products / 1e12, size / 1e9, floors[stage]]
             assert table[name, stage] == pytest.approx(wanted, abs=0.0051), (name, stage)
 
 
 def test_budgets_keep_what_the_cases_say():
     """By the log's 45,224 bytes a token and layer and bf16 weights: graphs of fit, and of big."""
-    kept = Kept(2 * 15_728_640, 45_224, 2048)
+    kept = ActivationCost(2 * 15_728_640, 45_224, 2048)
     for name, keep, packs, graphs in (("fit", "half", 4, 2), ("big", "budget", 164, 2)):
         case = bench.CASES[name]
         _, some = bench.inputs(case, CPU, 0).packs(False)

@@ -88,7 +88,7 @@ def test_a_row_is_what_was_measured(toy):
         assert "ms" not in bench.measure(case, data, mode)
     found = bench.parts(data, 3)
     assert {"draw", "share out", "pack"} <= set(found) and min(found.values()) > 0
-    assert found["of it work lists"] + found["of it occurrences"] < found["pack"]
+    assert found["of it attention plan"] + found["of it token index"] < found["pack"]
 
 
 def test_targets_compare_two_workers_with_the_step():

@@ -144,29 +144,29 @@ def test_texts_are_what_the_packs_hold():
 
 def test_floors_by_hand():
     case = bench.CASES["step"]
-    work = cases.stage_work(case)
+    plan = cases.stage_work(case)
     T, S = 73_419, 28 * 73_419
     matrices = 28 * (1024 * 128 * (16 + 8 + 8 + 16) + 3 * 1024 * 3072)
     assert matrices == 440_401_920
-    assert work["products"][0] == cases.flops(case, "fwd+bwd") == 6 * matrices * T
-    assert work["products"][1] == 3 * 2 * S * (
+    assert plan["products"][0] == cases.flops(case, "fwd+bwd") == 6 * matrices * T
+    assert plan["products"][1] == 3 * 2 * S * (
         (1024 + 4096) + (2048 + 1024) + (1024 + 6144) + (3072 + 1024)  # ins and outs, one by one
     )
     pairs = sum(n * (n + 1) // 2 for n in cases.lengths(case)) * 28
     assert pairs == 7_531_750 * 28
-    assert work["attention"] == (3.5 * 4 * 16 * 128 * pairs, 2 * (5 * 16 + 6 * 8) * 128 * S)
-    assert work["point-wise"] == (0, 2 * S * (17 * 1024 + 5 * 24 * 128 + 8 * 3072))
-    assert work["optimiser"] == (0, 40 * (151_936 * 1024 + matrices + 28 * (2048 + 256) + 1024))
-    assert work["loss"] == (7 * 6 * 64 * 512 * 1024, 7 * 6 * (64 + 512) * 1024)
+    assert plan["attention"] == (3.5 * 4 * 16 * 128 * pairs, 2 * (5 * 16 + 6 * 8) * 128 * S)
+    assert plan["point-wise"] == (0, 2 * S * (17 * 1024 + 5 * 24 * 128 + 8 * 3072))
+    assert plan["optimiser"] == (0, 40 * (151_936 * 1024 + matrices + 28 * (2048 + 256) + 1024))
+    assert plan["loss"] == (7 * 6 * 64 * 512 * 1024, 7 * 6 * (64 + 512) * 1024)
     n = len(set(np.concatenate(cases.Texts(case, CPU).rows).tolist()))
-    assert work["embedding"] == (0, 4 * 1024 * (n + T + 151_936))
+    assert plan["embedding"] == (0, 4 * 1024 * (n + T + 151_936))
     nested = cases.stage_work(bench.CASES["step_nested"])["embedding"]
     factors = 4 * 512 * (n + 1024), 4 * 512 * (151_936 + 1024)
     assert nested == (6 * n * 512 * 1024, 2 * factors[0] + 4 * T * 1024 + factors[1])
     floors = cases.floors(case, "fwd+bwd", 788, 4247)
     assert floors["products"] == pytest.approx(6 * matrices * T / 788e9)
-    assert floors["attention"] == pytest.approx(work["attention"][1] / 4247e6)  # bytes decide
-    assert cases.nbytes(case, "fwd+bwd") == sum(size for _, size in work.values())
+    assert floors["attention"] == pytest.approx(plan["attention"][1] / 4247e6)  # bytes decide
+    assert cases.nbytes(case, "fwd+bwd") == sum(size for _, size in plan.values())
 
 
 def test_work_of_a_bert_by_hand():

@@ -286,7 +286,7 @@ def test_layer_dropout_rises_with_steps(make):
     last, texts = batches.run.model.num_hidden_layers, 2 * 64
     for number in range(8):
         runs = sum(
-            pack.kept[last].work.sequences if last in pack.kept else len(pack)
+            pack.kept[last].plan.sequences if last in pack.kept else len(pack)
             for pack in batches[number].packs
         )
         p = 0.8 * (2 ** (number // 2 / 4) - 1)
@@ -514,7 +514,7 @@ def test_texts_are_cut_to_max_length(make, tables, learnt):
     assert batches.truncated == [len(table.texts) for table in tables]
     assert make().truncated == [0, 0] and make().names == ["pairs", "nway"]
     for packed in batches[0].packs:
-        assert packed.work.max_seqlen == 3
+        assert packed.plan.max_seqlen == 3
         ends = packed.cu_seqlens[1:].long() - 1
         assert (packed.ids_T[ends] == learnt.token_to_id(tokenizer.EOS)).all()
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from mlembed.data.collate import collate
 from mlembed.data.packing import budgeted, pack, packs, shared_out
-from mlembed_kernels import Work
+from mlembed_kernels import AttentionPlan
 
 # One token, a prime, equal neighbours, a long one: boundaries off by one show in each.
 LENGTHS = (3, 1, 7, 1, 1, 64, 2)
@@ -27,7 +27,7 @@ def test_pack_gives_every_text_back(texts):
     for text, begin, end in zip(texts, bounds[:-1], bounds[1:], strict=True):
         assert batch.ids_T[begin:end].tolist() == text.tolist()
         assert batch.pos_T[begin:end].tolist() == list(range(len(text)))
-    assert batch.work.max_seqlen == 64 and type(batch.work.max_seqlen) is int
+    assert batch.plan.max_seqlen == 64 and type(batch.plan.max_seqlen) is int
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
@@ -47,25 +47,25 @@ def test_pack_copies(texts):
 
 def test_to_moves_everything(texts):
     batch = pack(texts).to(torch.device("meta"))
-    tensors = (batch.ids_T, batch.pos_T, batch.cu_seqlens, batch.work.buffer)
+    tensors = (batch.ids_T, batch.pos_T, batch.cu_seqlens, batch.plan.buffer)
     assert {t.device.type for t in tensors} == {"meta"}
-    assert len(batch) == len(texts) and batch.work.max_seqlen == 64
+    assert len(batch) == len(texts) and batch.plan.max_seqlen == 64
 
 
 def test_the_work_of_attention_is_listed_once(texts):
     batch = pack(texts)
-    assert batch.work.tokens == len(batch.ids_T) and batch.work.sequences == len(texts)
-    assert batch.cu_seqlens.data_ptr() == batch.work.buffer.data_ptr()  # no second copy of it
-    assert torch.equal(batch.work.buffer, Work.of(batch.cu_seqlens).buffer)
+    assert batch.plan.tokens == len(batch.ids_T) and batch.plan.sequences == len(texts)
+    assert batch.cu_seqlens.data_ptr() == batch.plan.buffer.data_ptr()  # no second copy of it
+    assert torch.equal(batch.plan.buffer, AttentionPlan.of(batch.cu_seqlens).buffer)
 
 
 def test_worker_processes_hand_it_over(texts):
     loader = DataLoader([pack(texts), pack(texts[:1])], batch_size=None, num_workers=1)
     for got, want in zip(loader, (pack(texts), pack(texts[:1])), strict=True):
-        assert len(got) == len(want) and got.work.max_seqlen == want.work.max_seqlen
+        assert len(got) == len(want) and got.plan.max_seqlen == want.plan.max_seqlen
         assert torch.equal(got.ids_T, want.ids_T) and torch.equal(got.pos_T, want.pos_T)
-        assert torch.equal(got.work.buffer, want.work.buffer)
-        assert got.work.counts == want.work.counts
+        assert torch.equal(got.plan.buffer, want.plan.buffer)
+        assert got.plan.counts == want.plan.counts
 
 
 def test_nothing_to_pool_is_an_error():
@@ -112,16 +112,16 @@ def test_those_that_are_there_are_a_prefix(texts):
     assert torch.equal(batch.ids_T, whole.ids_T) and torch.equal(batch.pos_T, whole.pos_T)
     assert [until for until, _ in batch.live] == [1, 2, 4]
     for depth, there in {1: 7, 2: 5, 3: 3, 4: 3}.items():
-        work = batch.work_at(depth)
-        assert work.sequences == there and work.tokens == sum(LENGTHS[:there])
-        assert torch.equal(work.buffer, Work.of(whole.cu_seqlens[: there + 1]).buffer)
+        plan = batch.work_at(depth)
+        assert plan.sequences == there and plan.tokens == sum(LENGTHS[:there])
+        assert torch.equal(plan.buffer, AttentionPlan.of(whole.cu_seqlens[: there + 1]).buffer)
     assert batch.work_at(5) is None
-    assert whole.work_at(1) is whole.work_at(1000) is whole.work
+    assert whole.work_at(1) is whole.work_at(1000) is whole.plan
 
 
 def test_all_of_one_depth(texts):
     batch = pack(texts, np.full(7, 3))
-    assert batch.work_at(3) is batch.work and batch.work_at(4) is None
+    assert batch.work_at(3) is batch.plan and batch.work_at(4) is None
 
 
 def test_texts_that_skip_a_layer(texts):
@@ -137,7 +137,7 @@ def test_texts_that_skip_a_layer(texts):
         kept = batch.kept[depth]
         rows = [row for i in who for row in range(bounds[i], bounds[i + 1])]
         assert kept.rows_T.tolist() == rows
-        assert kept.work.cu_seqlens.diff().tolist() == [LENGTHS[i] for i in who]
+        assert kept.plan.cu_seqlens.diff().tolist() == [LENGTHS[i] for i in who]
     assert runs[1].any() == False  # noqa: E712  the caller's array is as it was
 
 
@@ -285,10 +285,10 @@ def test_collated_texts_skip_the_layers_that_were_drawn_for_them(max_tokens):
     checked = 0
     for one in batch.packs:
         for depth in (1, 2):
-            work = one.work_at(depth)
-            if work is None:
+            plan = one.work_at(depth)
+            if plan is None:
                 continue
-            there = dict.fromkeys(one.ids_T[: work.tokens].tolist())
+            there = dict.fromkeys(one.ids_T[: plan.tokens].tolist())
             kept = one.kept.get(depth)
             ran = there if kept is None else dict.fromkeys(one.ids_T[kept.rows_T].tolist())
             want = [i for i in there if runs_LN[depth - 1, i]]

@@ -234,7 +234,7 @@ def test_tokens_are_cut_and_have_prompts(make, learnt):
     assert all(text.startswith(("read: positive", "read: negative")) for text in texts[4:])
     for packed in make(max_length=3)[0].packs:
         ends = packed.cu_seqlens[1:].long() - 1
-        assert packed.work.max_seqlen == 3
+        assert packed.plan.max_seqlen == 3
         assert (packed.ids_T[ends] == learnt.token_to_id(tokenizer.EOS)).all()
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlembed.data.formats import readers
 from mlembed.data.formats.readers import Texts
 from mlembed.inference import vector_files
-from mlembed.inference.vector_files import Kept, Quantiser
+from mlembed.inference.vector_files import Quantiser, TextBuffer
 
 
 def written(path, content: bytes) -> str:
@@ -172,11 +172,11 @@ def test_a_named_pipe_is_a_file(tmp_path):
 
 
 def test_texts_in_passing():
-    kept = Kept(["a", "b", "c"], True)
+    kept = TextBuffer(["a", "b", "c"], True)
     passing = iter(kept)
     assert [next(passing), next(passing)] == ["a", "b"]
     assert kept.take(1) == ["a"] and [*passing] == ["c"] and kept.take(2) == ["b", "c"]
-    unkept = Kept(["a"], False)
+    unkept = TextBuffer(["a"], False)
     assert list(unkept) == ["a"] and unkept.take(1) == [] and not unkept._kept
 
 
@@ -362,7 +362,7 @@ def test_nothing_is_overwritten(some, tmp_path):
 
 def test_saved_with_its_ranges(some, tmp_path):
     quantise, path = Quantiser("uint8"), tmp_path / "out.parquet"
-    texts = Kept([str(i) for i in range(40)], True)
+    texts = TextBuffer([str(i) for i in range(40)], True)
     passing = iter(texts)
     parts = (quantise(some[i : i + 20]) for i in (0, 20) if [next(passing) for _ in range(20)])
     said = vector_files.save(path, parts, texts, quantise, 19)
@@ -372,5 +372,5 @@ def test_saved_with_its_ranges(some, tmp_path):
     np.testing.assert_array_equal(read(path), Quantiser("uint8", ranges)(some))
     # Ranges that were given are not written again.
     other = Quantiser("uint8", ranges)
-    vector_files.save(tmp_path / "b.npy", [other(some)], Kept([], False), other, 19)
+    vector_files.save(tmp_path / "b.npy", [other(some)], TextBuffer([], False), other, 19)
     assert len(list(tmp_path.iterdir())) == 3

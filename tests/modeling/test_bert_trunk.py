@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
-from mlembed.training.gradcache import Kept
+from mlembed.training.gradcache import ActivationCost
 from tests.modeling.test_bert import ALL_EXITS, LENGTHS, NESTED, POOLINGS, build, texts
 
 DEPTHS = np.array([3, 3, 2, 1, 1])
@@ -188,7 +188,7 @@ def test_bf16_weights_run_under_autocast():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_probe_measures_a_block(bf16):
-    kept = Kept.by(build().train(), bf16)
+    kept = ActivationCost.by(build().train(), bf16)
     assert kept.input == 24 * (2 if bf16 else 4)
     assert kept.per_token > 5 * kept.input
 

@@ -19,7 +19,7 @@ from mlembed.data import tokenizer
 from mlembed.data.packing import pack
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
-from mlembed.modeling.prune import Kept, choose, prune, pruned_config, sample, spread, target
+from mlembed.modeling.prune import Selection, choose, prune, pruned_config, sample, spread, target
 from mlembed.modeling.transformer import Transformer, num_parameters
 
 CFG = config.Model(
@@ -51,13 +51,13 @@ BERT = config.Model(
     exits=(1, 3, 5),
 )
 IDS = [np.arange(n) * 7 % 101 for n in (1, 5, 23)]
-KEPT = Kept(
+KEPT = Selection(
     (1, 2, 4),
     torch.tensor([0, 1, 4, 5, 7, 11, 13, 17, 18, 22, 23]),
     tuple(torch.randperm(37, generator=torch.Generator().manual_seed(i))[:19].sort().values
           for i in range(3)),
 )  # fmt: skip
-ALL = lambda cfg, layers: Kept(  # noqa: E731
+ALL = lambda cfg, layers: Selection(  # noqa: E731
     layers,
     torch.arange(cfg.hidden_size),
     (torch.arange(cfg.intermediate_size),) * len(layers),
@@ -134,7 +134,7 @@ def test_pruned_weights_are_slices(cfg):
 
 def test_bert_loses_layers_and_units_with_their_biases():
     model = random(BERT)
-    kept = Kept((1, 2, 4), torch.arange(24), KEPT.units)
+    kept = Selection((1, 2, 4), torch.arange(24), KEPT.units)
     small = prune(model, kept)
     own, got = model.state_dict(), small.state_dict()
     for new, old in enumerate((0, 1, 3)):
@@ -172,7 +172,7 @@ def test_layers_that_are_not_the_first_have_the_default_exits():
 @pytest.mark.parametrize(("width", "ranks"), [(11, (3, 11)), (7, (3,)), (2, ())])
 def test_ranks_are_those_that_the_width_allows(width, ranks):
     model = random(NESTED)
-    small = prune(model, Kept((1,), torch.arange(width), (torch.arange(37),)))
+    small = prune(model, Selection((1,), torch.arange(width), (torch.arange(37),)))
     assert small.cfg.ranks == ranks
     rank = ranks[-1] if ranks else 11
     U, W = (model.state_dict()[f"embed_tokens.{name}"].double() for name in "UW")
@@ -421,7 +421,7 @@ def test_a_sample_is_of_all_texts_alike(source, tmp_path):
         for batch in sample(
             encoder.tokenizer, encoder.max_length, encoder.max_tokens, files, **options
         ):
-            bounds = batch.work.cu_seqlens.tolist()
+            bounds = batch.plan.cu_seqlens.tolist()
             found += [batch.ids_T[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
         return sorted(found)
 

@@ -408,7 +408,7 @@ def test_packing_keeps_texts_apart():
     assert isinstance(batch, PackedBatch) and len(batch) == 3
     assert batch.ids_T.tolist() == [5, 6, 7, 8, 9, 5]
     assert batch.pos_T.tolist() == [0, 1, 2, 0, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.work.max_seqlen == 3
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6] and batch.plan.max_seqlen == 3
     assert batch.cu_seqlens.dtype == torch.int32 and batch.ids_T.dtype == torch.int64
 
 

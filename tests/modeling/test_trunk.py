@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
-from mlembed.training.gradcache import Kept
+from mlembed.training.gradcache import ActivationCost
 from tests.modeling.test_transformer import ALL_EXITS, CFG, NESTED, as_transformers, hf_exits, texts
 
 # Falling depths, some at no exit, and lengths that hurt: one token, two, a prime, a long one.
@@ -117,7 +117,7 @@ def alone(model, ids, depth, runs_L, exits) -> list[Tensor]:
     x_TD, found = model.embed_tokens(batch.ids_T, None), []
     for layer in range(depth):
         if runs_L[layer]:
-            x_TD = model.block(model.layers[layer], x_TD, cos_sin, batch.work)
+            x_TD = model.block(model.layers[layer], x_TD, cos_sin, batch.plan)
         if layer + 1 in exits:
             normed = model.norm(x_TD)
             found.append(
@@ -274,7 +274,7 @@ PROBED = [
 def test_the_probe_foresees_what_is_kept(bf16, how):
     """Blocks and inputs, within what else a forward keeps (rotation, pooling, embedding)."""
     model = build(WIDE, how[0], lean=how[1]).train()
-    kept = Kept.by(model, bf16)
+    kept = ActivationCost.by(model, bf16)
     batch = pack(texts((32,) * 32))  # dense attention, as on CPUs, keeps what grows with lengths
     T, L = 1024, 4
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
@@ -292,13 +292,15 @@ def test_lean_blocks_keep_products_alone():
     output, its projection, gate and up. Dense attention's own, the same in both, aside."""
     D, F_ = WIDE.hidden_size, WIDE.intermediate_size
     q, kv = (n * WIDE.head_dim for n in (WIDE.num_attention_heads, WIDE.num_key_value_heads))
-    plain, lean = (Kept.by(build(WIDE, "aot_eager", lean=x), True).per_token for x in (False, True))
+    plain, lean = (
+        ActivationCost.by(build(WIDE, "aot_eager", lean=x), True).per_token for x in (False, True)
+    )
     assert plain - lean == pytest.approx(2 * (2 * D + F_), rel=0.1)  # normed twice, silu(gate) up
     assert lean >= 2 * (2 * D + 2 * q + 3 * kv + 2 * F_)
 
 
 def test_as_many_blocks_as_the_budget_asks():
-    kept = Kept(fixed=10, per_token=100, input=8)
+    kept = ActivationCost(fixed=10, per_token=100, input=8)
     deep = pack([np.zeros(5, int), np.zeros(3, int)], np.array([4, 2]))
     one = pack([np.zeros(2, int)])
     tokens = [10, 10, 7, 7]  # of both packs at each layer

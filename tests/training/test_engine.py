@@ -242,7 +242,7 @@ def test_packs_differ():
     assert [len(own) for own in of] == [2, 3, 4, 2]
     for own in of:
         assert own[-1].work_at(MODEL.num_hidden_layers) is not None
-        assert len({one.work.tokens for one in own}) > 1
+        assert len({one.plan.tokens for one in own}) > 1
     assert any(one.work_at(MODEL.num_hidden_layers) is None for own in of for one in own)
 
 

@@ -14,7 +14,7 @@ from mlembed.runtime.distributed import World
 from mlembed.runtime.log import Log
 from mlembed.training import gradcache
 from mlembed.training.arguments import parse
-from mlembed.training.gradcache import Kept
+from mlembed.training.gradcache import ActivationCost
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.setup import set_up
 from mlembed.training.step import Pass
@@ -321,7 +321,7 @@ def test_the_largest_that_fit_are_kept_and_the_final_one_is_of_full_depth(folder
 def test_graph_bytes_are_what_blocks_keep(folder):
     job = job_of(folder, ALONE, SKIP, "all")
     (pack, _) = job.batches[2].packs
-    kept = Kept(1000.0, 10.0, 1.0)
+    kept = ActivationCost(1000.0, 10.0, 1.0)
     deep, shallow = pack.work_at(2).tokens, pack.work_at(1).tokens
     assert deep < shallow
     assert gradcache.graph_bytes(kept, pack, 0, 2) == 2000 + 10 * (deep + shallow)

@@ -129,9 +129,9 @@ def test_the_hosts_allocator_is_recognised(tmp_path):
         torch.empty(2**58, dtype=torch.uint8)
     assert guards.out_of_memory(error.value)
     assert not guards.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    advice = guards.advice(error.value, config.Run(), 3, 1000, math.inf, 0.0)
-    assert "at step 3" in advice and f"expected {2**28:.3g} GiB more" in advice
-    assert "--gradient-cache" in advice and "--pack-tokens 500" in advice
+    oom_advice = guards.oom_advice(error.value, config.Run(), 3, 1000, math.inf, 0.0)
+    assert "at step 3" in oom_advice and f"expected {2**28:.3g} GiB more" in oom_advice
+    assert "--gradient-cache" in oom_advice and "--pack-tokens 500" in oom_advice
 
 
 CUDA = "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 79 GiB"
@@ -150,8 +150,8 @@ def test_advice_by_numbers(cached, graphs, says):
     run = config.Run(gradient_cache=cached)
     error = torch.OutOfMemoryError(CUDA)
     assert guards.out_of_memory(error)
-    advice = guards.advice(error, run, 7, 4096, graphs * 2**30, 2.0**30)
-    assert says in advice and "short by at least 2 GiB" in advice and "step 7" in advice
+    oom_advice = guards.oom_advice(error, run, 7, 4096, graphs * 2**30, 2.0**30)
+    assert says in oom_advice and "short by at least 2 GiB" in oom_advice and "step 7" in oom_advice
 
 
 def test_a_step_beyond_memory_says_which_knob(tmp_path, monkeypatch):

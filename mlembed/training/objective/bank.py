@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Slab:
+class Shard:
     """One process's documents in one micro-batch, deepest first.
 
     vectors_EnD: [E, n, D] raw, without a graph. ids_n: int64 [n]. counts_E: int64 [E], how many
@@ -28,10 +28,10 @@ class Slab:
     def __len__(self) -> int:
         return len(self.ids_n)
 
-    def to(self, like: Tensor) -> "Slab":
+    def to(self, like: Tensor) -> "Shard":
         """On another tensor's device, vectors in its dtype."""
         device, counts = like.device, self.counts_E
-        return Slab(
+        return Shard(
             self.vectors_EnD.to(device, like.dtype, non_blocking=True),
             self.ids_n.to(device, non_blocking=True),
             None if counts is None else counts.to(device, non_blocking=True),
@@ -51,17 +51,17 @@ class Bank:
 
     capacity: int
     host: bool
-    _held: dict[str, list[tuple[Slab, ...]]] = field(default_factory=dict)
-    _pending: list[tuple[str, tuple[Slab, ...]]] = field(default_factory=list)
+    _held: dict[str, list[tuple[Shard, ...]]] = field(default_factory=dict)
+    _pending: list[tuple[str, tuple[Shard, ...]]] = field(default_factory=list)
 
-    def slabs(self, source: str) -> list[Slab]:
+    def shards(self, source: str) -> list[Shard]:
         """Of all committed micro-batches of a source, oldest first, processes in rank order."""
-        return [slab for batch in self._held.get(source, ()) for slab in batch]
+        return [shard for batch in self._held.get(source, ()) for shard in batch]
 
-    def copied(self, slab: Slab) -> Slab:
+    def copied(self, shard: Shard) -> Shard:
         """A copy that shares no memory with the batch's tensors, where this bank keeps its own."""
-        counts = None if slab.counts_E is None else self._copied(slab.counts_E)
-        return Slab(self._copied(slab.vectors_EnD), self._copied(slab.ids_n), counts)
+        counts = None if shard.counts_E is None else self._copied(shard.counts_E)
+        return Shard(self._copied(shard.vectors_EnD), self._copied(shard.ids_n), counts)
 
     def _copied(self, x: Tensor) -> Tensor:
         pin = self.host and torch.cuda.is_available()
@@ -69,16 +69,16 @@ class Bank:
         out = torch.empty(x.shape, dtype=x.dtype, device=device, pin_memory=pin)
         return out.copy_(x.detach(), non_blocking=True)
 
-    def add(self, source: str, slabs: Sequence[Slab]) -> None:
+    def add(self, source: str, shards: Sequence[Shard]) -> None:
         """One micro-batch, as `copied` returned it, in rank order; not seen before `commit`."""
-        self._pending.append((source, tuple(slabs)))
+        self._pending.append((source, tuple(shards)))
 
     def commit(self) -> None:
         """From now on what was added is seen: the step was taken."""
         for source, batch in self._pending:
             held = self._held.setdefault(source, [])
             held.append(batch)
-            while sum(len(slab) for old in held for slab in old) > self.capacity:
+            while sum(len(shard) for old in held for shard in old) > self.capacity:
                 held.pop(0)
         self._pending.clear()
 
@@ -93,12 +93,12 @@ class Bank:
         tensors: dict[str, Tensor] = {}
         for source, batches in self._held.items():
             for number, batch in enumerate(batches):
-                for process, slab in enumerate(batch):
+                for process, shard in enumerate(batch):
                     name = f"{source}.{number}.{process}"
-                    tensors[f"{name}.vectors"] = slab.vectors_EnD
-                    tensors[f"{name}.ids"] = slab.ids_n
-                    if slab.counts_E is not None:
-                        tensors[f"{name}.counts"] = slab.counts_E
+                    tensors[f"{name}.vectors"] = shard.vectors_EnD
+                    tensors[f"{name}.ids"] = shard.ids_n
+                    if shard.counts_E is not None:
+                        tensors[f"{name}.counts"] = shard.counts_E
         return tensors
 
     def load(self, tensors: dict[str, Tensor], device: torch.device | None = None) -> None:
@@ -107,7 +107,7 @@ class Bank:
         Args:
             device: where a bank that is not on the host keeps it; by default where it is.
         """
-        found: dict[str, dict[int, dict[int, Slab]]] = {}
+        found: dict[str, dict[int, dict[int, Shard]]] = {}
         for name, vectors in tensors.items():
             source, number, process, kind = name.rsplit(".", 3)  # sources may have dots as well
             if kind != "vectors":
@@ -117,9 +117,11 @@ class Bank:
                 raise ValueError(f"{name}: expected its ids beside it, got none")
             parts = [x if x is None or self.host else x.to(device) for x in (vectors, *rest)]
             batch = found.setdefault(source, {}).setdefault(int(number), {})
-            batch[int(process)] = self.copied(Slab(*parts))  # type: ignore[arg-type]
+            batch[int(process)] = self.copied(Shard(*parts))  # type: ignore[arg-type]
         self._pending.clear()
         self._held = {
-            source: [tuple(slab for _, slab in sorted(b.items())) for _, b in sorted(all_.items())]
+            source: [
+                tuple(shard for _, shard in sorted(b.items())) for _, b in sorted(all_.items())
+            ]
             for source, all_ in found.items()
         }

@@ -1,16 +1,16 @@
-"""Log-partitions whose candidates are never all on the device: they come slab by slab.
+"""Log-partitions whose candidates are never all on the device: they come shard by shard.
 
-In a ring each process hands the slab of documents that it has worked with on to the next, while
+In a ring each process hands the shard of documents that it has worked with on to the next, while
 the one before hands over another: after `size` rounds all queries have met all documents, and no
-process has held more than two slabs besides its own documents. Logarithms of sums merge by
+process has held more than two shards besides its own documents. Logarithms of sums merge by
 logaddexp. What is summed by document, columns in forward and gradients in backward, travels behind
-its slab, grows at every process and is home after the last round.
+its shard, grows at every process and is home after the last round.
 
 The backward goes around once more instead of keeping what has passed. With part k of
 log N = log sum_k exp(log N_k), dL/dlog N_k = dL/dlog N exp(log N_k - log N), so that it needs the
 small logarithms alone.
 
-Letters: E exits, M prefixes, Q queries of this process, n documents of one slab, D width.
+Letters: E exits, M prefixes, Q queries of this process, n documents of one shard, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,18 +21,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlembed_kernels.similarity.pairwise_lse import NOTHING, partition, partition_backward
+from mlembed_kernels.similarity.pairwise_lse import NOTHING, pairwise_lse, pairwise_lse_backward
 
 from ... import config
 from ...runtime.distributed import World, gather
-from .bank import Bank, Slab
+from .bank import Bank, Shard
 
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """This process's queries and everyone's texts, as `partition` has to know them.
+    """This process's queries and everyone's texts, as `pairwise_lse` has to know them.
 
     target: int64 [Q], each query's positive among this process's documents. query_ids, doc_ids:
     int64, of each process. query_counts, doc_counts: int64 [E] of each process, so many are
@@ -67,9 +67,9 @@ class Pairs:
         everyone = torch.arange(len(self.target), device=self.target.device)
         return replace(self, target=everyone, doc_ids=self.query_ids, doc_counts=self.query_counts)
 
-    def with_slab(self, slab: Slab) -> Options:
+    def with_shard(self, shard: Shard) -> Options:
         """Queries as rows, earlier documents as columns."""
-        return self._rows_with(slab.ids_n, slab.counts_E)
+        return self._rows_with(shard.ids_n, shard.counts_E)
 
     def _rows_with(self, ids: Tensor, counts: Tensor | None) -> Options:
         return {
@@ -84,40 +84,40 @@ class Pairs:
 # ---- earlier documents ----
 
 
-def streamed(queries: Tensor, slabs: Sequence[Slab], pairs: Pairs) -> Tensor:
-    """Log-partitions [E, M, Q] of queries [E, Q, D] over slabs of one or more, with gradient to
-    the queries alone. One slab at a time is on the queries' device, in backward as well."""
-    return _Streamed.apply(queries, slabs, pairs)
+def bank_lse(queries: Tensor, shards: Sequence[Shard], pairs: Pairs) -> Tensor:
+    """Log-partitions [E, M, Q] of queries [E, Q, D] over shards of one or more, with gradient to
+    the queries alone. One shard at a time is on the queries' device, in backward as well."""
+    return _Streamed.apply(queries, shards, pairs)
 
 
 class _Streamed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, slabs: Sequence[Slab], pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, shards: Sequence[Shard], pairs: Pairs) -> Tensor:
         parts = []
-        for kept in slabs:
-            slab = kept.to(queries)
-            parts.append(partition(queries, slab.vectors_EnD, **pairs.with_slab(slab))[0])
-            del slab  # before the next one is brought
+        for kept in shards:
+            shard = kept.to(queries)
+            parts.append(pairwise_lse(queries, shard.vectors_EnD, **pairs.with_shard(shard))[0])
+            del shard  # before the next one is brought
         logs = torch.stack(parts)
         whole = _merged(logs)
         ctx.save_for_backward(queries, logs, whole)
-        ctx.slabs, ctx.pairs = slabs, pairs
+        ctx.shards, ctx.pairs = shards, pairs
         return whole
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
         queries, logs, whole = ctx.saved_tensors
         dqueries = torch.zeros_like(queries, dtype=whole.dtype)
-        for kept, part in zip(ctx.slabs, logs, strict=True):
-            slab = kept.to(queries)
-            dqueries += partition_backward(
+        for kept, part in zip(ctx.shards, logs, strict=True):
+            shard = kept.to(queries)
+            dqueries += pairwise_lse_backward(
                 queries,
-                slab.vectors_EnD,
+                shard.vectors_EnD,
                 (part, None, None),
                 (slopes[0] * _share(part, whole), None, None),
-                **ctx.pairs.with_slab(slab),
+                **ctx.pairs.with_shard(shard),
             )[0]
-            del slab
+            del shard
         return dqueries.to(queries.dtype), None, None
 
 
@@ -137,7 +137,7 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 # ---- the ring ----
 
 
-def ringed(
+def ring_lse(
     queries: Tensor,
     docs: Tensor,
     pairs: Pairs,
@@ -171,10 +171,10 @@ class _Ring(torch.autograd.Function):
         where, sizes = pairs.where, [len(ids) for ids in pairs.doc_ids]
         by_row, by_column, positives = [], [], None
         sums = _Travelling(where, sizes, torch.logaddexp)
-        for process, (slab,) in _passed_around(where, sizes, docs):
-            keep(process, slab)
-            rows, cols, own = partition(
-                queries, slab, columns=columns, **pairs.with_documents(process)
+        for process, (shard,) in _passed_around(where, sizes, docs):
+            keep(process, shard)
+            rows, cols, own = pairwise_lse(
+                queries, shard, columns=columns, **pairs.with_documents(process)
             )
             positives = own if own is not None else positives
             by_row.append(rows)
@@ -200,7 +200,7 @@ class _Ring(torch.autograd.Function):
         dqueries = torch.zeros_like(queries, dtype=whole.dtype)
         sums = _Travelling(where, sizes, torch.Tensor.add_)
         rounds = _passed_around(where, sizes, *parcel)
-        for (process, (slab, *asked)), rows, cols in zip(
+        for (process, (shard, *asked)), rows, cols in zip(
             rounds, logs[: where.size], logs[where.size :], strict=True
         ):
             dcols = None
@@ -208,9 +208,9 @@ class _Ring(torch.autograd.Function):
                 all_cols, dcols = asked[0].transpose(1, 2).chunk(2, dim=1)
                 dcols = dcols * _share(cols, all_cols)
             mine = process == where.rank
-            dx, dy, _ = partition_backward(
+            dx, dy, _ = pairwise_lse_backward(
                 queries,
-                slab,
+                shard,
                 (rows, cols, positives if mine else None),
                 (drows * _share(rows, whole), dcols, dpositives if mine else None),
                 columns=columns_EMn is not None,
@@ -253,7 +253,7 @@ def _passed_around(
 
 
 class _Travelling:
-    """Sums [E, n, K] by document that follow their slab, one hop behind it."""
+    """Sums [E, n, K] by document that follow their shard, one hop behind it."""
 
     def __init__(
         self, where: World, sizes: Sequence[int], plus: Callable[[Tensor, Tensor], Tensor]
@@ -264,7 +264,7 @@ class _Travelling:
         self.transfers: list[dist.Work] = []
 
     def add(self, process: int, part: Tensor) -> None:
-        """This process's share of the sum that belongs to the slab in hand; sends it on."""
+        """This process's share of the sum that belongs to the shard in hand; sends it on."""
         if self.arriving is not None:
             part = self.plus(self.home(), part)
         self.sent = part.contiguous()
@@ -306,25 +306,25 @@ def _in_batch(
 ) -> tuple[Logs, Tensor]:
     """Log-partitions over all processes' documents and the bank's and, if symmetric, over all
     processes' queries; and the positives' cosines [E, M, Q]."""
-    held = [] if bank is None else bank.slabs(source)
+    held = [] if bank is None else bank.shards(source)
     size = pairs.where.size
-    passing: dict[int, Slab] = {}
+    passing: dict[int, Shard] = {}
 
     def keep(process: int, vectors_EnD: Tensor) -> None:
         if bank is not None:
             ids, counts = pairs.doc_ids[process], pairs.doc_counts[process]
-            passing[process] = bank.copied(Slab(vectors_EnD, ids, counts))
+            passing[process] = bank.copied(Shard(vectors_EnD, ids, counts))
 
     if run.loss.negatives_across == "ring" and size > 1:
-        logs, cos_EMQ = ringed(queries, docs, pairs, symmetric, keep)
+        logs, cos_EMQ = ring_lse(queries, docs, pairs, symmetric, keep)
     else:
-        slabs = gather(docs, [len(ids) for ids in pairs.doc_ids])
-        for process, slab in enumerate(slabs):
-            keep(process, slab)
+        shards = gather(docs, [len(ids) for ids in pairs.doc_ids])
+        for process, shard in enumerate(shards):
+            keep(process, shard)
         others = gather(queries, [len(pairs.target)] * size) if symmetric else None
-        logs, cos_EMQ = _gathered(queries, docs, slabs, others, pairs)
+        logs, cos_EMQ = _gathered(queries, docs, shards, others, pairs)
     if held:
-        logs[0].append(streamed(queries, held, pairs))
+        logs[0].append(bank_lse(queries, held, pairs))
     if bank is not None:
         bank.add(source, [passing[process] for process in range(size)])
     return logs, cos_EMQ
@@ -333,44 +333,46 @@ def _in_batch(
 def _gathered(
     queries: Tensor,
     docs: Tensor,
-    doc_slabs: list[Tensor],
-    query_slabs: list[Tensor] | None,
+    doc_shards: list[Tensor],
+    query_shards: list[Tensor] | None,
     pairs: Pairs,
 ) -> tuple[Logs, Tensor]:
     """`_in_batch` of what is here of all processes, [E, n, D] of each; without queries only one
     direction."""
     # Where all queries are here, one pass over the pairs serves both directions.
-    both = query_slabs is not None and len(query_slabs) == 1
+    both = query_shards is not None and len(query_shards) == 1
     forward, backward = [], []
     cos_EMQ = queries.new_zeros(())
-    for process, slab in enumerate(doc_slabs):
-        rows, columns, own = partition(queries, slab, columns=both, **pairs.with_documents(process))
+    for process, shard in enumerate(doc_shards):
+        rows, columns, own = pairwise_lse(
+            queries, shard, columns=both, **pairs.with_documents(process)
+        )
         forward.append(rows)
         cos_EMQ = cos_EMQ if own is None else own
         backward += [] if columns is None else [columns[:, :, pairs.target]]
-    if query_slabs is None:
+    if query_shards is None:
         return [forward], cos_EMQ
     if not both:
         anchors = docs[:, pairs.target]
-        for process, slab in enumerate(query_slabs):
-            backward.append(partition(anchors, slab, **pairs.with_queries(process))[0])
+        for process, shard in enumerate(query_shards):
+            backward.append(pairwise_lse(anchors, shard, **pairs.with_queries(process))[0])
     return [forward, backward], cos_EMQ
 
 
 def _joint(queries: Tensor, docs: Tensor, owner: Tensor, pairs: Pairs) -> tuple[Logs, Tensor]:
     """GTE's four sums as one softmax: beside those of `_gathered`, of q_i over the queries of all
     processes but itself, and of d_i over all documents but those that were drawn for q_i."""
-    doc_slabs = gather(docs, [len(ids) for ids in pairs.doc_ids])
-    query_slabs = gather(queries, [len(pairs.target)] * pairs.where.size)
-    logs, cos_EMQ = _gathered(queries, docs, doc_slabs, query_slabs, pairs)
+    doc_shards = gather(docs, [len(ids) for ids in pairs.doc_ids])
+    query_shards = gather(queries, [len(pairs.target)] * pairs.where.size)
+    logs, cos_EMQ = _gathered(queries, docs, doc_shards, query_shards, pairs)
     parts = [part for direction in logs for part in direction]
     anchors = docs[:, pairs.target]
     everyone = torch.arange(len(pairs.target), device=owner.device)
-    for process, (query_slab, doc_slab) in enumerate(zip(query_slabs, doc_slabs, strict=True)):
-        parts.append(partition(queries, query_slab, **pairs.with_queries(process))[0])
+    for process, (query_shard, doc_shard) in enumerate(zip(query_shards, doc_shards, strict=True)):
+        parts.append(pairwise_lse(queries, query_shard, **pairs.with_queries(process))[0])
         options = pairs.with_documents(process)
         if process == pairs.where.rank:  # others have no documents of its queries
             options["row_keys"] += (everyone,)
             options["col_keys"] += (owner,)
-        parts.append(partition(anchors, doc_slab, **options)[0])
+        parts.append(pairwise_lse(anchors, doc_shard, **options)[0])
     return [parts], cos_EMQ

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from attention_truth import NAMES, bounds, inputs, results, rows_of
 
-from mlembed_kernels import Work, attention, attention_ref
+from mlembed_kernels import AttentionPlan, attention, attention_ref
 
 # Shapes that hurt: single tokens (softmax over one key), primes (no tile or vector width divides
 # them), one long text among short ones (a rectangle that is mostly unused). "sdpa" takes its own
@@ -271,7 +271,7 @@ def test_a_prefix_is_a_batch_of_its_own(impl):
     for n in range(len(lengths) + 1):
         T = sum(lengths[:n])
         cu = whole[: n + 1]
-        part = attention(*(x[:T] for x in qkv), cu_seqlens=cu, work=Work.of(cu), **options)
+        part = attention(*(x[:T] for x in qkv), cu_seqlens=cu, plan=AttentionPlan.of(cu), **options)
         torch.testing.assert_close(part, everything[:T], rtol=1e-12, atol=1e-13)
 
 
@@ -289,9 +289,9 @@ def test_boundaries_that_do_not_fit_are_refused(cu_seqlens, impl):
 def test_work_of_another_batch_is_refused(impl):
     q, k, v = inputs([2, 3])
     for lengths, device in (([5], "cpu"), ([2, 4], "cpu"), ([1, 1, 3], "cpu"), ([2, 3], "meta")):
-        work = Work.of(bounds(lengths)).to(device)
+        plan = AttentionPlan.of(bounds(lengths)).to(device)
         with pytest.raises(ValueError, match="expected"):
-            attention(q, k, v, **layout([2, 3]), causal=False, work=work, impl=impl)
+            attention(q, k, v, **layout([2, 3]), causal=False, plan=plan, impl=impl)
 
 
 @every

@@ -22,7 +22,7 @@ from attention_truth import (
 from pairwise import all_pairs
 from torch import Tensor
 
-from mlembed_kernels import Work, attention, attention_ref
+from mlembed_kernels import AttentionPlan, attention, attention_ref
 
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 from mlembed_kernels.attention import _forward  # noqa: E402
@@ -298,7 +298,7 @@ def test_work_made_before_gives_the_same_bits():
     lengths = [66, 3]
     qkv = inputs(lengths, (1, 1))
     want = run(qkv, lengths)
-    same_bits(run(qkv, lengths, work=Work.of(bounds(lengths)).to(DEVICE)), want)
+    same_bits(run(qkv, lengths, plan=AttentionPlan.of(bounds(lengths)).to(DEVICE)), want)
     same_bits(run(qkv, lengths, cu_seqlens=bounds(lengths, DEVICE).long()), want)
 
 

@@ -11,7 +11,7 @@ from attention_truth import assert_as_exact, bounds, inputs, on, results
 from pairwise import all_pairs
 from torch import Tensor
 
-from mlembed_kernels import Work, attention, attention_ref
+from mlembed_kernels import AttentionPlan, attention, attention_ref
 from mlembed_kernels.attention import _backends
 
 LENGTHS = [3, 1, 97, 64, 2]
@@ -89,7 +89,7 @@ class OnCuda(torch.Tensor):
 def test_what_a_library_has_not(impl):
     def call(dtype: torch.dtype, K: int, lengths: list[int]) -> None:
         q, k, v = (x.to(dtype).as_subclass(OnCuda) for x in inputs(lengths, K=K))
-        getattr(_backends, impl)(q, k, v, Work.of(bounds(lengths)), 1.0, True)
+        getattr(_backends, impl)(q, k, v, AttentionPlan.of(bounds(lengths)), 1.0, True)
 
     with pytest.raises(ValueError, match=f"impl: {impl} has torch.bfloat16.*, got torch.float64"):
         call(torch.float64, 64, LENGTHS)
@@ -109,10 +109,10 @@ def test_what_a_library_has_not(impl):
 def same(causal: bool, heads: tuple[int, int], impl: str) -> None:
     """`impl`, its library replaced, equals the reference: boundaries, scale, mask and heads."""
     qkv = inputs(LENGTHS, heads)
-    work = Work.of(bounds(LENGTHS))
+    plan = AttentionPlan.of(bounds(LENGTHS))
 
     def call(q, k, v):
-        return getattr(_backends, impl)(q, k, v, work, 0.3, causal)
+        return getattr(_backends, impl)(q, k, v, plan, 0.3, causal)
 
     truth = results(attention_ref, qkv, cu_seqlens=bounds(LENGTHS), scale=0.3, causal=causal)
     for name, got in results(call, qkv).items():
@@ -221,7 +221,7 @@ def test_call_of_xformers(heads, causal, anywhere):
 def test_mask_of_xformers(causal):
     attn_bias = _backends._xformers().attn_bias
     cu_seqlens = bounds(LENGTHS)
-    mask = _backends._block_diagonal(attn_bias, Work.of(cu_seqlens), causal)
+    mask = _backends._block_diagonal(attn_bias, AttentionPlan.of(cu_seqlens), causal)
     kind = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
     theirs = kind.from_seqlens(LENGTHS, device=torch.device("cpu"))
     assert type(mask) is type(theirs)
@@ -261,11 +261,11 @@ def test_no_call_waits_for_the_device(impl, no_wait):
         pytest.skip(f"{impl} is not installed")
     q, k, v = (x.requires_grad_() for x in on("cuda", torch.bfloat16, inputs(LENGTHS, K=64)))
     cu_seqlens = bounds(LENGTHS)
-    work = Work.of(cu_seqlens).to(q.device)
+    plan = AttentionPlan.of(cu_seqlens).to(q.device)
 
     def step() -> None:
-        cu = work.cu_seqlens
-        attention(q, k, v, cu_seqlens=cu, causal=True, impl=impl, work=work).sum().backward()
+        cu = plan.cu_seqlens
+        attention(q, k, v, cu_seqlens=cu, causal=True, impl=impl, plan=plan).sum().backward()
 
     step()  # loads and allocates
     torch.cuda.synchronize()

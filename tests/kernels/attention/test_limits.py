@@ -22,7 +22,7 @@ from attention_truth import (
 from pairwise import all_pairs
 from torch import Tensor, library
 
-from mlembed_kernels import Work
+from mlembed_kernels import AttentionPlan
 
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 
@@ -168,7 +168,7 @@ def test_a_prefix_is_a_batch_of_its_own(n, causal, sort):
     for x in (*qkv, do):
         x[T:] = torch.nan
     cu = bounds(LENGTHS)[: n + 1]
-    options = {"cu_seqlens": cu, "work": Work.of(cu).to(DEVICE)}
+    options = {"cu_seqlens": cu, "work": AttentionPlan.of(cu).to(DEVICE)}
     got = run([x[:T] for x in qkv], LENGTHS, causal, do=do[:T], **options)
     same_bits(got, wanted)
     assert got["out"].isfinite().all()
@@ -344,8 +344,8 @@ def test_what_is_saved():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = triton(*qkv, cu_seqlens=bounds(lengths), causal=True)
-    work = Work.of(bounds(lengths)).buffer
-    want = sum(x.numel() * 2 for x in (*qkv, out)) + 4 * 2 * T + 4 * work.numel()
+    plan = AttentionPlan.of(bounds(lengths)).buffer
+    want = sum(x.numel() * 2 for x in (*qkv, out)) + 4 * 2 * T + 4 * plan.numel()
     assert sum(saved.values()) == want
     assert torch.autograd.grad(out.sum(), qkv)
 
@@ -408,8 +408,8 @@ def test_refused(name, monkeypatch):
     given["cu_seqlens"] = torch.tensor(given["cu_seqlens"])
     if "work" in given:
         elsewhere = given["work"] == "meta"
-        work = Work.of(torch.tensor([0, 2, 5, 71] if elsewhere else given["work"]))
-        given["work"] = work.to("meta") if elsewhere else work.to(DEVICE)
+        plan = AttentionPlan.of(torch.tensor([0, 2, 5, 71] if elsewhere else given["work"]))
+        given["work"] = plan.to("meta") if elsewhere else plan.to(DEVICE)
     if DEVICE == "cuda":
         given = {
             n: x.cuda() if isinstance(x, Tensor) and x.device.type == "cpu" else x
@@ -436,11 +436,11 @@ def test_operators_are_what_torch_expects():
     from mlembed_kernels.attention._op import attention_op
 
     lengths = [66]  # of short ones one output has nothing
-    work = Work.of(bounds(lengths)).to(DEVICE)
-    counts = [work.tokens, work.sequences, work.max_seqlen, *work.counts]
+    plan = AttentionPlan.of(bounds(lengths)).to(DEVICE)
+    counts = [plan.tokens, plan.sequences, plan.max_seqlen, *plan.counts]
     q, k, v = (x.requires_grad_() for x in on(DEVICE, HALF, inputs(lengths, (2, 1))))
-    for alive in (None, work.alive_T(torch.tensor(1, device=DEVICE))):
-        args = q, k, v, work.buffer, alive, counts, 0.25, alive is None
+    for alive in (None, plan.alive_T(torch.tensor(1, device=DEVICE))):
+        args = q, k, v, plan.buffer, alive, counts, 0.25, alive is None
         assert set(library.opcheck(attention_op, args).values()) == {"SUCCESS"}
 
 
@@ -460,7 +460,7 @@ def test_compiled(by_count):
     compiled = torch.compile(twice, fullgraph=True, backend=backend)
     for lengths in ([3, 66], [5, 7, 2], [65, 4], [1, 2, 3, 4], [9, 80]):
         qkv, do = batch(HALF, lengths, (1, 1))
-        options = {"cu_seqlens": bounds(lengths, DEVICE), "work": Work.of(bounds(lengths))}
+        options = {"cu_seqlens": bounds(lengths, DEVICE), "work": AttentionPlan.of(bounds(lengths))}
         options["work"] = options["work"].to(DEVICE)
         if by_count:
             options["active"] = torch.tensor(len(lengths) - 1, device=DEVICE)
@@ -470,8 +470,8 @@ def test_compiled(by_count):
     assert len(made) <= 3, f"{len(made)} graphs for 5 batches"
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, work: Work, count: Tensor) -> tuple[Tensor, ...]:
-    out = triton(q, k, v, cu_seqlens=work.cu_seqlens, causal=True, work=work, active=count)
+def step(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, count: Tensor) -> tuple[Tensor, ...]:
+    out = triton(q, k, v, cu_seqlens=plan.cu_seqlens, causal=True, plan=plan, active=count)
     return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
 
 
@@ -479,13 +479,13 @@ def step(q: Tensor, k: Tensor, v: Tensor, work: Work, count: Tensor) -> tuple[Te
 def test_nothing_waits_for_the_device(no_wait):
     qkv, _ = batch(torch.bfloat16)
     qkv = [x.requires_grad_() for x in qkv]
-    work = Work.of(bounds(LENGTHS)).to(DEVICE)
+    plan = AttentionPlan.of(bounds(LENGTHS)).to(DEVICE)
     count = torch.tensor(4, device=DEVICE)
     flags = torch.tensor([True, False] * 3 + [True], device=DEVICE)
     for active in (count, flags, None):
-        step(*qkv, work, active)  # compiles
+        step(*qkv, plan, active)  # compiles
         with no_wait():
-            step(*qkv, work, active)
+            step(*qkv, plan, active)
 
 
 @cuda_only
@@ -493,20 +493,20 @@ def test_in_a_cuda_graph():
     """Captured once, replayed with another count."""
     qkv, _ = batch(torch.bfloat16)
     qkv = [x.requires_grad_() for x in qkv]
-    work = Work.of(bounds(LENGTHS)).to(DEVICE)
+    plan = AttentionPlan.of(bounds(LENGTHS)).to(DEVICE)
     count = torch.tensor(7, device=DEVICE)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(*qkv, work, count)
+        step(*qkv, plan, count)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(*qkv, work, count)
+        captured = step(*qkv, plan, count)
     for n in (2, 4, 0, 7):
         count.fill_(n)
         graph.replay()
-        want = step(*qkv, work, torch.tensor(n, device=DEVICE))
+        want = step(*qkv, plan, torch.tensor(n, device=DEVICE))
         assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
         assert (captured[0][sum(LENGTHS[:n]) :] == 0).all()
 
@@ -529,7 +529,7 @@ def test_rows_far_apart():
 @cuda_only
 def test_in_inductor():
     qkv, do = batch(torch.bfloat16)
-    options = {"cu_seqlens": bounds(LENGTHS), "work": Work.of(bounds(LENGTHS)).to(DEVICE)}
+    options = {"cu_seqlens": bounds(LENGTHS), "work": AttentionPlan.of(bounds(LENGTHS)).to(DEVICE)}
 
     def doubled(q, k, v, **options) -> Tensor:
         return 2 * triton(q, k, v, causal=True, **options)

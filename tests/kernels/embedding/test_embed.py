@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlembed_kernels import Occurrences, embed, embed_ref
+from mlembed_kernels import TokenIndex, embed, embed_ref
 
 # Primes, so that no two axes can be exchanged unnoticed. Ranks: one column, the middle, all.
 V, R, D = 53, 11, 17
@@ -119,9 +119,9 @@ REFUSED = {
     "below": ({"ids": TOKENS - 1}, r"ids: expected 0\.\.52, got -1\.\.51"),
     "beyond": ({"ids": TOKENS + 1}, r"ids: expected 0\.\.52, got 1\.\.53"),
     "impl": ({"impl": "fastest"}, "impl: expected one of .*got 'fastest'"),
-    "fewer": ({"occurrences": Occurrences.of(TOKENS[1:])}, r"occurrences: expected .*got \(6, "),
-    "others": ({"occurrences": Occurrences.of(TOKENS.flip(0))}, "occurrences: .*those of others"),
-    "elsewhere": ({"occurrences": Occurrences.of(TOKENS).to(META)}, "occurrences: .*'meta'"),
+    "fewer": ({"token_index": TokenIndex.of(TOKENS[1:])}, r"token_index: expected .*got \(6, "),
+    "others": ({"token_index": TokenIndex.of(TOKENS.flip(0))}, "token_index: .*those of others"),
+    "elsewhere": ({"token_index": TokenIndex.of(TOKENS).to(META)}, "token_index: .*'meta'"),
 }
 
 
@@ -169,5 +169,5 @@ def test_autocast_does_what_it_does_to_a_product(factors, impl):
 
 def test_occurrences_are_taken_by_every_implementation(factors):
     U, W = factors
-    of = Occurrences.of(TOKENS)
-    assert torch.equal(embed(TOKENS, U, W, 5, occurrences=of), embed(TOKENS, U, W, 5))
+    of = TokenIndex.of(TOKENS)
+    assert torch.equal(embed(TOKENS, U, W, 5, token_index=of), embed(TOKENS, U, W, 5))

@@ -8,8 +8,8 @@ from live_memory import Live, without_kernels
 from pairwise import all_pairs
 from torch import Tensor, library
 
-from mlembed_kernels import Occurrences, embed, embed_ref
-from mlembed_kernels.embedding.occurrences import PART
+from mlembed_kernels import TokenIndex, embed, embed_ref
+from mlembed_kernels.embedding.token_index import PART
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,15 +206,15 @@ def test_the_same_bits_every_time(dtype):
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
     want = run(ids, U, W, 65, dx)
     same_bits(run(ids, U, W, 65, dx), want)
-    given = Occurrences.of(torch.tensor(ids)).to(DEVICE)
-    same_bits(run(ids, U, W, 65, dx, occurrences=given), want)
+    given = TokenIndex.of(torch.tensor(ids)).to(DEVICE)
+    same_bits(run(ids, U, W, 65, dx, token_index=given), want)
     same_bits(run(torch.tensor(ids, dtype=torch.int32), U, W, 65, dx), want)
 
 
 def test_sums_are_taken_in_order():
     """Large numbers that cancel: another order is another sum."""
     ids = torch.tensor(IDS["stream"])
-    o = Occurrences.of(ids).to(DEVICE)
+    o = TokenIndex.of(ids).to(DEVICE)
     dx = cotangent(ids, D, torch.float32) * 10.0 ** (torch.arange(len(ids), device=DEVICE) % 7)[
         :, None
     ].to(torch.float32)
@@ -310,14 +310,14 @@ def test_in_chunks_as_at_once(dtype, fillers, small, monkeypatch):
     want = run(ids, U, W, 65, dx)
     small(512 * dx.element_size())
     monkeypatch.setattr(module(), "FILLERS", fillers)
-    o = Occurrences.of(torch.tensor(ids)).to(DEVICE)
+    o = TokenIndex.of(torch.tensor(ids)).to(DEVICE)
     chunks = o.chunks(module().WORKSPACE // 4 * 3 // (D * dx.element_size()))
     assert len(chunks) > 5 and sum(parts.stop > parts.start for _, parts in chunks) > 1
     got = as_exact(ids, U, W, 65, dx)
     same_bits({n: got[n] for n in ("x", "dU")}, {n: want[n] for n in ("x", "dU")})
     step = torch.finfo(dtype).eps + 64 * EPS32  # sums of chunks, rounded once
     assert (got["dW"] - want["dW"]).abs().max() <= step * want["dW"].abs().max()
-    same_bits(run(ids, U, W, 65, dx, occurrences=o), got)
+    same_bits(run(ids, U, W, 65, dx, token_index=o), got)
 
 
 @dtypes
@@ -327,7 +327,7 @@ def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
     small(64 << 10)
     U, W = factors(dtype, V=5000)
     dx = cotangent(REPEATED, D, dtype)
-    op, o, rank = module(), Occurrences.of(torch.tensor(REPEATED)).to(DEVICE), 17
+    op, o, rank = module(), TokenIndex.of(torch.tensor(REPEATED)).to(DEVICE), 17
     with Live() as made:
         sums = op._sums(dx, o, *o.chunks(64)[0])
     assert sums.nbytes < made.most() <= sums.nbytes + op.WORKSPACE // 6  # of parts, some columns
@@ -354,7 +354,7 @@ def test_what_is_saved():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         x = embed(ids, U, W, 65, impl="triton")
-    lists = Occurrences.of(ids).buffer.nbytes
+    lists = TokenIndex.of(ids).buffer.nbytes
     assert sum(saved.values()) == U.nbytes + W.nbytes + lists
     assert torch.autograd.grad(x.sum(), (U, W))
 
@@ -389,7 +389,7 @@ def test_no_second_derivative():
 
 @pytest.mark.parametrize("name", ["stream", "prime"])
 def test_operators_are_what_torch_expects(name):
-    o = Occurrences.of(torch.tensor(IDS[name])).to(DEVICE)
+    o = TokenIndex.of(torch.tensor(IDS[name])).to(DEVICE)
     U, W = (x.requires_grad_() for x in factors(torch.float32))
     args = U, W, o.buffer, list(o.counts), list(o.bounds), 65, HALF
     assert set(library.opcheck(module().embed_op, args).values()) == {"SUCCESS"}
@@ -404,8 +404,8 @@ def test_compiled(autocast):
         made.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    def twice(ids, U, W, occurrences) -> Tensor:
-        return 2 * embed(ids, U, W, 65, impl="triton", occurrences=occurrences)
+    def twice(ids, U, W, token_index) -> Tensor:
+        return 2 * embed(ids, U, W, 65, impl="triton", token_index=token_index)
 
     torch._dynamo.reset()
     compiled = torch.compile(twice, fullgraph=True, backend=backend)
@@ -413,7 +413,7 @@ def test_compiled(autocast):
     V, D = 61, 48
     for T in (100, 151, 202, 253):
         ids = torch.tensor([*(token % V for token in IDS["stream"][:T]), *range(2, V)])
-        o = Occurrences.of(ids).to(DEVICE)
+        o = TokenIndex.of(ids).to(DEVICE)
         ids, dx = ids.to(DEVICE), cotangent(ids, D, dtype)
         results = []
         for function in (compiled, twice):
@@ -426,8 +426,8 @@ def test_compiled(autocast):
     assert len(made) <= 3, f"{len(made)} graphs for 4 batches"
 
 
-def step(ids: Tensor, U: Tensor, W: Tensor, occurrences: Occurrences) -> tuple[Tensor, ...]:
-    x = embed(ids, U, W, 65, occurrences=occurrences)
+def step(ids: Tensor, U: Tensor, W: Tensor, token_index: TokenIndex) -> tuple[Tensor, ...]:
+    x = embed(ids, U, W, 65, token_index=token_index)
     return x, *torch.autograd.grad(x.square().sum(), (U, W))
 
 
@@ -443,7 +443,7 @@ def test_auto_is_triton_where_that_runs():
 def test_nothing_waits_for_the_device(no_wait):
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
     ids = torch.tensor(IDS["stream"])
-    o = Occurrences.of(ids).to(DEVICE)
+    o = TokenIndex.of(ids).to(DEVICE)
     given = ids.to(DEVICE), U, W, o
     step(*given)  # compiles
     with no_wait():
@@ -454,7 +454,7 @@ def test_nothing_waits_for_the_device(no_wait):
 def test_in_a_cuda_graph():
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
     ids = torch.tensor(IDS["stream"])
-    given = ids.to(DEVICE), U, W, Occurrences.of(ids).to(DEVICE)
+    given = ids.to(DEVICE), U, W, TokenIndex.of(ids).to(DEVICE)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -475,13 +475,13 @@ def test_memory_on_the_device():
     T, many, rank = 73_419, 151_936, 512
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16, V=many, R=rank, D=1024))
     ids = torch.tensor(zipf(T, many))
-    o, ids = Occurrences.of(ids).to(DEVICE), ids.to(DEVICE)
+    o, ids = TokenIndex.of(ids).to(DEVICE), ids.to(DEVICE)
     dx = torch.ones(T, 1024, device=DEVICE, dtype=torch.bfloat16)
     for _ in range(2):  # the first makes the libraries' workspaces
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        x = embed(ids, U, W, rank, occurrences=o)
+        x = embed(ids, U, W, rank, token_index=o)
         dU, dW = torch.autograd.grad(x, (U, W), dx)
         most = torch.cuda.max_memory_allocated() - before - x.nbytes - dU.nbytes - dW.nbytes
         del x, dU, dW
@@ -513,7 +513,7 @@ def test_rows_far_apart():
 def test_in_inductor():
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
     ids = torch.tensor(IDS["stream"])
-    given = ids.to(DEVICE), U, W, Occurrences.of(ids).to(DEVICE)
+    given = ids.to(DEVICE), U, W, TokenIndex.of(ids).to(DEVICE)
     torch._dynamo.reset()
     got, want = torch.compile(step, fullgraph=True)(*given), step(*given)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -150,7 +150,7 @@ def test_in_a_cuda_graph():
 def test_operators_are_what_torch_expects(large_tiles):
     from mlembed_kernels.similarity._cosine_op import cosine_op
     from mlembed_kernels.similarity._distill_op import distill_op
-    from mlembed_kernels.similarity._lse_op import partition_op
+    from mlembed_kernels.similarity._lse_op import pairwise_lse_op
 
     x, y = pair(1, 5, 6, 24)
     scale = torch.full((1, 1), 20.0, device=DEVICE, requires_grad=True)
@@ -158,7 +158,7 @@ def test_operators_are_what_torch_expects(large_tiles):
     masks = None, None, None, None, None
     tx, ty = torch.rand(5, 8, device=DEVICE), torch.rand(6, 8, device=DEVICE)
     for op, args in (
-        (partition_op, (x, y, scale, at, *masks, [24], True, 1 << 20)),
+        (pairwise_lse_op, (x, y, scale, at, *masks, [24], True, 1 << 20)),
         (cosine_op, (x, many.requires_grad_(), [24])),
         (distill_op, (x, y, tx, ty, None, None, [24], "kl", 0.05, 1 << 20)),
     ):

@@ -6,7 +6,7 @@ from loss_truth import DEVICE, vectors
 from torch import Tensor
 
 from mlembed_kernels.similarity.distill import distill
-from mlembed_kernels.similarity.pairwise_lse import partition
+from mlembed_kernels.similarity.pairwise_lse import pairwise_lse
 
 pytest.importorskip("triton")
 
@@ -38,7 +38,7 @@ def test_gradients_scale_with_the_loss(columns):
 
     def gradients(loss_scale: float) -> tuple[Tensor, ...]:
         leaves = tuple(x.requires_grad_() for x in short_vectors())
-        parts = [part for part in partition(*leaves, **given) if part is not None]
+        parts = [part for part in pairwise_lse(*leaves, **given) if part is not None]
         slopes = [torch.linspace(0.5, 1, part.numel()).view_as(part).to(DEVICE) for part in parts]
         return torch.autograd.grad(parts, leaves, [slope * loss_scale for slope in slopes])
 

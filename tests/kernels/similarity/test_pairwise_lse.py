@@ -11,7 +11,7 @@ from live_memory import Live
 from loss_truth import DEVICE, assert_as_exact, results, rounded, vectors
 from torch import Tensor
 
-from mlembed_kernels.similarity.pairwise_lse import partition, partition_ref
+from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
 IMPLS = ["reference", pytest.param("triton", marks=triton)]
@@ -118,18 +118,18 @@ def check(impl: str, given: dict, dtype=torch.float32, temperature=0.05, terms=0
     """Outputs and gradients against the truth; the reference in float64, Triton in `dtype`."""
 
     def run(**rest):
-        return partition(**rest, impl=impl)
+        return pairwise_lse(**rest, impl=impl)
 
     if impl == "reference":
-        got, want = results(run, given, **how), results(loss_truth.partition, given, **how)
+        got, want = results(run, given, **how), results(loss_truth.pairwise_lse, given, **how)
         assert got.keys() == want.keys()
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
     else:
         given = rounded(given, dtype)
         got = results(run, given, dtype, DEVICE, **how)
-        allowed = results(partition_ref, given, dtype, **how)
-        want = results(loss_truth.partition, given, **how)
+        allowed = results(pairwise_lse_ref, given, dtype, **how)
+        want = results(loss_truth.pairwise_lse, given, **how)
         assert {n: (x.shape, x.dtype) for n, x in got.items()} == {
             n: (x.shape, x.dtype) for n, x in allowed.items()
         }
@@ -243,7 +243,7 @@ def test_small_slopes_of_half_precision():
     for small in (1.0, 2.0**-12):
         leaves = [(small * x).to(DEVICE) for x in sides] + [scales(1, 2).float().to(DEVICE)]
         x, y, scale = (leaf.requires_grad_() for leaf in leaves)
-        outs = partition(x, y, scale=scale, **given)
+        outs = pairwise_lse(x, y, scale=scale, **given)
         slopes = [small * vectors(*o.shape, seed=3).to(o) for o in outs]
         dx, dy, dscale = torch.autograd.grad(outs, leaves, slopes)
         gradients.append((dx, dy, dscale / small))
@@ -266,7 +266,7 @@ def test_chunks_merge(impl):
         start, rows, cols, own = 0, torch.tensor(-1e30, device=x.device), [], 0
         for size in sizes:
             here = slice(start, start + size)
-            part = partition(
+            part = pairwise_lse(
                 x,
                 y[:, here],
                 scale=scale,
@@ -300,15 +300,15 @@ def test_workspace(near):
     given = rounded(given, torch.float32)
 
     def run(**rest):
-        return partition(**rest, workspace=1, impl="triton")
+        return pairwise_lse(**rest, workspace=1, impl="triton")
 
     with Live() as made:
         got = results(run, given, torch.float32, DEVICE)
     # Of the wide prefix's gradient a number of fp32, and a byte where pairs may be too similar.
     pairs = made.most(lambda shape: shape[-1:] == (128,) and math.prod(shape) > 2 * 128)
     assert 0 < pairs <= 128 * 128 * (4 + near)
-    allowed = results(partition_ref, given, torch.float32)
-    assert_as_exact(got, allowed, results(loss_truth.partition, given), 0.05)
+    allowed = results(pairwise_lse_ref, given, torch.float32)
+    assert_as_exact(got, allowed, results(loss_truth.pairwise_lse, given), 0.05)
 
 
 # ---- the same text on both sides ----
@@ -324,16 +324,16 @@ def test_rows_and_columns_are_one_tensor(impl):
         return lambda x, **rest: f(x=x, y=x, **rest)
 
     if impl == "reference":
-        got = results(twice(partition_ref), given)
-        want = results(twice(loss_truth.partition), given)
+        got = results(twice(pairwise_lse_ref), given)
+        want = results(twice(loss_truth.pairwise_lse), given)
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
     else:
         given = rounded(given, torch.float32)
-        run = twice(lambda **rest: partition(**rest, impl="triton"))
+        run = twice(lambda **rest: pairwise_lse(**rest, impl="triton"))
         got = results(run, given, torch.float32, DEVICE)
-        allowed = results(twice(partition_ref), given, torch.float32)
-        assert_as_exact(got, allowed, results(twice(loss_truth.partition), given), 0.05)
+        allowed = results(twice(pairwise_lse_ref), given, torch.float32)
+        assert_as_exact(got, allowed, results(twice(loss_truth.pairwise_lse), given), 0.05)
     # z is symmetric, so that rows and columns are the same numbers.
     torch.testing.assert_close(got["output 0"], got["output 1"], rtol=1e-6, atol=1e-5)
 
@@ -393,10 +393,10 @@ def test_lengths_from_1e_minus_9_to_1e_9(impl):
 
     units = {**given, "x": torch.ones_like(given["x"]), "y": torch.ones_like(given["y"])}
     device = DEVICE if impl == "triton" else "cpu"
-    got = results(run(lambda **rest: partition(**rest, impl=impl)), units, dtype, device)
-    want = results(run(loss_truth.partition), units)
+    got = results(run(lambda **rest: pairwise_lse(**rest, impl=impl)), units, dtype, device)
+    want = results(run(loss_truth.pairwise_lse), units)
     if impl == "triton":
-        assert_as_exact(got, results(run(partition_ref), units, dtype), want, 0.05)
+        assert_as_exact(got, results(run(pairwise_lse_ref), units, dtype), want, 0.05)
     else:
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
@@ -430,7 +430,7 @@ def test_not_a_number(impl, side):
     given = {name: loss_truth.on(DEVICE, x) for name, x in inputs(**POSITIVE).items()}
     given |= {name: given[name].float() for name in ("x", "y", "scale")}
     given[side][1, 2, 4] = torch.nan  # behind prefix 3
-    rows, cols, own = partition(**given, columns=True, impl=impl)
+    rows, cols, own = pairwise_lse(**given, columns=True, impl=impl)
     bad = torch.zeros(E, len(DIMS), R, S, dtype=torch.bool)
     bad[1, 1:, *((2, slice(None)) if side == "x" else (slice(None), 2))] = True
     kept = bad.clone()
@@ -448,7 +448,7 @@ def test_a_gradient_of_zero_is_zero(impl):
     """Outputs that nothing depends on: no gradient, and none through sums of nothing."""
     given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(**CASES["all_dropped"], E=1).items()}
     given |= {name: given[name].float().requires_grad_() for name in ("x", "y", "scale")}
-    rows, cols, _ = partition(**given, impl=impl)
+    rows, cols, _ = pairwise_lse(**given, impl=impl)
     assert (rows == -torch.inf).all() and (cols == -torch.inf).all()
     gradients = torch.autograd.grad(
         rows.sum() + cols.sum(), [given[n] for n in ("x", "y", "scale")]
@@ -489,7 +489,7 @@ def test_strides(impl, layout):
     outs = []
     for pair in (odd, [v.contiguous() for v in odd]):
         leaves = [v.detach().requires_grad_() for v in pair]
-        rows, cols, _ = partition(*leaves, **rest, impl=impl)
+        rows, cols, _ = pairwise_lse(*leaves, **rest, impl=impl)
         # The gradients of a sum are one number, expanded: without strides of their own.
         outs.append([rows, cols, *torch.autograd.grad(rows.sum() + cols.sum(), leaves)])
     for a, b in zip(*outs, strict=True):
@@ -503,7 +503,7 @@ def test_only_one_of_them_needs_a_gradient(impl):
 
     def gradients(*names: str) -> tuple[Tensor, ...]:
         leaves = {n: given[n].clone().requires_grad_() for n in names}
-        rows, cols, _ = partition(**{**given, **leaves}, impl=impl)
+        rows, cols, _ = pairwise_lse(**{**given, **leaves}, impl=impl)
         return torch.autograd.grad(rows.exp().sum() + cols[..., 1:].sum(), list(leaves.values()))
 
     for name, want in zip(("x", "y", "scale"), gradients("x", "y", "scale"), strict=True):
@@ -516,7 +516,7 @@ def test_two_calls_give_the_same_bits(impl):
     R, S = (1300, 700) if DEVICE == "cuda" else (67, 31)
     given = inputs(R, S, 150, (8, 149), 1, **of_shape(R, S), columns=True)
     a, b = (
-        results(lambda **rest: partition(**rest, impl=impl), given, torch.float32, DEVICE)
+        results(lambda **rest: pairwise_lse(**rest, impl=impl), given, torch.float32, DEVICE)
         for _ in range(2)
     )
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -524,18 +524,18 @@ def test_two_calls_give_the_same_bits(impl):
 
 def test_auto_is_the_reference_for_float64():
     given = inputs(**CASES["everything"])
-    for got, want in zip(partition(**given), partition_ref(**given), strict=True):
+    for got, want in zip(pairwise_lse(**given), pairwise_lse_ref(**given), strict=True):
         assert (got is None and want is None) or torch.equal(got, want)
 
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="columns: expected False with ceilings"):
-        partition(**inputs(**CASES["ceiling"]), columns=True)
+        pairwise_lse(**inputs(**CASES["ceiling"]), columns=True)
     with pytest.raises(ValueError, match="impl: expected one of"):
-        partition(**inputs(), impl="fast")
+        pairwise_lse(**inputs(), impl="fast")
     with pytest.raises(ValueError, match="impl: triton has fp32, bf16 and fp16"):
-        partition(**inputs(), impl="triton")
+        pairwise_lse(**inputs(), impl="triton")
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="impl: triton's interpreter has no bf16 products"):
             half = {name: inputs()[name].bfloat16() for name in ("x", "y")}
-            partition(**{**inputs(), **half}, impl="triton")
+            pairwise_lse(**{**inputs(), **half}, impl="triton")

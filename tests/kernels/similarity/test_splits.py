@@ -8,12 +8,12 @@ import torch
 from loss_truth import DEVICE, assert_as_exact, results, rounded, vectors
 
 from mlembed_kernels.similarity.distill import distill
-from mlembed_kernels.similarity.pairwise_lse import partition, partition_ref
+from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
 pytest.importorskip("triton")
 from mlembed_kernels.similarity import _lse_forward  # noqa: E402
-from mlembed_kernels.similarity._bands import nest_of  # noqa: E402
-from mlembed_kernels.similarity._tiles import Kept  # noqa: E402
+from mlembed_kernels.similarity._bands import bands_of  # noqa: E402
+from mlembed_kernels.similarity._tiles import PairMask  # noqa: E402
 
 # In fp32 these columns are 12 tiles of the narrow kernel and 6 of the wide one: of 4 splits the
 # last has no wide tile, of 5 the last two, and of 7 the last has no narrow one either.
@@ -35,8 +35,8 @@ def check(**options) -> None:
     x, y = vectors(1, ROWS, DIMS[-1], seed=1), vectors(1, COLUMNS, DIMS[-1], seed=2)
     scale = torch.tensor([[20.0, 13.0]], dtype=torch.float64)
     given = rounded({"x": x, "y": y, "dims": DIMS, "scale": scale, **options}, torch.float32)
-    got = results(partial(partition, impl="triton"), given, torch.float32, DEVICE)
-    allowed, want = (results(partition_ref, given, t) for t in (torch.float32, torch.float64))
+    got = results(partial(pairwise_lse, impl="triton"), given, torch.float32, DEVICE)
+    allowed, want = (results(pairwise_lse_ref, given, t) for t in (torch.float32, torch.float64))
     assert_as_exact(got, allowed, want, temperature=0.05)
 
 
@@ -125,11 +125,11 @@ def test_a_split_without_columns_reads_no_further(case, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
     counts = torch.tensor([128], dtype=torch.int32), torch.tensor([700], dtype=torch.int32)
     scale = torch.full((1, 2), 20.0)
-    kept = Kept(None, row_keys, col_keys)
+    kept = PairMask(None, row_keys, col_keys)
     for splits in (4, 5, 7):
         forced(monkeypatch, splits)
         guards[1:], behind[:] = [], []
-        _lse_forward.forward(x, y, nest_of(DIMS), scale, kept, counts, ceiling, False, WORKSPACE)
+        _lse_forward.forward(x, y, bands_of(DIMS), scale, kept, counts, ceiling, False, WORKSPACE)
         assert behind and not sum(behind)
 
 
@@ -145,8 +145,8 @@ def test_splits_are_at_most_the_tiles_of_each_kernel(monkeypatch):
     x, y = (vectors(1, n, 144, seed=n).float().to(DEVICE) for n in (5, COLUMNS))
     for dims in (DIMS, (8,)):
         given = {"dims": dims, "scale": torch.full((1, len(dims)), 20.0, device=DEVICE)}
-        got = partition(x, y, **given, impl="triton")[0]
-        torch.testing.assert_close(got, partition_ref(x, y, **given)[0])
+        got = pairwise_lse(x, y, **given, impl="triton")[0]
+        torch.testing.assert_close(got, pairwise_lse_ref(x, y, **given)[0])
     assert asked == [min(TILES), TILES[0]]
 
 

@@ -1,5 +1,5 @@
 """Texts passed around against texts gathered, between real gloo processes, and against one process;
-what a process holds and sends meanwhile; `partition`'s gradients by hand."""
+what a process holds and sends meanwhile; `pairwise_lse`'s gradients by hand."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ from mlembed.data.collate import Batch
 from mlembed.training.objective import candidates
 from mlembed.training.objective.bank import Bank
 from mlembed.training.objective.loss import loss_table, weights
-from mlembed_kernels.similarity.pairwise_lse import partition, partition_backward
+from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_backward
 from tests.runtime.test_distributed import ALONE, training
 
 SIZES = (2, 4)
@@ -69,7 +69,7 @@ SLAB = 4 * N * D
 
 
 def wide(where, across, symmetric):
-    """A process's texts, one to a slab of SLAB bytes, -> a loss of them."""
+    """A process's texts, one to a shard of SLAB bytes, -> a loss of them."""
     ids = torch.arange(N * where.size)
     deep = torch.ones_like(ids)
     batch = Batch(
@@ -118,7 +118,7 @@ def held(where, across):
 def told(where, symmetric):
     """Of one loss: what is sent (bytes), waited for and computed, in this order."""
     events = []
-    right = dist.batch_isend_irecv, candidates.partition, candidates.partition_backward
+    right = dist.batch_isend_irecv, candidates.pairwise_lse, candidates.pairwise_lse_backward
 
     class Waited:
         def __init__(self, work):
@@ -139,13 +139,15 @@ def told(where, symmetric):
         return function(*args, **kwargs)
 
     dist.batch_isend_irecv = exchange
-    candidates.partition, candidates.partition_backward = (partial(computed, f) for f in right[1:])
+    candidates.pairwise_lse, candidates.pairwise_lse_backward = (
+        partial(computed, f) for f in right[1:]
+    )
     try:
         total = wide(where, "ring", symmetric)()
         forward, events = events, []
         total.backward()
     finally:
-        dist.batch_isend_irecv, candidates.partition, candidates.partition_backward = right
+        dist.batch_isend_irecv, candidates.pairwise_lse, candidates.pairwise_lse_backward = right
     return forward, events
 
 
@@ -207,7 +209,7 @@ def test_passing_around_is_gathering(found, size, case):
 
 @sizes
 def test_batches_are_of_both_kinds_and_unequal_shares(found, size):
-    """Otherwise the test above would say little about slabs of different sizes."""
+    """Otherwise the test above would say little about shards of different sizes."""
     for skip in (True, False):
         seen = [found[size][0]["batch", skip, number] for number in NUMBERS["fp64"]]
         assert {source for source, _ in seen} == {"pairs", "nway"}
@@ -224,7 +226,7 @@ def test_one_process_passes_nothing_around():
 
 
 def test_no_process_holds_more_than_two_processes_texts(found):
-    """Four processes' slabs are as many as two's but for the second buffer; gathered they are two
+    """Four processes' shards are as many as two's but for the second buffer; gathered they are two
     more, as this instrument sees."""
     of = {
         (size, across): torch.tensor([process["held"][across] for process in found[size]])
@@ -242,9 +244,9 @@ def test_no_process_holds_more_than_two_processes_texts(found):
 @sizes
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_messages(found, size, symmetric):
-    """Of a step: the slab in each round but the last, before computing with the one in hand and
+    """Of a step: the shard in each round but the last, before computing with the one in hand and
     waited for after; in forward the columns' sums, in backward these with their slopes beside the
-    slab, and its gradient, which come home."""
+    shard, and its gradient, which come home."""
     sums, slopes = 4 * N, 2 * 4 * N
     forward, backward = [], []
     for hop in range(size):
@@ -365,7 +367,7 @@ def test_partition_backward_is_autograd_s(impl, name):
     }
     options |= {"dims": (3, 11), "impl": impl}
     leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
-    outputs = partition(*leaves[:2], scale=leaves[2], **options)
+    outputs = pairwise_lse(*leaves[:2], scale=leaves[2], **options)
     slopes = [
         None if out is None else torch.randn(out.shape, generator=generator, dtype=dtype).to(device)
         for out in outputs
@@ -374,7 +376,7 @@ def test_partition_backward_is_autograd_s(impl, name):
     want = torch.autograd.grad([out for out, _ in pairs], leaves, [d for _, d in pairs])
     outputs = tuple(None if out is None else out.detach() for out in outputs)
     with torch.no_grad():
-        got = partition_backward(x, y, outputs, tuple(slopes), scale=scale, **options)
+        got = pairwise_lse_backward(x, y, outputs, tuple(slopes), scale=scale, **options)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b) and not a.requires_grad
 
@@ -382,6 +384,6 @@ def test_partition_backward_is_autograd_s(impl, name):
 def test_partition_backward_refuses_what_partition_refuses():
     x = torch.zeros(1, 1, 1)
     with pytest.raises(ValueError, match="impl: expected one of .*got 'fast'"):
-        partition_backward(
+        pairwise_lse_backward(
             x, x, (x, None, None), (x, None, None), dims=(1,), scale=x[0], impl="fast"
         )

@@ -120,19 +120,19 @@ def test_a_bank_holds_what_candidates_are(hard):
     bank = Bank(100, host=False)
     table(earlier, "retrieval", run, bank=bank)
     bank.commit()
-    (slab,) = bank.slabs("s")
+    (shard,) = bank.shards("s")
     positives = [1, 5]
     kept = [1, 5, 2, 3, 6] if hard == "shared" else positives
-    assert torch.equal(slab.vectors_EnD, earlier.vectors[:, kept])
-    assert slab.ids_n.tolist() == earlier.ids[kept].tolist()
-    bank.load({"s.0.0.vectors": slab.vectors_EnD, "s.0.0.ids": slab.ids_n + 10_000})
+    assert torch.equal(shard.vectors_EnD, earlier.vectors[:, kept])
+    assert shard.ids_n.tolist() == earlier.ids[kept].tolist()
+    bank.load({"s.0.0.vectors": shard.vectors_EnD, "s.0.0.ids": shard.ids_n + 10_000})
     got, _ = table(told, "retrieval", run, bank=bank)
     n = told.vectors.shape[1]
     logits = []
     for e in range(2):
         for d in DIMS:
             x = F.normalize(told.vectors[e, :, :d], dim=-1)
-            y = F.normalize(slab.vectors_EnD[e, :, :d], dim=-1)
+            y = F.normalize(shard.vectors_EnD[e, :, :d], dim=-1)
             logits.append(torch.cat([x @ x.T, x @ y.T], 1) * 20)
     old = list(range(n, n + len(kept)))
     want = []

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from mlembed_kernels import Occurrences
-from mlembed_kernels.embedding.occurrences import ALIGN, PART, STEP
+from mlembed_kernels import TokenIndex
+from mlembed_kernels.embedding.token_index import ALIGN, PART, STEP
 
 
 def stream(T: int, V: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ IDS = {
 @pytest.mark.parametrize("name", IDS)
 def test_lists_are_those_of_counting(name, dtype):
     ids = IDS[name].to(dtype)
-    o, listed = Occurrences.of(ids), ids.tolist()
+    o, listed = TokenIndex.of(ids), ids.tolist()
     counted = Counter(listed)
     assert (o.tokens, o.distinct) == (len(listed), len(counted))
     assert (o.lowest, o.highest) == (min(listed), max(listed))
@@ -65,7 +65,7 @@ def test_lists_are_those_of_counting(name, dtype):
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("rows", [1, STEP, 3 * STEP // 2, 2 * STEP, 1 << 30])
 def test_chunks_are_all_of_it_once(name, rows):
-    o = Occurrences.of(IDS[name])
+    o = TokenIndex.of(IDS[name])
     chunks = o.chunks(rows)
     tokens = [i for some, _ in chunks for i in range(some.start, some.stop)]
     assert tokens == list(range(o.distinct))
@@ -78,7 +78,7 @@ def test_chunks_are_all_of_it_once(name, rows):
 
 
 def test_lists_begin_where_16_bytes_do():
-    o = Occurrences.of(IDS["stream"])
+    o = TokenIndex.of(IDS["stream"])
     lists = o.order_T, o.ids_P, o.first_P, o.count_P, o.ids_n, o.first_part_m, o.parts_m
     assert all(x.storage_offset() % ALIGN == 0 and x.dtype == torch.int32 for x in lists)
     assert sum(len(x) for x in lists) <= len(o.buffer) < sum(len(x) + ALIGN for x in lists)
@@ -90,7 +90,7 @@ def test_through_a_loaders_process_and_onto_a_device():
         Made(batches), batch_size=None, num_workers=1, multiprocessing_context="fork"
     )
     for ids, got in zip(batches, made, strict=True):
-        want = Occurrences.of(ids)
+        want = TokenIndex.of(ids)
         for x in (got, pickle.loads(pickle.dumps(want)), want.to("cpu")):
             assert torch.equal(x.buffer, want.buffer)
             assert (x.counts, x.bounds) == (want.counts, want.bounds)
@@ -108,7 +108,7 @@ class Made(torch.utils.data.Dataset):
         return len(self.batches)
 
     def __getitem__(self, i):
-        return Occurrences.of(self.batches[i])
+        return TokenIndex.of(self.batches[i])
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ class Made(torch.utils.data.Dataset):
 )
 def test_refused(ids, said):
     with pytest.raises(ValueError, match=said):
-        Occurrences.of(ids)
+        TokenIndex.of(ids)

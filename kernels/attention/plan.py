@@ -19,8 +19,8 @@ ALIGN = 16  # ints: each list begins where Triton sees a pointer divisible by 16
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work lists of a packed batch, for `attention(.., work=)`. Made by `Work.of`.
+class AttentionPlan:
+    """Work lists of a packed batch, for `attention(.., plan=)`. Made by `AttentionPlan.of`.
 
     tokens, sequences, max_seqlen: T, N and the longest sequence, on the host.
     cu_seqlens: int32 [N + 1]. begin_T: int32 [T], the first token of each token's sequence.
@@ -36,11 +36,11 @@ class Work:
     counts: tuple[int, ...]  # of tiles in each list of packs, of tiles
 
     @staticmethod
-    def of(cu_seqlens: Tensor) -> "Work":
+    def of(cu_seqlens: Tensor) -> "AttentionPlan":
         """cu_seqlens [N + 1] -> lists on the CPU. One that lies on a device is waited for.
 
         A batch ordered by exit depth, deepest first: the lists of the n sequences that are alive
-        are `Work.of(cu_seqlens[:n + 1])`.
+        are `AttentionPlan.of(cu_seqlens[:n + 1])`.
 
         Raises:
             ValueError: not integers in one row, not from 0, not rising (an empty sequence).
@@ -66,7 +66,7 @@ class Work:
         begin_T = torch.repeat_interleave(begin, lengths)
         parts = [cu, begin_T, *(x.reshape(-1) for x in lists)]
         padded = [torch.nn.functional.pad(x, (0, -len(x) % ALIGN)) for x in parts]
-        return Work(
+        return AttentionPlan(
             torch.cat(padded).to(torch.int32),
             int(cu[-1]),
             len(lengths),
@@ -74,10 +74,10 @@ class Work:
             tuple(len(x) for x in lists),
         )
 
-    def to(self, device: torch.device) -> "Work":
+    def to(self, device: torch.device) -> "AttentionPlan":
         """One copy."""
         buffer = self.buffer.to(device, non_blocking=True)
-        return Work(buffer, self.tokens, self.sequences, self.max_seqlen, self.counts)
+        return AttentionPlan(buffer, self.tokens, self.sequences, self.max_seqlen, self.counts)
 
     def _list(self, i: int) -> Tensor:
         # Asked for in every layer. Of a compiled graph's symbols there is nothing to remember.

@@ -17,8 +17,8 @@ ALIGN = 16  # ints: each list begins where Triton sees a pointer divisible by 16
 
 
 @dataclass(frozen=True)
-class Occurrences:
-    """Lists of a batch's tokens, for `embed(.., occurrences=)`. Made by `Occurrences.of`.
+class TokenIndex:
+    """Lists of a batch's tokens, for `embed(.., token_index=)`. Made by `TokenIndex.of`.
 
     Distinct tokens stand in falling order of their number of occurrences, equal ones by id. The
     first `several` of them have more than PART and are cut into parts.
@@ -39,7 +39,7 @@ class Occurrences:
     bounds: tuple[int, ...]  # parts before token 0, STEP, 2 STEP, .. and after the last of several
 
     @staticmethod
-    def of(ids: Tensor) -> "Occurrences":
+    def of(ids: Tensor) -> "TokenIndex":
         """ids [T] -> lists on the CPU. Ids that lie on a device are waited for.
 
         Raises:
@@ -67,7 +67,7 @@ class Occurrences:
         lists = [order_T, ids_P, first_P, count_P, ids_n, *of_several]
         ends = [*part_n[:several:STEP].tolist(), int(parts_n[:several].sum())]
         padded = [torch.nn.functional.pad(x, (0, -len(x) % ALIGN)) for x in lists]
-        return Occurrences(
+        return TokenIndex(
             torch.cat(padded).to(torch.int32),
             T,
             len(ids_n),
@@ -78,10 +78,10 @@ class Occurrences:
             tuple(ends),
         )
 
-    def to(self, device: torch.device | str) -> "Occurrences":
+    def to(self, device: torch.device | str) -> "TokenIndex":
         """One copy."""
         buffer = self.buffer.to(device, non_blocking=True)
-        return Occurrences(buffer, *self.counts, self.bounds)
+        return TokenIndex(buffer, *self.counts, self.bounds)
 
     @property
     def counts(self) -> tuple[int, int, int, int, int, int]:

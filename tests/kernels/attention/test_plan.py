@@ -7,8 +7,8 @@ import pytest
 import torch
 from attention_truth import bounds
 
-from mlembed_kernels import Work
-from mlembed_kernels.attention.work import PACKS, TILES
+from mlembed_kernels import AttentionPlan
+from mlembed_kernels.attention.plan import PACKS, TILES
 
 # Lengths that hurt: about a pack's and a tile's 16, 64 and 128; what fills a pack to the last token
 # and what misses it by one; long ones first, last, side by side; many of one token.
@@ -41,13 +41,13 @@ ALL = [*MIXES.values(), *(random_mix(seed) for seed in range(150))]
 
 def test_every_token_once():
     for lengths in ALL:
-        work = Work.of(bounds(lengths))
+        plan = AttentionPlan.of(bounds(lengths))
         for size, most in TILES.items():  # what is longer than a pack holds is in the tiles
             times = [0] * sum(lengths)
-            for first, n in work.packs(most).tolist():
+            for first, n in plan.packs(most).tolist():
                 for t in range(first, first + n):
                     times[t] += 1
-            for first, _, end in work.tiles(size).tolist():
+            for first, _, end in plan.tiles(size).tolist():
                 for t in range(first, min(first + size, end)):
                     times[t] += 1
             assert times == [1] * sum(lengths), (lengths, size)
@@ -57,7 +57,7 @@ def test_every_token_once():
 def test_packs_are_as_many_whole_short_sequences_as_fit(size):
     for lengths in ALL:
         cu = bounds(lengths).tolist()
-        found = Work.of(bounds(lengths)).packs(size).tolist()
+        found = AttentionPlan.of(bounds(lengths)).packs(size).tolist()
         want = []
         for begin, end in pairwise(cu):
             n = end - begin
@@ -75,7 +75,7 @@ def test_packs_are_as_many_whole_short_sequences_as_fit(size):
 @pytest.mark.parametrize("size", TILES)
 def test_tiles_are_of_one_long_sequence_and_no_more_than_it_has(size):
     for lengths in ALL:
-        tiles = Work.of(bounds(lengths)).tiles(size).tolist()
+        tiles = AttentionPlan.of(bounds(lengths)).tiles(size).tolist()
         sequences = {(b, e) for b, e in pairwise(bounds(lengths).tolist()) if e - b > TILES[size]}
         assert {(begin, end) for _, begin, end in tiles} == sequences
         assert len(tiles) == sum(-((b - e) // size) for b, e in sequences)  # an exact grid
@@ -86,7 +86,7 @@ def test_tiles_are_of_one_long_sequence_and_no_more_than_it_has(size):
 @pytest.mark.parametrize("size", TILES)
 def test_longest_first_each_from_its_end(size):
     for lengths in ALL:
-        tiles = Work.of(bounds(lengths)).tiles(size).tolist()
+        tiles = AttentionPlan.of(bounds(lengths)).tiles(size).tolist()
         keys = [(begin - end, begin, -first) for first, begin, end in tiles]
         assert keys == sorted(keys), lengths
 
@@ -94,28 +94,28 @@ def test_longest_first_each_from_its_end(size):
 def test_what_it_says_of_the_batch():
     for lengths in ALL:
         cu = bounds(lengths)
-        work = Work.of(cu)
-        assert (work.tokens, work.sequences) == (sum(lengths), len(lengths))
-        assert work.max_seqlen == max(lengths, default=0)
-        assert torch.equal(work.cu_seqlens, cu)
+        plan = AttentionPlan.of(cu)
+        assert (plan.tokens, plan.sequences) == (sum(lengths), len(lengths))
+        assert plan.max_seqlen == max(lengths, default=0)
+        assert torch.equal(plan.cu_seqlens, cu)
         begins = [begin for begin, end in pairwise(cu.tolist()) for _ in range(begin, end)]
-        assert work.begin_T.tolist() == begins
-        lists = work.cu_seqlens, work.begin_T, *map(work.packs, PACKS), *map(work.tiles, TILES)
+        assert plan.begin_T.tolist() == begins
+        lists = plan.cu_seqlens, plan.begin_T, *map(plan.packs, PACKS), *map(plan.tiles, TILES)
         assert {x.dtype for x in lists} == {torch.int32}
         # Where Triton sees a pointer that 16 bytes divide, it compiles for that alone.
         assert all(x.storage_offset() % 4 == 0 for x in lists)
-        assert work.counts == tuple(len(x) for x in lists[2:])
+        assert plan.counts == tuple(len(x) for x in lists[2:])
 
 
 def test_lists_of_a_prefix():
     """What layer-skip attention relies on: nothing of those that left, the others as they were."""
     for lengths in ALL[:60]:
         cu = bounds(lengths)
-        whole = Work.of(cu)
+        whole = AttentionPlan.of(cu)
         for n in {0, 1, len(lengths) // 2, len(lengths)}:
             if n > len(lengths):
                 continue
-            part, T = Work.of(cu[: n + 1]), sum(lengths[:n])
+            part, T = AttentionPlan.of(cu[: n + 1]), sum(lengths[:n])
             assert (part.tokens, part.sequences) == (T, n)
             assert torch.equal(part.begin_T, whole.begin_T[:T])
             for size in TILES:
@@ -130,10 +130,10 @@ def test_lists_of_a_prefix():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
 def test_integers_of_any_size(dtype):
     lengths = MIXES["long_between_short"]
-    want = Work.of(bounds(lengths))
-    assert torch.equal(Work.of(bounds(lengths).to(dtype)).buffer, want.buffer)
+    want = AttentionPlan.of(bounds(lengths))
+    assert torch.equal(AttentionPlan.of(bounds(lengths).to(dtype)).buffer, want.buffer)
     apart = bounds(lengths).to(dtype).repeat_interleave(2)[::2]
-    assert torch.equal(Work.of(apart).buffer, want.buffer)
+    assert torch.equal(AttentionPlan.of(apart).buffer, want.buffer)
 
 
 WRONG = {
@@ -152,37 +152,37 @@ WRONG = {
 @pytest.mark.parametrize(("cu_seqlens", "message"), WRONG.values(), ids=WRONG)
 def test_boundaries_that_are_none(cu_seqlens, message):
     with pytest.raises(ValueError, match="cu_seqlens: .*" + message):
-        Work.of(cu_seqlens)
+        AttentionPlan.of(cu_seqlens)
 
 
 @pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES)
 def test_on_another_device(lengths):
-    work = Work.of(bounds(lengths))
-    there = work.to("meta")
+    plan = AttentionPlan.of(bounds(lengths))
+    there = plan.to("meta")
     assert there.buffer.device.type == "meta"
-    assert (there.tokens, there.counts) == (work.tokens, work.counts)
+    assert (there.tokens, there.counts) == (plan.tokens, plan.counts)
     for name in ("cu_seqlens", "begin_T"):
-        x, y = getattr(work, name), getattr(there, name)
+        x, y = getattr(plan, name), getattr(there, name)
         assert y.device.type == "meta" and x.shape == y.shape
-    assert all(work.packs(size).shape == there.packs(size).shape for size in PACKS)
-    assert all(work.tiles(size).shape == there.tiles(size).shape for size in TILES)
+    assert all(plan.packs(size).shape == there.packs(size).shape for size in PACKS)
+    assert all(plan.tiles(size).shape == there.tiles(size).shape for size in TILES)
 
 
 def test_tokens_of_active_sequences():
     lengths = [2, 1, 3]
-    work = Work.of(bounds(lengths))
+    plan = AttentionPlan.of(bounds(lengths))
     flags = torch.tensor([True, False, True])
-    assert work.alive_T(flags).tolist() == [True, True, False, True, True, True]
+    assert plan.alive_T(flags).tolist() == [True, True, False, True, True, True]
     # A count beyond either end means none or all.
     for count, tokens in ((-1, 0), (0, 0), (1, 2), (2, 3), (3, 6), (4, 6)):
         for shape in ((), (1,)):
             for dtype in (torch.int32, torch.int64):
-                got = work.alive_T(torch.full(shape, count, dtype=dtype))
+                got = plan.alive_T(torch.full(shape, count, dtype=dtype))
                 assert got.dtype == torch.bool
                 assert got.tolist() == [t < tokens for t in range(6)]
 
 
 def test_tokens_of_no_sequences():
-    work = Work.of(bounds([]))
-    assert work.alive_T(torch.zeros(0, dtype=torch.bool)).shape == (0,)
-    assert work.alive_T(torch.tensor(3)).shape == (0,)
+    plan = AttentionPlan.of(bounds([]))
+    assert plan.alive_T(torch.zeros(0, dtype=torch.bool)).shape == (0,)
+    assert plan.alive_T(torch.tensor(3)).shape == (0,)
