@@ -7,7 +7,8 @@ Query head h reads key/value head h // (Hq / Hkv) (grouped queries, GQA).
 Layer-skip. Where sequences leave at depths of their own, order the batch deepest first: those
 alive at a layer are then a prefix of the packed buffer, and attention over them is this function on
 `q[:T_l]`, `cu_seqlens[:n + 1]` and `AttentionPlan.of(cu_seqlens[:n + 1])`. Nothing is launched,
-filled or read for the others. Sets that are no prefix, or that only the device knows, come as `active`.
+filled or read for the others. Sets that are no prefix, or that only the device knows, come as
+`active`.
 
 For sequences of lengths n_i: FLOPs 4 Hq K sum(n_i^2) forward (half of it when causal), 2.5 times
 that backward; bytes (2 Hq + 2 Hkv) K T forward, (3 Hq + 4 Hkv) K T backward, times those of an
@@ -90,7 +91,7 @@ def attention(
             rectangle), "varlen" (torch's FlashAttention 2), "flash_attn", "xformers" (packages),
             "reference" (a loop over sequences). "auto": triton on CUDA for what it has, else sdpa.
         plan: `AttentionPlan.of(cu_seqlens)` on q's device. Made once for all layers; without it the
-            call makes one, for which a cu_seqlens on a device is waited for. Its boundaries are those that
+            call makes one and waits for a cu_seqlens on a device. Its boundaries are those that
             count: on a device no more than T and N are compared.
 
     Raises:
