@@ -1,8 +1,7 @@
-"""What the kernels cost: `python -m bench NAME`, from a plain checkout where nothing is installed.
+"""What the kernels cost: `python -m bench NAME` measures it in a checkout, without an installation.
 
-The folder `kernels/` is imported as mlembed_kernels, always this checkout's: a bench measures what
-stands beside it, also where another copy is installed. `python -m pytest -p bench` does the same
-for the kernels' tests.
+The folder `kernels/` next to this one is imported as mlembed_kernels, even where another copy is
+installed. `python -m pytest -p bench` does the same for the kernels' tests.
 """
 
 import sys
@@ -19,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class _Beside:
     """Finds mlembed_kernels in the folder next to this one, when it is imported and not before.
 
-    Its modules too, or none: a finder of an installed copy would fill in files that are not here.
+    Its modules come from that folder alone: a finder of an installed copy would add files that the
+    folder does not have.
     """
 
     @staticmethod
@@ -43,6 +43,12 @@ sys.meta_path.insert(0, _Beside)
 
 
 def named(name: str) -> ModuleType:
-    """Import the bench of this name: bench/NAME.py, or bench/NAME/bench.py."""
+    """Import the bench of this name: bench/NAME.py or bench/NAME/bench.py.
+
+    A bench has CASES (harness.Case by name), BASELINES (speed-ups are printed against them), gate
+    and targets; and either build and spot, with which worker.py times its providers, or rows, which
+    takes the times itself. Optional: DEVICES, TESTS (patterns below tests/kernels/), OURS, REPEATS,
+    BREAKDOWN, COLUMNS with cells, numbers, stages; SWEEP with SWEEP_CASE and CANDIDATES.
+    """
     folder = (ROOT / "bench" / name).is_dir()
     return import_module(f"bench.{name}.bench" if folder else f"bench.{name}")

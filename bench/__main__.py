@@ -1,9 +1,9 @@
-"""python -m bench NAME... | all: is the kernel right, then how fast, against what else there is.
+"""python -m bench NAME... | all: check kernels, then time them next to other implementations.
 
-Tests of the kernel come first; where they fail times are still taken, marked `"green": false`, and
-no speed-up is printed. Every finished measurement is appended to bench/results/ at once. The last
-line of stdout is one JSON object. Times need a CUDA device; --smoke runs every line on toy shapes
-anywhere, prints no times and writes nothing.
+The gate and the kernel's tests come first. If they fail, times are still taken, marked
+`"green": false`, and no speed-up is printed. Every measurement is appended to bench/results/ at
+once. The last line of stdout is one JSON object. Times of kernels need a CUDA device; --smoke runs
+every line on toy shapes anywhere, prints no times and writes no file.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 from . import ROOT, named, report
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
-BROKEN = 70  # as in worker.py, which only the other process imports
+BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most
-LEAST = 15.0  # seconds that a case is begun with
+LEAST = 15.0  # seconds: with less left, no case begins
 WORKER = [sys.executable, "-m", "bench.worker"]
 
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Run:
-    """One bench: its records as they come, in memory and in its results file."""
+    """One bench: runs its worker, and collects the records in memory and in a file."""
 
     def __init__(self, name: str, args: argparse.Namespace, deadline: float) -> None:
         self.name, self.args, self.deadline = name, args, deadline
@@ -70,10 +70,10 @@ class Run:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": stamp, "bench": self.name, **record}) + "\n")
 
-    # ---- the other process ----
+    # ---- the worker ----
 
     def stage(self, stages: list[str], *options: str) -> bool:
-        """Run stages to their end; if the worker dies of one thing, anew without what is done."""
+        """Run stages to their end. If the worker dies, start it again without what is finished."""
         start, skip = time.monotonic(), list[str]()
         while True:
             before = len(self.records)
@@ -91,8 +91,8 @@ class Run:
         return status == 0
 
     def worker(self, arguments: list[str]) -> tuple[int, dict[str, Any] | None]:
-        """-> exit status, and what was begun and never ended."""
-        command = [*getattr(self.bench, "WORKER", WORKER), self.name, *arguments]
+        """Return the exit status, and the measurement that began and did not end."""
+        command = [*WORKER, self.name, *arguments]
         command += ["--seconds", f"{max(self.left() - 5, 0):.0f}"]
         command += ["--smoke"] * self.args.smoke + ["--red"] * (not self.green)
         begun = None
@@ -114,31 +114,31 @@ class Run:
     # ---- stages ----
 
     def check(self) -> None:
-        """The gate of the bench, then the kernel's tests."""
+        """Run the gate of the bench, then the kernel's tests."""
         done = self.stage(["gate"])
-        found = self.of("gate")
-        self.green = done and bool(found) and all(record["ok"] for record in found)
-        if self.path is None:  # the worker said why
+        verdicts = self.of("gate")
+        self.green = done and bool(verdicts) and all(record["ok"] for record in verdicts)
+        if self.path is None:  # the worker printed the reason
             self.finished = False
             return
-        print(report.gate(found) if done else "gate: RED, it did not finish", flush=True)
+        print(report.gate(verdicts) if done else "gate: RED, it did not finish", flush=True)
         if not self.args.skip_tests:
             self.tests()
 
     def tests(self) -> None:
-        """The kernel's tests by pytest, where it is installed; a toy run only collects them.
+        """Run the kernel's tests, if pytest is installed; a toy run only collects them.
 
-        On a GPU they compile for every shape. Where that outlasts its share of the time, the gate
+        On a GPU they compile for every shape. If that takes longer than TESTS_SHARE, the gate
         decides alone, and the result says so.
         """
         files = [
             path.relative_to(ROOT).as_posix()
-            for pattern in self.bench.TESTS
+            for pattern in getattr(self.bench, "TESTS", ())
             for path in ROOT.glob(f"tests/kernels/{pattern}")
             if path.name.startswith("test_")
         ]
         if importlib.util.find_spec("pytest") is None or not files:
-            self.add({"kind": "tests", "ok": None, "note": "pytest or the tests are not there"})
+            self.add({"kind": "tests", "ok": None, "note": "pytest or the tests are missing"})
             return
         command = [sys.executable, "-m", "pytest", "-p", "bench", "-q", "-p", "no:cacheprovider"]
         command += ["--collect-only"] * self.args.smoke
@@ -184,15 +184,17 @@ class Run:
 
     def print_case(self, name: str) -> None:
         rows = [row for row in self.of("row") if row["case"] == name]
-        case, found = self.bench.CASES[name], self.of("ceilings")
-        print(f"\n{self.name}: {name}: {self.bench.about(case)}")
-        limits = (found[-1]["tflops"], found[-1]["gbs"]) if found else None
+        case, ceilings = self.bench.CASES[name], self.of("ceilings")
+        print(f"\n{self.name}: {name}: {case.about}")
+        limits = (ceilings[-1]["tflops"], ceilings[-1]["gbs"]) if ceilings else None
         if limits is not None:
             print("ceilings: matmul {:.0f} TFLOP/s, copy {:.0f} GB/s".format(*limits))
+        columns = getattr(self.bench, "COLUMNS", report.COLUMNS)
+        cells = getattr(self.bench, "cells", report.cells)
         for mode in case.modes:
-            floors = None if limits is None else self.bench.floors(case, mode, *limits)
-            table = getattr(self.bench, "table", report.table)
-            print(table(rows, mode, floors, self.bench.BASELINES), flush=True)
+            floors = None if limits is None else case.floors(mode, *limits)
+            lines = report.table(rows, mode, floors, self.bench.BASELINES, columns, cells)
+            print(lines, flush=True)
         for record in self.of("kernels"):
             if record["case"] == name:
                 print(report.kernels(record), flush=True)
@@ -202,11 +204,11 @@ class Run:
                 print(report.stages(record, whole), flush=True)
 
     def smoke(self, names: list[str]) -> None:
-        """Everything once, in one process; no number comes out."""
+        """Run everything once, in one process, without numbers."""
         self.finished = self.stage(["gate", *names, "sweep"])
-        found = self.of("gate")
-        self.green = bool(found) and all(record["ok"] for record in found)
-        print(report.gate(found))
+        verdicts = self.of("gate")
+        self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
+        print(report.gate(verdicts))
         if not self.args.skip_tests:
             self.tests()
         groups: dict[str, list[str]] = {}
@@ -224,8 +226,8 @@ class Run:
         self.check()
         if self.path is None:
             return
-        if self.args.sweep and not self.bench.SWEEP:
-            print(f"{self.name}: nothing to sweep, it launches no kernel of its own", flush=True)
+        if self.args.sweep and not hasattr(self.bench, "SWEEP"):
+            print(f"{self.name}: nothing to sweep", flush=True)
             return
         if self.args.sweep:
             for case in names if self.args.case else [self.bench.SWEEP_CASE]:
@@ -239,7 +241,7 @@ class Run:
             self.add({"kind": "target", **target})
 
     def result(self) -> dict[str, Any]:
-        """Small enough for the end of a log: medians only, the file has the rest."""
+        """Return medians and targets, short enough for the end of a log."""
         rows = self.of("row")
         return {
             "green": self.green,
@@ -256,7 +258,7 @@ class Run:
 
 
 def key(record: dict[str, Any]) -> str:
-    """A measurement's name, as --skip of the worker takes it."""
+    """Return a measurement's name, for --skip of the worker."""
     if record["kind"] == "row":
         return f"{record['case']}:{record['provider']}:{record['mode']}"
     if record["kind"] == "sweep":
@@ -265,7 +267,7 @@ def key(record: dict[str, Any]) -> str:
 
 
 def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """What the worker says; what libraries print besides goes to stderr."""
+    """Yield the worker's records; other lines, which libraries print, go to stderr."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith('{"kind": '):
@@ -275,7 +277,7 @@ def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """The worker with what it started (compilers keep its pipe open)."""
+    """Kill the worker and its children (compilers keep its pipe open)."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -284,7 +286,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def results_file(folder: Path, gpu: str | None, name: str) -> Path:
-    """<date>-<gpu>-<name>.jsonl, added to when there is one."""
+    """Return <date>-<gpu>-<name>.jsonl in a folder, which is made."""
     card = re.sub(r"[^a-z0-9]+", "-", (gpu or "cpu").lower().removeprefix("nvidia ")).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -297,7 +299,7 @@ def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Cases by bench, in the benches' order."""
+    """Return the cases of each bench, in the order of NAMES."""
     for name in args.names:
         if name not in (*NAMES, "all"):
             wrong("bench", (*NAMES, "all"), name)
@@ -315,11 +317,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all")
     parser.add_argument("--list", action="store_true", help="benches and their cases")
     parser.add_argument("--case", nargs="+", default=[], help="only these")
-    parser.add_argument("--seconds", type=float, default=530.0, help="in all; what is left shrinks")
-    parser.add_argument("--skip-tests", action="store_true", help="without pytest; the gate stays")
+    parser.add_argument("--seconds", type=float, default=530.0, help="for all benches together")
+    parser.add_argument("--skip-tests", action="store_true", help="run the gate, but not pytest")
     parser.add_argument("--sweep", action="store_true", help="time launch configurations instead")
     parser.add_argument("--smoke", action="store_true", help="toy shapes, no times, any device")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="results' folder")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench/results", help="folder of results"
+    )
     args = parser.parse_args()
     if args.list:
         args.names, args.case = args.names or ["all"], []
@@ -331,7 +335,7 @@ def main() -> None:
     todo = chosen(args)
     start, results = time.monotonic(), {}
     for at, (name, cases) in enumerate(todo.items(), 1):
-        # Benches share the time equally; what one leaves the next ones have.
+        # Benches share the time equally; the next ones get what one does not use.
         left = args.seconds - (time.monotonic() - start)
         run = Run(name, args, time.monotonic() + left / (len(todo) - at + 1))
         (run.smoke if args.smoke else run.measure)(cases)

@@ -1,15 +1,15 @@
-"""The nested embedding of a batch's tokens: its cases, its two numbers, its gate.
+"""The nested embedding of a batch's tokens: cases, their FLOPs and bytes, peers, gate, targets.
 
 Letters: T tokens, n distinct ones, V rows of the vocabulary, R columns stored, r of them in use,
-D width. The stream is Zipf's, exponent 1, frequencies scattered over the rows.
+D width. The tokens follow Zipf's law, exponent 1, frequencies scattered over the rows.
 
 FLOPs. A token's row is r D products forward, twice that backward (dU and dW), needed once for each
-distinct token: 2 n r D and 4 n r D. TFLOP/s count these, whatever a provider computes besides:
-gathering first T rows, rebuilding the table V.
+distinct token: 2 n r D and 4 n r D. TFLOP/s count these, whatever a provider computes (a gather
+first: T rows; the table rebuilt: V rows).
 
 Bytes. Forward reads n r of U and r D of W and writes x, T D. Backward reads dx, T D, with n r of U
-and r D of W again, and writes dU and dW as an optimiser wants them, dense: V R and R D. Factors in
-their own dtype, x and dx in that of the products. Lists of tokens are less than 1 % of it.
+and r D of W again, and writes dense dU and dW for the optimiser: V R and R D. Factors in their own
+dtype, x and dx in that of the products. Lists of tokens are less than 1 % of it.
 
 The larger of the two times is the floor: bytes, in all cases here.
 """
@@ -26,33 +26,101 @@ from torch import Tensor
 from mlembed_kernels import TokenIndex
 from mlembed_kernels.embedding.embed import embed, embed_ref
 
-from .attention.bench import Checked
-from .attention.cases import EPS32, dtype_on
-from .harness import BACKWARD, FORWARD, TRAIN, Apart, Leaves, judged, poison, reason
+from . import harness
+from .harness import (
+    BACKWARD,
+    EPS32,
+    FORWARD,
+    TRAIN,
+    Apart,
+    Checked,
+    Leaves,
+    Tensors,
+    differentiated,
+)
+from .report import Row, Targets
 
-Tensors = tuple[Tensor, ...]
 NAMES = "x", "dU", "dW"
+PRODUCTS = {FORWARD: 1.0, BACKWARD: 2.0, TRAIN: 3.0}
+TESTS = ("embedding/*",)
+BREAKDOWN = "step", "masters"
+BASELINES = "rebuild_embedding", "rebuild", "eager"
+
+
+@cache
+def stream(T: int, V: int) -> Tensor:
+    """Return int64 [T], tokens by Zipf's law: frequency 1 / rank, ranks scattered over the rows."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 1 / torch.arange(1, V + 1, dtype=torch.float64)
+    ranks = torch.multinomial(weights, T, replacement=True, generator=generator)
+    return torch.randperm(V, generator=generator)[ranks]
+
+
+class Factors(Leaves):
+    """U and W, the tokens, and the gradient of their rows."""
+
+    def __init__(self, U: Tensor, W: Tensor, ids: Tensor, dx: Tensor) -> None:
+        super().__init__()
+        self.stacked = U.requires_grad_(), W.requires_grad_()
+        self.ids, self.dx = ids, dx
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    name: str
+class Case(harness.Case):
+    """A batch and a vocabulary. masters: factors in fp32, products in half precision."""
+
     V: int
     D: int
     R: int
     rank: int
     T: int = 73_419  # of the batch that was measured on 2026-11-20
-    masters: bool = False  # fp32 factors, products in half precision
+    masters: bool = False
     providers: tuple[str, ...] = ("ours", "rebuild_embedding", "rebuild", "eager", "compiled")
-    modes: tuple[str, ...] = (TRAIN, FORWARD)
 
     @property
     def distinct(self) -> int:
         return TokenIndex.of(stream(self.T, self.V)).distinct
 
+    @property
+    def about(self) -> str:
+        dtype = "fp32, products bf16" if self.masters else "bf16"
+        return (
+            f"T = {self.T} (n = {self.distinct} distinct) of V = {self.V}, D = {self.D}, "
+            f"rank {self.rank} of {self.R}, factors {dtype}"
+        )
 
-TESTS = ("embedding/*",)  # below tests/kernels/
-# The most telling first: what time is left for shrinks from the end.
+    def toy(self) -> "Case":
+        """Return the case in seconds, on any device."""
+        rank = min(self.rank, 24) if self.rank > 64 else 5
+        return replace(self, V=97, D=48, R=24, rank=rank, T=150)
+
+    def inputs(self, device: torch.device, seed: int) -> Factors:
+        """Return factors that give x unit variance. The tokens are the same for every seed."""
+        generator = torch.Generator(device).manual_seed(seed)
+        half = harness.dtype_on(device)
+        dtype = torch.float32 if self.masters else half
+
+        def normal(rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            x = torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
+            return x.mul_(scale)
+
+        U = normal(self.V, self.R, dtype)
+        W = normal(self.R, self.D, dtype, self.rank**-0.5)
+        return Factors(U, W, stream(self.T, self.V).to(device), normal(self.T, self.D, half))
+
+    def flops(self, mode: str) -> float:
+        """Return 2 n r D forward, 4 n r D backward."""
+        return PRODUCTS[mode] * 2 * self.distinct * self.rank * self.D
+
+    def nbytes(self, mode: str) -> float:
+        """Return n r + r D of factors and T D forward; backward the same, and V R + R D."""
+        factor = 4 if self.masters else 2
+        read = factor * self.rank * (self.distinct + self.D) + 2 * self.T * self.D
+        written = factor * self.R * (self.V + self.D)
+        return float({FORWARD: read, BACKWARD: read + written, TRAIN: 2 * read + written}[mode])
+
+
+# The most telling first, as the last ones are skipped when time runs out.
 CASES = {
     case.name: case
     for case in (
@@ -62,92 +130,13 @@ CASES = {
         Case(name="lealla", V=501_153, D=128, R=64, rank=64, masters=True),
     )
 }
-BREAKDOWN = "step", "masters"  # where ours is split into its kernels
-BASELINES = "rebuild_embedding", "rebuild", "eager"  # speed-ups are printed against these
-SWEEP_CASE = "step"  # where launch configurations are compared
 
 
-def toy(case: Case) -> Case:
-    """The same lines of code in seconds, on any device."""
-    return replace(case, V=97, D=48, R=24, rank=min(case.rank, 24) if case.rank > 64 else 5, T=150)
-
-
-@cache
-def stream(T: int, V: int) -> Tensor:
-    """int64 [T]: the token of rank k in frequency as often as 1 / k; which row it is, by chance."""
-    generator = torch.Generator().manual_seed(0)
-    weights = 1 / torch.arange(1, V + 1, dtype=torch.float64)
-    ranks = torch.multinomial(weights, T, replacement=True, generator=generator)
-    return torch.randperm(V, generator=generator)[ranks]
-
-
-# ---- the two numbers ----
-
-PRODUCTS = {FORWARD: 1.0, BACKWARD: 2.0, TRAIN: 3.0}
-
-
-def flops(case: Case, mode: str) -> float:
-    """2 n r D forward, 4 n r D backward."""
-    return PRODUCTS[mode] * 2 * case.distinct * case.rank * case.D
-
-
-def nbytes(case: Case, mode: str) -> float:
-    """Forward n r + r D of factors, T D; backward the same and V R + R D of their gradients."""
-    factor = 4 if case.masters else 2
-    read = factor * case.rank * (case.distinct + case.D) + 2 * case.T * case.D
-    written = factor * case.R * (case.V + case.D)
-    return float({FORWARD: read, BACKWARD: read + written, TRAIN: 2 * read + written}[mode])
-
-
-def floors(case: Case, mode: str, tflops: float, gbs: float) -> dict[str, float]:
-    """Milliseconds that no run can go under, at these ceilings."""
-    return {
-        "products": flops(case, mode) / tflops / 1e9,
-        "bytes": nbytes(case, mode) / gbs / 1e6,
-    }
-
-
-def about(case: Case) -> str:
-    dtype = "fp32, products bf16" if case.masters else "bf16"
-    return (
-        f"T = {case.T} (n = {case.distinct} distinct) of V = {case.V}, D = {case.D}, "
-        f"rank {case.rank} of {case.R}, factors {dtype}"
-    )
-
-
-# ---- inputs and steps ----
-
-
-class Factors(Leaves):
-    """U and W, the tokens, and the gradient of what becomes of them."""
-
-    def __init__(self, U: Tensor, W: Tensor, ids: Tensor, dx: Tensor) -> None:
-        super().__init__()
-        self.stacked = U.requires_grad_(), W.requires_grad_()
-        self.ids, self.dx = ids, dx
-
-
-def inputs(case: Case, device: torch.device, seed: int) -> Factors:
-    """x of unit variance. All sets have the same tokens, which are counted on the host."""
-    generator = torch.Generator(device).manual_seed(seed)
-    half = dtype_on(device)
-    dtype = torch.float32 if case.masters else half
-
-    def normal(rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        x = torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
-        return x.mul_(scale)
-
-    U = normal(case.V, case.R, dtype)
-    W = normal(case.R, case.D, dtype, case.rank**-0.5)
-    return Factors(U, W, stream(case.T, case.V).to(device), normal(case.T, case.D, half))
-
-
-def prepare(inputs: Factors) -> tuple[Tensors, Tensors]:
-    return inputs.stacked, (inputs.dx,)
+# ---- steps ----
 
 
 def rebuild(ids: Tensor, U: Tensor, W: Tensor, rank: int) -> Tensor:
-    """As the public ML-Embed code does it."""
+    """Rebuild the table and index it, like the public ML-Embed code."""
     return (U[:, :rank] @ W[:rank])[ids]
 
 
@@ -156,16 +145,14 @@ def rebuild_embedding(ids: Tensor, U: Tensor, W: Tensor, rank: int) -> Tensor:
 
 
 PEERS = {"rebuild": rebuild, "rebuild_embedding": rebuild_embedding, "eager": embed_ref}
-NOTES = {"rebuild": "indexing; its gradient is added up by index_put"}
 
 
 def build(name: str, case: Case, like: Factors, smoke: bool) -> tuple[Apart, str | None]:
-    """A provider's step, and what has to be said of it, if anything."""
     ids, device = like.ids, like.dx.device
     function: Callable[..., Tensor] = PEERS.get(name, embed_ref)
     if name == "ours":
-        o = TokenIndex.of(stream(case.T, case.V)).to(device)
-        function = partial(embed, impl="triton", token_index=o)
+        index = TokenIndex.of(stream(case.T, case.V)).to(device)
+        function = partial(embed, impl="triton", token_index=index)
     elif name == "compiled":
         function = torch.compile(embed_ref, backend="aot_eager" if smoke else "inductor")
 
@@ -173,9 +160,12 @@ def build(name: str, case: Case, like: Factors, smoke: bool) -> tuple[Apart, str
         with torch.autocast(device.type, like.dx.dtype, enabled=case.masters):
             return function(ids, U, W, case.rank)
 
+    def prepare(inputs: Factors) -> tuple[Tensors, Tensors]:
+        return inputs.stacked, (inputs.dx,)
+
     if name == "ours":
         return Apart(step, prepare), None
-    return Checked(step, prepare, partial(spot, case)), None  # type: ignore[arg-type]
+    return Checked(step, prepare, partial(spot, case)), None
 
 
 # ---- right or not ----
@@ -183,7 +173,7 @@ def build(name: str, case: Case, like: Factors, smoke: bool) -> tuple[Apart, str
 
 @dataclass(frozen=True)
 class Check:
-    """A shape that hurts: one token, one token only, primes, ranks off by one from a tile."""
+    """A difficult shape: one token, a token that fills the batch, primes, ranks next to a tile."""
 
     name: str
     ids: tuple[int, ...]
@@ -193,6 +183,10 @@ class Check:
     rank: int = 192
     masters: bool = False
     fp32: bool = False
+
+    @property
+    def about(self) -> str:
+        return f"T {len(self.ids)}, V {self.V}, D {self.D}, rank {self.rank} of {self.R}"
 
     def toy(self) -> "Check":
         ids = tuple(i % 31 for i in self.ids[:70])
@@ -206,28 +200,23 @@ def checks() -> Iterator[Check]:
     yield Check("rank 1", ids, rank=1)
     yield Check("rank 64", ids, rank=64)
     yield Check("rank 65", ids, rank=65, fp32=True)
-    yield Check("rows of no 16 bytes", ids, R=67, rank=67, D=301)
+    yield Check("unaligned rows", ids, R=67, rank=67, D=301)
     yield Check("one token", (498,))
     yield Check("one token only", (3,) * 5003)
     yield Check("every row", tuple(range(499)))
 
 
-def differentiated(function: Callable[..., Tensor], U: Tensor, W: Tensor, dx: Tensor) -> Tensors:
-    """x, dU, dW; also of who is timed without gradients."""
-    leaves = U.detach().requires_grad_(), W.detach().requires_grad_()
-    with torch.enable_grad():
-        x = function(*leaves)
-    return x.detach(), *torch.autograd.grad(x, leaves, dx.to(x.dtype))
-
-
 def floor_of(dtype: torch.dtype) -> float:
-    """Of the truth's size: half a step for a sum of dx, rounded before its products, half a step
-    for the result; and what fp32 holds of a sum."""
+    """Return an error, relative to the truth's size, that rounding explains.
+
+    Half a step for a sum of dx, rounded before its products, half a step for the result, and the
+    error of fp32 sums.
+    """
     return torch.finfo(dtype).eps + 64 * EPS32
 
 
 def verdict(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Output and gradients against float64 on the same bits; an error up to eager's is right."""
+    """Compare output and gradients with float64 on the same bits."""
     generator = torch.Generator(device).manual_seed(17)
     shapes = (check.V, check.R), (check.R, check.D), (len(check.ids), check.D)
     U, W, dx = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
@@ -235,80 +224,57 @@ def verdict(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str,
     if not check.masters:
         U, W = U.to(dtype), W.to(dtype)
     ids = torch.tensor(check.ids, device=device)
-    truth = differentiated(
-        lambda U, W: embed_ref(ids, U, W, check.rank), U.double(), W.double(), dx.double()
-    )
-    # autocast has no fp32, and warns of it.
+    reference = partial(embed_ref, ids, rank=check.rank)
+    truth = differentiated(reference, (U.double(), W.double()), dx.double())
+    # Autocast to fp32 does not exist, and warns.
     half = check.masters and dtype != torch.float32
     with torch.autocast(device.type, dtype, enabled=half):
-        eager = differentiated(lambda U, W: embed_ref(ids, U, W, check.rank), U, W, dx)
-        poison(device)
-        kernel = lambda U, W: embed(ids, U, W, check.rank, impl="triton")  # noqa: E731
-        got, again = (differentiated(kernel, U, W, dx) for _ in "ab")
-    parts = {
-        name: judged(x, e, t, floor_of(dtype))
-        for name, x, e, t in zip(NAMES, got, eager, truth, strict=True)
-    }
-    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    ok = same and all(part["ok"] for part in parts.values())
-    return {"ok": ok, "same_bits": same, "dtype": str(dtype).removeprefix("torch."), **parts}
+        eager = differentiated(reference, (U, W), dx)
+        harness.poison(device)
+        kernel = partial(embed, ids, rank=check.rank, impl="triton")
+        got, again = (differentiated(kernel, (U, W), dx) for _ in "ab")
+    return harness.verdict(NAMES, [floor_of(dtype)] * 3, got, again, eager, truth)
 
 
 def gate(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
-    """One verdict for each check and dtype."""
-    for check in checks():
-        shape = f"T {len(check.ids)}, V {check.V}, D {check.D}, rank {check.rank} of {check.R}"
-        for dtype in (dtype_on(device), torch.float32)[: 1 + check.fp32]:
-            at = {"check": check.name, "shape": shape}
-            try:
-                yield at | verdict(check.toy() if smoke else check, dtype, device)
-            except Exception as error:  # whatever it is, it is not right
-                failed = {"ok": False, "dtype": str(dtype).removeprefix("torch.")}
-                yield at | failed | {"error": reason(error)}
+    half = harness.dtype_on(device)
+    return harness.gate(harness.trials(checks(), verdict, half, device, smoke))
 
 
-TOKENS = 64  # of which x and dU are formed in float64
-COLUMNS = 64  # of dW
-OTHER = 4  # steps of the dtype: a larger error is no rounding
+TOKENS = 64  # whose x and dU are computed in float64
+COLUMNS_OF_W = 64  # whose dW is
 
 
 def spot(case: Case, inputs: Factors, mode: str, got: Tensors) -> dict[str, Any]:
-    """Some tokens and columns in float64: the most frequent token, rare ones, some that are not
-    there. `ok` is for ours, as in the gate; `near` for others, who may round more.
-    """
+    """Compare some tokens and columns with float64: the most frequent, rare and absent tokens."""
     U, W = (x.detach() for x in inputs.stacked)
     ids, dx, rank = inputs.ids, inputs.dx, case.rank
     absent = torch.ones(case.V, dtype=torch.bool)
     absent[stream(case.T, case.V)] = False
     present = TokenIndex.of(stream(case.T, case.V)).ids_n.long()
-    every = present[torch.linspace(0, len(present) - 1, TOKENS).long()]
-    tokens = torch.cat([every.unique(), absent.nonzero()[:, 0][:: max(case.V // 8, 1)]]).to(
-        U.device
-    )
+    every = present[torch.linspace(0, len(present) - 1, TOKENS).long()].unique()
+    nobody = absent.nonzero()[:, 0][:: max(case.V // 8, 1)]
+    tokens = torch.cat([every, nobody]).to(U.device)
     places = torch.isin(ids, tokens).nonzero()[:, 0]
     local = torch.full((case.V,), 0, device=U.device)
     local[tokens] = torch.arange(len(tokens), device=U.device)
-    columns = slice(0, case.D, max(case.D // COLUMNS, 1))
+    columns = slice(0, case.D, max(case.D // COLUMNS_OF_W, 1))
 
     def by_hand(wide: bool) -> dict[str, Tensor]:
         u, w, d = (x.double() if wide else x for x in (U[tokens], W, dx))
-        some = differentiated(
-            lambda u, w: embed_ref(local[ids[places]], u, w, rank), u, w, d[places]
-        )
+        rows = partial(embed_ref, local[ids[places]], rank=rank)
+        x, dU, _ = differentiated(rows, (u, w), d[places])
         if mode == FORWARD:
-            return {"x": some[0]}
-        # Of all tokens: in float64 their rows once, summed before the products.
-        if wide:
+            return {"x": x}
+        if wide:  # sums the rows of dx that share a token, then one product
             s = torch.zeros(case.V, len(range(case.D)[columns]), dtype=d.dtype, device=U.device)
             s.index_add_(0, ids, d[:, columns])
             dW = torch.zeros_like(w[:, columns])
             dW[:rank] = U[:, :rank].double().T @ s
         else:
-            whole = differentiated(
-                lambda u, w: embed_ref(ids, u, w, rank), U, w[:, columns], d[:, columns]
-            )
-            dW = whole[2]
-        return {"x": some[0], "dU": some[1], "dW": dW}
+            everything = partial(embed_ref, ids, rank=rank)
+            dW = differentiated(everything, (U, w[:, columns]), d[:, columns])[2]
+        return {"x": x, "dU": dU, "dW": dW}
 
     with torch.autocast(U.device.type, dx.dtype, enabled=case.masters):
         eager = by_hand(False)
@@ -317,14 +283,8 @@ def spot(case: Case, inputs: Factors, mode: str, got: Tensors) -> dict[str, Any]
     parts = {"x": mine["x"][places]}
     if mode != FORWARD:
         parts |= {"dU": mine["dU"][tokens], "dW": mine["dW"][:, columns]}
-    limit = max(OTHER * torch.finfo(dx.dtype).eps, 64 * EPS32)
-    found: dict[str, Any] = {"ok": True, "near": True, "rms": {}}
-    for name, x in parts.items():
-        part = judged(x, eager[name], truth[name], floor_of(dx.dtype))
-        found[name], found["rms"][name] = part, round(part["rms"], 7)
-        found["ok"] &= part["ok"]
-        found["near"] &= part["rms"] <= limit
-    return found
+    three = {name: (x, eager[name], truth[name]) for name, x in parts.items()}
+    return harness.spot_check(three, floor_of(dx.dtype), dx.dtype)
 
 
 # ---- targets ----
@@ -334,62 +294,40 @@ PEAK_MIB = 64  # of temporaries
 ABOVE_BYTES = 1.5  # times the floor of bytes
 
 
-def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked for in `step`, and is aimed at in the others, forward and backward."""
-    got = {
-        (row["case"], row["provider"]): row
-        for row in rows
-        if row.get("ms") and row.get("green") is not False and row["mode"] == TRAIN
-    }
-    found = []
+def targets(rows: list[Row]) -> list[Row]:
+    """Compare with the targets, which are required of `step` and aimed at in the other cases."""
+    targets = Targets(rows)
     for name in CASES:
-        mine = got.get((name, "ours"))
+        mine, aim, at = targets.row(name, "ours", TRAIN), name != "step", f"{name}, {TRAIN}"
         if mine is None:
             continue
-        asked = "" if name == "step" else "aim "
         for baseline in ("rebuild_embedding", "rebuild"):
-            if (row := got.get((name, baseline))) is not None:
-                times = row["ms"] / mine["ms"]
-                what = f"{name}, {TRAIN}: times {baseline}"
-                found.append((what, times, f"{asked}>= {TIMES}", times >= TIMES))
-        peak = mine.get("peak_mib")
-        if peak is not None:
-            what = f"{name}, {TRAIN}: MiB of temporaries"
-            found.append((what, peak, f"{asked}<= {PEAK_MIB}", peak <= PEAK_MIB))
+            if (row := targets.row(name, baseline, TRAIN)) is not None:
+                targets.add(f"{at}: times {baseline}", row["ms"] / mine["ms"], ">=", TIMES, aim)
+        if mine.get("peak_mib") is not None:
+            targets.add(f"{at}: MiB of temporaries", mine["peak_mib"], "<=", PEAK_MIB, aim)
         above = 1 / mine["copy_share"]
-        what = f"{name}, {TRAIN}: time / floor of bytes"
-        found.append((what, above, f"aim <= {ABOVE_BYTES}", above <= ABOVE_BYTES))
-    names = "target", "value", "limit", "met"
-    return [dict(zip(names, values, strict=True)) for values in found]
+        targets.add(f"{at}: time / floor of bytes", above, "<=", ABOVE_BYTES, aim=True)
+    return targets.listed
 
 
 # ---- launch configurations ----
 
-SWEEP = {"embedding._op": TRAIN}  # module -> what is timed
-# Beside the present entry, from which they take what they do not name.
+SWEEP_CASE = "step"
+SWEEP = {"embedding._op": TRAIN}
+# Options that differ from the present entry.
 CANDIDATES: dict[str, list[dict[str, int | None]]] = {
     "project": [
-        {"maxnreg": None},
-        {"num_stages": 2},
-        {"BK": 32},
-        {"BK": 32, "num_stages": 4},
-        {"BN": 256, "maxnreg": None},
-        {"BN": 256, "num_stages": 4, "maxnreg": None},
-        {"BM": 64, "BN": 256, "maxnreg": None},
-        {"BM": 64, "num_warps": 4, "maxnreg": None},
+        {"maxnreg": None}, {"num_stages": 2}, {"BK": 32}, {"BK": 32, "num_stages": 4},
+        {"BN": 256, "maxnreg": None}, {"BN": 256, "num_stages": 4, "maxnreg": None},
+        {"BM": 64, "BN": 256, "maxnreg": None}, {"BM": 64, "num_warps": 4, "maxnreg": None},
         {"BM": 64, "BN": 64, "num_warps": 4, "maxnreg": None},
     ],
     "sum": [
-        {"AHEAD": 1},
-        {"AHEAD": 2},
-        {"AHEAD": 8},
-        {"BM": 8},
-        {"BM": 4, "BN": 512},
-        {"BM": 8, "BN": 512},
-        {"BM": 32, "BN": 128},
-        {"BM": 4, "BN": 1024, "AHEAD": 2},
+        {"AHEAD": 1}, {"AHEAD": 2}, {"AHEAD": 8}, {"BM": 8}, {"BM": 4, "BN": 512},
+        {"BM": 8, "BN": 512}, {"BM": 32, "BN": 128}, {"BM": 4, "BN": 1024, "AHEAD": 2},
         {"num_warps": 8},
     ],
     "total": [{"BP": 16}, {"BP": 64}, {"BN": 64}, {"BN": 256}, {"num_warps": 8}],
     "gather": [{"BM": 4, "BN": 512}, {"BM": 32}, {"BN": 512}, {"num_warps": 8}],
-}
+}  # fmt: skip

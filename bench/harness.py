@@ -1,44 +1,74 @@
-"""How a time, a peak and an error are obtained, whatever the kernel.
+"""Cases, inputs, times, memory and errors, taken the same way by every bench.
 
-Times are medians of CUDA events over inputs that rotate, so that more than twice the L2 lies
-between two uses of one set: in training the vectors come from memory too.
+Times are medians of CUDA events. Inputs rotate, so that more than twice the L2 lies between two
+uses of one set: in training the vectors come from memory too.
 """
 
-import hashlib
+import importlib.util
 import math
-import platform
 import re
-import shutil
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ROOT
-
-FORWARD, BACKWARD, TRAIN = "fwd", "bwd", "fwd+bwd"  # modes: what is timed
-Step = Callable[[Any, bool], Any]  # inputs, with backward? -> what came out: a loss, or tensors
-Call = Callable[[int], Any]  # on the set of this number
-
-
-# Others' code whose versions a result is read with, where it is there.
-PACKAGES = (
-    *("flash-attn", "flash-attn-3", "flash-attn-4", "xformers"),
-    *("sentence-transformers", "transformers", "cut-cross-entropy", "inf-cl", "liger-kernel"),
-)
+FORWARD, BACKWARD, TRAIN = "fwd", "bwd", "fwd+bwd"  # modes
+CPU = torch.device("cpu")
+EPS32 = torch.finfo(torch.float32).eps
+Tensors = tuple[Tensor, ...]
+Step = Callable[[Any, bool], Any]  # (inputs, backward) -> a loss or tensors
+Call = Callable[[int], Any]  # takes the number of the set of inputs
+Trial = tuple[dict[str, str], Callable[[], dict[str, Any]]]  # a check's labels, its verdict
 
 
 class Missing(Exception):
-    """A library that is not installed: no failure of the bench."""
+    """A library is not installed. The bench reports the provider as absent, not as failed."""
+
+
+def imported(module: str, package: str) -> Any:
+    """Return a library's module. Raises Missing if the package is not installed."""
+    parts = module.split(".")
+    for i in range(len(parts)):
+        if importlib.util.find_spec(".".join(parts[: i + 1])) is None:
+            raise Missing(f"{package} is not installed")
+    return importlib.import_module(module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A workload: the providers that run it, and the modes in which they are timed.
+
+    A bench's own class adds `about` (a line of text), `toy()` (the same code in seconds, on any
+    device) and `inputs(device, seed)`.
+    """
+
+    name: str
+    providers: tuple[str, ...] = ("ours",)
+    modes: tuple[str, ...] = (TRAIN, FORWARD)
+
+    def flops(self, mode: str) -> float:
+        raise NotImplementedError
+
+    def nbytes(self, mode: str) -> float:
+        raise NotImplementedError
+
+    def floors(self, mode: str, tflops: float, gbs: float) -> dict[str, float]:
+        """Return the lower bounds of a run, in milliseconds, at these ceilings."""
+        products, size = self.flops(mode) / tflops / 1e9, self.nbytes(mode) / gbs / 1e6
+        return {"products": products, "bytes": size}
+
+
+def dtype_on(device: torch.device, on_cpu: torch.dtype = torch.float16) -> torch.dtype:
+    """Return bf16 for GPUs; Triton's interpreter, used on CPUs, multiplies bf16 wrongly."""
+    return torch.bfloat16 if device.type == "cuda" else on_cpu
 
 
 class Leaves:
-    """One set of inputs. `views` are leaves over the same memory, for who wants them apart."""
+    """One set of inputs. `views` are leaves over the same memory, one per exit."""
 
     def __init__(self, *stacked: Tensor) -> None:
         self.stacked = tuple(x.requires_grad_() for x in stacked)
@@ -60,41 +90,73 @@ class Leaves:
 
 
 class Apart:
-    """A step that is a function of tensors: its backward can be timed without its forward."""
+    """A step that is a function of tensors, so its backward can be timed without its forward."""
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        prepare: Callable[[Any], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+        self, function: Callable[..., Any], prepare: Callable[[Any], tuple[Tensors, Tensors]]
     ) -> None:
-        """function: leaves -> a tensor, or several. prepare: inputs -> the leaves, and the
-        gradients of what the function gives; once for each set, outside of every time."""
+        """Arguments:
+        function: leaves -> a tensor or several.
+        prepare: inputs -> leaves, and the gradients of the outputs; runs once for each set of
+            inputs and is not timed.
+        """
         self.function, self.prepare = function, prepare
-        self.prepared: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+        self.prepared: dict[int, tuple[Tensors, Tensors]] = {}
 
-    def of(self, inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def of(self, inputs: Any) -> tuple[Tensors, Tensors]:
         if id(inputs) not in self.prepared:
             self.prepared[id(inputs)] = self.prepare(inputs)
         return self.prepared[id(inputs)]
 
-    def outs(self, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found = self.function(*leaves)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+    def outs(self, leaves: Tensors) -> Tensors:
+        outs = self.function(*leaves)
+        return (outs,) if isinstance(outs, Tensor) else tuple(outs)
 
-    def __call__(self, inputs: Any, backward: bool) -> tuple[Tensor, ...]:
-        """What the function gives and, with backward, the gradients of the leaves."""
-        leaves, behind = self.of(inputs)
+    def __call__(self, inputs: Any, backward: bool) -> Tensors:
+        """Return the outputs and, with backward, the gradients of the leaves."""
+        leaves, grads = self.of(inputs)
         outs = self.outs(leaves)
         if not backward:
             return outs
-        return *(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, behind)
+        return *(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, grads)
 
-    def backward(self, inputs: Any) -> Callable[[], tuple[Tensor, ...]]:
-        """The forward now; the gradients whenever the result is called."""
-        leaves, behind = self.of(inputs)
+    def backward(self, inputs: Any) -> Callable[[], Tensors]:
+        """Run the forward; return a function that runs the backward."""
+        leaves, grads = self.of(inputs)
         with torch.enable_grad():
             outs = self.outs(leaves)
-        return lambda: torch.autograd.grad(outs, leaves, behind, retain_graph=True)
+        return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
+
+
+class Checked(Apart):
+    """A peer's step. Its first result in each mode is checked; a wrong one raises RuntimeError."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        prepare: Callable[[Any], tuple[Tensors, Tensors]],
+        spot: Callable[[Any, str, Tensors], dict[str, Any] | None],
+    ) -> None:
+        super().__init__(function, prepare)
+        self.spot, self.seen = spot, set[str]()
+
+    def once(self, inputs: Any, mode: str, got: Tensors) -> Tensors:
+        if mode not in self.seen:
+            self.seen.add(mode)
+            verdict = self.spot(inputs, mode, got)
+            if verdict is not None and not verdict["near"]:
+                raise RuntimeError(f"computes something else, relative errors {verdict['rms']}")
+        return got
+
+    def __call__(self, inputs: Any, backward: bool) -> Tensors:
+        mode = TRAIN if backward else FORWARD
+        return self.once(inputs, mode, super().__call__(inputs, backward))
+
+    def backward(self, inputs: Any) -> Callable[[], Tensors]:
+        again = super().backward(inputs)
+        if BACKWARD not in self.seen:
+            self.once(inputs, BACKWARD, again())
+        return again
 
 
 # ---- times ----
@@ -111,7 +173,7 @@ class Timing:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Linear between neighbours, as numpy's default."""
+    """Interpolate linearly between neighbours, like numpy."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     low = math.floor(at)
@@ -125,7 +187,7 @@ def summary(times: list[float]) -> Timing:
 
 
 def sets_needed(set_bytes: int, l2_bytes: int) -> int:
-    """So many sets that more than 2x L2 is touched between two uses of one."""
+    """Return how many sets of inputs lie more than 2x L2 between two uses of one."""
     if set_bytes > 2 * l2_bytes:
         return 1
     return 2 + 2 * l2_bytes // set_bytes
@@ -143,7 +205,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(call: Call, repeats: int, device: torch.device) -> list[float]:
-    """Milliseconds of each call; on a GPU the device's own, the host may run ahead."""
+    """Return the milliseconds of each call; on a GPU by the device's clock."""
     times = []
     if device.type != "cuda":
         for i in range(repeats):
@@ -152,7 +214,8 @@ def timed(call: Call, repeats: int, device: torch.device) -> list[float]:
             times.append((time.perf_counter() - start) * 1e3)
         return times
     events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
-    # The device waits (clocks) until the host is ahead: else what is short times Python's launches.
+    # The device sleeps (in clocks) until the host is ahead. Without it, short kernels would be as
+    # slow as Python launches them.
     torch.cuda._sleep(int(min(repeats * 5e-4, 0.1) * 1.8e9))
     for i, (start_event, end_event) in enumerate(events):
         start_event.record()
@@ -163,16 +226,17 @@ def timed(call: Call, repeats: int, device: torch.device) -> list[float]:
 
 
 def measure(call: Call, device: torch.device, budget_ms: float, least: int = 5) -> Timing:
-    """Warm up, then repeat for the budget, at least so often. `call` has run: it is compiled."""
+    """Warm up, then repeat for the budget, at least `least` times. `call` is compiled already."""
     once = max(timed(call, 1, device)[0], 1e-3)
     timed(call, min(int(budget_ms / 3 / once), 50), device)
     return summary(timed(call, min(max(int(budget_ms / once), least), 200), device))
 
 
 def rotating(step: Step, sets: list[Any], mode: str) -> Call:
-    """Call i works on set i, from no gradients, with autograd only where it is measured.
+    """Return a call that clears the gradients of set i and runs the step on it.
 
-    For the backward alone every set's forward is done here: what it saves rotates too.
+    For the backward alone, the forward of every set runs here, so its saved tensors rotate too.
+    Autograd is off in the forward mode. Raises TypeError if the step has no backward of its own.
     """
     if mode == BACKWARD:
         if not isinstance(step, Apart):
@@ -191,7 +255,7 @@ def rotating(step: Step, sets: list[Any], mode: str) -> Call:
 
 
 def size_of(result: Any) -> float:
-    """A loss as it is; of tensors the length of all their numbers."""
+    """Return a loss as it is, and the norm of all numbers of tensors."""
     if isinstance(result, Tensor) and result.ndim == 0:
         return float(result)
     tensors = [result] if isinstance(result, Tensor) else result
@@ -199,8 +263,7 @@ def size_of(result: Any) -> float:
 
 
 def peak_bytes(call: Call, sets: list[Any], device: torch.device) -> int | None:
-    """Most memory at any time beyond all inputs, and what is left at the end: outputs and
-    gradients."""
+    """Return the peak of memory beyond inputs, outputs and gradients, None on a CPU."""
     if device.type != "cuda":
         return None
     for inputs in sets:
@@ -216,7 +279,7 @@ def peak_bytes(call: Call, sets: list[Any], device: torch.device) -> int | None:
 
 
 def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
-    """What this card gives: bf16 matmul in TFLOP/s, copy within it in GB/s (read + written)."""
+    """Measure this card: bf16 matmul in TFLOP/s, device copy in GB/s (read + written)."""
     n, size = (64, 1 << 16) if smoke else (8192, 1 << 31)
     budget_ms = 0.0 if smoke else 300.0
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in "ab")
@@ -229,13 +292,16 @@ def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
 
 
 def annotates(event: Any, name: str) -> bool:
-    """Is it a span around kernels, of an optimiser or a compiled graph, and no kernel itself?"""
+    """Tell spans around kernels (of an optimiser, a compiled graph) from kernels."""
     known = "## Call", "Torch-Compiled", "Optimizer.", "ProfilerStep"
     return getattr(event, "is_user_annotation", False) or name.startswith(known)
 
 
 def kernel_times(call: Call, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Device kernels of one call, slowest first: ms and launches a call (on CPUs operators)."""
+    """List the kernels of one call, slowest first, with ms and launches (on CPUs: operators).
+
+    Raises RuntimeError if the profiler saw none.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -257,90 +323,112 @@ def kernel_times(call: Call, device: torch.device, repeats: int) -> list[dict[st
     return sorted(found, key=lambda row: -row["ms"])
 
 
-# ---- errors ----
+# ---- right or not ----
 
 
 def poison(device: torch.device) -> None:
-    """What torch.empty hands out next holds NaN: an element that nobody wrote is found."""
+    """Fill freed memory with NaN, so that an element of torch.empty that nobody wrote shows."""
     if device.type == "cuda":
         blocks = [torch.full((1 << 28,), math.nan, device=device)]
         blocks += [torch.full((1 << 16,), math.nan, device=device) for _ in range(256)]
         del blocks
 
 
+def differentiated(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor
+) -> Tensors:
+    """Return the value of a function and the gradients of its leaves."""
+    leaves = tuple(x.detach().requires_grad_() for x in leaves)
+    with torch.enable_grad():
+        out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
 def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Largest and root mean square difference, in float64."""
+    """Return the largest and the root mean square difference, in float64."""
     difference = (got.double() - truth).abs()
     return difference.max().item(), difference.square().mean().sqrt().item()
 
 
 def judged(got: Tensor, eager: Tensor, truth: Tensor, floor: float) -> dict[str, Any]:
-    """Is `got` as near the truth as eager, up to `floor` of the truth's size? In both norms."""
+    """Return `ok` and the errors, relative to the truth's size, in two norms.
+
+    An error is ok up to that of eager PyTorch plus `floor`.
+    """
     part: dict[str, Any] = {"ok": True, "floor": floor}
     size = truth.abs().max().item(), truth.square().mean().sqrt().item()
-    names = "max", "rms"
-    for name, ours, theirs, scale in zip(
-        names, errors(got, truth), errors(eager, truth), size, strict=True
-    ):
+    both = zip(("max", "rms"), errors(got, truth), errors(eager, truth), size, strict=True)
+    for name, ours, theirs, scale in both:
         scale = scale or 1.0
         part[name], part[f"eager_{name}"] = ours / scale, theirs / scale
         part["ok"] &= ours <= theirs + floor * scale  # NaN never passes
     return part
 
 
-# ---- where it ran ----
+def verdict(
+    names: Sequence[str],
+    floors: Sequence[float],
+    got: Tensors,
+    again: Tensors,
+    eager: Tensors,
+    truth: Tensors,
+) -> dict[str, Any]:
+    """Judge every output of a kernel that ran twice, which has to give the same bits."""
+    columns = zip(names, got, eager, truth, floors, strict=True)
+    parts = {name: judged(x, e, t, floor) for name, x, e, t, floor in columns}
+    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    ok = same and all(part["ok"] for part in parts.values())
+    return {"ok": ok, "same_bits": same, **parts}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number must be read with; never a path or a host's name."""
-    import mlembed_kernels
+def spot_check(
+    parts: dict[str, tuple[Tensor, Tensor, Tensor]], floor: float, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Judge parts (got, eager, truth) of a result at full size.
 
-    sources = hashlib.sha256()
-    for path in [*sorted(ROOT.glob("kernels/*.py")), *sorted(ROOT.glob("mlembed/*.py"))]:
-        sources.update(path.name.encode() + path.read_bytes())
-    known = {
-        "gpu": None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "cudnn": torch.backends.cudnn.version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "kernels": mlembed_kernels.__version__,
-        "sources": sources.hexdigest()[:12],
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
-    }
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        fields = "driver_version,power.limit,clocks.max.sm"
-        told = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0")
-        known |= {
-            "gpu": card.name,
-            "multiprocessors": card.multi_processor_count,
-            "l2_mib": l2_bytes(device) / 2**20,
-            "memory_gib": round(card.total_memory / 2**30, 1),
-            "driver, power limit, top SM clock": told,
-        }
-    return known
+    `ok` is for ours, as in the gate. `near` is for peers, which may round more: an error above
+    four steps of the dtype is not rounding.
+    """
+    limit = max(4 * torch.finfo(dtype).eps, 64 * EPS32)
+    verdict: dict[str, Any] = {"ok": True, "near": True, "rms": {}}
+    for name, columns in parts.items():
+        part = judged(*columns, floor)
+        verdict[name], verdict["rms"][name] = part, round(part["rms"], 7)
+        verdict["ok"] &= part["ok"]
+        verdict["near"] &= part["rms"] <= limit
+    return verdict
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def trials(
+    checks: Iterable[Any],
+    verdict: Callable[..., dict[str, Any]],
+    half: torch.dtype,
+    device: torch.device,
+    smoke: bool,
+) -> Iterator[Trial]:
+    """Yield every check in `half` and, where it asks for it, in fp32."""
+    for check in checks:
+        for dtype in dict.fromkeys((half, torch.float32)[: 1 + check.fp32]):
+            at = {"check": check.name, "shape": check.about, "dtype": dtype_name(dtype)}
+            yield at, partial(verdict, check.toy() if smoke else check, dtype, device)
 
 
-def _output(*command: str) -> str | None:
-    """First line that a command prints, None where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if done.returncode == 0 and lines else None
+def gate(trials: Iterable[Trial]) -> Iterator[dict[str, Any]]:
+    """Yield the verdict of every trial. An exception is a verdict too: not ok."""
+    for at, verdict in trials:
+        try:
+            yield {**at, **verdict()}
+        except Missing:
+            continue
+        except Exception as error:
+            yield {"dtype": "-", **at, "ok": False, "error": reason(error)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def reason(error: BaseException) -> str:
-    """One line of an error; of a file only its name, where it lies is this machine's affair."""
+    """Return an error as one line; of paths only the file name stays."""
     words = re.sub(r"(?<![\w.])(/[\w.+@-]+)+/", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {words}"[:300]

@@ -1,27 +1,26 @@
-"""Batches as a training loop gets them: tokens a second of a loader alone, and a step's beside it.
+"""Batches of the training loader: tokens a second of the loader alone, next to those of a step.
 
 Cases are tables of synthetic text of natural lengths, tokenised and drawn as in training;
-`streamed` is a file that is read, shuffled and tokenised as it comes. Modes are numbers of worker
-processes; 0 is the loop's own process, which then does nothing else. A row's ms is the time between
-two batches (median), its tokens_s all tokens over all time, its own_ms what a batch takes of the
-loop's process on the CPU: other work on the machine lengthens that less, and with workers it is
-what the loop loses to receiving. With 0 workers there are parts too, where a batch's time goes.
+`streamed` is a file that is read, shuffled and tokenised on the fly. Modes are numbers of worker
+processes; with 0 the loop's own process makes the batches. ms is the median time between two
+batches, tokens_s all tokens over all time, own_ms the CPU time of a batch in the loop's process:
+other work on the machine lengthens it less, and with workers it is the cost of receiving. With 0
+workers `parts` has the time of a batch by function.
 
-No GPU is needed, and none is used. A target compares two workers, of which each does as much as one
-process alone does in seconds of its own, with the step that they have to feed.
+The bench uses no GPU. A target compares two workers, each as fast as one process alone in its own
+CPU time, with the step that they have to feed.
 """
 
-import argparse
 import cProfile
 import json
 import os
 import pstats
 import random
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,16 +37,15 @@ from mlembed.data.collate import Batch
 from mlembed.runtime.distributed import World
 
 from . import harness
+from .report import Floors, Row, Targets
 from .train_step import cases
-from .worker import say
 
-TESTS: tuple[str, ...] = ()
+DEVICES = ("cpu",)
 BASELINES: tuple[str, ...] = ()
-SWEEP: dict[str, str] = {}
-WORKER = [sys.executable, "-m", "bench.loader"]
 MODES = "0 workers", "1 worker", "4 workers"
-WORDS = 30_000  # of the synthetic language, drawn by Zipf's law
-# Parts of a batch's time, by the function whose time, with all that it calls, is the part.
+WORDS = 30_000  # of the synthetic language
+Words = tuple[float, float, int, int]  # of a text: median, sigma of the log, least, most
+# Parts of a batch: the time of a function (of a file) with all that it calls.
 PARTS = {
     "draw": "drawn_rows",
     "read": "items",
@@ -59,57 +57,54 @@ PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """pairs: of a batch. words: median, sigma of the log, least and most of a text."""
+@dataclass(frozen=True, kw_only=True)
+class Case(harness.Case):
+    """A table. pairs: of a batch. step_tokens_s: of the step that it feeds. seconds: to measure."""
 
-    name: str
-    about: str
-    pairs: int
-    negatives: int
-    words: tuple[float, float, int, int]
+    about: str = ""
+    pairs: int = 512
+    negatives: int = 7
+    words: Words
     items: int
-    step_tokens_s: float
+    step_tokens_s: float = 169e3  # of 0.6B on one H200, as predicted (bench/LOG.md, train_step)
     streamed: bool = False
-    seconds: float = 6.0  # of a measurement
+    seconds: float = 6.0
     modes: tuple[str, ...] = MODES
-    providers: tuple[str, ...] = ("ours",)
+
+    def toy(self) -> "Case":
+        return replace(self, pairs=4, words=(5, 0.5, 1, 9), items=24, seconds=0.0)
 
 
-# Tokens a second of a step, as predicted for one H200 (bench/LOG.md, train_step).
-# Of lealla there is no prediction: its floors, and 30 ms of the launches that the log names.
-STEP = 169e3
-LEALLA = cases.CASES["lealla"]
-FLOORS = sum(cases.floors(LEALLA, harness.TRAIN, 788, 4247).values())
-STEP_LEALLA = 1e3 * cases.tokens(LEALLA) / (FLOORS + 30)
+def lealla_tokens_s() -> float:
+    """Return the rate of LEALLA's step at its floors and 30 ms of launches (bench/LOG.md)."""
+    case = cases.CASES["lealla"]
+    floors = case.floors(harness.TRAIN, 788, 4247)
+    return 1e3 * cases.tokens(case) / (sum(floors.values()) + 30)
 
 
+GROUPS: Words = 82, 0.5, 3, 380
 CASES = {
-    case.name: case
-    for case in (
-        Case("groups", "512 x (1 + 1 + 7) texts of about 100 tokens, as 0.6B is fine-tuned", 512, 7,
-             (82, 0.5, 3, 380), 2048, STEP),
-        Case("bitext", "4096 pairs of texts of about 30 tokens, as lealla is trained", 4096, 0,
-             (24, 0.5, 2, 90), 16_384, STEP_LEALLA),
-        Case("streamed", "groups, from a file that is read as it comes", 512, 7,
-             (82, 0.5, 3, 380), 2048, STEP, streamed=True),
-    )
+    "groups": Case(
+        name="groups", words=GROUPS, items=2048,
+        about="512 x (1 + 1 + 7) texts of about 100 tokens, as 0.6B is fine-tuned",
+    ),
+    "bitext": Case(
+        name="bitext", words=(24, 0.5, 2, 90), items=16_384, pairs=4096, negatives=0,
+        step_tokens_s=lealla_tokens_s(),
+        about="4096 pairs of texts of about 30 tokens, as lealla is trained",
+    ),
+    "streamed": Case(
+        name="streamed", words=GROUPS, items=2048, streamed=True,
+        about="groups, from a file that is read on the fly",
+    ),
 }  # fmt: skip
-
-
-def toy(case: Case) -> Case:
-    return replace(case, pairs=4, words=(5, 0.5, 1, 9), items=24, seconds=0.0)
-
-
-def about(case: Case) -> str:
-    return case.about
 
 
 # ---- synthetic text ----
 
 
 def words(count: int, seed: int) -> list[str]:
-    """Made of syllables; frequent ones are short, as in languages."""
+    """Return words made of syllables; frequent words are short, as in languages."""
     rng = random.Random(seed)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     made: dict[str, None] = {}
@@ -119,7 +114,7 @@ def words(count: int, seed: int) -> list[str]:
 
 
 def texts(case: Case, count: int, seed: int) -> Iterator[str]:
-    """Lengths are lognormal, words are Zipf's."""
+    """Yield texts of lognormal lengths and Zipf's words."""
     rng = np.random.default_rng(seed)
     known = np.array(words(200 if case.items < 100 else WORDS, 0))
     p = 1 / np.arange(1, len(known) + 1)
@@ -131,34 +126,31 @@ def texts(case: Case, count: int, seed: int) -> Iterator[str]:
 
 
 def written(case: Case, path: Path) -> config.Source:
-    """The case's items as a file of pairs."""
+    """Write the case's items as a file of pairs."""
     each = 2 + case.negatives
-    found = texts(case, case.items * each, 1)
+    lines = texts(case, case.items * each, 1)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(case.items):
-            query, positive, *negatives = (next(found) for _ in range(each))
+            query, positive, *negatives = (next(lines) for _ in range(each))
             row = {"query": query, "positive": positive, "negatives": negatives}
             file.write(json.dumps(row) + "\n")
     return config.Source(path=str(path), streaming=case.streamed, rows=case.items)
 
 
 def learnt(case: Case) -> Tokenizer:
-    """Of as many tokens as words: most words are one or two, as with a large vocabulary."""
+    """Train a tokenizer with as many tokens as words, so that most words are one or two tokens."""
     small = case.items < 100
     return tokenizer.train(texts(case, 100 if small else 6000, 2), 400 if small else 32_000)
 
 
 def batches(case: Case, folder: Path) -> Batches:
-    """As train.py makes them."""
+    """Return batches as train.py makes them."""
     source = written(case, folder / f"{case.name}.jsonl")
     run = config.Run(
-        batch_size=case.pairs,
-        steps=100_000,
-        max_length=512,
-        pack_tokens=16_384,
+        batch_size=case.pairs, steps=100_000, max_length=512, pack_tokens=16_384,
         model=config.Model(max_position_embeddings=512),
         loss=config.Loss(num_negatives=case.negatives),
-    )
+    )  # fmt: skip
     tables = [] if case.streamed else [table for table, _ in sources.read(source)]
     streams = [source] if case.streamed else []
     world = World(0, 1, torch.device("cpu"))
@@ -170,11 +162,28 @@ def loader(data: Batches, mode: str) -> DataLoader[Batch]:
     return DataLoader(Subset(data, range(len(data))), batch_size=None, num_workers=workers)
 
 
-# ---- right, then fast ----
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """Set the process up for loaders: one thread, and a folder for files and caches."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # on fewer cores than 4
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLEMBED_CACHE"] = folder
+        yield Path(folder)
 
 
-def gate(case: Case, data: Batches) -> Iterator[dict[str, Any]]:
-    """With any number of workers the batches are those of one process."""
+# ---- right or not ----
+
+
+def gate(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
+    with workshop() as folder:
+        for case in CASES.values():
+            yield from compared(case.toy(), batches(case.toy(), folder))
+
+
+def compared(case: Case, data: Batches) -> Iterator[dict[str, Any]]:
+    """Compare the batches of workers with those of one process."""
     want = [sums(data[number]) for number in range(6)]
     for mode in case.modes:
         got = [sums(batch) for _, batch in zip(range(6), loader(data, mode), strict=False)]
@@ -183,13 +192,16 @@ def gate(case: Case, data: Batches) -> Iterator[dict[str, Any]]:
 
 
 def sums(batch: Batch) -> list[int]:
-    """Enough of a batch to tell it from others."""
-    found = [batch.tokens, int(batch.place.sum()), int(batch.doc_ids.sum())]
-    return found + [int((pack.ids_T * (1 + pack.pos_T)).sum()) for pack in batch.packs]
+    """Return numbers that tell one batch from another."""
+    few = [batch.tokens, int(batch.place.sum()), int(batch.doc_ids.sum())]
+    return few + [int((pack.ids_T * (1 + pack.pos_T)).sum()) for pack in batch.packs]
+
+
+# ---- times ----
 
 
 def measure(case: Case, data: Batches, mode: str) -> dict[str, Any]:
-    """Batches for case.seconds, after those that workers had made before anyone asked."""
+    """Time batches for case.seconds, after the ones that workers prepare in advance."""
     feed = iter(loader(data, mode))
     warm = 2 + 3 * int(mode.split()[0]) if case.seconds else 1
     for _ in range(warm):
@@ -212,107 +224,56 @@ def measure(case: Case, data: Batches, mode: str) -> dict[str, Any]:
 
 
 def parts(data: Batches, count: int) -> dict[str, float]:
-    """Milliseconds of a batch by part; under a profiler, which adds to what is called often."""
+    """Return milliseconds of a batch by part, under a profiler, which slows frequent calls."""
     profile = cProfile.Profile()
     profile.enable()
     for number in range(count):
         data[number]
     profile.disable()
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    found = {}
+    took = {}
     for part, name in PARTS.items():
         function, _, file = name.partition("@")
         seconds = sum(
-            times[3]
-            for (path, _, called), times in stats.items()
+            times[3] for (path, _, called), times in stats.items()
             if called == function and file in Path(path).name
-        )
+        )  # fmt: skip
         if seconds:
-            found[part] = seconds * 1e3 / count
-    return found
+            took[part] = seconds * 1e3 / count
+    return took
 
 
-def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for row in rows:
-        if row.get("own_ms") and row["mode"] == MODES[0]:
-            rate = 2 * row["tokens"] / row["own_ms"] * 1e3
-            value = rate / CASES[row["case"]].step_tokens_s
-            what = f"{row['case']}: two workers' tokens over the step's"
-            found.append({"target": what, "value": value, "limit": ">= 1", "met": value >= 1})
-    return found
+def rows(case: Case, device: torch.device, end: float, skip: set[str]) -> Iterator[tuple[str, Row]]:
+    with workshop() as folder:
+        data = batches(case, folder)
+        for mode in case.modes:
+            at = {"case": case.name, "provider": "ours", "mode": mode}
+            if ":".join(at.values()) in skip:
+                continue
+            if time.monotonic() > end - 2 * case.seconds:
+                yield "row", {**at, "status": "skipped", "note": "no time was left"}
+                continue
+            yield "begin", at
+            try:
+                row = measure(case, data, mode)
+                if mode == MODES[0] and case.seconds:
+                    row["parts"] = parts(data, 8)
+                yield "row", {**at, "status": "ran", "note": None, **row}
+            except Exception as error:
+                yield "row", {**at, "status": "failed", "note": harness.reason(error)}
 
 
-def table(
-    rows: list[dict[str, Any]], mode: str, floors: dict[str, float] | None, baselines: Any
-) -> str:
-    """A line a mode; of one process alone also where the time goes."""
-    lines = []
-    if mode == MODES[0]:
-        head = ("loader alone", "ms", "p20..p80", "of the loop", "tokens/s", "tokens a batch")
-        lines.append("{:12} {:>8} {:>16} {:>12} {:>11} {:>15}".format(*head))
-    for row in rows:
-        if row["mode"] != mode:
-            continue
-        if row.get("ms") is None:
-            lines.append(f"{mode:12} {row['status']} {row.get('note') or ''}".rstrip())
-            continue
-        spread = f"{row['p20']:.1f}..{row['p80']:.1f}"
-        numbers = f"{row['own_ms']:12.1f} {row['tokens_s']:11,.0f} {row['tokens']:15,}"
-        lines.append(f"{mode:12} {row['ms']:8.1f} {spread:>16} {numbers}")
-        if row.get("parts"):
-            told = ", ".join(f"{part} {ms:.1f}" for part, ms in row["parts"].items())
-            lines.append(f"  ms, under a profiler: {told}")
-    return "\n".join(lines)
+COLUMNS = "of the loop", "tokens/s", "tokens a batch"
 
 
-# ---- in a process of its own, as bench/worker.py ----
+def cells(rows: Sequence[Row], row: Row, floors: Floors) -> list[str]:
+    return [f"{row['own_ms']:.1f}", f"{row['tokens_s']:,.0f}", f"{row['tokens']:,}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("stages", nargs="+", help="gate, or a case")
-    parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument("--skip", nargs="*", default=[])
-    parser.add_argument("--red", action="store_true")
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    end = time.monotonic() + args.seconds
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # on fewer cores than 4
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are the parallelism
-    say("environment", **harness.environment(torch.device("cpu")), cpus=os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MLEMBED_CACHE"] = folder
-        for stage in args.stages:
-            if stage == "gate":
-                for case in map(toy, CASES.values()):
-                    for verdict in gate(case, batches(case, Path(folder))):
-                        say("gate", **verdict)
-            elif stage in CASES:
-                shaped = toy(CASES[stage]) if args.smoke else CASES[stage]
-                measured(shaped, Path(folder), args, end)
-
-
-def measured(case: Case, folder: Path, args: argparse.Namespace, end: float) -> None:
-    data = batches(case, folder)
-    for mode in case.modes:
-        at = {"case": case.name, "provider": "ours", "mode": mode}
-        if ":".join((case.name, "ours", mode)) in args.skip:
-            continue
-        if time.monotonic() > end - 2 * case.seconds:
-            say("row", **at, status="skipped", note="no time was left")
-            continue
-        say("begin", **at)
-        try:
-            row = measure(case, data, mode)
-            if mode == MODES[0] and case.seconds:
-                row["parts"] = parts(data, 8)
-            say("row", **at, status="ran", green=not args.red, note=None, **row)
-        except Exception as error:  # too many open files, a worker that was killed
-            say("row", **at, status="failed", note=harness.reason(error))
-
-
-if __name__ == "__main__":
-    main()
+def targets(rows: list[Row]) -> list[Row]:
+    targets = Targets(rows)
+    for name, case in CASES.items():
+        if (row := targets.row(name, "ours", MODES[0])) is not None:
+            rate = 2 * row["tokens"] / row["own_ms"] * 1e3 / case.step_tokens_s
+            targets.add(f"{name}: two workers' tokens over the step's", rate, ">=", 1)
+    return targets.listed

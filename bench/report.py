@@ -1,12 +1,40 @@
-"""What is printed: tables of what was obtained, and nothing of what was not."""
+"""Console tables and targets. Missing measurements stay blank."""
 
 import json
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = (*("provider", "ms", "p20..p80", "TFLOP/s", "of matmul", "GB/s", "of copy", "peak MiB"),)
-ANOTHER = 0.05  # relative: bf16 sums of bf16 losses come within 2 %
+Floors = dict[str, float] | None
+Cells = Callable[[Sequence[Row], Row, Floors], list[str]]
+COLUMNS = "TFLOP/s", "of matmul", "GB/s", "of copy", "peak MiB"
+ANOTHER = 0.05  # relative: bf16 sums of bf16 losses agree within 2 %
+SIGNS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+
+
+class Targets:
+    """Targets of a bench, from the rows whose time was measured and whose result is right."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = {
+            (row["case"], row["provider"], row["mode"]): row
+            for row in rows
+            if row.get("ms") and row.get("green") is not False
+        }
+        self.listed: list[Row] = []
+
+    def row(self, case: str, provider: str, mode: str) -> Row | None:
+        return self.rows.get((case, provider, mode))
+
+    def add(self, what: str, value: float, sign: str, limit: float, aim: bool = False) -> None:
+        """Compare a value with its limit. aim: more than what is required."""
+        told = f"{'aim ' if aim else ''}{sign} {limit:g}"
+        met = SIGNS[sign](value, limit)
+        self.listed.append({"target": what, "value": value, "limit": told, "met": met})
+
+
+# ---- tables of a case ----
 
 
 def ms_of(rows: Iterable[Row], case: str, mode: str, provider: str) -> float | None:
@@ -16,8 +44,8 @@ def ms_of(rows: Iterable[Row], case: str, mode: str, provider: str) -> float | N
     return None
 
 
-def ratio(rows: list[Row], row: Row, baseline: str) -> str:
-    """How many times faster than a baseline, of a result that is right and whole."""
+def ratio(rows: Sequence[Row], row: Row, baseline: str) -> str:
+    """Return how many times faster a row is than a baseline, "-" unless it is right and whole."""
     base = ms_of(rows, row["case"], row["mode"], baseline)
     if base is None or row.get("value") is None or row["provider"] == baseline or row.get("note"):
         return "-"
@@ -28,8 +56,8 @@ def ratio(rows: list[Row], row: Row, baseline: str) -> str:
     return f"{base / row['ms']:.2f}"
 
 
-def differs(rows: list[Row], row: Row) -> str | None:
-    """Whose loss is not eager's computes something else: its time compares to nothing."""
+def differs(rows: Sequence[Row], row: Row) -> str | None:
+    """Return both losses if a provider's is not eager's: its time compares to nothing."""
     for other in rows:
         same = (other["case"], other["mode"]) == (row["case"], row["mode"])
         if same and other["provider"] == "eager" and other.get("value") is not None:
@@ -41,25 +69,54 @@ def differs(rows: list[Row], row: Row) -> str | None:
     return None
 
 
-def cells(rows: list[Row], row: Row, baselines: tuple[str, ...]) -> list[str]:
-    if row.get("ms") is None:
-        return [row["provider"], row["status"]]
+def cells(rows: Sequence[Row], row: Row, floors: Floors) -> list[str]:
+    """Return the text of COLUMNS."""
     peak = row.get("peak_mib")
-    return [
-        row["provider"],
-        f"{row['ms']:.3f}",
-        f"{row['p20']:.3f}..{row['p80']:.3f}",
-        f"{row['tflops']:.0f}",
-        f"{row['share']:.1%}",
-        f"{row['gbs']:.0f}",
-        f"{row['copy_share']:.1%}",
-        "-" if peak is None else f"{peak:.0f}",
-        *(ratio(rows, row, baseline) for baseline in baselines),
-    ]
+    rates = f"{row['tflops']:.0f}", f"{row['share']:.1%}"
+    copies = f"{row['gbs']:.0f}", f"{row['copy_share']:.1%}"
+    return [*rates, *copies, "-" if peak is None else f"{peak:.0f}"]
+
+
+def gib(mib: float | None) -> str:
+    return "-" if mib is None else f"{mib / 1024:.1f}"
+
+
+def table(
+    rows: Sequence[Row],
+    mode: str,
+    floors: Floors,
+    baselines: Sequence[str],
+    columns: Sequence[str] = COLUMNS,
+    cells: Cells = cells,
+) -> str:
+    """Return one case in one mode, with speed-ups against `baselines`.
+
+    cells: the text of `columns` for a row that has a time.
+    """
+    mine = [row for row in rows if row["mode"] == mode]
+    lines = [["provider", "ms", "p20..p80", *columns, *(f"x {name}" for name in baselines)]]
+    notes = []
+    if floors is not None:
+        limits = ", ".join(f"{name} {ms:.2f} ms" for name, ms in floors.items())
+        notes.append(f"  floors at the ceilings: {limits}")
+    for row in mine:
+        for note in (row.get("note"), differs(rows, row)):
+            notes += [f"  {row['provider']}: {note}"] if note else []
+        if row.get("ms") is None:
+            lines.append([row["provider"], row["status"]])
+            continue
+        digits = 3 if row["ms"] < 100 else 1
+        ms, p20, p80 = (f"{row[name]:.{digits}f}" for name in ("ms", "p20", "p80"))
+        ratios = (ratio(rows, row, baseline) for baseline in baselines)
+        lines.append([row["provider"], ms, f"{p20}..{p80}", *cells(rows, row, floors), *ratios])
+        if row.get("parts"):
+            parts = ", ".join(f"{part} {ms:.1f}" for part, ms in row["parts"].items())
+            notes.append(f"  ms, under a profiler: {parts}")
+    return "\n".join([mode, *aligned(lines), *notes])
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
-    """First column to the left, the others to the right; short lines end early."""
+    """Align the first column to the left, the others to the right. Lines may have fewer cells."""
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     return [
         "  ".join(
@@ -70,23 +127,7 @@ def aligned(lines: list[list[str]]) -> list[str]:
     ]
 
 
-def table(
-    rows: list[Row], mode: str, floors: dict[str, float] | None, baselines: tuple[str, ...]
-) -> str:
-    """One case in one mode, with speed-ups against `baselines`; `rows` are the case's."""
-    mine = [row for row in rows if row["mode"] == mode]
-    lines = aligned(
-        [[*COLUMNS, *(f"x {name}" for name in baselines)]]
-        + [cells(rows, row, baselines) for row in mine]
-    )
-    notes = []
-    for row in mine:
-        for note in (row.get("note"), differs(rows, row)):
-            notes += [f"  {row['provider']}: {note}"] if note else []
-    if floors is not None:
-        told = ", ".join(f"{name} {ms:.2f} ms" for name, ms in floors.items())
-        notes.insert(0, f"  floors at the ceilings: {told}")
-    return "\n".join([mode, *lines, *notes])
+# ---- kernels, stages, sweeps, gates ----
 
 
 def kernels(row: Row) -> str:
@@ -94,20 +135,14 @@ def kernels(row: Row) -> str:
         return f"kernels of ours: {row['status']} {row.get('note', '')}".rstrip()
     lines = [["kernel", "ms", "share", "launches"]]
     for kernel in row["top"]:
-        share = kernel["ms"] / row["total_ms"]
-        lines.append(
-            [
-                kernel["kernel"][:60],
-                f"{kernel['ms']:.3f}",
-                f"{share:.1%}",
-                f"{kernel['launches']:g}",
-            ]
-        )
+        share = f"{kernel['ms'] / row['total_ms']:.1%}"
+        name, launches = kernel["kernel"][:60], f"{kernel['launches']:g}"
+        lines.append([name, f"{kernel['ms']:.3f}", share, launches])
     return "\n".join([f"ours, fwd+bwd: {row['total_ms']:.2f} ms in kernels", *aligned(lines)])
 
 
 def stages(row: Row, whole: float | None) -> str:
-    """Where a step's time goes; `whole` is how long it takes, with what no kernel fills."""
+    """Return the time of a step by stage. whole: ms of the step, also those without a kernel."""
     if row.get("stages") is None:
         return f"stages of ours: {row['status']} {row.get('note', '')}".rstrip()
     lines = [["stage", "ms", "of the step", "floor, ms", "of its ceiling"]]
@@ -129,38 +164,33 @@ def staged(name: str, whole: float | None, ms: float | None, floor_ms: float | N
     return [name, f"{ms:.3f}", share, floor, "-" if floor_ms is None else f"{floor_ms / ms:.1%}"]
 
 
-def sweep(rows: list[Row]) -> str:
-    """Every kernel's configurations, the fastest right one first."""
-    lines = [["kernel", "ms", "of what", "configuration"]]
-    order = sorted(rows, key=lambda row: (row["kernel"], row.get("ms") or 1e9))
-    for row in order:
+def sweep(rows: Sequence[Row]) -> str:
+    """Return the configurations of every kernel, the fastest first."""
+    lines = [["kernel", "ms", "mode", "configuration"]]
+    for row in sorted(rows, key=lambda row: (row["kernel"], row.get("ms") or 1e9)):
         config = " ".join(f"{k}={v}" for k, v in row.get("config", {}).items())
-        told = f"{row['ms']:.3f}" if row.get("ms") else row["status"]
+        ms = f"{row['ms']:.3f}" if row.get("ms") else row["status"]
         wrong = " WRONG" if row.get("right") is False else ""
         note = f"  {row['note'][:80]}" if row.get("note") else ""
-        lines.append([row["kernel"], told, row.get("mode", "-"), config + wrong + note])
+        lines.append([row["kernel"], ms, row.get("mode", "-"), config + wrong + note])
     return "\n".join(aligned(lines))
 
 
-def gate(rows: list[Row]) -> str:
-    """A line for all that is right, and one for everything that is not."""
-    right = sum(row["ok"] for row in rows)
-    lines = [f"gate: {right} of {len(rows)} checks right"]
+def gate(rows: Sequence[Row]) -> str:
+    """Return how many checks are right, and a line for each that is not."""
+    lines = [f"gate: {sum(row['ok'] for row in rows)} of {len(rows)} checks right"]
+    names = "error", "same_bits", "loss", "dq", "dc", "gradients"
     for row in rows:
         if not row["ok"]:
-            parts = {
-                k: row[k]
-                for k in ("error", "same_bits", "loss", "dq", "dc", "gradients")
-                if k in row
-            }
-            lines.append(f"  RED {row['check']} {row['dtype']}: {json.dumps(parts)[:400]}")
+            parts = json.dumps({name: row[name] for name in names if name in row})
+            lines.append(f"  RED {row['check']} {row['dtype']}: {parts[:400]}")
     return "\n".join(lines)
 
 
-def compact(rows: list[Row]) -> dict[str, Any]:
-    """case -> mode -> provider -> median ms, and what has none by its status."""
-    found: dict[str, Any] = {}
+def compact(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return case -> mode -> provider -> median ms, or the status of a row without a time."""
+    medians: dict[str, Any] = {}
     for row in rows:
-        place = found.setdefault(row["case"], {}).setdefault(row["mode"], {})
+        place = medians.setdefault(row["case"], {}).setdefault(row["mode"], {})
         place[row["provider"]] = round(row["ms"], 4) if row.get("ms") else row["status"]
-    return found
+    return medians

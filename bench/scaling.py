@@ -1,8 +1,8 @@
 """python -m bench.scaling: a training step on 8, 64 and 512 GPUs on paper, by formulas alone.
 
-Nothing of this was measured on several GPUs. What is assumed stands in `Assumed`, each number with
-where it is from, and every one of them can be given anew. Each GPU has as many pairs, whatever
-their number: the batch, and with it the candidates, grow.
+Nothing here was measured on several GPUs. `Assumed` lists the assumptions with their sources; each
+is an option. The pairs of a GPU are constant: the batch, and with it the candidates, grow with the
+number of GPUs.
 
 Letters: n GPUs; P parameters, W of them in the layers' matrices; T tokens of a GPU in c packs, k of
 them with graphs that stay; q pairs of a GPU; E exits, D width, L layers, Hq and Hkv heads of width
@@ -12,45 +12,46 @@ weights     ddp    all-reduce of fp32 gradients          2 (n - 1) / n  4 P byte
             fsdp   all-gather of bf16 weights, once      (n - 1) / n  2 P
                    reduce-scatter of fp32 gradients      (n - 1) / n  4 P
 candidates  gather bf16 documents, their gradients       2 (n - 1) b,  b = 2 E q D, one GPU's
-            ring   documents in both directions of time, gradients in fp32 behind them
+            ring   documents forward and backward, fp32 gradients after them
                                                          2 (n - 1) b + 2 n b
 encode      (6 + 2 (1 - k / c) + 2 a / L) W T FLOPs, and (14 + 4 (1 - k / c) + 4 a / L) Hq K of each
-            pair that causal attention sees, texts being of mean length; a of the layers are
-            computed again in the backward; point-wise work is in the rate
+            pair that causal attention sees, for texts of mean length; a of the layers are
+            recomputed in the backward; point-wise work is in the rate
 loss        8 E q (n q) D FLOPs: four products of all pairs (bench/LOG.md)
-optimiser   40 P bytes in memory, fsdp 40 P / n (bench/train_step_cases.py)
+optimiser   40 P bytes in memory, fsdp 40 P / n (bench/train_step/cases.py)
 
 memory      ddp    20 P: weights, gradients, their buckets and two moments in fp32; alone 16 P
-            fsdp   12 P / n for weights and moments, then 6 P whole until the last backward: bf16
-                   weights and fp32 gradients, and 4 P / n of reduced gradients
-            loss   12 bytes of each number of its own exits (fp32, bf16, and gradients of both); a
+            fsdp   12 P / n for weights and moments, 6 P until the last backward: bf16 weights
+                   and fp32 gradients, and 4 P / n of reduced gradients
+            loss   12 bytes a number of a GPU's exits (fp32, bf16, and gradients of both); a
                    workspace; candidates: gather 2 n b (with gradients), ring 6 b (two buffers,
                    and two of fp32 gradients)
             graph  of a pack: 2 W for bf16 weights, and of a token and layer
                    8 D + 2 (Hq + 2 Hkv) K + 2 (Hq + Hkv) K + 2 Hq K + 6 I + 8 + 4 (Hq + Hkv) + 4 Hq
-                   or, of layers that are computed again, 2 D, and one of them whole
+                   or, for a recomputed layer, 2 D, and one of them whole
 
-What is left of the memory is the budget for graphs: packs are as large as one graph fits, k is how
-many fit (all of them, or all but the last). As few layers are computed again as leave a pack LEAST
-tokens; where all of them leave less, it does not fit.
+The rest of the memory is the budget for graphs: a pack is as large as one graph fits, and k graphs
+fit (all of them, or all but the last). The fewest layers are recomputed that leave a pack LEAST
+tokens; if all of them leave less, the step does not fit.
 
 Links. A collective goes around rings that leave a node by all of its network cards at once: within
-a node the rate is NVLink's, beyond it the smaller of NVLink's and all cards' together. The
+a node the rate is NVLink's, beyond it the smaller of NVLink's and that of all cards. The
 candidates' ring is one: between nodes it has one card.
 
-Step, apart: encode, loss, optimiser and all communication, one after the other. Overlapped: less
-what can be hidden, of the reductions the last pack's backward, of the candidates' ring the loss;
-the all-gather comes before everything. Efficiency: the time of the same GPU with its own candidates
-alone and no communication, over the step's.
+Step, apart: encode, loss, optimiser and all communication, one after the other. Overlapped: the
+reductions hide behind the last pack's backward, the candidates' ring behind the loss; the
+all-gather comes before everything. Efficiency: the time of a GPU with its own candidates and
+without communication, over the step's.
 """
 
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from mlembed import config
+from mlembed.config import shapes
 from mlembed.modeling.transformer import num_parameters
 
 from .report import aligned
@@ -59,7 +60,7 @@ Engine = Literal["ddp", "fsdp"]
 Across = Literal["gather", "ring"]
 LABEL = "on paper: formulas, not measurements"
 GPUS = 8, 64, 512
-LEAST = 4096  # tokens of a pack: with less a GPU waits for its launches
+LEAST = 4096  # tokens of a pack: with fewer a GPU waits for its launches
 GIB = 2**30
 
 
@@ -69,26 +70,22 @@ def given(default: float, about: str) -> Any:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the table rests on. GB are 1e9 bytes, GiB 2**30."""
+    """Assumptions of the table. GB are 1e9 bytes, GiB 2**30."""
 
     pairs: int = given(1024, "pairs a GPU")
     query_tokens: float = given(24.0, "mean of a query: bench's lengths, median 20")
     doc_tokens: float = given(139.0, "mean of a document: bench's lengths, median 110, at most 512")
-    pack_tokens: int = given(16_384, "at most, of a pack; fewer where its graph does not fit")
-    gpus_per_node: int = given(8, "as H100 nodes are built")
+    pack_tokens: int = given(16_384, "at most, of a pack; fewer if its graph does not fit")
+    gpus_per_node: int = given(8, "of H100 nodes")
     memory_gib: float = given(78.0, "of an H100 of 80 GB, usable")
     reserved_gib: float = given(6.0, "of it: context, collectives' buffers, fragments (a guess)")
     workspace_gib: float = given(1.7, "of the loss: counted at 131,072 pairs, bench/LOG.md")
     ceiling_tflops: float = given(788.0, "bf16 matmul 8192^3, measured on one H200")
-    reached: float = given(
-        0.45, "of it by a step's products: 134.1k tokens/s at 0.6B, measured on one H200"
-    )
-    copy_gbs: float = given(
-        2960.0, "memory's rate: the maker's 3,350 for an H100 x 0.885, an H200's measured part"
-    )
+    reached: float = given(0.45, "of it by a step: 134.1k tokens/s at 0.6B, measured on one H200")
+    copy_gbs: float = given(2960.0, "memory: 3,350 of an H100 x 0.885, an H200's measured part")
     nvlink_gbs: float = given(450.0, "NVLink of a GPU in one direction, the maker's")
     network_gbs: float = given(
-        50.0, "a network card for each GPU, 400 Gb/s InfiniBand, its maker's"
+        50.0, "a network card for each GPU: 400 Gb/s InfiniBand, its maker's"
     )
     link_share: float = given(0.8, "of either link's rate in large messages (a guess)")
 
@@ -101,36 +98,21 @@ class Assumed:
 # ---- models ----
 
 
-def qwen3(L: int, D: int, Hq: int, Hkv: int, I: int) -> config.Model:
-    """A public Qwen3 shape with its vocabulary as factors of rank 512."""
-    return config.Model(
-        vocab_size=151_936,
-        hidden_size=D,
-        num_hidden_layers=L,
-        num_attention_heads=Hq,
-        num_key_value_heads=Hkv,
-        head_dim=128,
-        intermediate_size=I,
-        ranks=(64, 128, 256, 512),
-    )
-
-
+# Qwen3's public shapes, with their vocabulary as factors of rank 512.
 MODELS = {
-    "0.6B": qwen3(28, 1024, 16, 8, 3072),
-    "1.7B": qwen3(28, 2048, 16, 8, 6144),
-    "4B": qwen3(36, 2560, 32, 8, 9728),
-    "8B": qwen3(36, 4096, 32, 8, 12_288),
+    name: replace(shapes.SHAPES[f"ml-embed-{name.lower()}"], ranks=(64, 128, 256, 512))
+    for name in ("0.6B", "1.7B", "4B", "8B")
 }
 
 
 def matrices(m: config.Model) -> int:
-    """Weights that a token is multiplied with."""
+    """Return the number of weights that multiply a token."""
     heads = 2 * m.num_attention_heads + 2 * m.num_key_value_heads
     return m.num_hidden_layers * m.hidden_size * (heads * m.head_dim + 3 * m.intermediate_size)
 
 
 def token_bytes(m: config.Model) -> int:
-    """What a token keeps for the backward, in all layers."""
+    """Return the bytes of a token that stay for the backward, in all layers."""
     D, K, Hq, Hkv = m.hidden_size, m.head_dim, m.num_attention_heads, m.num_key_value_heads
     of_heads = 2 * K * ((Hq + 2 * Hkv) + (Hq + Hkv) + Hq) + 4 * (Hq + Hkv) + 4 * Hq
     return m.num_hidden_layers * (8 * D + of_heads + 6 * m.intermediate_size + 8)
@@ -140,25 +122,25 @@ def token_bytes(m: config.Model) -> int:
 
 
 def weight_bytes(m: config.Model, n: int, engine: Engine) -> tuple[float, float]:
-    """-> all-gathered before the first forward, reduced with the last backward."""
+    """Return the bytes gathered before the first forward, and reduced with the last backward."""
     P, part = num_parameters(m), (n - 1) / n
     return (0.0, 2 * part * 4 * P) if engine == "ddp" else (part * 2 * P, part * 4 * P)
 
 
-def slab_bytes(m: config.Model, pairs: int) -> float:
-    """One GPU's documents at all exits, bf16."""
+def shard_bytes(m: config.Model, pairs: int) -> float:
+    """Return the bytes of one GPU's documents at all exits, bf16."""
     return 2.0 * len(m.exits) * pairs * m.hidden_size
 
 
 def candidate_bytes(m: config.Model, n: int, across: Across, pairs: int) -> float:
-    shard = slab_bytes(m, pairs)
+    shard = shard_bytes(m, pairs)
     if n == 1:
         return 0.0
     return 2 * (n - 1) * shard + (2 * n * shard if across == "ring" else 0.0)
 
 
 def rate(n: int, across: Across, a: Assumed) -> float:
-    """Bytes a second that each of n GPUs sends: in collectives, or around one ring."""
+    """Return bytes a second that each of n GPUs sends: in collectives, or around one ring."""
     beyond = a.network_gbs * (1 if across == "ring" else a.gpus_per_node)
     gbs = a.nvlink_gbs if n <= a.gpus_per_node else min(a.nvlink_gbs, beyond)
     return gbs * 1e9 * a.link_share
@@ -172,7 +154,7 @@ def tokens(a: Assumed) -> float:
 
 
 def encode_flops(m: config.Model, a: Assumed, more: float) -> float:
-    """more: forwards beside the one that everybody needs."""
+    """Return a GPU's FLOPs. more: forwards after the first one."""
     seen = a.pairs * sum(t * (t + 1) / 2 for t in (a.query_tokens, a.doc_tokens))
     attention = m.num_hidden_layers * m.num_attention_heads * m.head_dim * seen
     return (6 + 2 * more) * matrices(m) * tokens(a) + (14 + 4 * more) * attention
@@ -194,20 +176,20 @@ def state_bytes(m: config.Model, n: int, engine: Engine) -> float:
 
 def loss_bytes(m: config.Model, n: int, across: Across, a: Assumed) -> float:
     own = 12.0 * len(m.exits) * 2 * a.pairs * m.hidden_size
-    shard = slab_bytes(m, a.pairs)
+    shard = shard_bytes(m, a.pairs)
     others = 2 * n * shard if across == "gather" else 2 * shard + 4 * shard
     return own + others + a.workspace_gib * GIB
 
 
 def graph_bytes(m: config.Model, pack: float, again: int = 0) -> float:
-    """again: layers that are computed again."""
+    """Return the bytes of a pack's graph. again: recomputed layers."""
     whole = 2.0 * matrices(m) + pack * token_bytes(m)
     stay = m.num_hidden_layers - again + min(again, 1)
     return stay / m.num_hidden_layers * whole + again * pack * 2 * m.hidden_size
 
 
 def pack_of(m: config.Model, budget: float, most: float) -> tuple[int, int]:
-    """-> tokens of a pack whose graph fits, at most `most`, 0 if none does; layers again."""
+    """Return the tokens of a pack whose graph fits, at most `most` (0: none), and layers again."""
     for again in range(m.num_hidden_layers + 1):
         fixed = graph_bytes(m, 0, again)
         pack = int(min((budget - fixed) / (graph_bytes(m, 1, again) - fixed), most))
@@ -221,19 +203,24 @@ def pack_of(m: config.Model, budget: float, most: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A GPU's part of a step: bytes, seconds and what fits; of what does not fit no seconds."""
+    """A GPU's part of a step. Steps that do not fit have no seconds.
+
+    weights, candidates: bytes sent. state, loss, budget: bytes held, and left for graphs.
+    pack: tokens (0: does not fit). again: recomputed layers. packs, kept: number, with graphs.
+    hidden_s: communication behind computation. alone_s: the step without other GPUs.
+    """
 
     model: str
     gpus: int
     engine: Engine
     across: Across
-    weights: float  # bytes sent
+    weights: float
     candidates: float
-    state: float  # bytes held
+    state: float
     loss: float
-    budget: float  # bytes for graphs
-    pack: int = 0  # tokens, 0: does not fit
-    again: int = 0  # layers
+    budget: float
+    pack: int = 0
+    again: int = 0
     packs: int = 0
     kept: int = 0
     encode_s: float = 0.0
@@ -241,8 +228,8 @@ class Plan:
     optimiser_s: float = 0.0
     weights_s: float = 0.0
     candidates_s: float = 0.0
-    hidden_s: float = 0.0  # of communication, at the best
-    alone_s: float = 0.0  # without others: no communication, own candidates
+    hidden_s: float = 0.0
+    alone_s: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -259,7 +246,7 @@ class Plan:
 
     @property
     def held(self) -> float:
-        """Bytes at the most: state, loss, and the graphs."""
+        """Return the peak in bytes: state, loss, and the graphs."""
         m = MODELS[self.model]
         graphs = graph_bytes(m, self.pack, self.again) if self.fits else 0.0
         return self.state + self.loss + max(self.kept, 1) * graphs
@@ -287,35 +274,23 @@ def plan(name: str, n: int, engine: Engine, across: Across, a: Assumed) -> Plan:
     gather_s, reduce_s = (x / rate(n, "gather", a) for x in (gathered, reduced))
     candidates_s = sent / rate(n, across, a)
     hidden = min(reduce_s, backward) + (min(candidates_s, loss) if across == "ring" else 0.0)
-    return Plan(
-        **{f.name: getattr(bare, f.name) for f in fields(bare)[:9]},
-        pack=pack,
-        again=again,
-        packs=count,
-        kept=kept,
-        encode_s=encode,
-        loss_s=loss,
-        optimiser_s=optimiser,
-        weights_s=gather_s + reduce_s,
-        candidates_s=candidates_s,
-        hidden_s=hidden,
-        alone_s=encode + loss_flops(m, 1, a.pairs) / flops + optimiser,
-    )
-
-
-def engines(n: int) -> tuple[Engine, ...]:
-    return ("ddp", "fsdp") if n > 1 else ("ddp",)
+    return replace(
+        bare, pack=pack, again=again, packs=count, kept=kept, encode_s=encode, loss_s=loss,
+        optimiser_s=optimiser, weights_s=gather_s + reduce_s, candidates_s=candidates_s,
+        hidden_s=hidden, alone_s=encode + loss_flops(m, 1, a.pairs) / flops + optimiser,
+    )  # fmt: skip
 
 
 def plans(a: Assumed, gpus: Sequence[int] = GPUS) -> Iterator[Plan]:
     for name in MODELS:
         for n in gpus:
-            for engine in engines(n):
+            engines: tuple[Engine, ...] = ("ddp", "fsdp") if n > 1 else ("ddp",)
+            for engine in engines:
                 for across in ("gather", "ring"):
                     yield plan(name, n, engine, across, a)
 
 
-# ---- what is printed ----
+# ---- printing ----
 
 COLUMNS = (
     *("GPUs", "engine", "negatives", "GB: weights", "candidates", "GiB: state", "loss"),
@@ -331,25 +306,13 @@ def cells(p: Plan, a: Assumed) -> list[str]:
         return [*at, "no room"]
     times = p.encode_s, p.loss_s, p.optimiser_s, p.weights_s, p.candidates_s
     both = p.apart_s, p.overlapped_s
-    return [
-        *at,
-        f"{p.budget / GIB:.1f}",
-        str(p.pack),
-        str(p.again),
-        f"{p.kept} of {p.packs}",
-        *(f"{t:.3f}" for t in times),
-        *(f"{t:.2f}" for t in both),
-        "..".join(f"{p.alone_s / t:.0%}" for t in both),
-        "..".join(f"{tokens(a) / t:.0f}" for t in both),
-    ]
+    at += [f"{p.budget / GIB:.1f}", str(p.pack), str(p.again), f"{p.kept} of {p.packs}"]
+    at += [*(f"{t:.3f}" for t in times), *(f"{t:.2f}" for t in both)]
+    at.append("..".join(f"{p.alone_s / t:.0%}" for t in both))
+    return [*at, "..".join(f"{tokens(a) / t:.0f}" for t in both)]
 
 
-def best(found: Sequence[Plan]) -> Plan | None:
-    """The shortest overlapped step of those that fit."""
-    return min((p for p in found if p.fits), key=lambda p: p.overlapped_s, default=None)
-
-
-def told(a: Assumed, gpus: Sequence[int] = GPUS) -> Iterator[str]:
+def lines(a: Assumed, gpus: Sequence[int] = GPUS) -> Iterator[str]:
     yield LABEL
     for f in fields(a):
         yield f"  {f.name} {getattr(a, f.name):g}: {f.metadata['about']}"
@@ -363,10 +326,10 @@ def told(a: Assumed, gpus: Sequence[int] = GPUS) -> Iterator[str]:
         )
         yield from aligned([list(COLUMNS), *(cells(p, a) for p in mine)])
         for n in gpus:
-            some = [p for p in mine if p.gpus == n]
-            fit = sorted({p.engine for p in some if p.fits})
-            chosen = best(some)
-            which = "" if chosen is None else f"; shortest {chosen.engine} with {chosen.across}"
+            fitting = [p for p in mine if p.gpus == n and p.fits]
+            fit = sorted({p.engine for p in fitting})
+            best = min(fitting, key=lambda p: p.overlapped_s, default=None)
+            which = "" if best is None else f"; shortest {best.engine} with {best.across}"
             yield f"  {n} GPUs: fits {' and '.join(fit) or 'neither engine'}{which}"
 
 
@@ -386,7 +349,7 @@ def main(args: Sequence[str] | None = None) -> None:
         assumed = Assumed(**options)
     except ValueError as error:
         parser.error(str(error))
-    for line in told(assumed, gpus):
+    for line in lines(assumed, gpus):
         print(line)
 
 

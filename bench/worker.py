@@ -1,7 +1,7 @@
-"""Measures in a process of its own, one JSON line on stdout for everything that comes out.
+"""Measures in a process of its own, and prints every result at once, as one line of JSON.
 
-`python -m bench` starts it: a kernel that reads where it must not takes its process down, and all
-that came after; this way only itself. Everything is said the moment it is known.
+`python -m bench` starts it. A kernel that reads memory it may not read ends this process, and only
+the measurement that was under way is lost.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from . import harness, named
+from .environment import environment
 from .harness import Leaves, Missing, reason
 
 Config = dict[str, int | None]
-BROKEN = 70  # exit status: the device answers no more
+BROKEN = 70  # exit status after an error of the device
 MS = 1000.0  # of repeats for each measurement
-RESERVE = 10  # seconds: nothing new is begun with less
+RESERVE = 10  # seconds: with less left, no measurement begins
 
 
 def say(kind: str, **values: Any) -> None:
@@ -33,7 +34,7 @@ def say(kind: str, **values: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: as text."""
+    """Replace NaN and infinity, which JSON does not have, by text."""
     if isinstance(value, dict):
         return {key: plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
@@ -46,14 +47,15 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.bench = named(args.name)
+        self.repeats = getattr(self.bench, "REPEATS", 5)
         self.device, self.smoke, self.green = device, args.smoke, not args.red
         self.skip = set(args.skip)
         self.end = time.monotonic() + args.seconds
         self.ceilings: dict[str, float] = {}
 
     def run(self, stages: list[str], case: str | None) -> None:
-        say("environment", **harness.environment(self.device))
-        if stages != ["gate"]:
+        say("environment", **environment(self.device))
+        if stages != ["gate"] and not hasattr(self.bench, "rows"):
             found = harness.ceilings(self.device, self.smoke)
             self.ceilings = {} if self.smoke else found
             say("ceilings", **self.ceilings)
@@ -63,32 +65,39 @@ class Worker:
                     self.green &= verdict["ok"]
                     say("gate", **verdict)
             elif stage == "sweep":
-                self.sweep(case or self.bench.SWEEP_CASE)
+                self.sweep(case)
             else:
                 self.case(stage)
 
     def alive(self) -> None:
-        """An illegal access is heard of at every later call: leave, and be started anew."""
+        """Exit if the device is broken; the parent starts the worker again.
+
+        After an illegal memory access every CUDA call fails.
+        """
         try:
             harness.synchronize(self.device)
         except RuntimeError:
             sys.exit(BROKEN)
 
     def sets(self, case: Any) -> list[Leaves]:
-        """Inputs past the L2; in a toy run two sets, so that they do rotate."""
-        first = self.bench.inputs(case, self.device, 0)
+        """Return enough sets of inputs to exceed the L2; two in a toy run."""
+        first = case.inputs(self.device, 0)
         count = harness.sets_needed(first.nbytes(), harness.l2_bytes(self.device))
         count = 2 if self.smoke else count
-        return [first, *(self.bench.inputs(case, self.device, i) for i in range(1, count))]
+        return [first, *(case.inputs(self.device, i) for i in range(1, count))]
 
     def shaped(self, name: str) -> Any:
         case = self.bench.CASES[name]
-        return self.bench.toy(case) if self.smoke else case
+        return case.toy() if self.smoke else case
 
     # ---- providers ----
 
     def case(self, name: str) -> None:
         case = self.shaped(name)
+        if hasattr(self.bench, "rows"):
+            for kind, record in self.bench.rows(case, self.device, self.end, self.skip):
+                say(kind, **({"green": self.green} if "value" in record else {}), **record)
+            return
         sets: list[Leaves] = []
         for provider in case.providers:
             modes = [m for m in case.modes if f"{name}:{provider}:{m}" not in self.skip]
@@ -103,7 +112,7 @@ class Worker:
             self.provider(case, sets, modes, at)
             for inputs in sets:
                 inputs.clear()
-            gc.collect()  # of a model too, before the next one is made
+            gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -118,17 +127,17 @@ class Worker:
                 say("row", **at, mode=mode, status="ran", note=note, **row)
             except Missing as missing:
                 say("row", **at, mode=mode, status="absent", note=str(missing))
-            except Exception as error:  # out of memory, not supported: the run goes on
+            except Exception as error:
                 say("row", **at, mode=mode, status="failed", note=reason(error))
                 self.alive()
-        if at["provider"] == "ours" and at["case"] in self.bench.BREAKDOWN:
+        if at["provider"] == "ours" and at["case"] in getattr(self.bench, "BREAKDOWN", ()):
             self.breakdown(case, built, sets, at)
 
     def row(
         self, case: Any, step: harness.Step, sets: list[Leaves], mode: str, provider: str
     ) -> dict[str, Any]:
         call = harness.rotating(step, sets, mode)
-        got = call(0)  # compiles
+        got = call(0)
         row: dict[str, Any] = {"value": None if got is None else harness.size_of(got)}
         if provider in getattr(self.bench, "OURS", ("ours",)):
             if (spot := self.bench.spot(case, sets[0], mode, got)) is not None:
@@ -136,36 +145,29 @@ class Worker:
                 self.green &= spot["ok"]
             row["green"] = self.green
         del got
-        least = getattr(self.bench, "REPEATS", 5)
-        timing = harness.measure(call, self.device, *((0.0, 1) if self.smoke else (MS, least)))
-        # What a bench reads off itself, as a whole step's memory, or the peak of a call.
-        if (own := getattr(self.bench, "numbers", None)) is not None:
-            numbers = own(case, step, sets[0], timing.ms)
+        budget = (0.0, 1) if self.smoke else (MS, self.repeats)
+        timing = harness.measure(call, self.device, *budget)
+        if hasattr(self.bench, "numbers"):
+            numbers = self.bench.numbers(case, step, sets[0], timing.ms)
         else:
             peak = harness.peak_bytes(call, sets, self.device)
             numbers = {"peak_mib": None if peak is None else peak / 2**20}
         if self.smoke:
             return row
-        tflops = self.bench.flops(case, mode) / timing.ms / 1e9
-        gbs = self.bench.nbytes(case, mode) / timing.ms / 1e6
-        return row | {
-            **asdict(timing),
-            "tflops": tflops,
-            "gbs": gbs,
-            "share": tflops / self.ceilings["tflops"],
-            "copy_share": gbs / self.ceilings["gbs"],
-            **numbers,
-            "sets": len(sets),
-        }
+        tflops = case.flops(mode) / timing.ms / 1e9
+        gbs = case.nbytes(mode) / timing.ms / 1e6
+        row |= {**asdict(timing), **numbers, "tflops": tflops, "gbs": gbs, "sets": len(sets)}
+        row["share"] = tflops / self.ceilings["tflops"]
+        return row | {"copy_share": gbs / self.ceilings["gbs"]}
 
     def breakdown(self, case: Any, built: Any, sets: list[Leaves], at: dict[str, str]) -> None:
-        """Ours, forward and backward, by kernel, and by stage where the bench has stages."""
+        """Profile ours, forward and backward, by kernel and, if the bench has stages, by stage."""
         say("begin", **at, mode="by kernel")
         try:
             step, _ = built or self.bench.build("ours", case, sets[0], self.smoke)
             call, repeats = harness.rotating(step, sets, harness.TRAIN), 1 if self.smoke else 3
             found = harness.kernel_times(call, self.device, repeats)
-        except Exception as error:  # no rights to the profiler, or ours failed above
+        except Exception as error:
             say("kernels", **at, status="failed", note=reason(error))
             self.alive()
             return
@@ -187,14 +189,15 @@ class Worker:
 
     # ---- launch configurations ----
 
-    def sweep(self, name: str) -> None:
-        """Every kernel that the case launches, one after the other."""
-        if not self.bench.SWEEP:
+    def sweep(self, name: str | None) -> None:
+        """Time the launch configurations of every kernel that the case launches."""
+        if not hasattr(self.bench, "SWEEP"):
             return
+        name = name or str(self.bench.SWEEP_CASE)
         case = self.shaped(name)
         sets = self.sets(case)
         step, _ = self.bench.build("ours", case, sets[0], self.smoke)
-        masters = getattr(case, "masters", False)  # read in fp32, computed with in bf16
+        masters = getattr(case, "masters", False)  # fp32 factors, bf16 products
         wide = sets[0].stacked[0].dtype == torch.float32 and not masters
         table_name = "CONFIGS_FP32" if wide else "CONFIGS"
         for module_name, mode in self.bench.SWEEP.items():
@@ -204,7 +207,7 @@ class Worker:
                 seen = Seen(getattr(module, table_name))
                 setattr(module, table_name, seen)
                 harness.rotating(step, sets, mode)(0)
-            except Exception as error:  # no such module or table, or ours fails as it is
+            except Exception as error:
                 say("sweep", **at, kernel=module_name, status="failed", note=reason(error))
                 self.alive()
                 continue
@@ -219,38 +222,38 @@ class Worker:
         sets: list[Leaves],
         at: dict[str, str],
     ) -> None:
-        """The present entry first, then each candidate in its place; the entry comes back."""
+        """Time the present entry, then each candidate in its place, and restore the entry."""
         present = table[kernel]
         budget = (0.0, 1) if self.smoke else (MS / 4, 5)
         call = harness.rotating(step, sets, at["mode"])
-        wanted: tuple[float, ...] | None = None
+        present_digest: tuple[float, ...] | None = None
         try:
             for config in candidates(self.bench.CANDIDATES, kernel, present, self.smoke):
-                here = {**at, "kernel": kernel, "config": config}
+                labels = {**at, "kernel": kernel, "config": config}
                 if f"sweep:{kernel}:{json.dumps(config)}" in self.skip:
                     continue
                 if time.monotonic() > self.end - RESERVE:
-                    say("sweep", **here, status="skipped", note="no time was left")
+                    say("sweep", **labels, status="skipped", note="no time was left")
                     continue
-                say("begin", **here)
+                say("begin", **labels)
                 table[kernel] = config
                 try:
                     got = digest(harness.size_of(call(0)), sets[0])
-                    wanted = got if config == present else wanted
-                    right = None if wanted is None else agree(got, wanted)
-                    note = None if wanted else "unchecked: the present entry did not run"
+                    present_digest = got if config == present else present_digest
+                    right = None if present_digest is None else agree(got, present_digest)
+                    note = None if present_digest else "unchecked: the present entry did not run"
                     timing = harness.measure(call, self.device, *budget)
                     times = {} if self.smoke else asdict(timing)
-                    say("sweep", **here, status="ran", right=right, note=note, **times)
-                except Exception as error:  # does not compile, does not fit: that is a result
-                    say("sweep", **here, status="failed", note=reason(error))
+                    say("sweep", **labels, status="ran", right=right, note=note, **times)
+                except Exception as error:
+                    say("sweep", **labels, status="failed", note=reason(error))
                     self.alive()
         finally:
             table[kernel] = present
 
 
 class Seen(dict[str, Config]):
-    """A table in place of another that notes which entries are read."""
+    """A copy of a table of configurations that records which entries are read."""
 
     def __init__(self, table: dict[str, Config]) -> None:
         super().__init__(table)
@@ -264,14 +267,15 @@ class Seen(dict[str, Config]):
 def candidates(
     listed: dict[str, list[Config]], kernel: str, present: Config, smoke: bool
 ) -> Iterator[Config]:
-    """The present entry, then what is listed for the kernel or for all `kernel_...` of its name.
+    """Yield the present entry, then the candidates listed for the kernel.
 
-    What a candidate does not name is as in the present entry; None takes an option away. A kernel
-    that is not listed gets other warps and stages.
+    A name stands for all kernels `name_...`; the longest counts. Options that a candidate does not
+    name are those of the present entry, and None removes one. A kernel that is not listed gets
+    other warps and stages.
     """
-    of = [name for name in listed if kernel == name or kernel.startswith(f"{name}_")]
-    if of:
-        others = listed[max(of, key=len)]
+    names = [name for name in listed if kernel == name or kernel.startswith(f"{name}_")]
+    if names:
+        others = listed[max(names, key=len)]
     else:
         both = itertools.product((4, 8), (2, 3, 4))
         others = [{"num_warps": warps, "num_stages": stages} for warps, stages in both]
@@ -283,7 +287,7 @@ def candidates(
 
 
 def digest(value: float, inputs: Leaves) -> tuple[float, ...]:
-    """What came out, and the gradients' lengths: enough to see that something else was computed."""
+    """Return the value and the norms of the gradients, which tell one result from another."""
     lengths = [x.grad.float().norm().item() for x in inputs.stacked if x.grad is not None]
     return value, *lengths
 
@@ -298,17 +302,19 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", help="gate, sweep, or a case")
     parser.add_argument("--case", help="of the sweep")
     parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument("--skip", nargs="*", default=[], help="what is done: case:provider:mode")
+    parser.add_argument("--skip", nargs="*", default=[], help="finished: case:provider:mode")
     parser.add_argument("--red", action="store_true", help="the kernel's tests failed")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
-    if not cuda and not args.smoke:
-        sys.exit("error: no CUDA device: times are only taken there, --smoke runs anywhere")
     if not cuda:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    devices = getattr(named(args.name), "DEVICES", ("cuda",))
+    kind = "cuda" if cuda and "cuda" in devices else "cpu"
+    if kind not in devices and not args.smoke:
+        sys.exit("error: no CUDA device: times are only taken there, --smoke runs anywhere")
     torch.manual_seed(0)
-    Worker(args, torch.device("cuda" if cuda else "cpu")).run(args.stages, args.case)
+    Worker(args, torch.device(kind)).run(args.stages, args.case)
 
 
 if __name__ == "__main__":

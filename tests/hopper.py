@@ -3,8 +3,8 @@ fast and right: no CPU run can show it.
 
     python tests/hopper.py [CASE...] -> violations, then one line with their number
 
-Cases are those of the benches (bench/launches.py) and variants of ours, below. A violation that is
-known for a version of Triton is a row of EXCEPTIONS. Compiled kernels are kept, so a run that was
+Cases are those of the benches (bench/compiled/bench_cases.py) and variants below. A violation that
+is known for a version of Triton is a row of EXCEPTIONS. Compiled kernels are kept, so a run that was
 stopped goes on where it was.
 """
 
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 import triton  # noqa: E402
 
-from bench import launches  # noqa: E402
-from bench.launches import CPU, Launch, empty, train  # noqa: E402
+from bench.compiled import bench_cases, launches, machine_code  # noqa: E402
+from bench.compiled.launches import CPU, Launch, empty, train  # noqa: E402
 
 # ---- what is compiled beyond the benches' cases ----
 
@@ -80,7 +80,7 @@ def attention(
 
     plan = AttentionPlan.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
     qkv = (empty(plan.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
-    options: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "work": plan, "causal": causal}
+    options: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "plan": plan, "causal": causal}
     options["active"] = empty(plan.sequences, dtype=torch.bool) if skip else None
     train(partial(attention, impl="triton", **options), *qkv)
 
@@ -247,7 +247,7 @@ def violations(row: dict[str, Any]) -> list[str]:
 def judged(launch: Launch) -> tuple[dict[str, Any], list[str]]:
     """Return what was compiled and what is wrong with it."""
     try:
-        row = launches.machine_code(launch, launch.compile())
+        row = machine_code.machine_code(launch, launch.compile())
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "fatal" in line), lines[-1])
@@ -274,9 +274,9 @@ def main() -> None:
     launches.prepare()
     began = time.monotonic()
     if args.quick:
-        known, names = launches.kernel_cases(), QUICK
+        known, names = bench_cases.kernel_cases(), QUICK
     else:
-        known = launches.bench_cases()
+        known = bench_cases.bench_cases()
         names = args.cases or (*known, *FEW)
     known.update(variants())
     if args.all:

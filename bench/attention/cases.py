@@ -1,4 +1,19 @@
-"""Cases of attention, their FLOPs, bytes and floors; bench.py derives the formulas."""
+"""Cases of attention over packed sequences, with their FLOPs and bytes.
+
+Letters: T tokens of all sequences, n_i those of one, Hq query heads, Hkv key/value heads, K their
+width. A pair is a query and a key that it sees: n_i^2 of a sequence, n_i (n_i + 1) / 2 if causal.
+
+FLOPs. Two products forward, q k' and p v: 4 Hq K for each pair. Backward five (q k' again, do v',
+and those of dq, dk, dv): 2.5 times that. TFLOP/s count these, whatever a provider computes (whole
+tiles for a triangle or a few tokens).
+
+Bytes, of bf16. Forward reads q, k, v and writes o: (2 Hq + 2 Hkv) K T elements. Backward reads q,
+do, k, v and writes dq, dk, dv: (3 Hq + 4 Hkv) K T; a program that holds a whole sequence does not
+need o. The larger of the two times is the floor: bytes up to a few hundred tokens, FLOPs beyond.
+
+Exponentials. One for each pair and query head, forward and again backward. Their unit is not that
+of the products and its ceiling is not measured, so no floor here contains them; see LOG.md.
+"""
 
 import math
 from collections.abc import Iterator
@@ -7,13 +22,16 @@ from typing import Any
 
 import torch
 
+from .. import harness
 from ..harness import BACKWARD, FORWARD, TRAIN
 from . import peers
 from .peers import Packed
 
+FACTORS = {FORWARD: 1.0, BACKWARD: 2.5, TRAIN: 3.5}
+
 
 def lognormal(n: int, median: float, sigma: float, low: int, high: int) -> Iterator[int]:
-    """Lengths of texts; every call goes on where the generator stands."""
+    """Yield lengths of texts; every call continues the generator."""
     normal = torch.randn(n, generator=GENERATOR)
     yield from torch.exp(normal * sigma + math.log(median)).round().clamp(low, high).long().tolist()
 
@@ -34,25 +52,26 @@ TOYS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    name: str
+class Case(harness.Case):
+    """Sequences of one layer. gone: the share of them, at the end, that left at this layer."""
+
     lengths: tuple[int, ...]
     mix: str
     Hq: int = 16
     Hkv: int = 8
     K: int = 128
     causal: bool = True
-    gone: float = 0.0  # so many of the sequences, the last ones, have left at this layer
-    providers: tuple[str, ...]
+    gone: float = 0.0
     modes: tuple[str, ...] = (FORWARD, BACKWARD)
 
     @property
     def alive(self) -> int:
+        """Return the number of sequences that are left."""
         return len(self.lengths) - round(self.gone * len(self.lengths))
 
     @property
     def tokens(self) -> int:
-        """T of those that are there."""
+        """Return T of the sequences that are left."""
         return sum(self.lengths[: self.alive])
 
     @property
@@ -60,6 +79,42 @@ class Case:
         if self.causal:
             return sum(n * (n + 1) // 2 for n in self.lengths[: self.alive])
         return sum(n * n for n in self.lengths[: self.alive])
+
+    @property
+    def about(self) -> str:
+        lengths = sorted(self.lengths[: self.alive])
+        skipped = f" (of {len(self.lengths)})" if self.gone else ""
+        return (
+            f"{len(lengths)} sequences{skipped} of {lengths[0]}..{lengths[-1]} tokens, median "
+            f"{lengths[len(lengths) // 2]}, T = {self.tokens}, {self.Hq}/{self.Hkv} heads of "
+            f"{self.K}, {'causal' if self.causal else 'bidirectional'}"
+        )
+
+    def toy(self) -> "Case":
+        """Return the case in seconds, on any device."""
+        Hq, Hkv = (2, 2) if self.Hq == self.Hkv else (2, 1)
+        return replace(self, lengths=TOYS[self.mix], Hq=Hq, Hkv=Hkv, K=16)
+
+    def inputs(self, device: torch.device, seed: int) -> Packed:
+        """Return normal inputs of all sequences, also of those that left."""
+        generator = torch.Generator(device).manual_seed(seed)
+        T, heads = sum(self.lengths), (self.Hq, self.Hkv, self.Hkv, self.Hq)
+        options: dict[str, Any] = {"device": device, "dtype": harness.dtype_on(device)}
+        return Packed(*(torch.randn(T, H, self.K, generator=generator, **options) for H in heads))
+
+    def flops(self, mode: str) -> float:
+        """Return 4 Hq K for each pair forward, 2.5 times that backward."""
+        return FACTORS[mode] * 4 * self.Hq * self.K * self.pairs
+
+    def nbytes(self, mode: str) -> float:
+        """Return (2 Hq + 2 Hkv) K T elements forward, (3 Hq + 4 Hkv) K T backward."""
+        forward, backward = 2 * self.Hq + 2 * self.Hkv, 3 * self.Hq + 4 * self.Hkv
+        heads = {FORWARD: forward, BACKWARD: backward, TRAIN: forward + backward}[mode]
+        return 2.0 * heads * self.K * self.tokens
+
+    def exponentials(self) -> float:
+        """Return Hq for each pair, those of one pass."""
+        return float(self.Hq * self.pairs)
 
 
 SKIPPING = "ours", "alone", "active", "whole"
@@ -73,7 +128,7 @@ def case(name: str, mix: str, *providers: str, **options: Any) -> Case:
     return Case(name=name, mix=mix, lengths=MIXES[mix], providers=providers, **options)
 
 
-# The most telling first: what time is left for shrinks from the end.
+# The most telling first, as the last ones are skipped when time runs out.
 CASES = {
     case.name: case
     for case in (
@@ -91,73 +146,3 @@ CASES = {
         case("very_long", "very_long", "ours", "varlen", "varlen_gqa", "fa3"),
     )
 }
-
-
-def toy(case: Case) -> Case:
-    """The same lines of code in seconds, on any device."""
-    Hq, Hkv = (2, 2) if case.Hq == case.Hkv else (2, 1)
-    return replace(case, lengths=TOYS[case.mix], Hq=Hq, Hkv=Hkv, K=16)
-
-
-# ---- the two numbers ----
-
-FACTORS = {FORWARD: 1.0, BACKWARD: 2.5, TRAIN: 3.5}
-
-
-def flops(case: Case, mode: str) -> float:
-    """4 Hq K for each pair forward, 2.5 times that backward."""
-    return FACTORS[mode] * 4 * case.Hq * case.K * case.pairs
-
-
-def nbytes(case: Case, mode: str) -> float:
-    """(2 Hq + 2 Hkv) K T elements forward, (3 Hq + 4 Hkv) K T backward."""
-    forward, backward = 2 * case.Hq + 2 * case.Hkv, 3 * case.Hq + 4 * case.Hkv
-    heads = {FORWARD: forward, BACKWARD: backward, TRAIN: forward + backward}[mode]
-    return 2.0 * heads * case.K * case.tokens
-
-
-def exponentials(case: Case) -> float:
-    """Hq for each pair, in each pass."""
-    return float(case.Hq * case.pairs)
-
-
-def floors(case: Case, mode: str, tflops: float, gbs: float) -> dict[str, float]:
-    """Milliseconds that no run can go under, at these ceilings."""
-    return {
-        "products": flops(case, mode) / tflops / 1e9,
-        "bytes": nbytes(case, mode) / gbs / 1e6,
-    }
-
-
-def about(case: Case) -> str:
-    here = case.lengths[: case.alive]
-    median = sorted(here)[len(here) // 2]
-    skipped = f" (of {len(case.lengths)})" if case.gone else ""
-    return (
-        f"{len(here)} sequences{skipped} of {min(here)}..{max(here)} tokens, median {median}, "
-        f"T = {case.tokens}, {case.Hq}/{case.Hkv} heads of {case.K}, "
-        f"{'causal' if case.causal else 'bidirectional'}"
-    )
-
-
-# ---- inputs and steps ----
-
-
-def inputs(case: Case, device: torch.device, seed: int) -> Packed:
-    """Standard normal, the whole buffer, also where only some sequences are there."""
-    generator = torch.Generator(device).manual_seed(seed)
-    T, Hq, Hkv = sum(case.lengths), case.Hq, case.Hkv
-    options: dict[str, Any] = {"device": device, "dtype": dtype_on(device)}
-    q, k, v, dout = (
-        torch.randn(T, heads, case.K, generator=generator, **options)
-        for heads in (Hq, Hkv, Hkv, Hq)
-    )
-    return Packed(q, k, v, dout)
-
-
-EPS32 = torch.finfo(torch.float32).eps
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    """bf16; Triton's interpreter, which stands in on CPUs, has no right bf16, but fp16."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float16

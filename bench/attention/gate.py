@@ -1,30 +1,31 @@
-"""Is attention right? Small shapes that hurt before anything is timed, then some sequences of each
-case at its own size, of ours and of the peers."""
+"""The gate of attention: difficult small shapes, then a few sequences of each case at full size,
+of ours and of the peers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlembed_kernels.attention.attention import attention, attention_ref
 
-from ..harness import BACKWARD, FORWARD, TRAIN, judged, poison, reason
-from .cases import EPS32, dtype_on
-from .peers import Batch, Packed, Tensors
-
-if TYPE_CHECKING:
-    from .cases import Case
-
+from .. import harness
+from ..harness import BACKWARD, EPS32, FORWARD, TRAIN, Tensors, differentiated
+from .cases import Case
+from .peers import Batch, Packed
 
 NAMES = "out", "dq", "dk", "dv"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A shape that hurts: one token, tiles' ends and one off them, many sequences in a tile."""
+    """A difficult shape: one token, lengths next to a tile's, many sequences in a tile.
+
+    skips: every third sequence is inactive. sharp: factor on the scale, for softmaxes of nearly
+    one key.
+    """
 
     name: str
     lengths: tuple[int, ...]
@@ -33,8 +34,14 @@ class Check:
     K: int = 128
     causal: bool = True
     fp32: bool = False
-    skips: bool = False  # every third sequence is not there
-    sharp: float = 1.0  # factor on the scale: softmaxes of nearly one key
+    skips: bool = False
+    sharp: float = 1.0
+
+    @property
+    def about(self) -> str:
+        heads = f"{self.Hq}/{self.Hkv} heads of {self.K}"
+        way = "causal" if self.causal else "bidirectional"
+        return f"{len(self.lengths)} sequences, T {sum(self.lengths)}, {heads}, {way}"
 
     def toy(self) -> "Check":
         lengths = tuple(min(n, 67) for n in self.lengths[:7])
@@ -46,94 +53,57 @@ RAGGED = 1, 2, 63, 1, 64, 65, 127, 300, 20, 17, 31, 128, 129, 5, 257
 
 
 def checks() -> Iterator[Check]:
-    """Few sets of heads and widths, as each is compiled anew, and fp32 too."""
+    """Yield checks of few sets of heads and widths, as each set and dtype is compiled again."""
     yield Check("ragged", RAGGED, fp32=True)
-    yield Check("of one token", (1,) * 3000)
-    yield Check("one alone, sharp", (517,), sharp=8.0)
+    yield Check("one token each", (1,) * 3000)
+    yield Check("one sequence, sharp", (517,), sharp=8.0)
     yield Check("bidirectional", RAGGED, causal=False)
-    yield Check("as BERT", RAGGED, Hq=12, Hkv=12, K=64, causal=False)
+    yield Check("heads of BERT", RAGGED, Hq=12, Hkv=12, K=64, causal=False)
     yield Check("groups of three", RAGGED, Hq=6, Hkv=2, K=96)
     yield Check("narrow", RAGGED, Hq=8, Hkv=2, K=32, causal=False)
     yield Check("skipping", RAGGED, skips=True)
 
 
-def differentiated(
-    function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor
-) -> Tensors:
-    """out, dq, dk, dv."""
-    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-    out = function(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, dout)
-
-
 def verdict(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Output and gradients against float64 on the same bits; an error up to eager's is right.
+    """Compare output and gradients with float64 on the same bits.
 
-    Floor, of the truth's size: they are rounded to their dtype, eps / 2, and are sums of what fp32
-    holds; a score of some tens is known to as many of its steps.
+    Floor, of the truth's size: results are rounded to their dtype, eps / 2, and are sums of fp32
+    numbers; a score of some tens is known to as many of its steps.
     """
     generator = torch.Generator(device).manual_seed(17)
-    T = sum(check.lengths)
-    bits = [
-        torch.randn(T, heads, check.K, generator=generator, device=device).to(dtype)
-        for heads in (check.Hq, check.Hkv, check.Hkv, check.Hq)
-    ]
+    T, heads = sum(check.lengths), (check.Hq, check.Hkv, check.Hkv, check.Hq)
+    shapes = ((T, H, check.K) for H in heads)
+    *qkv, dout = (torch.randn(x, generator=generator, device=device).to(dtype) for x in shapes)
     batch = Batch.of(check.lengths, check.causal, check.Hq // check.Hkv, device)
-    options: dict[str, Any] = {
-        "cu_seqlens": batch.cu,
-        "causal": check.causal,
-        "scale": check.sharp * check.K**-0.5,
-    }
+    options: dict[str, Any] = {"cu_seqlens": batch.cu, "causal": check.causal}
+    options["scale"] = check.sharp * check.K**-0.5
     if check.skips:
         options["active"] = torch.arange(len(check.lengths), device=device) % 3 != 1
     reference = partial(attention_ref, **options)
     kernel = partial(attention, **options, impl="triton", plan=batch.plan)
-    truth = differentiated(reference, *(x.double() for x in bits))
-    eager = differentiated(reference, *bits)
-    poison(device)
-    got = differentiated(kernel, *bits)
-    again = differentiated(kernel, *bits)
+    truth = differentiated(reference, [x.double() for x in qkv], dout.double())
+    eager = differentiated(reference, qkv, dout)
+    harness.poison(device)
+    got, again = (differentiated(kernel, qkv, dout) for _ in "ab")
     floor = torch.finfo(dtype).eps / 2 + 64 * EPS32
-    parts = {
-        name: judged(x, e, t, floor) for name, x, e, t in zip(NAMES, got, eager, truth, strict=True)
-    }
-    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    ok = same and all(part["ok"] for part in parts.values())
-    return {"ok": ok, "same_bits": same, "dtype": str(dtype).removeprefix("torch."), **parts}
+    return harness.verdict(NAMES, [floor] * 4, got, again, eager, truth)
 
 
 def gate(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
-    """One verdict for each check and dtype."""
-    for check in checks():
-        dtypes = [dtype_on(device)]
-        if check.fp32 and torch.float32 not in dtypes:
-            dtypes.append(torch.float32)
-        for dtype in dtypes:
-            at = {"check": check.name, "shape": about_check(check)}
-            try:
-                yield at | verdict(check.toy() if smoke else check, dtype, device)
-            except Exception as error:  # whatever it is, it is not right
-                failed = {"ok": False, "dtype": str(dtype).removeprefix("torch.")}
-                yield at | failed | {"error": reason(error)}
+    half = harness.dtype_on(device)
+    return harness.gate(harness.trials(checks(), verdict, half, device, smoke))
 
 
-def about_check(check: Check) -> str:
-    heads = f"{check.Hq}/{check.Hkv} heads of {check.K}"
-    way = "causal" if check.causal else "bidirectional"
-    return f"{len(check.lengths)} sequences, T {sum(check.lengths)}, {heads}, {way}"
+# ---- at full size ----
 
-
-# ---- at the case's own size ----
-
-MOST = 4096  # tokens of a sequence of which everything is formed in float64
-ROWS = 64  # of a longer one
-OTHER = 4  # steps of the dtype: a larger error is no rounding
+MOST = 4096  # tokens: of longer sequences only ROWS rows are computed in float64
+ROWS = 64
 
 
 def by_hand(
     rows: Tensor, causal: bool, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 ) -> dict[str, Tensor]:
-    """One sequence alone: out and dq of some of its rows; dk and dv mean it where rows are all."""
+    """Return out and dq of some rows of a sequence; dk and dv are right if `rows` are all."""
     Hkv, scale = k.shape[1], q.shape[2] ** -0.5
     q, dout = q[rows].unflatten(1, (Hkv, -1)), dout[rows].unflatten(1, (Hkv, -1))
     scores = torch.einsum("rhgk,shk->hgrs", q, k) * scale
@@ -151,43 +121,35 @@ def by_hand(
     }
 
 
-def spot(case: "Case", inputs: Packed, mode: str, got: Tensors) -> dict[str, Any] | None:
-    """Some sequences against each of them alone, in float64: first, last, longest, one between.
+def spot(case: Case, inputs: Packed, mode: str, got: Tensors) -> dict[str, Any]:
+    """Compare the first, the last, the longest and one more sequence with float64.
 
-    `ok` is for ours, as in the gate. `near` is for peers, who may round more: no error but theirs
-    shows in either. Heads of kv that were repeated are summed over.
+    A peer's heads of k and v may be repeated; their gradients are summed.
     """
     names = {FORWARD: NAMES[:1], BACKWARD: NAMES[1:], TRAIN: NAMES}[mode]
-    here = case.lengths[: case.alive]
-    begins = [0, *torch.tensor(here).cumsum(0).tolist()]
-    chosen = sorted({0, len(here) - 1, len(here) // 3, here.index(max(here))})
-    parts: dict[str, list[Tensor]] = {}
+    lengths = case.lengths[: case.alive]
+    begins = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    chosen = sorted({0, len(lengths) - 1, len(lengths) // 3, lengths.index(max(lengths))})
+    columns: dict[str, list[Tensor]] = {}
     leaves = [x.detach() for x in (*inputs.stacked, inputs.dout)]
     for i in chosen:
         some = slice(begins[i], begins[i + 1])
-        rows = torch.arange(here[i], device=inputs.dout.device)
-        if here[i] > MOST:
-            rows = rows[torch.linspace(0, here[i] - 1, ROWS).long().to(rows.device)]
-        of_it = [x[some] for x in leaves]
-        truth = by_hand(rows, case.causal, *(x.double() for x in of_it))
-        eager = by_hand(rows, case.causal, *of_it)
+        rows = torch.arange(lengths[i], device=inputs.dout.device)
+        if lengths[i] > MOST:
+            rows = rows[torch.linspace(0, lengths[i] - 1, ROWS).long().to(rows.device)]
+        bits = [x[some] for x in leaves]
+        truth = by_hand(rows, case.causal, *(x.double() for x in bits))
+        eager = by_hand(rows, case.causal, *bits)
         for name, x in zip(names, got, strict=True):
             mine = x.detach()[some]
             if name in ("dk", "dv"):
-                if len(rows) < here[i]:
+                if len(rows) < lengths[i]:
                     continue
                 mine = mine.unflatten(1, (case.Hkv, -1)).sum(2)
             else:
                 mine = mine[rows]
-            columns = (mine, eager[name], truth[name])
-            parts.setdefault(name, []).append(torch.stack([y.double().flatten() for y in columns]))
-    floor = torch.finfo(inputs.dout.dtype).eps / 2 + 64 * EPS32
-    limit = max(OTHER * torch.finfo(inputs.dout.dtype).eps, 64 * EPS32)
-    found: dict[str, Any] = {"ok": True, "near": True, "rms": {}}
-    for name, several in parts.items():
-        mine, eager_, truth_ = torch.cat(several, 1)
-        part = judged(mine, eager_, truth_, floor)
-        found[name], found["rms"][name] = part, round(part["rms"], 7)
-        found["ok"] &= part["ok"]
-        found["near"] &= part["rms"] <= limit
-    return found
+            three = (mine, eager[name], truth[name])
+            columns.setdefault(name, []).append(torch.stack([y.double().flatten() for y in three]))
+    dtype = inputs.dout.dtype
+    parts = {name: tuple(torch.cat(several, 1)) for name, several in columns.items()}
+    return harness.spot_check(parts, torch.finfo(dtype).eps / 2 + 64 * EPS32, dtype)

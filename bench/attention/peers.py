@@ -1,16 +1,14 @@
-"""Attention over packed sequences by others: what `attention` is measured against.
+"""Attention over packed sequences by other implementations.
 
-Each peer is made once for a case: a function of its leaves, what to prepare them from a set of
-inputs (the inputs themselves by default), and what has to be said of it. Sequences' bounds, masks
-and copies that a model would make once for all layers are made here, outside of every time.
+A peer is built once for a case: a function of leaves, a function that prepares the leaves from a
+set of inputs (by default the inputs), and a note. Bounds, masks and copies that a model makes once
+for all layers are made here and not timed.
 """
 
-import importlib.util
+import importlib
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +18,13 @@ from torch import Tensor
 from mlembed_kernels.attention.attention import attention
 from mlembed_kernels.attention.plan import AttentionPlan
 
-from ..harness import Leaves, Missing
+from ..harness import Leaves, Missing, Tensors, imported
 
-Tensors = tuple[Tensor, ...]
-Prepare = Callable[["Packed"], tuple[Tensors, Tensors]]  # -> leaves, gradients of what they give
+Prepare = Callable[["Packed"], tuple[Tensors, Tensors]]  # -> leaves, gradients of the outputs
 
 
 class Packed(Leaves):
-    """q, k, v, and the gradient of what becomes of them."""
+    """q, k, v, and the gradient of the output."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
         super().__init__()
@@ -37,7 +34,7 @@ class Packed(Leaves):
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences as every peer wants them: bounds on the device, sizes on the host."""
+    """Bounds of the sequences on the device, sizes on the host."""
 
     cu: Tensor  # int32 [N + 1]
     T: int
@@ -60,60 +57,11 @@ class Peer:
     note: str | None = None
 
 
-def module_of(name: str, package: str) -> Any:
-    """A library's module.
-
-    Raises:
-        Missing: it is not there (one that is there and fails to import raises what it raises).
-    """
-    parts = name.split(".")
-    for i in range(len(parts)):
-        if importlib.util.find_spec(".".join(parts[: i + 1])) is None:
-            raise Missing(f"{package} is not installed")
-    return importlib.import_module(name)
-
-
-def by_schema(operator: Any, **values: Any) -> Any:
-    """Calls an operator by its arguments' names, which outlive their order.
-
-    Raises:
-        TypeError: this version asks for something else.
-    """
-    arguments = operator._schema.arguments
-    asked = [a.name for a in arguments if not a.has_default_value() and a.name not in values]
-    if asked:
-        raise TypeError(f"{operator}: this version asks for {', '.join(asked)}")
-    return operator(**{a.name: values[a.name] for a in arguments if a.name in values})
-
-
-class Manual(torch.autograd.Function):
-    """A forward and a backward that a library has side by side.
-
-    forward: q, k, v -> out, what to save. backward: dout, q, k, v, out, saved -> dq, dk, dv.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        forward: Callable[..., tuple[Tensor, Tensors]],
-        backward: Callable[..., Tensors],
-        *inputs: Tensor,
-    ) -> Tensor:
-        out, saved = forward(*inputs)
-        ctx.backward_of = backward
-        ctx.save_for_backward(*inputs, out, *saved)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, None, *ctx.backward_of(grads[0].contiguous(), *ctx.saved_tensors)
-
-
 # ---- torch's own ----
 
 
 def repeated(group: int) -> Prepare:
-    """Keys and values of every query head written out, for who knows no groups."""
+    """Repeat keys and values for every query head, for peers without grouped heads."""
 
     def prepare(inputs: Packed) -> tuple[Tensors, Tensors]:
         q, k, v = inputs.stacked
@@ -132,7 +80,7 @@ def varlen_function(batch: Batch, **options: Any) -> Callable[..., Any]:
 
 
 def varlen(batch: Batch, smoke: bool) -> Peer:
-    """torch's FlashAttention 2 as it was measured on 2026-11-20: torch 2.11 shows no groups."""
+    """Return torch's FlashAttention 2, as it was measured on 2026-11-20, without grouped heads."""
     if batch.group == 1:
         return Peer(varlen_function(batch))
     note = "kv repeated for every query head, outside of the time"
@@ -140,7 +88,7 @@ def varlen(batch: Batch, smoke: bool) -> Peer:
 
 
 def varlen_gqa(batch: Batch, smoke: bool) -> Peer:
-    """The same kernel with kv as they are, which it can read, where this torch lets it."""
+    """Return the same kernel with grouped heads, if this torch has an option for them."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -148,7 +96,7 @@ def varlen_gqa(batch: Batch, smoke: bool) -> Peer:
 
 
 def flex_mask(batch: Batch) -> Any:
-    """Documents as FlexAttention's block mask."""
+    """Return the sequences as a block mask of FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     sequence = torch.repeat_interleave(
@@ -162,7 +110,7 @@ def flex_mask(batch: Batch) -> Any:
         return same & (s <= q) if batch.causal else same
 
     device = batch.cu.device
-    compiled = device.type == "cuda"  # else [T, T] is formed
+    compiled = device.type == "cuda"
     return create_block_mask(mask, None, None, batch.T, batch.T, device=device, _compile=compiled)
 
 
@@ -183,141 +131,51 @@ def flex(batch: Batch, smoke: bool) -> Peer:
 
 
 def allow_backward_again() -> None:
-    """Compiled backwards may else write over what they saved, and a second one is an error."""
+    """Let a compiled backward run twice: without this it may overwrite its saved tensors."""
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False
 
 
-def cudnn(batch: Batch, smoke: bool) -> Peer:
-    """cuDNN on packed rows. torch's backward there takes K for the longest sequence (query.size(2)
-    of a [T, H, K]): where that is too short its gradients are wrong, and the row says so."""
-    aten = torch.ops.aten
-    shared = {
-        "cum_seq_q": batch.cu,
-        "cum_seq_k": batch.cu,
-        "max_q": batch.longest,
-        "max_k": batch.longest,
-        "attn_bias": None,
-        "dropout_p": 0.0,
-        "is_causal": batch.causal,
-    }
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensors]:
-        found = by_schema(
-            aten._cudnn_attention_forward.default,
-            query=q,
-            key=k,
-            value=v,
-            compute_log_sumexp=True,
-            return_debug_mask=False,
-            **shared,
-        )
-        return found[0], (found[1], found[6], found[7])
-
-    def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *saved: Tensor
-    ) -> Tensors:
-        logsumexp, seed, offset = saved
-        return by_schema(
-            aten._cudnn_attention_backward.default,
-            grad_out=dout,
-            query=q,
-            key=k,
-            value=v,
-            out=out,
-            logsumexp=logsumexp,
-            philox_seed=seed,
-            philox_offset=offset,
-            **shared,
-        )
-
-    return Peer(lambda *x: Manual.apply(forward, backward, *x))
-
-
 def sdpa(batch: Batch, smoke: bool) -> Peer:
-    """torch's dense attention on a padded rectangle, laid out and packed again within the time."""
+    """Return torch's dense attention on a padded rectangle; padding and packing are timed."""
 
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(
-            q, k, v, cu_seqlens=batch.cu, causal=batch.causal, impl="sdpa", plan=batch.plan
-        )
-
-    return Peer(function)
+    options: dict[str, Any] = {"cu_seqlens": batch.cu, "causal": batch.causal, "plan": batch.plan}
+    return Peer(lambda q, k, v: attention(q, k, v, impl="sdpa", **options))
 
 
 # ---- packages ----
 
 
 def flash(package: Any, batch: Batch) -> Callable[..., Tensor]:
-    """`flash_attn_varlen_func`, as versions 2, 3 and 4 have it."""
+    """Return `flash_attn_varlen_func` of version 2, 3 or 4."""
     if not hasattr(package, "flash_attn_varlen_func"):
         raise Missing(f"{package.__name__} has no flash_attn_varlen_func")
-    cu, n = batch.cu, batch.longest
+    options: dict[str, Any] = {f"cu_seqlens_{x}": batch.cu for x in "qk"}
+    options |= {f"max_seqlen_{x}": batch.longest for x in "qk"} | {"causal": batch.causal}
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = package.flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu,
-            cu_seqlens_k=cu,
-            max_seqlen_q=n,
-            max_seqlen_k=n,
-            causal=batch.causal,
-        )
+        out = package.flash_attn_varlen_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return function
 
 
 def flash_attn(batch: Batch, smoke: bool) -> Peer:
-    return Peer(flash(module_of("flash_attn", "flash-attn"), batch))
-
-
-def fa4(batch: Batch, smoke: bool) -> Peer:
-    return Peer(flash(module_of("flash_attn.cute", "flash-attn-4"), batch))
+    return Peer(flash(imported("flash_attn", "flash-attn"), batch))
 
 
 def fa3(batch: Batch, smoke: bool) -> Peer:
-    """flash_attn_interface, or the operators of its binary alone, which xformers' wheels hold."""
-    if importlib.util.find_spec("flash_attn_interface") is not None:
-        return Peer(flash(importlib.import_module("flash_attn_interface"), batch))
-    places = [Path(p) / folder for p in sys.path for folder in (".", "xformers")]
-    binaries = [path for place in places for path in place.glob("flash_attn_3/_C*.so")]
-    if not binaries:
-        raise Missing("flash-attn-3 is not installed")
-    torch.ops.load_library(str(binaries[0]))
-    shared = {
-        "cu_seqlens_q": batch.cu,
-        "cu_seqlens_k": batch.cu,
-        "max_seqlen_q": batch.longest,
-        "max_seqlen_k": batch.longest,
-        "is_causal": batch.causal,
-    }
+    return Peer(flash(imported("flash_attn_interface", "flash-attn-3"), batch))
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensors]:
-        scale = q.shape[-1] ** -0.5
-        operator = torch.ops.flash_attn_3.fwd.default
-        out, lse, *_ = by_schema(operator, q=q, k=k, v=v, softmax_scale=scale, **shared)
-        return out, (lse,)
 
-    def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Tensors:
-        grads = tuple(torch.empty_like(x) for x in (q, k, v))  # written in place
-        given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}
-        given |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
-        scale = q.shape[-1] ** -0.5
-        by_schema(torch.ops.flash_attn_3.bwd.default, **given, softmax_scale=scale, **shared)
-        return grads
-
-    return Peer(lambda *x: Manual.apply(forward, backward, *x))
+def fa4(batch: Batch, smoke: bool) -> Peer:
+    return Peer(flash(imported("flash_attn.cute", "flash-attn-4"), batch))
 
 
 def xformers(batch: Batch, smoke: bool) -> Peer:
-    """Whatever it dispatches to, on [1, T, Hkv, Hq / Hkv, K]."""
-    ops = module_of("xformers.ops", "xformers")
+    """Return its own choice of kernel, on [1, T, Hkv, Hq / Hkv, K]."""
+    ops = imported("xformers.ops", "xformers")
     bias: Any = importlib.import_module("xformers.ops.fmha.attn_bias")
     blocks = bias.BlockDiagonalCausalMask if batch.causal else bias.BlockDiagonalMask
     mask = blocks.from_seqlens(batch.cu.diff().tolist(), device=batch.cu.device)
@@ -338,8 +196,11 @@ def xformers(batch: Batch, smoke: bool) -> Peer:
 
 
 def rope_qk_norm(batch: Batch, smoke: bool) -> Peer:
-    """RMSNorm of every head of q and k, then rotary positions, in a pass of its own: what loading q
-    and k in the attention itself could save. Toy runs stop at the front half of the compiler."""
+    """Return RMSNorm of the heads of q and k, then rotary positions, as a pass of their own.
+
+    An attention kernel that does both as it loads q and k could save this time. Toy runs use the
+    eager backend of the compiler.
+    """
     allow_backward_again()
 
     def rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -370,25 +231,16 @@ def rope_qk_norm(batch: Batch, smoke: bool) -> Peer:
 
 
 PEERS: dict[str, Callable[[Batch, bool], Peer]] = {
-    "varlen": varlen,
-    "varlen_gqa": varlen_gqa,
-    "flex": flex,
-    "cudnn": cudnn,
-    "fa3": fa3,
-    "fa4": fa4,
-    "flash_attn": flash_attn,
-    "xformers": xformers,
-    "sdpa": sdpa,
-    "rope_qk_norm": rope_qk_norm,
+    peer.__name__: peer
+    for peer in (*(varlen, varlen_gqa, flex, fa3, fa4, flash_attn, xformers, sdpa, rope_qk_norm),)
 }
-ANYWHERE = "sdpa", "rope_qk_norm"  # the others have no backward, or nothing, but on CUDA
+ANYWHERE = "sdpa", "rope_qk_norm"  # the backward of the others needs CUDA
 
 
 def build(name: str, batch: Batch, smoke: bool) -> Peer:
-    """A peer for these sequences.
+    """Return a peer for these sequences.
 
-    Raises:
-        Missing: its library is not installed, or there is no GPU and it needs one.
+    Raises Missing if its library is not installed, or if it needs a GPU and there is none.
     """
     if name not in ANYWHERE and batch.cu.device.type != "cuda":
         raise Missing("needs CUDA")

@@ -1,82 +1,105 @@
-"""Cases of the contrastive loss, their FLOPs, bytes and floors; bench.py derives the formulas."""
+"""Cases of the nested contrastive loss, with their FLOPs and bytes.
+
+Letters: E exits, B queries, N candidates (B = N here), D width, M prefixes.
+
+FLOPs. A product of all pairs, S = q c', is 2BND an exit; prefixes are sums within it. The loss
+needs S, its gradients dq = G c and dc = G' q. Useful: 2BNDE forward, three times that with
+backward. TFLOP/s count these, whatever a provider does (one GEMM per prefix is sum(dims) / D = 2
+times S). A backward without a stored S forms it again: "four-GEMM" = S forward, S backward, dq, dc
+= 4 x 2BNDE, the floor of that design.
+
+Bytes. Forward reads q and c once, 2 (B + N) D E in bf16. Backward reads them again and writes their
+gradients: three times that. Norms, sums and losses are E M (B + N) numbers, less than 1 % of it.
+
+Exponentials. Each pass takes one for every pair and prefix, E M B N. Their unit is not that of the
+matrix products and its ceiling is not measured, so no floor here contains them; see LOG.md.
+"""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ..harness import FORWARD, TRAIN, Leaves
+from .. import harness
+from ..harness import TRAIN, Leaves
 
 BOTH = "query_to_doc", "doc_to_query"
 NESTED = 8, 16, 32, 64, 128, 256, 512, 1024
+BREAKDOWN = ("reference",)  # cases in which ours is split into its kernels
+STEPS = "eager", "gemm", "compile", "sentence_transformers", "eager_stacked"
+PAIRS = "cut_cross_entropy", "inf_cl", "liger"  # one fused cross entropy per exit and prefix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    name: str
+class Case(harness.Case):
     E: int
     B: int
     D: int = 1024
     dims: tuple[int, ...] = NESTED
     directions: tuple[str, ...] = ("query_to_doc",)
-    providers: tuple[str, ...]
-    modes: tuple[str, ...] = (TRAIN, FORWARD)
     temperature: float = 0.05
 
     @property
     def both(self) -> bool:
         return len(self.directions) > 1
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of `infonce`."""
+        mode = "per_direction" if self.both else "joint"
+        options = {"dims": self.dims, "temperature": self.temperature}
+        return {**options, "directions": self.directions, "partition_mode": mode}
 
-BREAKDOWN = ("reference",)  # where ours is split into its kernels
+    @property
+    def about(self) -> str:
+        way = "both directions" if self.both else "one direction"
+        prefixes = f"{self.dims[0]}..{self.dims[-1]} (M = {len(self.dims)})"
+        return f"E = {self.E}, B = N = {self.B}, D = {self.D}, prefixes {prefixes}, {way}"
+
+    def toy(self) -> "Case":
+        """Return the case in seconds, on any device; the first one with a wide prefix too."""
+        first = self.name in BREAKDOWN
+        dims, modes = ((8, 144), self.modes) if first else ((8, 16), (TRAIN,))
+        E, B = 2 if self.both else 1, 40 if self.name == "huge" else 24
+        return replace(self, E=E, B=B, D=dims[-1], dims=dims, modes=modes)
+
+    def inputs(self, device: torch.device, seed: int) -> Leaves:
+        """Return normal vectors; a positive is its query plus another one."""
+        generator = torch.Generator(device).manual_seed(seed)
+        options: dict[str, Any] = {"generator": generator, "device": device}
+        options["dtype"] = harness.dtype_on(device, torch.float32)
+        q, c = (torch.randn(self.E, self.B, self.D, **options) for _ in "qc")
+        return Leaves(q, c.add_(q))
+
+    def flops(self, mode: str, gemms: int | None = None) -> float:
+        """Return 2 B N D E for each product of all pairs: 1 forward, 3 with backward."""
+        if gemms is None:
+            gemms = 3 if mode == TRAIN else 1
+        return gemms * 2.0 * self.B * self.B * self.D * self.E
+
+    def nbytes(self, mode: str) -> float:
+        """Return 2 (B + N) D E forward, three times that with backward."""
+        return (3 if mode == TRAIN else 1) * 2.0 * 2 * self.B * self.D * self.E
+
+    def exponentials(self) -> float:
+        """Return E M B N, those of one pass."""
+        return float(self.E * len(self.dims) * self.B * self.B)
+
+    def floors(self, mode: str, tflops: float, gbs: float) -> dict[str, float]:
+        floors = super().floors(mode, tflops, gbs)
+        again = self.flops(mode, 4 if mode == TRAIN else 1) / tflops / 1e9
+        return {"gemms": floors["products"], "recomputing": again, "bytes": floors["bytes"]}
 
 
-def toy(case: Case) -> Case:
-    """The same lines of code in seconds, on any device; the first with a wide prefix too."""
-    first = case.name in BREAKDOWN
-    dims, modes = ((8, 144), case.modes) if first else ((8, 16), (TRAIN,))
-    E, B = 2 if case.both else 1, 40 if case.name == "huge" else 24
-    return replace(case, E=E, B=B, D=dims[-1], dims=dims, modes=modes)
-
-
-def flops(case: Case, mode: str, gemms: int | None = None) -> float:
-    """2 B N D E for each product of all pairs: 1 forward, 3 with backward, or `gemms` of them."""
-    if gemms is None:
-        gemms = 3 if mode == TRAIN else 1
-    return gemms * 2.0 * case.B * case.B * case.D * case.E
-
-
-def nbytes(case: Case, mode: str) -> float:
-    """2 (B + N) D E forward; with backward as much to read again, and to write."""
-    return (3 if mode == TRAIN else 1) * 2.0 * 2 * case.B * case.D * case.E
-
-
-def exponentials(case: Case) -> float:
-    """E M B N in each pass."""
-    return float(case.E * len(case.dims) * case.B * case.B)
-
-
-def floors(case: Case, mode: str, tflops: float, gbs: float) -> dict[str, float]:
-    """Milliseconds that no run can go under, at these ceilings."""
-    again = 4 if mode == TRAIN else 1
-    return {
-        "gemms": flops(case, mode) / tflops / 1e9,
-        "recomputing": flops(case, mode, again) / tflops / 1e9,
-        "bytes": nbytes(case, mode) / gbs / 1e6,
-    }
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    """bf16; Triton's interpreter, which stands in on CPUs, has no right bf16."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def inputs(case: Case, device: torch.device, seed: int) -> Leaves:
-    """Raw vectors; positives as near as their query's own length away, the others at random."""
-    generator = torch.Generator(device).manual_seed(seed)
-    q, c = (
-        torch.randn(
-            case.E, case.B, case.D, generator=generator, device=device, dtype=dtype_on(device)
-        )
-        for _ in "qc"
+# The most telling first, as the last ones are skipped when time runs out.
+CASES = {
+    case.name: case
+    for case in (
+        Case(name="reference", E=7, B=16384, providers=("ours", *STEPS, *PAIRS)),
+        Case(name="both", E=7, B=16384, directions=BOTH, providers=("ours", *STEPS[:-1])),
+        Case(name="small", E=1, B=4096, providers=("ours", *STEPS[:-1], *PAIRS)),
+        Case(name="labse", E=7, B=16384, D=256, dims=NESTED[:6], providers=("ours", *STEPS[:-1])),
+        Case(name="e1", E=1, B=16384, providers=("ours", *STEPS[:-1])),
+        Case(name="huge", E=1, B=131072),
     )
-    return Leaves(q, c.add_(q))
+}

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from mlembed_kernels import infonce
 
-from ..harness import TRAIN, Leaves, judged, poison, reason
-from .cases import BOTH, NESTED, Case, dtype_on
-
-# ---- the gate: is it right? ----
+from .. import harness
+from ..harness import EPS32, TRAIN, Leaves
+from .cases import BOTH, NESTED, Case
 
 
 @dataclass(frozen=True)
 class Check:
-    """A shape that hurts: primes, one row, more candidates than a tile, prefixes inside a step."""
+    """A difficult shape: primes, one row, more candidates than a tile, prefixes inside a step."""
 
     name: str
     E: int
@@ -33,8 +32,12 @@ class Check:
 
     @property
     def D(self) -> int:
-        """Some columns are of no prefix."""
+        """Return a width that exceeds the widest prefix."""
         return self.dims[-1] + 3
+
+    @property
+    def about(self) -> str:
+        return f"E {self.E}, {self.Q} x {self.C}, D {self.D}, {len(self.dims)} prefixes"
 
     def toy(self) -> "Check":
         dims = (8, 144) if self.dims == NESTED else (8, 21)
@@ -42,7 +45,7 @@ class Check:
 
 
 def checks() -> Iterator[Check]:
-    """Few sets of prefixes, as each is compiled anew, and fp32 too; bf16 as the cases need it."""
+    """Yield checks of few sets of prefixes, as each set and dtype is compiled again."""
     odd, per_direction = (8, 24, 61, 200), "per_direction"
     yield Check("ragged", 3, 997, 1201, odd, fp32=True)
     yield Check("one query", 3, 1, 131, odd, fp32=True)
@@ -55,7 +58,7 @@ def checks() -> Iterator[Check]:
 
 
 def masks(check: Check, device: torch.device) -> dict[str, Tensor]:
-    """Positives anywhere, none for every seventh query, and texts that occur more than once."""
+    """Return positives in random columns, every seventh query without one, and repeated texts."""
     if not check.masks:
         return {}
     generator = torch.Generator().manual_seed(5)
@@ -63,20 +66,20 @@ def masks(check: Check, device: torch.device) -> dict[str, Tensor]:
     target[::7] = -1
     cand_ids = torch.randint(0, max(check.C // 4, 2), (check.C,), generator=generator)
     query_ids = cand_ids[target.clamp(min=0)]
-    found = {"target": target, "query_ids": query_ids, "cand_ids": cand_ids}
-    return {name: x.to(device) for name, x in found.items()}
+    masks = {"target": target, "query_ids": query_ids, "cand_ids": cand_ids}
+    return {name: x.to(device) for name, x in masks.items()}
 
 
-def eager_table(q: Tensor, c: Tensor, check: Check, given: dict[str, Tensor]) -> Tensor:
-    """loss_EM by normalise, matmul and cross entropy in the dtype of the inputs, with masks."""
+def eager_table(q: Tensor, c: Tensor, check: Check, masks: dict[str, Tensor]) -> Tensor:
+    """Return loss_EM by normalise, matmul and cross entropy in the dtype of the inputs."""
     Q = q.shape[1]
-    target = given.get("target", torch.arange(Q, device=q.device))
-    here = target >= 0
+    target = masks.get("target", torch.arange(Q, device=q.device))
+    positive = target >= 0
     own = target.clamp(min=0)
     rows = torch.arange(Q, device=q.device)
     same = torch.zeros(Q, c.shape[1], dtype=torch.bool, device=q.device)
-    if "query_ids" in given:
-        same = given["query_ids"][:, None] == given["cand_ids"]
+    if "query_ids" in masks:
+        same = masks["query_ids"][:, None] == masks["cand_ids"]
     forward = same & (own[:, None] != torch.arange(c.shape[1], device=q.device))
     backward = (same[:, own].T | (target == own[:, None])) & (rows != rows[:, None])
     table = []
@@ -92,82 +95,54 @@ def eager_table(q: Tensor, c: Tensor, check: Check, given: dict[str, Tensor]) ->
                 losses = [(torch.cat([docs, others], 1), own)]
             else:
                 losses = [(docs, own)]
-            means = [F.cross_entropy(logits[here], at[here]) for logits, at in losses]
+            means = [F.cross_entropy(logits[positive], at[positive]) for logits, at in losses]
             table.append(torch.stack(means).mean())
     return torch.stack(table).view(len(q), -1)
 
 
 def gradients(loss_EM: Tensor, q: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """Loss, dq, dc under unlike weights, so that no exit or prefix passes for another."""
+    """Return loss, dq and dc, with a different weight for each exit and prefix."""
     weights = torch.arange(1.0, loss_EM.numel() + 1, device=q.device).view_as(loss_EM)
     total = (loss_EM * weights.to(loss_EM.dtype)).sum()
     return loss_EM.detach(), *torch.autograd.grad(total, (q, c))
 
 
 def verdict(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Loss and gradients against float64 on the same bits; an error up to eager's is right.
+    """Compare loss and gradients with float64 on the same bits.
 
     Floor, of the truth's size: a logit near 1 / temperature is known to one step of fp32 there,
     eps / temperature, and a gradient is rounded to its dtype, eps / 2.
     """
-    generator = torch.Generator(device).manual_seed(17)
-    q, c = (
-        torch.randn(check.E, n, check.D, generator=generator, device=device)
-        for n in (check.Q, check.C)
-    )
+    random: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(17)}
+    sizes = check.Q, check.C
+    q, c = (torch.randn(check.E, n, check.D, device=device, **random) for n in sizes)
     given = masks(check, device)
     own = given.get("target", torch.arange(check.Q, device=device)).clamp(min=0)
     c[:, own] += q
     lengths = torch.logspace(-1, 1, check.Q, device=device)[:, None]
     q, c = (x.to(dtype).requires_grad_() for x in (q * lengths, c))
-    options: dict[str, Any] = {
-        "dims": check.dims,
-        "temperature": check.temperature,
-        "directions": check.directions,
-        "partition_mode": check.partition_mode,
-        **given,
-    }
+    options: dict[str, Any] = {"dims": check.dims, "temperature": check.temperature, **given}
+    options |= {"directions": check.directions, "partition_mode": check.partition_mode}
     wide_q, wide_c = (x.detach().double().requires_grad_() for x in (q, c))
     truth = gradients(infonce(wide_q, wide_c, **options, impl="reference"), wide_q, wide_c)
     eager = gradients(eager_table(q, c, check, given), q, c)
-    poison(device)
-    got = gradients(infonce(q, c, **options, impl="triton"), q, c)
-    again = gradients(infonce(q, c, **options, impl="triton"), q, c)
-    step = torch.finfo(torch.float32).eps / check.temperature
-    rounding = torch.finfo(dtype).eps / 2
-    parts = {
-        name: judged(x, e, t, step if name == "loss" else step + rounding)
-        for name, x, e, t in zip(("loss", "dq", "dc"), got, eager, truth, strict=True)
-    }
-    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    ok = same and all(part["ok"] for part in parts.values())
-    return {"ok": ok, "same_bits": same, "dtype": str(dtype).removeprefix("torch."), **parts}
+    harness.poison(device)
+    got, again = (gradients(infonce(q, c, **options, impl="triton"), q, c) for _ in "ab")
+    step, rounding = EPS32 / check.temperature, torch.finfo(dtype).eps / 2
+    floors = step, step + rounding, step + rounding
+    return harness.verdict(("loss", "dq", "dc"), floors, got, again, eager, truth)
 
 
 def gate(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
-    """One verdict for each check and dtype."""
-    for check in checks():
-        dtypes = [dtype_on(device)]
-        if check.fp32 and torch.float32 not in dtypes:
-            dtypes.append(torch.float32)
-        for dtype in dtypes:
-            at = {"check": check.name, "shape": about_check(check)}
-            try:
-                yield at | verdict(check.toy() if smoke else check, dtype, device)
-            except Exception as error:  # whatever it is, it is not right
-                failed = {"ok": False, "dtype": str(dtype).removeprefix("torch.")}
-                yield at | failed | {"error": reason(error)}
-
-
-def about_check(check: Check) -> str:
-    return f"E {check.E}, {check.Q} x {check.C}, D {check.D}, {len(check.dims)} prefixes"
+    half = harness.dtype_on(device, torch.float32)
+    return harness.gate(harness.trials(checks(), verdict, half, device, smoke))
 
 
 def spot(case: Case, inputs: Leaves, mode: str, got: Any) -> dict[str, Any] | None:
-    """dq of the first, middle and last rows at the case's own size, against float64.
+    """Compare dq of the first, middle and last rows, at full size, with float64.
 
-    A row's gradient needs no other row's partition where there is one direction; at this size
-    nothing else can be had in float64, and an offset beyond 2^31 would show here alone.
+    With one direction a row's gradient depends on that row's softmax alone, so float64 is
+    affordable; an offset beyond 2^31 would show here alone. None for other cases and modes.
     """
     if case.both or mode != TRAIN:
         return None
@@ -186,5 +161,5 @@ def spot(case: Case, inputs: Leaves, mode: str, got: Any) -> dict[str, Any] | No
                 losses.append(F.cross_entropy(logits, rows, reduction="sum") / B)
         return torch.autograd.grad(torch.stack(losses).sum(), some)[0]
 
-    floor = torch.finfo(torch.float32).eps / case.temperature + torch.finfo(q.dtype).eps / 2
-    return judged(q.grad[:, rows], by_rows(q.dtype), by_rows(torch.float64), floor)
+    floor = EPS32 / case.temperature + torch.finfo(q.dtype).eps / 2
+    return harness.judged(q.grad[:, rows], by_rows(q.dtype), by_rows(torch.float64), floor)

@@ -1,43 +1,28 @@
-"""The same loss by other means: what `infonce` is measured against.
+"""The same loss by other implementations.
 
-Each is built once per case and gives a step: inputs, with backward? -> the summed loss. Exits are
-leaves of their own, as a model hands them over (slicing one stacked leaf adds a zero-filled
-gradient of the whole stack per exit and prefix); `eager_stacked` alone has one leaf. Where a
-backward per exit or per pair saves memory and costs nothing, the step takes it.
+Each builds a step for a case: (inputs, backward) -> the summed loss. Every exit is a leaf, as in a
+model: slices of one stacked leaf add a zero-filled gradient of the whole stack per exit and prefix,
+which `eager_stacked` measures. A step runs its backward per exit or per pair if that saves memory
+at the same cost.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..harness import Leaves, Missing, Step
-
-if TYPE_CHECKING:
-    from .cases import Case
-
+from ..harness import Leaves, Step, imported
+from .cases import Case
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # normalised [B, d], [N, d] -> the mean loss
 CHUNK = 16384  # rows of the logits that the GEMM floor holds at a time
 
 
-def imported(module: str, package: str) -> Any:
-    """A library's module.
-
-    Raises:
-        Missing: it is not there (one that is there and fails to import raises what it raises).
-    """
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise Missing(f"{package} is not installed")
-    return importlib.import_module(module)
-
-
-def exit_loss(q: Tensor, c: Tensor, case: "Case") -> Tensor:
-    """One exit as ML-Embed's published code has it: each prefix normalised, one matmul, one CE."""
+def exit_loss(q: Tensor, c: Tensor, case: Case) -> Tensor:
+    """Return the loss of an exit like ML-Embed's code: normalise, matmul, cross entropy."""
     labels = torch.arange(q.shape[0], device=q.device)
     total = q.new_zeros(())
     for d in case.dims:
@@ -49,11 +34,11 @@ def exit_loss(q: Tensor, c: Tensor, case: "Case") -> Tensor:
     return total
 
 
-def eager(case: "Case", smoke: bool) -> Step:
-    """All exits, one backward."""
+def at_once(case: Case, exits: Callable[[Leaves], list[Any]]) -> Step:
+    """Return a step with one backward for all exits."""
 
     def step(inputs: Leaves, backward: bool) -> Tensor:
-        loss = torch.stack([exit_loss(q, c, case) for q, c in inputs.views]).sum()
+        loss = torch.stack([exit_loss(q, c, case) for q, c in exits(inputs)]).sum()
         if backward:
             loss.backward()
         return loss.detach()
@@ -61,21 +46,19 @@ def eager(case: "Case", smoke: bool) -> Step:
     return step
 
 
-def eager_stacked(case: "Case", smoke: bool) -> Step:
-    """As eager, but slices of one leaf [E, B, D]: how it was measured on 2026-11-20."""
+def eager(case: Case, smoke: bool) -> Step:
+    return at_once(case, lambda inputs: inputs.views)
 
-    def step(inputs: Leaves, backward: bool) -> Tensor:
-        q, c = inputs.stacked
-        loss = torch.stack([exit_loss(q[e], c[e], case) for e in range(case.E)]).sum()
-        if backward:
-            loss.backward()
-        return loss.detach()
 
-    return step
+def eager_stacked(case: Case, smoke: bool) -> Step:
+    """Return a step on slices of one leaf [E, B, D], as it was measured on 2026-11-20."""
+    return at_once(
+        case, lambda inputs: [(x[e], y[e]) for x, y in [inputs.stacked] for e in range(case.E)]
+    )
 
 
 def by_exit(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """Exit after exit, each with its backward."""
+    """Return a step with one backward per exit."""
 
     def step(inputs: Leaves, backward: bool) -> Tensor:
         total = []
@@ -89,8 +72,8 @@ def by_exit(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
     return step
 
 
-def compiled(case: "Case", smoke: bool) -> Step:
-    """torch.compile of one exit; toy runs stop at its front half, which needs no C++ compiler."""
+def compiled(case: Case, smoke: bool) -> Step:
+    """Compile one exit; toy runs use the eager backend, which needs no C++ compiler."""
 
     def one_exit(q: Tensor, c: Tensor) -> Tensor:
         return exit_loss(q, c, case)
@@ -100,7 +83,7 @@ def compiled(case: "Case", smoke: bool) -> Step:
 
 
 class Vectors(nn.Module):
-    """Stands where sentence-transformers' losses expect a model: hands on vectors it is given."""
+    """A model for the losses of sentence-transformers that returns the vectors it is given."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -111,16 +94,14 @@ class Vectors(nn.Module):
         return {"sentence_embedding": features["vectors"]}
 
 
-def sentence_transformers(case: "Case", smoke: bool) -> Step:
-    """MatryoshkaLoss(MultipleNegativesRankingLoss) on the vectors themselves, exit after exit."""
+def sentence_transformers(case: Case, smoke: bool) -> Step:
+    """Return MatryoshkaLoss(MultipleNegativesRankingLoss) on vectors, exit after exit."""
     losses = imported("sentence_transformers.sentence_transformer.losses", "sentence-transformers")
     model = Vectors(case.D)
     ranking = losses.MultipleNegativesRankingLoss(
-        model,
-        scale=1 / case.temperature,
-        directions=case.directions,
-        partition_mode="per_direction" if case.both else "joint",
-    )
+        model, scale=1 / case.temperature, directions=case.directions,
+        partition_mode=case.options["partition_mode"],
+    )  # fmt: skip
     matryoshka = losses.MatryoshkaLoss(model, ranking, list(case.dims))
     no_labels = torch.empty(0)
     return by_exit(lambda q, c: matryoshka([{"vectors": q}, {"vectors": c}], no_labels))
@@ -130,7 +111,7 @@ def sentence_transformers(case: "Case", smoke: bool) -> Step:
 
 
 def by_pair(loss_of: PairLoss, dims: tuple[int, ...], temperature: float) -> Step:
-    """Each exit and prefix with its own backward; the temperature goes into the queries."""
+    """Return a step with one backward per exit and prefix. Queries carry the temperature."""
 
     def step(inputs: Leaves, backward: bool) -> Tensor:
         total = []
@@ -146,23 +127,26 @@ def by_pair(loss_of: PairLoss, dims: tuple[int, ...], temperature: float) -> Ste
     return step
 
 
-def runnable(loss_of: PairLoss, case: "Case", like: Tensor) -> tuple[int, ...]:
-    """Prefixes that a library can run at all, tried on 256 rows. The rest is said in the result."""
+def runnable(loss_of: PairLoss, case: Case, like: Tensor) -> tuple[int, ...]:
+    """Return the prefixes that a library can run, tried on 256 rows.
+
+    Raises RuntimeError if it runs none of them.
+    """
     works = []
     for d in case.dims:
         inputs = Leaves(*(torch.randn_like(like[:256])[None] for _ in "qc"))
         try:
             by_pair(loss_of, (d,), case.temperature)(inputs, True)
             works.append(d)
-        except Exception as error:  # whatever a library raises is its answer
+        except Exception as error:
             warnings.warn(f"prefix {d}: {error}", stacklevel=2)
     if not works:
         raise RuntimeError("runs none of the prefixes")
     return tuple(works)
 
 
-def cut_cross_entropy(case: "Case", smoke: bool) -> PairLoss:
-    """`cce_exact`: the default drops gradients below 2^-12, all negatives of a flat softmax."""
+def cut_cross_entropy(case: Case, smoke: bool) -> PairLoss:
+    """Use `cce_exact`: the default drops gradients below 2^-12, like those of a flat softmax."""
     linear_cross_entropy = imported("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
 
     def loss_of(q: Tensor, c: Tensor) -> Tensor:
@@ -172,8 +156,8 @@ def cut_cross_entropy(case: "Case", smoke: bool) -> PairLoss:
     return loss_of
 
 
-def inf_cl(case: "Case", smoke: bool) -> PairLoss:
-    """Heads of at most 256, powers of two from 16: prefix 8 cannot run."""
+def inf_cl(case: Case, smoke: bool) -> PairLoss:
+    """Use heads of at most 256, powers of two from 16: prefix 8 cannot run."""
     cal_flash_loss = imported("inf_cl", "inf-cl").cal_flash_loss
 
     def loss_of(q: Tensor, c: Tensor) -> Tensor:
@@ -185,7 +169,7 @@ def inf_cl(case: "Case", smoke: bool) -> PairLoss:
     return loss_of
 
 
-def liger(case: "Case", smoke: bool) -> PairLoss:
+def liger(case: Case, smoke: bool) -> PairLoss:
     fused = imported("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
 
     def loss_of(q: Tensor, c: Tensor) -> Tensor:
@@ -197,8 +181,8 @@ def liger(case: "Case", smoke: bool) -> PairLoss:
 # ---- the floor ----
 
 
-def gemm(case: "Case", smoke: bool) -> Step:
-    """No loss: cuBLAS forms S = q c' and, with backward, dq = S c and dc = S' q, once per exit."""
+def gemm(case: Case, smoke: bool) -> Step:
+    """Form S = q c' by cuBLAS and, with backward, dq = S c and dc = S' q, once per exit."""
 
     def step(inputs: Leaves, backward: bool) -> None:
         with torch.no_grad():
@@ -213,25 +197,24 @@ def gemm(case: "Case", smoke: bool) -> Step:
     return step
 
 
-STEPS: dict[str, Callable[["Case", bool], Step]] = {
+STEPS: dict[str, Callable[[Case, bool], Step]] = {
     "eager": eager,
     "gemm": gemm,
     "compile": compiled,
     "sentence_transformers": sentence_transformers,
     "eager_stacked": eager_stacked,
 }
-PAIRS: dict[str, Callable[["Case", bool], PairLoss]] = {
+PAIRS: dict[str, Callable[[Case, bool], PairLoss]] = {
     "cut_cross_entropy": cut_cross_entropy,
     "inf_cl": inf_cl,
     "liger": liger,
 }
 
 
-def build(name: str, case: "Case", like: Tensor, smoke: bool) -> tuple[Step, str | None]:
-    """The step of a baseline, and what it leaves out, if anything.
+def build(name: str, case: Case, like: Tensor, smoke: bool) -> tuple[Step, str | None]:
+    """Return the step of a peer, and what it leaves out, if anything.
 
-    Raises:
-        Missing: its library is not installed.
+    Raises Missing if its library is not installed.
     """
     if name in STEPS:
         return STEPS[name](case, smoke), None

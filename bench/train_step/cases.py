@@ -1,9 +1,9 @@
-"""The cases of `train_step`, their batch, and what a step must do at least.
+"""Cases of a training step, their batch, and the least work of a step.
 
 Letters: T tokens of all texts, n distinct ones, S the sum over layers of the tokens that run
-through them (L T where nobody leaves), P pairs of a token and one it sees, summed likewise; D
+through them (L T if no text exits early), P pairs of a token and one it sees, summed likewise; D
 width, Hq and Hkv heads of width K, I of the feed-forward, V and r of the vocabulary, Q queries and
-C documents at each of E exits. What a step must do at least, stage by stage, in bf16:
+C documents at each of E exits. The least work of a step, stage by stage, in bf16:
 
 products    6 FLOPs for each token and weight of the layers' matrices, 2 D K (Hq + Hkv) + 3 D I;
             bytes: each of three products (out, dx, dw) has inputs and outputs of
@@ -11,19 +11,19 @@ products    6 FLOPs for each token and weight of the layers' matrices, 2 D K (Hq
 attention   14 Hq K FLOPs for each pair (3.5 times 4 Hq K); (5 Hq + 6 Hkv) K elements a token
 point-wise  norms, rotary positions, SwiGLU, residuals, each half of a block in one pass: forward
             9 D + 2 (Hq + Hkv) K + 3 I elements a token, backward 8 D + 3 (Hq + Hkv) K + 5 I
-            A BERT's MLP has no gate: 2 where products have 3 of I. Its norms are behind, and there
-            is nothing to do to q and k: point-wise forward 6 D + 2 I, backward 8 D + 3 I.
-embedding   of a plain table n D numbers are read, T D elements written; backward T D are read and
-            V D numbers written, dense; of a nested one as in bench/embed.py (fp32 factors)
+            A BERT has an MLP without a gate (2 matrices of I), norms after the halves and no
+            rotary positions: point-wise forward 6 D + 2 I, backward 8 D + 3 I.
+embedding   a plain table: n D numbers are read, T D elements written; backward T D are read and
+            V D numbers written, dense; a nested one as in bench/embed.py (fp32 factors)
 loss        6 Q C D FLOPs an exit, 6 (Q + C) D bytes (bench/infonce.py)
 optimiser   40 bytes a parameter, fp32: gradients read for their norm, read and written to be
             clipped (12), then weight, gradient and two moments read, three written (28)
 
 A stage's floor is the larger of FLOPs over the matmul rate and bytes over the copy rate. Casts of
-the weights to bf16, and of their gradients back, have no floor: whoever fuses them has none.
+the weights to bf16, and of their gradients back, have no floor, as they can be fused.
 
-TFLOP/s and MFU count 6 FLOPs for each token and weight of the layers it is to run through (440.4 M
-weights in all at 0.6B), and nothing else, whatever a provider computes besides.
+TFLOP/s and MFU count 6 FLOPs for each token and weight of the layers it has to run through (440.4 M
+weights in all at 0.6B), whatever a provider computes.
 """
 
 import math
@@ -44,8 +44,10 @@ from mlembed.data.packing import PackedBatch
 from mlembed.modeling.transformer import num_parameters
 from mlembed_kernels import TokenIndex
 
+from .. import harness
 from ..embed import stream
 from ..harness import TRAIN
+from ..infonce.cases import NESTED
 
 Lengths = tuple[float, float, int, int]  # of a lognormal: median, sigma; least, most
 ACTIVATION_GIB = 70.0  # of ours_selective: under 80 GiB with weights, moments and gradients
@@ -53,34 +55,68 @@ PEAK_TFLOPS = 990.0  # of an H200's matrix units, bf16, as its maker states: MFU
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    name: str
+class Case(harness.Case):
+    """A model and the lengths of its texts.
+
+    negatives: of each pair. mini_batch: of peers with a gradient cache.
+    """
+
     run: config.Run
     pairs: int
-    negatives: int = 0  # of each pair
+    negatives: int = 0
     queries: Lengths
     docs: Lengths
-    providers: tuple[str, ...]
     modes: tuple[str, ...] = (TRAIN,)
-    mini_batch: int = 64  # of those who cache gradients
+    mini_batch: int = 64
 
     @property
     def texts(self) -> int:
         return self.pairs * (2 + self.negatives)
 
+    @property
+    def about(self) -> str:
+        m, early = self.run.model, self.run.depth.exits
+        ranks = f" nested to rank {m.ranks[-1]}" if m.ranks else ""
+        return (
+            f"{num_parameters(m) / 1e6:.1f} M parameters, {m.num_hidden_layers} layers of "
+            f"{m.hidden_size}, vocabulary {m.vocab_size}{ranks}; {self.texts} texts, "
+            f"T = {tokens(self)}, of a Zipf stream; exits {m.exits}"
+            f"{f', texts leave at {early}' if early else ''}, {len(m.matryoshka_dims)} prefixes"
+        )
 
-NESTED = 8, 16, 32, 64, 128, 256, 512, 1024
-QWEN3: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "exits": (1, 2, 4, 8, 16, 24, 28),
-    "matryoshka_dims": NESTED,
-}
+    def toy(self) -> "Case":
+        """Return the case in seconds, on any device, with as many layers as exits."""
+        model, depth = self.run.model, self.run.depth
+        layers = {e: i for i, e in enumerate(model.exits, 1)}
+        small = replace(
+            model, vocab_size=97, hidden_size=32, num_hidden_layers=len(layers),
+            num_attention_heads=2, num_key_value_heads=2 if model.style == "bert" else 1,
+            head_dim=16, intermediate_size=48, exits=tuple(layers.values()),
+            matryoshka_dims=(8, 32), ranks=(4, 8) if model.ranks else (),
+            max_position_embeddings=512,
+        )  # fmt: skip
+        depth = replace(depth, exits=tuple(layers[e] for e in depth.exits))
+        run = replace(self.run, model=small, depth=depth, activation_gib=3e-3)
+        lengths: dict[str, Any] = {"queries": (4, 0.6, 1, 9), "docs": (7, 0.6, 2, 12)}
+        few = min(self.negatives, 2)
+        return replace(self, run=run, pairs=8, negatives=few, mini_batch=4, **lengths)
+
+    def inputs(self, device: torch.device, seed: int) -> "Texts":
+        """Return the batch, which is the same for every seed."""
+        return Texts(self, device)
+
+    def flops(self, mode: str) -> float:
+        """Return those of the layers' products alone."""
+        return stage_work(self)["products"][0]
+
+    def nbytes(self, mode: str) -> float:
+        return sum(size for _, size in stage_work(self).values())
+
+    def floors(self, mode: str, tflops: float, gbs: float) -> dict[str, float]:
+        """Return the lower bound of every stage, in milliseconds, at these ceilings."""
+        return floors_of(stage_work(self), tflops, gbs)
+
+
 LEALLA = replace(
     shapes.SHAPES["lealla-small"],
     exits=(6, 12, 18, 24),
@@ -90,80 +126,43 @@ LEALLA = replace(
 SKIP = config.Depth(exits=(7, 14, 21, 28))  # in equal shares
 
 
-def of_qwen3(depth: config.Depth | None = None, **options: Any) -> config.Run:
-    """As the recipe has it: ML-Embed's weights, temperature and learning rate, one direction."""
-    recipe = recipes.qwen3()
-    model = config.Model(**{**QWEN3, **options})
+def of_qwen3(
+    depth: config.Depth | None = None,
+    exits: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 28),
+    ranks: tuple[int, ...] = (),
+) -> config.Run:
+    """Return the recipe: ML-Embed's weights, temperature and learning rate, one direction."""
+    recipe, shape = recipes.qwen3(), shapes.SHAPES["ml-embed-0.6b"]
+    model = replace(shape, exits=exits, matryoshka_dims=NESTED, ranks=ranks)
     return replace(recipe, model=model, depth=depth or recipe.depth, activation_gib=ACTIVATION_GIB)
 
 
 def case(name: str, run: config.Run, *providers: str) -> Case:
-    """64 queries, their positives and seven hard negatives each: 576 texts."""
-    docs = 110, 0.7, 8, 512
-    queries = 20, 0.6, 5, 512
-    return Case(
-        name=name, run=run, pairs=64, negatives=7, queries=queries, docs=docs, providers=providers
-    )
+    """Return a case of 64 queries, their positives and seven hard negatives each: 576 texts."""
+    lengths: dict[str, Any] = {"queries": (20, 0.6, 5, 512), "docs": (110, 0.7, 8, 512)}
+    return Case(name=name, run=run, pairs=64, negatives=7, providers=providers, **lengths)
 
 
 SIDE = "ours_bf16", "ours_liger", "ours_eager", "ours_block"
-# The most telling first: what time is left for shrinks from the end.
+STEP = "ours", "ours_selective", "sentence_transformers", *SIDE, "padded"
+SHORT: Lengths = 20, 0.6, 5, 128
+# The most telling first, as the last ones are skipped when time runs out.
 CASES = {
     case.name: case
     for case in (
+        case("step", of_qwen3(), *STEP),
         case(
-            "step", of_qwen3(), "ours", "ours_selective", "sentence_transformers", *SIDE, "padded"
-        ),
-        case(
-            "step_skip",
-            of_qwen3(SKIP, exits=(1, 2, 4, 7, 14, 21, 28)),
-            *("ours", "full_depth", "ours_block"),
+            "step_skip", of_qwen3(SKIP, exits=(1, 2, 4, 7, 14, 21, 28)),
+            "ours", "full_depth", "ours_block",
         ),
         case("step_nested", of_qwen3(ranks=(64, 128, 256, 512)), "ours", "ours_bf16"),
         Case(
-            name="lealla",
-            run=config.Run(model=LEALLA, optim=config.Optim(lr=1e-5)),
-            pairs=8192,
-            queries=(20, 0.6, 5, 128),
-            docs=(20, 0.6, 5, 128),
+            name="lealla", run=config.Run(model=LEALLA, optim=config.Optim(lr=1e-5)),
+            pairs=8192, queries=SHORT, docs=SHORT, mini_batch=1024,
             providers=("ours", "sentence_transformers", "ours_bf16", "ours_eager"),
-            mini_batch=1024,
         ),
     )
-}
-
-
-def toy(case: Case) -> Case:
-    """The same lines of code in seconds, on any device."""
-    model = case.run.model
-    exits = model.exits
-    layers = {e: i for i, e in enumerate(exits, 1)}  # as many layers as exits
-    bert = model.style == "bert"
-    small = config.Model(
-        style=model.style,
-        causal=model.causal,
-        pooling=model.pooling,
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=len(exits),
-        num_attention_heads=2,
-        num_key_value_heads=2 if bert else 1,
-        head_dim=16,
-        intermediate_size=48,
-        exits=tuple(layers.values()),
-        matryoshka_dims=(8, 32),
-        ranks=(4, 8) if model.ranks else (),
-    )
-    depth = replace(case.run.depth, exits=tuple(layers[e] for e in case.run.depth.exits))
-    return replace(
-        case,
-        run=replace(case.run, model=small, depth=depth, activation_gib=3e-3),
-        pairs=8,
-        negatives=min(case.negatives, 2),
-        queries=(4, 0.6, 1, 9),
-        docs=(7, 0.6, 2, 12),
-        mini_batch=4,
-    )
+}  # fmt: skip
 
 
 # ---- the batch ----
@@ -171,15 +170,15 @@ def toy(case: Case) -> Case:
 
 @cache
 def lengths(case: Case) -> tuple[int, ...]:
-    """Tokens of the queries, the positives, then the negatives group by group; from seed 1."""
+    """Return the tokens of the queries, the positives, then the negatives group by group."""
     generator = torch.Generator().manual_seed(1)
-    found: list[int] = []
+    sizes: list[int] = []
     counts = case.pairs, case.texts - case.pairs
     for n, (median, sigma, low, high) in zip(counts, (case.queries, case.docs), strict=True):
         normal = torch.randn(n, generator=generator)
         some = torch.exp(normal * sigma + math.log(median)).round().clamp(low, high)
-        found += some.long().tolist()
-    return tuple(found)
+        sizes += some.long().tolist()
+    return tuple(sizes)
 
 
 def tokens(case: Case) -> int:
@@ -187,22 +186,22 @@ def tokens(case: Case) -> int:
 
 
 def groups(case: Case) -> list[list[int]]:
-    """Rows of a query, its positive, its negatives."""
+    """Return the rows of each query, its positive and its negatives."""
     P, n = case.pairs, case.negatives
     return [[i, P + i, *range(2 * P + i * n, 2 * P + (i + 1) * n)] for i in range(P)]
 
 
 @cache
 def depths(case: Case) -> np.ndarray:
-    """int64 [groups], the last layer of each."""
+    """Return int64 [groups], the last layer of each."""
     n = np.array(lengths(case))
     of_groups = np.array([n[rows].sum() for rows in groups(case)])
     L = case.run.model.num_hidden_layers
     return drawn(of_groups, case.run.depth, L, np.random.default_rng(1))
 
 
-def there(case: Case, depth: int) -> np.ndarray:
-    """Lengths of the texts that run through a layer."""
+def running(case: Case, depth: int) -> np.ndarray:
+    """Return the lengths of the texts that run through a layer."""
     n = np.array(lengths(case), dtype=np.float64)
     rows = [row for group, d in zip(groups(case), depths(case), strict=True) if d >= depth
             for row in group]  # fmt: skip
@@ -210,7 +209,7 @@ def there(case: Case, depth: int) -> np.ndarray:
 
 
 class Texts:
-    """The batch on the device, in packs as training makes them, or as a padded rectangle."""
+    """The batch on the device: rows of token ids, and packs like those of training."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
@@ -219,45 +218,36 @@ class Texts:
         self.made: dict[bool, tuple[Batch, list[PackedBatch]]] = {}
 
     def packs(self, deep: bool) -> tuple[Batch, list[PackedBatch]]:
-        """deep: all texts run through all layers."""
+        """Return the batch and its packs. deep: all texts run through all layers."""
         if deep not in self.made:
             some = depths(self.case)
             last = np.full_like(some, self.case.run.model.num_hidden_layers)
             batch = collate(
-                groups(self.case),
-                lambda row: self.rows[row],
-                np.arange(self.case.texts),
-                last if deep else some,
-                None,
-                max_tokens=self.case.run.pack_tokens,
-            )
+                groups(self.case), self.rows.__getitem__, np.arange(self.case.texts),
+                last if deep else some, None, max_tokens=self.case.run.pack_tokens,
+            )  # fmt: skip
             self.made[deep] = batch, [pack.to(self.device) for pack in batch.packs]
         return self.made[deep]
 
     def clear(self) -> None:
-        """A step leaves no gradients."""
+        """Do nothing: a step leaves no gradients."""
 
     def nbytes(self) -> int:
-        """What a step passes over: its weights, at least, which lie beyond any cache."""
+        """Return the bytes of the weights, which exceed any cache."""
         return 4 * num_parameters(self.case.run.model)
-
-
-def inputs(case: Case, device: torch.device, seed: int) -> Texts:
-    """The same texts for every seed: there is one batch."""
-    return Texts(case, device)
 
 
 # ---- the numbers ----
 
 
 def stage_work(case: Case) -> dict[str, tuple[float, float]]:
-    """stage -> FLOPs, bytes, as above."""
+    """Return FLOPs and bytes of every stage, as above."""
     m = case.run.model
     D, K, Hq, Hkv = m.hidden_size, m.head_dim, m.num_attention_heads, m.num_key_value_heads
     I, V, heads = m.intermediate_size, m.vocab_size, (Hq + Hkv) * K  # noqa: E741
     ups = 2 if m.style == "bert" else 3  # matrices of I
     point_wise = 17 * D + 5 * heads + 8 * I if m.style == "qwen3" else 14 * D + 5 * I
-    layers = [there(case, depth) for depth in range(1, m.num_hidden_layers + 1)]
+    layers = [running(case, depth) for depth in range(1, m.num_hidden_layers + 1)]
     S = float(sum(n.sum() for n in layers))
     P = float(sum((n * (n + 1) / 2 if m.causal else n * n).sum() for n in layers))
     T = tokens(case)
@@ -266,7 +256,7 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
     if m.ranks:
         r = m.ranks[-1]
         read, written, rows = 4.0 * r * (distinct + D), 4.0 * r * (V + D), 6.0 * distinct * r * D
-        read *= 2  # again in the backward
+        read *= 2  # as the backward reads them again
     alive = [sum(d >= e for d in depths(case).tolist()) for e in m.exits]
     docs = 1 + case.negatives
     return {
@@ -285,41 +275,18 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
     }
 
 
-def flops(case: Case, mode: str) -> float:
-    """Of the layers' products alone."""
-    return stage_work(case)["products"][0]
-
-
-def nbytes(case: Case, mode: str) -> float:
-    """Of all stages, each by itself."""
-    return sum(size for _, size in stage_work(case).values())
-
-
-def floors(case: Case, mode: str, tflops: float, gbs: float) -> dict[str, float]:
-    """Milliseconds that no stage can go under, at these ceilings."""
-    return {
-        stage: max(products / tflops / 1e9, size / gbs / 1e6)
-        for stage, (products, size) in stage_work(case).items()
-    }
-
-
-def about(case: Case) -> str:
-    m = case.run.model
-    ranks = f" nested to rank {m.ranks[-1]}" if m.ranks else ""
-    leaving = f", texts leaving at {case.run.depth.exits}" if case.run.depth.exits else ""
-    return (
-        f"{num_parameters(m) / 1e6:.1f} M parameters, {m.num_hidden_layers} layers of "
-        f"{m.hidden_size}, vocabulary {m.vocab_size}{ranks}; {case.texts} texts, "
-        f"T = {tokens(case)}, of a Zipf stream; exits {m.exits}{leaving}, "
-        f"{len(m.matryoshka_dims)} prefixes"
-    )
+def floors_of(work: dict[str, tuple[float, float]], tflops: float, gbs: float) -> dict[str, float]:
+    return {name: max(a / tflops / 1e9, b / gbs / 1e6) for name, (a, b) in work.items()}
 
 
 # ---- steps ----
 
 
 class Trained:
-    """A model with its optimiser. A call is one optimiser step, or without backward its loss."""
+    """A model and its optimiser. A call is one optimiser step or, without backward, its loss.
+
+    mark: is told the names of stages as they begin.
+    """
 
     def __init__(
         self,
@@ -328,9 +295,11 @@ class Trained:
         loss: Callable[["Trained", Texts], Tensor],
         before: int,
     ) -> None:
-        """before: bytes that were allocated on the device before anything of this."""
+        """Arguments:
+        before: bytes that were allocated on the device before the model was built.
+        """
         self.model, self.optimizer, self.loss, self.before = model, optimizer, loss, before
-        self.mark: Callable[[str], None] = lambda stage: None  # told as stages begin
+        self.mark: Callable[[str], None] = lambda stage: None
 
     def __call__(self, inputs: Texts, backward: bool) -> Tensor:
         loss = self.loss(self, inputs)

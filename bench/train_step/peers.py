@@ -1,14 +1,14 @@
-"""Who else takes the same step: models of transformers, with and without sentence-transformers.
+"""The same step by other trainers: transformers, and sentence-transformers.
 
-Both are Qwen3 or BERT with our weights (a nested vocabulary merged into a table), padded to the
+Both train Qwen3 or BERT with our weights (a nested vocabulary merged into a table), padded to the
 longest text, by torch's attention, in bf16 with moments in bf16. With flash-attn installed they
-would unpad inside. Each is made once for a case: a model, and its loss on the texts.
+would unpad. A peer is a model, its loss on the texts, and a note.
 """
 
-import importlib.util
+import importlib
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,15 @@ from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.transformer import Transformer
 from mlembed.training.objective.loss import weights
 
-from ..harness import Missing
-from ..infonce.peers import imported
+from ..harness import Missing, imported
+from ..infonce.cases import BOTH
+from .cases import Case, Texts, Trained
 
-if TYPE_CHECKING:
-    from .cases import Case, Texts, Trained
-
-
-Peer = tuple[nn.Module, Callable[["Trained", "Texts"], Tensor], str]  # model, loss, a note
+Peer = tuple[nn.Module, Callable[[Trained, Texts], Tensor], str]
 
 
 def rectangle(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Texts padded at their ends, as transformers takes them."""
+    """Pad texts at their ends, for transformers."""
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -38,12 +35,10 @@ def rectangle(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 def dense(exits_END: Tensor, pairs: int, run: config.Run, depths: Tensor | None = None) -> Tensor:
-    """loss_EM by normalise, product and cross entropy for each exit and prefix.
+    """Return loss_EM by normalise, product and cross entropy for each exit and prefix.
 
     Texts are in the order of rows: queries, positives, then the negatives of each query.
-
-    depths: int [pairs], the last layer of each group; deeper there are neither its query nor its
-    documents.
+    depths: int [pairs], the last layer of each group, whose texts are absent from deeper exits.
     """
     exits, loss = run.model.exits, run.loss
     negatives = exits_END.shape[1] // pairs - 2
@@ -51,8 +46,8 @@ def dense(exits_END: Tensor, pairs: int, run: config.Run, depths: Tensor | None 
     of_docs = torch.cat([group, group.repeat_interleave(negatives)])
     table = []
     for exit, x_ND in zip(exits, exits_END, strict=True):
-        here = torch.ones(pairs, dtype=torch.bool) if depths is None else depths >= exit
-        q, docs = x_ND[:pairs][here], x_ND[pairs:][here[of_docs]]
+        left = torch.ones(pairs, dtype=torch.bool) if depths is None else depths >= exit
+        q, docs = x_ND[:pairs][left], x_ND[pairs:][left[of_docs]]
         target = torch.arange(len(q), device=q.device)
         for d in run.model.matryoshka_dims:
             a, b = (F.normalize(x[:, :d], dim=-1) for x in (q, docs))
@@ -65,11 +60,7 @@ def dense(exits_END: Tensor, pairs: int, run: config.Run, depths: Tensor | None 
 
 
 def transformers_model(start: Transformer) -> Any:
-    """transformers' model with the weights of ours, on its device: bf16 on GPUs.
-
-    Raises:
-        Missing: transformers is not installed.
-    """
+    """Return transformers' model with the weights of ours, on its device: bf16 on GPUs."""
     transformers = imported("transformers", "transformers")
     cfg, device = start.cfg, start.device
     kind = "Bert" if cfg.style == "bert" else "Qwen3"
@@ -78,7 +69,8 @@ def transformers_model(start: Transformer) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         model = getattr(transformers, f"{kind}Model")(shape)
-    for weight in model.parameters():  # frequencies of positions, which are none, stay in fp32
+    # Frequencies of positions are buffers, and stay in fp32.
+    for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     state = {k: v for k, v in start.state_dict().items() if not k.startswith("embed_tokens")}
     with torch.no_grad():
@@ -87,15 +79,14 @@ def transformers_model(start: Transformer) -> Any:
     return model.train()
 
 
-def padded(case: "Case", start: Transformer) -> Peer:
-    """The public ML-Embed way: every exit normed over all tokens, a loss for each exit and prefix,
-    blocks recomputed."""
+def padded(case: Case, start: Transformer) -> Peer:
+    """Return the public ML-Embed step: exits normed over all tokens, blocks recomputed."""
     model = transformers_model(start)
-    # Named so up to transformers 5, where the other name comes up.
+    # The first name is that of transformers 5, the second that of older versions.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     made: dict[str, Tensor] = {}
 
-    def loss(step: "Trained", inputs: "Texts") -> Tensor:
+    def loss(step: Trained, inputs: Texts) -> Tensor:
         if not made:
             made.update(rectangle([torch.from_numpy(row) for row in inputs.rows]))
             made.update({name: x.to(inputs.device) for name, x in made.items()})
@@ -118,13 +109,10 @@ def padded(case: "Case", start: Transformer) -> Peer:
     return model, loss, "padded to the longest text, weights bf16, blocks recomputed"
 
 
-def sentence_transformers(case: "Case", start: Transformer, cached: bool = True) -> Peer:
-    """MatryoshkaLoss(CachedMultipleNegativesRankingLoss), its model opened as a user opens one.
+def sentence_transformers(case: Case, start: Transformer, cached: bool = True) -> Peer:
+    """Return MatryoshkaLoss(CachedMultipleNegativesRankingLoss) on a model that is loaded.
 
-    cached: otherwise MultipleNegativesRankingLoss, with a graph of all texts.
-
-    Raises:
-        Missing: it is not installed, or tokenizers is not.
+    cached: else MultipleNegativesRankingLoss, with a graph of all texts.
     """
     st = imported("sentence_transformers", "sentence-transformers")
     module = "sentence_transformers.sentence_transformer"
@@ -139,38 +127,28 @@ def sentence_transformers(case: "Case", start: Transformer, cached: bool = True)
         transformer = modules.Transformer(folder, model_kwargs={"dtype": dtype})
     bert, D = case.run.model.style == "bert", case.run.model.hidden_size
     parts = [transformer, modules.Pooling(D, pooling_mode="cls" if bert else "lasttoken")]
-    if bert:  # as LaBSE's modules
+    if bert:  # LaBSE's modules
         parts.append(modules.Dense(D, D, activation_function=nn.Tanh()))
         own = {f"linear.{name}": x.detach() for name, x in start.pooler.named_parameters()}
         parts[-1].load_state_dict(own)
         parts[-1].to(dtype)
     model = st.SentenceTransformer(modules=parts, device=str(device)).train()
     run = case.run
-    directions = (
-        ("query_to_doc", "doc_to_query")
-        if run.loss.directions == "symmetric"
-        else ("query_to_doc",)
-    )
-    options = {
-        "scale": 1 / run.loss.temperature,
-        "directions": directions,
-        "partition_mode": "per_direction",
-    }
-    if cached:
-        options["mini_batch_size"] = case.mini_batch
-        ranking = losses.CachedMultipleNegativesRankingLoss(model, **options)
-    else:
-        ranking = losses.MultipleNegativesRankingLoss(model, **options)
+    directions = BOTH if run.loss.directions == "symmetric" else BOTH[:1]
+    options: dict[str, Any] = {"scale": 1 / run.loss.temperature, "directions": directions}
+    options |= {"mini_batch_size": case.mini_batch} if cached else {}
+    name = f"{'Cached' if cached else ''}MultipleNegativesRankingLoss"
+    ranking = getattr(losses, name)(model, partition_mode="per_direction", **options)
     w_M = weights(run)[-1]
     dims = list(run.model.matryoshka_dims)
     matryoshka = losses.MatryoshkaLoss(model, ranking, dims, (w_M / w_M.sum()).tolist())
     no_labels = torch.empty(0)
-    made: list[dict[str, Tensor]] = []
+    batch: list[dict[str, Tensor]] = []
 
-    def loss(step: "Trained", inputs: "Texts") -> Tensor:
-        if not made:
-            made.extend(columns(case, inputs))
-        value: Tensor = matryoshka([dict(column) for column in made], no_labels)
+    def loss(step: Trained, inputs: Texts) -> Tensor:
+        if not batch:
+            batch.extend(columns(case, inputs))
+        value: Tensor = matryoshka([dict(column) for column in batch], no_labels)
         return value
 
     table = " of a plain table," if run.model.ranks else ""
@@ -178,8 +156,8 @@ def sentence_transformers(case: "Case", start: Transformer, cached: bool = True)
     return model, loss, f"last layer only,{table} {of}, weights bf16"
 
 
-def columns(case: "Case", inputs: "Texts") -> list[dict[str, Tensor]]:
-    """Queries, positives, first negatives, second ones, ..., each padded to its longest text."""
+def columns(case: Case, inputs: Texts) -> list[dict[str, Tensor]]:
+    """Return queries, positives, first negatives, second ones, ..., each padded."""
     rows = [torch.from_numpy(row) for row in inputs.rows]
     P, n = case.pairs, case.negatives
     parts = [rows[:P], rows[P : 2 * P], *(rows[2 * P + i :: n] for i in range(n))]
@@ -187,7 +165,7 @@ def columns(case: "Case", inputs: "Texts") -> list[dict[str, Tensor]]:
 
 
 def tokenizer() -> Any:
-    """Of two words: texts come as ids, but a model is not opened without one."""
+    """Return a tokenizer of two words: texts are ids, but loading a model needs a tokenizer."""
     tokenizers = imported("tokenizers", "tokenizers")
     models = importlib.import_module("tokenizers.models")
     splitting = importlib.import_module("tokenizers.pre_tokenizers")
@@ -197,7 +175,7 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>")
 
 
-PEERS: dict[str, Callable[["Case", Transformer], Peer]] = {
+PEERS: dict[str, Callable[[Case, Transformer], Peer]] = {
     "padded": padded,
     "sentence_transformers": sentence_transformers,
 }
@@ -209,13 +187,11 @@ Half = Callable[..., Any]
 
 
 def liger_halves(device: torch.device) -> tuple[Half, Half]:
-    """A block's two halves, norms, RoPE and SwiGLU by liger-kernel, products one by one.
+    """Return a block's two halves with norms, RoPE and SwiGLU by liger-kernel.
 
-    Raises:
-        Missing: it is not installed, or there is no GPU.
+    Raises Missing if it is not installed, or if there is no GPU.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Missing("liger-kernel is not installed")
+    imported("liger_kernel", "liger-kernel")
     if device.type != "cuda":
         raise Missing("needs CUDA")
     ops = importlib.import_module("liger_kernel.ops")
@@ -225,10 +201,10 @@ def liger_halves(device: torch.device) -> tuple[Half, Half]:
 
 
 def halves(rms_norm: Half, rope: Half, silu_mul: Half) -> tuple[Half, Half]:
-    """As model.Block has them. Outputs of norms keep the dtype of their input, bf16."""
+    """Return the halves of blocks.Block. Outputs of norms keep the dtype of their input, bf16."""
 
     def norm(module: Any, x: Tensor) -> Tensor:
-        # The gradient of what it gives may be another's too: not in place.
+        # Not in place: the gradient of the output may be shared.
         out: Tensor = rms_norm(x, module.weight, module.eps, 0.0, "llama", False)
         return out
 
@@ -242,7 +218,7 @@ def halves(rms_norm: Half, rope: Half, silu_mul: Half) -> tuple[Half, Half]:
             for projection in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
-        # It takes [1, H, T, K], which is this layout, and angles of both halves.
+        # RoPE takes [1, H, T, K], which is a view here, and angles of both halves.
         q, k = (x.transpose(0, 1)[None] for x in (q, k))
         q, k = rope(q, k, *(torch.cat([x, x], -1)[None] for x in (cos_TK, sin_TK)))
         return q[0].transpose(0, 1), k[0].transpose(0, 1), v

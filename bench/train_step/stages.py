@@ -1,9 +1,8 @@
-"""Where the time of one step goes: every kernel of a profiled step to a stage.
+"""The time of one step by stage: every kernel of a profiled step is assigned to a stage.
 
-Embedding, loss and optimiser are told by when they run. Marks in the device's own queue part them
-from the blocks: hooks on the embedding and on the pooled exits set them, in the backward too, so a
-product within the embedding is the embedding's. Kernels of the blocks are told by their names,
-those of our attention as its modules have them. What is not known by name is `other`.
+Kernels of embedding, loss and optimiser are recognised by the time at which they run: hooks on the
+embedding and on the pooled exits put marks into the device's queue, forward and backward. Kernels
+of the blocks are recognised by name, ours by the names in their modules. The rest is `other`.
 """
 
 import importlib.util
@@ -11,22 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import harness
+from .cases import Texts, Trained
 
-if TYPE_CHECKING:
-    from .cases import Texts, Trained
-
-
-STAGES = (
-    *("embedding", "attention", "products", "point-wise", "loss", "optimiser"),
-    *("copies", "other"),
-)
-WHEN = "embedding", "loss", "optimiser"  # told by when they run
+WHEN = "embedding", "loss", "optimiser"  # recognised by the time at which they run
+STAGES = WHEN[0], "attention", "products", "point-wise", *WHEN[1:], "copies", "other"
 MODULES = {
     "attention": ("attention._forward", "attention._backward"),
     "embedding": ("embedding._op",),
@@ -35,23 +28,13 @@ MODULES = {
         for name in ("_lse_forward", "_lse_backward", "_cosine_op", "_bands", "_tiles")
     ),
 }
-# Parts of names, in lower case; the first that occurs decides. Flash attention's kernels are made
-# of CUTLASS's and have its name in theirs, so attention comes before products. aten:: are operators
-# on CPUs, where there are no kernels.
+# Parts of names, in lower case; the first that occurs decides. Names of flash attention contain
+# CUTLASS, so attention comes before products. aten:: are operators, on CPUs.
 PARTS = {
     "attention": ("flash", "fmha", "attention", "scaled_dot_product"),
     "products": (
-        *(
-            "nvjet",
-            "gemm",
-            "gemv",
-            "cutlass",
-            "xmma",
-            "cublas",
-            "splitk",
-            "triton_tem",
-            "triton_mm",
-        ),
+        *("nvjet", "gemm", "gemv", "cutlass", "xmma", "cublas", "splitk", "triton_tem"),
+        "triton_mm",
         *("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
     ),
     "copies": (
@@ -64,7 +47,7 @@ PARTS = {
         "aten::",
     ),
 }
-MARK = "spin_kernel"  # what torch.cuda._sleep launches
+MARK = "spin_kernel"  # of torch.cuda._sleep
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class Kernel:
 
 @cache
 def our_kernels() -> dict[str, str]:
-    """Names of our Triton kernels -> stage."""
+    """Return the names of our Triton kernels -> stage."""
     if importlib.util.find_spec("triton") is None:
         return {}
     return {
@@ -89,29 +72,28 @@ def our_kernels() -> dict[str, str]:
 
 
 def by_name(kernel: str) -> str:
-    """The stage of a kernel that runs among the blocks'."""
+    """Return the stage of a kernel that runs within the blocks."""
     for name, stage in our_kernels().items():
-        if kernel == name or kernel.startswith(f"{name}_"):  # Triton may append what is constant
+        if kernel == name or kernel.startswith(f"{name}_"):  # Triton may append constants
             return stage
     lower = kernel.lower()
-    found = (stage for stage, parts in PARTS.items() if any(part in lower for part in parts))
-    return next(found, "other")
+    stages = (stage for stage, parts in PARTS.items() if any(part in lower for part in parts))
+    return next(stages, "other")
 
 
 # ---- one step, profiled ----
 
 
 @contextmanager
-def marked(step: "Trained", mark: Callable[[str], None]) -> Iterator[None]:
-    """Within it `mark` is told what begins: a stage of WHEN, or the blocks."""
+def marked(step: Trained, mark: Callable[[str], None]) -> Iterator[None]:
+    """Tell `mark` what begins: a stage of WHEN, or the blocks."""
     embedding = Embedding(step.model.embed_tokens, mark)
 
-    def told(stage: str) -> None:
-        """A backward begins with what the forward ended with: the loss."""
-        if stage != "backward":
+    def begun(stage: str) -> None:
+        if stage != "backward":  # which begins in the stage that ends the forward, the loss
             mark("blocks" if stage == "end" else stage)
 
-    before, step.mark = step.mark, told
+    before, step.mark = step.mark, begun
     try:
         yield
     finally:
@@ -120,10 +102,10 @@ def marked(step: "Trained", mark: Callable[[str], None]) -> Iterator[None]:
 
 
 class Embedding:
-    """Tells when an embedding begins and ends, forward and backward, whatever it is made of.
+    """Marks the begin and end of an embedding, forward and backward.
 
-    In the backward every pack's ends with its last node. What follows the last pack's is the sum
-    over packs and the accumulation, which are the embedding's too: it ends with those.
+    In the backward it ends with the last node of a pack's graph, and after the last pack with the
+    accumulation of the gradients, which sums over packs.
     """
 
     def __init__(self, vocabulary: Any, mark: Callable[[str], None]) -> None:
@@ -133,13 +115,13 @@ class Embedding:
         self.hooks = [
             vocabulary.register_forward_pre_hook(self.begun),
             vocabulary.register_forward_hook(self.ended),
-            *(p.register_post_accumulate_grad_hook(self.grown) for p in parameters),
+            *(p.register_post_accumulate_grad_hook(self.accumulated) for p in parameters),
         ]
 
-    def begun(self, _: nn.Module, given: Any) -> None:
+    def begun(self, _: nn.Module, args: Any) -> None:
         self.mark("embedding")
 
-    def ended(self, _: nn.Module, given: Any, x_TD: Tensor) -> None:
+    def ended(self, _: nn.Module, args: Any, x_TD: Tensor) -> None:
         self.mark("blocks")
         if x_TD.grad_fn is None:
             return
@@ -159,7 +141,7 @@ class Embedding:
         for node in nodes:
             node.register_hook(done)
 
-    def grown(self, _: Tensor) -> None:
+    def accumulated(self, _: Tensor) -> None:
         self.left = (self.left or self.parameters) - 1
         if not self.left:
             self.mark("blocks")
@@ -170,26 +152,22 @@ class Embedding:
 
 
 def last_nodes(root: Any) -> list[Any]:
-    """Nodes of a graph that give parameters their gradients, each once."""
-    found, todo, seen = [], [root], {root}
+    """Return the nodes of a graph that give parameters their gradients."""
+    last, todo, seen = [], [root], {root}
     while todo:
         node = todo.pop()
         following = [other for other, _ in node.next_functions if other is not None]
         if any(not other.next_functions for other in following):
-            found.append(node)
+            last.append(node)
         for other in following:
             if other.next_functions and other not in seen:
                 seen.add(other)
                 todo.append(other)
-    return found
+    return last
 
 
-def profiled(step: "Trained", inputs: "Texts") -> list[Kernel]:
-    """Kernels of one step in their order (on CPUs operators).
-
-    Raises:
-        RuntimeError: the profiler saw nothing, or not all marks.
-    """
+def profiled(step: Trained, inputs: Texts) -> list[Kernel]:
+    """Return the kernels of one step in their order (on CPUs: operators)."""
     device = inputs.device
     cuda = device.type == "cuda"
     marks: list[str] = []
@@ -209,14 +187,14 @@ def profiled(step: "Trained", inputs: "Texts") -> list[Kernel]:
     with marked(step, mark), torch.profiler.profile(activities=activities) as profiler:
         step(inputs, True)
         harness.synchronize(device)
-    return sorted_out(events(profiler.events() or [], cuda), marks)
+    return staged(kernels(profiler.events() or [], cuda), marks)
 
 
-def events(found: Iterable[Any], cuda: bool) -> list[tuple[str, float]]:
-    """Name and ms of what ran on the device, by its begin; spans that annotate are left out."""
+def kernels(events: Iterable[Any], cuda: bool) -> list[tuple[str, float]]:
+    """Return name and ms of the device's kernels, by their begin, without annotations."""
     kind = "CUDA" if cuda else "CPU"
     ran = []
-    for event in found:
+    for event in events:
         span = harness.annotates(event, event.name)
         if event.device_type.name != kind or (span and event.name != MARK):
             continue
@@ -225,22 +203,25 @@ def events(found: Iterable[Any], cuda: bool) -> list[tuple[str, float]]:
     return [(name, ms) for _, name, ms in sorted(ran, key=lambda event: event[0])]
 
 
-def sorted_out(ran: list[tuple[str, float]], marks: list[str]) -> list[Kernel]:
-    """Each to its stage: that of the last mark before it, or of its name. Marks cost nothing."""
+def staged(ran: list[tuple[str, float]], marks: list[str]) -> list[Kernel]:
+    """Assign kernels to the stage of the last mark before them, or of their name.
+
+    Raises RuntimeError if there are no kernels, or more or fewer marks than expected.
+    """
     seen = sum(MARK in name for name, _ in ran)
     if seen != len(marks) or len(ran) == seen:
         raise RuntimeError(f"profiler: expected kernels and {len(marks)} marks, got {seen} of them")
-    now, following, found = "blocks", iter(marks), []
+    now, following, staged = "blocks", iter(marks), []
     for name, ms in ran:
         if MARK in name:
             now = next(following)
         else:
-            found.append(Kernel(name, ms, now if now in WHEN else by_name(name)))
-    return found
+            staged.append(Kernel(name, ms, now if now in WHEN else by_name(name)))
+    return staged
 
 
 def summed(kernels: list[Kernel], floors: dict[str, float]) -> dict[str, Any]:
-    """ms of each stage that ran, its floor where it has one; the largest that nobody knows."""
+    """Return ms and floor of each stage, and the names of the largest kernels of `other`."""
     ms: dict[str, float] = {}
     unknown: dict[str, float] = {}
     for kernel in kernels:

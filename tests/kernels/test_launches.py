@@ -17,24 +17,28 @@ SCRIPT = """
 import json, sys
 from dataclasses import replace
 from functools import partial
-from bench import attention, embed, infonce, launches
+from bench import embed
+from bench.attention import bench as attention
+from bench.compiled import bench_cases, launches
+from bench.infonce import bench as infonce
+from bench.infonce.cases import NESTED
 
 launches.prepare()
-cases = dict([*launches.loss_cases(), *launches.attention_cases(), *launches.embed_cases()])
+cases = bench_cases.kernel_cases()
 for name in ("reference", "both"):
     case = infonce.CASES[name]
     # The last batch of an epoch: rows of no tile, and an odd number of them.
-    cases[f"ragged-{name}"] = partial(launches.run_loss, replace(case, B=case.B - 37))
+    cases[f"ragged-{name}"] = partial(bench_cases.run_loss, replace(case, B=case.B - 37))
     # Five prefixes: slices of exits do not begin on 16 bytes either.
-    cases[f"five-{name}"] = partial(launches.run_loss, replace(case, dims=infonce.NESTED[-5:]))
+    cases[f"five-{name}"] = partial(bench_cases.run_loss, replace(case, dims=NESTED[-5:]))
 
 
 def batches():
     # Of other lengths, as training meets them: no list begins where that of another batch did.
     for n in range(8):
-        launches.run_embed(replace(embed.CASES["step"], T=30_000 + 1001 * n))
+        bench_cases.run_embed(replace(embed.CASES["step"], T=30_000 + 1001 * n))
         some = replace(attention.CASES["mid"], lengths=(300, 20 + 4 * n))
-        launches.run_attention(some, "ours")
+        bench_cases.run_attention(some, "ours")
 
 
 cases["batches"] = batches

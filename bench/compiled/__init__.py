@@ -1,0 +1,1 @@
+"""Launches of the kernels, collected and compiled for Hopper without a GPU."""
