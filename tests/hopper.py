@@ -4,8 +4,8 @@ fast and right: no CPU run can show it.
     python tests/hopper.py [CASE...] -> violations, then one line with their number
 
 Cases are those of the benches (bench/compiled/bench_cases.py) and variants below. A violation that
-is known for a version of Triton is a row of EXCEPTIONS. Compiled kernels are kept, so a run that was
-stopped goes on where it was.
+is known for a version of Triton is a row of EXCEPTIONS. Compiled kernels are kept, so a run that
+was stopped continues.
 """
 
 import argparse

@@ -1,6 +1,5 @@
-"""The bench on CPU: every line of it runs, a number is what it says, and none is made up."""
+"""The bench's command, its worker and its measurements, on a CPU."""
 
-import argparse
 import importlib.util
 import json
 import os
@@ -16,12 +15,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import _Beside, harness, report, worker
-from bench.harness import Leaves
-from bench.infonce import bench, cases, peers
+from bench import _Beside, harness, named, report, worker
+from bench.harness import CPU, Leaves
+from bench.infonce import bench, peers
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 # ---- as a user runs it ----
@@ -29,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the files; its kernels are told from the installed ones by their version."""
+    """Return a copy of the files, whose kernels have another version than the installed ones."""
     path = tmp_path_factory.mktemp("checkout")
     for folder in ("bench", "kernels", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.jsonl")
@@ -48,7 +46,7 @@ def run(cwd, *args):
     )
 
 
-def test_smoke_runs_everything_and_gives_no_numbers(checkout):
+def test_smoke_runs_everything_without_numbers(checkout):
     before = sorted(checkout.rglob("bench/results/*"))
     done = run(checkout, "-m", "bench", "infonce", "--smoke", "--case", "reference", "both")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -68,7 +66,7 @@ def test_smoke_runs_everything_and_gives_no_numbers(checkout):
     assert sorted(checkout.rglob("bench/results/*")) == before
 
 
-def test_the_folder_beside_it_is_found_where_nothing_is_installed(checkout):
+def test_kernels_of_the_checkout_are_found(checkout):
     code = """
 import importlib.util, sys
 def told(f): return f"{getattr(f, '__module__', '')} {type(f).__module__}"
@@ -85,51 +83,56 @@ print(mlembed_kernels.__version__, sys.modules["mlembed_kernels.similarity.infon
     assert done.stdout.split() == ["9.9.9", str(checkout / "kernels/similarity/infonce.py")]
 
 
-def test_a_file_that_is_not_beside_it_is_not_another_copys(tmp_path):
+def test_missing_module_is_not_taken_from_another_copy(tmp_path):
     assert importlib.util.find_spec("mlembed_kernels.similarity.cosine") is not None
     with pytest.raises(ModuleNotFoundError, match="mlembed_kernels.similarity.cosine"):
         _Beside.find_spec("mlembed_kernels.similarity.cosine", [str(tmp_path)])
 
 
+NAMES = "infonce, attention, embed, train_step, gradcache, encode, loader"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            ["fastest"],
-            "error: bench: expected one of infonce, attention, embed, train_step, gradcache, "
-            "encode, loader, all, got 'fastest'",
-        ),
+        (["fastest"], f"error: bench: expected one of {NAMES}, all, got 'fastest'"),
         (["all", "--case", "tiny"], "error: --case: expected one of reference, both, "),
-        (
-            [],
-            "error: expected a bench: infonce, attention, embed, train_step, gradcache, encode, "
-            "loader or all",
-        ),
+        ([], f"error: expected a bench: {NAMES} or all"),
         (["all", "--fast"], "error: unrecognized arguments: --fast"),
         (["all", "--seconds", "soon"], "error: argument --seconds: invalid float value: 'soon'"),
     ],
     ids=str,
 )
-def test_a_wrong_call_is_one_line_and_status_2(args, message, monkeypatch, capsys):
+def test_wrong_call_is_one_line_and_status_2(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", *args])
     with pytest.raises(SystemExit) as caught:
         command.main()
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and said.out == ""
-    assert said.err.startswith(message) and said.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and printed.out == ""
+    assert printed.err.startswith(message) and printed.err.count("\n") == 1
 
 
 def test_list(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--list"])
     command.main()
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "infonce: reference, both, small, labse, e1, huge"
-    assert told[1].startswith("attention: short, mid, long, skip, ")
-    assert told[2] == "embed: step, masters, rank64, lealla"
-    assert told[3] == "train_step: step, step_skip, step_nested, lealla"
-    assert told[4] == "gradcache: fit, peer, big"
-    assert told[5] == "encode: short, mid"
-    assert told[6] == "loader: groups, bitext, streamed" and len(told) == 7
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert ", ".join(lines) == NAMES
+    assert lines["infonce"] == "reference, both, small, labse, e1, huge"
+    assert lines["attention"].startswith("short, mid, long, skip, ")
+    assert lines["embed"] == "step, masters, rank64, lealla"
+    assert lines["train_step"] == "step, step_skip, step_nested, lealla"
+    assert (lines["gradcache"], lines["encode"]) == ("fit, peer, big", "short, mid")
+    assert lines["loader"] == "groups, bitext, streamed"
+
+
+@pytest.mark.parametrize("name", command.NAMES)
+def test_benches_have_their_parts(name):
+    one = named(name)
+    assert all(case.name == key and case.about for key, case in one.CASES.items())
+    assert one.gate and one.targets([]) == [] and one.BASELINES is not None
+    assert hasattr(one, "rows") or (one.build and one.spot)
+    assert not hasattr(one, "SWEEP") or (one.SWEEP_CASE in one.CASES and one.CANDIDATES)
+    assert set(getattr(one, "BREAKDOWN", ())) <= set(one.CASES)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -140,7 +143,7 @@ def test_times_are_not_taken_on_a_cpu(checkout):
     assert json.loads(done.stdout)["benches"]["infonce"]["ms"] == {}
 
 
-# ---- what becomes of the worker's results ----
+# ---- results of the worker ----
 
 STUB = """
 import json, os, sys, time
@@ -169,7 +172,10 @@ for provider, ms in {"ours": 50.0, "eager": 150.0, "gemm": None, "compile": 100.
 
 @pytest.fixture
 def stubbed(tmp_path, monkeypatch, capsys):
-    """Runs the command with a stub for its worker -> (status, printed, last line, results)."""
+    """Return a function that runs the command with a stub for its worker.
+
+    It returns the status, the printed lines, the last one as JSON, and the results file.
+    """
 
     def call(mode, *args):
         stub = tmp_path / "stub.py"
@@ -189,7 +195,7 @@ def stubbed(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_a_provider_that_takes_its_process_down_takes_nothing_else(stubbed):
+def test_dead_worker_loses_one_provider(stubbed):
     status, printed, last, lines = stubbed("died")
     rows = {line["provider"]: line for line in lines if line["kind"] == "row"}
     assert list(rows) == ["ours", "eager", "gemm", "compile"]
@@ -204,7 +210,7 @@ def test_a_provider_that_takes_its_process_down_takes_nothing_else(stubbed):
     assert cells["eager"][-2:] == ["-", "0.67"] and cells["gemm"] == ["gemm", "failed"]
 
 
-def test_red_takes_times_and_prints_no_speed_up(stubbed):
+def test_red_has_times_and_no_speed_up(stubbed):
     status, printed, last, lines = stubbed("red")
     ours = next(line for line in lines if line.get("provider") == "ours")
     assert ours["ms"] == 50.0 and ours["green"] is False
@@ -214,7 +220,7 @@ def test_red_takes_times_and_prints_no_speed_up(stubbed):
     assert status == 1 and last["ok"] is False and not last["benches"]["infonce"]["green"]
 
 
-def test_time_is_kept(stubbed, monkeypatch):
+def test_time_limit_holds(stubbed, monkeypatch):
     monkeypatch.setattr(command, "LEAST", 0.0)
     start = time.monotonic()
     status, _, last, lines = stubbed("slow", "--seconds", "2")  # its worker sleeps for a minute
@@ -223,7 +229,7 @@ def test_time_is_kept(stubbed, monkeypatch):
     assert any(line["kind"] == "gate" for line in lines)  # what was obtained stays
 
 
-def test_what_no_time_is_left_for_is_said(stubbed):
+def test_skipped_cases_are_listed(stubbed):
     status, _, last, lines = stubbed("died", "--seconds", "5")
     assert status == 1 and not last["benches"]["infonce"]["finished"]
     (row,) = (line for line in lines if line["kind"] == "row")
@@ -234,72 +240,56 @@ def test_what_no_time_is_left_for_is_said(stubbed):
 
 
 @pytest.fixture
-def measuring(monkeypatch, capsys):
-    """A worker that takes times as on a GPU, of toy shapes on this CPU -> what it says."""
-
-    def make(*skip):
-        args = argparse.Namespace(name="infonce", smoke=False, red=False, skip=skip, seconds=60.0)
-        made = worker.Worker(args, CPU)
-        made.ceilings = {"tflops": 2.0, "gbs": 3.0}
-        return made
-
-    def said():
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
+def measuring(make_worker, monkeypatch):
+    """Return a function that makes a worker for toy shapes."""
     few = {"providers": ("ours", "eager", "gemm")}
-    toys = {name: replace(cases.toy(case), **few) for name, case in bench.CASES.items()}
+    toys = {name: replace(case.toy(), **few) for name, case in bench.CASES.items()}
     monkeypatch.setattr(bench, "CASES", toys)
-    monkeypatch.setattr(worker, "MS", 1.0)
     monkeypatch.setattr(bench, "ours", lambda case: peers.eager_stacked(case, True))
-    return make, said
+    return lambda *skip: make_worker("infonce", skip=skip)
 
 
-def test_a_row_is_what_was_measured(measuring):
-    make, said = measuring
-    make("reference:eager:fwd+bwd").case("reference")
-    records = said()
-    rows = {(r["provider"], r["mode"]): r for r in records if r["kind"] == "row"}
+def test_row_has_the_measured_numbers(measuring, records):
+    measuring("reference:eager:fwd+bwd").case("reference")
+    every = records()
+    rows = {(r["provider"], r["mode"]): r for r in every if r["kind"] == "row"}
     assert ("eager", "fwd+bwd") not in rows and rows["eager", "fwd"]["status"] == "ran"
     case = bench.CASES["reference"]
     for mode in case.modes:
         row = rows["ours", mode]
         assert row["repeats"] >= 5 and 0 < row["p20"] <= row["ms"] <= row["p80"]
-        assert row["tflops"] == pytest.approx(cases.flops(case, mode) / row["ms"] / 1e9)
-        assert row["gbs"] == pytest.approx(cases.nbytes(case, mode) / row["ms"] / 1e6)
+        assert row["tflops"] == pytest.approx(case.flops(mode) / row["ms"] / 1e9)
+        assert row["gbs"] == pytest.approx(case.nbytes(mode) / row["ms"] / 1e6)
         assert row["share"] == pytest.approx(row["tflops"] / 2.0)
         assert row["copy_share"] == pytest.approx(row["gbs"] / 3.0)
         assert row["green"] and row["sets"] == 1 and row["peak_mib"] is None
     assert rows["ours", "fwd+bwd"]["spot"]["ok"] and rows["gemm", "fwd"]["value"] is None
-    (kernels,) = (r for r in records if r["kind"] == "kernels")
+    (kernels,) = (r for r in every if r["kind"] == "kernels")
     top = [kernel["ms"] for kernel in kernels["top"]]
     assert len(top) == 12 and top == sorted(top, reverse=True)
     assert 0 < sum(top) <= kernels["total_ms"] * 1.0001
     assert "ours, fwd+bwd" in report.kernels(kernels)
-    assert report.table(list(rows.values()), "fwd", None, bench.BASELINES).count("\n") >= len(
-        case.providers
-    )
+    table = report.table(list(rows.values()), "fwd", None, bench.BASELINES)
+    assert table.count("\n") >= len(case.providers)
 
 
-def test_a_wrong_gradient_at_full_size_is_red(measuring, monkeypatch):
-    make, said = measuring
+def test_wrong_spot_check_is_red(measuring, records, monkeypatch):
     monkeypatch.setattr(bench, "spot", lambda case, inputs, mode, got: {"ok": False})
-    make("reference:ours:fwd").case("reference")
-    rows = [r for r in said() if r["kind"] == "row" and r["provider"] == "ours"]
+    measuring("reference:ours:fwd").case("reference")
+    rows = [r for r in records("row") if r["provider"] == "ours"]
     assert [(row["status"], row["green"]) for row in rows] == [("ran", False)]
 
 
-def test_no_time_begins_nothing(measuring):
-    make, said = measuring
-    made = make()
+def test_no_time_skips_providers(measuring, records):
+    made = measuring()
     made.end = time.monotonic()
     made.case("huge")
-    rows = said()
+    rows = records()
     assert [row["provider"] for row in rows] == ["ours", "eager", "gemm"]
     assert all(row["status"] == "skipped" and "ms" not in row for row in rows)
 
 
-def test_a_sweep_compares_with_the_present_entry(measuring, monkeypatch):
-    make, said = measuring
+def test_sweep_compares_with_the_present_entry(measuring, records, monkeypatch):
     table = {"k": {"BM": 64}, "odd": {"BM": 1}, "unused": {"BM": 2}}
 
     def step(inputs, backward):
@@ -319,10 +309,10 @@ def test_a_sweep_compares_with_the_present_entry(measuring, monkeypatch):
     module = importlib.import_module("mlembed_kernels.similarity.cosine")
     monkeypatch.setitem(sys.modules, "mlembed_kernels.similarity.cosine", module)
     monkeypatch.setattr(module, "CONFIGS_FP32", table, raising=False)
-    make().sweep("e1")
-    found = [r for r in said() if r["kind"] == "sweep"]
-    told = [(r["kernel"], r.get("config", {}).get("BM"), r["status"]) for r in found]
-    assert told == [
+    measuring().sweep("e1")
+    found = records("sweep")
+    entries = [(r["kernel"], r.get("config", {}).get("BM"), r["status"]) for r in found]
+    assert entries == [
         *[("_nowhere", None, "failed"), ("k", 64, "ran"), ("k", 32, "failed"), ("k", 16, "ran")],
         *[("k", 8, "ran"), ("odd", 1, "ran")],
     ]
@@ -346,7 +336,7 @@ def test_percentiles():
 @pytest.mark.parametrize(
     ("size", "sets"), [(1, 102), (10, 12), (49, 4), (50, 4), (99, 3), (100, 3), (101, 1)]
 )
-def test_between_two_uses_of_a_set_lies_twice_the_cache(size, sets):
+def test_sets_exceed_twice_the_cache(size, sets):
     assert harness.sets_needed(size, 50) == sets
     assert sets == 1 or (sets - 1) * size > 100
 
@@ -357,7 +347,7 @@ def test_measure_calls_in_turn():
     assert timing.repeats == 4 and seen[-4:] == [0, 1, 2, 3]
 
 
-def test_inputs_rotate_from_no_gradient():
+def test_inputs_rotate_without_gradients():
     sets = [Leaves(torch.ones(2, 3, 4)) for _ in range(2)]
     assert sets[0].nbytes() == 96 and sets[0].gradient_bytes() == 0
 
@@ -377,7 +367,7 @@ def test_inputs_rotate_from_no_gradient():
         harness.rotating(step, sets, "bwd")
 
 
-def test_a_backward_alone_runs_no_forward_and_rotates():
+def test_backward_alone_rotates():
     sets = [Leaves(torch.full((1, 3), float(i))) for i in (2, 3)]
     seen = []
 
@@ -417,7 +407,7 @@ def test_errors_name_no_path():
     assert harness.reason(error) == "RuntimeError: In code.py:3 CUDA error a/b (y)"
 
 
-def test_candidates_begin_with_what_there_is():
+def test_candidates_begin_with_the_present_entry():
     present = {"BM": 64, "num_warps": 4, "num_stages": 3}
     listed = {"k": [{"BM": 32}, present, {"BM": 32}, {"BM": None}], "none": [], "k_x": [{"BM": 1}]}
     got = list(worker.candidates(listed, "k", present, False))
@@ -433,5 +423,5 @@ def test_candidates_begin_with_what_there_is():
 
 def test_json_without_nan(capsys):
     worker.say("row", ms=[1.5, float("nan")], at={"x": float("inf")}, name="a")
-    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert said == {"kind": "row", "ms": [1.5, "nan"], "at": {"x": "inf"}, "name": "a"}
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert record == {"kind": "row", "ms": [1.5, "nan"], "at": {"x": "inf"}, "name": "a"}
