@@ -1,5 +1,5 @@
-"""Scaling on paper: formulas against hand arithmetic, a ring that is played, and what our code
-really sends; what is said to fit does."""
+"""Scaling on paper: formulas against hand arithmetic, a simulated ring, and the bytes that the
+loss sends; plans that fit."""
 
 import re
 import sys
@@ -27,17 +27,16 @@ PLANS = list(scaling.plans(A))
 # ---- models ----
 
 
-@pytest.mark.parametrize(
-    ("name", "total"),  # as the models' cards have them, with a plain table of 151,936 rows
-    [("0.6B", 596_049_920), ("1.7B", 1_720_574_976), ("4B", 4_022_468_096), ("8B", 7_568_405_504)],
-)
-def test_shapes_are_the_public_ones(name, total):
-    m = scaling.MODELS[name]
-    assert num_parameters(replace(m, ranks=())) == total
-    assert num_parameters(m) == total - 151_936 * m.hidden_size + 512 * (151_936 + m.hidden_size)
+def test_shapes_are_the_public_ones():
+    """With a plain table of 151,936 rows, like the models' cards."""
+    totals = 596_049_920, 1_720_574_976, 4_022_468_096, 7_568_405_504
+    for m, total in zip(scaling.MODELS.values(), totals, strict=True):
+        D = m.hidden_size
+        assert num_parameters(replace(m, ranks=())) == total
+        assert num_parameters(m) == total - 151_936 * D + 512 * (151_936 + D)
 
 
-def test_matrices_are_what_a_model_multiplies_with():
+def test_matrices_are_those_of_a_model():
     assert scaling.matrices(SMALL) == 28 * 15_728_640  # 440.4 M, as train_step counts
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16, "intermediate_size": 96}
     small = config.Model(num_attention_heads=4, num_key_value_heads=2, **shape)
@@ -46,15 +45,15 @@ def test_matrices_are_what_a_model_multiplies_with():
     assert scaling.matrices(small) == sum(p.numel() for p in layers.parameters() if p.ndim > 1)
 
 
-def test_bytes_of_a_token_are_the_logs():
+def test_bytes_of_a_token_are_those_of_the_log():
     assert scaling.token_bytes(SMALL) == 28 * 45_224
 
 
 # ---- bytes between GPUs ----
 
 
-def played(n, size, gather):
-    """Numbers that each of n processes sends around a ring, chunk by chunk: to sum (and gather)."""
+def simulated(n, size, gather):
+    """Return the numbers that each of n processes sends around a ring to sum (and gather)."""
     sent = [0] * n
     held = [[1] * n for _ in range(n)]  # contributions to each chunk, chunk = size / n
     for hop in range(n - 1):
@@ -75,10 +74,10 @@ def played(n, size, gather):
 
 
 @pytest.mark.parametrize("n", [2, 8, 64])
-def test_weights_send_what_a_played_ring_sends(n):
+def test_weights_send_what_a_ring_sends(n):
     P = num_parameters(SMALL)
     each = n * 1000
-    reduced, both = (played(n, each, gather) / each for gather in (False, True))
+    reduced, both = (simulated(n, each, gather) / each for gather in (False, True))
     assert scaling.weight_bytes(SMALL, n, "ddp") == (0.0, pytest.approx(both * 4 * P))
     first, last = scaling.weight_bytes(SMALL, n, "fsdp")
     assert last == pytest.approx(reduced * 4 * P)
@@ -86,8 +85,8 @@ def test_weights_send_what_a_played_ring_sends(n):
 
 
 @pytest.mark.parametrize("across", ["gather", "ring"])
-def test_candidates_send_what_our_code_sends(across, monkeypatch):
-    """A step of one of four processes, in bf16 as on CUDA; what it sends is counted."""
+def test_candidates_send_what_the_loss_sends(across, monkeypatch):
+    """Count the bytes that one of four processes sends in a step, in bf16."""
     n, pairs, sent = 4, 3, []
 
     def exchange(where, mine, theirs):
@@ -157,7 +156,7 @@ def test_state_by_hand():
     assert scaling.state_bytes(SMALL, 8, "fsdp") == (4 + 4 + 8) * P / 8 + (2 + 4) * P
 
 
-def test_what_fits_does():
+def test_plans_fit():
     assert {p.fits for p in PLANS} == {True, False} and len(PLANS) == 4 * 3 * 2 * 2
     limit = (A.memory_gib - A.reserved_gib) * scaling.GIB
     for p in PLANS:
@@ -201,7 +200,7 @@ def test_one_gpu_sends_nothing():
     assert p.apart_s == p.overlapped_s == p.alone_s
 
 
-def test_a_step_that_keeps_everything_encodes_once():
+def test_step_that_keeps_all_graphs_encodes_once():
     few = replace(A, pairs=64)
     p = scaling.plan("0.6B", 8, "fsdp", "gather", few)
     assert p.kept == p.packs and p.again == 0
@@ -212,23 +211,23 @@ def test_a_step_that_keeps_everything_encodes_once():
 # ---- what is printed ----
 
 
-def test_every_table_says_what_it_is(capsys, monkeypatch):
+def test_tables_are_labelled(capsys, monkeypatch):
     scaling.main([])
-    told = capsys.readouterr().out
-    assert told.startswith(scaling.LABEL + "\n") and told.count(scaling.LABEL) == 5
+    printed = capsys.readouterr().out
+    assert printed.startswith(scaling.LABEL + "\n") and printed.count(scaling.LABEL) == 5
     for f in fields(scaling.Assumed):
-        assert re.search(rf"^  {f.name} \d", told, re.MULTILINE), f.name
+        assert re.search(rf"^  {f.name} \d", printed, re.MULTILINE), f.name
     for name in scaling.MODELS:
-        assert re.search(rf"^{re.escape(name)}: \d+ M parameters", told, re.MULTILINE)
-    assert told.count("GPUs: fits") == 12 and "no room" in told
-    assert all(len(line.split()) >= 3 for line in told.splitlines() if line)
+        assert re.search(rf"^{re.escape(name)}: \d+ M parameters", printed, re.MULTILINE)
+    assert printed.count("GPUs: fits") == 12 and "no room" in printed
+    assert all(len(line.split()) >= 3 for line in printed.splitlines() if line)
     monkeypatch.setattr(sys, "argv", ["x"])
     scaling.main(["--gpus", "16", "--memory-gib", "1", "--pairs", "8"])
-    told = capsys.readouterr().out
-    assert told.count("16 GPUs: fits neither engine") == 4 and "memory_gib 1:" in told
+    printed = capsys.readouterr().out
+    assert printed.count("16 GPUs: fits neither engine") == 4 and "memory_gib 1:" in printed
 
 
-def test_a_wrong_assumption_is_one_line(capsys):
+def test_wrong_assumption_is_one_line(capsys):
     for args, said in (
         (["--pairs", "0"], "pairs: expected more than 0, got 0"),
         (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),

@@ -1,10 +1,6 @@
-"""The step's bench: its numbers, who takes the same step, where the time is said to go."""
+"""The step's bench: the least work of a step, trainers that take the same step, its gate."""
 
-import argparse
 import importlib.util
-import json
-import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import harness, report, worker
+from bench import harness, report
+from bench.harness import CPU
 from bench.train_step import bench, cases, peers
 from bench.train_step import gate as checked
 from mlembed import config
@@ -24,47 +21,38 @@ from mlembed.modeling.blocks import Block, rope
 from mlembed.training.objective.loss import weights
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-TOYS = {name: bench.toy(case) for name, case in bench.CASES.items()}
+TOYS = {name: case.toy() for name, case in cases.CASES.items()}
 
 
-def run(*args):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500
-    )
+@pytest.fixture
+def eager(monkeypatch):
+    """Compile no blocks, which takes most of the time."""
+    monkeypatch.setattr(bench.Transformer, "compile_blocks", lambda self, *_, **options: None)
 
 
 # ---- as a user runs it ----
 
 
 @pytest.mark.slow
-def test_smoke_runs_everything_and_gives_no_numbers():
-    done = run("-m", "bench", "train_step", "--smoke", "--skip-tests", "--case", "step")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    last = json.loads(done.stdout.splitlines()[-1])
-    result = last["benches"]["train_step"]
-    assert last["ok"] and result["green"] and result["failed"] == {} and result["targets"] == []
-    assert "ms" not in result and result["ceilings"] == {}
+def test_smoke_runs_everything_without_numbers(smoke):
+    result, printed = smoke("train_step", "--skip-tests", "--case", "step")
     rows = result["ran"]["step"]["fwd+bwd"]
     assert list(rows) == list(bench.CASES["step"].providers)
     absent = {name for name, status in rows.items() if status == "absent"}
     assert absent <= {"ours_liger", "sentence_transformers", "padded"}
     assert set(rows.values()) <= {"ran", "absent"} and rows["ours"] == "ran"
-    assert "stages step: ran: ours by stage" in done.stdout and "sweep" not in done.stdout
-    assert not re.search(r"\d ?(ms|s|us)\b|TFLOP|GB/s|[MG]iB|tokens/s", done.stdout), done.stdout
+    assert "stages step: ran: ours by stage" in printed and "sweep" not in printed
 
 
-def test_nothing_is_imported_that_a_bare_machine_lacks():
-    """Models and packs need none of these, and peers' libraries are imported where asked for."""
+def test_peers_packages_are_imported_on_demand():
     code = """
 import sys
 for name in ("babel", "tyro", "datasets", "liger_kernel", "transformers", "sentence_transformers"):
     sys.modules[name] = None
 import torch, bench.train_step.bench as bench
-case = bench.toy(bench.CASES["step"])
-inputs = bench.inputs(case, torch.device("cpu"), 0)
-step, _ = bench.ours(case, inputs.device, True, compiled=False), None
+case = bench.CASES["step"].toy()
+inputs = case.inputs(torch.device("cpu"), 0)
+step = bench.ours(case, inputs.device, True, compiled=False)
 assert step(inputs, True) > 0
 for name in ("padded", "sentence_transformers", "ours_liger"):
     try:
@@ -72,52 +60,50 @@ for name in ("padded", "sentence_transformers", "ours_liger"):
     except (bench.peers.Missing, ImportError, ValueError) as error:
         print(name, type(error).__name__)
 """
-    done = run("-c", code)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.split()) == 6
 
 
-def test_without_a_library_a_peer_is_absent(monkeypatch):
-    case = TOYS["step"]
-    inputs = bench.inputs(case, CPU, 0)
+def test_peer_without_its_library_is_missing(monkeypatch):
+    inputs = TOYS["step"].inputs(CPU, 0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in ("padded", "sentence_transformers", "ours_liger"):
         with pytest.raises(harness.Missing, match="is not installed"):
-            bench.build(name, case, inputs, True)
+            bench.build(name, TOYS["step"], inputs, True)
 
 
-def test_there_is_nothing_to_sweep(monkeypatch, capsys):
-    made = worker_of(smoke=True)
-    made.sweep("step")
+def test_nothing_to_sweep(make_worker, monkeypatch, capsys):
+    make_worker("train_step", smoke=True).sweep("step")
     assert capsys.readouterr().out == ""
-    args = argparse.Namespace(sweep=True, case=[], out=None, smoke=False)
-    one = command.Run("train_step", args, 1e9)
-    monkeypatch.setattr(one, "check", lambda: setattr(one, "path", Path("x")))
-    one.measure(["step"])
-    assert "nothing to sweep" in capsys.readouterr().out and one.records == []
+    args = command.argparse.Namespace(sweep=True, case=[], out=None, smoke=False)
+    run = command.Run("train_step", args, 1e9)
+    monkeypatch.setattr(run, "check", lambda: setattr(run, "path", Path("x")))
+    run.measure(["step"])
+    assert "nothing to sweep" in capsys.readouterr().out and run.records == []
 
 
 # ---- the batch ----
 
 
-def test_the_batch_is_the_one_that_was_measured():
-    case = bench.CASES["step"]
+def test_batch_is_the_measured_one():
+    case = cases.CASES["step"]
     n = cases.lengths(case)
     assert len(n) == 576 and sum(n) == cases.tokens(case) == 73_419
     assert sum(n[:64]) == 1442 and max(n) == 512 and min(n) >= 5
-    padded = 576 * 512 / 73_419  # 4.0 in the measurements
-    assert padded == pytest.approx(4.0, abs=0.05)
+    padded = 576 * 512 / 73_419
+    assert padded == pytest.approx(4.0, abs=0.05)  # in the measurements
     rows = cases.groups(case)
     assert sorted(sum(rows, [])) == list(range(576)) and rows[1] == [1, 65, *range(135, 142)]
     batch, packs = cases.Texts(case, CPU).packs(False)
     assert batch.tokens == 73_419 and [len(pack) for pack in packs] == [64, 512]
-    assert cases.tokens(bench.CASES["lealla"]) == 390_630
+    assert cases.tokens(cases.CASES["lealla"]) == 390_630
 
 
 def test_depths_take_equal_shares_of_the_tokens():
-    case = bench.CASES["step_skip"]
-    assert (cases.depths(bench.CASES["step"]) == 28).all()
-    left = [cases.there(case, depth).sum() / 73_419 for depth in (1, 7, 8, 15, 22, 28)]
+    case = cases.CASES["step_skip"]
+    assert (cases.depths(cases.CASES["step"]) == 28).all()
+    left = [cases.running(case, depth).sum() / 73_419 for depth in (1, 7, 8, 15, 22, 28)]
     assert left == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0.25], abs=0.02)
     texts = cases.Texts(case, CPU)
     assert texts.packs(True)[1][0].work_at(28).tokens == 1442
@@ -125,30 +111,30 @@ def test_depths_take_equal_shares_of_the_tokens():
     assert texts.packs(False) is texts.packs(False)
 
 
-def test_texts_are_what_the_packs_hold():
+def test_packs_hold_the_texts():
     case = TOYS["step_skip"]
     texts = cases.Texts(case, CPU)
     batch, packs = texts.packs(False)
-    held = []
+    rows = []
     for pack in packs:
-        held += [part.tolist() for part in pack.ids_T.split(pack.cu_seqlens.diff().tolist())]
-    held = [held[at] for at in batch.place.tolist()]
-    queries = [rows[0] for rows in cases.groups(case)]
+        rows += [part.tolist() for part in pack.ids_T.split(pack.cu_seqlens.diff().tolist())]
+    rows = [rows[at] for at in batch.place.tolist()]
+    queries = [group[0] for group in cases.groups(case)]
     deepest = sorted(queries, key=lambda i: -cases.depths(case)[i])  # stable
-    assert held[: case.pairs] == [texts.rows[i].tolist() for i in deepest]
-    assert sorted(map(tuple, held)) == sorted(tuple(row.tolist()) for row in texts.rows)
+    assert rows[: case.pairs] == [texts.rows[i].tolist() for i in deepest]
+    assert sorted(map(tuple, rows)) == sorted(tuple(row.tolist()) for row in texts.rows)
 
 
-# ---- the numbers ----
+# ---- the least work ----
 
 
-def test_floors_by_hand():
-    case = bench.CASES["step"]
+def test_work_by_hand():
+    case = cases.CASES["step"]
     plan = cases.stage_work(case)
     T, S = 73_419, 28 * 73_419
     matrices = 28 * (1024 * 128 * (16 + 8 + 8 + 16) + 3 * 1024 * 3072)
     assert matrices == 440_401_920
-    assert plan["products"][0] == cases.flops(case, "fwd+bwd") == 6 * matrices * T
+    assert plan["products"][0] == case.flops("fwd+bwd") == 6 * matrices * T
     assert plan["products"][1] == 3 * 2 * S * (
         (1024 + 4096) + (2048 + 1024) + (1024 + 6144) + (3072 + 1024)  # ins and outs, one by one
     )
@@ -160,32 +146,31 @@ def test_floors_by_hand():
     assert plan["loss"] == (7 * 6 * 64 * 512 * 1024, 7 * 6 * (64 + 512) * 1024)
     n = len(set(np.concatenate(cases.Texts(case, CPU).rows).tolist()))
     assert plan["embedding"] == (0, 4 * 1024 * (n + T + 151_936))
-    nested = cases.stage_work(bench.CASES["step_nested"])["embedding"]
+    nested = cases.stage_work(cases.CASES["step_nested"])["embedding"]
     factors = 4 * 512 * (n + 1024), 4 * 512 * (151_936 + 1024)
     assert nested == (6 * n * 512 * 1024, 2 * factors[0] + 4 * T * 1024 + factors[1])
-    floors = cases.floors(case, "fwd+bwd", 788, 4247)
+    floors = case.floors("fwd+bwd", 788, 4247)
     assert floors["products"] == pytest.approx(6 * matrices * T / 788e9)
     assert floors["attention"] == pytest.approx(plan["attention"][1] / 4247e6)  # bytes decide
-    assert cases.nbytes(case, "fwd+bwd") == sum(size for _, size in plan.values())
+    assert case.nbytes("fwd+bwd") == sum(size for _, size in plan.values())
 
 
 def test_work_of_a_bert_by_hand():
-    thin = cases.stage_work(bench.CASES["lealla"])
-    S, D, I = 24 * 390_630, 128, 512  # noqa: E741
+    thin = cases.stage_work(cases.CASES["lealla"])
+    S, D, I = 24 * 390_630, 128, 512
     matrices = 24 * (4 * D * D + 2 * D * I)
-    assert thin["products"] == (
-        6 * matrices * 390_630,
-        3 * 2 * S * ((D + 3 * D) + (D + D) + (D + I) + (I + D)),
-    )
+    ins_and_outs = (D + 3 * D) + (D + D) + (D + I) + (I + D)
+    assert thin["products"] == (6 * matrices * 390_630, 3 * 2 * S * ins_and_outs)
     forward = (3 * D) + (3 * D) + (I + I)  # two norms with their sums, GELU
     backward = (4 * D) + (4 * D) + (2 * I + I)
     assert thin["point-wise"] == (0, 2 * S * (forward + backward))
 
 
-def test_who_left_is_not_counted():
-    skip = cases.stage_work(bench.CASES["step_skip"])
-    full = cases.stage_work(replace(bench.CASES["step_skip"], run=bench.CASES["step"].run))
-    share = sum(cases.there(bench.CASES["step_skip"], d).sum() for d in range(1, 29)) / 28 / 73_419
+def test_texts_that_left_do_not_count():
+    case = cases.CASES["step_skip"]
+    skip = cases.stage_work(case)
+    full = cases.stage_work(replace(case, run=cases.CASES["step"].run))
+    share = sum(cases.running(case, d).sum() for d in range(1, 29)) / 28 / 73_419
     assert share == pytest.approx(0.625, abs=0.01)
     for stage in ("products", "point-wise"):
         ratios = [a / b for a, b in zip(skip[stage], full[stage], strict=True) if b]
@@ -193,38 +178,33 @@ def test_who_left_is_not_counted():
     assert skip["loss"][0] < full["loss"][0] and skip["optimiser"] == full["optimiser"]
 
 
-def test_the_log_says_what_the_functions_say():
-    text = (ROOT / "bench/LOG.md").read_text(encoding="utf-8")
-    begin = text.index("## train_step: the two numbers")
-    lines = text[begin : text.index("\n## ", begin + 1)].splitlines()
-    cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines]
-    table = {(row[0], row[1]): [float(x) for x in row[2:5]] for row in cells
-             if row[0] in bench.CASES}  # fmt: skip
-    assert len(table) == 6 * len(bench.CASES)
-    for (name, stage), numbers in table.items():
-        products, size = cases.stage_work(bench.CASES[name])[stage]
-        floor = cases.floors(bench.CASES[name], "fwd+bwd", 788, 4247)[stage]
+def test_log_has_these_numbers(log_rows):
+    table = log_rows("train_step: the two numbers", cases.CASES)
+    assert len(table) == 6 * len(cases.CASES)
+    for name, stage, *numbers in table:
+        products, size = cases.stage_work(cases.CASES[name])[stage]
+        floor = cases.CASES[name].floors("fwd+bwd", 788, 4247)[stage]
         wanted = [products / 1e12, size / 1e9, floor]
-        assert numbers == pytest.approx(wanted, abs=0.0051), (name, stage)
+        assert list(map(float, numbers)) == pytest.approx(wanted, abs=0.0051), (name, stage)
 
 
-def test_memory_is_parted():
-    """No gradients in the forward, all of them at most later."""
+def test_peak_splits_into_activations_and_the_rest():
+    """The forward has no gradients, the backward at most all of them."""
     assert bench.parted(5, 100, 700, 650, 90) == (695, 600)
     assert bench.parted(0, 100, 300, 650, 90) == (650, 460)
-    case, inputs = TOYS["step"], bench.inputs(TOYS["step"], CPU, 0)
+    case, inputs = TOYS["step"], TOYS["step"].inputs(CPU, 0)
     step = bench.ours(case, CPU, True, compiled=False)
     got = bench.numbers(case, step, inputs, 2.0)
     assert got["tokens_s"] == cases.tokens(case) / 2e-3
-    assert got["mfu"] == pytest.approx(cases.flops(case, "fwd+bwd") / 2e-3 / 990e12)
-    assert got["peak_mib"] is got["activation_mib"] is None  # never on a CPU
+    assert got["mfu"] == pytest.approx(case.flops("fwd+bwd") / 2e-3 / 990e12)
+    assert got["peak_mib"] is got["activation_mib"] is None  # on a CPU
 
 
 # ---- the same step ----
 
 
-def taken(name, case, inputs):
-    """Loss of the first step, of the second, and the model."""
+def two_steps(name, case, inputs):
+    """Return the losses of two steps, and the model."""
     step, _ = bench.build(name, case, inputs, True)
     return step(inputs, True).item(), step(inputs, True).item(), step.model
 
@@ -232,39 +212,39 @@ def taken(name, case, inputs):
 def test_variants_of_ours_take_the_same_step():
     case = TOYS["step_skip"]
     case = replace(case, run=replace(case.run, optim=replace(case.run.optim, lr=1e-2)))
-    inputs = bench.inputs(case, CPU, 0)
-    first, second, model = taken("ours", case, inputs)
+    inputs = case.inputs(CPU, 0)
+    first, second, model = two_steps("ours", case, inputs)
     wanted = dict(model.named_parameters())
     assert second < first - 0.01 and all(p.grad is None for p in wanted.values())
     for name in ("ours_eager", "ours_block", "ours_selective"):
-        *losses, other = taken(name, case, inputs)
+        *losses, other = two_steps(name, case, inputs)
         assert losses == pytest.approx([first, second], rel=1e-4), name
         for key, p in other.named_parameters():
             torch.testing.assert_close(p, wanted[key], rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
-    half = taken("ours_bf16", case, inputs)
+    half = two_steps("ours_bf16", case, inputs)
     assert half[0] == pytest.approx(first, rel=0.02)
     assert {p.dtype for p in half[2].parameters() if p.ndim > 1} == {torch.bfloat16}
-    full, _, _ = taken("full_depth", case, inputs)
+    full, _, _ = two_steps("full_depth", case, inputs)
     assert abs(full - first) > 1e-3  # all groups at all exits
 
 
 def test_selective_recomputes_some():
-    case, inputs = TOYS["step"], bench.inputs(TOYS["step"], CPU, 0)
-    step = bench.ours(case, CPU, True, keep="selective", compiled=False)
+    inputs = TOYS["step"].inputs(CPU, 0)
+    step = bench.ours(TOYS["step"], CPU, True, keep="selective", compiled=False)
     run, kept = step.loss.keywords["run"], step.loss.keywords["kept"]
     budget = run.activation_gib * 2**30
     assert 0 < bench.recomputed(run, kept, inputs.packs(False)[1], budget) < 7
 
 
 @pytest.mark.parametrize("name", ["step", "step_nested", "lealla"])
-def test_padded_has_our_loss_and_takes_our_step(name):
+def test_padded_takes_our_step(name):
     pytest.importorskip("transformers")
     case = TOYS[name]
-    inputs = bench.inputs(case, CPU, 0)
-    first, second, model = taken("ours_eager", case, inputs)
-    *losses, other = taken("padded", case, inputs)
+    inputs = case.inputs(CPU, 0)
+    first, second, model = two_steps("ours_eager", case, inputs)
+    *losses, other = two_steps("padded", case, inputs)
     assert losses[0] == pytest.approx(first, rel=1e-5, abs=1e-4)
-    if not case.run.model.ranks:  # of a table made anew, not of factors
+    if not case.run.model.ranks:  # else it trains a table instead of factors
         assert losses[1] == pytest.approx(second, rel=1e-5, abs=1e-4)
         mine, theirs = (m.layers[-1].mlp.down_proj.weight for m in (model, other))
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -275,19 +255,18 @@ def test_padded_has_our_loss_and_takes_our_step(name):
 def test_sentence_transformers_has_our_loss_at_the_last_exit(name):
     pytest.importorskip("sentence_transformers")
     case = TOYS[name]
-    inputs = bench.inputs(case, CPU, 0)
+    inputs = case.inputs(CPU, 0)
     step, note = bench.build("sentence_transformers", case, inputs, True)
     run = replace(case.run, model=replace(case.run.model, exits=case.run.model.exits[-1:]))
     other = replace(case, run=run)
-    mine = bench.ours(other, CPU, True, compiled=False)
-    wanted = mine(bench.inputs(other, CPU, 0), False)
+    wanted = bench.ours(other, CPU, True, compiled=False)(other.inputs(CPU, 0), False)
     torch.testing.assert_close(step(inputs, True).float(), wanted, rtol=1e-4, atol=1e-4)
     assert "last layer only" in note and ("plain table" in note) == bool(run.model.ranks)
 
 
-def test_columns_keep_each_querys_documents_together():
+def test_columns_align_documents_with_queries():
     case = TOYS["step"]
-    inputs = bench.inputs(case, CPU, 0)
+    inputs = case.inputs(CPU, 0)
     columns = peers.columns(case, inputs)
     assert len(columns) == 2 + case.negatives
     for i, rows in enumerate(cases.groups(case)):
@@ -296,8 +275,8 @@ def test_columns_keep_each_querys_documents_together():
             assert ids.tolist() == inputs.rows[row].tolist()
 
 
-def test_ligers_functions_stand_where_ours_do():
-    """With torch's in their places, called as Liger's are."""
+def test_liger_halves_compute_a_block():
+    """torch's functions stand in for Liger's, with Liger's arguments."""
 
     def rms_norm(x, weight, eps, offset, casting, in_place):
         assert (offset, casting, in_place) == (0.0, "llama", False) and x.is_contiguous()
@@ -306,13 +285,11 @@ def test_ligers_functions_stand_where_ours_do():
     def rotated(q, k, cos, sin):
         assert q.ndim == 4 and cos.shape == (1, q.shape[2], q.shape[3])
         half = q.shape[3] // 2
-        return tuple(
-            rope(x[0].transpose(0, 1), cos[0, :, :half], sin[0, :, half:]).transpose(0, 1)[None]
-            for x in (q, k)
-        )
+        both = ((x[0].transpose(0, 1), cos[0, :, :half], sin[0, :, half:]) for x in (q, k))
+        return tuple(rope(*x).transpose(0, 1)[None] for x in both)
 
     model = bench.fresh(TOYS["step"].run.model, CPU)
-    batch = bench.inputs(TOYS["step"], CPU, 0).packs(False)[1][1]
+    batch = TOYS["step"].inputs(CPU, 0).packs(False)[1][1]
     layer, cos_sin = model.layers[0], model.rotation(batch.pos_T)
     x_TD = torch.randn(len(batch.ids_T), model.cfg.hidden_size)
     before, after = peers.halves(rms_norm, rotated, lambda a, b: F.silu(a) * b)
@@ -326,7 +303,7 @@ def test_ligers_functions_stand_where_ours_do():
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "loss", "gradient", "nan", "raises"])
-def test_the_gate_sees(wrong, monkeypatch):
+def test_gate_fails(wrong, monkeypatch, eager, assert_verdicts):
     right = checked.loss_table
 
     def faulty(exits_END, *args):
@@ -334,22 +311,19 @@ def test_the_gate_sees(wrong, monkeypatch):
             raise RuntimeError("out of resources")
         if wrong == "gradient":
             exits_END = exits_END.detach() + 1.01 * (exits_END - exits_END.detach())
-        table = right(exits_END, *args)
-        return table * {"loss": 1.01, "nan": torch.nan}.get(wrong, 1.0)
+        return right(exits_END, *args) * {"loss": 1.01, "nan": torch.nan}.get(wrong, 1.0)
 
     monkeypatch.setattr(checked, "loss_table", faulty)
-    monkeypatch.setattr(checked.Transformer, "compile_blocks", lambda self, *_, **options: None)
-    found = list(checked.gate(CPU, True))
-    assert [v["check"] for v in found] == [c.name for c in checked.checks() if not c.liger]
-    assert all(v["ok"] == (wrong == "nothing") for v in found)
-    assert report.gate(found).count("RED") == (0 if wrong == "nothing" else len(found))
+    verdicts = list(checked.gate(CPU, True))
+    names = [c.name for c in checked.checks() if not c.liger]
+    assert [v["check"] for v in verdicts] == names
+    assert_verdicts(verdicts, len(names), wrong == "nothing")
 
 
-def test_the_gate_sees_a_text_that_runs_too_deep(monkeypatch):
+def test_gate_sees_a_text_that_runs_too_deep(monkeypatch, eager):
     right = checked.collate
     deep = lambda g, t, i, depths, *rest, **more: right(g, t, i, depths * 0 + 4, *rest, **more)  # noqa: E731
     monkeypatch.setattr(checked, "collate", deep)
-    monkeypatch.setattr(checked.Transformer, "compile_blocks", lambda self, *_, **options: None)
     assert {v["check"]: v["ok"] for v in checked.gate(CPU, True)} == {
         "whole": True,
         "skipping": False,
@@ -358,7 +332,7 @@ def test_the_gate_sees_a_text_that_runs_too_deep(monkeypatch):
     }
 
 
-def test_the_gates_own_loss_and_the_bounds_of_a_first_one():
+def test_dense_loss_and_the_range_of_a_first_loss():
     model = TOYS["step"].run.model
     run = config.Run(model=model, loss=config.Loss(matryoshka_weights="ml-embed"))
     x = torch.randn(len(model.exits), 8 * 4, model.hidden_size, dtype=torch.float64)
@@ -370,11 +344,11 @@ def test_the_gates_own_loss_and_the_bounds_of_a_first_one():
     torch.testing.assert_close(got[2, 0], (one + other) / 2)
     assert weights(run).sum() == pytest.approx(1.0)
     for value, ok in ((5.0, True), (-1.0, False), (60.0, False), (float("nan"), False)):
-        case = bench.CASES["step"]
-        assert bench.spot(case, None, "fwd+bwd", torch.tensor(value))["ok"] == ok
+        spot = bench.spot(cases.CASES["step"], None, "fwd+bwd", torch.tensor(value))
+        assert spot["ok"] == ok
 
 
-# ---- targets and what is printed ----
+# ---- targets and the table ----
 
 
 def row(case, provider, ms, tokens_s=1e5, peak=1024.0, activation=100.0, **others):
@@ -410,54 +384,46 @@ def test_targets_met_missed_and_absent():
     ]
 
 
-def test_the_table():
+def test_table():
     rows = [row("step", "ours", 450.0, green=True), row("step", "padded", 4500.0, note="padded")]
     rows += [{"case": "step", "provider": "ours_liger", "mode": "fwd+bwd", "status": "absent"}]
-    told = bench.table(rows, "fwd+bwd", {"products": 246.2}, bench.BASELINES)
-    lines = {line.split()[0]: line.split() for line in told.splitlines()}
-    assert lines["ours"] == ["ours", "450.0", "450.0..450.0", "100000", "40.0%", "50.0%", "1.0",
-                             "0.1", "-", "10.00", "-"]  # fmt: skip
-    assert lines["ours_liger"] == ["ours_liger", "absent"] and "padded: padded" in told
-    assert "products 246.20 ms" in told
+    floors, how = {"products": 246.2}, (bench.BASELINES, bench.COLUMNS, bench.cells)
+    printed = report.table(rows, "fwd+bwd", floors, *how)
+    lines = {line.split()[0]: line.split() for line in printed.splitlines()}
+    assert " ".join(lines["ours"]) == (
+        "ours 450.0 450.0..450.0 100000 40.0% 50.0% 1.0 0.1 - 10.00 -"
+    )
+    assert lines["ours_liger"] == ["ours_liger", "absent"] and "padded: padded" in printed
+    assert "products 246.20 ms" in printed
 
 
-# ---- through the harness ----
-
-
-def worker_of(smoke):
-    args = argparse.Namespace(name="train_step", smoke=smoke, red=False, skip=[], seconds=300.0)
-    made = worker.Worker(args, CPU)
-    made.ceilings = {"tflops": 0.02, "gbs": 3.0}
-    return made
+# ---- through the worker ----
 
 
 @pytest.mark.slow
-def test_times_become_rows_stages_and_targets(capsys, monkeypatch):
+def test_times_become_rows_stages_and_targets(make_worker, records, monkeypatch, eager):
     few = {"step": ("ours", "ours_eager"), "step_skip": ("ours", "full_depth")}
     toys = {name: replace(TOYS[name], providers=few[name]) for name in few}
     monkeypatch.setattr(bench, "CASES", toys)
-    monkeypatch.setattr(worker, "MS", 1.0)
-    monkeypatch.setattr(bench.Transformer, "compile_blocks", lambda self, *_, **options: None)
-    made = worker_of(smoke=False)
+    made = make_worker("train_step")
     for name in toys:
         made.case(name)
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    rows = [r for r in records if r["kind"] == "row"]
+    every = records()
+    rows = [r for r in every if r["kind"] == "row"]
     assert len(rows) == 4 and all(r["ms"] > 0 and r["status"] == "ran" for r in rows)
     for r in rows:
         case = toys[r["case"]]
         assert r["tokens_s"] == pytest.approx(cases.tokens(case) / r["ms"] * 1e3)
-        tflops = cases.flops(case, "fwd+bwd") / r["ms"] / 1e9
-        assert r["share"] == pytest.approx(tflops / 0.02) and r["sets"] == 1
+        tflops = case.flops("fwd+bwd") / r["ms"] / 1e9
+        assert r["share"] == pytest.approx(tflops / 2.0) and r["sets"] == 1
         assert r["mfu"] == pytest.approx(tflops / 990) and r["repeats"] >= bench.REPEATS
         assert (r.get("green") is True) == (r["provider"] in bench.OURS)
-    found = [r for r in records if r["kind"] == "stages"]
+    found = [r for r in every if r["kind"] == "stages"]
     assert [r["case"] for r in found] == ["step", "step_skip"]
-    assert found[0]["stages"]["products"]["ms"] > 0 and found[0]["green"]
-    floor = cases.floors(toys["step"], "fwd+bwd", 0.02, 3.0)["products"]
-    assert found[0]["stages"]["products"]["floor_ms"] == pytest.approx(floor)
+    products = found[0]["stages"]["products"]
+    assert products["ms"] > 0 and found[0]["green"]
+    assert products["floor_ms"] == pytest.approx(toys["step"].floors("", 2.0, 3.0)["products"])
     assert "ours by stage" in report.stages(found[0], rows[0]["ms"])
-    assert "full_depth" in bench.table(rows[2:], "fwd+bwd", None, bench.BASELINES)
     ratio = {t["target"]: t["value"] for t in bench.targets(rows)}
-    told = ratio["step_skip: time / at full depth"]
-    assert told == pytest.approx(rows[2]["ms"] / rows[3]["ms"])
+    share = ratio["step_skip: time / at full depth"]
+    assert share == pytest.approx(rows[2]["ms"] / rows[3]["ms"])

@@ -1,19 +1,18 @@
-"""Where the time of a step is said to go: every kernel to its stage, and none made up."""
+"""The time of a step by stage: every kernel gets the right stage."""
 
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from bench import report
-from bench.train_step import bench
+from bench.harness import CPU
+from bench.train_step import bench, cases
 from bench.train_step import stages as staged
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-TOYS = {name: bench.toy(case) for name, case in bench.CASES.items()}
+TOYS = {name: case.toy() for name, case in cases.CASES.items()}
 
 
 @pytest.mark.parametrize(
@@ -39,14 +38,14 @@ TOYS = {name: bench.toy(case) for name, case in bench.CASES.items()}
         ("someones_new_kernel", "other"),
     ],
 )  # fmt: skip
-def test_kernels_of_blocks_are_told_by_name(kernel, stage):
+def test_kernel_names_have_stages(kernel, stage):
     if kernel in ("_project_kernel", "_wide_backward_kernel") or "_backward_kernel" in kernel:
         pytest.importorskip("triton")
     assert staged.by_name(kernel) == stage
 
 
-def test_the_modules_of_kernels_are_all_known():
-    """A new module of jit kernels has to be given a stage."""
+def test_every_kernel_module_has_a_stage():
+    """A new module of jit kernels needs a stage."""
     pytest.importorskip("triton")
     listed = {module for modules in staged.MODULES.values() for module in modules}
     with_kernels = {
@@ -57,22 +56,22 @@ def test_the_modules_of_kernels_are_all_known():
     assert with_kernels <= listed and set(staged.our_kernels().values()) == set(staged.MODULES)
 
 
-def test_what_a_window_says_goes_before_the_name():
+def test_marks_go_before_names():
     ran = [("aten::mm", 9.0)]
     for name in ("aten::mm", "nvjet_x", "odd"):
         ran += [("at::cuda::(anonymous namespace)::spin_kernel(long)", 0.1), (name, 1.0)]
-    got = staged.sorted_out(ran, ["embedding", "blocks", "blocks"])
+    got = staged.staged(ran, ["embedding", "blocks", "blocks"])
     assert [(k.stage, k.ms) for k in got] == [
         *[("products", 9.0), ("embedding", 1.0), ("products", 1.0), ("other", 1.0)]
     ]
     for marks in (["loss"], ["loss"] * 4):
         with pytest.raises(RuntimeError, match="profiler: expected"):
-            staged.sorted_out(ran, marks)
+            staged.staged(ran, marks)
     with pytest.raises(RuntimeError, match="profiler: expected"):
-        staged.sorted_out([], [])
+        staged.staged([], [])
 
 
-def test_spans_are_no_kernels():
+def test_annotations_are_not_kernels():
     def event(name, start, annotation=False, kind="CUDA"):
         span = SimpleNamespace(start=start, elapsed_us=lambda: 2e3)
         kind = SimpleNamespace(name=kind)
@@ -80,32 +79,24 @@ def test_spans_are_no_kernels():
             name=name, time_range=span, device_type=kind, is_user_annotation=annotation
         )
 
-    found = [
-        event("b", 3),
-        event("a", 1),
-        event("Optimizer.step#AdamW.step", 0),
-        event("x", 0, True),
-    ]
-    assert staged.events([*found, event("host", 2, kind="CPU")], True) == [("a", 2.0), ("b", 2.0)]
+    found = [event("b", 3), event("a", 1), event("Optimizer.step#AdamW.step", 0)]
+    found.append(event("x", 0, True))
+    assert staged.kernels([*found, event("host", 2, kind="CPU")], True) == [("a", 2.0), ("b", 2.0)]
 
 
 @pytest.mark.parametrize("name", ["step", "step_skip", "lealla"])
-def test_a_profiled_step_is_parted_exactly(name):
-    """mm operators are counted: those of the embedding and the loss are not the blocks'."""
+def test_profiled_step_counts_operators_by_stage(name):
+    """Products of the embedding and the loss do not count as the blocks'."""
     case = TOYS[name]
-    inputs = bench.inputs(case, CPU, 0)
+    inputs = case.inputs(CPU, 0)
     step = bench.ours(case, CPU, True, compiled=False)
     step(inputs, True)
     loss = step(inputs, False)
     kernels = staged.profiled(step, inputs)
     count = {}
     for kernel in kernels:
-        if kernel.name in (
-            "aten::mm",
-            "aten::addmm",
-            "aten::embedding_dense_backward",
-            "aten::linalg_vector_norm",
-        ):
+        names = "mm", "addmm", "embedding_dense_backward", "linalg_vector_norm"
+        if kernel.name.removeprefix("aten::") in names:
             count[kernel.name, kernel.stage] = count.get((kernel.name, kernel.stage), 0) + 1
     m, packs = case.run.model, inputs.packs(False)[1]
     layers = sum(
@@ -128,20 +119,20 @@ def test_a_profiled_step_is_parted_exactly(name):
     assert {k.stage for k in kernels} == set(staged.STAGES) - {"attention"} | (
         {"attention"} if any("scaled_dot" in k.name for k in kernels) else set()
     )
-    # Hooks are gone, and a step is what it was.
+    # The hooks are removed.
     before = len(kernels)
     assert step(inputs, False) < loss and not step.model.embed_tokens._forward_hooks
     assert abs(len(staged.profiled(step, inputs)) - before) < before / 10
 
 
-def test_a_stage_that_did_not_run_has_no_number():
+def test_stage_that_did_not_run_has_no_number():
     kernels = [staged.Kernel("a", 3.0, "products"), staged.Kernel("odd", 1.0, "other")]
     found = staged.summed(kernels, {"products": 1.5, "attention": 2.0})
-    told = report.stages({"status": "ran", **found}, 8.0)
-    lines = {line.split("  ")[0]: line.split() for line in told.splitlines()}
+    printed = report.stages({"status": "ran", **found}, 8.0)
+    lines = {line.split("  ")[0]: line.split() for line in printed.splitlines()}
     assert lines["products"][1:] == ["3.000", "37.5%", "1.500", "50.0%"]
     assert lines["attention"][1:] == ["-", "-", "2.000", "-"]
-    assert lines["other"][1:] == ["1.000", "12.5%", "-", "-"] and "other: odd" in told
+    assert lines["other"][1:] == ["1.000", "12.5%", "-", "-"] and "other: odd" in printed
     assert lines["no kernel"][2:] == ["4.000", "50.0%", "-", "-"]
     assert "no kernel" not in report.stages({"status": "ran", **found}, None)
     assert report.stages({"status": "failed", "note": "why"}, None) == "stages of ours: failed why"
