@@ -145,13 +145,9 @@ class Run:
         if importlib.util.find_spec("xdist") is not None and not self.args.smoke:
             command += ["-n", "8", "--dist", "worksteal"]
         process = subprocess.Popen(
-            [*command, *sorted(files)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+            [*command, *sorted(files)], cwd=ROOT, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         seconds = max(TESTS_SHARE * self.left(), 1)
         try:
             lines = process.communicate(timeout=seconds)[0].strip().splitlines() or ["silent"]
@@ -173,11 +169,8 @@ class Run:
     def cases(self, names: list[str]) -> None:
         for name in names:
             if self.left() < LEAST:
-                self.add(
-                    {"kind": "row", "case": name, "provider": "ours"}
-                    | {"mode": self.bench.CASES[name].modes[0]}
-                    | {"status": "skipped", "note": "no time was left"}
-                )
+                at = {"case": name, "provider": "ours", "mode": self.bench.CASES[name].modes[0]}
+                self.add({"kind": "row", **at, "status": "skipped", "note": "no time was left"})
                 continue
             self.finished &= self.stage([name])
             self.print_case(name)
@@ -242,17 +235,20 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """Return medians and targets, short enough for the end of a log."""
+
+        def bare(record: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in record.items() if name != "kind"}
+
         rows = self.of("row")
+        failed = [row for row in rows + self.of("sweep") if row["status"] == "failed"]
         return {
             "green": self.green,
             "finished": self.finished and not any(row["status"] == "skipped" for row in rows),
-            "environment": {k: v for k, v in self.environment.items() if k != "kind"},
-            "ceilings": {k: v for k, v in (self.of("ceilings") or [{}])[-1].items() if k != "kind"},
+            "environment": bare(self.environment),
+            "ceilings": bare((self.of("ceilings") or [{}])[-1]),
             "ran" if self.args.smoke else "ms": report.compact(rows),
-            "failed": {
-                key(r): r["note"] for r in rows + self.of("sweep") if r["status"] == "failed"
-            },
-            "targets": [{k: v for k, v in t.items() if k != "kind"} for t in self.of("target")],
+            "failed": {key(row): row["note"] for row in failed},
+            "targets": list(map(bare, self.of("target"))),
             "file": None if self.path is None else self.path.name,
         }
 

@@ -3,15 +3,10 @@
 Letters: T tokens, n distinct ones, V rows of the vocabulary, R columns stored, r of them in use,
 D width. The tokens follow Zipf's law, exponent 1, frequencies scattered over the rows.
 
-FLOPs. A token's row is r D products forward, twice that backward (dU and dW), needed once for each
-distinct token: 2 n r D and 4 n r D. TFLOP/s count these, whatever a provider computes (a gather
-first: T rows; the table rebuilt: V rows).
-
-Bytes. Forward reads n r of U and r D of W and writes x, T D. Backward reads dx, T D, with n r of U
-and r D of W again, and writes dense dU and dW for the optimiser: V R and R D. Factors in their own
-dtype, x and dx in that of the products. Lists of tokens are less than 1 % of it.
-
-The larger of the two times is the floor: bytes, in all cases here.
+LOG.md has the arithmetic. TFLOP/s count 2 n r D products forward and 4 n r D backward, whatever a
+provider computes (a gather first: T rows; the table rebuilt: V rows). Bytes are those of the rows
+in use, of x and dx, and of dense dU and dW, each in its own dtype. The larger of the two times is
+the floor: bytes, in all cases here.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +28,6 @@ from .harness import (
     FORWARD,
     TRAIN,
     Apart,
-    Checked,
     Leaves,
     Tensors,
     differentiated,
@@ -163,9 +157,7 @@ def build(name: str, case: Case, like: Factors, smoke: bool) -> tuple[Apart, str
     def prepare(inputs: Factors) -> tuple[Tensors, Tensors]:
         return inputs.stacked, (inputs.dx,)
 
-    if name == "ours":
-        return Apart(step, prepare), None
-    return Checked(step, prepare, partial(spot, case)), None
+    return Apart(step, prepare, None if name == "ours" else partial(spot, case)), None
 
 
 # ---- right or not ----

@@ -230,27 +230,17 @@ def ours(
     """Return a step. keep: None for the plain one. pack_tokens: instead of the case's."""
     if keep is None:
         step = bench.ours(case, device, smoke, compiled=compiled)
-        return Repacked(step, case, device, pack_tokens) if pack_tokens else step
+        if pack_tokens:
+            texts = Texts(replace(case, run=replace(case.run, pack_tokens=pack_tokens)), device)
+            loss = step.loss
+            step.loss = lambda step, inputs: loss(step, texts)
+        return step
     before = allocated(device)
     model = bench.fresh(case.run.model, device)
     to_weights(model, case.run.optim)
     if compiled:
         checked.compile_for(model, device)
     return Cached(model, case.run, keep, before, device.type == "cuda")
-
-
-class Repacked(Trained):
-    """A step on the same texts in other packs."""
-
-    def __init__(
-        self, step: Trained, case: cases.Case, device: torch.device, pack_tokens: int
-    ) -> None:
-        super().__init__(step.model, step.optimizer, step.loss, step.before)
-        case = replace(case, run=replace(case.run, pack_tokens=pack_tokens))
-        self.texts = Texts(case, device)
-
-    def __call__(self, inputs: Texts, backward: bool) -> Tensor:
-        return super().__call__(self.texts, backward)
 
 
 PEERS: dict[str, Callable[[cases.Case, Transformer], peers.Peer]] = {

@@ -90,18 +90,22 @@ class Leaves:
 
 
 class Apart:
-    """A step that is a function of tensors, so its backward can be timed without its forward."""
+    """A step that is a function of tensors, so its backward can be timed without its forward.
+
+    function: leaves -> a tensor or several.
+    prepare: inputs -> leaves and gradients of the outputs; runs once for each set, not timed.
+    spot: checks the first result in each mode; RuntimeError if it is not near the truth.
+    """
 
     def __init__(
-        self, function: Callable[..., Any], prepare: Callable[[Any], tuple[Tensors, Tensors]]
+        self,
+        function: Callable[..., Any],
+        prepare: Callable[[Any], tuple[Tensors, Tensors]],
+        spot: Callable[[Any, str, Tensors], dict[str, Any]] | None = None,
     ) -> None:
-        """Arguments:
-        function: leaves -> a tensor or several.
-        prepare: inputs -> leaves, and the gradients of the outputs; runs once for each set of
-            inputs and is not timed.
-        """
-        self.function, self.prepare = function, prepare
+        self.function, self.prepare, self.spot = function, prepare, spot
         self.prepared: dict[int, tuple[Tensors, Tensors]] = {}
+        self.checked = set[str]()
 
     def of(self, inputs: Any) -> tuple[Tensors, Tensors]:
         if id(inputs) not in self.prepared:
@@ -112,50 +116,31 @@ class Apart:
         outs = self.function(*leaves)
         return (outs,) if isinstance(outs, Tensor) else tuple(outs)
 
+    def check(self, inputs: Any, mode: str, got: Tensors) -> Tensors:
+        if self.spot is not None and mode not in self.checked:
+            self.checked.add(mode)
+            verdict = self.spot(inputs, mode, got)
+            if not verdict["near"]:
+                raise RuntimeError(f"computes something else, relative errors {verdict['rms']}")
+        return got
+
     def __call__(self, inputs: Any, backward: bool) -> Tensors:
         """Return the outputs and, with backward, the gradients of the leaves."""
         leaves, grads = self.of(inputs)
         outs = self.outs(leaves)
         if not backward:
-            return outs
-        return *(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, grads)
+            return self.check(inputs, FORWARD, outs)
+        got = *(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, grads)
+        return self.check(inputs, TRAIN, got)
 
     def backward(self, inputs: Any) -> Callable[[], Tensors]:
         """Run the forward; return a function that runs the backward."""
         leaves, grads = self.of(inputs)
         with torch.enable_grad():
             outs = self.outs(leaves)
-        return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
-
-
-class Checked(Apart):
-    """A peer's step. Its first result in each mode is checked; a wrong one raises RuntimeError."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        prepare: Callable[[Any], tuple[Tensors, Tensors]],
-        spot: Callable[[Any, str, Tensors], dict[str, Any] | None],
-    ) -> None:
-        super().__init__(function, prepare)
-        self.spot, self.seen = spot, set[str]()
-
-    def once(self, inputs: Any, mode: str, got: Tensors) -> Tensors:
-        if mode not in self.seen:
-            self.seen.add(mode)
-            verdict = self.spot(inputs, mode, got)
-            if verdict is not None and not verdict["near"]:
-                raise RuntimeError(f"computes something else, relative errors {verdict['rms']}")
-        return got
-
-    def __call__(self, inputs: Any, backward: bool) -> Tensors:
-        mode = TRAIN if backward else FORWARD
-        return self.once(inputs, mode, super().__call__(inputs, backward))
-
-    def backward(self, inputs: Any) -> Callable[[], Tensors]:
-        again = super().backward(inputs)
-        if BACKWARD not in self.seen:
-            self.once(inputs, BACKWARD, again())
+        again = partial(torch.autograd.grad, outs, leaves, grads, retain_graph=True)
+        if self.spot is not None and BACKWARD not in self.checked:
+            self.check(inputs, BACKWARD, again())
         return again
 
 

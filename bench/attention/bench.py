@@ -6,7 +6,7 @@ import torch
 
 from mlembed_kernels.attention.attention import attention
 
-from ..harness import BACKWARD, FORWARD, Apart, Checked, Tensors
+from ..harness import BACKWARD, FORWARD, Apart, Tensors
 from ..report import Row, Targets
 from . import peers
 from .cases import CASES, SKIPPING, Case
@@ -61,7 +61,7 @@ def build(name: str, case: Case, like: Packed, smoke: bool) -> tuple[Apart, str 
     prepare = peer.prepare or whole
     if name == "rope_qk_norm":
         return Apart(peer.function, prepare), peer.note
-    return Checked(peer.function, prepare, partial(spot, case)), peer.note
+    return Apart(peer.function, prepare, partial(spot, case)), peer.note
 
 
 # ---- targets ----

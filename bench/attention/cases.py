@@ -3,16 +3,11 @@
 Letters: T tokens of all sequences, n_i those of one, Hq query heads, Hkv key/value heads, K their
 width. A pair is a query and a key that it sees: n_i^2 of a sequence, n_i (n_i + 1) / 2 if causal.
 
-FLOPs. Two products forward, q k' and p v: 4 Hq K for each pair. Backward five (q k' again, do v',
-and those of dq, dk, dv): 2.5 times that. TFLOP/s count these, whatever a provider computes (whole
-tiles for a triangle or a few tokens).
-
-Bytes, of bf16. Forward reads q, k, v and writes o: (2 Hq + 2 Hkv) K T elements. Backward reads q,
-do, k, v and writes dq, dk, dv: (3 Hq + 4 Hkv) K T; a program that holds a whole sequence does not
-need o. The larger of the two times is the floor: bytes up to a few hundred tokens, FLOPs beyond.
-
-Exponentials. One for each pair and query head, forward and again backward. Their unit is not that
-of the products and its ceiling is not measured, so no floor here contains them; see LOG.md.
+LOG.md has the arithmetic. TFLOP/s count 4 Hq K for each pair forward and 2.5 times that backward,
+whatever a provider computes (whole tiles for a triangle or a few tokens). Bytes are those of q, k,
+v, o and their gradients in bf16; a program that holds a whole sequence does not need o again. The
+larger of the two times is the floor: bytes up to a few hundred tokens, FLOPs beyond. Exponentials
+run on another unit, whose ceiling is not measured, so no floor here contains them.
 """
 
 import math

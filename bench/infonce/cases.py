@@ -2,17 +2,10 @@
 
 Letters: E exits, B queries, N candidates (B = N here), D width, M prefixes.
 
-FLOPs. A product of all pairs, S = q c', is 2BND an exit; prefixes are sums within it. The loss
-needs S, its gradients dq = G c and dc = G' q. Useful: 2BNDE forward, three times that with
-backward. TFLOP/s count these, whatever a provider does (one GEMM per prefix is sum(dims) / D = 2
-times S). A backward without a stored S forms it again: "four-GEMM" = S forward, S backward, dq, dc
-= 4 x 2BNDE, the floor of that design.
-
-Bytes. Forward reads q and c once, 2 (B + N) D E in bf16. Backward reads them again and writes their
-gradients: three times that. Norms, sums and losses are E M (B + N) numbers, less than 1 % of it.
-
-Exponentials. Each pass takes one for every pair and prefix, E M B N. Their unit is not that of the
-matrix products and its ceiling is not measured, so no floor here contains them; see LOG.md.
+LOG.md has the arithmetic. TFLOP/s count products of all pairs, 2BND an exit: one forward, three
+with backward, whatever a provider does (one GEMM per prefix is sum(dims) / D = 2 times that). A
+backward without a stored S needs four, the floor of that design. Exponentials run on another unit,
+whose ceiling is not measured, so no floor here contains them.
 """
 
 from dataclasses import dataclass, replace
