@@ -58,7 +58,7 @@ def test_lengths_are_those_that_were_measured():
 
 
 def test_log_has_these_numbers(log_rows):
-    table = log_rows("attention: the two numbers", cases.CASES)
+    table = log_rows("attention: FLOPs and bytes", cases.CASES)
     assert [row[0] for row in table] == list(cases.CASES)
     for name, *numbers in table:
         case, numbers = cases.CASES[name], list(map(float, numbers))

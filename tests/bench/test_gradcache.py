@@ -54,7 +54,7 @@ def test_one_more_forward_by_hand():
 
 
 def test_log_has_these_numbers(log_rows):
-    table = log_rows("gradcache: the two numbers", bench.CASES)
+    table = log_rows("gradcache: FLOPs and bytes", bench.CASES)
     table = {(row[0], row[1]): list(map(float, row[2:5])) for row in table}
     assert len(table) == 7 * len(bench.CASES)
     for name, case in bench.CASES.items():

@@ -24,7 +24,7 @@ def test_flops_and_bytes():
 
 
 def test_log_has_these_numbers(log_rows):
-    table = log_rows("infonce: the two numbers", CASES)
+    table = log_rows("infonce: FLOPs and bytes", CASES)
     assert [row[0] for row in table] == list(CASES)
     for name, *numbers in table:
         case = CASES[name]

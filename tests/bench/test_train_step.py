@@ -179,7 +179,7 @@ def test_texts_that_left_do_not_count():
 
 
 def test_log_has_these_numbers(log_rows):
-    table = log_rows("train_step: the two numbers", cases.CASES)
+    table = log_rows("train_step: FLOPs and bytes", cases.CASES)
     assert len(table) == 6 * len(cases.CASES)
     for name, stage, *numbers in table:
         products, size = cases.stage_work(cases.CASES[name])[stage]
