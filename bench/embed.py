@@ -22,16 +22,7 @@ from mlembed_kernels import TokenIndex
 from mlembed_kernels.embedding.embed import embed, embed_ref
 
 from . import harness
-from .harness import (
-    BACKWARD,
-    EPS32,
-    FORWARD,
-    TRAIN,
-    Apart,
-    Leaves,
-    Tensors,
-    differentiated,
-)
+from .harness import BACKWARD, EPS32, FORWARD, TRAIN, Apart, Leaves, Tensors, differentiated
 from .report import Row, Targets
 
 NAMES = "x", "dU", "dW"

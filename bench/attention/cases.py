@@ -38,12 +38,7 @@ MIXES = {
     "long": (2048,) * 32,
     "very_long": (32768,) * 2,
 }
-TOYS = {
-    "short": (5, 1, 20, 33, 40),
-    "mid": (3, 70, 12, 9),
-    "long": (100,),
-    "very_long": (97,),
-}
+TOYS = {"short": (5, 1, 20, 33, 40), "mid": (3, 70, 12, 9), "long": (100,), "very_long": (97,)}
 
 
 @dataclass(frozen=True, kw_only=True)

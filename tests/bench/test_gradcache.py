@@ -150,7 +150,7 @@ def test_gate_fails(wrong, monkeypatch, eager, assert_verdicts):
         monkeypatch.setattr(bench.gradcache, "gradients", forgetful)
     found = list(bench.gate(CPU, True))
     assert len(found) == 7 and {v["check"].rpartition(", ")[2] for v in found} == {
-        *("none kept", "half kept", "all kept", "drawn again"),
+        *("none kept", "half kept", "all kept", "drawn again")
     }
     held = [v for v in found if not v["check"].startswith("dropout")]
     assert_verdicts(held, 6, wrong == "nothing")
