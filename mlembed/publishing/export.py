@@ -93,7 +93,7 @@ def export(
     exit = cfg.num_hidden_layers if exit is None else exit
     cfg.check(dim, exit, rank)
     check_formats(formats, out)
-    of = model_card.origin(source)
+    of = model_card.find_origin(source)
     with atomic_directory(out) as partial:
         pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
         split(partial, SHARD)

@@ -57,7 +57,7 @@ def a_run(directory: Path, run: config.Run = RUN, grid: dict | None = GRID) -> P
 
 
 def made(encoder, source: Path | str, cut=(5, 1, 3), **options) -> ModelCard:
-    of = model_card.origin(str(source))
+    of = model_card.find_origin(str(source))
     formats = options.pop("formats", ("sentence-transformers",))
     text = model_card.write(encoder, model_card.Cut("small", *cut, formats), of, **options)
     return ModelCard(text)
@@ -161,13 +161,13 @@ def test_where_a_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("runs/second", "runs/second/model"):
         for path in (source, str(tmp_path / source)):
-            assert model_card.origin(path).name == "second" and model_card.origin(path).grid == GRID
+            assert model_card.find_origin(path).name == "second" and model_card.find_origin(path).grid == GRID
     exported = tmp_path / "runs" / "second" / "cut"  # some model that lies beside, of elsewhere
     exported.mkdir()
-    assert model_card.origin(str(exported)).run == {}
+    assert model_card.find_origin(str(exported)).run == {}
     (run / "report" / "grid.json").write_text("{")
-    with pytest.raises(ValueError, match=r"grid\.json:1: not json"):
-        model_card.origin(str(run))
+    with pytest.raises(ValueError, match=r"grid\.json: expected JSON in UTF-8"):
+        model_card.find_origin(str(run))
 
 
 def test_a_checkpoint_has_no_scores_of_the_finished_model(encoder, tmp_path):
@@ -183,7 +183,7 @@ def test_odd_names_prompts_and_licences(encoder, tmp_path):
     prompts = {"query": "<query>: ", "tick": "a `b` "}
     cut = model_card.Cut('it"s \\ mine', 5, 1, 3, ("sentence-transformers",))
     licence = "my own: [all]"
-    of = model_card.origin(str(a_run(tmp_path / "run")))
+    of = model_card.find_origin(str(a_run(tmp_path / "run")))
     read = ModelCard(model_card.write(replace(encoder, prompts=prompts), cut, of, licence))
     assert read.data.license == licence
     assert '- `query`: `"<query>: "`\n- `tick`: `` "a `b` " ``\n' in read.text
