@@ -161,7 +161,10 @@ def test_where_a_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("runs/second", "runs/second/model"):
         for path in (source, str(tmp_path / source)):
-            assert model_card.find_origin(path).name == "second" and model_card.find_origin(path).grid == GRID
+            assert (
+                model_card.find_origin(path).name == "second"
+                and model_card.find_origin(path).grid == GRID
+            )
     exported = tmp_path / "runs" / "second" / "cut"  # some model that lies beside, of elsewhere
     exported.mkdir()
     assert model_card.find_origin(str(exported)).run == {}
