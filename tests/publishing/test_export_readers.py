@@ -178,85 +178,40 @@ def test_text_embeddings_inference_can_read_it(kind, tmp_path):
 # ---- damage that the check detects ----
 
 
-def rewrite(path: Path, change) -> None:
-    content = read_json(path)
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
+IDENTITY = torch.eye(24)
+PROMPTS_OF = "config_sentence_transformers.json"
+TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+DAMAGE = {  # file, and a change of its JSON or its weights
+    "no EOS": ("tokenizer.json", lambda c: c.update(post_processor=None)),
+    "rope": ("config.json", lambda c: c["rope_parameters"].update(rope_theta=701.0)),
+    "a weight": ("model.safetensors", lambda w: w["norm.weight"][0].mul_(1.001)),
+    "a layer too many": ("config.json", lambda c: c.update(TWO_LAYERS)),
+    "other coordinates": (
+        "2_Dense/model.safetensors",
+        lambda w: w.update({"linear.weight": IDENTITY[1:6].contiguous()}),
+    ),
+    "all coordinates": ("modules.json", lambda c: c.pop(2)),
+    "not normalised": ("modules.json", lambda c: c.pop()),
+    "mean pooling": ("1_Pooling/config.json", lambda c: c.update(MEAN)),
+    "length": ("sentence_bert_config.json", lambda c: c.update(max_seq_length=MAX_LENGTH - 1)),
+    "prompt": (PROMPTS_OF, lambda c: c["prompts"].update(query="q: ")),
+}
 
 
-def of_weights(path: Path, change) -> None:
-    weights = load_file(path)
-    change(weights)
-    path.unlink()  # weights are mapped from it, and safetensors before 0.8 would cut the file
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def without_eos(out: Path) -> None:
-    rewrite(out / "tokenizer.json", lambda c: c.update(post_processor=None))
-
-
-def another_rope(out: Path) -> None:
-    rewrite(out / "config.json", lambda c: c["rope_parameters"].update(rope_theta=701.0))
-
-
-def weight_off_by_a_thousandth(out: Path) -> None:
-    of_weights(out / "model.safetensors", lambda w: w["norm.weight"][0].mul_(1.001))
-
-
-def one_layer_too_many(out: Path) -> None:
-    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
-    rewrite(out / "config.json", lambda c: c.update(layers))
-
-
-def other_coordinates(out: Path) -> None:
-    of_weights(
-        out / "2_Dense" / "model.safetensors",
-        lambda w: w.update({"linear.weight": torch.eye(24)[1:6].contiguous()}),
-    )
-
-
-def all_coordinates(out: Path) -> None:
-    rewrite(out / "modules.json", lambda c: c.pop(2))
-
-
-def mean_pooling(out: Path) -> None:
-    modes = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
-    rewrite(out / "1_Pooling" / "config.json", lambda c: c.update(modes))
-
-
-def cut_one_token_earlier(out: Path) -> None:
-    rewrite(out / "sentence_bert_config.json", lambda c: c.update(max_seq_length=MAX_LENGTH - 1))
-
-
-def vectors_not_normalised(out: Path) -> None:
-    rewrite(out / "modules.json", lambda c: c.pop())
-
-
-def another_prompt(out: Path) -> None:
-    path = out / "config_sentence_transformers.json"
-    rewrite(path, lambda c: c["prompts"].update(query="q: "))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        without_eos,
-        another_rope,
-        weight_off_by_a_thousandth,
-        one_layer_too_many,
-        other_coordinates,
-        all_coordinates,
-        mean_pooling,
-        cut_one_token_earlier,
-        vectors_not_normalised,
-        another_prompt,
-    ],
-)
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_check_detects(encoder, damage, tmp_path):
-    encoder = replace(encoder, prompts={"query": "Query: "})
     export(encoder, tmp_path / "out", 5, 1, 3)
     assert exporting.check(tmp_path / "out", encoder, 5, 1, 3) < 1e-5
-    damage(tmp_path / "out")
+    name, change = DAMAGE[damage]
+    path = tmp_path / "out" / name
+    content = load_file(path) if path.suffix == ".safetensors" else read_json(path)
+    change(content)
+    path.unlink()  # weights are mapped from it, and safetensors before 0.8 would cut the file
+    if path.suffix == ".safetensors":
+        save_file(content, path, metadata={"format": "pt"})
+    else:
+        path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match="expected"), exporting.quiet():
         exporting.check(tmp_path / "out", encoder, 5, 1, 3)
 
