@@ -72,9 +72,14 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     return f"exit {cell['exit']}{rank} width {cell['dim']}"
 
 
+def shown(value: Any, form: str, missing: str = "–") -> str:
+    """Return a number in a format, or what stands for a missing one."""
+    return form.format(number(value)) if math.isfinite(number(value)) else missing
+
+
 def percent(score: float) -> str:
     """Return a score with its unit."""
-    return f"{score:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(score) else "no finite score"
+    return shown(score, "{:.1f}\N{NO-BREAK SPACE}%", "no finite score")
 
 
 def costs(cell: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -168,13 +173,11 @@ def grid_section(run: Results) -> Section:
         return section
     for rank in dict.fromkeys(cell["rank"] for cell in run.cells):
         cells = [cell for cell in run.cells if cell["rank"] == rank]
-        scores = {cell_name(c): s for c in cells if math.isfinite(s := mean_score(c))}
-        spread = "no score is finite"
-        if scores:
-            low, high = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
-            spread = f"from {scores[low]:.1f} % at {low} to {scores[high]:.1f} % at {high}"
+        scores = [(mean_score(cell), cell_name(cell)) for cell in cells]
+        scores = sorted(score for score in scores if math.isfinite(score[0]))
+        ends = [f"{score:.1f} % at {name}" for score, name in scores[:: max(1, len(scores) - 1)]]
+        alt = f"Heat map of scores, {charts.rank_name(rank)}: {' to '.join(ends) or 'none'}."
         figure = charts.score_map(cells, "", charts.score_range(run.cells))
-        alt = f"Heat map of scores, {charts.rank_name(rank)}: {spread}."
         section.add(f"grid_{rank or 'plain'}", figure, alt)
     return section
 
@@ -221,7 +224,8 @@ def language_section(run: Results) -> Section:
         if scores := _by_language(result):
             untrained = _by_language(mapping(run.grid["untrained"].get(task)))
             texts = run.grid.get("texts_by_language")
-            section.parts.append(_languages(task, scores, untrained, texts))
+            title = f"{task}: {len(scores)} languages"
+            section.parts.append(_languages(title, scores, untrained, texts))
         else:
             without.append(task)
     if not run.cells or without:
@@ -237,10 +241,7 @@ def _by_language(result: Mapping[str, Any]) -> dict[Language, float]:
 
 
 def _languages(
-    task: str,
-    scores: dict[Language, float],
-    untrained: dict[Language, float],
-    texts: Any,
+    title: str, scores: dict[Language, float], untrained: dict[Language, float], texts: Any
 ) -> Section:
     level, cut = levels([lang.key for lang in scores], texts if isinstance(texts, dict) else None)
     by_script = _grouped(scores, lambda lang: lang.script)
@@ -259,7 +260,7 @@ def _languages(
     remarks = [f"{cut} Bars are percent, sorted within each script."]
     if untrained.keys() & scores.keys():
         remarks.append("The upright line is the untrained model's score.")
-    return Section(f"{task}: {len(scores)} languages", remarks, bars=bars)
+    return Section(title, remarks, bars=bars)
 
 
 Groups = dict[str, dict[Language, float]]
@@ -403,8 +404,8 @@ def table_section(run: Results) -> Section:
     rows = []
     for cell in run.cells:
         size = cell["rank"] or "plain", cell["exit"], cell["dim"]
-        values = (_shown(cell.get(key), form) for key, _, form in columns)
-        rows.append((*size, _shown(mean_score(cell), "{:.2f}"), *values))
+        values = (shown(cell.get(key), form) for key, _, form in columns)
+        rows.append((*size, shown(mean_score(cell), "{:.2f}"), *values))
     head = ("Rank", "Exit", "Width", "Score (%)", *(title for _, title, _ in columns))
     section.tables += [Table("All cells of the grid", head, rows), *task_tables(run)]
     if missing := [title for _, title, _ in COLUMNS if title not in head]:
@@ -425,15 +426,11 @@ def task_tables(run: Results) -> list[Table]:
             if metric != "score" and type(value) in (int, float):
                 metrics.append((task, metric, f"{number(value):.4g}"))
     where = f"at full size ({cell_name(run.full)})"
-    rows = [(name, *(_shown(100 * number(x), "{:.1f}") for x in xs)) for name, *xs in kinds]
+    rows = [(name, *(shown(100 * number(x), "{:.1f}") for x in xs)) for name, *xs in kinds]
     tables = [Table(f"Scores {where}", ("Task", "Score (%)", "Untrained"), rows)]
     if metrics:
         tables.append(Table(f"Other metrics {where}", ("Task", "Metric", "Value"), metrics))
     return tables
-
-
-def _shown(value: Any, form: str) -> str:
-    return form.format(number(value)) if math.isfinite(number(value)) else "–"
 
 
 # ---- the page ----
