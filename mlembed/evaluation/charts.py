@@ -274,14 +274,17 @@ def stages(steps: np.ndarray, ms: Mapping[str, np.ndarray], title: str) -> Figur
         ms: label of a stage -> [n], in the order in which they are stacked and listed.
     """
     figure, axis = _figure(2.5 + 0.19 * len(ms), title)
-    width = np.diff(steps).min() if len(steps) > 1 else 1.0
+    half = np.diff(steps) / 2 if len(steps) > 1 else np.array([0.5])
+    edges = np.concatenate([steps[:1] - half[:1], steps[:-1] + half[: len(steps) - 1]])
+    widths = np.diff([*edges, steps[-1] + half[-1]])
     base = np.zeros(len(steps))
     for i, (label, values) in enumerate(ms.items()):
         axis.bar(
-            steps,
+            edges,
             values,
-            width,
+            widths,
             base,
+            align="edge",
             color=OKABE_ITO[i % len(OKABE_ITO)],
             hatch=HATCHES[i % len(HATCHES)],
             edgecolor="#010101",
@@ -291,7 +294,7 @@ def stages(steps: np.ndarray, ms: Mapping[str, np.ndarray], title: str) -> Figur
         base = base + values
     axis.set_xlabel("step")
     axis.set_ylabel("ms a step")
-    axis.set_xlim(steps[0] - width / 2, steps[-1] + width / 2)
+    axis.set_xlim(edges[0], edges[-1] + widths[-1])
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.legend(loc="outside lower center", handlelength=2.2)
     return figure

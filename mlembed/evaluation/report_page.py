@@ -257,10 +257,10 @@ def _languages(
             note = ", ".join(filter(None, (code, level.get(lang.key, ""))))
             rows.append((lang.name, note, scores[lang], untrained.get(lang)))
         bars.append((f"{script} ({len(members)})", rows))
-    remarks = [f"{cut} Bars are percent, sorted within each script."]
+    remark = f"{cut} Bars are percent, sorted within each script."
     if untrained.keys() & scores.keys():
-        remarks.append("The upright line is the untrained model's score.")
-    return Section(title, remarks, bars=bars)
+        remark += " The upright line is the untrained model's score."
+    return Section(title, [remark], bars=bars)
 
 
 Groups = dict[str, dict[Language, float]]

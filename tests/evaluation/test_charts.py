@@ -194,7 +194,7 @@ def test_one_point_is_visible():
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_stages_stack(count):
-    steps = 10.0 * np.arange(1, count + 1)
+    steps = np.array([10.0, 20.0, 40.0, 45.0, 100.0])[:count]
     ms = {"forward": np.full(count, 3.0), "<loss>": np.full(count, 1.0)}
     figure = charts.stages(steps, ms, "")
     (axis,) = figure.axes
@@ -202,8 +202,11 @@ def test_stages_stack(count):
     assert [bar.get_height() for bar in first] == [3.0] * count
     assert [(bar.get_y(), bar.get_height()) for bar in second] == [(3.0, 1.0)] * count
     assert first[0].get_hatch() != second[0].get_hatch()
-    low, high = axis.get_xlim()
-    assert low == pytest.approx(first[0].get_x()) and steps[-1] < high
+    edges = [bar.get_x() for bar in first] + [first[-1].get_x() + first[-1].get_width()]
+    assert (edges[0], edges[-1]) == axis.get_xlim()
+    assert all(a < step < b for a, step, b in zip(edges, steps, edges[1:], strict=False))
+    ends = [bar.get_x() + bar.get_width() for bar in first]
+    assert ends == pytest.approx(edges[1:])
     assert [text.get_text() for text in figure.legends[0].texts] == list(ms)
     charts.svg(figure)
 
