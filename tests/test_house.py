@@ -23,8 +23,8 @@ MOST_MODULES = 14  # of a folder
 # A wing imports itself and the wings that its row names. docs/design.md says what each one holds.
 WINGS = {
     "kernels": "",
-    "config": "",
-    "runtime": "config",
+    "runtime": "",
+    "config": "runtime",
     "data": "kernels config runtime",
     "modeling": "kernels config runtime data",
     "training": "kernels config runtime data modeling",
@@ -100,13 +100,13 @@ def modules_in(path: Path) -> set[str]:
     return {
         name
         for name in found
-        if MODULES[name].name != "__init__.py" or defines(MODULES[name], name, imports(path))
+        if MODULES[name].name != "__init__.py" or defines(name, imports(path))
     }
 
 
-def defines(package: Path, name: str, imported: frozenset[str]) -> bool:
-    wanted = {full for full in imported if full.startswith(f"{name}.") and full not in MODULES}
-    return bool(wanted)
+def defines(name: str, imported: frozenset[str]) -> bool:
+    """Return whether a file that imports these names takes a symbol of the package itself."""
+    return any(full.rpartition(".")[0] == name and full not in MODULES for full in imported)
 
 
 # ---- who imports whom ----

@@ -1,4 +1,4 @@
-"""One model of several of the same shape: soups of runs, or of the last checkpoints of one.
+"""Merge models of one shape into one: soups of runs, or of the last checkpoints of a run.
 
 python -m mlembed merge OUT runs/a runs/b [--method slerp] [--weights 1 3]
 python -m mlembed merge OUT runs/a/checkpoints/step_*
@@ -10,11 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from ..data import tokenizer
-from ..modeling import hf_config, pretrained
-from ..modeling.merge import checked, common, merge
-from ..modeling.vocabulary import Method
-from ..runtime.files import atomic_directory
+from ..config.choices import Method
+from ..modeling import hf_config
+from ..runtime.files import atomic_directory, check_new
 
 
 def main(
@@ -35,13 +33,16 @@ def main(
         weights: one a model, 0 or more; they count relative to their sum.
         t: of slerp of two, instead of weights: how far from the first to the second, 0..1.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    check_new(out, "directory")
     if len(models) < 2:
         raise ValueError(f"models: expected two or more, got {len(models)}")
     method = method or ("weighted" if weights else "soup")
     counts = shares(method, len(models), weights, t)
     directories = [hf_config.resolve(model) for model in models]
+    from ..data import tokenizer
+    from ..modeling import pretrained
+    from ..modeling.merge import common, merge
+
     tokens, length = common(directories)
     merged, fits = merge((pretrained.load(str(at)) for at in directories), counts, method)
     most = merged.cfg.max_position_embeddings
@@ -71,6 +72,8 @@ def shares(method: Method, models: int, weights: Sequence[float], t: float | Non
     if weights and len(weights) != models:
         raise ValueError(f"weights: expected one for each of {models} models, got {len(weights)}")
     if t is None:
+        from ..modeling.merge import checked
+
         return checked(weights or [1.0] * models)
     if method != "slerp" or models != 2 or weights:
         raise ValueError(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .strict import check_rising, positive
+from .strict import check_rising, machine, positive
 
 ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; the last layer joins
 
@@ -46,7 +46,9 @@ class Model:
     dropout: float = 0.0
     """In training, the share of what attention and the MLP add to the residual stream that is
     dropped, the rest scaled up."""
-    attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = "auto"
+    attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = machine(
+        "auto"
+    )
     """What computes attention. auto: our Triton on CUDA, torch elsewhere; a name never changes."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .strict import positive
+from .strict import machine, positive
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Loss:
     ranks: Literal["sampled", "all"] = "sampled"
     """sampled: one vocabulary rank a step, in proportion to itself (ML-Embed). all: every rank each
     step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
-    negatives_across: Literal["gather", "ring"] = "gather"
+    negatives_across: Literal["gather", "ring"] = machine("gather")
     """How other processes' texts become candidates: all at once, or passed around, so that no
     process ever holds more than its own and two others' (one in hand, one arriving)."""
     memory_bank: int = 0
     """Documents of earlier steps, of the batch's source, that are negatives of its queries as well
     (MoCo's queue, arXiv 1911.05722); no gradient reaches them. Whole micro-batches, the newest."""
-    bank_on: Literal["device", "host"] = "device"
+    bank_on: Literal["device", "host"] = machine("device")
     """Where these are kept; from pinned host memory they come micro-batch by micro-batch."""
 
     def __post_init__(self) -> None:

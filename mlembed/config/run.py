@@ -4,14 +4,15 @@ A run's resolved configuration is saved as `config.json`, which `python train.py
 re-runs; `arguments.py` reads what users write behind it.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..runtime.files import read_json
+from .choices import BadRows
 from .model import Model
 from .objective import Depth, Distill, Loss, Optim
-from .strict import check_rising, flat_keys, from_dict, positive
+from .strict import check_rising, flat_keys, from_dict, machine, positive
 
 
 @dataclass(frozen=True)
@@ -98,29 +99,29 @@ class Run:
     """A batch's source is drawn in proportion to (pairs in it) ** `source_alpha` (GTE, 2308.03281);
     to the weights of `sources`; or to the batches left in it until none has any (ML-Embed)."""
     source_alpha: float = 0.5
-    bad_rows: Literal["refuse", "skip"] = "refuse"
+    bad_rows: BadRows = "error"
     """A malformed row ends the run, by file and line; or it is left out, counted and listed."""
-    loader_workers: int = -1
+    loader_workers: int = machine(-1)
     """Processes that make batches ready; -1: two on CUDA, none on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the device multiplies it natively, fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = machine("auto")
     """torch.compile of the blocks on both sides of attention; auto: on CUDA."""
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    activation_checkpointing: Literal["none", "block", "selective"] = machine("none")
     """What the backward computes again: nothing; every block; as many, from the first on, as keep
     what the others save within `activation_gib`, and of compiled blocks what is element-wise."""
-    activation_gib: float = 0.0
+    activation_gib: float = machine(0.0)
     """GiB a process, for what blocks keep for the backward: with selective checkpointing, with the
     gradient cache, or both. 0: as much as a probe finds."""
-    gradient_cache: bool = False
+    gradient_cache: bool = machine(False)
     """Encode pack by pack without a graph, take the loss of all, then encode again with one, for
     batches beyond memory (GradCache, arXiv 2101.06983). Packs whose graphs fit `activation_gib`
     keep them, and are encoded once. Loss and gradients are the same."""
-    engine: Literal["ddp", "fsdp"] = "ddp"
+    engine: Literal["ddp", "fsdp"] = machine("ddp")
     """How several processes hold the model: each all of it, or (FSDP2) a shard of weights,
     gradients and moments."""
-    cpu_offload: bool = False
+    cpu_offload: bool = machine(False)
     """With fsdp: shards and moments are in host memory, and the optimiser computes there."""
     seed: int = 0
     eval_every: int = 0
@@ -128,16 +129,14 @@ class Run:
     save_every: int = 500
     """Checkpoint every so many steps; 0 = only at the end."""
     keep_checkpoints: int = 2
-    save_async: bool = True
-    """Write checkpoints while training goes on: only copying to host memory makes it wait."""
-    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite: Literal["stop", "skip"] = machine("stop")
     """A step whose loss or gradient is no finite number: end the run, or leave the step out. Either
     way weights and moments stay as they were, and the first bad tensor is named."""
     log_every: int = 10
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    resume: bool = False
+    resume: bool = machine(False)
     """Go on from the run directory's last checkpoint that is whole."""
-    allow_changed: tuple[str, ...] = ()
+    allow_changed: tuple[str, ...] = machine(())
     """Keys whose values may differ from the run's when it goes on, e.g. `steps optim.lr`."""
 
     def __post_init__(self) -> None:
@@ -209,15 +208,7 @@ class Run:
             raise ValueError(f"name: expected a plain directory name, got {self.name!r}")
 
 
-# ---- from a file ----
-
-
 def load(path: str | Path) -> Run:
     """Read a `config.json`. ValueError for a missing file, bad json, unknown keys, wrong types."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"config: expected a file, got {path}, which does not exist") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
-    return from_dict(Run, data, str(path))
+    run: Run = from_dict(Run, read_json(Path(path)), str(path))
+    return run

@@ -6,7 +6,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal
 
 
@@ -28,9 +28,28 @@ def flat_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def machine(default: Any) -> Any:
+    """Declare a field that fits a run to a machine, so that a resumed run may change it.
+
+    The next machine may lack an attention backend or a compiler, have less memory, or run another
+    number of processes.
+    """
+    return field(default=default, metadata={"machine": True})
+
+
 def to_dict(run: Any) -> dict[str, Any]:
-    """Nested plain values, tuples as lists: what json gives back."""
+    """Return nested plain values with tuples as lists, like json."""
     return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def without_machine(run: Any) -> dict[str, Any]:
+    """Return `to_dict(run)` without the fields that `machine` declares, nested ones included."""
+    values = {}
+    for f in fields(run):
+        if not f.metadata.get("machine"):
+            value = getattr(run, f.name)
+            values[f.name] = without_machine(value) if is_dataclass(value) else value
+    return json.loads(json.dumps(values, default=to_dict))
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .. import config
 from ..config import strict
+from ..config.choices import BadRows
 from ..runtime import cache
 from . import cldr
 from .cldr import normalise
@@ -30,7 +31,6 @@ from .tables import MIN_SCORE, Table, _nothing, _nway, _pairs, _Part
 VERSION = 2  # of what is stored of a source
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-BadRows = Literal["refuse", "skip"]
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def _data_set(source: config.Source) -> _Part:
 def read(
     source: config.Source,
     *,
-    bad_rows: BadRows = "refuse",
+    bad_rows: BadRows = "error",
     held_out: AbstractSet[str] = frozenset(),
 ) -> list[tuple[Table, Report]]:
     """A source as a whole: one table a file of a directory, one of anything else.
@@ -177,7 +177,7 @@ def read(
     memory-mapped. In either case rows stream through, and a text is known by 63 bits of its hash.
 
     Args:
-        bad_rows: refuse: the first malformed row is an error. skip: it is counted and listed.
+        bad_rows: error: the first malformed row is an error. skip: it is counted and listed.
         held_out: texts, normalised (cldr.normalise), that are not to be trained on.
 
     Raises:
@@ -223,7 +223,7 @@ def _open(directory: Path) -> tuple[Table, Report]:
     return replace(table, task=about["task"], scores=scores), Report(**about["report"])
 
 
-def tables_of(data: Sequence[str], bad_rows: BadRows = "refuse") -> list[Table]:
+def tables_of(data: Sequence[str], bad_rows: BadRows = "error") -> list[Table]:
     """What entries of `Run.data` name, mixtures too, for commands that go through all of it.
 
     Raises:
@@ -239,7 +239,7 @@ def tables_of(data: Sequence[str], bad_rows: BadRows = "refuse") -> list[Table]:
 def items(
     source: config.Source,
     *,
-    bad_rows: BadRows = "refuse",
+    bad_rows: BadRows = "error",
     held_out: AbstractSet[str] = frozenset(),
     report: Report | None = None,
 ) -> Iterator[Item]:

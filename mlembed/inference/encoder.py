@@ -70,6 +70,8 @@ class Encoder(DeviceEncoder):
             model.compile_blocks()
         return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))
 
+    from_pretrained = load  # The name that Hugging Face's libraries use.
+
     def on(self, devices: Sequence[str], compile: bool = False) -> "ParallelEncoder":
         """Copies of this in a process each, one a device: what `with` gives encodes on all of them.
 

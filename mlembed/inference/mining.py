@@ -30,13 +30,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
 from tqdm import tqdm
 
-from ..config import strict
+from ..config.mining import Options
 from ..data.formats import layouts
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
@@ -47,53 +47,6 @@ QUERIES = 2**13  # these at most
 DOCUMENTS = 2**15  # documents encoded at once
 REASONS = ("linked", "skip", "relative_margin", "absolute_margin", "max_score")
 TASKS = ("retrieval", "bitext")  # whose negatives are other queries' documents
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is taken, see above."""
-
-    top: int = 100
-    """Candidates of a query."""
-    skip: int = 0
-    """The nearest ones that go."""
-    relative_margin: float = 0.05
-    """Share of the positive's score by which a negative's is lower at least."""
-    absolute_margin: float = 0.0
-    """The same as a difference."""
-    max_score: float = 1.0
-    """What a negative scores at most."""
-    negatives: int = 24
-    """How many a query gets."""
-    short: Literal["keep", "discard"] = "keep"
-    """What becomes of queries that have fewer."""
-    pick: Literal["top", "random"] = "top"
-    """The nearest of what is left, or any."""
-    dim: int | None = None
-    """Width of the shortlist's vectors; full by default."""
-    exit: int | None = None
-    """Their depth."""
-    rank: int | None = None
-    """Their vocabulary rank."""
-    rescore: bool = False
-    """Score the shortlist again at full size."""
-    seed: int = 0
-    """Of random picks."""
-
-    def check(self) -> None:
-        """ValueError for a value out of its range."""
-        for name in ("top", "negatives"):
-            strict.positive(name, getattr(self, name))
-        for name in ("skip", "relative_margin", "absolute_margin", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.skip + self.negatives > self.top:
-            raise ValueError(
-                f"top: expected at least skip + negatives, {self.skip + self.negatives}, "
-                f"got {self.top}"
-            )
-        if not -1 <= self.max_score <= 1:
-            raise ValueError(f"max_score: expected -1..1 (a cosine), got {self.max_score}")
 
 
 @dataclass

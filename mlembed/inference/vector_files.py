@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..config.choices import Precision
 from ..data.formats.readers import _kind
 
-Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 HEADER = 128  # bytes of an .npy's, room for any number of rows
 
 Write = Callable[[np.ndarray, list[str]], None]

@@ -38,9 +38,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .. import config
+from ..config.choices import Method
 from ..data import tokenizer
 from .transformer import Transformer
-from .vocabulary import Fit, Method, Tables, between
+from .vocabulary import Fit, Tables, between
 
 PLACE = {"attention", "dropout"}  # of a configuration: no matter of the weights
 

@@ -17,7 +17,7 @@ Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R ran
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +26,10 @@ from torch import Tensor
 
 from .. import config
 from ..config import shapes, strict
+from ..config.choices import PruneBy
 from ..data import sources, tokenizer
 from ..data.packing import PackedBatch, budgeted, pack
 from .transformer import Transformer
-
-By = Literal["first", "magnitude", "activation"]
 
 # Along which axis a weight has the residual stream's coordinates, and the MLP's units.
 WIDTH = {
@@ -161,7 +160,7 @@ def choose(
     layers: Sequence[int],
     width: int,
     ffn: int,
-    by: By = "first",
+    by: PruneBy = "first",
     batches: Iterable[PackedBatch] = (),
 ) -> Selection:
     """The `width` coordinates and, in each kept layer, the `ffn` units that score highest.

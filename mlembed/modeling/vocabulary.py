@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from mlembed_kernels import TokenIndex, embed
 
 from .. import config
+from ..config.choices import Method
 from ..runtime.files import flush
 
 
@@ -60,7 +60,6 @@ class Vocabulary(nn.Module):
         return embed(ids, self.U, self.W, rank, impl="reference")
 
 
-Method = Literal["soup", "weighted", "slerp"]
 PARALLEL = 1e-6  # sin Omega under which two tensors have no plane between them
 ROWS = 2**16  # rows of factors in float64 at once
 

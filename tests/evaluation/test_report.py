@@ -299,7 +299,7 @@ def test_nothing_is_overwritten(run, tmp_path):
         r"error: out: expected no report there yet, got .*/report\.html and 13 more;", done.stderr
     )
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="expected nothing there yet, found something"):
+    with pytest.raises(ValueError, match="expected a new directory"):
         report.main(run, out=str(run))
     kept = write(tmp_path / "kept", lines=[]) / "report" / "report_mine.png"
     kept.write_text("mine")

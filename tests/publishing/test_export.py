@@ -341,7 +341,7 @@ def test_an_occupied_place_stays_untouched(encoder, tmp_path):
     (tmp_path / "file").write_text("precious")
     before = tree(tmp_path)
     for name in ("out", "file"):
-        with pytest.raises(ValueError, match="expected nothing there yet"):
+        with pytest.raises(ValueError, match="expected a new directory"):
             export(encoder, tmp_path / name)
     with pytest.raises(ValueError, match="could not be written"):
         export(encoder, tmp_path / "file" / "below")
@@ -436,7 +436,7 @@ def test_command_says_in_one_line_what_is_wrong(model_directory, tmp_path):
     for arguments, message in [
         ((model_directory, out, "--exit", "9"), "exit: expected 1..3 (the depth), got 9"),
         ((tmp_path / "nowhere", out), "expected a directory or a hub id"),
-        ((model_directory, model_directory), "expected nothing there yet"),
+        ((model_directory, model_directory), "expected a new directory"),
     ]:
         done = command(*arguments)
         assert done.returncode == 1 and done.stdout == ""
