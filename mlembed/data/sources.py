@@ -21,6 +21,7 @@ from .. import config
 from ..config import strict
 from ..config.choices import BadRows
 from ..runtime import cache
+from ..runtime.files import read_json
 from . import cldr
 from .cldr import normalise
 from .formats import layouts, readers
@@ -78,12 +79,7 @@ def _mixture(path: Path) -> list[config.Source] | None:
             return None
     except ValueError:
         pass  # an object over several lines
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+    whole = read_json(path)
     if not isinstance(whole, dict) or not isinstance(whole.get("sources"), list):
         got = ", ".join(whole) if isinstance(whole, dict) else type(whole).__name__
         raise ValueError(f'{path}: expected {{"sources": [..]}}, got {got}')
@@ -198,7 +194,7 @@ def _read(
         said = (source.path, source.subset, source.split, source.task, source.cap)
         notes = (VERSION, part.name, bad_rows, sorted(held_out), *said)
         key = cache.digest(*notes, files=files)
-        table, report = cache.kept("text", key, lambda where: _save(*make(where), where), _open)
+        table, report = cache.cached("text", key, lambda where: _save(*make(where), where), _open)
     return replace(table, source=source), report
 
 

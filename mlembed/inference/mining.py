@@ -25,9 +25,7 @@ shortlist's width; queries pass in blocks.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -357,30 +355,11 @@ def write(
     if out.suffix != ".jsonl":
         raise ValueError(f"out: expected a .jsonl file, got {out}")
     report = Report(len(texts.documents), len(texts.pairs), len(texts.queries))
-    with _new_file(out) as (partial, work), partial.open("w", encoding="utf-8") as file:
-        for mined in mine(encoder, texts, options, work, progress):
+    with files.atomic_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+        for mined in mine(encoder, texts, options, partial.parent, progress):
             if _count(report, mined, options):
                 file.writelines(_rows(texts, mined))
     return report
-
-
-@contextmanager
-def _new_file(out: Path) -> Iterator[tuple[Path, Path]]:
-    """A file to write that appears as `out` if the block succeeds, and a directory that goes."""
-    if out.exists():
-        raise ValueError(f"out: expected a new file, got {out}, which exists")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-            partial = Path(work) / out.name
-            yield partial, Path(work)
-            files.flush(partial)
-            if out.exists():
-                raise ValueError(f"out: expected a new file, got {out}, which exists by now")
-            partial.rename(out)
-        files.flush(out.parent)
-    except OSError as error:
-        raise ValueError(f"{out}: could not be written: {error}") from None
 
 
 def _count(report: Report, mined: Mined, options: Options) -> bool:

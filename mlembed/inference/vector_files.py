@@ -6,7 +6,6 @@ carriage return before it: Unicode's other separators occur inside sentences.
 """
 
 import json
-import os
 import struct
 import sys
 import time
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ..config.choices import Precision
 from ..data.formats.readers import _kind
+from ..runtime.files import atomic_file
 
 HEADER = 128  # bytes of an .npy's, room for any number of rows
 
@@ -142,31 +142,6 @@ def _ranges(given: Any) -> np.ndarray:
 # ---- files of vectors ----
 
 
-def check_new(path: Path) -> None:
-    """ValueError where something is in the way, or no directory is there to write to."""
-    if path.exists():
-        raise ValueError(f"out: expected a new file, got {path}, which exists")
-    if not path.parent.is_dir():
-        raise ValueError(f"out: expected a directory to write to, got {path.parent}")
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` where nothing fails, and goes else.
-
-    Raises:
-        ValueError: `path` is there, before or after.
-    """
-    check_new(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        check_new(path)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def beside(path: Path) -> Path:
     """Where the ranges of quantised vectors at `path` are."""
     return path.with_name(f"{path.name}.ranges.npy")
@@ -188,7 +163,7 @@ def save(
             write(part, texts.take(len(part)))
             count += len(part)
         if makes_ranges and quantise.ranges is not None:
-            with new_file(beside(path)) as partial, partial.open("xb") as file:
+            with atomic_file(beside(path)) as partial, partial.open("xb") as file:
                 np.save(file, quantise.ranges)
     rate = count / (time.perf_counter() - start)
     return f"{path}: {count} x {none.shape[1]} {quantise.precision}, {rate:,.0f} texts/s"
@@ -218,7 +193,7 @@ def written(
 @contextmanager
 def _npy(path: Path, dtype: np.dtype, width: int, texts: bool) -> Iterator[Write]:
     rows = 0
-    with new_file(path) as partial, partial.open("xb") as file:
+    with atomic_file(path) as partial, partial.open("xb") as file:
         file.write(_header(dtype, rows, width))
 
         def write(vectors: np.ndarray, _: list[str]) -> None:
@@ -246,7 +221,7 @@ def _parquet(path: Path, dtype: np.dtype, width: int, texts: bool) -> Iterator[W
     if texts:
         fields.insert(0, pa.field("text", pa.string()))
     schema = pa.schema(fields)
-    with new_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with atomic_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
 
         def write(vectors: np.ndarray, of: list[str]) -> None:
             flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
@@ -260,7 +235,7 @@ def _parquet(path: Path, dtype: np.dtype, width: int, texts: bool) -> Iterator[W
 
 @contextmanager
 def _jsonl(path: Path, dtype: np.dtype, width: int, texts: bool) -> Iterator[Write]:
-    with new_file(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
+    with atomic_file(path) as partial, partial.open("x", encoding="utf-8", newline="\n") as file:
 
         def write(vectors: np.ndarray, of: list[str]) -> None:
             for i, numbers in enumerate(listed(vectors)):

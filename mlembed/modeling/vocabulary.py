@@ -1,25 +1,23 @@
 """The low-rank nested vocabulary: module, factorisation, and inner products of its tables."""
 
 import dataclasses
-import hashlib
+import functools
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlembed_kernels import TokenIndex, embed
 
 from .. import config
 from ..config.choices import Method
-from ..runtime.files import flush
+from ..runtime import cache
 
 
 class Vocabulary(nn.Module):
@@ -182,7 +180,7 @@ def distance(
     return math.sqrt(missed / whole) if whole else math.sqrt(missed)
 
 
-CACHED = 1  # version of what `factorise` computes and how the cache holds it
+CACHED = 2  # version of what `factorise` computes and how the cache holds it
 CHUNK = 2**23  # elements of a table in float64 at once: 64 MiB
 
 
@@ -245,63 +243,33 @@ def _checked(counts: Tensor | None, V: int) -> Tensor:
 
 
 def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`factorise`, computed once: later calls, in any process, read the result from disk.
+    """Return `factorise(table, rank, counts)`, computed once and then read from the disk cache.
 
-    It is kept in $MLEMBED_CACHE/factors, by default ~/.cache/mlembed/factors, under a name that
-    depends on every bit of the arguments. A file that is damaged is replaced; one that cannot be
-    written is a warning. ValueErrors are those of `factorise`.
+    The key depends on every bit of the arguments. If the cache cannot be written, that is a
+    warning. Raises the ValueErrors of `factorise`.
     """
-    V, D = table.shape
     given = [table] if counts is None else [table, counts]
-    key = _digest(f"factors {CACHED}, rank {rank}", *given)
-    home = os.path.expanduser(os.environ.get("MLEMBED_CACHE") or "~/.cache/mlembed")
-    path = Path(home) / "factors" / f"{key}.safetensors"
-    if (found := _read_factors(path, (V, rank, D))) is not None:
-        return found
-    U, W = factorise(table, rank, counts)
+    kinds = [[str(tensor.dtype), list(tensor.shape)] for tensor in given]
+    # NumPy has no bf16, so it gets bytes.
+    arrays = [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for t in given]
+    key = cache.digest("factors", CACHED, rank, kinds, arrays=arrays)
+    factors = functools.cache(lambda: factorise(table, rank, counts))
+
+    def build(directory: Path) -> None:
+        U, W = factors()
+        try:
+            save_file({"U": U, "W": W}, directory / "factors.safetensors")
+        except SafetensorError as error:  # A full disk, for instance.
+            raise OSError(str(error)) from None
+
+    def read(directory: Path) -> tuple[Tensor, Tensor]:
+        tensors = load_file(directory / "factors.safetensors")
+        return tensors["U"], tensors["W"]
+
     try:
-        _write_factors(path, U, W)
-    except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"{path}: factors of the vocabulary could not be kept there, and will be computed "
-            f"again: {error}",
-            stacklevel=2,
-        )
-    return U, W
-
-
-def _read_factors(path: Path, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
-    """U [V, R] and W [R, D] of a cached file, shape being (V, R, D); None where it has not them."""
-    V, R, D = shape
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
-            digest = (tensors.metadata() or {}).get("digest")
-    except (OSError, SafetensorError, RuntimeError):  # torch's own, if the file goes meanwhile
-        return None
-    whole = U.shape == (V, R) and W.shape == (R, D) and digest == _digest(path.stem, U, W)
-    return (U, W) if whole else None
-
-
-def _write_factors(path: Path, U: Tensor, W: Tensor) -> None:
-    """As a whole, whoever else writes it: in a directory of this process's own, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as partial:
-        file = Path(partial) / path.name
-        save_file({"U": U, "W": W}, file, metadata={"digest": _digest(path.stem, U, W)})
-        flush(file)
-        file.replace(path)
-    flush(path.parent)
-
-
-def _digest(note: str, *tensors: Tensor) -> str:
-    """sha256 of a note and of tensors' dtypes, shapes and bytes."""
-    total = hashlib.sha256(note.encode())
-    for tensor in tensors:
-        total.update(f"\n{tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        total.update(flat.view(torch.uint8).numpy().data)  # numpy knows bytes, but no bf16
-    return total.hexdigest()
+        return cache.cached("factors", key, build, read, digests=True)
+    except OSError:  # Not even a temporary directory can be written.
+        return factors()
 
 
 def warn_beyond_break_even(cfg: config.Model) -> None:

@@ -20,7 +20,7 @@ from ..evaluation.charts import mean_score
 from ..evaluation.languages import language
 from ..inference.encoder import Encoder
 from ..modeling.transformer import num_parameters
-from ..runtime import log
+from ..runtime import files, log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"
@@ -83,10 +83,7 @@ def origin(source: str) -> Origin:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+    read = files.read_json(path) if path.is_file() else {}
     if not isinstance(read, dict):
         raise ValueError(f"{path}: expected an object, got {type(read).__name__}")
     return read

@@ -395,7 +395,7 @@ def test_json_files_of_rows_are_no_mixtures(content, tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"sources": [\n{"path": "a"},\n]}', r":3: not json"),
+        ('{"sources": [\n{"path": "a"},\n]}', r":3: invalid JSON"),
         (
             '{\n"sources": [{"path": "a", "promt": "x"}]}',
             r"\[0\]: no such key 'promt' \(near: prom",
@@ -532,7 +532,7 @@ def test_a_malformed_large_source_leaves_nothing(large, tmp_path):
 def test_a_cache_that_cannot_be_written(large, tmp_path, monkeypatch):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     monkeypatch.setenv("MLEMBED_CACHE", path)
-    with pytest.warns(UserWarning, match="text could not be kept there"):
+    with pytest.warns(UserWarning, match="text could not be stored"):
         assert items(read(path)[0]) == WANT
 
 

@@ -166,7 +166,7 @@ def test_where_a_run_is_found(tmp_path, monkeypatch):
     exported.mkdir()
     assert model_card.origin(str(exported)).run == {}
     (run / "report" / "grid.json").write_text("{")
-    with pytest.raises(ValueError, match=r"grid\.json:1: not json"):
+    with pytest.raises(ValueError, match=r"grid\.json:1: invalid JSON"):
         model_card.origin(str(run))
 
 
