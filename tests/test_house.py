@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import mlembed
 import mlembed_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -212,8 +213,9 @@ def test_what_several_kernels_share_stays_inside(path):
         assert other in KERNELS or module not in imports(other), other
 
 
-def test_kernels_say_their_version():
-    assert re.fullmatch(r"\d+\.\d+\.\d+", mlembed_kernels.__version__)
+def test_kernels_have_the_version_of_mlembed():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mlembed.__version__)
+    assert mlembed_kernels.__version__ == mlembed.__version__
     assert len(set(mlembed_kernels.__all__)) == len(mlembed_kernels.__all__)
 
 
@@ -246,6 +248,10 @@ def test_our_folder_does_not_stand_in_for_hugging_faces_kernels():
 
 def test_makefile_trains_and_tests():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in re.findall(r"\b(?:tests|bench)/[\w/]+\.py", makefile):
+        assert (ROOT / path).is_file(), path
+    names = makefile.partition("$(addprefix tests/,")[2].partition(")")[0].split()
+    assert names and all((ROOT / "tests" / n).exists() for n in names if n != "\\")
     for target in ("train", "test"):
         assert re.search(rf"^{target}\s*:", makefile, re.MULTILINE), target
         said = subprocess.run(
