@@ -1,6 +1,6 @@
 """One model of several of the same shape: soups of runs, or of the last checkpoints of one.
 
-python -m mlembed merge OUT runs/a runs/b [--method slerp] [--weights 1 3]
+python -m mlembed merge OUT runs/a runs/b [--weights 1 3] [--method slerp]
 python -m mlembed merge OUT runs/a/checkpoints/step_*
 """
 
@@ -21,7 +21,7 @@ def main(
     out: Annotated[Path, tyro.conf.Positional],
     models: Annotated[tuple[str, ...], tyro.conf.Positional],
     /,
-    method: Method | None = None,
+    method: Method = "soup",
     weights: tuple[float, ...] = (),
     t: float | None = None,
 ) -> None:
@@ -30,16 +30,15 @@ def main(
     Args:
         out: new directory, which train.py --init, encode, export and transformers read.
         models: two or more runs, model directories or training checkpoints.
-        method: soup: their mean; weighted: by weights; slerp: on the sphere, tensor by tensor, one
-            model after the other. By default weighted where weights are given, else soup.
-        weights: one a model, 0 or more; they count relative to their sum.
+        method: soup: the weighted mean; slerp: on the sphere, tensor by tensor, one model after the
+            other.
+        weights: one per model, 0 or more, relative to their sum; equal by default.
         t: of slerp of two, instead of weights: how far from the first to the second, 0..1.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new directory, got {out}, which exists")
     if len(models) < 2:
         raise ValueError(f"models: expected two or more, got {len(models)}")
-    method = method or ("weighted" if weights else "soup")
     counts = shares(method, len(models), weights, t)
     directories = [hf_config.resolve(model) for model in models]
     tokens, length = common(directories)
@@ -61,13 +60,8 @@ def shares(method: Method, models: int, weights: Sequence[float], t: float | Non
     """Weights, one a model.
 
     Raises:
-        ValueError: weights or t that the method has not, or of another number of models.
+        ValueError: another number of weights than of models, or t without slerp of two models.
     """
-    if (method == "weighted") > bool(weights) or (method == "soup" and weights):
-        given = "some" if weights else "none"
-        raise ValueError(
-            f"weights: expected some with weighted, none with soup, got {given}, {method}"
-        )
     if weights and len(weights) != models:
         raise ValueError(f"weights: expected one for each of {models} models, got {len(weights)}")
     if t is None:

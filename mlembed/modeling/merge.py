@@ -4,8 +4,8 @@ Models are taken up one after the other; what is merged so far, m, with weight W
 
     m <- a m + b x      with t = w / (W + w), then W <- W + w
 
-- soup, weighted: a = 1 - t, b = t, so that in the end m = sum_i w_i x_i / sum_i w_i (model soups,
-  arXiv 2203.05482; equal weights for soup).
+- soup: a = 1 - t, b = t, so that in the end m = sum_i w_i x_i / sum_i w_i (model soups, arXiv
+  2203.05482, whose weights are equal).
 - slerp: each tensor, flattened, is a vector; with cos Omega = <m, x> / (|m| |x|)
 
       a = sin((1 - t) Omega) / sin Omega,   b = sin(t Omega) / sin Omega

@@ -60,7 +60,7 @@ class Vocabulary(nn.Module):
         return embed(ids, self.U, self.W, rank, impl="reference")
 
 
-Method = Literal["soup", "weighted", "slerp"]
+Method = Literal["soup", "slerp"]
 PARALLEL = 1e-6  # sin Omega under which two tensors have no plane between them
 ROWS = 2**16  # rows of factors in float64 at once
 

@@ -110,7 +110,7 @@ def test_of_one_model_or_of_equal_ones_it_is_that_model(cfg, method, count):
 @pytest.mark.parametrize("weights", [(1, 1), (1, 1, 1), (3, 1), (0.2, 0.5, 0.1), (0, 1, 1), (1, 0)])
 def test_a_soup_is_the_weighted_mean(cfg, weights):
     models = [random(cfg, seed) for seed in range(len(weights))]
-    merged, _ = merge(iter(models), weights, "weighted")
+    merged, _ = merge(iter(models), weights)
     want = {}
     for name in state(models[0]):
         total = 0
@@ -255,7 +255,7 @@ def test_models_with_one_basis_are_merged_rank_by_rank():
     with torch.no_grad():
         for model in models[1:]:
             model.embed_tokens.W.copy_(models[0].embed_tokens.W)
-    merged, fits = merge(models, [1, 2, 1], "weighted")
+    merged, fits = merge(models, [1, 2, 1])
     assert torch.equal(merged.embed_tokens.W, models[0].embed_tokens.W)
     for rank in range(1, 8):
         parts = [
@@ -293,7 +293,7 @@ def test_inner_products_of_tables_in_chunks(monkeypatch):
 def test_weights_are_shares(weights):
     models = [random(CFG, seed) for seed in range(len(weights))]
     with pytest.raises(ValueError, match="weights: expected numbers of 0 or more, one above 0"):
-        merge(models, weights, "weighted")
+        merge(models, weights)
 
 
 def test_models_of_another_configuration_are_refused_by_key():
@@ -306,14 +306,12 @@ def test_models_of_another_configuration_are_refused_by_key():
 
 def test_shares_of_the_command():
     assert shares("soup", 3, (), None) == [1, 1, 1]
-    assert shares("weighted", 2, (1, 3), None) == [1, 3]
+    assert shares("soup", 2, (1, 3), None) == [1, 3]
     assert shares("slerp", 2, (), None) == [1, 1]
     assert shares("slerp", 2, (), 0.25) == [0.75, 0.25]
     assert shares("slerp", 3, (1, 2, 3), None) == [1, 2, 3]
     for args, reason in {
-        ("soup", 2, (1, 1), None): "weights: expected some with weighted, none with soup",
-        ("weighted", 2, (), None): "weights: expected some with weighted",
-        ("weighted", 3, (1, 1), None): "weights: expected one for each of 3 models, got 2",
+        ("soup", 3, (1, 1), None): "weights: expected one for each of 3 models, got 2",
         ("soup", 2, (), 0.5): "t: expected only with slerp of two",
         ("slerp", 3, (), 0.5): "t: expected only with slerp of two.* got slerp of 3",
         ("slerp", 2, (1, 1), 0.5): "without weights.* with weights",
