@@ -5,14 +5,14 @@ python -m mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained
-from ..modeling.prune import By, choose, prune, pruned_config, sample, spread, target
+from ..modeling.prune import choose, prune, pruned_config, sample, spread, target
 from ..modeling.transformer import num_parameters
 from ..runtime.files import atomic_directory
 
@@ -26,7 +26,7 @@ def main(
     width: int | None = None,
     ffn: int | None = None,
     keep_layers: tuple[int, ...] = (),
-    by: By | None = None,
+    by: Literal["first", "activation"] | None = None,
     data: tuple[str, ...] = (),
     texts: int = 4096,
     seed: int = 0,
@@ -42,11 +42,11 @@ def main(
         width: of the residual stream; the model's by default.
         ffn: inner width of the MLP; the model's by default.
         keep_layers: which stay, from 1 on, instead of evenly spaced ones.
-        by: what stays of width and MLP: the first, what has the largest weights, or what a sample
-            of `data` makes largest. By default activation with data, magnitude without.
+        by: what stays of width and MLP: the first coordinates and units, or those that a sample of
+            `data` makes largest. By default activation with data, first without.
         data: what train.py's --data takes.
-        texts: how many texts of the data are looked at.
-        seed: of their draw.
+        texts: how many texts of the data are drawn.
+        seed: seed of the draw.
         device: auto, cpu or cuda.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -55,7 +55,7 @@ def main(
         raise ValueError("shape: expected no layers, width, ffn or keep_layers beside it, got some")
     if layers is not None and keep_layers:
         raise ValueError("layers: expected none with keep_layers, got both")
-    by = by or ("activation" if data else "magnitude")
+    by = by or ("activation" if data else "first")
     if (by == "activation") != bool(data):
         given = "some" if data else "none"
         raise ValueError(
@@ -72,8 +72,8 @@ def main(
     ffn = cfg.intermediate_size if ffn is None else ffn
     pruned_config(cfg, keep, width, ffn)  # before text is read
     limits = encoder.max_length, encoder.max_tokens
-    batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else ()
-    small = prune(encoder.model, choose(encoder.model, keep, width, ffn, by, batches))
+    batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else None
+    small = prune(encoder.model, choose(encoder.model, keep, width, ffn, batches))
     with atomic_directory(out) as partial:
         pretrained.save(small, partial)
         tokenizer.save(encoder.tokenizer, partial, encoder.max_length)

@@ -17,7 +17,7 @@ Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R ran
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from ..config import shapes, strict
 from ..data import sources, tokenizer
 from ..data.packing import PackedBatch, budgeted, pack
 from .transformer import Transformer
-
-By = Literal["first", "magnitude", "activation"]
 
 # Along which axis a weight has the residual stream's coordinates, and the MLP's units.
 WIDTH = {
@@ -161,43 +159,30 @@ def choose(
     layers: Sequence[int],
     width: int,
     ffn: int,
-    by: By = "first",
-    batches: Iterable[PackedBatch] = (),
+    batches: Iterable[PackedBatch] | None = None,
 ) -> Selection:
-    """The `width` coordinates and, in each kept layer, the `ffn` units that score highest.
+    """Return the `width` coordinates and, in each kept layer, the `ffn` units to keep.
 
-    Scores by `by`, float64; of equal ones the first is kept.
+    Without text the first ones stay, as suits models of Matryoshka training. With text those stay
+    that score highest (float64; the first of equal scores):
 
-    - first: falling from the first on. For models of Matryoshka training, whose first coordinates
-      are trained to do alone.
-    - magnitude: of a coordinate, its share of the squares of every matrix that reads or writes it,
-      summed over the matrices, each counting alike. Of a unit, the product of the norms of its
-      weights: what it can add at most.
-    - activation: of a coordinate, its share of the mean |x| of the residual stream before every
-      layer and behind the last one, these summed, each counting alike, as deeper ones are larger.
-      Of a unit, the mean |inner activation| times the norm of its column of down_proj: the size of
-      what it adds.
+    - a coordinate's score is its share of the mean |x| of the residual stream, summed over the
+      inputs of all layers and the output of the last; shares, since deeper streams are larger.
+    - a unit's score is the mean |inner activation| times the norm of its column of down_proj: the
+      size of what it adds.
 
     Args:
-        batches: packed text, for activation. Every token counts once.
+        batches: packed text; every token counts once.
 
     Raises:
-        ValueError: as `pruned_config`; activation without text, or text without activation.
+        ValueError: see `pruned_config`; no text in `batches`.
     """
-    cfg = model.cfg
-    pruned_config(cfg, layers, width, ffn)
-    D, inner = cfg.hidden_size, cfg.intermediate_size
-    if by == "activation":
-        of_width, of_units = _by_activation(model, batches)
-    elif any(True for _ in batches):
-        raise ValueError(f"data: expected none for pruning by {by}, got some")
-    elif by == "magnitude":
-        of_width, of_units = _by_magnitude(model)
-    else:
-        of_width = -torch.arange(D, dtype=torch.float64)
-        of_units = [-torch.arange(inner, dtype=torch.float64)] * cfg.num_hidden_layers
-    units = tuple(_highest(of_units[layer - 1], ffn) for layer in layers)
-    return Selection(tuple(layers), _highest(of_width, width), units)
+    pruned_config(model.cfg, layers, width, ffn)
+    if batches is None:
+        return Selection(tuple(layers), torch.arange(width), (torch.arange(ffn),) * len(layers))
+    width_D, units = _activation_scores(model, batches)
+    highest = tuple(_highest(units[layer - 1], ffn) for layer in layers)
+    return Selection(tuple(layers), _highest(width_D, width), highest)
 
 
 def _highest(scores: Tensor, keep: int) -> Tensor:
@@ -205,29 +190,7 @@ def _highest(scores: Tensor, keep: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
-def _by_magnitude(model: Transformer) -> tuple[Tensor, list[Tensor]]:
-    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
-    of_width = torch.zeros(model.cfg.hidden_size, dtype=torch.float64)
-    of_units: list[Tensor] = [torch.ones(())] * model.cfg.num_hidden_layers
-    for name, weight in weights.items():
-        layer, part = _place(name)
-        if part in WIDTH and weight.ndim == 2:
-            squares_D = _squares(weight, WIDTH[part])
-            if part == "embed_tokens.W":  # of U W: column d is U W_d, so W_d^T (U^T U) W_d
-                U, W = weights["embed_tokens.U"].double(), weight.double()
-                squares_D = ((U.T @ U) @ W).mul_(W).sum(0)
-            of_width += squares_D / squares_D.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        if layer and part in UNITS and weight.ndim == 2:
-            of_units[layer - 1] = of_units[layer - 1] * _squares(weight, UNITS[part])
-    return of_width, of_units
-
-
-def _squares(weight: Tensor, axis: int) -> Tensor:
-    """Sums of squares of a matrix's rows (axis 0) or columns (1), float64."""
-    return weight.double().square().sum(1 - axis)
-
-
-def _by_activation(
+def _activation_scores(
     model: Transformer, batches: Iterable[PackedBatch]
 ) -> tuple[Tensor, list[Tensor]]:
     sums, units, tokens = _activations(model, batches)
@@ -235,8 +198,9 @@ def _by_activation(
         raise ValueError("data: expected text for pruning by activation, got none")
     shares = sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     layers: Any = model.layers
-    down = [_squares(layer.mlp.down_proj.weight.detach().cpu(), 1).sqrt() for layer in layers]
-    return shares.sum(0), [of / tokens * norm for of, norm in zip(units, down, strict=True)]
+    down = [layer.mlp.down_proj.weight.detach().cpu().double() for layer in layers]
+    norms = [weight.square().sum(0).sqrt() for weight in down]
+    return shares.sum(0), [x / tokens * norm for x, norm in zip(units, norms, strict=True)]
 
 
 @torch.no_grad()
