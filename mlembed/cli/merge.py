@@ -1,4 +1,4 @@
-"""One model of several of the same shape: soups of runs, or of the last checkpoints of one.
+"""Merge models of one shape: soups of runs, or of the last checkpoints of one run.
 
 python -m mlembed merge OUT runs/a runs/b [--weights 1 3] [--method slerp]
 python -m mlembed merge OUT runs/a/checkpoints/step_*
@@ -12,7 +12,7 @@ import tyro
 
 from ..data import tokenizer
 from ..modeling import hf_config, pretrained
-from ..modeling.merge import checked, common, merge
+from ..modeling.merge import check_weights, merge, shared_tokenizer
 from ..modeling.vocabulary import Method
 from ..runtime.files import atomic_directory
 
@@ -28,12 +28,12 @@ def main(
     """Merge models of one shape and tokenizer into one.
 
     Args:
-        out: new directory, which train.py --init, encode, export and transformers read.
+        out: new directory, to read with train.py --init, encode, export or transformers.
         models: two or more runs, model directories or training checkpoints.
         method: soup: the weighted mean; slerp: on the sphere, tensor by tensor, one model after the
             other.
         weights: one per model, 0 or more, relative to their sum; equal by default.
-        t: of slerp of two, instead of weights: how far from the first to the second, 0..1.
+        t: instead of weights, for slerp of two models: how far from the first to the second, 0..1.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new directory, got {out}, which exists")
@@ -41,23 +41,23 @@ def main(
         raise ValueError(f"models: expected two or more, got {len(models)}")
     counts = shares(method, len(models), weights, t)
     directories = [hf_config.resolve(model) for model in models]
-    tokens, length = common(directories)
+    tokens, length = shared_tokenizer(directories)
     merged, fits = merge((pretrained.load(str(at)) for at in directories), counts, method)
     most = merged.cfg.max_position_embeddings
     with atomic_directory(out) as partial:
         pretrained.save(merged, partial)
         tokenizer.save(tokens, partial, min(length or most, most))
-    of = " ".join(f"{weight / sum(counts):.3g}" for weight in counts)
-    print(f"{out}: {method} of {len(models)} models, weights {of}")
+    ratios = " ".join(f"{weight / sum(counts):.3g}" for weight in counts)
+    print(f"{out}: {method} of {len(models)} models, weights {ratios}")
     for fit in fits:
         print(
-            f"rank {fit.rank}: {fit.of_table:.2%} off the merged table, "
-            f"{fit.of_rank:.2%} off the merge of this rank's tables"
+            f"rank {fit.rank}: {fit.table_error:.2%} from the merged table, "
+            f"{fit.rank_error:.2%} from the merge of the tables of this rank"
         )
 
 
 def shares(method: Method, models: int, weights: Sequence[float], t: float | None) -> list[float]:
-    """Weights, one a model.
+    """Return the weights, one per model.
 
     Raises:
         ValueError: another number of weights than of models, or t without slerp of two models.
@@ -65,7 +65,7 @@ def shares(method: Method, models: int, weights: Sequence[float], t: float | Non
     if weights and len(weights) != models:
         raise ValueError(f"weights: expected one for each of {models} models, got {len(weights)}")
     if t is None:
-        return checked(weights or [1.0] * models)
+        return check_weights(weights or [1.0] * models)
     if method != "slerp" or models != 2 or weights:
         raise ValueError(
             f"t: expected only with slerp of two models without weights, got {method} of {models}"

@@ -1,4 +1,4 @@
-"""Pruning: slices of weights by independent loops, and models in which the pruned parts are zero."""
+"""Pruning against slices by independent loops, and of models whose pruned parts are zero."""
 
 import json
 import math
@@ -232,6 +232,7 @@ def test_layers_are_evenly_spaced():
 # ---- published shapes ----
 
 SOURCE = shapes.SHAPES["ml-embed-0.6b"]
+
 
 @pytest.mark.parametrize(
     ("shape", "total"),
