@@ -5,6 +5,6 @@ from typing import Literal
 BadRows = Literal["error", "skip"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Invalid = Literal["error", "replace"]
-Method = Literal["soup", "weighted", "slerp"]
+Method = Literal["soup", "slerp"]
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
-PruneBy = Literal["first", "magnitude", "activation"]
+PruneBy = Literal["first", "activation"]
