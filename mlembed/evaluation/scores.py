@@ -4,7 +4,6 @@ Letters: N texts, Q queries, C documents, K nearest documents of a query, D widt
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,8 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from ..data.eval_sets import STS, Bitext, Mining, Part
-from ..inference.search import NEIGHBOURS, nearest, neighbours
+from ..inference.search import nearest, neighbours
 
-MARGINS = ("ratio", "distance", "absolute")
-CANDIDATES = ("fwd", "bwd", "intersect", "max")
 DIRECTIONS = ("to_pivot", "from_pivot", "f1_to_pivot", "f1_from_pivot")
 
 # Sets of Tatoeba's languages whose means are published (LaBSE, arXiv 2007.01852): 14 of the
@@ -117,67 +114,50 @@ def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Sides:
-    """k nearest neighbours of both sides of a corpus: all that margins need.
+def candidates(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return margins, falling, and pairs int64 [P, 2] of unit rows a [n, D] and b [m, D].
 
-    there, back: cosines and rows of the other side, [n, k] and [m, k].
+    The margin of a pair is its cosine divided by the mean of both texts' average cosine with their
+    4 nearest neighbours (Artetxe and Schwenk, arXiv 1811.01136, 3.1, "ratio"). Every text of either
+    side proposes its neighbour of the highest margin; a pair stays if no better one shares a text
+    with it (3.2, "max").
     """
+    (there, to), (back, origin) = neighbours(a, b), neighbours(b, a)
+    forward = _best(there, to, back)
+    backward = _best(back, origin, there)
+    margins = np.concatenate([forward[0], backward[0]])
+    pairs = np.stack(
+        [
+            np.concatenate([np.arange(len(a)), backward[1]]),
+            np.concatenate([forward[1], np.arange(len(b))]),
+        ],
+        axis=1,
+    )
+    order = np.argsort(-margins, kind="stable")
+    margins, pairs = margins[order], pairs[order]
+    free = _without_a_better(pairs)
+    return margins[free], pairs[free]
 
-    there: tuple[np.ndarray, np.ndarray]
-    back: tuple[np.ndarray, np.ndarray]
 
-    @staticmethod
-    def of(a: np.ndarray, b: np.ndarray, k: int = NEIGHBOURS) -> "Sides":
-        return Sides(neighbours(a, b, k), neighbours(b, a, k))
-
-    def best(self, margin: str, forward: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The neighbour of the best margin of each row of one side: (margins, rows).
-
-        With cos the cosine and m the mean of the averages of both texts' k best cosines: ratio is
-        cos / m, distance cos - m, absolute cos (Artetxe and Schwenk, arXiv 1811.01136, 3.1).
-        """
-        (cosines, rows), (others, _) = (
-            (self.there, self.back) if forward else (self.back, self.there)
-        )
-        mean = (cosines.mean(1, keepdims=True) + others.mean(1)[rows]) / 2
-        margins = {"ratio": cosines / mean, "distance": cosines - mean, "absolute": cosines}[margin]
-        column = margins.argmax(1)
-        at = np.arange(len(rows))
-        return margins[at, column], rows[at, column]
-
-    def candidates(self, margin: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Margins, falling, and pairs int64 [P, 2]: fwd and bwd are the best of each text of one
-        side; intersect, those that are both; max, the best of both that share no text with a better
-        one (arXiv 1811.01136, 3.2)."""
-        forward, to = self.best(margin, True)
-        backward, origin = self.best(margin, False)
-        fwd = np.stack([np.arange(len(to)), to], axis=1)
-        bwd = np.stack([origin, np.arange(len(origin))], axis=1)
-        if kind == "intersect":
-            mutual = origin[to] == np.arange(len(to))
-            margins, pairs = forward[mutual], fwd[mutual]
-        elif kind == "max":
-            margins, pairs = np.concatenate([forward, backward]), np.concatenate([fwd, bwd])
-        else:
-            margins, pairs = {"fwd": (forward, fwd), "bwd": (backward, bwd)}[kind]
-        order = np.argsort(-margins, kind="stable")
-        margins, pairs = margins[order], pairs[order]
-        if kind == "max":
-            free = _without_a_better(pairs)
-            margins, pairs = margins[free], pairs[free]
-        return margins, pairs
+def _best(
+    cosines: np.ndarray, rows: np.ndarray, others: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the highest margin of each text [n] and the neighbour that has it."""
+    mean = (cosines.mean(1, keepdims=True) + others.mean(1)[rows]) / 2
+    margins = cosines / mean
+    at = np.arange(len(rows)), margins.argmax(1)
+    return margins[at], rows[at]
 
 
 def _without_a_better(pairs: np.ndarray) -> np.ndarray:
-    """Rows of pairs, best first, whose two texts are in no row that was taken before."""
-    left, right, taken = set[int](), set[int](), []
+    """Return the rows of pairs, best first, whose texts no earlier chosen row has."""
+    left, right, chosen = set[int](), set[int](), []
     for row, (a, b) in enumerate(pairs.tolist()):
         if a not in left and b not in right:
             left.add(a)
             right.add(b)
-            taken.append(row)
-    return np.array(taken, dtype=np.int64)
+            chosen.append(row)
+    return np.array(chosen, dtype=np.int64)
 
 
 def threshold(margins: np.ndarray, right: np.ndarray, gold: int) -> float:
@@ -201,35 +181,29 @@ def precision_recall_f1(right: int, taken: int, gold: int) -> tuple[float, float
 
 
 def score_mining(task: Mining, vectors: Tensor) -> dict[str, Any]:
-    """Of texts encoded as [N, d]: `score` is F1 by the ratio margin with `max` candidates, averaged
-    over languages, with precision and recall; `by_language`; `by_margin`, F1 of every margin and
-    kind of candidates (fwd and bwd are what LaBSE reports). The threshold is tuned on one part, and
-    the other is scored where there is gold for it: `splits` says which. As in LASER's evaluation a
-    text that one side repeats is searched once, and is in no pair that is taken."""
+    """Return BUCC's scores of texts encoded as [N, d]: `score` is F1, averaged over languages, with
+    precision and recall; `by_language`, F1 of each.
+
+    The threshold is tuned on one part, and the other part is scored if it has gold pairs: `splits`
+    says which. Like LASER's evaluation, a text that one side repeats is searched once, and no pair
+    with it is chosen.
+    """
     unit = F.normalize(vectors, dim=-1).numpy()
-    every = {}
+    by_language = {}
     for lang, (tuned, reported) in task.parts.items():
-        first = _Searched.of(task.texts, unit, tuned)
-        second = first if reported is tuned else _Searched.of(task.texts, unit, reported)
-        every[lang] = {
-            (margin, kind): _mined(first, second, margin, kind)
-            for margin in MARGINS
-            for kind in CANDIDATES
-        }
-    main = {lang: found["ratio", "max"] for lang, found in every.items()}
-    precision, recall, f1 = np.mean(list(main.values()), axis=0).tolist()
+        first = _mined(task.texts, unit, tuned)
+        second = first if reported is tuned else _mined(task.texts, unit, reported)
+        margins, right = second
+        chosen = margins >= threshold(*first, len(tuned.gold))
+        by_language[lang] = precision_recall_f1(
+            int(right[chosen].sum()), int(chosen.sum()), len(reported.gold)
+        )
+    precision, recall, f1 = np.mean(list(by_language.values()), axis=0).tolist()
     return {
         "score": f1,
         "precision": precision,
         "recall": recall,
-        "by_language": {lang: found[2] for lang, found in main.items()},
-        "by_margin": {
-            margin: {
-                kind: float(np.mean([found[margin, kind][2] for found in every.values()]))
-                for kind in CANDIDATES
-            }
-            for margin in MARGINS
-        },
+        "by_language": {lang: found[2] for lang, found in by_language.items()},
         "splits": {
             lang: f"threshold of {tuned}, scores of {reported}"
             for lang, (tuned, reported) in task.splits.items()
@@ -237,30 +211,13 @@ def score_mining(task: Mining, vectors: Tensor) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Searched:
-    """A part with its neighbours, among distinct texts.
-
-    rows: of either side, where each distinct text is first. once: whether it is there only once.
-    """
-
-    gold: np.ndarray
-    sides: Sides
-    rows: tuple[np.ndarray, np.ndarray]
-    once: tuple[np.ndarray, np.ndarray]
-
-    @staticmethod
-    def of(texts: Sequence[str], unit: np.ndarray, part: Part) -> "_Searched":
-        (a, a_once), (b, b_once) = (_distinct(texts[side]) for side in (part.source, part.target))
-        sides = Sides.of(unit[part.source][a], unit[part.target][b])
-        return _Searched(part.gold, sides, (a, b), (a_once, b_once))
-
-    def candidates(self, margin: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Margins, falling, in the precision in which thresholds are, and whether each is gold."""
-        margins, pairs = self.sides.candidates(margin, kind)
-        kept = self.once[0][pairs[:, 0]] & self.once[1][pairs[:, 1]]
-        pairs = np.stack([self.rows[side][pairs[kept, side]] for side in (0, 1)], axis=1)
-        return margins[kept].astype(np.float64), _in(pairs, self.gold)
+def _mined(texts: Sequence[str], unit: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the margins of a part's candidates, falling, as float64, and whether each is gold."""
+    (a, a_once), (b, b_once) = (_distinct(texts[side]) for side in (part.source, part.target))
+    margins, pairs = candidates(unit[part.source][a], unit[part.target][b])
+    once = a_once[pairs[:, 0]] & b_once[pairs[:, 1]]
+    pairs = np.stack([a[pairs[once, 0]], b[pairs[once, 1]]], axis=1)
+    return margins[once].astype(np.float64), _in(pairs, part.gold)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -269,15 +226,6 @@ def _distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     same = np.array([first.setdefault(text.strip(), row) for row, text in enumerate(texts)])
     rows, counts = np.unique(same, return_counts=True)
     return rows, counts == 1
-
-
-def _mined(
-    tuned: _Searched, reported: _Searched, margin: str, kind: str
-) -> tuple[float, float, float]:
-    at = threshold(*tuned.candidates(margin, kind), len(tuned.gold))
-    margins, right = reported.candidates(margin, kind)
-    taken = margins >= at
-    return precision_recall_f1(int(right[taken].sum()), int(taken.sum()), len(reported.gold))
 
 
 def _in(pairs: np.ndarray, gold: np.ndarray) -> np.ndarray:

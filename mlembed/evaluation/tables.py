@@ -85,9 +85,6 @@ def details(by_task: dict[str, Any], size: str = "full size") -> str:
                 said.append(f"mean of {languages} languages: {mean['languages']} of them are here")
         if said:
             lines.append(f"  {task}: {', '.join(said)}")
-        for margin, by_candidates in result.get("by_margin", {}).items():
-            f1 = ", ".join(f"{kind} {100 * value:.1f}" for kind, value in by_candidates.items())
-            lines.append(f"    F1 by {margin}: {f1}")
         for lang, said_of in result.get("splits", {}).items():
             lines.append(f"    {lang}: {said_of}")
     return "\n".join([f"  other measures at {size} (%)", *lines]) if lines else ""

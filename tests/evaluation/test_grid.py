@@ -375,14 +375,12 @@ def test_details():
         },
         "m": {
             "score": 0.5,
-            "by_margin": {"ratio": {"fwd": 0.125, "max": 0.5}},
             "splits": {"de": "threshold of dev, scores of dev"},
         },
     }
     assert tables.details(found, "width 8").splitlines() == [
         "  other measures at width 8 (%)",
         "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: 30 of them are here",
-        "    F1 by ratio: fwd 12.5, max 50.0",
         "    de: threshold of dev, scores of dev",
     ]
     assert tables.details({"t": {"score": 0.5}}) == ""
