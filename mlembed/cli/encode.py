@@ -40,7 +40,6 @@ def main(
     max_tokens: int = 16_384,
     compile: bool = False,
     out: str = "",
-    keep_text: bool = False,
 ) -> None:
     """Encode texts, a file's or lines of standard input, to unit vectors, in memory that does not
     grow with their number.
@@ -62,15 +61,12 @@ def main(
         device: auto, cpu, cuda or cuda:0 ..; several, and each has a process.
         max_tokens: in one packed batch; a CPU takes fewer.
         compile: blocks by torch.compile.
-        out: new .npy, .parquet or .jsonl file; else a line of numbers a text on standard output.
-        keep_text: a column of the texts too, in .parquet and .jsonl.
+        out: new .npy or .parquet file; else a line of numbers a text on standard output.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half written goes
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
-    if keep_text and not out:
-        raise ValueError("keep-text: expected --out, got none")
     if max_tokens < 1:
         raise ValueError(f"max-tokens: expected 1 or more, got {max_tokens}")
     quantise = Quantiser(precision, None if ranges is None else vector_files.read_ranges(ranges))
@@ -85,10 +81,9 @@ def main(
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
     encoder.max_tokens = max_tokens
-    given = vector_files.TextBuffer(texts or source, keep_text)
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(
-            given,
+            texts or source,
             dim,
             exit,
             rank,
@@ -99,11 +94,11 @@ def main(
         )
         if out:
             width = dim or encoder.model.cfg.hidden_size
-            print(vector_files.save(target, parts, given, quantise, width), file=sys.stderr)
+            print(vector_files.save(target, parts, quantise, width), file=sys.stderr)
         else:
             try:
                 for part in parts:
-                    vector_files.printed(part)
+                    vector_files.print_vectors(part)
             except BrokenPipeError:  # as of `| head`: who reads no more wants no more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if source.replaced:
