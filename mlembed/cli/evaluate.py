@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..data.eval_sets import Retrieval, Task, read_all
-from ..evaluation.grid import _mteb, add_mteb, grid, score_funnel
-from ..evaluation.tables import by_kind, details, funnels, prices, size_name, table, write_report
-from ..inference.encoder import Encoder
-from ..inference.search import Size, size_of
+from ..evaluation.grid import add_mteb, load_mteb, score_funnel, score_grid
+from ..evaluation.tables import by_kind, details, funnels, prices, size_name, write_report
+from ..inference.encoder import Encoder, Size
+from ..inference.search import size_of
 from ..runtime import log
 
 
@@ -32,7 +32,7 @@ def _asked(data: Sequence[str], mteb: Sequence[str], small: Size | None, out: st
     if small and not any(isinstance(task, Retrieval) for task in tasks):
         raise ValueError("funnel: expected retrieval among --data, got none")
     if mteb:
-        _mteb().tasks(mteb)
+        load_mteb().tasks(mteb)
     return tasks
 
 
@@ -86,12 +86,12 @@ def main(
         if given is not None:
             prompts[name] = given
     progress = sys.stderr.isatty()
-    cells = grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
+    grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
     if mteb:
         where = Path(out) / "mteb" if out else None
-        add_mteb(encoder, model, mteb, cells, prompts, where, progress)
-    full, size = cells[-1]["scores"], size_name(encoder, cells[-1])
-    parts = [table(cells), by_kind(full, {}, size), details(full, size), prices(cells)]
+        add_mteb(encoder, model, mteb, grid, prompts, where, progress)
+    full, size = grid.cells[-1]["scores"], size_name(encoder, grid.cells[-1])
+    parts = [grid.table(), by_kind(full, {}, size), details(full, size), prices(grid)]
     extra: dict[str, Any] = {
         "commit": log.commit(),
         "model": model,
@@ -101,11 +101,11 @@ def main(
     }
     if small:
         extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, cells)
+            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, grid.cells)
             for task in tasks
             if isinstance(task, Retrieval)
         }
         parts.append(funnels(extra["funnel"]))
     print("\n\n".join(part for part in parts if part))
     if out:
-        write_report(Path(out), cells, extra)
+        write_report(Path(out), grid, extra)

@@ -41,7 +41,7 @@ def measure(encoder: Encoder, exit: int, rank: int | None) -> dict[str, float]:
     """
 
     def encode(texts: list[str]) -> None:
-        encoder.exits(texts, [exit], rank)
+        encoder.encode_exits(texts, [exit], rank)
 
     encode([SHORT])
     encode([SHORT])

@@ -12,6 +12,10 @@ from mlembed.evaluation import scores
 from mlembed.inference import search
 
 
+def unit(vectors):
+    return torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
 def test_accuracy_by_hand():
     """Rows at 0, 10 and 20 degrees against rows at 4, 6 and 90.
 
@@ -24,10 +28,9 @@ def test_accuracy_by_hand():
             [[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees]
         )
 
-    there, back = scores.accuracy(at(0, 10, 20), at(4, 6, 90))
+    there, back = map(scores.accuracy, scores.nearest_rows(at(0, 10, 20), at(4, 6, 90)))
     assert (there, back) == (pytest.approx(2 / 3), 1.0)
-    assert scores.accuracy(at(4, 6, 90), at(0, 10, 20)) == (back, there)
-    assert scores.accuracy(at(0, 90), at(90, 0)) == (0.0, 0.0)
+    assert [*map(scores.accuracy, scores.nearest_rows(at(0, 90), at(90, 0)))] == [0, 0]
 
 
 def nearest(vectors, a, b):
@@ -62,7 +65,7 @@ def test_bitext_means_over_languages_then_kinds():
     assert len(set(both.values())) == 3 and there != back  # else the means could be mixed up
     date = (both["de", "date"] + both["fr", "date"]) / 2
     name = both["de", "name"]
-    got = scores.score_bitext(task, torch.from_numpy(vectors * 3))
+    got = scores.score_bitext(task, unit(vectors))
     assert got["score"] == pytest.approx((date + name) / 2)
     assert got["by_kind"] == pytest.approx({"date": date, "name": name})
     assert got["by_language"] == pytest.approx(
@@ -92,12 +95,12 @@ def test_sts_is_spearman():
     gaps = np.argsort(np.argsort(cosines)) - np.argsort(np.argsort(gold))
     want = 1 - 6 * (gaps**2).sum() / (n * (n**2 - 1))
     task = STS("s", ["x"] * 2 * n, gold)
-    got = scores.score_sts(task, torch.from_numpy(vectors))
+    got = scores.score_sts(task, unit(vectors))
     assert got["score"] == pytest.approx(want)
     assert got["pearson"] == pytest.approx(np.corrcoef(cosines, gold)[0, 1])
     assert abs(want) < 0.9
     order = np.sort(gold)[np.argsort(np.argsort(cosines))]
-    perfect = scores.score_sts(STS("s", task.texts, order), torch.from_numpy(vectors))
+    perfect = scores.score_sts(STS("s", task.texts, order), unit(vectors))
     assert perfect["score"] == pytest.approx(1.0)
 
 
@@ -138,7 +141,7 @@ def test_nearest_in_blocks(block, monkeypatch):
     monkeypatch.setattr(search, "BLOCK", block)
     rng = np.random.default_rng(0)
     a, b = rng.integers(-1, 2, (9, 3)), rng.integers(-1, 2, (7, 3))  # many are equal
-    there, back = search.nearest(torch.tensor(a).float(), torch.tensor(b).float())
+    there, back = scores.nearest_rows(torch.tensor(a).float(), torch.tensor(b).float())
     products = a @ b.T
     assert there.tolist() == [row.tolist().index(row.max()) for row in products]
     assert back.tolist() == [column.tolist().index(column.max()) for column in products.T]
@@ -149,9 +152,9 @@ def test_f1_of_bitext_is_of_one_direction():
     vectors = rng.normal(size=(20, 3))
     vectors[:10] = vectors[10:] + 0.8 * rng.normal(size=(10, 3))
     task = Bitext("t", [], {("de", ""): (np.arange(10), np.arange(10, 20))})
-    got = scores.score_bitext(task, torch.from_numpy(vectors))
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosine = unit[:10] @ unit[10:].T
+    got = scores.score_bitext(task, unit(vectors))
+    rows = unit(vectors).numpy()
+    cosine = rows[:10] @ rows[10:].T
     assert got["f1_to_pivot"] == pytest.approx(f1_by_hand(cosine.argmax(1).tolist()))
     assert got["f1_from_pivot"] == pytest.approx(f1_by_hand(cosine.argmax(0).tolist()))
     assert got["f1_to_pivot"] != got["f1_from_pivot"] and "means" not in got
@@ -272,7 +275,7 @@ def test_mining_tunes_on_one_part_and_scores_the_other():
         parts.append(Part(slice(first, first + 30), slice(first + 30, first + 70), gold))
     texts = [f"text {i}" for i in range(140)]
     task = Mining("m", texts, {"de": tuple(parts)}, {"de": ("dev", "test")})
-    got = scores.score_mining(task, torch.tensor(np.array(vectors)).float() * 3)
+    got = scores.score_mining(task, torch.tensor(np.array(vectors)).float())
 
     found = []
     for a, b, gold in sets.values():
@@ -324,7 +327,7 @@ def test_nearest_so_far(chunk, block, monkeypatch):
     )
     found = search.Nearest(6, 8)
     for first in range(0, 50, chunk):
-        found.add(queries.float(), documents[first : first + chunk].float(), first)
+        found.add(queries.float(), documents[first : first + chunk].float())
         assert found.rows.shape == (6, min(8, first + chunk, 50))
     products = (queries @ documents.T).numpy()
     want = np.argsort(-products, axis=1)[:, :8]

@@ -132,14 +132,14 @@ def test_arguments_equal_the_cut_model(encoder, dim, exit, rank):
 
 
 def test_raw_exits_of_one_pass(encoder):
-    with_default = encoder.exits(TEXTS)
+    with_default = encoder.encode_exits(TEXTS)
     assert with_default.shape == (2, len(TEXTS), 24) and with_default.dtype == torch.float32
-    every = encoder.exits(TEXTS, [1, 2, 3], rank=3)
+    every = encoder.encode_exits(TEXTS, [1, 2, 3], rank=3)
     for exit in (1, 2, 3):
         np.testing.assert_allclose(
             unit(every[exit - 1].numpy()), encoder.encode(TEXTS, None, exit, 3), rtol=0, atol=1e-6
         )
-    torch.testing.assert_close(with_default, encoder.exits(TEXTS, [1, 3]), rtol=0, atol=0)
+    torch.testing.assert_close(with_default, encoder.encode_exits(TEXTS, [1, 3]), rtol=0, atol=0)
 
 
 def test_any_unicode(encoder):
@@ -170,7 +170,7 @@ def test_empty_text_is_its_eos(encoder):
 def test_no_texts(encoder):
     assert encoder.encode([]).shape == (0, 24)
     assert encoder.encode([], dim=5).shape == (0, 5)
-    assert encoder.exits([]).shape == (2, 0, 24)
+    assert encoder.encode_exits([]).shape == (2, 0, 24)
 
 
 # One word, many words, one emoji over and over: what tokenizers find hard, at 100,000 characters.
@@ -215,13 +215,13 @@ def test_a_model_under_training_drops_nothing_and_goes_on_training(encoder, fail
     training = Encoder(model.train(), encoder.tokenizer, MAX_LENGTH)
     for mode in (True, False):
         model.train(mode)
-        assert torch.equal(training.exits(TEXTS), encoder.exits(TEXTS))
+        assert torch.equal(training.encode_exits(TEXTS), encoder.encode_exits(TEXTS))
         assert {module.training for module in model.modules()} == {mode}
     if fails:
         monkeypatch.setattr(model, "rotation", None)
         model.train()
         with pytest.raises(TypeError):
-            training.exits(TEXTS)
+            training.encode_exits(TEXTS)
         assert all(module.training for module in model.modules())
 
 
@@ -342,30 +342,30 @@ def test_ranks_by_text_are_a_pack_each(own):
 
 def test_widths_by_text_are_a_list(encoder):
     dims = [1, 24, None, 5, 12, 5, 7, 24, 3]
-    vectors = encoder.encode(TEXTS, dims, EXITS, RANKS)
+    vectors = encoder.encode_widths(TEXTS, dims, EXITS, RANKS)
     assert [len(v) for v in vectors] == [d or 24 for d in dims]
     for vector, *one in zip(vectors, TEXTS, dims, EXITS, RANKS, strict=True):
         text, dim, exit, rank = one
         alone = encoder.encode([text], dim, exit, rank)[0]
         assert vector.dtype == np.float32
         np.testing.assert_allclose(vector, alone, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="precision: expected float32 of several dims, got int8"):
-        encoder.encode(TEXTS, dims, precision="int8")
-    assert encoder.encode([], []) == []
+    with pytest.raises(ValueError, match="dim: expected a whole number, got"):
+        encoder.encode(TEXTS, dims)
+    assert encoder.encode_widths([], []) == []
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"exit": [1, 2]}, "exit: expected one a text, 9, got 2"),
-        ({"dim": [5] * 10}, "dim: expected one a text, 9, got 10"),
+        ({"exit": [1, 2]}, "exit: expected one per text, 9, got 2"),
+        ({"dims": [5] * 10}, "dim: expected one per text, 9, got 10"),
         ({"rank": [3] * 8 + [12]}, r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
         ({"exit": [1] * 8 + [0]}, r"exit: expected 1\.\.3 \(the depth\), got 0"),
     ],
 )
 def test_sizes_by_text_that_are_wrong(encoder, sizes, message):
     with pytest.raises(ValueError, match=message):
-        encoder.encode(TEXTS, **sizes)
+        encoder.encode_widths(TEXTS, **{"dims": [None] * 9} | sizes)
 
 
 # ---- prompts ----
@@ -399,7 +399,7 @@ def test_prompts_are_those_of_sentence_transformers(prompted):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     for ours, _ in pairs[:3]:
         assert np.abs(ours - plain).max() > 0.01
-    raw = encoder.exits(TEXTS, [3], prompt="x y")[0].numpy()
+    raw = encoder.encode_exits(TEXTS, [3], prompt="x y")[0].numpy()
     np.testing.assert_allclose(unit(raw), pairs[2][0], rtol=0, atol=1e-5)
     asked = encoder.encode_query(TEXTS, prompt_name="document")
     np.testing.assert_array_equal(asked, encoder.encode_document(TEXTS))
@@ -409,7 +409,7 @@ def test_prompts_that_there_are_not(encoder):
     own = replace(encoder, prompts={"query": "q: ", "title": ""})
     with pytest.raises(ValueError, match="expected one of query, title, got 'querry'"):
         own.encode(TEXTS, prompt_name="querry")
-    with pytest.raises(ValueError, match="prompt: expected it or prompt_name, got both"):
+    with pytest.raises(ValueError, match="prompt: expected prompt or prompt_name, got both"):
         own.encode(TEXTS, prompt_name="query", prompt="x")
     with pytest.raises(ValueError, match="expected one of none, as the model has no prompts"):
         encoder.encode(TEXTS, prompt_name="query")
@@ -442,7 +442,7 @@ def test_half_weights_give_vectors_in_fp32(encoder, directory, dtype):
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
         assert (vectors * encoder.encode(TEXTS, *cut)).sum(1).min() > 0.99
-    assert half.exits(TEXTS).dtype == torch.float32
+    assert half.encode_exits(TEXTS).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -494,12 +494,12 @@ def test_a_stream_is_drawn_as_it_is_encoded(encoder, monkeypatch):
     np.testing.assert_allclose(np.concatenate(parts), want, rtol=0, atol=1e-6)
     # Sizes by text, and exits, go by windows too.
     exits = encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2)
-    raw = encoder.exits(TEXTS * 2, [1, 3])
+    raw = encoder.encode_exits(TEXTS * 2, [1, 3])
     monkeypatch.undo()
     np.testing.assert_allclose(
         exits, encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2), rtol=0, atol=1e-5
     )
-    np.testing.assert_allclose(raw, encoder.exits(TEXTS * 2, [1, 3]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(raw, encoder.encode_exits(TEXTS * 2, [1, 3]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_stream_of_long_texts_has_smaller_windows(encoder, monkeypatch):

@@ -92,7 +92,7 @@ def test_documents_are_encoded_when_first_shortlisted(encoder):
     """Only new ones, and vectors stay with their documents."""
     built = Funnel.build(encoder, DOCUMENTS, SMALL, FULL, stored=False)
     encoded = [built.search(QUERIES[:2], 3, 10).encoded, built.search(QUERIES, 3, 10).encoded]
-    assert 0 < encoded[0] < encoded[1] < 1 and len(built.full_NF) == round(90 * encoded[1])
+    assert 0 < encoded[0] < encoded[1] < 1 and built.full.encoded_N.sum() == round(90 * encoded[1])
     rows = by_hand(encoder, SMALL, FULL, 10, 3)[0]
     assert built.search(QUERIES, 3, 10).rows_QK.tolist() == rows.tolist()
     whole = built.search(QUERIES, 3, 90)  # all of them, in the order in which they came
@@ -101,10 +101,10 @@ def test_documents_are_encoded_when_first_shortlisted(encoder):
 
 
 def test_a_shortlist_of_all_is_a_full_search(encoder):
-    found = search.funnel(encoder, QUERIES, DOCUMENTS, SMALL, FULL, k=6, shortlist=1000)
+    found = Funnel.build(encoder, DOCUMENTS, SMALL, FULL).search(QUERIES, 6, 1000)
     assert found.rows_QK.tolist() == by_hand(encoder, FULL, FULL, 90, 6)[0].tolist()
     assert found.scanned > 1
-    assert search.funnel(encoder, [], DOCUMENTS, SMALL).rows_QK.shape == (0, 10)
+    assert Funnel.build(encoder, DOCUMENTS, SMALL).search([]).rows_QK.shape == (0, 10)
 
 
 def test_prompts(encoder):

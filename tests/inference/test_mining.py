@@ -201,7 +201,7 @@ def brute(encoder, rows, options, corpus=None):
     queries = list(dict.fromkeys(row["query"] for row in rows))
 
     def vectors(texts, *size):
-        raw = encoder.exits(texts, [size[1] or 3], size[2])[0].double().numpy()
+        raw = encoder.encode_exits(texts, [size[1] or 3], size[2])[0].double().numpy()
         raw = raw[:, : size[0] or 24]
         return dict(zip(texts, raw / np.linalg.norm(raw, axis=1, keepdims=True), strict=True))
 
@@ -249,7 +249,7 @@ def brute(encoder, rows, options, corpus=None):
 def test_as_a_loop_over_all_pairs_mines(encoder, options, block, tmp_path, monkeypatch):
     """Rows that link in chains, stored negatives, queries that are documents as well."""
     monkeypatch.setattr(mining, "BLOCK", block)  # 90 candidates: some queries at a time, or one
-    monkeypatch.setattr(mining, "DOCUMENTS", 32)
+    monkeypatch.setattr(mining, "CHUNK", 32)
     rows = pairs(90, seed=2)
     for i in range(0, 20, 2):
         rows[i]["positive"] = rows[i + 2]["positive"]  # a chain of queries
@@ -325,7 +325,7 @@ def test_ranks_and_counts_are_said(encoder, tmp_path):
     said = str(report)
     assert f"{report.queries} queries of {len(rows)} pairs, {report.documents} documents" in said
     assert f"mean rank {np.mean(ranks):.1f}" in said
-    assert f"{report.full} got all their negatives, {report.none} none, 0 discarded" in said
+    assert f"{report.full} with all negatives, {report.none} with none, 0 discarded" in said
 
 
 def test_random_picks_are_of_what_is_left_and_the_same_again(encoder, tmp_path, monkeypatch):
@@ -426,8 +426,8 @@ def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(scores, *args)
 
-    real = mining.taken
-    monkeypatch.setattr(mining, "taken", breaks)
+    real = mining.select_negatives
+    monkeypatch.setattr(mining, "select_negatives", breaks)
     with pytest.raises(ValueError, match="out.jsonl: could not be written: .*No space left"):
         write(encoder, texts, MARGINS, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
