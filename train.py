@@ -289,7 +289,7 @@ def score(job: Job, step: int) -> None:
         return
     shape = job.run.model
     full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.grid(encoder, job.tasks, *full, costs=False)
+    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
     percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
@@ -302,13 +302,14 @@ def finish(job: Job) -> None:
         return
     if job.tasks:
         began = time.perf_counter()
-        cells = grid.grid(encoder, job.tasks, progress=sys.stderr.isatty())
+        scored = grid.score_grid(encoder, job.tasks, progress=sys.stderr.isatty())
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        tables.write_report(directory / "report", cells, extra)
-        out.say(f"\n{tables.table(cells)}\n\n{tables.by_kind(cells[-1]['scores'], untrained)}")
+        tables.write_report(directory / "report", scored, extra)
+        by_kind = tables.by_kind(scored.cells[-1]["scores"], untrained)
+        out.say(f"\n{scored.table()}\n\n{by_kind}")
         spent = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
     worst = export(encoder, directory / "model", source=str(directory))

@@ -36,7 +36,6 @@ def main(
     max_tokens: int = 16_384,
     compile: bool = False,
     out: str = "",
-    keep_text: bool = False,
 ) -> None:
     """Encode texts to unit vectors. Memory does not grow with the number of texts.
 
@@ -57,15 +56,12 @@ def main(
         device: auto, cpu, cuda or cuda:0 ..; each of several devices gets a process.
         max_tokens: tokens of a packed batch; a CPU takes fewer.
         compile: compile blocks with torch.compile.
-        out: new .npy, .parquet or .jsonl file; without it vectors are printed, one a line.
-        keep_text: also write a column of the texts, in .parquet and .jsonl.
+        out: new .npy or .parquet file; without it vectors are printed, one a line.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Exit by cleaning up.
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
-    if keep_text and not out:
-        raise ValueError("keep-text: expected --out, got none")
     if max_tokens < 1:
         raise ValueError(f"max-tokens: expected 1 or more, got {max_tokens}")
     makes_ranges = precision in ("int8", "uint8") and ranges is None
@@ -86,10 +82,9 @@ def main(
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
     encoder.max_tokens = max_tokens
-    given = vector_files.TextBuffer(texts or source, keep_text)
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(
-            given,
+            texts or source,
             dim,
             exit,
             rank,
@@ -100,11 +95,11 @@ def main(
         )
         if out:
             width = dim or encoder.model.cfg.hidden_size
-            print(vector_files.save(target, parts, given, quantise, width), file=sys.stderr)
+            print(vector_files.save(target, parts, quantise, width), file=sys.stderr)
         else:
             try:
                 for part in parts:
-                    vector_files.printed(part)
+                    vector_files.print_vectors(part)
             except BrokenPipeError:  # `| head` has read enough.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if source.replaced:

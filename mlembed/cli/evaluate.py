@@ -56,7 +56,7 @@ def main(
         check_new(Path(out), "directory")
     from ..data.eval_sets import Retrieval
     from ..evaluation import tables
-    from ..evaluation.grid import add_mteb, grid, score_funnel
+    from ..evaluation.grid import add_mteb, score_funnel, score_grid
     from ..inference.encoder import Encoder
     from ..inference.search import size_of
     from ..runtime import log
@@ -76,13 +76,13 @@ def main(
         if given is not None:
             prompts[name] = given
     progress = sys.stderr.isatty()
-    cells = grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
+    grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
     if mteb:
         where = Path(out) / "mteb" if out else None
-        add_mteb(encoder, model, mteb, cells, prompts, where, progress)
-    full, size = cells[-1]["scores"], tables.size_name(encoder, cells[-1])
-    parts = [tables.table(cells), tables.by_kind(full, {}, size), tables.details(full, size)]
-    parts.append(tables.prices(cells))
+        add_mteb(encoder, model, mteb, grid, prompts, where, progress)
+    full, size = grid.cells[-1]["scores"], tables.size_name(encoder, grid.cells[-1])
+    parts = [grid.table(), tables.by_kind(full, {}, size), tables.details(full, size)]
+    parts.append(tables.prices(grid))
     extra: dict[str, Any] = {
         "commit": log.commit(),
         "model": model,
@@ -92,20 +92,20 @@ def main(
     }
     if small:
         extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, cells)
+            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, grid.cells)
             for task in tasks
             if isinstance(task, Retrieval)
         }
         parts.append(tables.funnels(extra["funnel"]))
     print("\n\n".join(part for part in parts if part))
     if out:
-        tables.write_report(Path(out), cells, extra)
+        tables.write_report(Path(out), grid, extra)
 
 
 def _tasks(data: Sequence[str], mteb: Sequence[str], funnel: bool) -> "list[Task]":
     """Read the tasks of --data. ValueError for combinations that cannot be scored."""
     from ..data.eval_sets import Retrieval, read_all
-    from ..evaluation.grid import _mteb
+    from ..evaluation.grid import load_mteb
 
     tasks = read_all(data or (() if mteb else ("cldr",)))
     if shared := {task.name for task in tasks} & set(mteb):
@@ -113,5 +113,5 @@ def _tasks(data: Sequence[str], mteb: Sequence[str], funnel: bool) -> "list[Task
     if funnel and not any(isinstance(task, Retrieval) for task in tasks):
         raise ValueError("funnel: expected retrieval among --data, got none")
     if mteb:
-        _mteb().tasks(mteb)
+        load_mteb().tasks(mteb)
     return tasks

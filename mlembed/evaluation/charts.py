@@ -129,6 +129,12 @@ def mean_score(cell: dict[str, Any]) -> float:
 
 
 def heat_map(cells: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Write `score_map` as a PNG."""
+    with style():
+        path.write_bytes(png(score_map(cells, title)))
+
+
+def score_map(cells: Sequence[dict[str, Any]], title: str) -> Figure:
     """A heat map for each rank, one below the other: exits down, widths across, scores inside."""
     ranks = list(dict.fromkeys(cell["rank"] for cell in cells))
     with style():
@@ -139,7 +145,7 @@ def heat_map(cells: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             _heat(axis, [c for c in cells if c["rank"] == rank], score_range(cells))
             axis.set_title(f"{rank_name(rank)}: score (%)")
         figure.suptitle(fill(title, 52), fontsize=9)
-        path.write_bytes(png(figure))
+        return figure
 
 
 def heat(cells: Sequence[dict[str, Any]], limits: tuple[float, float]) -> Figure:
