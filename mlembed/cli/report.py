@@ -1,4 +1,4 @@
-"""Make one self-contained HTML page of a run's results, and its figures as PNG.
+"""Write a run's report: one HTML page that needs nothing else, and its figures as SVG.
 
 python -m mlembed report RUN [--out DIR]
 """
@@ -12,28 +12,28 @@ from ..runtime.files import atomic_directory
 
 
 def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
-    """Make one self-contained HTML page of a run's results, and its figures as PNG.
+    """Write a run's report: one HTML page that needs nothing else, and its figures as SVG.
 
     Args:
         run: directory of train.py, or of evaluate's --out.
-        out: new directory; by default report.html and report_*.png are written next to grid.json,
-            which must not have any yet.
+        out: new directory; by default report.html and report_*.svg are written next to grid.json,
+            unless an earlier report is there.
     """
-    from ..evaluation.report_page import write
-    from ..evaluation.results import read
+    from ..evaluation import report_page, results
 
-    results = read(run)
-    target = Path(out) if out else results.directory
-    paths = [target / "report.html", *sorted(target.glob("report_*.png"))]
-    if existing := [path for path in paths if path.exists() or path.is_symlink()]:
-        more = f" and {len(existing) - 1} more" if existing[1:] else ""
+    read = results.read(run)
+    target = Path(out) if out else read.directory
+    paths = [target / "report.html", *sorted(target.glob("report_*.svg"))]
+    if earlier := [path for path in paths if path.exists() or path.is_symlink()]:
+        more = f" and {len(earlier) - 1} more" if earlier[1:] else ""
         raise ValueError(
-            f"out: expected no report there yet, got {existing[0]}{more}; remove it or use --out"
+            f"out: expected a directory without a report, got {earlier[0]}{more}; remove that or "
+            "use --out"
         )
     if out:
         with atomic_directory(target) as partial:
-            summary = write(results, partial)
+            figures = report_page.write(read, partial)
     else:
         target.mkdir(parents=True, exist_ok=True)
-        summary = write(results, target)
-    print(f"{target / 'report.html'}: {summary}")
+        figures = report_page.write(read, target)
+    print(f"{target / 'report.html'}, and {figures} figures as SVG next to it")
