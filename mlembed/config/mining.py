@@ -8,7 +8,7 @@ from .strict import positive
 
 @dataclass(frozen=True)
 class Options:
-    """Which documents become a query's hard negatives, in the order of `inference/mining.py`."""
+    """Options of mining, in the order in which `inference/mining.py` applies them."""
 
     top: int = 100
     """Candidates of a query."""
