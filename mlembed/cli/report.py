@@ -8,31 +8,32 @@ from typing import Annotated
 
 import tyro
 
+from ..runtime.files import atomic_directory
+
 
 def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
     """Write a run's report: one HTML page that needs nothing else, and its figures as SVG.
 
     Args:
-        run: directory that train.py wrote, or that evaluate did with --out.
-        out: new directory; by default report.html and report_*.svg go beside grid.json, unless an
-            earlier report is there.
+        run: directory of train.py, or of evaluate's --out.
+        out: new directory; by default report.html and report_*.svg are written next to grid.json,
+            unless an earlier report is there.
     """
     from ..evaluation import report_page, results
-    from ..runtime import files
 
     read = results.read(run)
     target = Path(out) if out else read.directory
-    earlier = [target / "report.html", *sorted(target.glob("report_*.svg"))]
-    if earlier := [path for path in earlier if path.exists() or path.is_symlink()]:
+    paths = [target / "report.html", *sorted(target.glob("report_*.svg"))]
+    if earlier := [path for path in paths if path.exists() or path.is_symlink()]:
         more = f" and {len(earlier) - 1} more" if earlier[1:] else ""
         raise ValueError(
             f"out: expected a directory without a report, got {earlier[0]}{more}; remove that or "
             "use --out"
         )
     if out:
-        with files.atomic_directory(target) as partial:
+        with atomic_directory(target) as partial:
             figures = report_page.write(read, partial)
     else:
         target.mkdir(parents=True, exist_ok=True)
         figures = report_page.write(read, target)
-    print(f"{target / 'report.html'}, and {figures} figures as SVG beside it")
+    print(f"{target / 'report.html'}, and {figures} figures as SVG next to it")

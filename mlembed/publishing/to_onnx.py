@@ -14,17 +14,17 @@ and text-embeddings-inference use.
 """
 
 import importlib
-import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..runtime.files import read_json
 
 FILE = "onnx/model.onnx"
 OPSET = 18  # the oldest that torch's exporter writes without a conversion
@@ -54,11 +54,11 @@ class Pipeline(nn.Module):
         self.encoder = AutoModel.from_pretrained(
             directory, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
         )
-        pooling = _json(directory / "1_Pooling" / "config.json")
+        pooling = read_json(directory / "1_Pooling" / "config.json")
         self.pooling = next(k for k, on in pooling.items() if k.startswith("pooling_mode_") and on)
         self.dense = nn.ModuleList(
             _dense(directory / module["path"])
-            for module in _json(directory / "modules.json")
+            for module in read_json(directory / "modules.json")
             if module["type"].endswith(".Dense")
         )
 
@@ -85,12 +85,8 @@ def _dense(directory: Path) -> nn.Module:
     weight, bias = weights["linear.weight"], weights.get("linear.bias")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-    activation = _json(directory / "config.json")["activation_function"].rpartition(".")[2]
+    activation = read_json(directory / "config.json")["activation_function"].rpartition(".")[2]
     return nn.Sequential(layer, nn.Tanh()) if activation == "Tanh" else layer
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(directory: Path, most_inline: int = MOST_INLINE) -> Path:

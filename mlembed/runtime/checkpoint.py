@@ -68,24 +68,20 @@ def training_tensors(
 
 
 class Saver:
-    """Writes the checkpoints of a run, in the background if asked to, one at a time.
+    """Write the checkpoints of a run while training continues, one at a time.
 
-    Made, used and closed by all processes alike. As a context manager it waits at the end for what
-    is being written, which has to be before the process group ends: gloo aborts otherwise.
+    All processes construct, use and close it together. As a context manager it waits at its end for
+    the checkpoint being written: gloo aborts if the process group ends first.
 
     Args:
-        directory: `checkpoints`, one for all processes; no other run writes there.
-        rank, size: this process, and how many there are.
-        keep: how many checkpoints to keep, the new one included.
-        background: copy to host memory and write while training goes on; else write at once.
+        directory: `checkpoints`, shared by all processes; no other run writes there.
+        rank, size: this process, and the number of processes.
+        keep: number of checkpoints to keep, the new one included.
     """
 
-    def __init__(
-        self, directory: Path, rank: int, size: int, keep: int, background: bool = True
-    ) -> None:
-        self.directory, self.rank, self.size = directory, rank, size
-        self.keep, self.background = keep, background
-        # Its own, so that what the writing thread sends does not mix with training's collectives.
+    def __init__(self, directory: Path, rank: int, size: int, keep: int) -> None:
+        self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
+        # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo") if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -95,37 +91,36 @@ class Saver:
     ) -> None:
         """Write `step_<step>`, unless it is there already, and delete all but the `keep` newest.
 
-        Waits for the checkpoint before it. Once this returns, tensors may change.
+        Waits for the checkpoint before it, then copies the tensors to host memory; once this
+        returns, tensors may change.
 
         Args:
-            tensors: by name. A DTensor is written in shards; any other tensor that several
-                processes name is written once, by one of them, and has to be the same on all.
-            write_beside: writes config.json and the like into a directory, on the main process; in
-                the background if that is where checkpoints are written.
+            tensors: by name. A DTensor is written in shards. Another tensor that several processes
+                name must be equal on all of them; one process writes it.
+            write_beside: writes config.json and the like into a directory, in the background of
+                the main process.
 
         Raises:
-            ValueError: it, or the one before it, could not be written, on all processes alike;
-                earlier checkpoints are untouched.
+            ValueError: the checkpoint before it could not be written; raised on all processes.
+                Earlier checkpoints are untouched.
         """
         self.wait()
-        if not self.background:
-            now = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-            return self._write(step, now, write_beside)
         form = torch.contiguous_format
-        copies = {  # of DTensors, DTensors on the host
+        # Copies of DTensors are DTensors in host memory.
+        copies = {
             name: tensor.detach().to("cpu", copy=True, memory_format=form)
             for name, tensor in tensors.items()
         }
         self.writing = self.thread.submit(self._write, step, copies, write_beside)
 
     def wait(self) -> None:
-        """Until all is on disk.
+        """Wait until the checkpoint being written is on disk.
 
         Raises:
-            ValueError: it could not be written. Said once; the next call has nothing to wait for.
+            ValueError: it could not be written. Raised once; later calls return immediately.
         """
         if (writing := self.writing) is not None:
-            wait_for([writing])  # interrupted, it can be waited for again
+            wait_for([writing])  # A call that is interrupted here can be repeated.
             self.writing = None
             writing.result()
 
@@ -151,7 +146,7 @@ class Saver:
         try:
             self.close()
         except ValueError:
-            if error is None:  # else what ended the block is said
+            if error is None:  # An error that ended the block comes first.
                 raise
 
     def _write(

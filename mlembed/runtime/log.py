@@ -1,7 +1,6 @@
 """What a run says: header, progress bar, metrics.jsonl, a tracker, and one-line errors."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,29 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import files
 
 METRICS = "metrics.jsonl"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can cause ends in one clear line and exit status 1, without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
-        if os.environ.get("MLEMBED_TRACEBACK"):
-            raise
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            reason = f"{error.filename}: {error.strerror}"
-        tqdm.write(f"error: {' '.join(reason.split())}", file=sys.stderr)
-        sys.exit(1)
 
 
 def header(device: torch.device) -> str:

@@ -350,7 +350,7 @@ def test_nothing_is_overwritten(run, tmp_path):
     )
     assert re.match(expected, done.stderr)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="expected nothing there yet, found something"):
+    with pytest.raises(ValueError, match="expected a new directory"):
         report.main(run, out=str(run))
     mine = write(tmp_path / "mine", lines=[]) / "report" / "report_mine.svg"
     mine.write_text("mine")

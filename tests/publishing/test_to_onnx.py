@@ -142,7 +142,7 @@ def test_missing_package(tmp_path):
         "from pathlib import Path\n"
         "from export_models import build\n"
         "from mlembed.publishing.export import export\n"
-        "from mlembed.runtime.log import one_line_errors\n"
+        "from mlembed.runtime.errors import one_line_errors\n"
         "with one_line_errors():\n"
         f"    export(build(), Path({str(tmp_path / 'out')!r}), formats=['onnx'])"
     )
