@@ -1,7 +1,7 @@
 """Figures of a report: scores over exit and width, score against cost, curves, and step times.
 
 Cells are those of grid.json: {"dim", "exit", "rank", "parameters", ..., "scores"}. Figures are as
-wide as a phone. Printed numbers, markers, dashes and hatches tell apart whatever colours do. The
+wide as a phone. Numbers, markers, dashes and hatches show the differences that colours show. The
 same figure gives the same bytes.
 """
 
@@ -18,21 +18,21 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-WIDTH = 3.6  # inches: 346 CSS pixels, so that text keeps its size on a phone
-SIZE = 8.6  # points of the smallest text: 11 pixels on a phone that shows 336 of the 346 pixels
+WIDTH = 3.6  # Inches: 346 CSS pixels, so that text keeps its size on a phone.
+SIZE = 8.6  # Points of the smallest text: 11 pixels on a phone that shows 336 of the 346.
 PAPER, INK, SOFT, GRID, BLUE = "#ffffff", "#1f2328", "#57606a", "#d8dee4", "#0072b2"
 OKABE_ITO = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#999999")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "|||")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of linear red, green and blue
-TALL = 12  # exits of a heat map whose labels have two lines
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # Weights of linear red, green, blue.
+TALL = 12  # Exits up to which the labels of a heat map have two lines.
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": "DejaVu Sans",  # It comes with matplotlib.
     "font.size": SIZE,
     **{f"{part}.labelsize": SIZE for part in ("axes", "xtick", "ytick")},
     **{f"{part}.titlesize": 9 for part in ("axes", "figure")},
     "legend.fontsize": SIZE,
-    "text.parse_math": False,  # a name with two dollar signs is a name
+    "text.parse_math": False,  # A name with two dollar signs is a name.
     **{f"{part}color": INK for part in ("text.", "axes.label", "axes.title")},
     **{f"{part}.labelcolor": INK for part in ("xtick", "ytick")},
     **{f"{part}color": SOFT for part in ("axes.edge", "xtick.", "ytick.")},
@@ -44,10 +44,10 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.hashsalt": "mlembed",  # the same ids in every process
+    "svg.hashsalt": "mlembed",  # Ids are the same in every process.
     "svg.fonttype": "path",
 }
-styled = rc_context(STYLE)  # decorates what draws or saves a figure
+styled = rc_context(STYLE)  # Decorates each function that draws or saves a figure.
 
 
 # ---- files ----
@@ -60,7 +60,7 @@ def svg(figure: Figure) -> str:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     document = file.getvalue().decode("utf-8")
-    return document[document.index("<svg") :]  # the prolog names a file on another machine
+    return document[document.index("<svg") :]  # The prolog names a file on another machine.
 
 
 @styled

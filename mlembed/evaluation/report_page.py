@@ -23,11 +23,12 @@ from .charts import mean_score
 from .languages import UNKNOWN, Language, language, levels
 from .results import Results, curve, mapping, names_of, number, thinned
 
-POINTS = 200  # of a curve; the eye sees no more
-BARS = 24  # steps in the breakdown by stage
+POINTS = 200  # Points of a curve; the eye sees no more.
+BARS = 24  # Bars of the breakdown by stage.
 MISSING = "not recorded"
 
-Row = tuple[str, str, float, float | None]  # name, note, percent, percent of the untrained model
+# Name, note, percent, and percent of the untrained model.
+Row = tuple[str, str, float, float | None]
 
 
 class Image(NamedTuple):
@@ -182,7 +183,8 @@ def grid_section(run: Results) -> Section:
     return section
 
 
-COSTS = (  # key of a cell, factor to the unit, name, label of the axis, format
+# Key of a cell, factor to the unit, name, label of the axis, format.
+COSTS = (
     ("parameters", 1e-6, "size", "parameters (millions, log scale)", "{:,.2f} M"),
     ("latency_ms", 1.0, "latency", "latency of one short text (ms, log scale)", "{:,.2f} ms"),
     ("bytes_per_vector", 1.0, "bytes a vector", "bytes a vector (log scale)", "{:,.0f} B"),
@@ -385,7 +387,8 @@ def _add_stages(section: Section, timed: Sequence[dict[str, Any]]) -> None:
 # ---- tables ----
 
 
-COLUMNS = (  # key of a cell, title, format
+# Key of a cell, title, format.
+COLUMNS = (
     ("parameters", "Parameters", "{:,.0f}"),
     ("bytes_per_vector", "Bytes a vector", "{:,.0f}"),
     ("latency_ms", "Latency (ms)", "{:,.2f}"),
@@ -395,7 +398,7 @@ COLUMNS = (  # key of a cell, title, format
 
 
 def table_section(run: Results) -> Section:
-    """Return all cells of the grid, and what was scored at full size beside the untrained model."""
+    """Return all cells of the grid, and the scores at full size next to the untrained model's."""
     section = Section("All numbers")
     if not run.cells:
         section.remarks.append("Not scored.")
@@ -462,7 +465,7 @@ def render(run: Results) -> tuple[str, list[Image]]:
         full=cell_name(run.full) if run.cells else "",
         points=POINTS,
     )
-    # JSON can hold half of a surrogate pair, which UTF-8 cannot: it is written out.
+    # JSON can hold half of a surrogate pair, which UTF-8 cannot; the page shows its code.
     html = html.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
     return html, [image for section in sections for image in section.figures]
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..runtime import files
 from ..runtime.log import METRICS
 
-LARGEST = 2**53  # a float, and so a figure, holds every count up to here
+LARGEST = 2**53  # A float, and so a figure, holds every count up to here.
 
 
 @dataclass
@@ -119,39 +120,31 @@ def _check(valid: bool, where: str, expected: str, cell: dict[str, Any], key: st
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl. ValueError where a line that ends is not an object with a "step"."""
+    """Read metrics.jsonl. ValueError if a complete line is not an object with an integer "step"."""
     lines = []
     with path.open("rb") as file:
-        for number_of_line, line in enumerate(file, 1):
+        for at, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number_of_line}"
             try:
-                entry = parse_object(line, where)
-                step = entry.get("step")
-                if type(step) is not int or abs(step) > LARGEST:
-                    raise ValueError(f"{where}: step: expected an integer, got {step!r:.60}")
-            except ValueError:
-                if line.endswith(b"\n"):
-                    raise
-                break
-            lines.append(entry)
+                entry = json.loads(line)
+                valid = type(entry["step"]) is int and abs(entry["step"]) <= LARGEST
+            except (ValueError, TypeError, KeyError, RecursionError):
+                valid = False
+            if valid:
+                lines.append(entry)
+            elif line.endswith(b"\n"):
+                raise ValueError(
+                    f'{path}:{at}: expected a JSON object with an integer "step", got {line!r:.60}'
+                )
     return lines
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. ValueError otherwise."""
-    return parse_object(path.read_bytes(), str(path))
-
-
-def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object. ValueError, which begins with `where`, otherwise."""
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON in UTF-8: {error}") from None
+    value = files.read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {value!r:.60}")
+        raise ValueError(f"{path}: expected a JSON object, got {value!r:.60}")
     return value
 
 

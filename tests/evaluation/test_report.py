@@ -454,7 +454,7 @@ def test_one_cell_whose_score_is_not_finite(tmp_path):
 
 
 def test_directory_of_evaluate(tmp_path):
-    """grid.json alone, in a directory of any name: the report goes beside it."""
+    """grid.json alone, in a directory of any name: the report goes next to it."""
     grid = {"model": "some model", "data": ["cldr", "a b"], "cells": without()["cells"]}
     run = tmp_path / "scores & more"
     run.mkdir()
