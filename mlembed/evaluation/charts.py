@@ -29,13 +29,11 @@ TALL = 12  # Exits up to which the labels of a heat map have two lines.
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # It comes with matplotlib.
     "font.size": SIZE,
-    **{f"{part}.labelsize": SIZE for part in ("axes", "xtick", "ytick")},
-    **{f"{part}.titlesize": 9 for part in ("axes", "figure")},
-    "legend.fontsize": SIZE,
+    "axes.titlesize": "medium",
+    "figure.titlesize": "medium",
     "text.parse_math": False,  # A name with two dollar signs is a name.
-    **{f"{part}color": INK for part in ("text.", "axes.label", "axes.title")},
-    **{f"{part}.labelcolor": INK for part in ("xtick", "ytick")},
-    **{f"{part}color": SOFT for part in ("axes.edge", "xtick.", "ytick.")},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), SOFT),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
@@ -235,16 +233,9 @@ def lines(
     figure, axis = _figure(2.5 + 0.17 * rows, title)
     for i, (name, (x, y)) in enumerate(series.items()):
         shade = colormaps["cividis"](0.6 * i / max(1, len(series) - 1))
-        axis.plot(
-            x,
-            y,
-            color=shade if len(series) > 1 else BLUE,
-            linestyle=DASHES[i % len(DASHES)],
-            linewidth=1.2,
-            marker="o" if len(x) == 1 else None,
-            markersize=3,
-            label=name,
-        )
+        look: dict[str, Any] = {"color": shade if len(series) > 1 else BLUE, "linewidth": 1.2}
+        look |= {"linestyle": DASHES[i % len(DASHES)], "marker": "o" if len(x) == 1 else None}
+        axis.plot(x, y, markersize=3, label=name, **look)
     if limits and limits[0] < limits[1]:
         axis.set_ylim(*limits)
     together = np.concatenate([x for x, _ in series.values()])
@@ -258,10 +249,8 @@ def lines(
     axis.set_xlabel("step")
     axis.set_ylabel(value)
     if rows:
-        columns = -(-len(series) // rows)
-        figure.legend(
-            loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.0
-        )
+        form = {"ncols": -(-len(series) // rows), "handlelength": 2.2, "columnspacing": 1.0}
+        figure.legend(loc="outside lower center", **form)
     return figure
 
 
@@ -279,18 +268,9 @@ def stages(steps: np.ndarray, ms: Mapping[str, np.ndarray], title: str) -> Figur
     widths = np.diff([*edges, steps[-1] + half[-1]])
     base = np.zeros(len(steps))
     for i, (label, values) in enumerate(ms.items()):
-        axis.bar(
-            edges,
-            values,
-            widths,
-            base,
-            align="edge",
-            color=OKABE_ITO[i % len(OKABE_ITO)],
-            hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="#010101",
-            linewidth=0.4,
-            label=label,
-        )
+        look: dict[str, Any] = {"hatch": HATCHES[i % len(HATCHES)], "align": "edge", "label": label}
+        look |= {"color": OKABE_ITO[i % len(OKABE_ITO)], "edgecolor": "#010101", "linewidth": 0.4}
+        axis.bar(edges, values, widths, base, **look)
         base = base + values
     axis.set_xlabel("step")
     axis.set_ylabel("ms a step")

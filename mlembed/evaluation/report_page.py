@@ -27,8 +27,9 @@ POINTS = 200  # Points of a curve; the eye sees no more.
 BARS = 24  # Bars of the breakdown by stage.
 MISSING = "not recorded"
 
-# Name, note, percent, and percent of the untrained model.
+# A bar: name, note, percent, and percent of the untrained model. A table: caption, head, rows.
 Row = tuple[str, str, float, float | None]
+Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
 class Image(NamedTuple):
@@ -37,14 +38,6 @@ class Image(NamedTuple):
     name: str
     alt: str
     svg: str
-
-
-class Table(NamedTuple):
-    """A table; the first value of a row names it."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[object]]
 
 
 @dataclass
@@ -168,9 +161,8 @@ def grid_section(run: Results) -> Section:
     """Return a heat map for each vocabulary rank, all on one scale."""
     section = Section("Scores")
     if not run.cells:
-        section.remarks.append(
-            f"Not scored: {run.run} has no report/grid.json, which a run writes at its end."
-        )
+        ending = "has no report/grid.json, which a run writes at its end"
+        section.remarks.append(f"Not scored: {run.run} {ending}.")
         return section
     for rank in dict.fromkeys(cell["rank"] for cell in run.cells):
         cells = [cell for cell in run.cells if cell["rank"] == rank]
@@ -209,7 +201,7 @@ def cost_section(run: Results) -> Section:
         alt = f"{title}. Pareto front: {'; '.join(', '.join(row) for row in rows)}."
         section.add(f"cost_{key}", charts.pareto(points, axis, title), alt)
         front = f"Pareto front of score against {name}"
-        section.tables.append(Table(front, ("Cell", name.capitalize(), "Score"), rows))
+        section.tables.append((front, ("Cell", name.capitalize(), "Score"), rows))
     if missing:
         section.remarks.append("; ".join(missing).capitalize() + ".")
     return section
@@ -317,12 +309,10 @@ def training_section(run: Results) -> Section:
     if section.figures and not names_of(train, "exit", "losses"):
         section.remarks.append(f"Losses by exit and prefix: {MISSING}.")
     if skipped:
-        steps_skipped = ", ".join(str(line["step"]) for line in skipped[:20])
-        more = ", ..." if len(skipped) > 20 else ""
-        section.remarks.append(
-            f"Steps skipped because a loss or gradient was not finite: {len(skipped)} "
-            f"({steps_skipped}{more})."
-        )
+        listed = ", ".join(str(line["step"]) for line in skipped[:20])
+        listed += ", ..." if len(skipped) > 20 else ""
+        reason = "because a loss or gradient was not finite"
+        section.remarks.append(f"Steps skipped {reason}: {len(skipped)} ({listed}).")
     return section
 
 
@@ -360,10 +350,8 @@ def time_section(run: Results) -> Section:
     steps, rate = curve(train, "tokens_per_second", most=POINTS)
     if len(steps):
         figure = charts.lines({"": (steps, rate / 1e3)}, "thousand tokens/s", "Tokens a second")
-        spread = f"from {rate.min():,.0f} to {rate.max():,.0f}"
-        section.add(
-            "tokens", figure, f"Tokens a second by step: mean {rate.mean():,.0f}, {spread}."
-        )
+        spread = f"mean {rate.mean():,.0f}, from {rate.min():,.0f} to {rate.max():,.0f}"
+        section.add("tokens", figure, f"Tokens a second by step: {spread}.")
     else:
         section.remarks.append(f"Tokens a second: {MISSING}.")
     return section
@@ -410,7 +398,7 @@ def table_section(run: Results) -> Section:
         values = (shown(cell.get(key), form) for key, _, form in columns)
         rows.append((*size, shown(mean_score(cell), "{:.2f}"), *values))
     head = ("Rank", "Exit", "Width", "Score (%)", *(title for _, title, _ in columns))
-    section.tables += [Table("All cells of the grid", head, rows), *task_tables(run)]
+    section.tables += [("All cells of the grid", head, rows), *task_tables(run)]
     if missing := [title for _, title, _ in COLUMNS if title not in head]:
         section.remarks.append(f"{', '.join(missing)}: {MISSING}.")
     return section
@@ -430,10 +418,9 @@ def task_tables(run: Results) -> list[Table]:
                 metrics.append((task, metric, f"{number(value):.4g}"))
     where = f"at full size ({cell_name(run.full)})"
     rows = [(name, *(shown(100 * number(x), "{:.1f}") for x in xs)) for name, *xs in kinds]
-    tables = [Table(f"Scores {where}", ("Task", "Score (%)", "Untrained"), rows)]
-    if metrics:
-        tables.append(Table(f"Other metrics {where}", ("Task", "Metric", "Value"), metrics))
-    return tables
+    scores: Table = f"Scores {where}", ("Task", "Score (%)", "Untrained"), rows
+    other: Table = f"Other metrics {where}", ("Task", "Metric", "Value"), metrics
+    return [scores, other] if metrics else [scores]
 
 
 # ---- the page ----

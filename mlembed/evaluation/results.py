@@ -21,6 +21,9 @@ from ..runtime.log import METRICS
 
 LARGEST = 2**53  # A float, and so a figure, holds every count up to here.
 
+EXPECTED = dict.fromkeys(("dim", "exit", "parameters", "bytes_per_vector"), "an integer from 1 on")
+EXPECTED["rank"] = "an integer from 1 on or null"
+
 
 @dataclass
 class Results:
@@ -42,7 +45,6 @@ class Results:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """Cells of the grid."""
         return self.grid["cells"]
 
     @property
@@ -97,26 +99,25 @@ def read_grid(path: Path) -> dict[str, Any]:
     if not isinstance(grid.get("cells"), list) or not grid["cells"]:
         raise ValueError(f'{path}: expected "cells", a list of at least one')
     for i, cell in enumerate(grid["cells"]):
-        where, cell = f"{path}: cells[{i}]", mapping(cell)
-        for key in ("dim", "exit", "parameters", "bytes_per_vector"):
-            _check(_is_count(cell.get(key)), f"{where}.{key}", "an integer from 1 on", cell, key)
-        rank = cell.setdefault("rank", None)
-        valid = rank is None or _is_count(rank)
-        _check(valid, f"{where}.rank", "an integer from 1 on or null", cell, "rank")
+        cell = mapping(cell)
+        cell.setdefault("rank", None)
+        for key, expected in EXPECTED.items():
+            value = cell.get(key)
+            if not (_is_count(value) or key == "rank" and value is None):
+                raise ValueError(
+                    f"{path}: cells[{i}].{key}: expected {expected}, got {value!r:.60}"
+                )
         scores = cell.get("scores")
-        valid = isinstance(scores, dict) and all(
+        if not isinstance(scores, dict) or not all(
             isinstance(task, dict) and (task.get("score") is None or _is_number(task["score"]))
             for task in scores.values()
-        )
-        _check(valid, f"{where}.scores", "a score of each task", cell, "scores")
-        for task in mapping(scores).values():
+        ):
+            raise ValueError(
+                f"{path}: cells[{i}].scores: expected a score of each task, got {scores!r:.60}"
+            )
+        for task in scores.values():
             task["score"] = None if task.get("score") is None else number(task["score"])
     return grid
-
-
-def _check(valid: bool, where: str, expected: str, cell: dict[str, Any], key: str) -> None:
-    if not valid:
-        raise ValueError(f"{where}: expected {expected}, got {cell.get(key)!r:.60}")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

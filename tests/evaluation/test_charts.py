@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from mlembed.evaluation import charts
@@ -108,10 +109,10 @@ def test_score_map_of_many_exits_fits_on_a_page():
 
 def test_smallest_text_is_11_pixels_on_a_phone():
     shown = (360 - 24) / (96 * charts.WIDTH)  # of a page 360 wide with its padding
-    sizes = [size for name, size in charts.STYLE.items() if "size" in name]
-    assert min(sizes) * 96 / 72 * shown >= 11
-    figure = charts.score_map([cell()], "title")
-    assert all(text.get_fontsize() >= charts.SIZE for text in figure.axes[0].texts)
+    assert charts.SIZE * 96 / 72 * shown >= 11
+    for figure in (charts.score_map([cell()], "T"), charts.pareto([(1.0, 2.0)], "cost", "T")):
+        texts = [text for text in figure.findobj(Text) if text.get_text()]
+        assert len(texts) >= 5 and {text.get_fontsize() for text in texts} == {charts.SIZE}
 
 
 def test_heat_map_file(tmp_path):
