@@ -21,7 +21,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """A file in the browser. `seen` holds all events; `requests` and `complaints` select from it."""
+    """A file in the browser. `seen`: all events, from which `requests` and `complaints` select."""
 
     def __init__(self, path, profile):
         to_it, mine = os.pipe()
