@@ -28,8 +28,8 @@ class Loss:
     clustering_negatives: int = 9
     classification_negatives: int = 1
     exit_weights: Literal["uniform", "depth", "inverse", "log", "custom"] = "uniform"
-    """w_e of an exit of depth l: equal (ML-Embed); proportional to l; 1 / l (2DMSE, arXiv 2402.14776
-    v1) or 1 / (1 + ln(1 + l)) (ESE, its v3), for all exits but the last, which weighs 1; or
+    """w_e of an exit of depth l: equal (ML-Embed); proportional to l; 1 / l (2DMSE, 2402.14776 v1)
+    or 1 / (1 + ln(1 + l)) (ESE, its v3), for all exits but the last, which weighs 1; or
     `custom_exit_weights`."""
     custom_exit_weights: tuple[float, ...] = ()
     matryoshka_weights: Literal["uniform", "ml-embed", "custom"] = "uniform"
@@ -40,8 +40,8 @@ class Loss:
     """Scale the weights to sum to one. Otherwise the rules above give them, except that `uniform`
     stays a mean over exits, like in ML-Embed: the scale of the published losses."""
     ranks: Literal["sampled", "all"] = "sampled"
-    """sampled: one vocabulary rank a step, drawn in proportion to itself (ML-Embed). all: a pass for
-    every rank at each step, with that proportion as weight, which sampling estimates."""
+    """sampled: one vocabulary rank a step, drawn proportionally (ML-Embed). all: every rank
+    in a pass of its own, with that proportion as weight, which sampling estimates."""
     negatives_across: Literal["gather", "ring"] = machine("gather")
     """Exchange candidates between processes all at once, or in a ring, in which a process holds its
     own candidates and those of two others at most (in use, and arriving)."""

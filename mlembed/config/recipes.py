@@ -127,11 +127,12 @@ def lealla(size: str) -> Run:
     """LEALLA: a thin and deep student of LaBSE for bitext (arXiv 2302.08387).
 
     The paper: shapes, and LaBSE as the teacher of both vectors and similarities. Its formulas,
-    weights, rates, batch and steps are not known. LaBSE's released code: margin 0.3 and scale 100 (temperature 0.01), both directions; batch 4096, at most 32 tokens, 500,000 steps,
-    AdamW of betas 0.9, 0.999, epsilon 1e-5, no decay, 5,000 steps of warm-up, then a line from 1e-4
-    to 0, clipping at 100, dropout 0.1. Ours: mean instead of sum of the directions, both
-    distillations with weight 1, of normalised vectors against the teacher's principal coordinates,
-    which the paper motivates (reduced LaBSE is as good), and random weights to start from.
+    weights, rates, batch and steps are not known. LaBSE's released code: margin 0.3 and scale 100
+    (temperature 0.01), both directions; batch 4096, at most 32 tokens, 500,000 steps, AdamW of
+    betas 0.9, 0.999, epsilon 1e-5, no decay, 5,000 steps of warm-up, then a line from 1e-4 to 0,
+    clipping at 100, dropout 0.1. Ours: mean instead of sum of the directions, both distillations
+    with weight 1, normalised vectors against the teacher's principal components, which the paper
+    motivates (reduced LaBSE is as good), and random weights to start from.
 
     `--distill.embeddings DIR` takes vectors that `mlembed teacher` wrote.
     """

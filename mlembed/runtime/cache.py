@@ -34,7 +34,7 @@ def cached(
     open: Callable[[Path], T],
     digests: bool = False,
 ) -> T:
-    """Return `open(directory)` of an entry, which `build(directory)` writes if there is none.
+    """Return `open(directory)` of an entry, which `build(directory)` writes if it is missing.
 
     An entry whose files are missing or damaged is replaced. If the cache cannot be written, that is
     a warning, and the entry is built in a temporary directory that is removed when the process
@@ -138,7 +138,7 @@ def digest(*notes: Any, files: Iterable[Path] = (), arrays: Iterable[Any] = ()) 
 
 
 class Texts(Sequence[str]):
-    """The texts of an Arrow file that `Writer` wrote, memory-mapped: read as they are asked for."""
+    """Texts of an Arrow file that `Writer` wrote, memory-mapped and read on access."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,7 +146,7 @@ class Texts(Sequence[str]):
             self.column = pa.ipc.open_file(file).read_all().column(0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Texts, (self.path,)  # another process maps the file itself
+        return Texts, (self.path,)  # Another process maps the file again.
 
     def __len__(self) -> int:
         return len(self.column)
@@ -166,7 +166,7 @@ class Texts(Sequence[str]):
 
 
 class Writer:
-    """Texts to an Arrow file, some thousand at a time."""
+    """Writer of texts to an Arrow file, in batches of some thousand."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.waiting = path, list[str]()
