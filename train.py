@@ -10,8 +10,17 @@
 A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*, report/, model/.
 """
 
-import signal
 import sys
+
+from mlembed.runtime.errors import one_line_errors
+from mlembed.training import arguments
+
+# A mistake in the arguments is answered before torch is imported, which takes seconds.
+if __name__ == "__main__":
+    with one_line_errors():
+        RUN = arguments.parse(sys.argv[1:])
+
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +42,7 @@ from mlembed.modeling import pretrained
 from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
-from mlembed.training import arguments, gradcache, guards, resume, setup
+from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -316,13 +325,7 @@ def finish(job: Job) -> None:
     )
 
 
-def main() -> int:
-    run = arguments.parse(sys.argv[1:])
-    with world(run.device) as where:
-        return train(run, where)
-
-
 if __name__ == "__main__":
-    with log.one_line_errors():
-        status = main()
+    with one_line_errors(), world(RUN.device) as where:
+        status = train(RUN, where)
     sys.exit(status)

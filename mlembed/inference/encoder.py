@@ -96,7 +96,7 @@ class Encoder(DeviceEncoder):
             model.compile_blocks()
         return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))
 
-    from_pretrained = load
+    from_pretrained = load  # The name that Hugging Face's libraries use.
 
     def on(self, devices: Sequence[str], compile: bool = False) -> "ParallelEncoder":
         """Return an encoder that, inside `with`, runs a copy of this one in a process per device.

@@ -24,18 +24,16 @@ Document vectors are held once, at the shortlist's width; queries pass in blocks
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import strict
+from ..config.mining import Options
 from ..data.formats import layouts
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
@@ -49,53 +47,6 @@ QUERIES = 2**13
 REASONS = ("linked", "skip", "relative_margin", "absolute_margin", "max_score")
 # Tasks whose negatives are documents of other queries.
 TASKS = ("retrieval", "bitext")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of mining, see the steps above."""
-
-    top: int = 100
-    """Candidates of a query."""
-    skip: int = 0
-    """The nearest ones that go."""
-    relative_margin: float = 0.05
-    """Share of the positive's score by which a negative's is lower at least."""
-    absolute_margin: float = 0.0
-    """The same as a difference."""
-    max_score: float = 1.0
-    """What a negative scores at most."""
-    negatives: int = 24
-    """How many a query gets."""
-    short: Literal["keep", "discard"] = "keep"
-    """What becomes of queries that have fewer."""
-    pick: Literal["top", "random"] = "top"
-    """The nearest of what is left, or any."""
-    dim: int | None = None
-    """Width of the shortlist's vectors; full by default."""
-    exit: int | None = None
-    """Their depth."""
-    rank: int | None = None
-    """Their vocabulary rank."""
-    rescore: bool = False
-    """Score the shortlist again at full size."""
-    seed: int = 0
-    """Of random picks."""
-
-    def check(self) -> None:
-        """ValueError for a value out of its range."""
-        for name in ("top", "negatives"):
-            strict.positive(name, getattr(self, name))
-        for name in ("skip", "relative_margin", "absolute_margin", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.skip + self.negatives > self.top:
-            raise ValueError(
-                f"top: expected at least skip + negatives, {self.skip + self.negatives}, "
-                f"got {self.top}"
-            )
-        if not -1 <= self.max_score <= 1:
-            raise ValueError(f"max_score: expected -1..1 (a cosine), got {self.max_score}")
 
 
 @dataclass
@@ -404,30 +355,11 @@ def write(
     if out.suffix != ".jsonl":
         raise ValueError(f"out: expected a .jsonl file, got {out}")
     report = Report(len(texts.documents), len(texts.pairs), len(texts.queries))
-    with _new_file(out) as (partial, work), partial.open("w", encoding="utf-8") as file:
-        for mined in mine(encoder, texts, options, work, progress):
+    with files.atomic_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+        for mined in mine(encoder, texts, options, partial.parent, progress):
             if _count(report, mined, options):
                 file.writelines(_rows(texts, mined))
     return report
-
-
-@contextmanager
-def _new_file(out: Path) -> Iterator[tuple[Path, Path]]:
-    """A file to write that appears as `out` if the block succeeds, and a directory that goes."""
-    if out.exists():
-        raise ValueError(f"out: expected a new file, got {out}, which exists")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-            partial = Path(work) / out.name
-            yield partial, Path(work)
-            files.flush(partial)
-            if out.exists():
-                raise ValueError(f"out: expected a new file, got {out}, which exists by now")
-            partial.rename(out)
-        files.flush(out.parent)
-    except OSError as error:
-        raise ValueError(f"{out}: could not be written: {error}") from None
 
 
 def _count(report: Report, mined: Mined, options: Options) -> bool:

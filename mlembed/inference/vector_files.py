@@ -5,7 +5,6 @@ Nothing here holds more than a few thousand rows. A line ends at a line feed alo
 carriage return before it: Unicode's other separators occur inside sentences.
 """
 
-import os
 import struct
 import sys
 import time
@@ -13,13 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+from ..config.choices import Precision
+from ..runtime.files import atomic_file
+
 HEADER = 128  # bytes of an .npy's, room for any number of rows
 
 Write = Callable[[np.ndarray], None]
@@ -118,31 +119,6 @@ def _ranges(given: Any) -> np.ndarray:
 # ---- files of vectors ----
 
 
-def check_new(path: Path) -> None:
-    """ValueError where something is in the way, or no directory is there to write to."""
-    if path.exists():
-        raise ValueError(f"out: expected a new file, got {path}, which exists")
-    if not path.parent.is_dir():
-        raise ValueError(f"out: expected a directory to write to, got {path.parent}")
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` where nothing fails, and goes else.
-
-    Raises:
-        ValueError: `path` is there, before or after.
-    """
-    check_new(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        check_new(path)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def beside(path: Path) -> Path:
     """Where the ranges of quantised vectors at `path` are."""
     return path.with_name(f"{path.name}.ranges.npy")
@@ -162,7 +138,7 @@ def save(path: Path, parts: Iterable[np.ndarray], quantise: Quantiser, width: in
             write(part)
             count += len(part)
         if makes_ranges and quantise.ranges is not None:
-            with new_file(beside(path)) as partial, partial.open("xb") as file:
+            with atomic_file(beside(path)) as partial, partial.open("xb") as file:
                 np.save(file, quantise.ranges)
     rate = count / (time.perf_counter() - start)
     return f"{path}: {count} x {empty.shape[1]} {quantise.precision}, {rate:,.0f} texts/s"
@@ -184,7 +160,7 @@ def writer(path: Path, dtype: np.dtype, width: int) -> AbstractContextManager[Wr
 @contextmanager
 def _npy(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
     rows = 0
-    with new_file(path) as partial, partial.open("xb") as file:
+    with atomic_file(path) as partial, partial.open("xb") as file:
         file.write(_header(dtype, rows, width))
 
         def write(vectors: np.ndarray) -> None:
@@ -210,7 +186,7 @@ def _header(dtype: np.dtype, rows: int, width: int) -> bytes:
 @contextmanager
 def _parquet(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
     schema = pa.schema([("embedding", pa.list_(pa.from_numpy_dtype(dtype), width))])
-    with new_file(path) as partial, pq.ParquetWriter(partial, schema) as file:
+    with atomic_file(path) as partial, pq.ParquetWriter(partial, schema) as file:
 
         def write(vectors: np.ndarray) -> None:
             flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))

@@ -451,8 +451,8 @@ def test_command_with_a_funnel(directory, tmp_path, encoder):
     [
         (dict(funnel="4:1"), "funnel: expected retrieval among --data, got none"),
         (dict(funnel="4:1:2:3"), "funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got '4:1:2:"),
-        (dict(out="{}/tat/tatoeba.deu-eng.deu/report"), "out: expected a new directory, got .*deu"),
-        (dict(mteb=("tat",)), "mteb: expected other names than --data has, got tat"),
+        (dict(out="{}/tat/tatoeba.deu-eng.deu/report"), "out: cannot create .*deu"),
+        (dict(mteb=("tat",)), "mteb: expected names that differ from --data, got tat"),
     ],
 )
 def test_command_rejects_before_any_work(given, message, tmp_path):

@@ -1,12 +1,9 @@
-"""What a run writes down: metrics that survive a crash, TensorBoard, and one-line errors."""
+"""What a run writes down: metrics that survive a crash, TensorBoard."""
 
 import json
-from pathlib import Path
 
-import processes
 import pytest
 import torch
-from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlembed.runtime import log
@@ -191,69 +188,13 @@ def test_a_tracker_that_is_not_installed(tmp_path):
         begin(tmp_path, "no_such_tracker")
 
 
-# ---- header and errors ----
+# ---- header ----
 
 
 def test_header_names_commit_versions_and_device():
     header = log.header(torch.device("cpu"))
     assert torch.__version__ in header and "python 3." in header and "cpu" in header
     assert log.commit().rstrip("+") in header
-
-
-def safetensors_error():
-    safe_open("/dev/null", "pt")
-
-
-def os_error():
-    Path("/no/such/file").read_text()
-
-
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (ValueError("steps: expected\n  more"), "error: steps: expected more"),
-        (OSError("disk is gone"), "error: disk is gone"),
-        (os_error, "error: /no/such/file: No such file or directory"),
-        (safetensors_error, "error: "),
-    ],
-)
-def test_what_a_user_can_cause_is_one_line(error, message, capsys, monkeypatch):
-    monkeypatch.delenv("MLEMBED_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as caught, log.one_line_errors():
-        if callable(error):
-            error()
-        raise error
-    assert caught.value.code == 1
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert printed.out == "" and line.startswith(message) and len(line) > len("error: ")
-
-
-def test_other_errors_pass_through(monkeypatch):
-    """What only we can cause keeps its traceback; so does everything on request."""
-    with pytest.raises(AssertionError, match="ours"), log.one_line_errors():
-        raise AssertionError("ours")
-    monkeypatch.setenv("MLEMBED_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="theirs"), log.one_line_errors():
-        raise ValueError("theirs")
-
-
-def test_ctrl_c_is_no_traceback(capsys):
-    with pytest.raises(SystemExit) as caught, log.one_line_errors():
-        raise KeyboardInterrupt
-    assert caught.value.code == 130 and capsys.readouterr().err == ""
-
-
-def test_no_error_no_word(capsys):
-    with log.one_line_errors():
-        pass
-    assert tuple(capsys.readouterr()) == ("", "")
-
-
-def test_exit_status_of_a_process():
-    code = "from mlembed import log\nwith log.one_line_errors(): raise ValueError('a ሰላም\\nb')"
-    done = processes.run("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: a ሰላም b\n")
 
 
 # ---- where a step's time goes ----
