@@ -172,7 +172,7 @@ def _npy(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
 
 
 def _header(dtype: np.dtype, rows: int, width: int) -> bytes:
-    """Return a header of version 1.0, padded to HEADER bytes whatever the number of rows."""
+    """Return a header of version 1.0, padded to HEADER bytes for any number of rows."""
     kind = np.lib.format.dtype_to_descr(dtype)
     shape = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': ({rows}, {width}), }}"
     body = shape.encode("latin1").ljust(HEADER - 11) + b"\n"

@@ -144,7 +144,7 @@ def test_grid_is_each_cell_alone(encoder, tasks, cells):
 
 
 def test_grid_of_chosen_sizes(encoder, tasks, cells):
-    """In any order, also sizes that were never trained; the largest is the last."""
+    """Sizes have any order, also those that were never trained; the largest is the last."""
     chosen = score_cells(encoder, tasks, [32, 5, 32], [3, 2], [8, 3])
     assert [size(c) for c in chosen] == [(d, e, r) for r in (3, 8) for e in (2, 3) for d in (5, 32)]
     for cell in chosen:

@@ -438,7 +438,7 @@ class Counting(Encoder):
 
 
 def test_one_pass_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
-    """In bf16; each size equals the size alone."""
+    """Each size equals the size alone, in bf16."""
     path, langs = tatoeba_files(tmp_path / "tat")
     (task,) = eval_sets.read(str(path))
     monkeypatch.setattr(mteb_model, "tasks", lambda names: [local_run(task, langs)])
