@@ -183,7 +183,7 @@ def test_a_checkpoint_replaces_an_empty_directory_alone(tmp_path):
     file.touch()
     assert checkpoint._begin(empty, tmp_path / ".step_00000000.partial")
     for target in (full, file):
-        with pytest.raises(ValueError, match="expected nothing there yet"):
+        with pytest.raises(ValueError, match="expected a new directory"):
             checkpoint._begin(target, tmp_path / f".{target.name}.partial")
 
 
