@@ -126,8 +126,6 @@ class Distill:
     """Directory of a teacher's vectors, written by `mlembed teacher`, instead of `teacher`."""
     prompt: str = ""
     """Text before each query of the teacher; its documents have no prompt."""
-    batch_tokens: int = 16_384
-    """Tokens that the teacher encodes at once, padding included."""
     contrastive: float = 1.0
     features: float = 0.0
     """Mean squared difference of the vectors' coordinates."""
@@ -151,7 +149,6 @@ class Distill:
             given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
             raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
         positive("distill.teacher_temperature", self.teacher_temperature)
-        positive("distill.batch_tokens", self.batch_tokens)
         if self.teacher and self.embeddings:
             raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
         if self.prompt and not self.teacher:

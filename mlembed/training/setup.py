@@ -155,7 +155,7 @@ def teachers(
     cfg = run.distill
     live = stored = sample_ND = None
     if cfg.teacher:
-        live = Teacher.load(cfg.teacher, cfg.prompt, cfg.batch_tokens, where.device)
+        live = Teacher.load(cfg.teacher, cfg.prompt, where.device)
     if cfg.embeddings:
         stored = Stored.open(cfg.embeddings)
     either = live or stored

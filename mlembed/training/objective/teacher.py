@@ -25,6 +25,7 @@ from ...modeling import hf_config
 from ...runtime import files
 
 SLICE = 8192  # texts between two movements of the progress bar
+MAX_TOKENS = 16_384  # encoded at once, padding included
 
 
 @dataclass
@@ -33,16 +34,15 @@ class Teacher:
     sentence-transformers chooses (`pipeline` says how): the last token of a causal language model,
     the mean of others.
 
-    width: of its vectors. prompt: before each query. max_tokens: encoded at once, with padding.
+    width: of its vectors. prompt: before each query.
     """
 
     model: Any
     width: int
     prompt: str
-    max_tokens: int
 
     @staticmethod
-    def load(source: str, prompt: str, max_tokens: int, device: torch.device) -> "Teacher":
+    def load(source: str, prompt: str, device: torch.device) -> "Teacher":
         """From a run, a directory or a hub id; weights in safetensors, and no code of theirs. A
         prompt that the model has by default is not used: documents have none.
 
@@ -65,7 +65,7 @@ class Teacher:
         model.eval().requires_grad_(False)
         model.default_prompt_name = None
         width = model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1]
-        return Teacher(model, int(width), prompt, max_tokens)
+        return Teacher(model, int(width), prompt)
 
     @property
     def pipeline(self) -> str:
@@ -110,13 +110,13 @@ class Teacher:
         return [len(ids) for ids in read(texts, verbose=False)["input_ids"]]
 
     def _batches(self, texts: list[str]) -> Iterator[list[int]]:
-        """Rows by length, so many that, padded to the longest, they have `max_tokens` tokens."""
+        """Rows by length, so many that, padded to the longest, they have MAX_TOKENS tokens."""
         limit = self.model.max_seq_length or 2**31
         slices = (texts[i : i + SLICE] for i in range(0, len(texts), SLICE))
         lengths = [min(n, limit) for some in slices for n in self._lengths(some)]
         batch: list[int] = []
         for row in sorted(range(len(texts)), key=lengths.__getitem__, reverse=True):
-            if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > self.max_tokens:
+            if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > MAX_TOKENS:
                 yield batch
                 batch = []
             batch.append(row)

@@ -127,7 +127,7 @@ def saved(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def bert(saved) -> Teacher:
-    return Teacher.load(str(saved["bert"]), "", 100, CPU)
+    return Teacher.load(str(saved["bert"]), "", CPU)
 
 
 def by_sentence_transformers(path: Path, texts: list[str]) -> np.ndarray:
@@ -141,8 +141,9 @@ def by_sentence_transformers(path: Path, texts: list[str]) -> np.ndarray:
 # One text at a time; a few; all at once.
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("kind", ["bert", "qwen3", "plain"])
-def test_vectors_are_those_of_sentence_transformers(saved, kind, max_tokens):
-    made = Teacher.load(str(saved[kind]), "ask ", max_tokens, CPU)
+def test_vectors_are_those_of_sentence_transformers(saved, kind, max_tokens, monkeypatch):
+    monkeypatch.setattr(teacher, "MAX_TOKENS", max_tokens)
+    made = Teacher.load(str(saved[kind]), "ask ", CPU)
     got = made.encode(TEXTS, queries=QUERIES)
     read = ["ask " + text for text in TEXTS[:QUERIES]] + TEXTS[QUERIES:]
     want = by_sentence_transformers(saved[kind], read)
@@ -154,7 +155,7 @@ def test_vectors_are_those_of_sentence_transformers(saved, kind, max_tokens):
 
 def test_a_plain_model_is_pooled_by_its_mean(saved):
     """By hand, and one text at a time."""
-    made = Teacher.load(str(saved["plain"]), "", 64, CPU)
+    made = Teacher.load(str(saved["plain"]), "", CPU)
     read = AutoTokenizer.from_pretrained(saved["plain"])
     model = AutoModel.from_pretrained(saved["plain"]).eval()
     for text, got in zip(TEXTS, made.encode(TEXTS), strict=True):
@@ -166,7 +167,7 @@ def test_a_plain_model_is_pooled_by_its_mean(saved):
 def test_a_static_model_whose_tokenizer_is_a_bare_one(tmp_path):
     words = StaticEmbedding(trained("bert").backend_tokenizer, embedding_dim=7)
     SentenceTransformer(modules=[words], device="cpu").save(str(tmp_path / "static"))
-    made = Teacher.load(str(tmp_path / "static"), "", 9, CPU)
+    made = Teacher.load(str(tmp_path / "static"), "", CPU)
     texts = [text for text in TEXTS if text]
     want = by_sentence_transformers(tmp_path / "static", texts)
     assert np.abs(made.encode(texts).numpy() - want).max() < 1e-6
@@ -174,18 +175,19 @@ def test_a_static_model_whose_tokenizer_is_a_bare_one(tmp_path):
 
 def test_a_teacher_says_how_it_pools(saved, bert):
     assert bert.pipeline == "Transformer, Pooling (mean), Normalize"
-    assert Teacher.load(str(saved["plain"]), "", 9, CPU).pipeline == "Transformer, Pooling (mean)"
-    said = Teacher.load(str(saved["qwen3"]), "", 9, CPU).pipeline
+    assert Teacher.load(str(saved["plain"]), "", CPU).pipeline == "Transformer, Pooling (mean)"
+    said = Teacher.load(str(saved["qwen3"]), "", CPU).pipeline
     assert said == "Transformer, Pooling (lasttoken)"
 
 
 def test_vectors_are_as_the_modules_leave_them(saved, bert):
     assert torch.allclose(bert.encode(TEXTS).norm(dim=1), torch.ones(len(TEXTS)))
-    raw = Teacher.load(str(saved["qwen3"]), "", 100, CPU).encode(WORDS).norm(dim=1)
+    raw = Teacher.load(str(saved["qwen3"]), "", CPU).encode(WORDS).norm(dim=1)
     assert (raw - 1).abs().min() > 0.1
 
 
-def test_batches_are_as_full_as_allowed(bert):
+def test_batches_are_as_full_as_allowed(bert, monkeypatch):
+    monkeypatch.setattr(teacher, "MAX_TOKENS", 100)
     texts = ["one " * n for n in range(1, 30)]  # some beyond the model's length
     whole = bert.model.tokenizer(texts)["input_ids"]
     lengths = [min(len(ids), BERT_LENGTH) for ids in whole]
@@ -194,8 +196,8 @@ def test_batches_are_as_full_as_allowed(bert):
     assert sorted(row for rows in batches for row in rows) == list(range(len(texts)))
     for rows, after in zip(batches, [*batches[1:], None], strict=True):
         longest = max(lengths[row] for row in rows)
-        assert longest * len(rows) <= bert.max_tokens
-        assert after is None or longest * (len(rows) + 1) > bert.max_tokens
+        assert longest * len(rows) <= 100
+        assert after is None or longest * (len(rows) + 1) > 100
 
 
 def test_vectors_may_be_kept_for_a_backward(bert):
@@ -231,7 +233,7 @@ def test_pickled_weights_are_refused(saved, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"teacher: expected weights in safetensors in .*plain,"):
-        Teacher.load(str(folder), "", 9, CPU)
+        Teacher.load(str(folder), "", CPU)
 
 
 def test_a_module_of_pickled_weights_is_refused(saved, tmp_path):
@@ -239,7 +241,7 @@ def test_a_module_of_pickled_weights_is_refused(saved, tmp_path):
     (folder / "2_Dense").mkdir()
     torch.save({}, folder / "2_Dense" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="expected weights in safetensors in .*2_Dense, found"):
-        Teacher.load(str(folder), "", 9, CPU)
+        Teacher.load(str(folder), "", CPU)
 
 
 def test_code_beside_weights_is_not_run(saved, tmp_path):
@@ -250,7 +252,7 @@ def test_code_beside_weights_is_not_run(saved, tmp_path):
     about |= {"model_type": "own", "auto_map": {"AutoModel": "code.M", "AutoConfig": "code.C"}}
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="teacher: .*remote could not be opened: ") as caught:
-        Teacher.load(str(folder), "", 9, CPU)
+        Teacher.load(str(folder), "", CPU)
     assert "\n" not in str(caught.value) and not ran.exists()
 
 
@@ -263,21 +265,21 @@ def test_a_module_beside_weights_is_not_run(saved, tmp_path):
     modules[1]["type"] = "payload.Module"
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="teacher: .*local could not be opened: "):
-        Teacher.load(str(folder), "", 9, CPU)
+        Teacher.load(str(folder), "", CPU)
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", ["./nothing", "nothing", "/no/such/dir"])
 def test_nothing_there(name):
     with pytest.raises(ValueError, match=f"teacher: expected a directory or a hub id, got {name}"):
-        Teacher.load(name, "", 9, CPU)
+        Teacher.load(name, "", CPU)
 
 
 def test_a_hub_id_out_of_reach_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="teacher: nobody/nothing is no local") as caught:
-        Teacher.load("nobody/nothing", "", 9, CPU)
+        Teacher.load("nobody/nothing", "", CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -303,7 +305,7 @@ AS_DOCUMENTS = {"two three", "four", "one", "seven", "sieben", "ein"}
 @pytest.mark.parametrize(("dtype", "error"), [("fp32", 0), ("fp16", 2**-11)])
 @pytest.mark.parametrize("prompt", ["", "ask "])
 def test_stored_vectors_are_the_teachers(saved, tmp_path, prompt, dtype, error):
-    made = Teacher.load(str(saved["bert"]), prompt, 64, CPU)
+    made = Teacher.load(str(saved["bert"]), prompt, CPU)
     count = store(made, tables(), tmp_path / "out", dtype, {"model": "m"})
     assert (
         count == len(AS_QUERIES) + len(AS_DOCUMENTS) if prompt else len(AS_QUERIES | AS_DOCUMENTS)
@@ -343,7 +345,7 @@ def test_many_texts_are_stored_slice_by_slice(bert, tmp_path, monkeypatch):
 def test_a_lost_text_is_named(stored, saved, tmp_path):
     with pytest.raises(ValueError, match=f"found none of the document {'x' * 60!r}$"):
         stored.vectors(["one", "x" * 100])
-    prompted = Teacher.load(str(saved["bert"]), "ask ", 64, CPU)
+    prompted = Teacher.load(str(saved["bert"]), "ask ", CPU)
     store(prompted, tables(), tmp_path / "prompted")
     found = Stored.open(str(tmp_path / "prompted"))
     with pytest.raises(ValueError, match="found none of the query 'four'"):
