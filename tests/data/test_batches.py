@@ -491,8 +491,8 @@ def test_batches_carry_the_texts_of_their_rows(make, tables, learnt, mapped, tmp
             assert batch.teacher_ND is None
         for prompted in (False, True):
             out = tmp_path / f"{rank} {prompted}"
-            teacher.store(Telling(None, 2, "ask: " * prompted, 1), tables, out, "fp32")
-            vectors = teacher.Stored.open(str(out))
+            teacher.store(Telling(None, 2, "ask: " * prompted), tables, out, "fp32")
+            vectors = teacher.StoredVectors.open(str(out))
             taught = make(tables, rank, size, distill=STORED, vectors=vectors)
             for number in range(9):
                 batch = taught[number]
