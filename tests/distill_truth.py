@@ -77,17 +77,24 @@ def truth(sample: Sample, run: Run, term: str, temperature=0.1):
     if cfg.features and cfg.align == "pca":
         t = t @ principal(sample.teacher).double()
         t = torch.cat([t, torch.zeros(len(t), max(0, D - t.shape[1]))], 1)
+    ml_embed = cfg.feature_form == "ml-embed"
     entries = []
     for (e, exit), d in itertools.product(enumerate(EXITS), DIMS):
         depth = 4 if term == "between_exits" else exit
         groups = [g for g, deep in zip(sample.groups, sample.depths, strict=True) if deep >= depth]
         last = exit == EXITS[-1]
         absent = last if term == "between_exits" else cfg.exits == "last" and not last
+        if term == "features" and ml_embed:
+            absent = d < D
         if absent or not groups:
             entries.append((x * 0).sum())
         elif term == "features":
-            rows = [row for group in groups for row in group]
-            entries.append(one_of_features(x[e, rows, :d], t[rows], P, cfg))
+            rows = [[row for group in groups for row in group]]
+            if ml_embed:
+                rows = [[g[0] for g in groups], [g[1] for g in groups]]
+                rows.append([row for group in groups for row in group[2:]])
+            means = [one_of_features(x[e, some, :d], t[some], P, cfg) for some in rows if some]
+            entries.append(sum(means))
         else:
             queries, docs = [g[0] for g in groups], [row for g in groups for row in g[1:]]
             target = x[-1].detach() if term == "between_exits" else t

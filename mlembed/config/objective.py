@@ -129,7 +129,9 @@ class Distill:
     contrastive: float = 1.0
     features: float = 0.0
     """Mean squared difference of the vectors' coordinates."""
-    feature_form: Literal["raw", "normalised"] = "raw"
+    feature_form: Literal["raw", "normalised", "ml-embed"] = "raw"
+    """The vectors as they are; normalised; or the distillation of ML-Embed's released code: at
+    every exit and the full width alone, means over queries, positives and negatives, added."""
     align: Literal["truncate", "pca", "projection"] = "truncate"
     """Compare a prefix of width d with the teacher's first d coordinates (ML-Embed), with its
     first d principal components, or in the teacher's space, by d columns of a learnt matrix."""
@@ -149,6 +151,10 @@ class Distill:
             given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
             raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
         positive("distill.teacher_temperature", self.teacher_temperature)
+        if self.feature_form == "ml-embed" and self.align != "truncate":
+            raise ValueError(
+                f"distill.align: expected truncate with feature_form ml-embed, got {self.align}"
+            )
         if self.teacher and self.embeddings:
             raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
         if self.prompt and not self.teacher:

@@ -7,8 +7,11 @@ and teacher vectors t, which get no gradient,
     logits         mean over queries and documents of (cos(s_q, s_c) - cos(t_q, t_c))^2, or KL
     between_exits  logits of each inner exit, t being the last exit's full-width vectors
 
-Without alignment `features` at the full width is sentence-transformers' MSELoss. LEALLA distils
-features and logits (arXiv 2302.08387; its formulas are not published, these are the usual ones).
+Without alignment `features` at the full width is sentence-transformers' MSELoss. With
+`feature_form` ml-embed it is the `kd` of ML-Embed's released code (arXiv 2605.15081): at every exit
+and the full width alone, MSE(queries) + MSE(positives) + MSE(hard negatives) of raw vectors. LEALLA
+distils features and logits (arXiv 2302.08387; its formulas are not published, these are the usual
+ones).
 
 Letters: E exits, M prefixes, N own texts, Q own queries, C all documents, D width, Dt teacher's.
 """
@@ -35,7 +38,8 @@ def rows_of(cfg: config.Distill, term: str, exits: int) -> Tensor:
     last = torch.arange(exits) == exits - 1
     if term == "between_exits":
         return ~last
-    return last if term in TERMS and cfg.exits == "last" else torch.ones(exits, dtype=torch.bool)
+    at_last = cfg.exits == "last" and not (term == "features" and cfg.feature_form == "ml-embed")
+    return last if term in TERMS and at_last else torch.ones(exits, dtype=torch.bool)
 
 
 def principal(sample_ND: Tensor) -> Tensor:
@@ -76,7 +80,8 @@ class Distiller:
         for "pca"; None if `load` will bring the rotation.
 
         Raises:
-            ValueError: the teacher is narrower than every prefix.
+            ValueError: the teacher is narrower than every prefix, or with `feature_form` ml-embed
+                than the full width.
         """
         cfg, D, dims = run.distill, run.model.hidden_size, run.model.matryoshka_dims
         if not any(getattr(cfg, term) for term in TERMS):
@@ -86,6 +91,11 @@ class Distiller:
             raise ValueError(
                 f"distill.align: expected pca or projection for a teacher of width {width}, which "
                 f"is below all of model.matryoshka_dims {dims}, got truncate"
+            )
+        if align and cfg.feature_form == "ml-embed" and width < D:
+            raise ValueError(
+                f"distill.feature_form: expected a teacher at least as wide as the model, {D}, for "
+                f"ml-embed, got width {width}"
             )
         rotation = projection = None
         if align == "pca":
@@ -166,14 +176,22 @@ class Distiller:
         """
         present = _own_depths(batch, self.where) >= exit
         queries, docs = (int((x >= exit).sum()) for x in (batch.query_depths, batch.doc_depths))
-        return [(present, max(1, queries + docs) / self.where.size)]
+        means, size = [(present, queries + docs)], self.where.size
+        if self.cfg.feature_form == "ml-embed":
+            kind = torch.full(present.shape, 2)
+            kind[: len(batch.target)] = 0
+            kind[len(batch.target) + batch.target] = 1
+            counts = queries, queries, docs - queries
+            means = [(present & (kind == i), n) for i, n in enumerate(counts)]
+        return [(texts, max(1, n) / size) for texts, n in means]
 
     def _square(self, x_ND: Tensor, t_ND: Tensor, d: int) -> Tensor:
         """Return the sum over texts of the mean over coordinates of (s - t_d)^2."""
+        full_only = self.cfg.feature_form == "ml-embed" and d < x_ND.shape[1]
         if self.projection is not None:
             P = self.projection.to(x_ND.dtype)
             s, t = x_ND[:, :d] @ P[:, :d].T, t_ND
-        elif d <= t_ND.shape[1]:
+        elif d <= t_ND.shape[1] and not full_only:
             s, t = x_ND[:, :d], t_ND[:, :d]
         else:
             return x_ND.new_zeros(())

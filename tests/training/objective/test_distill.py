@@ -46,6 +46,10 @@ CASES = [
         for exits, width, skip in SIZES
     ),
     *(
+        ("features", {"align": "truncate", "feature_form": "ml-embed", "exits": exits}, WIDE, skip)
+        for exits, skip in (("last", True), ("all", False))
+    ),
+    *(
         (term, {"logit_form": form, "exits": exits, "teacher_temperature": 0.2}, width, skip)
         for term in ("logits", "between_exits")
         for form in ("mse", "kl")
@@ -237,6 +241,15 @@ def test_teacher_narrower_than_every_prefix():
     assert Distiller.of(run_of(logits=1.0), 2, None, ALONE)
 
 
+def test_ml_embed_needs_a_wide_teacher():
+    run = run_of(features=1.0, feature_form="ml-embed")
+    with pytest.raises(ValueError, match="at least as wide as the model, 13, for ml-embed, got"):
+        Distiller.of(run, D - 1, None, ALONE)
+    assert Distiller.of(run, D, None, ALONE)
+    with pytest.raises(ValueError, match="distill.align: expected truncate with feature_form ml-"):
+        run_of(features=1.0, feature_form="ml-embed", align="pca")
+
+
 def test_nothing_to_distil():
     assert Distiller.of(run_of(), 0, None, ALONE) is None
     assert Distiller.of(run_of(between_exits=1.0), 0, None, ALONE) is not None
@@ -251,6 +264,9 @@ def test_rows_of():
         ("all", "features"): all_, ("all", "logits"): all_, ("all", "between_exits"): inner,
     }  # fmt: skip
     assert rows_of(last, "contrastive", 3).tolist() == all_
+    ml_embed = replace(last, feature_form="ml-embed")
+    rows = [rows_of(ml_embed, term, 3).tolist() for term in ("features", "logits")]
+    assert rows == [all_, end]
 
 
 # ---- the projection ----

@@ -253,7 +253,7 @@ WEIGHTS_FP32 = 1e-7  # Losses are float64, but w_e w_m is rounded to fp32.
 
 
 @pytest.mark.parametrize("task", ["retrieval", "clustering"])
-@pytest.mark.parametrize("kd_weight", [0.0])
+@pytest.mark.parametrize("kd_weight", [0.0, 1.0, 0.7])
 def test_ml_embed(task, kd_weight):
     """Compare with ( sum over exits of inbatch + hard + kd_weight kd ) / exits.
 
