@@ -20,7 +20,7 @@ from torch import Tensor
 from mlembed import config
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
-from mlembed.training.gradcache import ActivationCost, recomputed
+from mlembed.training.gradcache import ActivationCost, layers_to_recompute
 from mlembed.training.objective.loss import loss_table, weights
 from mlembed.training.optim import adamw, to_weights
 
@@ -95,7 +95,7 @@ def ours(
         backend = "inductor" if device.type == "cuda" else "aot_eager"
         model.compile_blocks(backend, lean=keep == "selective")
     half = device.type == "cuda" or weights == "bf16"
-    kept = ActivationCost.by(model, half) if keep == "selective" else None
+    kept = ActivationCost.measure(model, half) if keep == "selective" else None
     loss = partial(our_loss, run=run, kept=kept, deep=deep, half=half)
     return Trained(model, adamw(model, run.optim), loss, before)
 
@@ -119,7 +119,7 @@ def our_loss(
     """As train.py computes it, in one process."""
     device = inputs.device
     batch, packs = inputs.packs(deep)
-    again = recomputed(run, kept, packs, run.activation_gib * 2**30)
+    again = layers_to_recompute(run, kept, packs, run.activation_gib * 2**30)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         parts = [step.model(pack, recompute=again) for pack in packs]
     exits_END = torch.cat(parts, dim=1)

@@ -19,7 +19,6 @@ def main(
     data: tuple[str, ...],
     prompt: str = "",
     dtype: Literal["fp16", "fp32"] = "fp16",
-    batch_tokens: int = 16_384,
     bad_rows: BadRows = "error",
     device: str = "auto",
 ) -> None:
@@ -31,7 +30,6 @@ def main(
         data: training text, in every form that train.py's --data takes.
         prompt: text to put before each query; documents have none.
         dtype: dtype of the stored vectors.
-        batch_tokens: tokens encoded at once, padding included.
         bad_rows: make a malformed row an error, or skip such rows and report how many.
         device: auto, cpu or cuda.
     """
@@ -44,6 +42,6 @@ def main(
     where = "cuda" if torch.cuda.is_available() else "cpu"
     tables = sources.tables_of(data, bad_rows)
     chosen = torch.device(where if device == "auto" else device)
-    teacher = Teacher.load(model, prompt, batch_tokens, chosen)
+    teacher = Teacher.load(model, prompt, chosen)
     count = store(teacher, tables, out, dtype, {"model": model}, progress=True)
     print(f"{out}: {count} vectors of width {teacher.width}, by {teacher.pipeline}")

@@ -126,12 +126,12 @@ class Distill:
     """Directory of a teacher's vectors, written by `mlembed teacher`, instead of `teacher`."""
     prompt: str = ""
     """Text before each query of the teacher; its documents have no prompt."""
-    batch_tokens: int = 16_384
-    """Tokens that the teacher encodes at once, padding included."""
     contrastive: float = 1.0
     features: float = 0.0
     """Mean squared difference of the vectors' coordinates."""
-    feature_form: Literal["raw", "normalised"] = "raw"
+    feature_form: Literal["raw", "normalised", "ml-embed"] = "raw"
+    """The vectors as they are; normalised; or the distillation of ML-Embed's released code: at
+    every exit and the full width alone, means over queries, positives and negatives, added."""
     align: Literal["truncate", "pca", "projection"] = "truncate"
     """Compare a prefix of width d with the teacher's first d coordinates (ML-Embed), with its
     first d principal components, or in the teacher's space, by d columns of a learnt matrix."""
@@ -151,7 +151,10 @@ class Distill:
             given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
             raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
         positive("distill.teacher_temperature", self.teacher_temperature)
-        positive("distill.batch_tokens", self.batch_tokens)
+        if self.feature_form == "ml-embed" and self.align != "truncate":
+            raise ValueError(
+                f"distill.align: expected truncate with feature_form ml-embed, got {self.align}"
+            )
         if self.teacher and self.embeddings:
             raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
         if self.prompt and not self.teacher:
@@ -185,17 +188,10 @@ class Depth:
     shares: tuple[float, ...] = ()
     """How much of a batch's tokens leaves at each, summing to one. Empty: equal shares."""
     layer_dropout: float = 0.0
-    """A text skips layer l of 0..L-1 with probability layer_dropout * S(t) * (2^(l / (L-1)) - 1)
-    (LayerSkip, arXiv 2404.16710)."""
-    dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """S(t) at step t of T: 1, as LayerSkip fine-tunes, or 2^(t / T) - 1, as it pre-trains."""
-    curriculum: Literal["none", "rotational", "gradual"] = "none"
-    """Exits with a loss at a step, the last always: all of them; every `rotation`-th, the next ones
-    at the next step; from the deepest on, all of them after half of the run."""
-    rotation: int = 2
+    """A text skips layer l of 0..L-1 with probability layer_dropout * (2^(l / (L-1)) - 1), as in
+    LayerSkip's fine-tuning (arXiv 2404.16710)."""
 
     def __post_init__(self) -> None:
-        positive("depth.rotation", self.rotation)
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"depth.layer_dropout: expected 0..1, got {self.layer_dropout}")
         if self.shares and len(self.shares) != len(self.exits):

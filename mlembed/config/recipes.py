@@ -93,7 +93,12 @@ def ml_embed(size: str, stage: int) -> Run:
     From 0.6B up the first stage starts from Qwen3's base models. 80M, 160M and 330M are pruned from
     a trained 0.6B, like F2LLM-v2's (how is not known; `mlembed prune`). 140M is 160M with a nested
     vocabulary; 160M is the only size without one (`config/shapes.py`: ours, as the paper's
-    arithmetic is not known). Distillation: `--distill.teacher`.
+    arithmetic is not known).
+
+    The released code distils at every exit and the full width alone, from the raw vectors of a
+    teacher cut to the student's width: MSE(queries) + MSE(positives) + MSE(hard negatives), added
+    with weight 1. `--distill.teacher DIR --distill.features 1 --distill.feature-form ml-embed` is
+    exactly that.
     """
     shape = SHAPES[f"ml-embed-{size}"]
     ranks = shape.ranks or tuple(r for r in (64, 128, 256, 512) if r < shape.hidden_size)

@@ -107,7 +107,7 @@ def test_budgets_keep_what_the_cases_say():
         _, some = bench.inputs(case, CPU, 0).packs(False)
         run = replace(case.run, gradient_cache=True)
         budget = bench.budget_of(keep, kept, some, run)
-        keeps, again, _ = bench.gradcache.keeping(run, kept, some, budget)
+        keeps, again, _ = bench.gradcache.choose_graphs(run, kept, some, budget)
         assert (len(keeps), sum(keeps), sum(again)) == (packs, graphs, 0), name
 
 

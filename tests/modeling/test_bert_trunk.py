@@ -188,7 +188,7 @@ def test_bf16_weights_run_under_autocast():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_probe_measures_a_block(bf16):
-    kept = ActivationCost.by(build().train(), bf16)
+    kept = ActivationCost.measure(build().train(), bf16)
     assert kept.input == 24 * (2 if bf16 else 4)
     assert kept.per_token > 5 * kept.input
 

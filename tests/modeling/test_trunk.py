@@ -274,7 +274,7 @@ PROBED = [
 def test_the_probe_foresees_what_is_kept(bf16, how):
     """Blocks and inputs, within what else a forward keeps (rotation, pooling, embedding)."""
     model = build(WIDE, how[0], lean=how[1]).train()
-    kept = ActivationCost.by(model, bf16)
+    kept = ActivationCost.measure(model, bf16)
     batch = pack(texts((32,) * 32))  # dense attention, as on CPUs, keeps what grows with lengths
     T, L = 1024, 4
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
@@ -293,7 +293,8 @@ def test_lean_blocks_keep_products_alone():
     D, F_ = WIDE.hidden_size, WIDE.intermediate_size
     q, kv = (n * WIDE.head_dim for n in (WIDE.num_attention_heads, WIDE.num_key_value_heads))
     plain, lean = (
-        ActivationCost.by(build(WIDE, "aot_eager", lean=x), True).per_token for x in (False, True)
+        ActivationCost.measure(build(WIDE, "aot_eager", lean=x), True).per_token
+        for x in (False, True)
     )
     assert plain - lean == pytest.approx(2 * (2 * D + F_), rel=0.1)  # normed twice, silu(gate) up
     assert lean >= 2 * (2 * D + 2 * q + 3 * kv + 2 * F_)

@@ -3,25 +3,29 @@ whole step, every objective."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from objective_truth import HARD, OBJECTIVES, assert_close, ragged, run_of, table, texts
+from objective_truth import (
+    ALONE,
+    HARD,
+    OBJECTIVES,
+    assert_close,
+    ragged,
+    run_of,
+    table,
+    texts,
+    training,
+)
 from processes import gloo_once
 from torch.nn.parallel import DistributedDataParallel
 
-from mlembed import config
-from mlembed.data import batches, tokenizer
-from mlembed.data.tables import Table, text_id
-from mlembed.modeling.transformer import Transformer
-from mlembed.runtime.distributed import World, any_process, broadcast, fresh, gather, world
+from mlembed.data import batches
+from mlembed.runtime.distributed import any_process, broadcast, fresh, gather, world
 from mlembed.training.objective.bank import Bank
 from mlembed.training.objective.loss import loss_table, weights
 
-ALONE = World(0, 1, torch.device("cpu"))
 SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside
 GATHERED = (torch.float64, torch.float32, torch.bfloat16)
 BATCHES = (0, 1, 2, 3)
@@ -52,54 +56,11 @@ def gathered(where, dtype):
     return whole.detach(), own.grad
 
 
-@cache
-def text():
-    """Pairs with 0 to 3 hard negatives, n-way ids, and a tokenizer of both."""
-    texts, starts, ids = [], [0], []
-    for i in range(24):
-        texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
-        starts.append(len(texts))
-        ids += [text_id(f"positive {i % 20}")] * 2
-        ids += [text_id(text) for text in texts[len(ids) :]]
-    pairs = Table("pairs", False, texts, np.array(ids), np.array(starts))
-    texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
-    groups = np.array([text_id("nway", text.split()[1]) for text in texts])
-    nway = Table("nway", True, texts, groups, np.arange(0, 61, 3))
-    return [pairs, nway], tokenizer.train([*pairs.texts, *nway.texts], 300)
-
-
-def training(dtype, symmetric, skip):
-    """A run with every nesting, its text, tokenizer and model.
-
-    skip: some groups leave after the first layer, and texts are in more packs than two.
-    """
-    tables, learnt = text()
-    run = config.Run(
-        model=config.Model(
-            vocab_size=learnt.get_vocab_size(),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            intermediate_size=48,
-            ranks=(4, 8),
-        ),
-        loss=config.Loss(num_negatives=2, directions="symmetric" if symmetric else "query_to_doc"),
-        depth=config.Depth(exits=(1, 2), shares=(0.3, 0.7)) if skip else config.Depth(),
-        steps=len(BATCHES),
-        batch_size=8,
-        pack_tokens=20 if skip else 131_072,
-    )
-    torch.manual_seed(0)
-    return run, tables, learnt, Transformer(run.model).to(dtype)
-
-
 def step(where, number, dtype, symmetric, skip):
     """-> (loss_EM, gradients, (source, documents of each process, queries of all that leave early,
     own packs)) of a batch, as train.py does."""
-    run, tables, learnt, model = training(dtype, symmetric, skip)
-    batch = batches.Batches(tables, learnt, run, where)[number]
+    run, tables, tokens, model = training(dtype, symmetric, skip)
+    batch = batches.Batches(tables, tokens, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model
     exits_END = torch.cat([wrapped(pack, rank=4) for pack in batch.packs], dim=1)
     loss_EM = loss_table(exits_END, batch, run, where)
