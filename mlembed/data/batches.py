@@ -336,14 +336,14 @@ class Batches(Dataset[Batch]):
         lengths = offsets[rows + 1] - offsets[rows]
         of_groups = np.add.reduceat(lengths, np.cumsum(sizes) - sizes)
         rng = np.random.default_rng([run.seed, DEPTHS, number])
-        last, step = run.model.num_hidden_layers, number // run.gradient_accumulation_steps
-        depths = depth.drawn(of_groups, run.depth, last, rng, self.world.size)
+        last = run.model.num_hidden_layers
+        depths = depth.draw_depths(of_groups, run.depth, last, rng, self.world.size)
         return collate(
             groups,
             lambda row: flat[offsets[row] : offsets[row + 1]],
             ids,
             depths,
-            depth.runs(len(rows), run.depth, last, step, run.steps, rng),
+            depth.draw_runs(len(rows), run.depth, last, rng),
             rank=self.world.rank,
             size=self.world.size,
             max_tokens=run.pack_tokens,

@@ -516,10 +516,6 @@ def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
             {"loss": Loss(memory_bank=1023)},
             "at least the 1024 documents of a micro-batch, got 1023",
         ),
-        (
-            {"loss": Loss(memory_bank=1024), "depth": config.Depth(curriculum="gradual")},
-            "depth.curriculum: expected none with loss.memory_bank",
-        ),
         ({"allow_changed": ("steps", "optim.lrr")}, "allow_changed: no such key optim.lrr"),
         ({"activation_gib": -1.0}, "activation_gib: expected 0 or more, got -1.0"),
     ],

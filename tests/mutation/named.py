@@ -47,13 +47,6 @@ NAMED = {
         "seed = run.seed, 6, one.step, *draw, i",
         ("test_gradcache",),
     ),
-    # The schedule of layer dropout runs on micro-batches instead of steps.
-    "data-depthstep": Named(
-        "mlembed/data/batches.py",
-        "run.model.num_hidden_layers, number // run.gradient_accumulation_steps",
-        "run.model.num_hidden_layers, number",
-        ("test_batches", "test_depth"),
-    ),
     # Recall and MAP are of at most 100 relevant documents.
     "map-denominator": Named(
         "mlembed/evaluation/scores.py",
