@@ -27,7 +27,7 @@ def main(
     /,
     input: str = "",
     column: str = "text",
-    invalid: Literal["refuse", "replace"] = "refuse",
+    invalid: Literal["error", "replace"] = "error",
     dim: int | None = None,
     exit: int | None = None,
     rank: int | None = None,
@@ -80,7 +80,7 @@ def main(
         vector_files.check_new(target)
     if quantise.makes_ranges:
         vector_files.check_new(vector_files.beside(target))
-    source = readers.Texts(input or "-", column, invalid)
+    source = readers.TextReader(input or "-", column, invalid)
     source.check()
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)

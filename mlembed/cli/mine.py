@@ -22,7 +22,7 @@ def main(
     data: tuple[str, ...],
     options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008
     corpus: str = "",
-    bad_rows: Literal["refuse", "skip"] = "refuse",
+    bad_rows: Literal["error", "skip"] = "error",
     device: str = "auto",
 ) -> None:
     """Mine hard negatives for pairs, aware of their positives.
@@ -33,7 +33,7 @@ def main(
         data: pairs, as train.py's --data takes them, mixtures too, with their prompts. Negatives
             that they have become documents; rows of `out` have the mined ones.
         corpus: file of documents (_id or doc_id, text [, title]) to look in instead of these.
-        bad_rows: refuse, or skip.
+        bad_rows: error, or skip.
         device: auto, cpu or cuda.
     """
     options.check()

@@ -21,7 +21,7 @@ def main(
     prompt: str = "",
     dtype: Literal["fp16", "fp32"] = "fp16",
     batch_tokens: int = 16_384,
-    bad_rows: Literal["refuse", "skip"] = "refuse",
+    bad_rows: Literal["error", "skip"] = "error",
     device: str = "auto",
 ) -> None:
     """Store a teacher's vectors of training text, for `--distill.embeddings OUT`.
@@ -33,7 +33,7 @@ def main(
         prompt: before each query; documents have none.
         dtype: of the stored vectors.
         batch_tokens: encoded at once, padding included.
-        bad_rows: refuse, or skip.
+        bad_rows: error, or skip.
         device: auto, cpu or cuda.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

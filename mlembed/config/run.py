@@ -98,7 +98,7 @@ class Run:
     """A batch's source is drawn in proportion to (pairs in it) ** `source_alpha` (GTE, 2308.03281);
     to the weights of `sources`; or to the batches left in it until none has any (ML-Embed)."""
     source_alpha: float = 0.5
-    bad_rows: Literal["refuse", "skip"] = "refuse"
+    bad_rows: Literal["error", "skip"] = "error"
     """A malformed row ends the run, by file and line; or it is left out, counted and listed."""
     loader_workers: int = -1
     """Processes that make batches ready; -1: two on CUDA, none on a CPU."""

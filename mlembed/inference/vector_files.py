@@ -21,8 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.formats.readers import _kind
-
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 HEADER = 128  # bytes of an .npy's, room for any number of rows
 
@@ -210,9 +208,9 @@ def written(
         ValueError: something is at `path`, or texts for .npy.
     """
     kinds = {".parquet": _parquet, ".jsonl": _jsonl}
-    if texts and _kind(path) not in kinds:
+    if texts and path.suffix.lower() not in kinds:
         raise ValueError(f"out: expected .parquet or .jsonl to keep texts, got {path}")
-    return kinds.get(_kind(path), _npy)(path, np.dtype(dtype), width, texts)
+    return kinds.get(path.suffix.lower(), _npy)(path, np.dtype(dtype), width, texts)
 
 
 @contextmanager

@@ -61,16 +61,9 @@ class DeviceEncoder:
     bf16: bool = False
 
     def tokenised(self, window: Window) -> tuple[Window, list[np.ndarray]]:
-        """With the tokens of its texts. ValueError for a text that is none, by its number."""
-        try:
-            return window, tokenizer.tokenize(self.tokenizer, window.texts, self.max_length)
-        except ValueError:
-            for number, text in enumerate(window.texts, window.first):
-                if any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise ValueError(
-                        f"text {number}: expected Unicode, got a lone surrogate in {text[:40]!r}"
-                    ) from None
-            raise
+        """Tokenize the window. ValueError: a text is not valid Unicode, with the text's number."""
+        texts, first = window.texts, window.first
+        return window, tokenizer.tokenize(self.tokenizer, texts, self.max_length, first)
 
     def vectors(self, window: Window, ids: list[np.ndarray], bar: tqdm) -> np.ndarray:
         """Of a window's texts: each its own exit's, by the rank that it asks for."""

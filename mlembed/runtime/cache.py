@@ -14,17 +14,14 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, overload
-
-import pyarrow as pa
+from typing import Any, TypeVar
 
 from .files import flush
 
 T = TypeVar("T")
 WHOLE = "whole.json"  # an entry's files and their sizes, written last
-CHUNK = 8192  # texts at once
 
 
 def kept(kind: str, key: str, build: Callable[[Path], None], open: Callable[[Path], T]) -> T:
@@ -111,59 +108,3 @@ def digest(*notes: Any, files: Iterable[Path] = ()) -> str:
             while block := file.read(2**22):
                 total.update(block)
     return total.hexdigest()
-
-
-# ---- texts ----
-
-
-class Texts(Sequence[str]):
-    """The texts of an Arrow file that `Writer` wrote, memory-mapped: read as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with pa.memory_map(str(path)) as file:
-            self.column = pa.ipc.open_file(file).read_all().column(0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Texts, (self.path,)  # another process maps the file itself
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return self.column[row].to_pylist()
-        return self.column[int(row)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        for begin in range(0, len(self), CHUNK):
-            yield from self[begin : begin + CHUNK]
-
-
-class Writer:
-    """Texts to an Arrow file, some thousand at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.waiting = path, list[str]()
-        schema = pa.schema([("text", pa.large_string())])
-        self.file = pa.ipc.new_file(str(path), schema)
-
-    def extend(self, texts: Iterable[str]) -> None:
-        self.waiting += texts
-        if len(self.waiting) >= CHUNK:
-            self._write()
-
-    def _write(self) -> None:
-        column = pa.array(self.waiting, pa.large_string())
-        self.file.write_batch(pa.record_batch([column], names=["text"]))
-        self.waiting = []
-
-    def close(self) -> Texts:
-        if self.waiting:
-            self._write()
-        self.file.close()
-        return Texts(self.path)

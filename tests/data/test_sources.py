@@ -336,7 +336,7 @@ def test_held_out_texts_of_nway_items_go_alone(tmp_path):
 
 def test_nothing_left(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", PAIRS[:2])
-    for bad_rows in ("refuse", "skip"):
+    for bad_rows in ("error", "skip"):
         with pytest.raises(ValueError, match=r"p\.jsonl: expected pairs without texts of the eval"):
             read(path, held_out={"eins", "two"}, bad_rows=bad_rows)
     assert len(read(path, held_out={"other"})[0]) == 2
