@@ -1,7 +1,6 @@
 """Entries are whole or not there, whoever writes them; texts come back from files as from lists."""
 
 import contextlib
-import pickle
 import subprocess
 import sys
 import warnings
@@ -9,8 +8,6 @@ import warnings
 import pytest
 
 from mlembed.runtime import cache as stored
-
-TEXTS = [f"text {i} ü 海" if i % 3 else "" for i in range(50)]
 
 
 @pytest.fixture
@@ -125,25 +122,3 @@ def test_the_digest_is_of_values_and_contents(tmp_path):
     assert len(set(made)) == len(made)
     a.rename(tmp_path / "e")
     assert stored.digest(1, files=[tmp_path / "e"]) == made[4]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 50, 8192])
-def test_texts_are_a_list_in_a_file(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "CHUNK", chunk)
-    writer = stored.Writer(tmp_path / "texts.arrow")
-    for begin in range(0, 50, 4):
-        writer.extend(TEXTS[begin : begin + 4])
-    texts = writer.close()
-    assert len(texts) == 50 and list(texts) == TEXTS
-    assert [texts[i] for i in range(-50, 50)] == TEXTS + TEXTS
-    for some in (slice(3, 17), slice(None), slice(40, 99), slice(7, 7), slice(None, None, 9)):
-        assert texts[some] == TEXTS[some]
-    with pytest.raises(IndexError):
-        texts[50]
-    sent = pickle.dumps(texts)
-    assert len(sent) < 500 and list(pickle.loads(sent)) == TEXTS
-
-
-def test_no_texts(tmp_path):
-    texts = stored.Writer(tmp_path / "texts.arrow").close()
-    assert len(texts) == 0 and list(texts) == []
