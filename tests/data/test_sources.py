@@ -246,15 +246,6 @@ def test_keys_of_stored_tables(large, tmp_path):
         assert len(read(path, held_out={"eins"})[0]) == 2
 
 
-@pytest.mark.parametrize("name", ["texts.arrow", "ids.npy", "about.json", cache.WHOLE])
-def test_damaged_entries_are_replaced(name, large, tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", PAIRS)
-    want = read(path)[0]
-    (entry,) = large.iterdir()
-    (entry / name).write_bytes((entry / name).read_bytes()[:-9])
-    assert read(path)[0] == want and [p.name for p in large.iterdir()] == [entry.name]
-
-
 def test_malformed_large_source(large, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [*PAIRS, {"query": "a"}])
     with pytest.raises(ValueError, match=r"p\.jsonl:5: positive"):
