@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -282,9 +283,7 @@ class Batches(Dataset[Batch]):
         rng = np.random.default_rng([self.run.seed, TEXTS, number])
         groups = draw_rows(table.nway, *bounds, self.negatives[source], rng)
         scores = None if table.scores is None else table.scores[items_B]
-        return self._collate(
-            number, groups, tokens.flat, tokens.offsets, table.ids, table, table.texts, scores
-        )
+        return self._collate(number, groups, tokens, table.ids, table, table.texts, scores)
 
     def _from_stream(self, number: int, source: int) -> Batch:
         """Tokenise only the negatives that are drawn."""
@@ -297,30 +296,28 @@ class Batches(Dataset[Batch]):
         every = [text for item in items for text in item.texts]
         rows = [row for draw in draws for row in draw]
         texts = [every[row] for row in rows]
-        sizes = [len(draw) for draw in draws]
-        firsts = np.cumsum(sizes) - sizes
-        groups = [list(range(a, a + n)) for a, n in zip(firsts.tolist(), sizes, strict=True)]
-        flat, offsets = stream.tokenise(texts, firsts, self.tokenizer, self.run.max_length)
+        bounds = np.cumsum([0, *map(len, draws)])
+        groups = [list(range(begin, end)) for begin, end in pairwise(bounds.tolist())]
+        tokens = stream.tokenise(texts, bounds[:-1], self.tokenizer, self.run.max_length)
         scores = None
         if stream.task == "sts":
             scores = np.array([item.score for item in items], dtype=np.float32)
-        return self._collate(number, groups, flat, offsets, ids[rows], stream, texts, scores)
+        return self._collate(number, groups, tokens, ids[rows], stream, texts, scores)
 
     def _collate(
         self,
         number: int,
         groups: list[list[int]],
-        flat: np.ndarray,
-        offsets: np.ndarray,
+        tokens: Tokens,
         ids: np.ndarray,
         source: Table | Stream,
         texts: Sequence[str],
         scores: np.ndarray | None,
     ) -> Batch:
-        """Collate groups of rows of `texts`, whose tokens are `flat` and `offsets`."""
+        """Collate groups of rows of `texts`, whose tokens are `tokens`."""
         run = self.run
         # Slices of a memory map are memory maps again and ten times as slow as plain arrays.
-        flat, offsets, ids = np.asarray(flat), np.asarray(offsets), np.asarray(ids)
+        flat, offsets, ids = map(np.asarray, (tokens.flat, tokens.offsets, ids))
         rows = np.array([row for group in groups for row in group])
         sizes = np.array([len(group) for group in groups])
         lengths = offsets[rows + 1] - offsets[rows]

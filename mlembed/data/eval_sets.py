@@ -104,7 +104,7 @@ class Side:
 
 @dataclass
 class Pool:
-    """By target language, texts whose translations are to be found in a pool."""
+    """Texts by target language whose translations are to be found in a pool."""
 
     name: str
     sides: dict[str, Side]

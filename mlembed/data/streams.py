@@ -26,6 +26,7 @@ from . import sources, tables
 from .formats import readers
 from .formats.layouts import Item
 from .tokenizer import tokenize
+from .tokens import Tokens
 
 WINDOW = 8192  # items
 WINDOWS = 6  # first number of the seed of a window's permutation
@@ -168,14 +169,10 @@ class Stream:
 
     def tokenise(
         self, texts: Sequence[str], queries: np.ndarray, tokenizer: Tokenizer, max_length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenise texts with their prompts; `queries` are the places of queries among them.
-
-        Returns:
-            int32 tokens end to end, and int64 [texts + 1], where each text's begin.
-        """
+    ) -> Tokens:
+        """Tokenise texts with their prompts; `queries` are the places of queries among them."""
         prompts = [self.source.document_prompt] * len(texts)
         for place in queries.tolist():
             prompts[place] = self.source.prompt
         ids = tokenize(tokenizer, [a + b for a, b in zip(prompts, texts, strict=True)], max_length)
-        return np.concatenate(ids), np.cumsum([0, *map(len, ids)])
+        return Tokens(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), truncated=0)

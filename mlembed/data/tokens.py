@@ -5,6 +5,7 @@ texts are tokenised in memory.
 """
 
 import hashlib
+import io
 import json
 from array import array
 from collections.abc import Iterator
@@ -67,35 +68,30 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if len(table.texts) <= FEW:
-        parts, lengths, truncated = [np.zeros(0, dtype=np.int32)], array("q"), 0
-        for ids, cut in _chunks(table, tokenizer, max_length, progress):
-            parts += ids
-            lengths.extend(map(len, ids))
-            truncated += cut
-        return Tokens(np.concatenate(parts), _offsets(lengths), truncated)
+        memory = io.BytesIO()
+        offsets, truncated = _write(memory, _chunks(table, tokenizer, max_length, progress))
+        return Tokens(np.frombuffer(memory.getvalue(), dtype=np.int32), offsets, truncated)
 
     def build(directory: Path) -> None:
         with (directory / "flat.bin").open("wb") as file:
-            lengths, truncated = _write(file, _chunks(table, tokenizer, max_length, progress))
-        np.save(directory / "offsets.npy", _offsets(lengths))
+            offsets, truncated = _write(file, _chunks(table, tokenizer, max_length, progress))
+        np.save(directory / "offsets.npy", offsets)
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
     return cache.kept("tokens", _key(table, tokenizer, max_length), build, _open)
 
 
-def _write(file: BinaryIO, chunks: Iterator[tuple[list[np.ndarray], int]]) -> tuple[array, int]:
-    """Write tokens to a file and return the length of each text and the number of cut texts."""
-    lengths, truncated = array("q"), 0
+def _write(
+    file: BinaryIO, chunks: Iterator[tuple[list[np.ndarray], int]]
+) -> tuple[np.ndarray, int]:
+    """Write tokens to a file and return their offsets and the number of cut texts."""
+    lengths, truncated = array("q", [0]), 0
     for ids, cut in chunks:
         file.write(np.concatenate(ids).tobytes())
         lengths.extend(map(len, ids))
         truncated += cut
-    return lengths, truncated
-
-
-def _offsets(lengths: array) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))]).astype(np.int64)
+    return np.cumsum(np.array(lengths)), truncated
 
 
 def _open(directory: Path) -> Tokens:

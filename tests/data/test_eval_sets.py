@@ -45,18 +45,6 @@ def test_tatoeba(tmp_path):
     assert [task.texts[i] for i in a] == [f"le {w} {w[::-1]}" for w in WORDS]
 
 
-def test_lines_of_tatoeba(tmp_path):
-    """Other separators of Unicode occur inside sentences; an empty line is a sentence; a byte order
-    mark counts at the start only."""
-    odd = ["a\u2028b", "c\x85d", "e\x0cf\x1cg", "", "\ufeffh"]
-    content = ("\ufeff" + "\r\n".join(odd) + "\r\n").encode()
-    directory = {"tatoeba_abc-eng_abc": content, "tatoeba_abc-eng_eng": "1\n2\n3\n4\n5\n"}
-    (task,) = read(files(tmp_path / "t", **directory))
-    a, b = task.groups["abc", ""]
-    assert [task.texts[i] for i in a] == odd
-    assert [task.texts[i] for i in b] == list("12345")
-
-
 @pytest.mark.parametrize("lines", ["", "one\n", "a\n" * 11])
 def test_tatoeba_of_unequal_length(lines, tmp_path):
     directory = files(tatoeba(tmp_path / "tat"), **{"tatoeba_deu-eng_deu": lines})
@@ -267,11 +255,8 @@ def test_bucc_errors(file, content, message, tmp_path):
     path.write_text(content) if content is not None else path.unlink()
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "b")
-
-
-def test_bucc_needs_gold_to_tune_on(tmp_path):
     with pytest.raises(ValueError, match=r"expected de-en\.dev\.gold or .*training\.gold"):
-        read(bucc(tmp_path / "b", gold=("test",)))
+        read(bucc(tmp_path / "t", gold=("test",)))
 
 
 # ---- a pool ----

@@ -179,51 +179,41 @@ def large(tmp_path, monkeypatch):
     return tmp_path / "cache" / "text"
 
 
-def many(path, nway):
+def many(path, kind):
     """Rows with something of all that is left out."""
     rows = [
         {
             "query": f"q{i % 40}",
             "positive": f"p{i % 50}",
             "negatives": [f"n{j}" for j in range(i % 3)],
-            "score": (i % 10) / 5 if i % 4 else None,
+            "score": (i % 10) / 5 if i % 4 or kind == "sts" else None,
         }
         for i in range(300)
     ]
     rows[0] |= {"query_lang": "eng", "positive_lang": "deu"}
-    if nway:
+    if kind == "nway":
         rows = [{"id": i % 37, "lang": f"l{i % 7}", "text": f"t{i % 60}"} for i in range(400)]
     return jsonl(path / "p.jsonl", rows)
 
 
 @pytest.mark.parametrize("cap", [0, 20])
 @pytest.mark.parametrize("held_out", [frozenset(), {"q1", "p3", "t5", "t6"}])
-@pytest.mark.parametrize("nway", [False, True])
-def test_large_tables_equal_small_ones(cap, held_out, nway, large, tmp_path, monkeypatch):
-    path = many(tmp_path, nway)
+@pytest.mark.parametrize("kind", ["pairs", "sts", "nway"])
+def test_large_tables_equal_small_ones(cap, held_out, kind, large, tmp_path, monkeypatch):
+    path, task = many(tmp_path, kind), "sts" if kind == "sts" else "auto"
     with monkeypatch.context() as patch:
         patch.setattr(sources, "BIG", 2**26)
-        ((want, counted),) = reports(path, held_out=held_out, cap=cap)
+        ((want, counted),) = reports(path, held_out=held_out, cap=cap, task=task)
     for _ in range(2):  # written, then read
-        ((table, report),) = reports(path, held_out=held_out, cap=cap)
+        ((table, report),) = reports(path, held_out=held_out, cap=cap, task=task)
         assert isinstance(table.texts, StoredTexts) and isinstance(table.ids, np.memmap)
         same_table(table, want)
         assert table.source == want.source
         assert report == counted
         assert table.texts[2:9] == want.texts[2:9]
     (entry,) = large.iterdir()
-    assert {p.name for p in entry.iterdir()} == {
-        *("texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE)
-    }
-
-
-def test_large_scores(large, tmp_path):
-    rows = [{"sentence1": f"{i}", "sentence2": "b", "score": i / 10} for i in range(9)]
-    path = jsonl(tmp_path / "s.jsonl", rows)
-    for _ in range(2):
-        table = table_of(path, task="sts")
-        assert table.scores == pytest.approx([i / 10 for i in range(9)])
-        assert table.scores.dtype == np.float32 and table.task == "sts"
+    names = {"texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE}
+    assert {p.name for p in entry.iterdir()} - {"scores.npy"} == names
 
 
 def test_stored_tables_are_not_read_again(large, tmp_path, monkeypatch):

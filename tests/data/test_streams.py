@@ -73,23 +73,6 @@ def test_order(path, W, B):
     assert some.length == ROWS
 
 
-def test_epochs_and_windows(path):
-    drawn = numbers(stream(path).items(0, 4 * ROWS)[0])
-    epochs = [drawn[i : i + ROWS] for i in range(0, 4 * ROWS, ROWS)]
-    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert all(i // 10 == place // 10 for place, i in enumerate(epochs[0]))
-
-
-def test_seeds_and_sources_differ(path):
-    orders = {
-        tuple(numbers(stream(path, seed, number, ROWS).items(0, ROWS)[0]))
-        for seed in (0, 1)
-        for number in (0, 1)
-    }
-    assert len(orders) == 4
-
-
 def test_any_position_after_any_other(path):
     """Forward past an unknown end, back, and across the end."""
     some = stream(path)
@@ -97,14 +80,6 @@ def test_any_position_after_any_other(path):
         items, ids = some.items(begin, 9)
         fresh_items, fresh_ids = stream(path).items(begin, 9)
         assert items == fresh_items and ids.tolist() == fresh_ids.tolist()
-
-
-@pytest.mark.parametrize("n", [1, 10, 20])
-def test_end_at_the_end_of_a_window(tmp_path, n):
-    path = jsonl(tmp_path / "x.jsonl", rows_of(n))
-    for begin in (0, n - 1, n, 5 * n):
-        got = numbers(stream(path).items(begin, 7)[0])
-        assert got == order_by_hand(n, 10, begin + 7)[begin:]
 
 
 def test_memory_and_reads(path):
@@ -264,21 +239,6 @@ def test_ids_of_drawn_texts(make, learnt, negatives):
         assert batch.query_ids.tolist() == [of_text[text] for text in texts[:4]]
         assert batch.doc_ids.tolist() == [of_text[text] for text in texts[4:]]
         assert len(texts) == 8 + sum(min(negatives, len(item.negatives)) for item in items)
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_shares_add_up_to_the_whole_batch(make, tables, learnt, size):
-    whole = make(tables=tables)
-    shares = [make(rank, size, tables) for rank in range(size)]
-    each = 4 // size
-    for number in range(12):
-        texts = batch_texts(whole[number], learnt)
-        parts = [batches[number] for batches in shares]
-        split = [batch_texts(part, learnt) for part in parts]
-        assert Counter(sum((t[:each] for t in split), [])) == Counter(texts[:4])
-        assert Counter(sum((t[each:] for t in split), [])) == Counter(texts[4:])
-        assert all(torch.equal(part.doc_ids, parts[0].doc_ids) for part in parts)
-        assert sorted(parts[0].doc_ids.tolist()) == sorted(whole[number].doc_ids.tolist())
 
 
 def test_number_of_rows(make, tables):

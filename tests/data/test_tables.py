@@ -55,16 +55,6 @@ def test_negative_that_is_a_positive_elsewhere(tmp_path):
     assert of["q"] == of["a"] == of["b"] != of["c"] == of["r"]
 
 
-def test_scripts_line_ends_and_blank_lines(tmp_path):
-    lines = [
-        '{"query": "ሰላም", "positive": "👋 \\u00e9"}',
-        "",
-        '{"positive": "b\\nc", "query": " a "}',
-    ]
-    (tmp_path / "p.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert read(tmp_path / "p.jsonl")[0] == [["ሰላም", "👋 é"], [" a ", "b\nc"]]
-
-
 @pytest.mark.parametrize(
     ("scores", "rows", "by_score"),
     [([0.79, 0.8, 1, None, 0.0], [1, 2, 3], 2), ([5, 4, 3.99, 1.0, None, 0.9], [0, 1, 4], 3)],

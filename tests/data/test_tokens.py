@@ -114,14 +114,6 @@ def test_special_tokens_stay(learnt, template, twice):
     assert lists(made) == want and made.truncated == cut > 0
 
 
-def test_first_text_has_the_query_prompt(learnt):
-    table = pairs(prompt="Q:")
-    decoded = [learnt.decode(ids) for ids in lists(tokenise(table, learnt, 1000))]
-    first = set(table.starts[:-1].tolist())
-    want = [("Q:" if i in first else "") + text for i, text in enumerate(table.texts)]
-    assert decoded == want
-
-
 def test_nway_tables_have_one_prompt(learnt):
     table = pairs(prompt="a: ", document_prompt="b: ", nway=True)
     with pytest.raises(ValueError, match="source t: prompt: expected that of documents, 'b: '"):

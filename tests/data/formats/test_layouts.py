@@ -219,14 +219,17 @@ def test_nway_table_with_a_corpus(tmp_path):
         (b'{"query": "\\ud83d", "positive": "b"}', "query"),
         (b'{"query": "a", "positive": "b", "negatives": ["\\ud83d"]}', "negatives"),
         (b'{"query": ' + b"1" * 5000 + b', "positive": "b"}', "not json"),  # too many digits
+        (b"[" * 100_000, "not json"),
     ],
 )
 def test_malformed_json(line, words, tmp_path):
     path, good = tmp_path / "p.jsonl", b'{"query": "a", "positive": "b"}'
-    path.write_bytes(good + b"\n\n" + line + b"\n" + good + b"\n")
+    path.write_bytes(good + b"\n\n" + line + b"\n" + good.replace(b"a", b"c"))
     with pytest.raises(ValueError) as caught:
         read(path)
     assert f"{path}:3: {words}" in str(caught.value)
+    items, report = read(path, "skip")
+    assert items == [["a", "b"], ["c", "b"]] and report.bad == 1
 
 
 @pytest.mark.parametrize(
