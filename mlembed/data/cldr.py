@@ -65,7 +65,8 @@ _NAMES = {
 _PARTS = {"date": "day", "datetime": "day", "money": "currency", "list": "style"}
 _NOTHING = ("XA", "XB", "XXX", "ZZ")  # pseudo-locales, unknown currency, unknown region
 _SECONDS = dict(TIMEDELTA_UNITS)
-_DURATIONS = [(unit, sign) for unit in _SECONDS for sign in (-1, 0, 1)]  # ago, plain, in
+# The signs say "ago", nothing, "in".
+_DURATIONS = [(unit, sign) for unit in _SECONDS for sign in (-1, 0, 1)]
 _STYLES: list[Literal["or", "standard"]] = ["or", "standard"]
 _UNITS = [
     *("angle-degree", "area-acre", "area-hectare", "area-square-kilometer", "area-square-meter"),
@@ -111,15 +112,15 @@ class _Voice:
         match kind, concept:
             case "date", day:
                 return format_date(day, "full", locale=self.locale)
-            case "datetime", moment:  # like format_datetime, without the time zone
+            case "datetime", moment:
+                # Babel's format_datetime would add the time zone.
                 text = str(get_datetime_format("full", locale=self.locale)).replace("'", "")
                 text = text.replace("{0}", format_time(moment.time(), "short", locale=self.locale))
                 return text.replace("{1}", format_date(moment, "full", locale=self.locale))
             case "unit", (number, unit) if unit in self.parts["unit"]:
                 text = format_unit(number, unit, "long", locale=self.locale)
-                if (
-                    unit in text
-                ):  # CLDR omits a "long" form that equals "short"; Babel ignores that.
+                # CLDR omits a "long" form that equals "short", which Babel does not look up.
+                if unit in text:
                     text = format_unit(number, unit, "short", locale=self.locale)
                 return text
             case "money", (number, code) if code in self.parts["currency"]:
@@ -294,7 +295,8 @@ def _train_rows(
             ]
         for kind, share in MIX.items():
             if not parts[_PARTS.get(kind, kind)]:
-                continue  # such as units in xh, for which CLDR has only international symbols
+                # CLDR has, for example, only international symbols for the units of xh.
+                continue
             wanted = round(pairs * share / len(voices))
             for _ in range(TRIES * wanted):
                 if wanted == 0:

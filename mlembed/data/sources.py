@@ -68,7 +68,8 @@ def expand(run: config.Run) -> config.Run:
 def _mixture(path: Path) -> list[config.Source] | None:
     """Return the sources of a mixture, or None for a data file, whose first line is a row."""
     if not path.is_file():
-        return None  # `read` reports it
+        # `read` reports the missing file.
+        return None
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"")
     try:
@@ -76,7 +77,8 @@ def _mixture(path: Path) -> list[config.Source] | None:
         if not isinstance(first, dict) or "sources" not in first and len(first) > 1:
             return None
     except ValueError:
-        pass  # an object over several lines
+        # The first line may begin an object over several lines.
+        pass
     try:
         whole = json.loads(readers.Decoder().decode(path.read_bytes()))
     except json.JSONDecodeError as error:
@@ -101,7 +103,8 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         raise ValueError(f"{where}: path: expected one, got none")
     try:
         source: config.Source = strict.from_dict(config.Source, entry, where)
-    except ValueError as error:  # a value out of its range does not name the file
+    # The error of a value out of its range does not name the file.
+    except ValueError as error:
         reason = str(error)
         raise ValueError(reason if where in reason else f"{where}: {reason}") from None
     beside = str(mixture.parent / source.path)

@@ -97,7 +97,8 @@ class Stream:
         Raises:
             ValueError: as `sources.items`; the number of items differs from the first epoch's.
         """
-        if self.process != os.getpid():  # forked: the open file and its position are the parent's
+        # The open file of a forked process and its position are the parent's.
+        if self.process != os.getpid():
             self._forget()
         parts: list[tuple[int, np.ndarray]] = []  # (window, places in it)
         while count:
@@ -105,7 +106,8 @@ class Stream:
             w, place = divmod(within, self.window)
             size = len(self._window(w))
             if self.length is not None and begin >= self.length and epoch == 0:
-                continue  # the end was read just now: `begin` is in a later epoch
+                # The end was read just now, so `begin` is in a later epoch.
+                continue
             places = self._shuffled(epoch, w, size)[place : place + count]
             parts.append((w, places))
             begin, count = begin + len(places), count - len(places)

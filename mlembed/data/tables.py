@@ -52,7 +52,7 @@ class Table:
 
 
 class StoredTexts(Sequence[str]):
-    """Texts of an Arrow file that `TextWriter` wrote, memory-mapped and read on demand."""
+    """Texts of an Arrow file that `TextWriter` wrote, memory-mapped in each process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +60,7 @@ class StoredTexts(Sequence[str]):
             self.column = pa.ipc.open_file(file).read_all().column(0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoredTexts, (self.path,)  # another process maps the file itself
+        return StoredTexts, (self.path,)
 
     def __len__(self) -> int:
         return len(self.column)
@@ -192,7 +192,8 @@ def pair_table(
     valid = _first_of_equals(pairs)
     report.duplicates = int((~valid).sum())
     if task != "sts":
-        low = valid & (score < MIN_SCORE)  # False for NaN, a missing score
+        # The comparison is False for NaN, a missing score.
+        low = valid & (score < MIN_SCORE)
         report.by_score = int(low.sum())
         valid &= ~low
     valid = _capped(valid, cap, name, report)
@@ -224,7 +225,8 @@ def nway_table(
     valid = _first_of_equals(entries)
     report.duplicates = int((~valid).sum())
     key, first, group = np.unique(np.array(keys), return_index=True, return_inverse=True)
-    order = np.argsort(first)  # ids in the order in which they come
+    # Ids keep the order in which they come.
+    order = np.argsort(first)
     key, group = key[order], np.argsort(order)[group]
     count = np.bincount(group[valid], minlength=len(key))
     report.alone = int((count == 1).sum())

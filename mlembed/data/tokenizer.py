@@ -101,7 +101,8 @@ def _read(directory: Path) -> Tokenizer:
     if path.is_file():
         try:
             return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        # The library raises no narrower exception.
+        except Exception as error:
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
     vocabulary = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
     if vocabulary is None:
@@ -112,7 +113,8 @@ def _read(directory: Path) -> Tokenizer:
         converted = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # each kind of tokenizer raises its own
+    # Each kind of tokenizer raises other exceptions.
+    except Exception as error:
         raise ValueError(f"{directory / vocabulary}: could not be converted: {error}") from None
     backend = getattr(converted, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):

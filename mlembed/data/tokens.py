@@ -40,7 +40,8 @@ class Tokens:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self.flat, np.memmap) and self.flat.filename:
-            return _open, (Path(self.flat.filename).parent,)  # another process maps the files
+            # Another process maps the files itself.
+            return _open, (Path(self.flat.filename).parent,)
         return Tokens, (self.flat, self.offsets, self.truncated)
 
 

@@ -95,7 +95,7 @@ def test_every_locale_has_all_months_and_weekdays(train):
 
 
 def test_no_text_is_a_fallback_of_babel(train, held_out):
-    """Where CLDR has no words, Babel prints the root's patterns or the unit's identifier."""
+    """Babel prints the root's patterns or the unit's identifier where CLDR has no words."""
     units = set(cldr._UNITS)
     texts = [(row["kind"], row["positive"]) for row in train]
     texts += [(row["kind"], row["text"]) for row in held_out if row["lang"] != "en"]
@@ -142,7 +142,7 @@ def test_held_out_sizes(held_out):
 
 
 def test_held_out_texts_are_distinct(held_out):
-    """In a locale and kind, no two ids share a text, and none repeats the English of its id."""
+    """No two ids of a locale and kind share a text, and none repeats the English of its id."""
     assert len({(row["id"], row["lang"]) for row in held_out}) == len(held_out)
     keys = [(row["kind"], row["lang"], cldr.normalise(row["text"])) for row in held_out]
     assert len(set(keys)) == len(keys)

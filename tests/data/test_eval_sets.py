@@ -376,7 +376,7 @@ def test_beir_errors(what, message, tmp_path):
 
 
 def test_judged_documents_that_the_corpus_lacks(tmp_path):
-    """As in ArguAna: a warning, and they cannot be found."""
+    """ArguAna has such documents: a warning, and they cannot be found."""
     path = beir(tmp_path / "b", corpus=CORPUS[:3])
     words = r"test\.tsv: 1 judged documents are missing from corpus\.jsonl .* first 'é'"
     with pytest.warns(UserWarning, match=words):

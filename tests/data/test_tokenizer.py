@@ -168,7 +168,7 @@ def test_saved_files(learnt, tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_load_appends_a_missing_eos(nested, tmp_path):
-    """As for Qwen's files: a byte-level post-processor that adds nothing, padding left on."""
+    """Qwen's files have a byte-level post-processor that adds nothing, and padding left on."""
     stored = json.loads(tokenizer.train(TEXTS, 400).to_str())
     stored["post_processor"] = {"type": "ByteLevel", "use_regex": False}
     stored["post_processor"] |= {"add_prefix_space": False, "trim_offsets": False}

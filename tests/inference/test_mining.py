@@ -367,7 +367,7 @@ def test_the_command_writes_what_our_reader_and_datasets_read(encoder, tmp_path,
     assert "queries of 60 pairs" in capsys.readouterr().out
     want, _ = brute(encoder, rows, MARGINS)
     assert by_pair(lines(out)) == want
-    ((table, report),) = sources.read(sources.of(str(out)))
+    ((table, report),) = sources.read(config.Source(path=str(out)))
     assert report.items == len(rows) and report.bad == 0 and table.task == "retrieval"
     items = [table.texts[slice(*table.starts[i : i + 2])] for i in range(len(table))]
     assert {(q, p): negatives for q, p, *negatives in items} == want

@@ -9,7 +9,6 @@ import pytest
 from mlembed.inference import vector_files
 from mlembed.inference.vector_files import Quantiser, TextBuffer
 
-
 # ---- texts ----
 
 

@@ -31,7 +31,7 @@ CHUNK = 8192  # documents of a corpus that become Arrow at once
 
 @dataclass
 class Report:
-    """What became of a source's rows."""
+    """Counts of a source's rows, and of those that were left out."""
 
     name: str
     skip: bool = False

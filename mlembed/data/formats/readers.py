@@ -230,7 +230,8 @@ def _jsonl(path: Path, decoder: Decoder | None) -> Iterator[Row]:
 def _object(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
+    # A number of more than 4300 digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not json: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -239,7 +240,8 @@ def _object(line: str) -> dict[str, Any]:
 
 def _csv(path: Path) -> Iterator[Row]:
     """Yield rows of RFC 4180 with a header, or of the same with tabs. An empty cell is None."""
-    csv.field_size_limit(2**31 - 1)  # by default, documents over 128 Ki characters are errors
+    # Documents over 128 Ki characters are errors by default.
+    csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if path.suffix == ".tsv" else ","
     # Bytes that are not UTF-8 come as lone surrogates, which UTF-8 itself cannot hold.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -271,7 +273,8 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
             raise ValueError(f"{name}: expected UTF-8, got {cell[:40]!r}")
         row[name] = cell or None
         if cell and name in SCORES:
-            with contextlib.suppress(ValueError):  # a score that is not a number stays text
+            # A score that is not a number stays text, which is an error later.
+            with contextlib.suppress(ValueError):
                 row[name] = float(cell)
     return row
 
@@ -295,7 +298,8 @@ def _python(
 ) -> Iterator[dict[str, Any] | ValueError]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # Arrow does not check UTF-8 before: read row by row
+    # Arrow does not check UTF-8, so the invalid row has to be searched.
+    except UnicodeDecodeError:
         for i in range(batch.num_rows):
             yield _attempt(_arrow_row, batch.slice(i, 1), decoder)
 
@@ -333,7 +337,8 @@ def data_set(
         if not is_data_set(Path(path)):
             return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
         data = datasets.load_from_disk(path)
-    except Exception as error:  # several libraries raise many kinds
+    # Several libraries raise exceptions of many kinds.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data: expected a file, a directory or a data set that can be loaded, got {path} "
@@ -350,7 +355,8 @@ def of_data_set(
     data: "datasets.Dataset | datasets.IterableDataset", name: str, columns: Columns = list
 ) -> Iterator[Row]:
     """Yield the rows of a data set, at name:row from 1."""
-    if data.column_names:  # a stream may not know its columns
+    # A stream may not know its columns.
+    if data.column_names:
         data = data.select_columns(columns(list(data.column_names)))
     number, decoder = 0, Decoder()
     for batch in data.with_format("arrow").iter(batch_size=MANY):
@@ -405,7 +411,8 @@ class TextReader:
         path = Path(self.path)
         if self.path == "-":
             return
-        if not path.exists() or path.is_dir():  # a named pipe, or a shell's <(..), is a file too
+        # A named pipe, like a shell's <(..), exists but is not a regular file.
+        if not path.exists() or path.is_dir():
             problem = "a directory" if path.is_dir() else "which does not exist"
             raise ValueError(f"input: expected a file, got {self.path}, {problem}")
         if path.suffix.lower() == ".parquet":

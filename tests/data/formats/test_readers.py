@@ -134,7 +134,7 @@ def parallel(path, **texts):
 
 
 def test_two_parallel_files_are_pairs(tmp_path):
-    """Of any languages, Indonesian too, whose code is the name of a column."""
+    """Any languages, also Indonesian, whose code `id` is the name of a column."""
     english = "\ufeffsea\none\u2028 \n".encode()
     name = parallel(tmp_path, id=b"laut\r\nsatu\n", en=english)
     ((table, report),) = reports(name)
