@@ -13,8 +13,9 @@ With `source.corpus` the columns of positives and negatives hold ids of document
 FlagEmbedding have a prompt, put before the query; other prompts are the source's.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from . import readers
-from .readers import SCORES, Row, is_text
+from .readers import SCORES, Row, T, is_text
 
 SHOWN = 50  # bad rows that a report lists; it counts all
 PEEK = 1000  # rows among which one has to show the layout
@@ -257,6 +258,49 @@ def _score(row: dict[str, Any], layout: Layout, most: float) -> float | None:
     return None
 
 
+def _pair(
+    row: dict[str, Any], layout: Layout | None, task: str, corpus: Corpus | None, most: float
+) -> tuple[str, list[str], list[str], float | None]:
+    """Return the query, the positives, the negatives and the score of a row."""
+    if layout is None:
+        raise ValueError(
+            "expected columns query, positive [, negatives, score], id, lang, text, or a layout "
+            f"that the documentation lists, got {', '.join(map(str, row)) or 'none'}"
+        )
+    query = _text(row, layout.query)
+    if layout.lists and row.get("prompt") is not None:
+        query = _text(row, "prompt") + query
+    if layout.lists:
+        positives = _list(row, layout.positive, corpus)
+    else:
+        positives = [_text(row, layout.positive, corpus)]
+    if not positives:
+        raise ValueError(f"{layout.positive}: expected a list of texts, got []")
+    negatives = _negatives(row, layout, corpus)
+    if task in ("clustering", "classification") and not negatives:
+        raise ValueError(f"negatives: expected at least one for {task}, got none")
+    score = _score(row, layout, most)
+    if task == "sts" and score is None:
+        raise ValueError("score: expected a number for sts, got None")
+    return query, positives, negatives, score
+
+
+def _valid(
+    rows: Iterable[Row], report: Report, parse: Callable[[dict[str, Any]], T]
+) -> Iterator[tuple[str, dict[str, Any], T]]:
+    """Yield (location, row, parsed row) of the valid rows, and count all of them."""
+    for where, row in rows:
+        report.rows += 1
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            parsed = parse(row)
+        except ValueError as error:
+            report.add_bad_row(where, str(error))
+        else:
+            yield where, row, parsed
+
+
 def items(
     rows: Iterable[Row],
     layout: Layout | None,
@@ -266,52 +310,23 @@ def items(
     most: float = 5,
 ) -> Iterator[Item]:
     """Yield the valid items of rows of pairs, with scores in 0..most as the rows give them."""
-    for where, row in rows:
-        report.rows += 1
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            if layout is None:
-                raise ValueError(
-                    "expected columns query, positive [, negatives, score], id, lang, text, or a "
-                    f"layout that the documentation lists, got {', '.join(map(str, row)) or 'none'}"
-                )
-            query = _text(row, layout.query)
-            if layout.lists and row.get("prompt") is not None:
-                query = _text(row, "prompt") + query
-            if layout.lists:
-                positives = _list(row, layout.positive, corpus)
-            else:
-                positives = [_text(row, layout.positive, corpus)]
-            if not positives:
-                raise ValueError(f"{layout.positive}: expected a list of texts, got []")
-            negatives = _negatives(row, layout, corpus)
-            if task in ("clustering", "classification") and not negatives:
-                raise ValueError(f"negatives: expected at least one for {task}, got none")
-            score = _score(row, layout, most)
-            if task == "sts" and score is None:
-                raise ValueError("score: expected a number for sts, got None")
-        except ValueError as error:
-            report.add_bad_row(where, str(error))
-            continue
+    parse = partial(_pair, layout=layout, task=task, corpus=corpus, most=most)
+    for where, row, (query, positives, negatives, score) in _valid(rows, report, parse):
         report.count_languages(row.get("query_lang"), *[row.get("positive_lang")] * len(positives))
         for positive in positives:
             yield Item(query, positive, negatives, score, where)
 
 
+def _nway_row(row: dict[str, Any]) -> dict[str, str]:
+    name = "verse_id" if "verse_id" in row and "id" not in row else "id"
+    row[name] = _id(row.get(name))
+    columns = {"id": name, "lang": "lang", "text": "text"}
+    texts = {field: _text(row, column) for field, column in columns.items()}
+    return texts | ({"kind": row["kind"]} if is_text(row.get("kind")) else {})
+
+
 def nway_rows(rows: Iterable[Row], report: Report) -> Iterator[dict[str, str]]:
     """Yield the valid rows of an n-way table, {id, lang, text [, kind]}."""
-    for where, row in rows:
-        report.rows += 1
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            name = "verse_id" if "verse_id" in row and "id" not in row else "id"
-            row[name] = _id(row.get(name))
-            columns = {"id": name, "lang": "lang", "text": "text"}
-            valid = {field: _text(row, column) for field, column in columns.items()}
-        except ValueError as error:
-            report.add_bad_row(where, str(error))
-            continue
-        report.count_languages(valid["lang"])
-        yield valid | ({"kind": row["kind"]} if is_text(row.get("kind")) else {})
+    for _, _, texts in _valid(rows, report, _nway_row):
+        report.count_languages(texts["lang"])
+        yield texts

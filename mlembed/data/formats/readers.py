@@ -392,12 +392,8 @@ class TextReader:
         """Number of U+FFFD put in place of invalid text so far."""
         return self._decoder.replaced
 
-    @property
-    def _has_columns(self) -> bool:
-        return Path(self.path).suffix.lower() in (".jsonl", ".parquet")
-
     def __iter__(self) -> Iterator[str]:
-        if self._has_columns:
+        if Path(self.path).suffix.lower() in (".jsonl", ".parquet"):
             rows = of_file(Path(self.path), lambda _: [self.column], self._decoder)
             return (self._text(row.get(self.column), where) for where, row in strict(rows))
         if self.path == "-":
