@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .. import config
 from ..config import strict
+from ..config.choices import BadRows
 from ..runtime import cache
+from ..runtime.files import read_json
 from . import cldr, tables
 from .formats import layouts, readers
 from .formats.layouts import Corpus, Item, Layout, Report
@@ -29,7 +31,6 @@ from .tables import MIN_SCORE, Table
 VERSION = 2  # of the files that `_save` writes
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-BadRows = Literal["error", "skip"]
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def expand(run: config.Run) -> config.Run:
     the fields of `config.Source`. Relative paths are relative to the mixture.
 
     Raises:
-        ValueError: not json (by line), an unknown key (with near ones), a wrong type or value.
+        ValueError: invalid JSON (by line), an unknown key (with near ones), a wrong type or value.
     """
     plain, listed = [], list(run.sources)
     for entry in run.data:
@@ -79,12 +80,7 @@ def _mixture(path: Path) -> list[config.Source] | None:
     except ValueError:
         # The first line may begin an object over several lines.
         pass
-    try:
-        whole = json.loads(readers.Decoder().decode(path.read_bytes()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    whole = read_json(path)
     if not isinstance(whole, dict) or not isinstance(whole.get("sources"), list):
         got = ", ".join(whole) if isinstance(whole, dict) else type(whole).__name__
         raise ValueError(f'{path}: expected {{"sources": [..]}}, got {got}')
@@ -241,7 +237,7 @@ def _read(
     else:
         options = (source.path, source.subset, source.split, source.task, source.cap)
         key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
-        table, report = cache.kept("text", key, lambda home: _save(*make(home), home), _open)
+        table, report = cache.cached("text", key, lambda home: _save(*make(home), home), _open)
     return replace(table, source=source), report
 
 
@@ -281,7 +277,7 @@ def _save(table: Table, report: Report, directory: Path) -> None:
 
 
 def _open(directory: Path) -> tuple[Table, Report]:
-    about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
+    about = read_json(directory / "about.json")
     arrays = {
         name: np.load(path, mmap_mode="r")
         for name in ("ids", "starts", "scores")

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from ..runtime.files import read_json
 from .formats.readers import Decoder
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
@@ -142,12 +143,9 @@ def max_length(directory: Path) -> int | None:
 
 
 def settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    """Return a json file of a directory, {} if it does not exist. ValueError: it is not json."""
+    """Return a JSON file of a directory, {} if it does not exist. ValueError: invalid JSON."""
     path = directory / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+    return read_json(path) if path.is_file() else {}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..runtime import cache
+from ..runtime.files import read_json
 from . import tables
 from .tables import Table
 from .tokenizer import tokenize
@@ -80,7 +81,7 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
-    return cache.kept("tokens", _key(table, tokenizer, max_length), build, _open)
+    return cache.cached("tokens", _key(table, tokenizer, max_length), build, _open)
 
 
 def _write(
@@ -96,7 +97,7 @@ def _write(
 
 
 def _open(directory: Path) -> Tokens:
-    truncated = json.loads((directory / "about.json").read_text(encoding="utf-8"))["truncated"]
+    truncated = read_json(directory / "about.json")["truncated"]
     offsets = np.load(directory / "offsets.npy", mmap_mode="r")
     flat = np.memmap(directory / "flat.bin", dtype=np.int32, mode="r")
     return Tokens(flat, offsets, truncated)

@@ -355,7 +355,7 @@ def test_splits_of_beir(tmp_path):
 @pytest.mark.parametrize(
     "what, message",
     [
-        (dict(corpus=["{"]), r"corpus\.jsonl:1: not json"),
+        (dict(corpus=["{"]), r"corpus\.jsonl:1: invalid JSON"),
         (dict(corpus=[{"text": "x"}]), r"corpus\.jsonl:1: _id: expected text, got None"),
         (dict(corpus=[*CORPUS, {"_id": "z"}]), r"corpus\.jsonl:5: text: expected text, got None"),
         (dict(corpus=[{"_id": "z", "title": 3, "text": ""}]), r":1: title: expected text, got 3"),

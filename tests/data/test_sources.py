@@ -142,7 +142,7 @@ def test_json_rows_are_not_a_mixture(content, tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"sources": [\n{"path": "a"},\n]}', r":3: not json"),
+        ('{"sources": [\n{"path": "a"},\n]}', r":3: invalid JSON"),
         (
             '{\n"sources": [{"path": "a", "promt": "x"}]}',
             r"\[0\]: no such key 'promt' \(near",
@@ -157,7 +157,7 @@ def test_json_rows_are_not_a_mixture(content, tmp_path):
         ('{"sources": {"path": "a"}}', r'expected {"sources": \[..\]}, got sources'),
         ('{"source": []}', r'expected {"sources": \[..\]}, got source'),
         ('{"sources": [{"path": "a"}], "soruces": 1}', r"no such key 'soruces' \(near: sources\)"),
-        (b'{"sources": [\n"\xff"]}', ": expected UTF-8, got byte 0xff at 15"),
+        (b'{"sources": [\n"\xff"]}', ": invalid UTF-8 at byte 15"),
     ],
 )
 def test_malformed_mixtures(content, words, tmp_path):
@@ -250,7 +250,7 @@ def test_malformed_large_source(large, tmp_path):
 def test_cache_that_cannot_be_written(large, tmp_path, monkeypatch):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     monkeypatch.setenv("MLEMBED_CACHE", path)
-    with pytest.warns(UserWarning, match="text could not be kept there"):
+    with pytest.warns(UserWarning, match="text could not be stored"):
         assert read(path)[0] == PAIR_ITEMS
 
 

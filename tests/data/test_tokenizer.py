@@ -237,7 +237,7 @@ def test_load_errors(learnt, tmp_path):
         tokenizer.load(tmp_path)
     write(tmp_path, {"tokenizer.json": learnt})
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": \n')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json:2: not json"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json:2: invalid JSON"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", ')
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer: "):

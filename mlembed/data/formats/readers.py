@@ -232,7 +232,7 @@ def _object(line: str) -> dict[str, Any]:
         row = json.loads(line)
     # A number of more than 4300 digits is a plain ValueError.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not json: {error}") from None
+        raise ValueError(f"invalid JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     return row

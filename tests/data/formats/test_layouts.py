@@ -198,8 +198,8 @@ def test_nway_table_with_a_corpus(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        (b'{"query": "a", "positive": ', "not json"),
-        (b"query,positive", "not json"),
+        (b'{"query": "a", "positive": ', "invalid JSON"),
+        (b"query,positive", "invalid JSON"),
         (b'{"query": "\xff\xfe", "positive": "b"}', "expected UTF-8, got byte 0xff at 11"),
         (b'["a", "b"]', "expected an object, got list"),
         (b"3", "expected an object, got int"),
@@ -218,8 +218,8 @@ def test_nway_table_with_a_corpus(tmp_path):
         # json may hold half a surrogate pair, which is not text and which tokenizers reject.
         (b'{"query": "\\ud83d", "positive": "b"}', "query"),
         (b'{"query": "a", "positive": "b", "negatives": ["\\ud83d"]}', "negatives"),
-        (b'{"query": ' + b"1" * 5000 + b', "positive": "b"}', "not json"),  # too many digits
-        (b"[" * 100_000, "not json"),
+        (b'{"query": ' + b"1" * 5000 + b', "positive": "b"}', "invalid JSON"),  # too many digits
+        (b"[" * 100_000, "invalid JSON"),
     ],
 )
 def test_malformed_json(line, words, tmp_path):
@@ -317,7 +317,7 @@ def test_bad_first_row(tmp_path):
     (tmp_path / "p.jsonl").write_text('nonsense\n{"query": "a"}\n{"query": "a", "answer": "b"}\n')
     items, report = read(tmp_path / "p.jsonl", "skip")
     assert items == [["a", "b"]] and report.bad == 2
-    with pytest.raises(ValueError, match=r"p\.jsonl:1: not json"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: invalid JSON"):
         read(tmp_path / "p.jsonl")
 
 
