@@ -227,6 +227,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
+    for path, other in ((first, second), (second, first)):
+        if not path.is_file():
+            raise ValueError(f"{other}: expected {path.name} beside it, found none")
     a, b = list(_lines(first)), list(_lines(second))
     if len(a) != len(b) or not a:
         raise ValueError(
@@ -278,12 +281,9 @@ def tatoeba(directory: Path) -> Bitext:
     task = Bitext(directory.name, tatoeba=True)
     for english in sorted(directory.glob("tatoeba.*-eng.eng")):
         lang = english.name.split(".")[1].removesuffix("-eng")
-        other = english.with_name(f"tatoeba.{lang}-eng.{lang}")
-        if not other.is_file():
-            raise ValueError(f"{english}: expected {other.name} beside it, found none")
-        sides = _aligned(other, english)
-        first, n = len(task.texts), len(sides[0])
-        task.texts += sides[0] + sides[1]
+        a, b = _aligned(english.with_name(f"tatoeba.{lang}-eng.{lang}"), english)
+        first, n = len(task.texts), len(a)
+        task.texts += a + b
         task.groups[lang, ""] = (first + np.arange(n), first + n + np.arange(n))
     if not task.groups:
         raise ValueError(f"{directory}: expected tatoeba.xxx-eng.eng, found none")
@@ -384,15 +384,13 @@ def pool(directory: Path) -> Pool:
         start, target, side = match.groups()
         if side not in (start, target):
             raise ValueError(f"{directory / match[0]}: expected .{start} or .{target} at its end")
-        paths = [directory / f"un.{start}-{target}.{code}" for code in (start, target)]
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"{directory / match[0]}: expected {path.name} beside it")
+        first, second = (directory / f"un.{start}-{target}.{code}" for code in (start, target))
+        aligned = _aligned(first, second)
         if side == target:
             if target in sides:
-                raise ValueError(f"{paths[0]}: expected one file towards {target}, got another")
+                raise ValueError(f"{first}: expected one file towards {target}, got another")
             among = directory / f"pool.{target}"
-            sides[target] = Side(*_aligned(*paths), among if among.is_file() else None)
+            sides[target] = Side(*aligned, among if among.is_file() else None)
     return Pool(directory.name, sides)
 
 

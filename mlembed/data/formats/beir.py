@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from . import readers
 
@@ -17,9 +16,8 @@ def documents(path: Path) -> Iterator[tuple[str, str, str, str]]:
         ValueError: a malformed line.
     """
     for where, row in readers.strict(readers.of_file(path)):
-        key: Any = row.get("_id")
-        key = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
-        title, text = row.get("title") or "", row.get("text")
+        key, text = readers.id_text(row.get("_id")), row.get("text")
+        title = row.get("title") or ""
         for name, value in (("_id", key), ("title", title), ("text", text)):
             if not isinstance(value, str) or readers.SURROGATE.search(value):
                 raise ValueError(f"{where}: {name}: expected text, got {value!r}")
@@ -42,7 +40,7 @@ def by_id(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def choose_split(directory: Path, split: str) -> Path:
-    """Return the file of judgements: of `split` or, if that is "", of test or the only split.
+    """Return the judgements of `split` or, if that is "", of test or the only split.
 
     Raises:
         ValueError: the split does not exist, or there are several and none is test.

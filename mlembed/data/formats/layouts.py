@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from . import readers
-from .readers import SCORES, Row, T, is_text
+from .readers import SCORES, Row, T, id_text, is_text
 
 SHOWN = 50  # bad rows that a report lists; it counts all
 PEEK = 1000  # rows among which one has to show the layout
@@ -181,7 +181,7 @@ class Corpus:
         (file,) = readers.files_of(self.path)
         for where, row in readers.strict(readers.of_file(file)):
             name = next((n for n in ("_id", "doc_id", "docid", "id") if n in row), "_id")
-            key, text, title = _id(row.get(name)), row.get("text"), row.get("title")
+            key, text, title = id_text(row.get(name)), row.get("text"), row.get("title")
             for column, value in ((name, key), ("text", text)):
                 if not is_text(value):
                     raise ValueError(f"{where}: {column}: expected text, got {value!r}")
@@ -196,15 +196,10 @@ class Corpus:
 
     def text(self, key: Any, column: str) -> str:
         """Return the document of an id. ValueError, with the column: an unknown id."""
-        place = self.place.get(_id(key)) if isinstance(key, str | int) else None
+        place = self.place.get(id_text(key)) if isinstance(key, str | int) else None
         if place is None:
             raise ValueError(f"{column}: expected an id of {self.path}, got {key!r}")
         return self.column[place].as_py()
-
-
-def _id(value: Any) -> Any:
-    """Return an integer id as its digits."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _text(row: dict[str, Any], column: str, corpus: Corpus | None = None) -> str:
@@ -319,7 +314,7 @@ def items(
 
 def _nway_row(row: dict[str, Any]) -> dict[str, str]:
     name = "verse_id" if "verse_id" in row and "id" not in row else "id"
-    row[name] = _id(row.get(name))
+    row[name] = id_text(row.get(name))
     columns = {"id": name, "lang": "lang", "text": "text"}
     texts = {field: _text(row, column) for field, column in columns.items()}
     return texts | ({"kind": row["kind"]} if is_text(row.get("kind")) else {})

@@ -52,6 +52,11 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
+def id_text(value: Any) -> Any:
+    """Return an integer id as its digits, and other values as they are."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 @dataclass
 class Decoder:
     """Decodes text and treats invalid bytes and characters.
