@@ -21,7 +21,6 @@ PENDING = (
     "mlembed/evaluation",
     "mlembed/inference",
     "mlembed/modeling",
-    "mlembed/publishing",
     "mlembed/training",
     "tests/bench",
     "tests/data",
@@ -30,7 +29,6 @@ PENDING = (
     "tests/kernels",
     "tests/modeling",
     "tests/mutation",
-    "tests/publishing",
     "tests/training",
     "train.py",
 )

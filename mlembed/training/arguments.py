@@ -88,9 +88,9 @@ def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
         if end.code == 0:  # --help
             raise
         # tyro draws a box around an error, our own ValueErrors included; keep its text.
-        words = re.sub(r"[^\x20-\x7e]+", " ", stderr.getvalue()).split()
+        words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue()).split()
         reason = " ".join(words).split(" For full helptext")[0]
-        raise ValueError(re.sub("^(Value error |Error parsing Run: )*", "", reason)) from None
+        raise ValueError(re.sub(r"^(Value error |Error parsing \w+: )*", "", reason)) from None
 
 
 def _is_override(arg: str, known: Sequence[str]) -> bool:
