@@ -17,13 +17,11 @@ from test_house import FILES, ROOT
 PENDING = (
     "bench",
     "kernels",
-    "mlembed/data",
     "mlembed/evaluation",
     "mlembed/inference",
     "mlembed/modeling",
     "mlembed/training",
     "tests/bench",
-    "tests/data",
     "tests/evaluation",
     "tests/inference",
     "tests/kernels",

@@ -110,7 +110,7 @@ def _buffer(directory: Path | None) -> list[str] | TextWriter:
 
 
 def _selected(texts: list[str] | TextWriter, rows: np.ndarray) -> Sequence[str]:
-    """Return the texts of `rows` in their order; those of a spool go to texts.arrow beside it."""
+    """Return the texts of `rows` in their order; those of a spool go to texts.arrow next to it."""
     if isinstance(texts, list):
         return [texts[row] for row in rows.tolist()]
     spool = texts.close()

@@ -346,7 +346,7 @@ def test_splits_of_beir(tmp_path):
     two = beir(tmp_path / "two", dev=QRELS, train=other)
     with pytest.raises(ValueError, match=r"expected qrels/test\.tsv, or one other .* got dev, tra"):
         read(two)
-    # A directory of them, beside files.
+    # A directory of them, next to files.
     files(tmp_path, s_csv=STS + "a,b,1\n")
     (two / "qrels" / "dev.tsv").unlink()
     assert [task.name for task in read(tmp_path)] == ["b", "one", "s", "two"]

@@ -32,7 +32,7 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "train"
 
 
 def test_directory(tmp_path):
-    """Files of one kind, in order: a csv beside parquet describes it, json may be settings."""
+    """Files of one kind, in order: a csv next to parquet describes it, json may be settings."""
     (tmp_path / "notes.txt").write_text("not data")
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.json").write_text('{"query": "json", "positive": "b"}\n')

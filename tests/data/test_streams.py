@@ -1,4 +1,4 @@
-"""Streams: an endless order that any process restores by reading, whatever it read before."""
+"""Streams: an endless order that any process restores by reading, after any other reading."""
 
 import multiprocessing
 import os

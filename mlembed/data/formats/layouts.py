@@ -1,4 +1,4 @@
-"""Turn rows into items, whatever their columns are called; each error names the row and the column.
+"""Turn rows with columns of many names into items; errors name the row and the column.
 
 Layouts of pairs, by their columns:
 

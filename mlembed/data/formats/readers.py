@@ -32,7 +32,7 @@ Row = tuple[str, dict[str, Any] | ValueError]
 Columns = Callable[[list[str]], list[str]]
 """Picks, of a file's column names, those to read."""
 
-# A directory is read as the first of these kinds that it holds. A csv beside parquet describes it.
+# A directory is read as the first of these kinds that it holds. A csv next to parquet describes it.
 KINDS = ((".jsonl", ".parquet"), (".csv", ".tsv"), (".json",))
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind)
 SCORES = ("score", "scores", "similarity_score", "label", "labels")

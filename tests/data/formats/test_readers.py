@@ -111,7 +111,7 @@ def test_parquet_by_row_groups(kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_invalid_utf8_in_parquet(nested, tmp_path):
-    """Arrow takes any bytes as text when it is told to."""
+    """Arrow takes any bytes as text when a caller asks for it."""
     odd = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     columns = {"query": odd, "positive": ["x", "y", "z"]}
     if nested:
@@ -145,7 +145,7 @@ def test_two_parallel_files_are_pairs(tmp_path):
 
 def test_more_parallel_files_are_an_nway_table(tmp_path):
     name = parallel(tmp_path, en=b"sea\none", de=b"Meer\neins\n", sr_Latn=b"more\njedan\n")
-    for suffix in ("csv", "jsonl"):  # other files beside them
+    for suffix in ("csv", "jsonl"):  # other files next to them
         (tmp_path / f"talk.{suffix}").write_text("{}")
     (tmp_path / "talk.longer").write_text("x")
     ((table, report),) = reports(name)
