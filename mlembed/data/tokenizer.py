@@ -3,8 +3,8 @@
 Every text ends in EOS, also when it is cut to the maximum length. The post-processor in
 `tokenizer.json` appends it, because other libraries ignore `add_eos_token` for byte-level
 tokenizers. Tokenizers of BERT and XLM-R put a text between two tokens, [CLS] x [SEP] or <s> x </s>:
-these stay, and EOS is the second. A token that ends texts already is EOS, even if `eos_token` differs:
-the config of Qwen3-Embedding names another one.
+these stay, and EOS is the second. A token that ends texts already is EOS, even if `eos_token`
+differs, as in the config of Qwen3-Embedding.
 """
 
 import json
