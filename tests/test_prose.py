@@ -17,11 +17,9 @@ from test_house import FILES, ROOT
 PENDING = (
     "bench",
     "kernels",
-    "mlembed/data",
     "mlembed/evaluation",
     "mlembed/modeling",
     "tests/bench",
-    "tests/data",
     "tests/evaluation",
     "tests/kernels",
     "tests/modeling",

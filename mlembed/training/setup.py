@@ -72,7 +72,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     tasks = read_all(run.eval)
     held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
     tables, streams, languages = [], [], Counter[str]()
-    for source in (*map(sources.of, run.data), *run.sources):
+    for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
             say(f"train  {name_of(source)}: streamed")
@@ -116,7 +116,7 @@ def prompts(run: config.Run) -> dict[str, str]:
     Each source that has a prompt for its queries names it. `query` and `document` are the prompts
     that all sources share, "" if they differ.
     """
-    every = [*map(sources.of, run.data), *run.sources]
+    every = sources.all_of(run)
     by_name = {name_of(source): source.prompt for source in every if source.prompt}
     for name, kinds in (
         ("query", {source.prompt for source in every}),

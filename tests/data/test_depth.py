@@ -28,7 +28,7 @@ def test_default_depth():
     ("shares", "want"), [((0.2, 0.8), [1, 2, 2, 2]), ((0.25, 0.25, 0.5), [1, 2, 4, 4])]
 )
 def test_few_equal_groups(shares, want, seed):
-    """Of four equal groups 20 % are one group, not none."""
+    """20 % of four equal groups are one group, not none."""
     cfg = config.Depth(exits=(1, 2, 4)[: len(shares)], shares=shares)
     assert sorted(draw_depths(np.full(4, 9), cfg, cfg.exits[-1], rng(seed))) == want
 
