@@ -106,10 +106,9 @@ def mask(
 
 
 def _packed(sees: Callable[..., Any], B: int, S: int, device: torch.device | str) -> Tensor:
-    """Return the numbers of the sequences of a packed mask of transformers.
+    """Return sequence numbers [B, S] of a packed mask of transformers, which is a closure.
 
-    Such a mask is a closure. It is called for neighbouring tokens: the answer for all pairs would
-    take [S, S].
+    It is called for neighbours only: the answer for all pairs would take [S, S].
     """
     b = torch.arange(B, device=device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=device)
@@ -127,10 +126,7 @@ def _layout(
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """Return the layout of a batch.
-
-    The only function that waits for the device: it reads masks, positions and bounds on the host.
-    """
+    """Return the layout of a batch; waits for the device to read masks, positions and bounds."""
     B, S = shape
     user_bounds = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64)
     if numbers_BS is None and user_bounds is not None:
@@ -180,8 +176,7 @@ def attend(
     """Return attention's output [B, S, H, K], and None for its weights.
 
     Args:
-        query: [B, H, S, K].
-        key: [B, Hkv, S, K], like value.
+        query: [B, H, S, K]; key and value [B, Hkv, S, K].
         attention_mask: from `mask`; None to use `position_ids` or `cu_seq_lens_q`.
         dropout: 0.
         scaling: factor on the scores; K ** -0.5 by default.
