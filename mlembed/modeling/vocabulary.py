@@ -178,7 +178,7 @@ def _sha256(x: Tensor) -> str:
 # ---- sums of tables, for merge.py ----
 
 Method = Literal["soup", "slerp"]
-PARALLEL = 1e-6  # sin Omega under which two tensors do not span a plane
+PARALLEL = 1e-6  # Least sin Omega of two tensors that span a plane.
 ROWS = 2**16  # Rows of factors in float64 at once.
 
 
