@@ -17,7 +17,11 @@ from .shapes import SHAPES
 
 
 def tiny() -> Run:
-    """3D Matryoshka on CLDR text in two minutes of two CPU cores. All numbers are ours."""
+    """Train a small 3D Matryoshka model on built-in CLDR text. All numbers are ours.
+
+    `make train`, installation included, took 5:46 min on two CPU cores that have bf16 arithmetic,
+    and 6:59 min on two that do not.
+    """
     return Run(
         name="tiny",
         steps=300,
