@@ -10,11 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from ..data import tokenizer
-from ..modeling import hf_config, pretrained
-from ..modeling.merge import check_weights, merge, shared_tokenizer
-from ..modeling.vocabulary import Method
-from ..runtime.files import atomic_directory
+from ..config.choices import Method
+from ..modeling import hf_config
+from ..runtime.files import atomic_directory, check_new
 
 
 def main(
@@ -35,10 +33,13 @@ def main(
         weights: one per model, 0 or more, relative to their sum; equal by default.
         t: instead of weights, for slerp of two models: how far from the first to the second, 0..1.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    check_new(out, "directory")
     if len(models) < 2:
         raise ValueError(f"models: expected two or more, got {len(models)}")
+    from ..data import tokenizer
+    from ..modeling import pretrained
+    from ..modeling.merge import merge, shared_tokenizer
+
     counts = shares(method, len(models), weights, t)
     directories = [hf_config.resolve(model) for model in models]
     tokens, length = shared_tokenizer(directories)
@@ -65,6 +66,8 @@ def shares(method: Method, models: int, weights: Sequence[float], t: float | Non
     if weights and len(weights) != models:
         raise ValueError(f"weights: expected one for each of {models} models, got {len(weights)}")
     if t is None:
+        from ..modeling.merge import check_weights
+
         return check_weights(weights or [1.0] * models)
     if method != "slerp" or models != 2 or weights:
         raise ValueError(

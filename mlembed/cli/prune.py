@@ -5,16 +5,12 @@ python -m mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from ..data import tokenizer
-from ..inference.encoder import Encoder
-from ..modeling import pretrained
-from ..modeling.prune import choose, prune, pruned_config, sample, spread, target
-from ..modeling.transformer import num_parameters
-from ..runtime.files import atomic_directory
+from ..config.choices import PruneBy
+from ..runtime.files import atomic_directory, check_new
 
 
 def main(
@@ -26,7 +22,7 @@ def main(
     width: int | None = None,
     ffn: int | None = None,
     keep_layers: tuple[int, ...] = (),
-    by: Literal["first", "activation"] | None = None,
+    by: PruneBy | None = None,
     data: tuple[str, ...] = (),
     texts: int = 4096,
     seed: int = 0,
@@ -49,8 +45,7 @@ def main(
         seed: seed of the draw.
         device: auto, cpu or cuda.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    check_new(out, "directory")
     if shape and not (layers is width is ffn is None and not keep_layers):
         raise ValueError("shape: expected no layers, width, ffn or keep_layers with it, got some")
     if layers is not None and keep_layers:
@@ -61,6 +56,12 @@ def main(
         raise ValueError(
             f"data: expected text for activation and none otherwise, got {given}, {by}"
         )
+    from ..data import tokenizer
+    from ..inference.encoder import Encoder
+    from ..modeling import pretrained
+    from ..modeling.prune import choose, prune, pruned_config, sample, spread, target
+    from ..modeling.transformer import num_parameters
+
     encoder = Encoder.load(model, device)
     cfg = encoder.model.cfg
     if shape:

@@ -1,7 +1,6 @@
 """Shapes read from checkpoints on disk or on the hub, and written as Hugging Face's config.json."""
 
 import dataclasses
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from .. import config
 from ..config import Model
 from ..config.strict import from_dict
+from ..runtime.files import read_json
 
 # The nesting (exits, prefixes, ranks) in a model directory of ours.
 NESTING = "mlembed_config.json"
@@ -70,7 +70,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     if not path.is_file():
         raise ValueError(f"init: expected a checkpoint directory with config.json, got {directory}")
     if (nesting := directory / NESTING).is_file():
-        stored = _json(nesting)
+        stored = read_json(nesting)
         if not isinstance(stored, dict) or "model" not in stored:
             raise ValueError(f"{nesting}: expected an object with key 'model', got another value")
         saved = from_dict(Model, stored["model"], str(nesting))
@@ -79,7 +79,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
         return dataclasses.replace(
             saved, attention=model.attention, dropout=model.dropout, ranks=ranks
         )
-    hf = _json(path)
+    hf = read_json(path)
     kind = hf.get("model_type")
     if kind not in ("qwen3", *BERTS):
         known = ", ".join(map(repr, ("qwen3", *BERTS)))
@@ -177,14 +177,14 @@ def sentence_pooling(directory: Path, width: int) -> tuple[str | None, Path | No
     """
     if not (directory / "1_Pooling" / "config.json").is_file():
         return None, None
-    pooling = _json(path := directory / "1_Pooling" / "config.json")
+    pooling = read_json(path := directory / "1_Pooling" / "config.json")
     modes = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on]
     mode = pooling.get("pooling_mode") or "+".join(modes)
     ours = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
     named = mode.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
     if named not in ours:
         raise ValueError(f"{path}: expected one pooling, cls, mean or lasttoken, got {mode!r}")
-    listed = _json(directory / "modules.json") if (directory / "modules.json").is_file() else []
+    listed = read_json(directory / "modules.json") if (directory / "modules.json").is_file() else []
     names = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
     dense = [directory / str(m["path"]) for m, n in zip(listed, names, strict=True) if n == "Dense"]
     odd = sorted(set(names) - {"Transformer", "Pooling", "Dense", "Normalize"})
@@ -195,7 +195,7 @@ def sentence_pooling(directory: Path, width: int) -> tuple[str | None, Path | No
         )
     if not dense:
         return ours[named], None
-    layer = _json(path := dense[0] / "config.json")
+    layer = read_json(path := dense[0] / "config.json")
     activation = str(layer.get("activation_function", "Tanh")).rpartition(".")[2]
     fits = [layer.get("in_features"), layer.get("out_features")] == [width, width]
     if named != "cls" or activation != "Tanh" or not fits or not layer.get("bias", True):
@@ -211,13 +211,6 @@ def _required(path: Path, hf: dict[str, Any], *names: str) -> dict[str, Any]:
     if missing := [name for name in names if name not in hf]:
         raise ValueError(f"{path}: expected {', '.join(names)}, got none of {', '.join(missing)}")
     return {name: hf[name] for name in names}
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
 
 
 # ---- writing ----

@@ -38,9 +38,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .. import config
+from ..config.choices import Method
 from ..data import tokenizer
 from .transformer import Transformer
-from .vocabulary import Fit, Method, Tables, coefficients
+from .vocabulary import Fit, Tables, coefficients
 
 # Fields of a configuration on which weights do not depend.
 RUNTIME = {"attention", "dropout"}

@@ -5,12 +5,10 @@ Letters: T packed tokens, V vocabulary, R rank, D width.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from mlembed_kernels import TokenIndex, embed
 
 from .. import config
+from ..config.choices import Method
 from ..runtime import cache
 
 
@@ -150,7 +149,10 @@ def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tu
     The key in the cache depends on every bit of the arguments. Raises the ValueErrors of
     `factorise`; a cache that cannot be written is a warning.
     """
-    parts = [(str(x.dtype), list(x.shape), _sha256(x)) for x in (table, counts) if x is not None]
+    given = [x.detach().cpu().contiguous() for x in (table, counts) if x is not None]
+    kinds = [(str(x.dtype), list(x.shape)) for x in given]
+    arrays = [x.view(-1).view(torch.uint8).numpy() for x in given]  # NumPy lacks bf16.
+    key = cache.digest(VERSION, rank, kinds, arrays=arrays)
     factors = functools.cache(lambda: factorise(table, rank, counts))
 
     def build(directory: Path) -> None:
@@ -162,22 +164,14 @@ def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tu
         return tensors["U"], tensors["W"]
 
     try:
-        return cache.kept("factors", cache.digest(VERSION, rank, parts), build, read)
+        return cache.cached("factors", key, build, read, digests=True)
     except OSError:
         # Neither the cache nor the temporary directory has room, or somebody deleted the entry.
         return factors()
 
 
-def _sha256(x: Tensor) -> str:
-    """Return the sha256 of a tensor's bytes."""
-    # numpy does not have bf16.
-    flat = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
 # ---- sums of tables, for merge.py ----
 
-Method = Literal["soup", "slerp"]
 PARALLEL = 1e-6  # Least sin Omega of two tensors that span a plane.
 ROWS = 2**16  # Rows of factors in float64 at once.
 

@@ -236,13 +236,14 @@ def test_any_change_is_another_entry(cache, computed, monkeypatch):
     assert len(computed) == 1
 
 
-def test_cut_file_is_replaced(cache, computed):
+@pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: x[:-1] + bytes([x[-1] ^ 1])])
+def test_damaged_file_is_replaced(damage, cache, computed):
     table, counts = falling(101, 24)
     want = tuple(x.clone() for x in cached_factors(table, 11, counts))
     (file,) = cache.glob("*/*.safetensors")
     whole = file.read_bytes()
     file.unlink()
-    file.write_bytes(whole[:-3])
+    file.write_bytes(damage(whole))
     for _ in range(2):
         assert same(cached_factors(table, 11, counts), want) and len(computed) == 2
     assert file.read_bytes() == whole
@@ -266,7 +267,7 @@ def test_unwritable_cache_is_a_warning(failing, tmp_path, cache, computed, monke
     monkeypatch.setattr(Path, "write_bytes", full)
     computed.clear()
     for count in (1, 2):
-        with pytest.warns(UserWarning, match="factors"):
+        with pytest.warns(UserWarning, match="factors could not be stored"):
             assert same(cached_factors(table, 11, counts), want)
         assert len(computed) == count
     assert failing != "mkdir" or (tmp_path / "cache").read_text() == "mine"

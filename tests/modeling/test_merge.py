@@ -340,7 +340,7 @@ def test_runs_and_training_checkpoints(tokens, tmp_path):
     models = [random_model(cfg, seed) for seed in range(3)]
     for step, model in enumerate(models[:2], 1):
         optimizer = torch.optim.AdamW(model.parameters())
-        with checkpoint.Saver(run / "checkpoints", 0, 1, keep=2, background=False) as saver:
+        with checkpoint.Saver(run / "checkpoints", 0, 1, keep=2) as saver:
             saver.save(step, checkpoint.training_tensors(model, optimizer, 0), write_shape)
     write_model(run / "model", NESTED, tokens, 2)
     (run / "metrics.jsonl").write_text("")
