@@ -80,7 +80,7 @@ def attention(
 
     plan = AttentionPlan.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
     qkv = (empty(plan.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
-    options: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "work": plan, "causal": causal}
+    options: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "plan": plan, "causal": causal}
     options["active"] = empty(plan.sequences, dtype=torch.bool) if skip else None
     train(partial(attention, impl="triton", **options), *qkv)
 

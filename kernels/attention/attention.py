@@ -107,7 +107,7 @@ def attention(
         _check_triton(q)
     if plan is None:
         plan = AttentionPlan.of(cu_seqlens).to(q.device)
-    _check_work(plan, q, cu_seqlens)
+    _check_plan(plan, q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -172,7 +172,7 @@ def _check_triton(q: Tensor) -> None:
         raise ValueError(f"impl: triton's interpreter has no bf16 products, got {q.dtype}")
 
 
-def _check_work(plan: AttentionPlan, q: Tensor, cu_seqlens: Tensor) -> None:
+def _check_plan(plan: AttentionPlan, q: Tensor, cu_seqlens: Tensor) -> None:
     found = plan.tokens, plan.sequences, plan.buffer.device
     wanted = len(q), len(cu_seqlens) - 1, q.device
     if plan.tokens != len(q) and plan.sequences == len(cu_seqlens) - 1:
@@ -182,4 +182,4 @@ def _check_work(plan: AttentionPlan, q: Tensor, cu_seqlens: Tensor) -> None:
     # Looking into a device tensor would wait for the device, and break a compiled graph.
     here = cu_seqlens.is_cpu and plan.buffer.is_cpu and not torch.compiler.is_compiling()
     if here and (cu_seqlens != plan.cu_seqlens).any():
-        raise ValueError("work: expected that of cu_seqlens, got that of other boundaries")
+        raise ValueError("plan: expected that of cu_seqlens, got that of other boundaries")

@@ -17,7 +17,10 @@ SCRIPT = """
 import json, sys
 from dataclasses import replace
 from functools import partial
-from bench import attention, embed, infonce, launches
+from bench import embed, launches
+from bench.attention import bench as attention
+from bench.infonce import bench as infonce
+from bench.infonce.cases import NESTED
 
 launches.prepare()
 cases = dict([*launches.loss_cases(), *launches.attention_cases(), *launches.embed_cases()])
@@ -26,7 +29,7 @@ for name in ("reference", "both"):
     # The last batch of an epoch: rows of no tile, and an odd number of them.
     cases[f"ragged-{name}"] = partial(launches.run_loss, replace(case, B=case.B - 37))
     # Five prefixes: slices of exits do not begin on 16 bytes either.
-    cases[f"five-{name}"] = partial(launches.run_loss, replace(case, dims=infonce.NESTED[-5:]))
+    cases[f"five-{name}"] = partial(launches.run_loss, replace(case, dims=NESTED[-5:]))
 
 
 def batches():

@@ -168,7 +168,7 @@ def test_a_prefix_is_a_batch_of_its_own(n, causal, sort):
     for x in (*qkv, do):
         x[T:] = torch.nan
     cu = bounds(LENGTHS)[: n + 1]
-    options = {"cu_seqlens": cu, "work": AttentionPlan.of(cu).to(DEVICE)}
+    options = {"cu_seqlens": cu, "plan": AttentionPlan.of(cu).to(DEVICE)}
     got = run([x[:T] for x in qkv], LENGTHS, causal, do=do[:T], **options)
     same_bits(got, wanted)
     assert got["out"].isfinite().all()
@@ -377,9 +377,9 @@ def refused() -> dict[str, tuple[dict, str]]:
         "double": ({n: x.double() for n, x in zip("qkv", (q, k, v), strict=True)}, "triton has"),
         "integers": ({n: x.int() for n, x in zip("qkv", (q, k, v), strict=True)}, "floating dtype"),
         "devices": ({"v": meta}, "expected one device, got cpu, cpu, meta"),
-        "work_of_other_tokens": ({"work": [0, 2, 5, 80]}, "the last to be T = 71|work: expected"),
-        "work_of_other_sequences": ({"work": [0, 5, 71]}, "work: expected .* got"),
-        "work_elsewhere": ({"work": "meta"}, "work: expected .*cpu.* got .*meta"),
+        "plan_of_other_tokens": ({"plan": [0, 2, 5, 80]}, "the last to be T = 71|plan: expected"),
+        "plan_of_other_sequences": ({"plan": [0, 5, 71]}, "plan: expected .* got"),
+        "plan_elsewhere": ({"plan": "meta"}, "plan: expected .*cpu.* got .*meta"),
         "too_few_flags": ({"active": torch.ones(2).bool()}, r"active: expected bool \[3\]"),
         "flags_of_tokens": ({"active": torch.ones(71).bool()}, r"active: expected bool \[3\]"),
         "flags_as_integers": ({"active": torch.ones(3).long()}, "active: .* got torch.int64"),
@@ -406,10 +406,10 @@ def test_refused(name, monkeypatch):
     given = {n: torch.zeros(71, H, 16) for n, H in zip("qkv", (4, 2, 2), strict=True)}
     given = {**given, "cu_seqlens": [0, 2, 5, 71], **change}
     given["cu_seqlens"] = torch.tensor(given["cu_seqlens"])
-    if "work" in given:
-        elsewhere = given["work"] == "meta"
-        plan = AttentionPlan.of(torch.tensor([0, 2, 5, 71] if elsewhere else given["work"]))
-        given["work"] = plan.to("meta") if elsewhere else plan.to(DEVICE)
+    if "plan" in given:
+        elsewhere = given["plan"] == "meta"
+        plan = AttentionPlan.of(torch.tensor([0, 2, 5, 71] if elsewhere else given["plan"]))
+        given["plan"] = plan.to("meta") if elsewhere else plan.to(DEVICE)
     if DEVICE == "cuda":
         given = {
             n: x.cuda() if isinstance(x, Tensor) and x.device.type == "cpu" else x
@@ -422,7 +422,7 @@ def test_refused(name, monkeypatch):
 
 
 def test_on_a_cpu_by_name_only_and_only_interpreted(monkeypatch):
-    module = importlib.import_module("mlembed_kernels.attention")  # its function has its name
+    module = importlib.import_module("mlembed_kernels.attention.attention")  # its function has its name
     monkeypatch.setattr(module, "INTERPRETED", False)
     qkv = [torch.zeros(5, H, 16) for H in (4, 2, 2)]
     with pytest.raises(ValueError, match="impl: triton needs CUDA"):
@@ -460,8 +460,8 @@ def test_compiled(by_count):
     compiled = torch.compile(twice, fullgraph=True, backend=backend)
     for lengths in ([3, 66], [5, 7, 2], [65, 4], [1, 2, 3, 4], [9, 80]):
         qkv, do = batch(HALF, lengths, (1, 1))
-        options = {"cu_seqlens": bounds(lengths, DEVICE), "work": AttentionPlan.of(bounds(lengths))}
-        options["work"] = options["work"].to(DEVICE)
+        options = {"cu_seqlens": bounds(lengths, DEVICE), "plan": AttentionPlan.of(bounds(lengths))}
+        options["plan"] = options["plan"].to(DEVICE)
         if by_count:
             options["active"] = torch.tensor(len(lengths) - 1, device=DEVICE)
         got, want = (results(f, qkv, do=do, **options) for f in (compiled, twice))
@@ -529,7 +529,7 @@ def test_rows_far_apart():
 @cuda_only
 def test_in_inductor():
     qkv, do = batch(torch.bfloat16)
-    options = {"cu_seqlens": bounds(LENGTHS), "work": AttentionPlan.of(bounds(LENGTHS)).to(DEVICE)}
+    options = {"cu_seqlens": bounds(LENGTHS), "plan": AttentionPlan.of(bounds(LENGTHS)).to(DEVICE)}
 
     def doubled(q, k, v, **options) -> Tensor:
         return 2 * triton(q, k, v, causal=True, **options)

@@ -128,11 +128,11 @@ REFUSED = {
 @pytest.mark.parametrize("impl", ["reference", "triton", "auto"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, impl, monkeypatch):
-    op = pytest.importorskip("mlembed_kernels._embed_op") if impl == "triton" else None
+    op = pytest.importorskip("mlembed_kernels.embedding._op") if impl == "triton" else None
     if op is not None:
         monkeypatch.setattr(op, "run", lambda *_: pytest.fail("launched"))
-    module = importlib.import_module("mlembed_kernels.embed")  # its function has its name
-    monkeypatch.setattr("mlembed_kernels._check.INTERPRETED", True)
+    module = importlib.import_module("mlembed_kernels.embedding.embed")  # its function has its name
+    monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", True)
     monkeypatch.setattr(module, "embed_ref", lambda *_: pytest.fail("computed"))
     change, message = REFUSED[name]
     given = {"ids": TOKENS, "U": torch.zeros(V, R), "W": torch.zeros(R, D), "rank": 2}
@@ -144,7 +144,7 @@ def test_triton_by_name_never_falls_back(monkeypatch):
     U, W = torch.zeros(V, R), torch.zeros(R, D)
     with pytest.raises(ValueError, match="impl: triton has fp32, bf16 and fp16, got torch.float64"):
         embed(TOKENS, U.double(), W.double(), 1, impl="triton")
-    monkeypatch.setattr("mlembed_kernels._check.INTERPRETED", True)
+    monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", True)
     with pytest.raises(ValueError, match="interpreter has no bf16 products, got torch.bfloat16"):
         embed(TOKENS, U.bfloat16(), W.bfloat16(), 1, impl="triton")
     with (
@@ -152,7 +152,7 @@ def test_triton_by_name_never_falls_back(monkeypatch):
         pytest.raises(ValueError, match="no bf16 products, got autocast's torch.bfloat16"),
     ):
         embed(TOKENS, U, W, 1, impl="triton")
-    monkeypatch.setattr("mlembed_kernels._check.INTERPRETED", False)
+    monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", False)
     with pytest.raises(ValueError, match="impl: triton needs CUDA .*got cpu"):
         embed(TOKENS, U, W, 1, impl="triton")
 

@@ -22,7 +22,7 @@ cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
 
 def module():
-    return importlib.import_module("mlembed_kernels._embed_op")
+    return importlib.import_module("mlembed_kernels.embedding._op")
 
 
 def zipf(T: int, V: int) -> list[int]:
@@ -292,7 +292,7 @@ def small(monkeypatch):
 
     def shrink(workspace: int) -> None:
         monkeypatch.setattr(module(), "WORKSPACE", workspace)
-        monkeypatch.setattr("mlembed_kernels._occurrences.STEP", 2)
+        monkeypatch.setattr("mlembed_kernels.embedding.token_index.STEP", 2)
 
     return shrink
 
