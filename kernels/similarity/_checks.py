@@ -32,9 +32,9 @@ def check_vectors(
         others.append(("negatives", "[E, Q, K, D]", negatives))
     for name, letters, x in others:
         axes = letters.count(",") + 1
-        alike = q.ndim == 3 and x.ndim == axes
-        alike = alike and (q.shape[0], q.shape[2]) == (x.shape[0], x.shape[-1])
-        if not alike or (axes == 4 and x.shape[1] != q.shape[1]):
+        fits = q.ndim == 3 and x.ndim == axes
+        fits = fits and (q.shape[0], q.shape[2]) == (x.shape[0], x.shape[-1])
+        if not fits or (axes == 4 and x.shape[1] != q.shape[1]):
             raise ValueError(
                 f"q, {name}: expected [E, Q, D] and {letters}, "
                 f"got {list(q.shape)} and {list(x.shape)}"
@@ -51,7 +51,7 @@ def check_vectors(
     shape = None if negatives is None else negatives.shape[1:3]
     if negatives_mask.shape != shape or negatives_mask.dtype != torch.bool:
         raise ValueError(
-            f"negatives_mask: expected bool {shape and list(shape)} beside negatives, "
+            f"negatives_mask: expected bool {shape and list(shape)} with negatives, "
             f"got {negatives_mask.dtype} {list(negatives_mask.shape)}"
         )
 
@@ -81,7 +81,7 @@ def check_objective(
     twice = {"query_to_doc", "doc_to_query"} <= set(directions) and partition_mode == "joint"
     if count_positive_twice and not twice:
         raise ValueError(
-            "count_positive_twice: expected query_to_doc and doc_to_query in one joint partition, "
+            "count_positive_twice: expected query_to_doc and doc_to_query in one joint sum, "
             f"got {directions}, {partition_mode!r}"
         )
 
@@ -97,7 +97,7 @@ def check_indices(
     cand_counts: Tensor | Sequence[Tensor] | None,
     device: torch.device,
 ) -> list[Tensor | None]:
-    """Integers of the right shape on the right device; candidates' counts as one each piece."""
+    """Check shapes, dtypes and devices of integers; return candidates' counts for each piece."""
     C, pieces = starts[-1], len(starts) - 1
     if target is None and Q > C:
         raise ValueError(f"target: needed when Q > C, got none with Q = {Q}, C = {C}")
@@ -108,9 +108,7 @@ def check_indices(
     if cand_counts is not None:
         given = [cand_counts] if isinstance(cand_counts, Tensor) else list(cand_counts)
         if len(given) != pieces:
-            raise ValueError(
-                f"cand_counts: expected one each for {pieces} pieces, got {len(given)}"
-            )
+            raise ValueError(f"cand_counts: expected {pieces}, one a piece, got {len(given)}")
         counts = list(given)
     for name, x, n in (
         ("target", target, Q),
@@ -122,7 +120,7 @@ def check_indices(
     ):
         if x is not None:
             _check_integers(name, x, n, device)
-    # On another device, what lies outside is no positive.
+    # On another device, a target outside means that the query has no positive.
     if target is not None and target.device.type == "cpu" and target.numel():
         low, high = int(target.min()), int(target.max())
         if high >= C or low < -1:
@@ -145,7 +143,7 @@ def _check_integers(name: str, x: Tensor, n: int, device: torch.device) -> None:
 
 
 def scale_of(temperature: float | Tensor, like: Tensor, E: int, M: int) -> Tensor:
-    """1 / temperature as [E, M] in fp32 (float64 for float64)."""
+    """Return 1 / temperature as [E, M] in fp32 (float64 for float64)."""
     wide = torch.promote_types(like.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         if not temperature > 0:

@@ -120,7 +120,7 @@ REFUSED = {
     "beyond": ({"ids": TOKENS + 1}, r"ids: expected 0\.\.52, got 1\.\.53"),
     "impl": ({"impl": "fastest"}, "impl: expected one of .*got 'fastest'"),
     "fewer": ({"token_index": TokenIndex.of(TOKENS[1:])}, r"token_index: expected .*got \(6, "),
-    "others": ({"token_index": TokenIndex.of(TOKENS.flip(0))}, "token_index: .*those of others"),
+    "others": ({"token_index": TokenIndex.of(TOKENS.flip(0))}, "token_index: .*that of other ids"),
     "elsewhere": ({"token_index": TokenIndex.of(TOKENS).to(META)}, "token_index: .*'meta'"),
 }
 
@@ -142,14 +142,14 @@ def test_refused(name, impl, monkeypatch):
 
 def test_triton_by_name_never_falls_back(monkeypatch):
     U, W = torch.zeros(V, R), torch.zeros(R, D)
-    with pytest.raises(ValueError, match="impl: triton has fp32, bf16 and fp16, got torch.float64"):
+    with pytest.raises(ValueError, match="impl: triton supports fp32, bf16 and fp16, got torch.float64"):
         embed(TOKENS, U.double(), W.double(), 1, impl="triton")
     monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", True)
-    with pytest.raises(ValueError, match="interpreter has no bf16 products, got torch.bfloat16"):
+    with pytest.raises(ValueError, match="interpreter does not support bf16 products, got torch.bfloat16"):
         embed(TOKENS, U.bfloat16(), W.bfloat16(), 1, impl="triton")
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(ValueError, match="no bf16 products, got autocast's torch.bfloat16"),
+        pytest.raises(ValueError, match="bf16 products, got autocast's torch.bfloat16"),
     ):
         embed(TOKENS, U, W, 1, impl="triton")
     monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", False)

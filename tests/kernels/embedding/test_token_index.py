@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mlembed_kernels import TokenIndex
-from mlembed_kernels.embedding.token_index import ALIGN, PART, STEP
+from mlembed_kernels._lists import ALIGN
+from mlembed_kernels.embedding.token_index import PART, STEP
 
 
 def stream(T: int, V: int) -> torch.Tensor:
