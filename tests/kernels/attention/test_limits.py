@@ -1,7 +1,6 @@
 """What packed attention by Triton promises besides its values: nothing crosses from a sequence to
 another, rows that take no part are not read, any layout, one operator that torch can carry."""
 
-import importlib
 from functools import cache
 
 import pytest
@@ -22,7 +21,7 @@ from attention_truth import (
 from pairwise import all_pairs
 from torch import Tensor, library
 
-from mlembed_kernels import AttentionPlan
+from mlembed_kernels import AttentionPlan, _dispatch
 
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 
@@ -422,8 +421,7 @@ def test_refused(name, monkeypatch):
 
 
 def test_on_a_cpu_by_name_only_and_only_interpreted(monkeypatch):
-    module = importlib.import_module("mlembed_kernels.attention.attention")  # its function has its name
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     qkv = [torch.zeros(5, H, 16) for H in (4, 2, 2)]
     with pytest.raises(ValueError, match="impl: triton needs CUDA"):
         triton(*qkv, cu_seqlens=bounds([5]), causal=True)

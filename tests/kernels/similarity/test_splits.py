@@ -13,8 +13,8 @@ from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_r
 pytest.importorskip("triton")
 from mlembed_kernels.similarity import _lse_forward  # noqa: E402
 from mlembed_kernels.similarity._bands import bands_of  # noqa: E402
-from mlembed_kernels.similarity import _tiles  # noqa: E402
 from mlembed_kernels.similarity._mask import PairMask  # noqa: E402
+from mlembed_kernels.similarity._tiles import TileMask  # noqa: E402
 
 # In fp32 these columns are 12 tiles of the narrow kernel and 6 of the wide one: of 4 splits the
 # last has no wide tile, of 5 the last two, and of 7 the last has no narrow one either.
@@ -115,13 +115,13 @@ def test_a_split_without_columns_reads_no_further(case, monkeypatch):
 
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(1, n, DIMS[-1], generator=generator) for n in (128, 768))
-    counts = {"col_counts": torch.tensor([700])}
+    mask = PairMask(col_counts=torch.tensor([700]))
     if case == "keys":
-        keys = torch.zeros(1, 128, dtype=torch.int32), guard(torch.ones(1, 768, dtype=torch.int32))
-        monkeypatch.setattr(_tiles, "_ranks", lambda *_: keys)
-        mask = PairMask(row_keys=torch.zeros(1, 128), col_keys=torch.ones(1, 768), **counts)
+        rows, cols = torch.zeros(1, 128, dtype=torch.int32), torch.ones(1, 768, dtype=torch.int32)
+        keys = TileMask(row_keys=rows, col_keys=guard(cols))
+        monkeypatch.setattr(TileMask, "of", lambda *_: keys)
     else:
-        mask = PairMask(ceiling=torch.full((1, 128), 0.2), **counts)
+        mask = mask._replace(ceiling=torch.full((1, 128), 0.2))
         near_mask = _lse_forward.near_mask
         monkeypatch.setattr(_lse_forward, "near_mask", lambda *args: guard(near_mask(*args)))
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
