@@ -80,16 +80,9 @@ def bands_of(dims: tuple[int, ...]) -> Bands:
         widths.append(_up(high - low, 64))
         at += widths[-1]
         ends.append(at - wide)
-    return Bands(
-        edges,
-        tuple(starts),
-        tuple(widths),
-        narrow,
-        narrow_width,
-        wide,
-        at if ends else narrow_width,
-        tuple(ends),
-    )
+    width = at if ends else narrow_width
+    places = tuple(starts), tuple(widths), narrow, narrow_width, wide, width, tuple(ends)
+    return Bands(edges, *places)
 
 
 def padded(n: int) -> int:
@@ -266,13 +259,9 @@ def _unpack_kernel(
                 # Triton 3.6.0 does not compile tl.where(has, partner, 0) here.
                 partner = tl.maximum(partner, 0)
                 pair = tl.load(PAIR + first + n, mask=has, other=0)
-                y = tl.load(
-                    Y + (e * SP + partner)[:, None] * DP + col,
-                    mask=inside & has[:, None],
-                    other=0.0,
-                ).to(tl.float32)
-                along_x = tl.zeros([BR], tl.float32)
-                along_y = tl.zeros([BR], tl.float32)
+                y_at = (e * SP + partner)[:, None] * DP + col
+                y = tl.load(Y + y_at, mask=inside & has[:, None], other=0.0).to(tl.float32)
+                along_x, along_y = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
                 for m in tl.static_range(band, M):
                     u = tl.load(U + (e * M + m) * RP + rows)
                     v = tl.load(V + (e * M + m) * SP + partner)
@@ -287,9 +276,8 @@ def _unpack_kernel(
     for at in range(EDGES[M], D, BK):  # Columns after the last prefix.
         col = (at + k)[None, :]
         out = OUT + (e * R + rows)[:, None] * D + col
-        tl.store(
-            out, tl.zeros([BR, BK], OUT.dtype.element_ty), mask=(col < D) & (rows < R)[:, None]
-        )
+        zeros = tl.zeros([BR, BK], OUT.dtype.element_ty)
+        tl.store(out, zeros, mask=(col < D) & (rows < R)[:, None])
 
 
 @dataclass(frozen=True)
@@ -305,27 +293,25 @@ class Pairs:
 
 def unpack(
     out: Tensor,
-    narrow: Tensor,
-    wide: Tensor,
-    along: Tensor,
-    factor: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
     x: Packed,
     y: Packed,
     bands: Bands,
     pairs: Pairs | None,
     row0: int = 0,
 ) -> None:
-    """Write raw vectors' gradients into out [E, R, D], for the rows from row0 that `wide` has."""
+    """Write raw vectors' gradients into out [E, R, D], for the rows from row0 that `wide` has.
+
+    gradients: narrow, wide, along and factor, the kernel's GN, GW, ALONG and FACTOR.
+    """
     E, R, D = out.shape
     RP, SP = x.x.shape[1], y.x.shape[1]
-    none = x.counts
+    narrow, wide, along, factor = gradients
+    unused = x.counts
+    listed = pairs or Pairs(along, along, unused, unused, unused)
     _unpack_kernel[(wide.shape[1] // 32, E)](
         narrow, wide, x.x, y.x, x.u, y.u, along, x.unit, x.counts,
-        pairs.cos if pairs else along,
-        pairs.dcos if pairs else along,
-        pairs.first if pairs else none,
-        pairs.partner if pairs else none,
-        pairs.pair if pairs else none,
+        listed.cos, listed.dcos, listed.first, listed.partner, listed.pair,
         factor, out, row0, wide.shape[1], R, RP, SP, pairs.cos.shape[2] if pairs else 0,
         EDGES=bands.edges, STARTS=bands.starts, DP=bands.width, D=D, NARROW=bands.narrow,
         WN=bands.narrow_width, WIDE=bands.wide if bands.ends else bands.width,

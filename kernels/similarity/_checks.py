@@ -86,60 +86,34 @@ def check_objective(
         )
 
 
-def check_indices(
-    E: int,
-    Q: int,
-    starts: list[int],
-    target: Tensor | None,
-    ids: tuple[Tensor | None, Tensor | None],
-    owner: Tensor | None,
-    query_counts: Tensor | None,
-    cand_counts: Tensor | Sequence[Tensor] | None,
-    device: torch.device,
-) -> list[Tensor | None]:
-    """Check shapes, dtypes and devices of integers; return candidates' counts for each piece."""
-    C, pieces = starts[-1], len(starts) - 1
-    if target is None and Q > C:
-        raise ValueError(f"target: needed when Q > C, got none with Q = {Q}, C = {C}")
-    query_ids, cand_ids = ids
-    if (query_ids is None) != (cand_ids is None):
-        raise ValueError("query_ids, cand_ids: expected both or neither, got one")
-    counts: list[Tensor | None] = [None] * pieces
-    if cand_counts is not None:
-        given = [cand_counts] if isinstance(cand_counts, Tensor) else list(cand_counts)
-        if len(given) != pieces:
-            raise ValueError(f"cand_counts: expected {pieces}, one a piece, got {len(given)}")
-        counts = list(given)
-    for name, x, n in (
-        ("target", target, Q),
-        ("query_ids", query_ids, Q),
-        ("cand_ids", cand_ids, C),
-        ("owner", owner, C),
-        ("query_counts", query_counts, E),
-        *(("cand_counts", count, E) for count in counts),
-    ):
-        if x is not None:
-            _check_integers(name, x, n, device)
+def check_targets(Q: int, C: int, target: Tensor | None) -> None:
+    if target is None:
+        if Q > C:
+            raise ValueError(f"target: needed when Q > C, got none with Q = {Q}, C = {C}")
     # On another device, a target outside means that the query has no positive.
-    if target is not None and target.device.type == "cpu" and target.numel():
+    elif target.device.type == "cpu" and target.numel():
         low, high = int(target.min()), int(target.max())
         if high >= C or low < -1:
             raise ValueError(f"target: expected -1..{C - 1}, got {low}..{high}")
-    return counts
 
 
-def check_counts(E: int, device: torch.device, **counts: Tensor | None) -> None:
-    for name, x in counts.items():
-        if x is not None:
-            _check_integers(name, x, E, device)
+def counts_of_pieces(counts: Tensor | Sequence[Tensor] | None, pieces: int) -> list[Tensor | None]:
+    """Return candidates' counts for each piece."""
+    if counts is None:
+        return [None] * pieces
+    given = [counts] if isinstance(counts, Tensor) else list(counts)
+    if len(given) != pieces:
+        raise ValueError(f"cand_counts: expected {pieces}, one a piece, got {len(given)}")
+    return [*given]
 
 
-def _check_integers(name: str, x: Tensor, n: int, device: torch.device) -> None:
-    if x.shape != (n,) or x.is_floating_point() or x.device != device:
-        raise ValueError(
-            f"{name}: expected [{n}] integers on {device}, "
-            f"got {list(x.shape)} {x.dtype} on {x.device}"
-        )
+def check_integers(n: int, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and (x.shape != (n,) or x.is_floating_point() or x.device != device):
+            raise ValueError(
+                f"{name}: expected [{n}] integers on {device}, "
+                f"got {list(x.shape)} {x.dtype} on {x.device}"
+            )
 
 
 def scale_of(temperature: float | Tensor, like: Tensor, E: int, M: int) -> Tensor:

@@ -113,15 +113,15 @@ def _backward_op(
             px, py = pack(x[group], bands, nx[group]), pack(y[group], bands, ny[group])
             none = torch.zeros_like(slope[group])
             sides = _lse_backward.Sides.of(none, slope[group], one[group], factor[group])
-            tiles = _lse_backward.Tiles(px, py, bands, one[group], TileMask(), sides, None)
+            tiles = _lse_backward.Tiles(px, py, bands, one[group], TileMask(), (sides, None))
             f = factor[group]
             row_bytes = (PAIR_BYTES + wide_bytes * len(f)) * SP
             for rows in chunks(RP, row_bytes, workspace):
                 tiles.mask = teacher.matrix(rows, ny[group][:1])[0]
                 tiles.narrow(rows)
-                grad = tiles.wide(rows, SP)
-                unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, bands, None, rows.start)
-            unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, bands, None)
+                of_x = tiles.dx, tiles.wide(rows, SP), tiles.along_x, f
+                unpack(dx[group], of_x, px, py, bands, None, rows.start)
+            unpack(dy[group], (*tiles.dy, tiles.along_y, f), py, px, bands, None)
         return dx, dy
 
 

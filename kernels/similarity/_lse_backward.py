@@ -75,7 +75,7 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _slope(
-    acc, u, v, lx, dx, ly, dy, i0, j0, PAIR, pair_row, pair_stride,
+    acc, u, v, lx, dx, ly, dy, i0, j0, matrix,
     MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Return dL/dcos [BM, BN]; u carries log2(e)/t, lx and ly are in base 2.
@@ -84,7 +84,7 @@ def _slope(
     """
     z = acc * u[:, None] * v[None, :]
     if MODE == MSE or MODE == KL:
-        p = _pair(i0, j0, PAIR, pair_row, pair_stride, SWAP, acc.shape[0], acc.shape[1])
+        p = _pair(i0, j0, matrix, SWAP, acc.shape[0], acc.shape[1])
         if MODE == MSE:
             p = z - p
         d = dx[:, None] if ROWS else dy[None, :]
@@ -113,6 +113,7 @@ def _narrow_backward_kernel(
 ):  # fmt: skip
     """Add gradients to GRAD fp32 [E, RP, narrow width], sums of P cos to ALONG fp32 [E, M, RP]."""
     e = tl.program_id(1).to(tl.int64)
+    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     row_at = (e * RP + rows)[:, None] * DP
@@ -137,17 +138,14 @@ def _narrow_backward_kernel(
         g = tl.zeros([BM, BN], tl.float32)
         new_grad, new_along = (), ()
         for m in tl.static_range(MN - 1, -1, -1):
-            acc = _start(
-                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-                HAS_POS, N_KEYS, MODE, SWAP, BM, BN,
-            )  # fmt: skip
+            acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
             for b in tl.static_range(m + 1):
                 acc = tl.dot(x[b], y[b].T, acc, input_precision=PRECISION)
             col_at = (e * M + m) * SP + cols
             v = tl.load(V + col_at)
             p = _slope(
                 acc, u[m] * scale[m], v, lx[m], dx[m], tl.load(LY + col_at), tl.load(DY + col_at),
-                i0, j0, PAIR, pair_row, pair_stride, MODE, SWAP, ROWS, COLUMNS,
+                i0, j0, matrix, MODE, SWAP, ROWS, COLUMNS,
             )  # fmt: skip
             p = p * v[None, :] * u[m][:, None]
             new_along = (along[m] + tl.sum(p * acc, 1),) + new_along
@@ -177,6 +175,7 @@ def _wide_backward_kernel(
     The sums are ALONG_X fp32 [E, WIDE, tiles_n, rows], ALONG_Y fp32 [E, WIDE, tiles_m, cols].
     """
     e = tl.program_id(1).to(tl.int64)
+    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     # Eight row tiles share the columns that are in cache.
     pid = tl.program_id(0)
     band = pid // (8 * tiles_n) * 8
@@ -191,10 +190,7 @@ def _wide_backward_kernel(
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     WIDE: tl.constexpr = len(ENDS)
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
-    acc = _start(
-        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-        HAS_POS, N_KEYS, MODE, False, BM, BN,
-    )  # fmt: skip
+    acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     sums = _quarters(tl.zeros([BM, BN], tl.float32))
     total = 0
     for i in tl.static_range(WIDE):
@@ -229,7 +225,7 @@ def _wide_backward_kernel(
                 p = _slope(
                     dots[h], u * tl.load(SCALE + at), v, lx, dx,
                     tl.load(LY + col_at), tl.load(DY + col_at), i0, j0 + h * (BN // 4),
-                    PAIR, pair_row, pair_stride, MODE, False, ROWS, COLUMNS,
+                    matrix, MODE, False, ROWS, COLUMNS,
                 )  # fmt: skip
                 p = p * u[:, None] * v[None, :]
                 g = sums[h] + p
@@ -240,10 +236,7 @@ def _wide_backward_kernel(
                 tl.store(ALONG_Y + part_y * n_cols + local_n, tl.sum(p, 0))
             sums = new
             tl.store(ALONG_X + part_x * n_rows + local_m, along)
-            acc = _start(
-                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-                HAS_POS, N_KEYS, MODE, False, BM, BN,
-            )  # fmt: skip
+            acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
 
 
 @triton.jit(do_not_specialize=["tiles_n"])
@@ -313,7 +306,7 @@ def backward(
     y: Tensor,
     bands: Bands,
     scale: Tensor,
-    pairs: PairMask,
+    mask: PairMask,
     rows: tuple[Tensor, Tensor],
     cols: tuple[Tensor, Tensor] | None,
     cos: tuple[Tensor, Tensor] | None,
@@ -324,8 +317,8 @@ def backward(
     rows, cols, cos: (saved output, its gradient) of `forward`.
     """
     (E, R, D), S, M = x.shape, y.shape[1], len(bands.starts)
-    mask, ceiling = TileMask.of(pairs, R, S), pairs.ceiling
-    counts = counts_of(pairs.row_counts, x), counts_of(pairs.col_counts, y)
+    pairs, ceiling = TileMask.of(mask, R, S), mask.ceiling
+    counts = counts_of(mask.row_counts, x), counts_of(mask.col_counts, y)
     RP, SP, wide = padded(R), padded(S), M - bands.narrow
     dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
     dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
@@ -339,8 +332,8 @@ def backward(
         sy = None
         if cols is not None:
             sy = Sides.of(cols[0][group], cols[1][group], scale[group], factor[group])
-        tiles = Tiles(px, py, bands, scale[group] * LOG2E, mask, sx, sy)
-        by_row, by_col = _positives(cos, group, mask.positive, SP) if cos else (None, None)
+        tiles = Tiles(px, py, bands, scale[group] * LOG2E, pairs, (sx, sy))
+        by_row, by_col = _positives(cos, group, pairs.positive, SP) if cos else (None, None)
         f, width = factor[group], SP
         if ceiling is None:  # Matrices of near pairs have whole rows.
             width = min(SP, WIDTH)
@@ -348,11 +341,11 @@ def backward(
         for r in chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
             if ceiling is not None:
                 near = near_mask(x, y, bands, counts, ceiling, r)
-                tiles.mask = replace(mask, pair=near, pair_row=r.start, mode=NEAR.value)
+                tiles.mask = replace(pairs, pair=near, pair_row=r.start, mode=NEAR.value)
                 tiles.narrow(r)
-            grad = tiles.wide(r, width)
-            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, bands, by_row, r.start)
-        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, bands, by_col)
+            of_x = tiles.dx, tiles.wide(r, width), tiles.along_x, f
+            unpack(dx[group], of_x, px, py, bands, by_row, r.start)
+        unpack(dy[group], (*tiles.dy, tiles.along_y, f), py, px, bands, by_col)
         dscale[group] = tiles.along_x.sum(-1) * f[:, None] / scale[group]
     return dx, dy, dscale
 
@@ -383,6 +376,7 @@ def _positives(
     return by_row, Pairs(cos, dcos, first, order.int(), order.int())
 
 
+@dataclass
 class Tiles:
     """Gradients of a group of exits, which grow as rows of pairs are added.
 
@@ -390,22 +384,19 @@ class Tiles:
     rows are done. y has all until the end.
     """
 
-    def __init__(
-        self,
-        x: Packed,
-        y: Packed,
-        bands: Bands,
-        scale2: Tensor,
-        mask: TileMask,
-        sx: Sides,
-        sy: Sides | None,
-    ) -> None:
-        self.x, self.y, self.bands, self.scale2, self.mask = x, y, bands, scale2, mask
-        self.sides = sx, sy
-        self.dx = self._zeros(x.x.shape[1], bands.narrow_width)
+    x: Packed
+    y: Packed
+    bands: Bands
+    scale2: Tensor  # log2(e) / t, fp32 [E, M]
+    mask: TileMask
+    sides: tuple[Sides, Sides | None]
+
+    def __post_init__(self) -> None:
+        bands, R, S = self.bands, self.x.x.shape[1], self.y.x.shape[1]
+        self.dx = self._zeros(R, bands.narrow_width)
         wide = bands.width - bands.wide if bands.ends else 0
-        self.dy = self._zeros(y.x.shape[1], bands.narrow_width), self._zeros(y.x.shape[1], wide)
-        self.along_x, self.along_y = torch.zeros_like(x.u), torch.zeros_like(y.u)
+        self.dy = self._zeros(S, bands.narrow_width), self._zeros(S, wide)
+        self.along_x, self.along_y = torch.zeros_like(self.x.u), torch.zeros_like(self.y.u)
 
     def _zeros(self, rows: int, width: int) -> Tensor:
         size = self.x.x.shape[0], rows, width

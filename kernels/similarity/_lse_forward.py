@@ -99,6 +99,7 @@ def _narrow_forward_kernel(
     """Sum the narrow prefixes: ROWS fp32 [splits, E, M, RP], COLS fp32 [E, row tiles, MN, SP]."""
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
+    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     x_rows = X + (e * RP + rows)[:, None] * DP
@@ -115,10 +116,7 @@ def _narrow_forward_kernel(
         j0 = j * BN
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP
-        acc = _start(
-            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-            HAS_POS, N_KEYS, MODE, False, BM, BN,
-        )  # fmt: skip
+        acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
         new = ()
         for m in tl.static_range(MN):
             y = tl.load(y_rows + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :])
@@ -126,7 +124,7 @@ def _narrow_forward_kernel(
             v = tl.load(V + (e * M + m) * SP + cols)
             p = acc * u[m][:, None] * v[None, :]
             if MODE == MSE or MODE == KL:
-                teacher = _pair(i0, j0, PAIR, pair_row, pair_stride, False, BM, BN)
+                teacher = _pair(i0, j0, matrix, False, BM, BN)
                 p = _compare(acc, p, teacher, MODE)
             else:
                 p = tl.exp2(p - shift[m])
@@ -153,6 +151,7 @@ def _wide_forward_kernel(
     """
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
+    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     k = tl.arange(0, BK)[None, :]
@@ -167,10 +166,7 @@ def _wide_forward_kernel(
     last = tl.minimum(first + per, tiles)
     # The last splits may have no tile: `_start` then reads the last tile, within its buffers.
     j0 = tl.minimum(first, tiles - 1) * BN
-    acc = _start(
-        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-        HAS_POS, N_KEYS, MODE, False, BM, BN,
-    )  # fmt: skip
+    acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     for t in tl.range(0, tl.maximum(last - first, 0) * STEPS):
         step = t % STEPS
         j0 = (first + t // STEPS) * BN
@@ -192,7 +188,7 @@ def _wide_forward_kernel(
                 p = dots[h] * u[:, None] * v[None, :]
                 if MODE == MSE or MODE == KL:
                     q0 = j0 + h * (BN // 4)
-                    teacher = _pair(i0, q0, PAIR, pair_row, pair_stride, False, BM, BN // 4)
+                    teacher = _pair(i0, q0, matrix, False, BM, BN // 4)
                     p = _compare(dots[h], p, teacher, MODE)
                 else:
                     p = tl.exp2(p - shift)
@@ -203,10 +199,7 @@ def _wide_forward_kernel(
             sums += tl.where(which == m, total[None, :], 0.0)
             if m == WIDE - 1:
                 ahead = tl.minimum(j0 + BN, SP - BN)
-                acc = _start(
-                    i0, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-                    HAS_POS, N_KEYS, MODE, False, BM, BN,
-                )  # fmt: skip
+                acc = _start(i0, ahead, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     out = ((split * tl.num_programs(2) + e) * M + FIRST + which) * RP + rows[None, :]
     tl.store(ROWS + out, sums, mask=which < WIDE)
 
@@ -224,6 +217,7 @@ def _exact_kernel(
     A program without such rows returns at once, as nearly all do.
     """
     e = tl.program_id(1).to(tl.int64)
+    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     nx = tl.load(NX + e)
@@ -244,10 +238,7 @@ def _exact_kernel(
         j0 = j * BN
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP + k
-        acc = _start(
-            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-            HAS_POS, N_KEYS, MODE, SWAP, BM, BN,
-        )  # fmt: skip
+        acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
         gone = acc < 0.5 * GONE
         new_tops, new_sums = (), ()
         for m in tl.static_range(M):
@@ -272,22 +263,16 @@ def _exact_kernel(
 
 
 def forward(
-    x: Tensor,
-    y: Tensor,
-    bands: Bands,
-    scale: Tensor,
-    pairs: PairMask,
-    columns: bool,
-    workspace: int,
+    x: Tensor, y: Tensor, bands: Bands, scale: Tensor, mask: PairMask, columns: bool, workspace: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row LSEs [E, M, R], column LSEs and positives' cosines, empty if not asked for."""
     (E, R, _), S, M = x.shape, y.shape[1], len(bands.starts)
-    mask, ceiling = TileMask.of(pairs, R, S), pairs.ceiling
-    counts = counts_of(pairs.row_counts, x), counts_of(pairs.col_counts, y)
+    pairs, ceiling = TileMask.of(mask, R, S), mask.ceiling
+    counts = counts_of(mask.row_counts, x), counts_of(mask.col_counts, y)
     RP, SP = padded(R), padded(S)
     rows_EMR = torch.empty(E, M, R, dtype=torch.float32, device=x.device)
     cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
-    cos_EMR = torch.zeros_like(rows_EMR) if mask.positive is not None else rows_EMR[..., :0].clone()
+    cos_EMR = rows_EMR.new_zeros(E, M, R if pairs.positive is not None else 0)
     scale2 = (scale * LOG2E).contiguous()
     shift2 = (scale2.abs() + math.log2(max(RP, SP)) - 126).clamp(min=0)
     smallest = min(
@@ -305,17 +290,17 @@ def forward(
     for group, chunk in order:
         if group != last[0]:
             px, py = (pack(v[group], bands, n[group]) for v, n in zip((x, y), counts, strict=True))
-            tiles = Tiles(px, py, bands, scale2[group], shift2[group], mask)
+            tiles = Tiles(px, py, bands, scale2[group], shift2[group], pairs)
             total = torch.zeros_like(py.u) if columns else None
-            if mask.positive is not None and chunk.start == 0:
-                cos_EMR[group] = positive_cosines(px, py, bands, mask.positive)[..., :R]
+            if pairs.positive is not None and chunk.start == 0:
+                cos_EMR[group] = positive_cosines(px, py, bands, pairs.positive)[..., :R]
         if ceiling is not None and chunk != last[1]:
             # The last chunk's matrix is freed first: with it there would be two workspaces.
-            mask = tiles.mask = replace(mask, pair=None)
+            pairs = tiles.mask = replace(pairs, pair=None)
             near = near_mask(x, y, bands, counts, ceiling, chunk)
-            mask = replace(mask, pair=near, pair_row=chunk.start, mode=NEAR.value)
+            pairs = replace(pairs, pair=near, pair_row=chunk.start, mode=NEAR.value)
             del near
-        tiles.mask = mask
+        tiles.mask = pairs
         last = group, chunk
         sums, col_sums = tiles.sums(chunk, columns)
         rows = slice(chunk.start, min(chunk.stop, R))

@@ -94,11 +94,9 @@ def counts_of(counts: Tensor | None, x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _pair(
-    row0, col0, PAIR, pair_row, pair_stride,
-    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Return the tile [BM, BN] of PAIR at (row0, col0), transposed if SWAP."""
+def _pair(row0, col0, matrix, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Return the tile [BM, BN] at (row0, col0) of a chunk's `matrix`, transposed if SWAP."""
+    PAIR, pair_row, pair_stride = matrix
     i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     if SWAP:
         tile = PAIR + (col0 - pair_row).to(tl.int64) * pair_stride + row0
@@ -111,16 +109,15 @@ def _pair(
 
 @triton.jit
 def _start(
-    row0, col0, NX, NY, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    row0, col0, mask, matrix, HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Return what a tile's dots begin with: 0, or far below any dot where the pair is dropped.
 
     Its inputs are loaded here, not held in registers from one tile to the next.
     """
-    i, j = tl.arange(0, BM), tl.arange(0, BN)
-    rows, cols = row0 + i, col0 + j
+    NX, NY, RP, SP, POS, KX, KY = mask
+    rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
     x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
     y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
     acc = x_gone[:, None] + y_gone[None, :]
@@ -134,7 +131,7 @@ def _start(
         same = tl.load(KX + k * RP + rows)[:, None] == tl.load(KY + k * SP + cols)[None, :]
         acc = tl.where(same, GONE, acc)
     if MODE == NEAR:
-        near = _pair(row0, col0, PAIR, pair_row, pair_stride, SWAP, BM, BN)
+        near = _pair(row0, col0, matrix, SWAP, BM, BN)
         acc = tl.where(near == 1, GONE, acc)
     return acc
 
@@ -190,12 +187,7 @@ def _matrix_kernel(
 
 
 def near_mask(
-    x: Tensor,
-    y: Tensor,
-    bands: Bands,
-    counts: tuple[Tensor, Tensor],
-    ceiling: Tensor,
-    rows: slice,
+    x: Tensor, y: Tensor, bands: Bands, counts: tuple[Tensor, Tensor], ceiling: Tensor, rows: slice
 ) -> Tensor:
     """Return int8 [rows, SP]: 1 where the deepest exit that can tell finds a pair too similar."""
     E, SP = x.shape[0], padded(y.shape[1])

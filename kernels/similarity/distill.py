@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import check_impl, reference_of, use_triton
-from ._checks import check_counts, check_vectors, scale_of
+from ._checks import check_integers, check_vectors, scale_of
 from ._mask import present
 from .cosine import unit
 from .pairwise_lse import NOTHING, WORKSPACE, pairwise_lse
@@ -78,7 +78,7 @@ def distill(
         raise ValueError(
             f"teacher_temperature: expected a positive number, got {teacher_temperature}"
         )
-    check_counts(E, q.device, query_counts=query_counts, cand_counts=cand_counts)
+    check_integers(E, q.device, query_counts=query_counts, cand_counts=cand_counts)
     scale_EM = scale_of(temperature, q, E, len(dims))
     q_in = present(query_counts, E, Q, q.device)
     c_in = present(cand_counts, E, C, q.device)

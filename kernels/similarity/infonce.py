@@ -40,7 +40,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import check_impl, reference_of
-from ._checks import check_indices, check_objective, check_vectors, scale_of
+from ._checks import (
+    check_integers,
+    check_objective,
+    check_targets,
+    check_vectors,
+    counts_of_pieces,
+    scale_of,
+)
 from ._mask import present
 from .cosine import cosine
 from .pairwise_lse import NOTHING, WORKSPACE, pairwise_lse
@@ -109,20 +116,21 @@ def infonce(
     starts = [0]
     for piece in pieces:
         starts.append(starts[-1] + piece.shape[1])
-    ids = query_ids, cand_ids
-    counts = check_indices(E, Q, starts, target, ids, owner, query_counts, cand_counts, q.device)
+    C, device = starts[-1], q.device
+    if (query_ids is None) != (cand_ids is None):
+        raise ValueError("query_ids, cand_ids: expected both or neither, got one")
+    check_integers(Q, device, target=target, query_ids=query_ids)
+    check_integers(C, device, cand_ids=cand_ids, owner=owner)
+    check_integers(E, device, query_counts=query_counts)
+    counts = counts_of_pieces(cand_counts, len(pieces))
+    for count in counts:
+        check_integers(E, device, cand_counts=count)
+    check_targets(Q, C, target)
     scale_EM = scale_of(temperature, q, E, len(dims))
+    target = torch.arange(Q, device=q.device) if target is None else target
+    common = {"dims": dims, "scale": scale_EM, "workspace": workspace, "impl": impl}
     pairs = _Pairs(
-        q,
-        pieces,
-        starts,
-        torch.arange(Q, device=q.device) if target is None else target,
-        query_ids,
-        cand_ids,
-        owner,
-        query_counts,
-        counts,
-        {"dims": dims, "scale": scale_EM, "workspace": workspace, "impl": impl},
+        q, pieces, starts, target, query_ids, cand_ids, owner, query_counts, counts, common
     )
     has_positive = pairs.has_positive()
     ceiling = None

@@ -77,14 +77,8 @@ def pairwise_lse(
     check_impl(impl)
     if ceiling is not None and columns:
         raise ValueError("columns: expected False with ceilings, which belong to rows, got True")
-    mask = PairMask.of(
-        row_keys,
-        col_keys,
-        positive=positive,
-        ceiling=ceiling,
-        row_counts=row_counts,
-        col_counts=col_counts,
-    )
+    counts = {"row_counts": row_counts, "col_counts": col_counts}
+    mask = PairMask.of(row_keys, col_keys, ceiling, positive=positive, **counts)
     if not use_triton(impl, x):
         return _dense(x, y, dims, scale, mask, columns)
     from ._lse_op import pairwise_lse_op  # imports triton, which not every platform has
@@ -132,12 +126,11 @@ def _dense(
                     cos = (unit_x * unit_y[at]).sum(-1) if S else unit_x.sum(-1) * 0
                     both_in = inside & x_in[e] & y_in[e, at] if S else inside
                     cosines.append(cos.where(both_in, 0.0))
-    shape = E, len(dims), -1
-    return (
-        torch.stack(rows).view(*shape[:2], R),
-        torch.stack(cols).view(*shape[:2], S) if columns else None,
-        torch.stack(cosines).view(*shape[:2], R) if positive is not None else None,
-    )
+
+    def table(x: list[Tensor]) -> Tensor | None:
+        return torch.stack(x).unflatten(0, (E, len(dims))) if x else None
+
+    return torch.stack(rows).unflatten(0, (E, len(dims))), table(cols), table(cosines)
 
 
 def _logsumexp(z: Tensor) -> Tensor:

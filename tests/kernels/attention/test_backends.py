@@ -91,13 +91,19 @@ def test_what_a_library_has_not(impl):
         q, k, v = (x.to(dtype).as_subclass(OnCuda) for x in inputs(lengths, K=K))
         getattr(_backends, impl)(q, k, v, AttentionPlan.of(bounds(lengths)), 1.0, True)
 
-    with pytest.raises(ValueError, match=f"impl: {impl} supports torch.bfloat16.*, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=f"impl: {impl} supports torch.bfloat16.*, got torch.float64"
+    ):
         call(torch.float64, 64, LENGTHS)
     if impl != "xformers":
-        with pytest.raises(ValueError, match=f"impl: {impl} supports torch.bf?.*, got torch.float32"):
+        with pytest.raises(
+            ValueError, match=f"impl: {impl} supports torch.bf?.*, got torch.float32"
+        ):
             call(torch.float32, 64, LENGTHS)
     for K in (12, 264):
-        with pytest.raises(ValueError, match=f"impl: {impl} supports heads of 8 to 256.* got K = {K}"):
+        with pytest.raises(
+            ValueError, match=f"impl: {impl} supports heads of 8 to 256.* got K = {K}"
+        ):
             call(torch.float16, K, LENGTHS)
     with pytest.raises(ValueError, match=f"impl: {impl} needs one or more sequences, got none"):
         call(torch.float16, 64, [])

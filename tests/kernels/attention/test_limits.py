@@ -373,7 +373,10 @@ def refused() -> dict[str, tuple[dict, str]]:
         "no_tokens_axis": ({"q": q[0]}, "q, k, v: expected"),
         "unlike_values": ({"v": v[:, :1]}, "q, k, v: expected"),
         "dtypes": ({"k": k.half()}, "expected one dtype, got .*float32, .*float16, .*float32"),
-        "double": ({n: x.double() for n, x in zip("qkv", (q, k, v), strict=True)}, "triton supports"),
+        "double": (
+            {n: x.double() for n, x in zip("qkv", (q, k, v), strict=True)},
+            "triton supports",
+        ),
         "integers": ({n: x.int() for n, x in zip("qkv", (q, k, v), strict=True)}, "floating dtype"),
         "devices": ({"v": meta}, "expected one device, got cpu, cpu, meta"),
         "plan_of_other_tokens": ({"plan": [0, 2, 5, 80]}, "the last to be T = 71|plan: expected"),

@@ -142,10 +142,14 @@ def test_refused(name, impl, monkeypatch):
 
 def test_triton_by_name_never_falls_back(monkeypatch):
     U, W = torch.zeros(V, R), torch.zeros(R, D)
-    with pytest.raises(ValueError, match="impl: triton supports fp32, bf16 and fp16, got torch.float64"):
+    with pytest.raises(
+        ValueError, match="impl: triton supports fp32, bf16 and fp16, got torch.float64"
+    ):
         embed(TOKENS, U.double(), W.double(), 1, impl="triton")
     monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", True)
-    with pytest.raises(ValueError, match="interpreter does not support bf16 products, got torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match="interpreter does not support bf16 products, got torch.bfloat16"
+    ):
         embed(TOKENS, U.bfloat16(), W.bfloat16(), 1, impl="triton")
     with (
         torch.autocast("cpu", torch.bfloat16),

@@ -422,7 +422,10 @@ ZEROS = torch.zeros(E, Q, K, D, dtype=torch.float64)
 MASK = torch.ones(Q, K, dtype=torch.bool)
 WRONG = {
     "impl": ({"impl": "cuda"}, r"impl: expected one of \('auto', 'triton', 'reference'\)"),
-    "impl_float64": ({"impl": "triton"}, "impl: triton supports fp32, bf16 and fp16, got torch.float64"),
+    "impl_float64": (
+        {"impl": "triton"},
+        "impl: triton supports fp32, bf16 and fp16, got torch.float64",
+    ),
     "no_piece": ({"c": []}, "c: expected a tensor or at least one piece"),
     "dims_none": ({"dims": ()}, "dims: expected rising"),
     "dims_falling": ({"dims": (8, 3)}, "dims: expected rising"),

@@ -536,6 +536,8 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="impl: triton supports fp32, bf16 and fp16"):
         pairwise_lse(**inputs(), impl="triton")
     if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="impl: triton's interpreter does not support bf16 products"):
+        with pytest.raises(
+            ValueError, match="impl: triton's interpreter does not support bf16 products"
+        ):
             half = {name: inputs()[name].bfloat16() for name in ("x", "y")}
             pairwise_lse(**{**inputs(), **half}, impl="triton")
