@@ -198,7 +198,9 @@ def infonce(
             continue
         sizes = {name: Q if name.endswith("query") else C for name in directions}
         keep = {
-            name: torch.tensor([[is_negative(name, e, i, j) for j in range(n)] for i in rows]).view(-1, n)
+            name: torch.tensor([[is_negative(name, e, i, j) for j in range(n)] for i in rows]).view(
+                -1, n
+            )
             for name, n in sizes.items()
         }
         for m, d in enumerate(dims):

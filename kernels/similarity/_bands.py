@@ -259,8 +259,11 @@ def _unpack_kernel(
                 # Triton 3.6.0 does not compile tl.where(has, partner, 0) here.
                 partner = tl.maximum(partner, 0)
                 pair = tl.load(PAIR + first + n, mask=has, other=0)
-                y_at = (e * SP + partner)[:, None] * DP + col
-                y = tl.load(Y + y_at, mask=inside & has[:, None], other=0.0).to(tl.float32)
+                y = tl.load(
+                    Y + (e * SP + partner)[:, None] * DP + col,
+                    mask=inside & has[:, None],
+                    other=0.0,
+                ).to(tl.float32)
                 along_x, along_y = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
                 for m in tl.static_range(band, M):
                     u = tl.load(U + (e * M + m) * RP + rows)

@@ -113,7 +113,7 @@ def _narrow_backward_kernel(
 ):  # fmt: skip
     """Add gradients to GRAD fp32 [E, RP, narrow width], sums of P cos to ALONG fp32 [E, M, RP]."""
     e = tl.program_id(1).to(tl.int64)
-    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     row_at = (e * RP + rows)[:, None] * DP
@@ -138,7 +138,7 @@ def _narrow_backward_kernel(
         g = tl.zeros([BM, BN], tl.float32)
         new_grad, new_along = (), ()
         for m in tl.static_range(MN - 1, -1, -1):
-            acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
+            acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
             for b in tl.static_range(m + 1):
                 acc = tl.dot(x[b], y[b].T, acc, input_precision=PRECISION)
             col_at = (e * M + m) * SP + cols
@@ -175,7 +175,7 @@ def _wide_backward_kernel(
     The sums are ALONG_X fp32 [E, WIDE, tiles_n, rows], ALONG_Y fp32 [E, WIDE, tiles_m, cols].
     """
     e = tl.program_id(1).to(tl.int64)
-    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     # Eight row tiles share the columns that are in cache.
     pid = tl.program_id(0)
     band = pid // (8 * tiles_n) * 8
@@ -190,7 +190,7 @@ def _wide_backward_kernel(
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     WIDE: tl.constexpr = len(ENDS)
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
-    acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
+    acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     sums = _quarters(tl.zeros([BM, BN], tl.float32))
     total = 0
     for i in tl.static_range(WIDE):
@@ -236,7 +236,7 @@ def _wide_backward_kernel(
                 tl.store(ALONG_Y + part_y * n_cols + local_n, tl.sum(p, 0))
             sums = new
             tl.store(ALONG_X + part_x * n_rows + local_m, along)
-            acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
+            acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
 
 
 @triton.jit(do_not_specialize=["tiles_n"])

@@ -99,7 +99,7 @@ def _narrow_forward_kernel(
     """Sum the narrow prefixes: ROWS fp32 [splits, E, M, RP], COLS fp32 [E, row tiles, MN, SP]."""
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
-    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     x_rows = X + (e * RP + rows)[:, None] * DP
@@ -116,7 +116,7 @@ def _narrow_forward_kernel(
         j0 = j * BN
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP
-        acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
+        acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
         new = ()
         for m in tl.static_range(MN):
             y = tl.load(y_rows + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :])
@@ -151,7 +151,7 @@ def _wide_forward_kernel(
     """
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
-    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     k = tl.arange(0, BK)[None, :]
@@ -166,7 +166,7 @@ def _wide_forward_kernel(
     last = tl.minimum(first + per, tiles)
     # The last splits may have no tile: `_start` then reads the last tile, within its buffers.
     j0 = tl.minimum(first, tiles - 1) * BN
-    acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
+    acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     for t in tl.range(0, tl.maximum(last - first, 0) * STEPS):
         step = t % STEPS
         j0 = (first + t // STEPS) * BN
@@ -199,7 +199,7 @@ def _wide_forward_kernel(
             sums += tl.where(which == m, total[None, :], 0.0)
             if m == WIDE - 1:
                 ahead = tl.minimum(j0 + BN, SP - BN)
-                acc = _start(i0, ahead, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
+                acc = _start(i0, ahead, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     out = ((split * tl.num_programs(2) + e) * M + FIRST + which) * RP + rows[None, :]
     tl.store(ROWS + out, sums, mask=which < WIDE)
 
@@ -217,7 +217,7 @@ def _exact_kernel(
     A program without such rows returns at once, as nearly all do.
     """
     e = tl.program_id(1).to(tl.int64)
-    mask, matrix = (NX + e, NY + e, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     nx = tl.load(NX + e)
@@ -238,7 +238,7 @@ def _exact_kernel(
         j0 = j * BN
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP + k
-        acc = _start(i0, j0, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
+        acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
         gone = acc < 0.5 * GONE
         new_tops, new_sums = (), ()
         for m in tl.static_range(M):

@@ -109,7 +109,7 @@ def _pair(row0, col0, matrix, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.const
 
 @triton.jit
 def _start(
-    row0, col0, mask, matrix, HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
+    row0, col0, e, mask, matrix, HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
     SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Return what a tile's dots begin with: 0, or far below any dot where the pair is dropped.
@@ -117,7 +117,9 @@ def _start(
     Its inputs are loaded here, not held in registers from one tile to the next.
     """
     NX, NY, RP, SP, POS, KX, KY = mask
-    rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
+    NX, NY = NX + e, NY + e
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    rows, cols = row0 + i, col0 + j
     x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
     y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
     acc = x_gone[:, None] + y_gone[None, :]
