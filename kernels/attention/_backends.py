@@ -132,11 +132,9 @@ def _block_diagonal(attn_bias: Any, plan: AttentionPlan, causal: bool) -> Any:
     Its own `from_seqlens` takes lengths on the host and copies them at every call. Its kernels only
     compare the host's lists of boundaries of queries and keys.
     """
+    ends = [0, plan.tokens]
     blocks = attn_bias._SeqLenInfo(
-        seqstart=plan.cu_seqlens,
-        max_seqlen=plan.max_seqlen,
-        min_seqlen=1,
-        seqstart_py=[0, plan.tokens],
+        seqstart=plan.cu_seqlens, max_seqlen=plan.max_seqlen, min_seqlen=1, seqstart_py=ends
     )
     kind = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
     return kind(q_seqinfo=blocks, k_seqinfo=blocks)

@@ -22,17 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Configs
-from ._forward import (
-    LOG2E,
-    _alive,
-    _begins,
-    _finite,
-    _rows,
-    _softmax,
-    _store_rows,
-    _visible,
-    shaped,
-)
+from ._forward import LOG2E, _alive, _begins, _finite, _rows, _softmax, _store_rows, _visible, tiled
 from .plan import AttentionPlan
 
 # As in _forward.py. "pair": groups of two heads. "keys": TOKENS of its tile, BM queries of one head
@@ -62,7 +52,7 @@ CONFIGS_FP32: Configs = {
 
 
 def config(name: str, q: Tensor, group: int) -> dict[str, Any]:
-    return shaped(CONFIGS, CONFIGS_FP32, name, q, group)
+    return tiled(CONFIGS, CONFIGS_FP32, name, q, group)
 
 
 @triton.jit

@@ -50,10 +50,10 @@ CONFIGS_FP32: Configs = {
 
 
 def config(name: str, q: Tensor, group: int) -> dict[str, Any]:
-    return shaped(CONFIGS, CONFIGS_FP32, name, q, group)
+    return tiled(CONFIGS, CONFIGS_FP32, name, q, group)
 
 
-def shaped(half: Configs, fp32: Configs, name: str, q: Tensor, group: int) -> dict[str, Any]:
+def tiled(half: Configs, fp32: Configs, name: str, q: Tensor, group: int) -> dict[str, Any]:
     """Return launch options for these heads; ROWS become TOKENS of HEADS side by side."""
     K = q.shape[-1]
     # The interpreter does not run out of registers: there fp32 takes half precision's tiles.

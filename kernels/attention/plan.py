@@ -48,10 +48,8 @@ class AttentionPlan:
             ValueError: not integers in one row, not from 0, not rising (an empty sequence).
         """
         if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or not cu_seqlens.numel():
-            raise ValueError(
-                "cu_seqlens: expected integers [N + 1], got "
-                f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-            )
+            got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens: expected integers [N + 1], got {got}")
         cu = cu_seqlens.detach().to("cpu", torch.int64)
         lengths = cu.diff()
         if cu[0] != 0 or (lengths < 1).any():

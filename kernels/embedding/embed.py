@@ -100,11 +100,9 @@ def _check_range(ids: Tensor, V: int, token_index: TokenIndex | None) -> None:
     # Reading a device tensor would wait for the device, and break a compiled graph.
     readable = ids.is_cpu and not torch.compiler.is_compiling()
     if token_index is not None:
-        got = token_index.tokens, token_index.buffer.device
-        if got != (len(ids), ids.device):
-            raise ValueError(
-                f"token_index: expected (T, device) {(len(ids), ids.device)}, got {got}"
-            )
+        got, expected = (token_index.tokens, token_index.buffer.device), (len(ids), ids.device)
+        if got != expected:
+            raise ValueError(f"token_index: expected (T, device) {expected}, got {got}")
         lowest, highest = token_index.lowest, token_index.highest
         if readable:
             one_by_one = torch.repeat_interleave(token_index.ids_P, token_index.count_P)

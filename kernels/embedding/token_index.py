@@ -109,9 +109,8 @@ class TokenIndex:
 
 def check_ids(ids: Tensor) -> None:
     if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
-        raise ValueError(
-            f"ids: expected int32 or int64 [T], at least one, got {ids.dtype} {list(ids.shape)}"
-        )
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"ids: expected int32 or int64 [T], at least one, got {got}")
 
 
 def _each(x: Tensor, times: Tensor, total: int) -> Tensor:

@@ -97,7 +97,7 @@ def check_targets(Q: int, C: int, target: Tensor | None) -> None:
             raise ValueError(f"target: expected -1..{C - 1}, got {low}..{high}")
 
 
-def counts_of_pieces(counts: Tensor | Sequence[Tensor] | None, pieces: int) -> list[Tensor | None]:
+def piece_counts(counts: Tensor | Sequence[Tensor] | None, pieces: int) -> list[Tensor | None]:
     """Return candidates' counts for each piece."""
     if counts is None:
         return [None] * pieces

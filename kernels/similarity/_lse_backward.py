@@ -30,23 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Configs, options_of
+from . import _tiles
 from ._bands import Bands, Packed, Pairs, pack, padded, unpack
 from ._mask import PairMask
-from ._tiles import (
-    GONE,
-    KL,
-    LOG2E,
-    MSE,
-    NEAR,
-    TileMask,
-    _pair,
-    _quarters,
-    _start,
-    chunks,
-    counts_of,
-    groups,
-    near_mask,
-)
+from ._tiles import GONE, KL, LOG2E, MSE, TileMask, _pair, _quarters, _start
 
 # As in _lse_forward.py. 128 x 128 with 8 warps is the shape of a throw-away version that was timed
 # on an H200 (2026-11-20); it spilled, as it kept dots in registers instead of computing them again.
@@ -318,7 +305,7 @@ def backward(
     """
     (E, R, D), S, M = x.shape, y.shape[1], len(bands.starts)
     pairs, ceiling = TileMask.of(mask, R, S), mask.ceiling
-    counts = counts_of(mask.row_counts, x), counts_of(mask.col_counts, y)
+    counts = _tiles.counts_of(mask.row_counts, x), _tiles.counts_of(mask.col_counts, y)
     RP, SP, wide = padded(R), padded(S), M - bands.narrow
     dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
     dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
@@ -326,7 +313,7 @@ def backward(
     factor = largest(rows[1], cols[1] if cols is not None else None)
     pair_bytes = wide * x.element_size() + (ceiling is not None)
     whole = (RP + SP) * bands.width * (4 + x.element_size()) + pair_bytes * RP * SP
-    for group in groups(E, whole, workspace):
+    for group in _tiles.groups(E, whole, workspace):
         px, py = (pack(v[group], bands, n[group]) for v, n in zip((x, y), counts, strict=True))
         sx = Sides.of(rows[0][group], rows[1][group], scale[group], factor[group])
         sy = None
@@ -338,10 +325,10 @@ def backward(
         if ceiling is None:  # Matrices of near pairs have whole rows.
             width = min(SP, WIDTH)
             tiles.narrow(slice(0, RP))
-        for r in chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
+        for r in _tiles.chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
             if ceiling is not None:
-                near = near_mask(x, y, bands, counts, ceiling, r)
-                tiles.mask = replace(pairs, pair=near, pair_row=r.start, mode=NEAR.value)
+                near = _tiles.near_mask(x, y, bands, counts, ceiling, r)
+                tiles.mask = replace(pairs, pair=near, pair_row=r.start, mode=_tiles.NEAR.value)
                 tiles.narrow(r)
             of_x = tiles.dx, tiles.wide(r, width), tiles.along_x, f
             unpack(dx[group], of_x, px, py, bands, by_row, r.start)

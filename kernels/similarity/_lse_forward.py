@@ -26,23 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Configs, options_of
+from . import _tiles
 from ._bands import Bands, Packed, pack, padded, positive_cosines
 from ._mask import PairMask
-from ._tiles import (
-    GONE,
-    KL,
-    LOG2E,
-    MSE,
-    NEAR,
-    TileMask,
-    _pair,
-    _quarters,
-    _start,
-    chunks,
-    counts_of,
-    groups,
-    near_mask,
-)
+from ._tiles import GONE, KL, LOG2E, MSE, TileMask, _pair, _quarters, _start
 
 # Launch options by kernel, for half precision and for fp32, whose products are three tf32 ones (as
 # exact as fp32 to a few 1e-7) of operands twice as large. All are unrun: compiled for sm_90a
@@ -268,20 +255,19 @@ def forward(
     """Return row LSEs [E, M, R], column LSEs and positives' cosines, empty if not asked for."""
     (E, R, _), S, M = x.shape, y.shape[1], len(bands.starts)
     pairs, ceiling = TileMask.of(mask, R, S), mask.ceiling
-    counts = counts_of(mask.row_counts, x), counts_of(mask.col_counts, y)
+    counts = _tiles.counts_of(mask.row_counts, x), _tiles.counts_of(mask.col_counts, y)
     RP, SP = padded(R), padded(S)
     rows_EMR = torch.empty(E, M, R, dtype=torch.float32, device=x.device)
     cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
     cos_EMR = rows_EMR.new_zeros(E, M, R if pairs.positive is not None else 0)
     scale2 = (scale * LOG2E).contiguous()
     shift2 = (scale2.abs() + math.log2(max(RP, SP)) - 126).clamp(min=0)
-    smallest = min(
-        config(name, x.dtype)["BM"] for name in ("narrow_forward_columns", "wide_forward_columns")
-    )
+    names = "narrow_forward_columns", "wide_forward_columns"
+    smallest = min(config(name, x.dtype)["BM"] for name in names)
     row_bytes = (4 * M * SP // smallest if columns else 0) + (SP if ceiling is not None else 0)
     whole = (RP + SP) * bands.width * x.element_size() + RP * row_bytes
-    by_exits = groups(E, whole, workspace)
-    by_rows = chunks(RP, row_bytes * by_exits[0].stop, workspace)
+    by_exits = _tiles.groups(E, whole, workspace)
+    by_rows = _tiles.chunks(RP, row_bytes * by_exits[0].stop, workspace)
     # A mask of near pairs serves all exits; column sums are completed exit by exit.
     order = [(group, chunk) for group in by_exits for chunk in by_rows]
     if ceiling is not None:
@@ -297,8 +283,8 @@ def forward(
         if ceiling is not None and chunk != last[1]:
             # The last chunk's matrix is freed first: with it there would be two workspaces.
             pairs = tiles.mask = replace(pairs, pair=None)
-            near = near_mask(x, y, bands, counts, ceiling, chunk)
-            pairs = replace(pairs, pair=near, pair_row=chunk.start, mode=NEAR.value)
+            near = _tiles.near_mask(x, y, bands, counts, ceiling, chunk)
+            pairs = replace(pairs, pair=near, pair_row=chunk.start, mode=_tiles.NEAR.value)
             del near
         tiles.mask = pairs
         last = group, chunk
@@ -340,9 +326,7 @@ class Tiles:
             torch.empty(empty if not columns else (E, n // o["BM"], m, SP), device=x.x.device)
             for o, m in ((narrow, MN), (wide, M - MN))
         ]
-        shared = (
-            x.x, y.x, x.u, y.u, self.scale2, self.shift2, x.counts, y.counts, out,
-        )  # fmt: skip
+        shared = (x.x, y.x, x.u, y.u, self.scale2, self.shift2, x.counts, y.counts, out)
         for m, options, buffer in ((MN, narrow, cols[0]), (M - MN, wide, cols[1])):
             if not m:
                 continue

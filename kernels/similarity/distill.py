@@ -75,9 +75,7 @@ def distill(
             f"{list(teacher_q.shape)} and {list(teacher_c.shape)} of {teacher_q.dtype}"
         )
     if not teacher_temperature > 0:
-        raise ValueError(
-            f"teacher_temperature: expected a positive number, got {teacher_temperature}"
-        )
+        raise ValueError(f"teacher_temperature: expected above 0, got {teacher_temperature}")
     check_integers(E, q.device, query_counts=query_counts, cand_counts=cand_counts)
     scale_EM = scale_of(temperature, q, E, len(dims))
     q_in = present(query_counts, E, Q, q.device)

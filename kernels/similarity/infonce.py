@@ -40,14 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import check_impl, reference_of
-from ._checks import (
-    check_integers,
-    check_objective,
-    check_targets,
-    check_vectors,
-    counts_of_pieces,
-    scale_of,
-)
+from . import _checks
 from ._mask import present
 from .cosine import cosine
 from .pairwise_lse import NOTHING, WORKSPACE, pairwise_lse
@@ -110,8 +103,8 @@ def infonce(
     """
     check_impl(impl)
     pieces = [c] if isinstance(c, Tensor) else list(c)
-    check_vectors(q, pieces, dims, negatives, negatives_mask, impl)
-    check_objective(directions, partition_mode, count_positive_twice, negatives is not None)
+    _checks.check_vectors(q, pieces, dims, negatives, negatives_mask, impl)
+    _checks.check_objective(directions, partition_mode, count_positive_twice, negatives is not None)
     E, Q, _ = q.shape
     starts = [0]
     for piece in pieces:
@@ -119,14 +112,14 @@ def infonce(
     C, device = starts[-1], q.device
     if (query_ids is None) != (cand_ids is None):
         raise ValueError("query_ids, cand_ids: expected both or neither, got one")
-    check_integers(Q, device, target=target, query_ids=query_ids)
-    check_integers(C, device, cand_ids=cand_ids, owner=owner)
-    check_integers(E, device, query_counts=query_counts)
-    counts = counts_of_pieces(cand_counts, len(pieces))
+    _checks.check_integers(Q, device, target=target, query_ids=query_ids)
+    _checks.check_integers(C, device, cand_ids=cand_ids, owner=owner)
+    _checks.check_integers(E, device, query_counts=query_counts)
+    counts = _checks.piece_counts(cand_counts, len(pieces))
     for count in counts:
-        check_integers(E, device, cand_counts=count)
-    check_targets(Q, C, target)
-    scale_EM = scale_of(temperature, q, E, len(dims))
+        _checks.check_integers(E, device, cand_counts=count)
+    _checks.check_targets(Q, C, target)
+    scale_EM = _checks.scale_of(temperature, q, E, len(dims))
     target = torch.arange(Q, device=q.device) if target is None else target
     common = {"dims": dims, "scale": scale_EM, "workspace": workspace, "impl": impl}
     pairs = _Pairs(

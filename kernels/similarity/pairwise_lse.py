@@ -113,7 +113,8 @@ def _dense(
         x = x.to(wide).masked_fill(~x_in[..., None], 0)
         y = y.to(wide).masked_fill(~y_in[..., None], 0)
         if mask.ceiling is not None:
-            dropped = dropped | _too_similar(x, y, dims[-1], mask.ceiling, x_in, y_in)
+            widest = x[..., : dims[-1]], y[..., : dims[-1]]
+            dropped = dropped | _too_similar(*widest, mask.ceiling, x_in, y_in)
         for e in range(E):
             drop = dropped | ~(x_in[e, :, None] & y_in[e, None, :])
             for m, d in enumerate(dims):
@@ -144,13 +145,11 @@ def _logsumexp(z: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, total.where(~empty, 1.0).log() + top[..., 0])
 
 
-def _too_similar(
-    x: Tensor, y: Tensor, d: int, ceiling: Tensor, x_in: Tensor, y_in: Tensor
-) -> Tensor:
+def _too_similar(x: Tensor, y: Tensor, ceiling: Tensor, x_in: Tensor, y_in: Tensor) -> Tensor:
     """bool [R, S]: whether the deepest exit that has both texts puts them above the ceiling."""
     drop = torch.zeros(x.shape[1], y.shape[1], dtype=torch.bool, device=x.device)
     for e in range(x.shape[0]):
-        cos = unit(x[e, :, :d].detach()) @ unit(y[e, :, :d].detach()).T
+        cos = unit(x[e].detach()) @ unit(y[e].detach()).T
         decides = x_in[e, :, None] & y_in[e, None, :] & (ceiling[e] < torch.inf)[:, None]
         drop = torch.where(decides, cos > ceiling[e, :, None], drop)
     return drop

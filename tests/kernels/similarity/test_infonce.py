@@ -488,13 +488,13 @@ WRONG = {
     "cand_counts": ({"cand_counts": torch.ones(E)}, rf"cand_counts: expected \[{E}\] integers"),
     "cand_counts_of_pieces": (
         {"cand_counts": [torch.zeros(E).long()] * 2},
-        "cand_counts: expected one each for 1 pieces, got 2",
+        "cand_counts: expected 1, one a piece, got 2",
     ),
     "negatives_3d": ({"negatives": ZEROS[0]}, r"q, negatives: expected \[E, Q, D\] and \[E, Q, K"),
     "negatives_of_others": ({"negatives": ZEROS[:, 1:]}, "q, negatives: expected"),
     "negatives_narrow": ({"negatives": ZEROS[..., 1:]}, "q, negatives: expected"),
     "negatives_float": ({"negatives": ZEROS.float()}, "q, negatives: expected one dtype"),
-    "mask_alone": ({"negatives_mask": MASK}, "negatives_mask: expected bool None beside negatives"),
+    "mask_alone": ({"negatives_mask": MASK}, "negatives_mask: expected bool None with negatives"),
     "mask_short": (
         {"negatives": ZEROS, "negatives_mask": MASK[1:]},
         rf"negatives_mask: expected bool \[{Q}, {K}\]",

@@ -11,7 +11,7 @@ from mlembed_kernels.similarity.distill import distill
 from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
 pytest.importorskip("triton")
-from mlembed_kernels.similarity import _lse_forward  # noqa: E402
+from mlembed_kernels.similarity import _lse_forward, _tiles  # noqa: E402
 from mlembed_kernels.similarity._bands import bands_of  # noqa: E402
 from mlembed_kernels.similarity._mask import PairMask  # noqa: E402
 from mlembed_kernels.similarity._tiles import TileMask  # noqa: E402
@@ -122,8 +122,8 @@ def test_a_split_without_columns_reads_no_further(case, monkeypatch):
         monkeypatch.setattr(TileMask, "of", lambda *_: keys)
     else:
         mask = mask._replace(ceiling=torch.full((1, 128), 0.2))
-        near_mask = _lse_forward.near_mask
-        monkeypatch.setattr(_lse_forward, "near_mask", lambda *args: guard(near_mask(*args)))
+        near_mask = _tiles.near_mask
+        monkeypatch.setattr(_tiles, "near_mask", lambda *args: guard(near_mask(*args)))
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
     scale = torch.full((1, 2), 20.0)
     for splits in (4, 5, 7):
