@@ -1,5 +1,5 @@
-"""What packed attention by Triton promises besides its values: nothing crosses from a sequence to
-another, rows that take no part are not read, any layout, one operator that torch can carry."""
+"""Packed attention by Triton, besides its values: sequences stay apart, rows that take no part are
+not read, any layout, torch's operators and graphs, errors."""
 
 from functools import cache
 
@@ -21,7 +21,7 @@ from attention_truth import (
 from pairwise import all_pairs
 from torch import Tensor, library
 
-from mlembed_kernels import AttentionPlan, _dispatch
+from mlembed_kernels import AttentionPlan, _dispatch, attention
 
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 
@@ -143,9 +143,9 @@ def test_not_a_number_in_a_long_neighbour(causal, fp32, monkeypatch):
     """Blocks of keys and of queries end behind their sequence, on either side."""
     lengths = [66, 67, 65]
     if fp32:  # as on a GPU, whose tiles in fp32 have 16 tokens
-        from mlembed_kernels.attention import _forward as _attention_forward
+        from mlembed_kernels.attention import _forward
 
-        monkeypatch.setattr(_attention_forward, "INTERPRETED", False)
+        monkeypatch.setattr(_forward, "INTERPRETED", False)
         lengths = [18, 17, 3, 20]
     qkv, do = batch(torch.float32 if fp32 else HALF, lengths, (1, 1))
     rows = rows_of(lengths, (1,)).to(DEVICE)[:, None, None]
@@ -154,7 +154,7 @@ def test_not_a_number_in_a_long_neighbour(causal, fp32, monkeypatch):
     same_bits(got, run(qkv, lengths, causal, do=do), ~rows[:, 0, 0])
 
 
-# ---- sequences that take no part ----
+# ---- inactive sequences ----
 
 
 @pytest.mark.parametrize(("n", "causal", "sort"), all_pairs([0, 1, 2, 4, 5], [True, False], SORTS))
@@ -214,7 +214,7 @@ def test_rows_of_inactive_sequences_are_not_read_and_are_zero(flags, causal, dty
         same_bits(run(poisoned[:3], LENGTHS, causal, active=count, do=poisoned[3]), got)
 
 
-# ---- how it is called ----
+# ---- calls ----
 
 
 @every_dtype
@@ -331,7 +331,7 @@ def test_no_sequences(active, causal):
     assert [tuple(x.shape) for x in got.values()] == [(0, H, 16) for H in (4, 4, 2, 2)]
 
 
-def test_what_is_saved():
+def test_saved_memory():
     """Inputs, output, one fp32 number a row and head, and the lists: nothing of n x n."""
     lengths = [3, 66, 5]
     qkv = [x.requires_grad_() for x in on(DEVICE, torch.float16, inputs(lengths, (2, 1)))]
@@ -349,11 +349,11 @@ def test_what_is_saved():
     assert torch.autograd.grad(out.sum(), qkv)
 
 
-# ---- what is refused, before anything is launched ----
+# ---- errors before any launch ----
 
 
-def refused() -> dict[str, tuple[dict, str]]:
-    """Changes to a batch of 2 + 3 + 66 tokens, and what is said."""
+def wrong() -> dict[str, tuple[dict, str]]:
+    """Return changes to a batch of 2 + 3 + 66 tokens, and the errors that they cause."""
     cu = [0, 2, 5, 71]
     q, k, v = (torch.zeros(71, H, 16) for H in (4, 2, 2))
     wide = {n: [torch.zeros(71, H, n) for H in (4, 2, 2)] for n in (8, 24, 136, 144)}
@@ -381,6 +381,7 @@ def refused() -> dict[str, tuple[dict, str]]:
         "devices": ({"v": meta}, "expected one device, got cpu, cpu, meta"),
         "plan_of_other_tokens": ({"plan": [0, 2, 5, 80]}, "the last to be T = 71|plan: expected"),
         "plan_of_other_sequences": ({"plan": [0, 5, 71]}, "plan: expected .* got"),
+        "plan_of_other_boundaries": ({"plan": [0, 3, 5, 71]}, "plan: expected that of cu_seqlens"),
         "plan_elsewhere": ({"plan": "meta"}, "plan: expected .*cpu.* got .*meta"),
         "too_few_flags": ({"active": torch.ones(2).bool()}, r"active: expected bool \[3\]"),
         "flags_of_tokens": ({"active": torch.ones(71).bool()}, r"active: expected bool \[3\]"),
@@ -397,14 +398,18 @@ def refused() -> dict[str, tuple[dict, str]]:
     return changes
 
 
-REFUSED = refused()
+WRONG = wrong()
+TRITON_ONLY = {"double", "bf16_interpreted", *(name for name in WRONG if name.startswith("K_"))}
+IMPLS = [(n, i) for n in WRONG for i in ("triton", "sdpa") if i == "triton" or n not in TRITON_ONLY]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name, monkeypatch):
-    from mlembed_kernels.attention import _op as _attention_op
+@pytest.mark.parametrize(("name", "impl"), IMPLS)
+def test_wrong_arguments(name, impl, monkeypatch):
+    from mlembed_kernels.attention import _backends, _op
 
-    change, message = REFUSED[name]
+    change, message = WRONG[name]
+    if name == "plan_of_other_boundaries" and DEVICE == "cuda":
+        pytest.skip("boundaries on a device are not compared")
     given = {n: torch.zeros(71, H, 16) for n, H in zip("qkv", (4, 2, 2), strict=True)}
     given = {**given, "cu_seqlens": [0, 2, 5, 71], **change}
     given["cu_seqlens"] = torch.tensor(given["cu_seqlens"])
@@ -418,12 +423,13 @@ def test_refused(name, monkeypatch):
             for n, x in given.items()
         }
         message = message.replace("cpu", "cuda(:0)?")
-    monkeypatch.setattr(_attention_op, "run", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(_op, "run", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(_backends, "sdpa", lambda *_: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
-        triton(**given, causal=True)
+        attention(**given, causal=True, impl=impl)
 
 
-def test_on_a_cpu_by_name_only_and_only_interpreted(monkeypatch):
+def test_triton_on_cpu_needs_interpreter(monkeypatch):
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     qkv = [torch.zeros(5, H, 16) for H in (4, 2, 2)]
     with pytest.raises(ValueError, match="impl: triton needs CUDA"):
