@@ -143,7 +143,7 @@ def test_under_autocast_it_follows_its_inputs():
     assert cosines.min() > 0.999
 
 
-# ---- which sequences, on what ----
+# ---- active sequences ----
 
 every = pytest.mark.parametrize("impl", ["sdpa", "reference"])
 
@@ -176,7 +176,7 @@ def test_active_sequences_alone_are_read(flags, impl, causal):
 
 @every
 @pytest.mark.parametrize("count", [-1, 5])
-def test_a_count_beyond_either_end(count, impl):
+def test_count_beyond_either_end(count, impl):
     lengths = [3, 1, 5]
     qkv, options = inputs(lengths), {**layout(lengths), "causal": True, "impl": impl}
     out = attention(*qkv, active=torch.tensor(count), **options)

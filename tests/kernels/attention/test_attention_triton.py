@@ -186,7 +186,7 @@ def test_rising_and_falling_scores():
         check([n], qkv=(q, ramp, v), causal=False)
 
 
-# ---- what holds for any numbers ----
+# ---- invariants and calls ----
 
 
 @both_masks
@@ -214,7 +214,7 @@ def test_grouped_heads_equal_repeated_heads():
     assert torch.equal(triton(q, k, v, **options), triton(q, keys, values, **options))
 
 
-def test_by_default_where_there_is_cuda():
+def test_auto_is_triton_on_cuda():
     lengths = [5, 66]
     qkv = on(DEVICE, torch.float32, inputs(lengths))
     options = {"cu_seqlens": bounds(lengths), "causal": True}
@@ -227,7 +227,7 @@ def test_by_default_where_there_is_cuda():
         )
 
 
-def test_work_made_before_gives_the_same_bits():
+def test_given_plan_same_bits():
     lengths = [66, 3]
     qkv = inputs(lengths, (1, 1))
     want = run(qkv, lengths)

@@ -83,7 +83,7 @@ POISONS = [
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(("name", "number", "whole", "causal"), POISONS, ids=str)
-def test_not_a_number_stays_in_its_sequence(name, number, whole, causal):
+def test_nan_stays_in_its_sequence(name, number, whole, causal):
     """0 x NaN is NaN: a weight of nought is no barrier."""
     heads = (2, 1) if whole else (1, 1)
     qkv, do = batch(heads=heads)
@@ -106,7 +106,7 @@ def test_not_a_number_stays_in_its_sequence(name, number, whole, causal):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2), (4, 1)], ids=str)
-def test_not_a_number_of_one_head_of_a_group(heads, name):
+def test_nan_of_one_head(heads, name):
     """It reaches its head's output, and gradients of the keys that all heads of the group read."""
     lengths, causal = [3, 5, 2], name in "kv"
     qkv, do = batch(lengths=lengths, heads=heads)
@@ -121,7 +121,7 @@ def test_not_a_number_of_one_head_of_a_group(heads, name):
 
 
 @both_masks
-def test_not_a_number_in_fp32(causal):
+def test_nan_in_fp32(causal):
     """Every token that sees it has it: a maximum that ignores NaN must not hide it."""
     qkv, do = batch(torch.float32, heads=(1, 1))
     for at in (0, 1, 2):
@@ -139,7 +139,7 @@ def test_not_a_number_in_fp32(causal):
 
 @pytest.mark.parametrize("fp32", [False, True], ids=["", "fp32"])
 @both_masks
-def test_not_a_number_in_a_long_neighbour(causal, fp32, monkeypatch):
+def test_nan_in_long_neighbour(causal, fp32, monkeypatch):
     """Blocks of keys and of queries end behind their sequence, on either side."""
     lengths = [66, 67, 65]
     if fp32:  # as on a GPU, whose tiles in fp32 have 16 tokens
@@ -196,7 +196,7 @@ ACTIVE_BY = [
 
 
 @pytest.mark.parametrize(("flags", "causal", "dtype", "heads"), ACTIVE_BY)
-def test_rows_of_inactive_sequences_are_not_read_and_are_zero(flags, causal, dtype, heads):
+def test_inactive_rows_are_unread_and_zero(flags, causal, dtype, heads):
     causal = causal == (dtype == HALF)
     qkv, do = batch(dtype, heads=heads)
     active = torch.tensor(flags, dtype=torch.bool, device=DEVICE)
@@ -219,7 +219,7 @@ def test_rows_of_inactive_sequences_are_not_read_and_are_zero(flags, causal, dty
 
 @every_dtype
 @both_masks
-def test_two_calls_give_the_same_bits(causal, dtype):
+def test_two_calls_same_bits(causal, dtype):
     lengths = [1500, 3, 700, 64, 90] if DEVICE == "cuda" else [66, 3]
     qkv, do = batch(dtype, lengths, (4, 2) if DEVICE == "cuda" else (1, 1))
     same_bits(*(run(qkv, lengths, causal, do=do) for _ in range(2)))
@@ -439,7 +439,7 @@ def test_triton_on_cpu_needs_interpreter(monkeypatch):
 # ---- torch's operators, graphs and devices ----
 
 
-def test_operators_are_what_torch_expects():
+def test_operators_pass_opcheck():
     from mlembed_kernels.attention._op import attention_op
 
     lengths = [66]  # of short ones one output has nothing
@@ -483,7 +483,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, count: Tensor) ->
 
 
 @cuda_only
-def test_nothing_waits_for_the_device(no_wait):
+def test_host_does_not_wait(no_wait):
     qkv, _ = batch(torch.bfloat16)
     qkv = [x.requires_grad_() for x in qkv]
     plan = AttentionPlan.of(bounds(LENGTHS)).to(DEVICE)

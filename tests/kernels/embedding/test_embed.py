@@ -27,7 +27,7 @@ def factors() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_equals_the_merged_table(factors, rank, impl):
+def test_equals_merged_table(factors, rank, impl):
     U, W = factors
     table = U.numpy()[:, :rank] @ W.numpy()[:rank]
     got = embed(torch.tensor(IDS), U, W, rank, impl=impl)
@@ -66,19 +66,19 @@ def test_ranks_nest(factors, rank):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_ids_of_both_widths(factors, dtype):
+def test_int32_and_int64_ids(factors, dtype):
     U, W = factors
     wide = embed(torch.tensor(IDS), U, W, R)
     torch.testing.assert_close(embed(torch.tensor(IDS, dtype=dtype), U, W, R), wide)
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 META = torch.device("meta")
 TOKENS = torch.tensor(IDS)
-# Changes to good arguments, and what is said.
-REFUSED = {
+# Changes to good arguments, and the errors that they cause.
+WRONG = {
     "no_rank": ({"rank": 0}, r"rank: expected 1\.\.11 \(the stored rank\), got 0"),
     "negative_rank": ({"rank": -1}, r"rank: expected 1\.\.11 .*got -1"),
     "rank_beyond": ({"rank": R + 1}, "rank: expected .* got 12"),
@@ -105,15 +105,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton", "auto"])
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name, impl, monkeypatch):
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name, impl, monkeypatch):
     op = pytest.importorskip("mlembed_kernels.embedding._op") if impl == "triton" else None
     if op is not None:
         monkeypatch.setattr(op, "run", lambda *_: pytest.fail("launched"))
-    module = importlib.import_module("mlembed_kernels.embedding.embed")  # its function has its name
+    module = importlib.import_module("mlembed_kernels.embedding.embed")
     monkeypatch.setattr("mlembed_kernels._dispatch.INTERPRETED", True)
     monkeypatch.setattr(module, "embed_ref", lambda *_: pytest.fail("computed"))
-    change, message = REFUSED[name]
+    change, message = WRONG[name]
     given = {"ids": TOKENS, "U": torch.zeros(V, R), "W": torch.zeros(R, D), "rank": 2}
     with pytest.raises(ValueError, match=message):
         embed(**{"impl": impl, **given, **change})
@@ -141,7 +141,7 @@ def test_triton_by_name_never_falls_back(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_autocast_does_what_it_does_to_a_product(factors, impl):
+def test_autocast_rounds_like_a_product(factors, impl):
     U, W = (x.float() for x in factors)
     with torch.autocast("cpu", torch.bfloat16):
         got = embed(TOKENS, U, W, 5, impl=impl)
@@ -150,7 +150,7 @@ def test_autocast_does_what_it_does_to_a_product(factors, impl):
     assert double.dtype == torch.float64
 
 
-def test_occurrences_are_taken_by_every_implementation(factors):
+def test_token_index_with_every_impl(factors):
     U, W = factors
-    of = TokenIndex.of(TOKENS)
-    assert torch.equal(embed(TOKENS, U, W, 5, token_index=of), embed(TOKENS, U, W, 5))
+    index = TokenIndex.of(TOKENS)
+    assert torch.equal(embed(TOKENS, U, W, 5, token_index=index), embed(TOKENS, U, W, 5))

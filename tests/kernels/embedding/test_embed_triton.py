@@ -1,4 +1,4 @@
-"""The nested embedding in Triton against float64, and what it promises besides its values."""
+"""The nested embedding in Triton against float64; determinism, layouts, memory, graphs."""
 
 import importlib
 
@@ -13,12 +13,12 @@ from mlembed_kernels.embedding.token_index import PART
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no right bf16
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # bf16 is wrong in the interpreter
 EPS32 = torch.finfo(torch.float32).eps
 NAMES = "x", "dU", "dW"
 DTYPES = torch.float32, HALF
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
 
 
 def module():
@@ -139,7 +139,7 @@ def test_fp32_factors_under_autocast(name, rank):
         assert torch.equal(got[n].to(HALF), rounded[n]), n
 
 
-def test_autocast_of_the_backward_means_nothing():
+def test_autocast_of_backward_is_ignored():
     U, W = factors(torch.float32)
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, torch.float32)
     want = run(ids, U, W, 65, dx)
@@ -169,7 +169,7 @@ def test_other_tokens_are_not_read():
     same_bits(run(ids, U, W, R, dx), want)
 
 
-def test_a_nan_stays_with_its_token():
+def test_nan_stays_with_its_token():
     U, W = factors(torch.float32)
     ids = torch.tensor(IDS["stream"])
     token = ids[5]
@@ -187,7 +187,7 @@ ZEROED = all_pairs(["one", "distinct", "ends", "stream"], RANKS, DTYPES)
 
 
 @pytest.mark.parametrize(("name", "rank", "dtype"), ZEROED)
-def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
+def test_zeros_by_programs(name, rank, dtype, monkeypatch):
     """Where there are many: the same bits as zeros in advance, of every row and column."""
     U, W = factors(dtype)
     ids, dx = IDS[name], cotangent(IDS[name], D, dtype)
@@ -201,7 +201,7 @@ def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
 
 
 @dtypes
-def test_the_same_bits_every_time(dtype):
+def test_two_calls_same_bits(dtype):
     U, W = factors(dtype)
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
     want = run(ids, U, W, 65, dx)
@@ -211,7 +211,7 @@ def test_the_same_bits_every_time(dtype):
     same_bits(run(torch.tensor(ids, dtype=torch.int32), U, W, 65, dx), want)
 
 
-def test_sums_are_taken_in_order():
+def test_order_of_sums():
     """Large numbers that cancel: another order is another sum."""
     ids = torch.tensor(IDS["stream"])
     o = TokenIndex.of(ids).to(DEVICE)
@@ -321,7 +321,7 @@ def test_in_chunks_as_at_once(dtype, fillers, small, monkeypatch):
 
 
 @dtypes
-def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
+def test_temporaries_fit_workspace(dtype, small, monkeypatch):
     """Outputs, and fp32 sums of dW as large as it, excepted."""
     without_kernels(monkeypatch)
     small(64 << 10)
@@ -343,7 +343,7 @@ def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
     assert [shape for shape in made.shapes if shape[0] >= 5000] == [(5000, R), (5000,)]
 
 
-def test_what_is_saved():
+def test_saved_memory():
     """The factors, which are there anyhow, and the lists."""
     U, W = (x.requires_grad_() for x in factors(torch.float32))
     ids, saved = torch.tensor(IDS["stream"], device=DEVICE), {}
@@ -388,7 +388,7 @@ def test_no_second_derivative():
 
 
 @pytest.mark.parametrize("name", ["stream", "prime"])
-def test_operators_are_what_torch_expects(name):
+def test_operators_pass_opcheck(name):
     o = TokenIndex.of(torch.tensor(IDS[name])).to(DEVICE)
     U, W = (x.requires_grad_() for x in factors(torch.float32))
     args = U, W, o.buffer, list(o.counts), list(o.bounds), 65, HALF
@@ -432,7 +432,7 @@ def step(ids: Tensor, U: Tensor, W: Tensor, token_index: TokenIndex) -> tuple[Te
 
 
 @cuda_only
-def test_auto_is_triton_where_that_runs():
+def test_auto_is_triton_on_cuda():
     U, W = factors(torch.bfloat16)
     ids = IDS["stream"]
     dx = cotangent(ids, D, torch.bfloat16)
@@ -440,7 +440,7 @@ def test_auto_is_triton_where_that_runs():
 
 
 @cuda_only
-def test_nothing_waits_for_the_device(no_wait):
+def test_host_does_not_wait(no_wait):
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
     ids = torch.tensor(IDS["stream"])
     o = TokenIndex.of(ids).to(DEVICE)
