@@ -10,8 +10,17 @@
 A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*, report/, model/.
 """
 
-import signal
 import sys
+
+from mlembed.runtime.errors import one_line_errors
+from mlembed.training import arguments
+
+# A mistake in the arguments is answered before torch is imported, which takes seconds.
+if __name__ == "__main__":
+    with one_line_errors():
+        RUN = arguments.parse(sys.argv[1:])
+
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +42,7 @@ from mlembed.modeling import pretrained
 from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
-from mlembed.training import arguments, gradcache, guards, resume, setup
+from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -280,7 +289,7 @@ def score(job: Job, step: int) -> None:
         return
     shape = job.run.model
     full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.grid(encoder, job.tasks, *full, costs=False)
+    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
     percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
@@ -293,13 +302,14 @@ def finish(job: Job) -> None:
         return
     if job.tasks:
         began = time.perf_counter()
-        cells = grid.grid(encoder, job.tasks, progress=sys.stderr.isatty())
+        scored = grid.score_grid(encoder, job.tasks, progress=sys.stderr.isatty())
         first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = first[0]["tasks"] if first else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        tables.write_report(directory / "report", cells, extra)
-        out.say(f"\n{tables.table(cells)}\n\n{tables.by_kind(cells[-1]['scores'], untrained)}")
+        tables.write_report(directory / "report", scored, extra)
+        by_kind = tables.by_kind(scored.cells[-1]["scores"], untrained)
+        out.say(f"\n{scored.table()}\n\n{by_kind}")
         spent = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
     worst = export(encoder, directory / "model", source=str(directory))
@@ -315,13 +325,7 @@ def finish(job: Job) -> None:
     )
 
 
-def main() -> int:
-    run = arguments.parse(sys.argv[1:])
-    with world(run.device) as where:
-        return train(run, where)
-
-
 if __name__ == "__main__":
-    with log.one_line_errors():
-        status = main()
+    with one_line_errors(), world(RUN.device) as where:
+        status = train(RUN, where)
     sys.exit(status)

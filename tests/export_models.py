@@ -1,5 +1,9 @@
 """Random models of every kind that is exported, and texts that tell them apart."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from factories import randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -7,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 
 TRAINED_ON = [
@@ -84,3 +89,22 @@ def build(kind: str = "qwen3", tokens: Tokenizer | None = None, **changes) -> En
     tokens = tokens or tokens_of(kind)
     shape = {"vocab_size": tokens.get_vocab_size(), **SHAPE, **KINDS[kind], **changes}
     return Encoder(randomise(Transformer(config.Model(**shape))), tokens, MAX_LENGTH)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_model(encoder: Encoder, path: Path) -> Path:
+    """Write a model directory, which is what the command exports."""
+    path.mkdir()
+    pretrained.save(encoder.model, path)
+    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
+    return path
+
+
+def files_below(path: Path) -> dict[str, bytes | None]:
+    """Return the contents of everything below a directory, hidden files included."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")
+    }

@@ -47,9 +47,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def tiny_model(seed: int = 0, **changes: Any) -> Transformer:
     """Return a model of `tiny_shape(**changes)` with random weights, in evaluation mode."""
-    model = randomise(Transformer(tiny_shape(**changes)), seed)
-    assert isinstance(model, Transformer)
-    return model
+    return random_model(tiny_shape(**changes), seed)
 
 
 def tiny_tokenizer(texts: Iterable[str] = WORDS, size: int = 300) -> Tokenizer:
@@ -67,3 +65,41 @@ def tiny_encoder(tokens: Tokenizer | None = None, max_length: int = 24, **change
 def tiny_run(shape: dict[str, Any] | None = None, **changes: Any) -> config.Run:
     """Return a run of `tiny_shape(**shape)`, with `changes` to the run's own fields."""
     return config.Run(model=tiny_shape(**shape or {}), **changes)
+
+
+def odd_shape(style: str = "qwen3", **changes: Any) -> config.Model:
+    """Return a small shape in which no two sizes are equal, of either style, with `changes`.
+
+    The vocabulary and the MLP's width are primes; Qwen3's heads together are wider than the model.
+    """
+    shape: dict[str, Any] = {
+        "vocab_size": 101,
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "intermediate_size": 37,
+        "rope_theta": 700.0,
+        "max_position_embeddings": 64,
+    }
+    if style == "bert":
+        shape |= {"style": "bert", "num_key_value_heads": 4, "head_dim": 6, "causal": False}
+        shape |= {"pooling": "pooler", "layer_norm_eps": 1e-3, "type_vocab_size": 3}
+    return config.Model(**shape | changes)
+
+
+def random_model(shape: config.Model, seed: int = 0) -> Transformer:
+    """Return a model of `shape` with random weights, in evaluation mode."""
+    model = randomise(Transformer(shape), seed)
+    assert isinstance(model, Transformer)
+    return model
+
+
+def assert_same_model(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Compare the shapes of two models, if they are ours, and their weights bit for bit."""
+    assert getattr(one, "cfg", None) == getattr(other, "cfg", None)
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

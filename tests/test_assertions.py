@@ -21,7 +21,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        self.path = path
+        self.path, self.top = path, TESTS if path.is_relative_to(TESTS) else path.parent
         self.functions = {node.name: node for node in nodes if isinstance(node, Function)}
         self.imports: dict[str, tuple[Path, str]] = {}
         for node in nodes:
@@ -33,7 +33,8 @@ class File:
     def called(self, function: ast.AST) -> "Iterator[tuple[File, ast.AST]]":
         """Functions of the tests that `function` names, with the file that defines each. A fixture
         that a test names in its body, not as an argument alone, is one of them."""
-        fixtures = self.path.parent / "conftest.py"
+        folders = [folder for folder in self.path.parents if folder.is_relative_to(self.top)]
+        shared = [path for folder in folders if (path := folder / "conftest.py").is_file()]
         for name in {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}:
             if name in self.functions:
                 yield self, self.functions[name]
@@ -41,8 +42,10 @@ class File:
                 source, name = self.imports[name]
                 if source.is_file() and name in file(source).functions:
                     yield file(source), file(source).functions[name]
-            elif fixtures.is_file() and name in file(fixtures).functions:
-                yield file(fixtures), file(fixtures).functions[name]
+            else:
+                for fixtures in shared:
+                    if name in file(fixtures).functions:
+                        yield file(fixtures), file(fixtures).functions[name]
 
 
 file = cache(File)

@@ -12,14 +12,16 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .. import config
 from ..config import strict
+from ..config.choices import BadRows
 from ..runtime import cache
+from ..runtime.files import read_json
 from . import cldr
 from .cldr import normalise
 from .formats import layouts, readers
@@ -30,7 +32,6 @@ from .tables import MIN_SCORE, Table, _nothing, _nway, _pairs, _Part
 VERSION = 2  # of what is stored of a source
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-BadRows = Literal["refuse", "skip"]
 
 
 @functools.cache
@@ -78,12 +79,7 @@ def _mixture(path: Path) -> list[config.Source] | None:
             return None
     except ValueError:
         pass  # an object over several lines
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+    whole = read_json(path)
     if not isinstance(whole, dict) or not isinstance(whole.get("sources"), list):
         got = ", ".join(whole) if isinstance(whole, dict) else type(whole).__name__
         raise ValueError(f'{path}: expected {{"sources": [..]}}, got {got}')
@@ -161,7 +157,7 @@ def _data_set(source: config.Source) -> _Part:
 def read(
     source: config.Source,
     *,
-    bad_rows: BadRows = "refuse",
+    bad_rows: BadRows = "error",
     held_out: AbstractSet[str] = frozenset(),
 ) -> list[tuple[Table, Report]]:
     """A source as a whole: one table a file of a directory, one of anything else.
@@ -177,7 +173,7 @@ def read(
     memory-mapped. In either case rows stream through, and a text is known by 63 bits of its hash.
 
     Args:
-        bad_rows: refuse: the first malformed row is an error. skip: it is counted and listed.
+        bad_rows: error: the first malformed row is an error. skip: it is counted and listed.
         held_out: texts, normalised (cldr.normalise), that are not to be trained on.
 
     Raises:
@@ -198,7 +194,7 @@ def _read(
         said = (source.path, source.subset, source.split, source.task, source.cap)
         notes = (VERSION, part.name, bad_rows, sorted(held_out), *said)
         key = cache.digest(*notes, files=files)
-        table, report = cache.kept("text", key, lambda where: _save(*make(where), where), _open)
+        table, report = cache.cached("text", key, lambda where: _save(*make(where), where), _open)
     return replace(table, source=source), report
 
 
@@ -223,7 +219,7 @@ def _open(directory: Path) -> tuple[Table, Report]:
     return replace(table, task=about["task"], scores=scores), Report(**about["report"])
 
 
-def tables_of(data: Sequence[str], bad_rows: BadRows = "refuse") -> list[Table]:
+def tables_of(data: Sequence[str], bad_rows: BadRows = "error") -> list[Table]:
     """What entries of `Run.data` name, mixtures too, for commands that go through all of it.
 
     Raises:
@@ -239,7 +235,7 @@ def tables_of(data: Sequence[str], bad_rows: BadRows = "refuse") -> list[Table]:
 def items(
     source: config.Source,
     *,
-    bad_rows: BadRows = "refuse",
+    bad_rows: BadRows = "error",
     held_out: AbstractSet[str] = frozenset(),
     report: Report | None = None,
 ) -> Iterator[Item]:

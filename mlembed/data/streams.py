@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from .. import config
+from ..config.choices import BadRows
 from . import sources, tables
 from .formats import readers
 from .formats.layouts import Item
@@ -58,7 +59,7 @@ class Stream:
         source: config.Source,
         seed: int,
         number: int,
-        bad_rows: Literal["refuse", "skip"] = "refuse",
+        bad_rows: BadRows = "error",
         held_out: AbstractSet[str] = frozenset(),
         window: int = 0,
     ) -> None:

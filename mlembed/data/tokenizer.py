@@ -15,6 +15,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from ..runtime.files import read_json
+
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 # By which names tokenizers go that say nothing of them: ours, BERT's, XLM-R's.
 CALLED = {
@@ -138,12 +140,9 @@ def max_length(directory: Path) -> int | None:
 
 
 def settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    """A json file of a directory, empty if it has none. ValueError if it is not json."""
+    """Return a JSON file of a directory, {} if it has none. ValueError if it is invalid."""
     path = directory / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+    return read_json(path) if path.is_file() else {}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

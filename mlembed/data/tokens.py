@@ -79,7 +79,7 @@ def tokenised(
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
-    return cache.kept("tokens", _key(table, own, max_length), build, _open)
+    return cache.cached("tokens", _key(table, own, max_length), build, _open)
 
 
 def _write(file: BinaryIO, chunks: Iterator[tuple[list[np.ndarray], int]]) -> tuple[array, int]:

@@ -313,7 +313,7 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
         out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     saver = checkpoint.Saver(
-        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
     )
     stages = log.Stages(where.device)
     built = learnt, half, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages

@@ -18,7 +18,7 @@ import torch
 from bench import __main__ as command
 from bench import _Beside, harness, report, worker
 from bench.harness import Leaves
-from bench.infonce import bench, cases, gate, peers
+from bench.infonce import bench, cases, peers
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -282,7 +282,7 @@ def test_a_row_is_what_was_measured(measuring):
 
 def test_a_wrong_gradient_at_full_size_is_red(measuring, monkeypatch):
     make, said = measuring
-    monkeypatch.setattr(gate, "spot", lambda case, inputs, mode, got: {"ok": False})
+    monkeypatch.setattr(bench, "spot", lambda case, inputs, mode, got: {"ok": False})
     make("reference:ours:fwd").case("reference")
     rows = [r for r in said() if r["kind"] == "row" and r["provider"] == "ours"]
     assert [(row["status"], row["green"]) for row in rows] == [("ran", False)]
@@ -315,7 +315,7 @@ def test_a_sweep_compares_with_the_present_entry(measuring, monkeypatch):
     listed = {"k": [{"BM": 32}, {"BM": 16}, {"BM": 8}], "odd": []}
     monkeypatch.setattr(bench, "CANDIDATES", listed)
     monkeypatch.setattr(bench, "build", lambda *_: (step, None))
-    monkeypatch.setattr(bench, "SWEEP", {"_nowhere": "fwd", "cosine": "fwd+bwd"})
+    monkeypatch.setattr(bench, "SWEEP", {"_nowhere": "fwd", "similarity.cosine": "fwd+bwd"})
     module = importlib.import_module("mlembed_kernels.similarity.cosine")
     monkeypatch.setitem(sys.modules, "mlembed_kernels.similarity.cosine", module)
     monkeypatch.setattr(module, "CONFIGS_FP32", table, raising=False)

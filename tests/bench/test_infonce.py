@@ -146,7 +146,7 @@ def test_the_gate_sees(wrong, monkeypatch):
             return loss.detach() + 1.0001 * (loss - loss.detach())
         return loss * {"loss": 1.0001, "nan": torch.nan}[wrong]
 
-    monkeypatch.setattr(bench, "infonce", faulty)
+    monkeypatch.setattr(gate, "infonce", faulty)
     verdicts = list(gate.gate(CPU, True))
     assert len(verdicts) == len(list(gate.checks()))
     assert all(verdict["ok"] == (wrong == "nothing") for verdict in verdicts)

@@ -229,13 +229,12 @@ def test_load_is_strict(place, key, value, words, tmp_path):
 
 
 def test_load_names_a_missing_file_and_the_line_of_bad_json(tmp_path):
-    with pytest.raises(ValueError, match="none.json, which does not exist"):
-        config.load(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="none.json, which does not exist"):
-        arguments.parse([str(tmp_path / "none.json")])
+    for load in (config.load, lambda path: arguments.parse([str(path)])):
+        with pytest.raises(ValueError, match=r"none\.json: no such file"):
+            load(tmp_path / "none.json")
     path = tmp_path / "config.json"
     path.write_text('{\n"steps": 3,\n"name" "x"\n}')
-    with pytest.raises(ValueError, match=r"config\.json:3: not json"):
+    with pytest.raises(ValueError, match=r"config\.json:3: invalid JSON"):
         config.load(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"config\.json: expected an object, got list"):

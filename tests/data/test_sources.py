@@ -336,7 +336,7 @@ def test_held_out_texts_of_nway_items_go_alone(tmp_path):
 
 def test_nothing_left(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", PAIRS[:2])
-    for bad_rows in ("refuse", "skip"):
+    for bad_rows in ("error", "skip"):
         with pytest.raises(ValueError, match=r"p\.jsonl: expected pairs without texts of the eval"):
             read(path, held_out={"eins", "two"}, bad_rows=bad_rows)
     assert len(read(path, held_out={"other"})[0]) == 2
@@ -395,7 +395,7 @@ def test_json_files_of_rows_are_no_mixtures(content, tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"sources": [\n{"path": "a"},\n]}', r":3: not json"),
+        ('{"sources": [\n{"path": "a"},\n]}', r":3: invalid JSON"),
         (
             '{\n"sources": [{"path": "a", "promt": "x"}]}',
             r"\[0\]: no such key 'promt' \(near: prom",
@@ -532,7 +532,7 @@ def test_a_malformed_large_source_leaves_nothing(large, tmp_path):
 def test_a_cache_that_cannot_be_written(large, tmp_path, monkeypatch):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     monkeypatch.setenv("MLEMBED_CACHE", path)
-    with pytest.warns(UserWarning, match="text could not be kept there"):
+    with pytest.warns(UserWarning, match="text could not be stored"):
         assert items(read(path)[0]) == WANT
 
 

@@ -317,7 +317,7 @@ def test_rows_are_asked_for_where_they_count(make, tables):
 
 def test_bad_rows_are_errors_when_they_are_read(tmp_path, learnt, small):
     path = write(tmp_path / "bad.jsonl", [*rows_of(12), {"query": "", "positive": "x"}])
-    for policy in ("refuse", "skip"):
+    for policy in ("error", "skip"):
         run = config.Run(batch_size=4, steps=9, bad_rows=policy)
         source = source_of(path, rows=12)
         batches = Batches([], learnt, run, World(0, 1, CPU), streams=[source])

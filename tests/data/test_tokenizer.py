@@ -181,7 +181,7 @@ def test_saved_files_open_here(learnt, saved):
 def test_settings_that_are_not_json(learnt, tmp_path):
     tokenizer.save(learnt, tmp_path, 16)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": \n')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json:2: not json"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json:2: invalid JSON"):
         tokenizer.load(tmp_path)
 
 

@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written(learnt, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("MLEMBED_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(tokens, "FEW", 0)
-    with pytest.warns(UserWarning, match="tokens could not be kept there"):
+    with pytest.warns(UserWarning, match="tokens could not be stored"):
         found = tokenised(pairs(), learnt, 16)
     assert lists(found) == alone(pairs(), learnt, 16)[0]
     assert (tmp_path / "file").read_text() == "no directory"

@@ -19,7 +19,7 @@ from factories import randomise
 from mlembed import config
 from mlembed.data import eval_sets, tokenizer
 from mlembed.evaluation import grid, scores
-from mlembed.inference.encoder import Encoder
+from mlembed.inference.encoder import Encoder, GridVectors
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 
@@ -61,8 +61,9 @@ class Vectors:
     model = SimpleNamespace(device=torch.device("cpu"), cfg=SimpleNamespace(hidden_size=WIDTH))
     prompts: dict[str, str] = {}
 
-    def exits(self, texts, exits, rank=None, progress=False, prompt=""):
-        return torch.from_numpy(unit(texts)).repeat(len(exits), 1, 1)
+    def encode_grid(self, texts, sizes, progress=False, prompt="", on_disk=False):
+        raw = torch.from_numpy(unit(texts))[None]
+        return GridVectors({None: raw}, {None: [1]})
 
 
 class Looked(mteb_model.MTEBEncoder):
@@ -98,7 +99,7 @@ def by_mteb(task, out=None):
 
 
 def ours(task):
-    return grid.score(Vectors(), task, [WIDTH], [1], None, {})[1, WIDTH]
+    return grid.score(Vectors(), task, [(WIDTH, 1, None)], {})[WIDTH, 1, None]
 
 
 # ---- bitext ----
@@ -459,10 +460,13 @@ def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monk
     plain = Encoder.load(str(directory), "cpu", "bfloat16")
     encoder = Counting(plain.model, plain.tokenizer, plain.max_length)
     sizes = {"dims": [8, 32], "exits": [1, 2], "ranks": [8]}
-    cells = grid.grid(encoder, [], **sizes, costs=False)
-    grid.add_mteb(encoder, str(directory), ["LocalRun"], cells, {}, tmp_path / "out")
+    scored = grid.score_grid(encoder, [], **sizes, costs=False)
+    cells = scored.cells
+    grid.add_mteb(encoder, str(directory), ["LocalRun"], scored, {}, tmp_path / "out")
     assert encoder.encoded == len(task.texts)
-    for cell, one in zip(cells, grid.grid(plain, [task], **sizes, costs=False), strict=True):
+    for cell, one in zip(
+        cells, grid.score_grid(plain, [task], **sizes, costs=False).cells, strict=True
+    ):
         want = one["scores"]["tat"]["f1_to_pivot"]
         assert cell["scores"]["LocalRun"]["score"] == pytest.approx(want, abs=AGREE)
         assert cell["parameter_bytes"] == 2 * cell["parameters"]

@@ -226,7 +226,7 @@ def in_shards(model: Transformer, directory: Path, monkeypatch) -> Path:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     tensors = mlembed.runtime.checkpoint.training_tensors(model, optimizer, 0)
-    with mlembed.runtime.checkpoint.Saver(directory, 0, 1, 1, background=False) as saver:
+    with mlembed.runtime.checkpoint.Saver(directory, 0, 1, 1) as saver:
         saver.save(7, tensors, lambda path: pretrained.describe(model.cfg, path))
     return directory / "step_00000007"
 

@@ -54,11 +54,11 @@ NAMED = {
         "run.model.num_hidden_layers, number",
         ("test_batches", "test_depth"),
     ),
-    # Recall and MAP are of at most 100 relevant documents.
-    "map-denominator": Named(
+    # trec_eval's reciprocal rank has no cut.
+    "mrr-cut": Named(
         "mlembed/evaluation/scores.py",
-        "minlength=Q).clip(min=1)\n    hits",
-        "minlength=Q).clip(min=1, max=100)\n    hits",
+        "if rank >= 1 / 10)",
+        "if rank >= 0)",
         ("test_scores",),
     ),
 }

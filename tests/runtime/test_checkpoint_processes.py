@@ -74,7 +74,7 @@ def whole(model, optimizer, rank):
     }
 
 
-def save(where, directory, sharded=True, background=True):
+def save(where, directory, sharded=True):
     """-> what was saved, as this process has it."""
     model, optimizer = build(where, sharded)
     advance(model, optimizer, 100 * where.size)
@@ -85,14 +85,13 @@ def save(where, directory, sharded=True, background=True):
     tensors = checkpoint.training_tensors(model, optimizer, where.rank)
     tensors["bank.of." + str(where.rank)] = torch.full((where.rank, 2), float(where.rank))
     describe = partial(pretrained.describe, SHAPE)
-    with checkpoint.Saver(directory, where.rank, where.size, 2, background) as saver:
+    with checkpoint.Saver(directory, where.rank, where.size, 2) as saver:
         saver.save(5, {**tensors, **BANK}, describe)
-        if background:  # training goes on
-            advance(model, optimizer, 1)
-            ones = torch.ones(1)
-            for _ in range(20 if where.size > 1 else 0):
-                dist.all_reduce(ones)
-            assert ones == where.size**20 or where.size == 1
+        advance(model, optimizer, 1)  # Training continues meanwhile.
+        ones = torch.ones(1)
+        for _ in range(20 if where.size > 1 else 0):
+            dist.all_reduce(ones)
+        assert ones == where.size**20 or where.size == 1
         saver.wait()
         saver.save(5, tensors, describe)  # there already
     return before
@@ -150,7 +149,7 @@ def process(where, root):
     if not own.exists():
         found["plain"] = load(where, root / "saved_1" / "step_00000005", sharded=False)
         found["saved"] = save(where, own)
-        found["replicated"] = save(where, root / f"replicated_{where.size}", False, False)
+        found["replicated"] = save(where, root / f"replicated_{where.size}", False)
         found["failed"] = fail(where, own)
     return found
 

@@ -401,7 +401,7 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     """Weights, moments and the random numbers of the rounding, in a process that is elsewhere."""
     model, optimizer = fresh()
     train(model, optimizer, 3)
-    with checkpoint.Saver(tmp_path, 0, 1, keep=1, background=False) as saver:
+    with checkpoint.Saver(tmp_path, 0, 1, keep=1) as saver:
         tensors = checkpoint.training_tensors(model, optimizer, 0)
         saver.save(3, tensors, lambda p: pretrained.describe(model.cfg, p))
     path = tmp_path / "step_00000003"

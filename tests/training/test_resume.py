@@ -254,7 +254,7 @@ def test_a_changed_configuration_is_refused_by_its_keys_unless_allowed(arguments
 @pytest.mark.parametrize("by", ["TORCHELASTIC", "SLURM"])
 def test_a_restart_goes_on_without_being_asked_to(arguments, whole, tmp_path, monkeypatch, by):
     args = [*arguments, "--output-dir", whole.parent, "--steps", STEPS]
-    with pytest.raises(ValueError, match="expected no run there yet, found one"):
+    with pytest.raises(ValueError, match="expected a new directory, found files in it"):
         changed(args)
     monkeypatch.setenv(f"{by}_RESTART_COUNT", "1")
     assert changed(args)[1].name == f"step_{STEPS:08d}"
@@ -263,7 +263,7 @@ def test_a_restart_goes_on_without_being_asked_to(arguments, whole, tmp_path, mo
 
 
 def test_what_fits_a_machine_may_change(arguments, whole):
-    machine = ["--no-gradient-cache", "--activation-gib", 3, "--no-save-async"]
+    machine = ["--no-gradient-cache", "--activation-gib", 3]
     machine += ["--loss.negatives-across", "ring", "--loss.bank-on", "host"]
     machine += ["--non-finite", "skip", "--engine", "fsdp", "--cpu-offload"]
     args = [*arguments, "--output-dir", whole.parent, "--resume", "--steps", STEPS, *machine]

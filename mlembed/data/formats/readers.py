@@ -291,7 +291,7 @@ class Texts:
     """The texts of a file, in order, as they are read: lines, or a column of .jsonl or .parquet.
 
     path: "-" is standard input, of lines. column: of .jsonl and .parquet. invalid: of bytes that
-    are no UTF-8 "replace" makes U+FFFD, "refuse" an error. replaced: how many it has made so far.
+    are no UTF-8 "replace" makes U+FFFD, "error" an error. replaced: how many it has made so far.
 
     A byte order mark at the beginning of a file is no part of its text. An empty line is a text; in
     .jsonl it is none.
@@ -302,7 +302,7 @@ class Texts:
 
     path: str = "-"
     column: str = "text"
-    invalid: str = "refuse"
+    invalid: str = "error"
     replaced: int = 0
 
     def __iter__(self) -> Iterator[str]:

@@ -25,6 +25,7 @@ from mlembed_kernels import distill
 
 from ... import config
 from ...data.collate import Batch
+from ...modeling.vocabulary import principal_directions
 from ...runtime.distributed import World, gather
 
 TERMS = ("features", "logits", "between_exits")
@@ -43,11 +44,9 @@ def rows_of(cfg: config.Distill, term: str, exits: int) -> Tensor:
 def principal(sample_ND: Tensor) -> Tensor:
     """The rotation R [Dt, Dt] after which the first d coordinates of t R are, for every d, the best
     rank-d approximation of the sample (Eckart and Young): eigenvectors of sum t t^T, the largest
-    first. Nothing is subtracted, so that whole vectors keep their cosines. Of the two signs an
-    eigenvector has, the one with a positive largest component."""
+    first. Nothing is subtracted, so that whole vectors keep their cosines."""
     t = sample_ND.double()
-    R = torch.linalg.eigh(t.T @ t)[1].flip(-1)
-    return (R * R.gather(0, R.abs().argmax(0, keepdim=True)).sign()).float()
+    return principal_directions(t.T @ t).T.float()
 
 
 class Distiller:

@@ -13,7 +13,7 @@ from mlembed.data import sources
 from mlembed.data.formats import layouts
 
 
-def read(path, bad_rows="refuse", **fields):
+def read(path, bad_rows="error", **fields):
     ((table, report),) = sources.read(config.Source(path=str(path), **fields), bad_rows=bad_rows)
     bounds = itertools.pairwise(table.starts.tolist())
     return [table.texts[begin:end] for begin, end in bounds], report

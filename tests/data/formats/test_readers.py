@@ -20,7 +20,7 @@ def source(path, **fields):
     return config.Source(path=str(path), **fields)
 
 
-def read(path, bad_rows="refuse", **fields):
+def read(path, bad_rows="error", **fields):
     ((table, report),) = sources.read(source(path, **fields), bad_rows=bad_rows)
     return items(table), report
 
@@ -80,7 +80,7 @@ def test_malformed_csv_rows_are_named_by_line(line, words, tmp_path):
 @pytest.mark.parametrize("header", ["query,query,positive", "query,,positive", " ,b"])
 def test_malformed_headers(header, tmp_path):
     (tmp_path / "p.csv").write_text(header + "\na,b,c\n")
-    for bad_rows in ("refuse", "skip"):
+    for bad_rows in ("error", "skip"):
         with pytest.raises(ValueError, match=r"p\.csv:1: header: expected distinct names"):
             read(tmp_path / "p.csv", bad_rows)
 
@@ -94,7 +94,7 @@ def test_an_open_quote_takes_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "query,positive\n", "\n\n"])
-@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
 def test_empty_csv(content, bad_rows, tmp_path):
     (tmp_path / "p.csv").write_text(content)
     with pytest.raises(ValueError, match=r"p\.csv"):
@@ -170,7 +170,7 @@ def test_more_parallel_files_are_an_nway_table(tmp_path):
     assert items(table) == [["Meer", "sea", "more"], ["eins", "one", "jedan"]]
 
 
-@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
 def test_parallel_files_of_unequal_length(bad_rows, tmp_path):
     name = parallel(tmp_path, en=b"sea\none\n", de=b"Meer\neins\nzwei\n")
     words = r"talk: expected as many lines in each file, got 3 in talk\.de, 2 in talk\.en"

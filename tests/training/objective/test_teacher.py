@@ -379,7 +379,7 @@ def test_pairs_of_equal_halves_are_told_apart():
 def test_nothing_is_overwritten_and_nothing_half_written_stays(bert, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("mine")
-    with pytest.raises(ValueError, match="expected nothing there yet"):
+    with pytest.raises(ValueError, match="expected a new directory"):
         store(bert, tables(), tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["a"]
 
