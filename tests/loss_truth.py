@@ -50,7 +50,7 @@ def cosine(x: Tensor, y: Tensor, *, dims: tuple[int, ...]) -> Tensor:
 
 
 def log_sums(z: Tensor, keep: Tensor) -> Tensor:
-    """Return LSEs over each row's entries in `keep`; -inf, a constant, where there are none."""
+    """Return LSEs over each row's entries in `keep`; -inf, a constant, for empty rows."""
     empty = z.new_tensor(-math.inf)
     logs = [row[k].logsumexp(0) if k.any() else empty for row, k in zip(z, keep, strict=True)]
     return torch.stack(logs) if logs else z.new_zeros(0)

@@ -102,7 +102,7 @@ class AttentionPlan:
 
 
 def _packs(cu: Tensor, long: Tensor, size: int) -> Tensor:
-    """Return int64 [P, 2]: neighbours that are not `long`, as many as fit `size` tokens."""
+    """Return int64 [P, 2]: neighbours that are not `long`, up to `size` tokens."""
     bounds = cu.tolist()
     # A run of short sequences ends at the next long one.
     stops = [*long.nonzero()[:, 0].tolist(), len(long)]

@@ -334,7 +334,7 @@ def _backward_op(
     rank: int,
     of: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    # Products have the dtype of dx, whatever autocast is set to in the backward.
+    # Products have the dtype of dx, not of autocast in the backward.
     with torch.cuda.device_of(U), torch.autocast(U.device.type, enabled=False):
         return backward(dx, U, W, _index(buffer, counts, bounds), rank, (of[0], of[1]))
 

@@ -5,7 +5,7 @@
 Ranks nest: the first r columns of U with the first r rows of W are an embedding too. Above the rank
 V D / (V + D) the factors have more numbers than the plain table.
 
-Backward, with s_v the sum of dx over the occurrences of token v (0 where there are none):
+Backward, with s_v the sum of dx over the occurrences of token v (0 for other tokens):
 
     dU[v, :r] = s_v W[:r]',      dW[:r] = sum_v U[v, :r]' s_v
 

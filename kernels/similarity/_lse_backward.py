@@ -47,7 +47,7 @@ CONFIGS_FP32: Configs = {
     "wide_backward": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
     "product": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
-# Columns of a rectangle of pairs: so many that sums over row chunks cost little.
+# Columns of a rectangle of pairs: enough that sums over row chunks cost little.
 WIDTH = 16384
 
 

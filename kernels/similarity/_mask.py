@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class PairMask(NamedTuple):
-    """Which pairs (i, j) of R rows and S columns count; `pairwise_lse` explains each part.
+    """The pairs (i, j) of R rows and S columns that count; `pairwise_lse` explains each part.
 
-    Custom operators take no value but tensors: there it is unpacked, `*mask`, and packed again.
+    Custom operators take tensors only: their callers unpack it, `*mask`, and they pack it again.
     """
 
     positive: Tensor | None = None  # int [R]

@@ -224,6 +224,6 @@ def chunks(rows: int, row_bytes: int, workspace: int) -> list[slice]:
 
 
 def groups(E: int, exit_bytes: int, workspace: int) -> list[slice]:
-    """Return exits to process together: as many as fit the workspace, at least one."""
+    """Return exits to process together: all that fit the workspace, at least one."""
     together = max(1, min(E, workspace // exit_bytes))
     return [slice(e, min(e + together, E)) for e in range(0, E, together)]

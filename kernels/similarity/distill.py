@@ -118,7 +118,7 @@ def _dense(
     """Return what `distill` does, by every matrix in fp32 or wider."""
     losses = []
     with torch.autocast(q.device.type, enabled=False):
-        # Vectors that have left are not read, whatever they hold.
+        # Vectors that have left are not read, even if they hold NaN.
         q = q.to(scale_EM.dtype).masked_fill(~q_in[..., None], 0)
         c = c.to(scale_EM.dtype).masked_fill(~c_in[..., None], 0)
         t = unit(teacher_q.to(q.dtype)) @ unit(teacher_c.to(q.dtype)).T

@@ -109,7 +109,7 @@ def _dense(
         at = positive.clamp(0, max(S - 1, 0))
     rows, cols, cosines = [], [], []
     with torch.autocast(x.device.type, enabled=False):
-        # Vectors that have left are not read, whatever they hold.
+        # Vectors that have left are not read, even if they hold NaN.
         x = x.to(wide).masked_fill(~x_in[..., None], 0)
         y = y.to(wide).masked_fill(~y_in[..., None], 0)
         if mask.ceiling is not None:
@@ -175,7 +175,7 @@ def pairwise_lse_backward(
 
     Args:
         outputs: what `pairwise_lse` returned for the other arguments, which are its own.
-        slopes: dL/d of each output, None where that is None.
+        slopes: dL/d of each output; None for an output that is `None`.
 
     Raises:
         ValueError: an unknown or unavailable `impl`.

@@ -72,7 +72,7 @@ def test_sdpa_equals_reference_in_float64(lengths, heads, causal):
 def test_sdpa_is_as_exact_as_eager(lengths, dtype, causal):
     # Same bits into both; eager is the plain loop in the same dtype. The floor is in units in the
     # last place of the largest value: 4 for another order of sums, 16 for torch's flash kernel,
-    # whose backward takes exp(score - logsumexp) anew: 2.5 times eager's RMS error in fp32.
+    # whose backward takes exp(score - logsumexp) again: 2.5 times eager's RMS error in fp32.
     ulps = 4 if max(lengths) <= 256 else 16
     options = {"causal": causal, **layout(lengths)}
     qkv = [x.to(dtype) for x in inputs(lengths)]
@@ -95,7 +95,7 @@ def test_scale(impl, causal):
     options = {"causal": causal, "impl": impl, **layout(lengths)}
     default = attention(q, k, v, **options)
     torch.testing.assert_close(attention(q, k, v, scale=16**-0.5, **options), default)
-    # A factor on the scores can as well be put on q; scale 0 weighs all visible keys alike.
+    # A factor on the scores can as well be put on q; scale 0 weighs all visible keys equally.
     torch.testing.assert_close(
         attention(q, k, v, scale=0.3, **options), attention(q * 0.3, k, v, scale=1.0, **options)
     )

@@ -32,7 +32,7 @@ UNEVEN = [65, 1, 63, 300, 2, 127, 64]
 
 
 def heads_of(dtype: torch.dtype) -> tuple[int, int]:
-    """As many as one tile has."""
+    """Heads of one tile."""
     return (1, 1) if dtype == torch.float32 else (2, 1)
 
 
@@ -109,7 +109,7 @@ def test_grouped_heads(heads, dtype):
 
 
 # Qwen3's 128, others' 64, what a power of two above them has to mask; each pair of widths that are
-# launched alike, and every remainder of 128.
+# launched equally, and every remainder of 128.
 @every_dtype
 @pytest.mark.parametrize("K", range(16, 129, 16))
 def test_widths(K, dtype):
@@ -136,7 +136,7 @@ SCALES = all_pairs([-0.7, 0.0, 1.3, 1e-3], [True, False], DTYPES)
 @pytest.mark.parametrize(("scale", "causal", "dtype"), SCALES)
 def test_scale(scale, causal, dtype):
     # A negative factor turns the order of scores round: what was largest is smallest. At 0 all
-    # keys weigh alike, and what is masked still nothing.
+    # keys weigh the same, and what is masked still nothing.
     check([5, 1, 66], dtype, causal=causal, scale=scale)
 
 
@@ -220,7 +220,7 @@ def test_auto_is_triton_on_cuda():
     options = {"cu_seqlens": bounds(lengths), "causal": True}
     auto, ours = attention(*qkv, **options), triton(*qkv, **options)
     assert torch.equal(auto, ours) if DEVICE == "cuda" else auto.isclose(ours, atol=1e-4).all()
-    # What it has not, sdpa has.
+    # Sdpa computes unsupported dtypes and widths.
     for odd in (on(DEVICE, torch.float64, qkv), [x[..., :12] for x in qkv]):
         torch.testing.assert_close(
             attention(*odd, **options), attention_ref(*odd, **options), rtol=1e-4, atol=1e-4

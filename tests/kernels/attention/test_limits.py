@@ -1,4 +1,4 @@
-"""Packed attention by Triton, besides its values: sequences stay apart, rows that take no part are
+"""Packed attention by Triton, except its values: sequences stay apart, rows that take no part are
 not read, any layout, torch's operators and graphs, errors."""
 
 from functools import cache
@@ -159,7 +159,7 @@ def test_nan_in_long_neighbour(causal, fp32, monkeypatch):
 
 @pytest.mark.parametrize(("n", "causal", "sort"), all_pairs([0, 1, 2, 4, 5], [True, False], SORTS))
 def test_a_prefix_is_a_batch_of_its_own(n, causal, sort):
-    """What layer-skip attention is. n = 1, 2, 5: it ends within a tile of the whole batch."""
+    """A prefix equals a batch of its own; for n = 1, 2, 5 it ends within a tile of the whole batch."""
     dtype, heads = sort
     qkv, do = batch(dtype, heads=heads)
     T = sum(LENGTHS[:n])
@@ -173,7 +173,7 @@ def test_a_prefix_is_a_batch_of_its_own(n, causal, sort):
     assert got["out"].isfinite().all()
 
 
-# By flags: within tiles of several, whole tiles, a long one beside another; none, all.
+# By flags: within tiles of several, whole tiles, a long one next to another; none, all.
 ACTIVE = {
     "ends_of_tiles": ([1, 0, 1, 1, 0, 1], True),
     "middle_of_tiles": ([0, 1, 0, 0, 1, 0], True),
@@ -233,7 +233,7 @@ def fused(T: int, H: int, K: int, extra: int = 0) -> list[Tensor]:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """With its strides and where it begins, in half precision."""
+    """Return x in half precision, with its strides and storage offset."""
     storage = torch.as_strided(x, (x.untyped_storage().nbytes() // 4,), (1,), 0)
     return storage.to(DEVICE, HALF).as_strided(x.shape, x.stride(), x.storage_offset())
 

@@ -108,7 +108,7 @@ def test_numbers_of_the_batch():
 
 
 def test_lists_of_a_prefix():
-    """What layer-skip attention relies on: nothing of those that left, the others as they were."""
+    """Layer-skip attention relies on it: nothing of sequences that left, the others unchanged."""
     for lengths in ALL[:60]:
         cu = bounds(lengths)
         whole = AttentionPlan.of(cu)

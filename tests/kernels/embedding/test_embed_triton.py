@@ -33,7 +33,7 @@ def zipf(T: int, V: int) -> list[int]:
 
 V, R, D = 401, 80, 160  # no multiples of a tile, but rows of 16 bytes; others in test_widths
 # One token; a prime of them; every row of the table, so that tiles are full but the last; one token
-# in many parts, and in as many as two steps of `total` sum; parts full, off by one, and of two
+# in many parts, and in as two steps of `total` sum; parts full, off by one, and of two
 # tokens; first and last row only; a stream with all of it, whose parts fill three tiles.
 TIMES = PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 1, 1
 IDS = {
@@ -85,7 +85,7 @@ def as_exact(ids, U: Tensor, W: Tensor, rank: int, dx: Tensor) -> dict[str, Tens
 
 
 def summable(*tensors: Tensor) -> list[Tensor]:
-    """In the interpreter whole numbers: numpy's sums of a row may depend on where it stands."""
+    """Return whole numbers in the interpreter: numpy's sums of a row may depend on its place."""
     return [x if DEVICE == "cuda" else (4 * x).round() for x in tensors]
 
 
@@ -153,7 +153,7 @@ def test_autocast_of_backward_is_ignored():
 @dtypes
 @pytest.mark.parametrize("rank", [1, 64, 65])
 def test_ranks_nest(rank, dtype):
-    """What lies beyond the rank is not read: not-a-number there changes nothing."""
+    """Columns beyond the rank are not read: NaN there changes nothing."""
     U, W = factors(dtype)
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
     want = run(ids, U, W, rank, dx)
@@ -188,7 +188,7 @@ ZEROED = all_pairs(["one", "distinct", "ends", "stream"], RANKS, DTYPES)
 
 @pytest.mark.parametrize(("name", "rank", "dtype"), ZEROED)
 def test_zeros_by_programs(name, rank, dtype, monkeypatch):
-    """Where there are many: the same bits as zeros in advance, of every row and column."""
+    """Many programs write the same zeros, of every row and column, as a call in advance."""
     U, W = factors(dtype)
     ids, dx = IDS[name], cotangent(IDS[name], D, dtype)
     want = run(ids, U, W, rank, dx)
@@ -471,7 +471,7 @@ def test_in_a_cuda_graph():
 
 @cuda_only
 def test_memory_on_the_device():
-    """As the step that is measured: nothing beyond inputs, outputs and 64 MiB."""
+    """The measured step allocates nothing beyond inputs, outputs and 64 MiB."""
     T, many, rank = 73_419, 151_936, 512
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16, V=many, R=rank, D=1024))
     ids = torch.tensor(zipf(T, many))

@@ -301,7 +301,7 @@ def test_a_zero_prefix_has_cosine_zero():
         loss_truth.results(infonce, zeroed()),
         loss_truth.results(loss_truth.infonce, zeroed()),
     )
-    # Query 1 against candidates 0..4 at prefix 3: all alike, whatever they are.
+    # Query 1 against candidates 0..4 at prefix 3: all cosines are equal.
     loss = infonce(zeroed()["q"][:, 1:2], pair()[1][:, :Q], dims=(3,), temperature=0.01)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(Q)), rtol=1e-14, atol=0)
 

@@ -1,4 +1,4 @@
-"""The loss in Triton, besides its values: sizes, memory, graphs, operators."""
+"""The loss in Triton, except its values: sizes, memory, graphs, operators."""
 
 import math
 
