@@ -159,7 +159,7 @@ def test_nan_in_long_neighbour(causal, fp32, monkeypatch):
 
 @pytest.mark.parametrize(("n", "causal", "sort"), all_pairs([0, 1, 2, 4, 5], [True, False], SORTS))
 def test_a_prefix_is_a_batch_of_its_own(n, causal, sort):
-    """A prefix equals a batch of its own; for n = 1, 2, 5 it ends within a tile of the whole batch."""
+    """This is layer-skip attention. For n = 1, 2, 5 the prefix ends within a tile of the batch."""
     dtype, heads = sort
     qkv, do = batch(dtype, heads=heads)
     T = sum(LENGTHS[:n])

@@ -4,6 +4,7 @@ import loss_truth
 import pytest
 import torch
 from loss_truth import DEVICE, impls, results, rounded, vectors
+from loss_truth import check as check_truth
 
 from mlembed_kernels.similarity.cosine import cosine, cosine_ref
 
@@ -35,7 +36,7 @@ def on_device() -> dict:
 def check(impl: str, given: dict, dtype: torch.dtype = torch.float32) -> dict:
     # Gradients are differences of terms of 1 / length, which in one dimension are equal.
     how = {"temperature": 1.0, "terms": 1.0}
-    return loss_truth.check(impl, cosine, loss_truth.cosine, given, dtype, **how)
+    return check_truth(impl, cosine, loss_truth.cosine, given, dtype, **how)
 
 
 @impls

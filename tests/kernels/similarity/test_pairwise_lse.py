@@ -1,13 +1,13 @@
 """Log-sum-exps of pairs against float64; Triton runs under its interpreter without a GPU."""
 
 import math
-from functools import partial
 
 import loss_truth
 import pytest
 import torch
 from live_memory import Live
 from loss_truth import DEVICE, assert_as_exact, impls, results, rounded, triton, vectors
+from loss_truth import check as check_truth
 from torch import Tensor
 
 from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
@@ -115,9 +115,8 @@ def on_device(**options) -> dict:
     return given | {name: given[name].float() for name in ("x", "y", "scale")}
 
 
-check = partial(
-    loss_truth.check, function=pairwise_lse, truth=loss_truth.pairwise_lse, temperature=0.05
-)
+def check(impl: str, inputs: dict, **how) -> dict:
+    return check_truth(impl, pairwise_lse, loss_truth.pairwise_lse, inputs, **how)
 
 
 # Triton skips cases that others contain: ceilings of all, counts of one side.
@@ -133,14 +132,14 @@ BOTH = [
 def test_equals_truth(impl, options):
     # Triton has one exit in cases that treat exits equally, for time's sake.
     exits = not {"ceiling", "row_counts", "col_counts"}.isdisjoint(options)
-    check(impl, inputs=inputs(E=E if exits or impl == "reference" else 1, **options))
+    check(impl, inputs(E=E if exits or impl == "reference" else 1, **options))
 
 
 @pytest.mark.parametrize("only", [0, 1, 2], ids=["rows", "columns", "cosines"])
 @pytest.mark.parametrize("name", ["two_keys", "counts_positive"])
 @impls
 def test_gradients_of_each_output(impl, name, only):
-    got = check(impl, inputs=inputs(E=1 if name == "two_keys" else E, **CASES[name]), only=only)
+    got = check(impl, inputs(E=1 if name == "two_keys" else E, **CASES[name]), only=only)
     assert all(got[f"gradient of {x}"].abs().max() > 0.01 for x in "xy")
     assert bool((got["gradient of scale"] != 0).any()) == (only < 2)  # cosines have no temperature
 
@@ -184,7 +183,7 @@ FEW = [
 @triton
 @pytest.mark.parametrize(("R", "S", "D", "dims", "E"), FEW)
 def test_shapes(R, S, D, dims, E):
-    check("triton", inputs=inputs(R, S, D, dims, E, **of_shape(R, S), columns=True))
+    check("triton", inputs(R, S, D, dims, E, **of_shape(R, S), columns=True))
 
 
 @triton
@@ -200,7 +199,7 @@ def test_shapes_with_ceilings_and_counts(name):
     }
     highest = torch.linspace(-0.2, 0.5, E * R, dtype=torch.float64).view(E, R)
     highest[-1, ::5] = torch.inf
-    check("triton", inputs=inputs(R, S, D, dims, E, **of_shape(R, S), **counts, ceiling=highest))
+    check("triton", inputs(R, S, D, dims, E, **of_shape(R, S), **counts, ceiling=highest))
 
 
 @triton
@@ -208,7 +207,7 @@ def test_shapes_with_ceilings_and_counts(name):
 @pytest.mark.parametrize("dtype", loss_truth.HALVES, ids=str)
 def test_half_precision(dtype, name):
     exits = E if name == "everything" else 1
-    check("triton", inputs=inputs(R, S, 150, (8, 149), exits, **CASES[name]), dtype=dtype)
+    check("triton", inputs(R, S, 150, (8, 149), exits, **CASES[name]), dtype=dtype)
 
 
 # ---- merging ----
@@ -282,7 +281,7 @@ def test_rows_and_columns_are_one_tensor(impl):
     def twice(f):
         return lambda x, **rest: f(x=x, y=x, **rest)
 
-    got = loss_truth.check(impl, twice(pairwise_lse), twice(loss_truth.pairwise_lse), given)
+    got = check_truth(impl, twice(pairwise_lse), twice(loss_truth.pairwise_lse), given)
     # z is symmetric, so that rows and columns are the same numbers.
     torch.testing.assert_close(got["output 0"], got["output 1"], rtol=1e-6, atol=1e-5)
 
@@ -297,7 +296,7 @@ def test_cosines_of_minus_one_at_temperature_001(impl, n):
     x = torch.arange(1.0, n + 1)[None, :, None] * torch.tensor([1.0, 0.0])
     given = {"x": x, "y": -x, "dims": (1, 2), "scale": torch.full((1, 2), 100.0), "columns": True}
     # The gradient is that of parallel vectors: 0, a difference of terms of 1 / t.
-    got = check(impl, inputs=given, temperature=0.01, terms=3.0)
+    got = check(impl, given, temperature=0.01, terms=3.0)
     want = torch.full((1, 2, n), math.log(n) - 100, dtype=torch.float64)
     for out in ("output 0", "output 1"):
         torch.testing.assert_close(got[out].double().cpu(), want, rtol=1e-6, atol=0)
@@ -313,8 +312,8 @@ def test_one_row_far_from_all_others_near(impl):
     given = {"x": x, "y": y, "dims": (2,), "scale": torch.full((1, 1), 100.0), "columns": True}
     # Nearly parallel vectors have small gradients, of terms a thousand times as large.
     near = {"temperature": 0.01, "terms": 66.0}
-    check(impl, inputs={**given, "positive": torch.arange(66)}, **near)
-    check(impl, inputs={**given, "y": -y}, **near)
+    check(impl, {**given, "positive": torch.arange(66)}, **near)
+    check(impl, {**given, "y": -y}, **near)
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.01, 0.003])
@@ -344,7 +343,7 @@ def test_lengths_from_1e_minus_9_to_1e_9(impl):
         return of_factors
 
     units = {**given, "x": torch.ones_like(given["x"]), "y": torch.ones_like(given["y"])}
-    loss_truth.check(impl, run(pairwise_lse), run(loss_truth.pairwise_lse), units)
+    check_truth(impl, run(pairwise_lse), run(loss_truth.pairwise_lse), units)
 
 
 @impls
@@ -355,7 +354,7 @@ def test_zero_prefixes(impl):
     given["x"][1, 2] = 0
     given["y"][:, 6, :3] = 0
     given["y"][2, 0] = 0
-    got = check(impl, inputs=given)
+    got = check(impl, given)
     assert got["gradient of x"][1, 2].abs().max() > 0
     assert (got["output 2"][0, 0, [1, 3]] == 0).all()
 
@@ -365,7 +364,7 @@ def test_a_copy_has_cosine_one(impl):
     """Rows and columns hold exact copies, up to a factor of two."""
     x = vectors(1, R, D).float()
     given = {**inputs(**keys(ONE), E=1), "x": x, "y": torch.cat([x, 2 * x[:, :2]], dim=1)}
-    check(impl, inputs={**given, **POSITIVE, "columns": True})
+    check(impl, {**given, **POSITIVE, "columns": True})
 
 
 @pytest.mark.parametrize("side", ["x", "y"])
@@ -401,7 +400,7 @@ def test_empty_sums_have_zero_gradients(impl):
 def test_empty_sides(impl, rows, columns):
     none = {"positive": torch.full((rows,), -1), "columns": True}
     none |= {"row_keys": [torch.arange(rows)], "col_keys": [torch.arange(columns)]}
-    got = check(impl, inputs=inputs(rows, columns, E=1, **none))
+    got = check(impl, inputs(rows, columns, E=1, **none))
     assert (got["output 0"] == -torch.inf).all() and (got["output 1"] == -torch.inf).all()
 
 
