@@ -255,7 +255,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         heads = check.Hq, check.Hkv, check.Hkv
         qkv = [empty(sum(check.lengths), H, check.K, dtype=dtype) for H in heads]
         active = empty(len(check.lengths), dtype=torch.bool) if check.skips else None
-        options: dict[str, Any] = {"cu_seqlens": batch.cu, "work": batch.plan, "active": active}
+        options: dict[str, Any] = {"cu_seqlens": batch.cu, "plan": batch.plan, "active": active}
         train(partial(attention, **options, causal=check.causal, impl="triton"), *qkv)
 
     for case in bench.CASES.values():

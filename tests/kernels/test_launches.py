@@ -17,7 +17,10 @@ SCRIPT = """
 import json, sys
 from dataclasses import replace
 from functools import partial
-from bench import attention, embed, infonce, launches
+from bench import embed, launches
+from bench.attention import bench as attention
+from bench.infonce import bench as infonce
+from bench.infonce.cases import NESTED
 
 launches.prepare()
 cases = dict([*launches.loss_cases(), *launches.attention_cases(), *launches.embed_cases()])
@@ -26,7 +29,7 @@ for name in ("reference", "both"):
     # The last batch of an epoch: rows of no tile, and an odd number of them.
     cases[f"ragged-{name}"] = partial(launches.run_loss, replace(case, B=case.B - 37))
     # Five prefixes: slices of exits do not begin on 16 bytes either.
-    cases[f"five-{name}"] = partial(launches.run_loss, replace(case, dims=infonce.NESTED[-5:]))
+    cases[f"five-{name}"] = partial(launches.run_loss, replace(case, dims=NESTED[-5:]))
 
 
 def batches():
@@ -41,7 +44,7 @@ cases["batches"] = batches
 for name in sys.argv[1:]:
     for launch in launches.collect({name: cases[name]}):
         found = {"case": name, "kernel": launch.name, "grid": launch.grid}
-        print(json.dumps(found | {"key": launch.key(), "work": launch.key(addresses=False)}))
+        print(json.dumps(found | {"key": launch.key(), "layout": launch.key(addresses=False)}))
 """
 
 
@@ -65,7 +68,7 @@ def rows() -> list[dict]:
 def test_nothing_is_compiled_twice_for_its_addresses(rows):
     """Exits are slices at any multiple of 4 bytes, as are a batch's lists of tokens."""
     assert len({row["kernel"] for row in rows}) >= 19
-    times = Counter((row["case"], row["work"]) for row in rows)
+    times = Counter((row["case"], row["layout"]) for row in rows)
     assert not {key: count for key, count in times.items() if count > 1}
 
 
