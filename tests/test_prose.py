@@ -31,7 +31,15 @@ PENDING = (
     "tests/modeling",
     "tests/mutation",
     "tests/publishing",
+    "tests/readers",
     "tests/training",
+    "tests/attention_truth.py",
+    "tests/distill_truth.py",
+    "tests/export_models.py",
+    "tests/factories.py",
+    "tests/hopper.py",
+    "tests/loss_truth.py",
+    "tests/objective_truth.py",
     "train.py",
 )
 DONE = [

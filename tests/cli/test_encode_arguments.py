@@ -1,4 +1,4 @@
-"""What `encode` and `stream` take for sizes and texts, of whatever library, and what not."""
+"""Sizes and texts that `encode` and `stream` accept, from NumPy and torch too."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ def test_sizes_of_other_libraries(encoder, make):
 
 
 @pytest.mark.parametrize("size", [True, 5.0, np.float32(5), "5", [5.0, 5, 5], {1: 5}, iter([5])])
-def test_sizes_that_are_no_whole_numbers(encoder, size):
+def test_sizes_must_be_whole_numbers(encoder, size):
     for name in ("dim", "exit", "rank"):
         for call in (encoder.encode, encoder.stream):
             with pytest.raises(ValueError, match=f"{name}: expected a whole number, got "):
                 call(TEXTS[:3], **{name: size})
 
 
-def test_texts_that_are_no_sequence(encoder):
+def test_texts_must_be_a_sequence(encoder):
     for texts in (iter(TEXTS), None, 3):
         for call in (encoder.encode, encoder.exits):
             with pytest.raises(ValueError, match="texts: expected a sequence, got .*stream"):
@@ -48,14 +48,12 @@ def test_texts_that_are_no_sequence(encoder):
 
 
 class Loaded(Exception):
-    """The arguments of the load are known, and no more is wanted of the command."""
+    """Ends the command once it has passed on the arguments of the load."""
 
 
 @pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("device", [("cpu",), ("cpu", "cpu")], ids=len)
-def test_the_command_compiles_where_asked_and_in_the_process_that_encodes(
-    device, asked, monkeypatch
-):
+def test_command_compiles_in_the_process_that_encodes(device, asked, monkeypatch):
     def load(model, where, dtype, compile):
         raise Loaded(compile)
 
