@@ -5,6 +5,7 @@
 # make test-libraries   test what depends on libraries with their oldest and newest versions
 # make test-readers open exports with the oldest sentence-transformers that they are for
 # make mutate       break the product on purpose, list what no test notices: SEED=1 N=20, ten minutes
+# make golden       same numbers as an earlier commit, bit for bit: BASE=COMMIT, 90 seconds
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -38,7 +39,7 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := $(RUN) -m pytest $(SPREAD) --durations 20
 
 .PHONY: train test test-all test-readers test-libraries test-oldest test-newest
-.PHONY: test-toolchains test-toolchains-quick mutate check setup clean
+.PHONY: test-toolchains test-toolchains-quick mutate golden check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -81,6 +82,9 @@ hopper = @failed=; for version in $(1); do \
 		PYTHONPATH=$(CURDIR)/.toolchains/triton-$$version:$$PYTHONPATH \
 			$(RUN) -W ignore tests/hopper.py $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "violations with triton$$failed"; exit 1; }
+
+golden: setup
+	$(RUN) tests/golden.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
 check: setup
 	$(RUN) -m ruff check .
