@@ -31,7 +31,7 @@ class Language:
 
 @cache
 def language(code: str) -> Language:
-    """Look up `de`, `zh_Hant` (CLDR), `deu` (ISO 639-3), `eng_Latn` (FLORES) or `cmn-Hans` (BCP 47).
+    """Look up `de`, `zh_Hant` (CLDR), `deu` (ISO 639-3), `eng_Latn` (FLORES), `cmn-Hans` (BCP 47).
 
     A code without a script gets CLDR's likely one. A language that CLDR does not know keeps its
     code as its name, and the script "unknown" unless the code names one.

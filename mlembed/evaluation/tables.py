@@ -1,4 +1,4 @@
-"""Print scores and costs beside the grid, and write grid.json and grid.png."""
+"""Print scores and costs next to the grid, and write grid.json and grid.png."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def prices(grid: Grid) -> str:
 
 
 def details(by_task: dict[str, Any], size: str = "full size") -> str:
-    """Return the metrics besides `score`, a line or so for each task (percent)."""
+    """Return the metrics other than `score`, a line or so for each task (percent)."""
     lines = []
     for task, result in by_task.items():
         if broken := result.get("not_finite"):

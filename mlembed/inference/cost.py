@@ -28,7 +28,8 @@ def sizes(encoder: Encoder, dim: int, exit: int, rank: int | None) -> dict[str, 
 
 
 def measure(encoder: Encoder, exit: int, rank: int | None) -> dict[str, float]:
-    """Measure one depth and rank, on the encoder's device and in its precision; widths are alike.
+    """Measure one depth and rank, on the encoder's device and in its precision. Costs do not
+    depend on the width.
 
     latency_ms: median time of one short text, from text to vector on the CPU.
     texts_per_second: rate of the pack of short texts that takes PACKS_S, at most 4096 texts.

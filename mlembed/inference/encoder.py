@@ -149,7 +149,8 @@ class Encoder(DeviceEncoder):
         cfg.check(rank=rank)
         if out is None:
             out = torch.empty(len(exits), len(texts), cfg.hidden_size)
-        windows = self._windows(texts, prompt, None, None, rank, WINDOW)
+        whole = np.int64(0)
+        windows = self._windows(texts, prompt, None, whole, np.int64(rank or 0), WINDOW)
         with progress_bar(len(texts), progress) as bar:
             for window, ids in ahead(self.tokenised, windows):
                 rows = slice(window.first, window.first + len(ids))
@@ -220,11 +221,9 @@ class Encoder(DeviceEncoder):
         quantise = Quantiser(precision, ranges)
         prompt = self._prompt(prompt, prompt_name)
         _check_texts(texts)
-        dim, exit, rank = _number("dim", dim), _plain("exit", exit), _plain("rank", rank)
-        width = self.full_size((dim, None, None))[0]
+        width = self.full_size((_number("dim", dim), None, None))[0]
         quantise.check(width)
-        vectors = self._vectors(texts, prompt, width, exit, rank, progress)
-        return quantise(vectors)
+        return quantise(self._vectors(texts, prompt, width, exit, rank, progress))
 
     def encode_widths(
         self,
@@ -243,13 +242,10 @@ class Encoder(DeviceEncoder):
         """
         prompt = self._prompt(prompt, prompt_name)
         _check_texts(texts)
-        widths = _plain("dim", dims)
-        widths_N = self._sizes("dim", widths, len(texts))
-        vectors = self._vectors(
-            texts, prompt, None, _plain("exit", exit), _plain("rank", rank), progress
-        )
-        cuts = zip(torch.from_numpy(vectors), widths_N.tolist(), strict=True)
-        return [F.normalize(vector[: width or None], dim=-1).numpy() for vector, width in cuts]
+        dims_N = self._per_text("dim", dims, len(texts)).tolist()
+        vectors = torch.from_numpy(self._vectors(texts, prompt, None, exit, rank, progress))
+        cuts = zip(vectors, dims_N, strict=True)
+        return [F.normalize(vector[: dim or None], dim=-1).numpy() for vector, dim in cuts]
 
     def encode_query(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
         """`encode` with the prompt "query", if the model has it and no other prompt is given."""
@@ -290,7 +286,8 @@ class Encoder(DeviceEncoder):
         quantise.check(width)
 
         def parts() -> Iterator[np.ndarray]:
-            windows = self._windows(texts, before, width, exit, rank, self._window_limit(None))
+            sizes = np.int64(exit or 0), np.int64(rank or 0)
+            windows = self._windows(texts, before, width, *sizes, self._window_limit(None))
             with progress_bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
                 yield from map(quantise, self._mapped(windows, bar))
 
@@ -315,16 +312,20 @@ class Encoder(DeviceEncoder):
             return options
         return options | {"prompt_name": name if name in self.prompts else None}
 
-    def _sizes(self, name: str, value: Any, count: int) -> np.ndarray:
-        """Return int64 [count], 0 for None. ValueError for a size that the model lacks."""
-        if not isinstance(value, list):
-            self.model.cfg.check(**{name: value})
-            return np.full(count, 0 if value is None else value, dtype=np.int64)
-        if len(value) != count:
-            raise ValueError(f"{name}: expected one per text, {count}, got {len(value)}")
-        for one in set(value):
+    def _per_text(self, name: str, size: Any, count: int) -> Any:
+        """Return sizes from a list or array, int64 [count], or from one number, int64 [].
+
+        0 stands for None. Raises ValueError for a size that the model lacks.
+        """
+        several = hasattr(size, "__len__") and not isinstance(size, str | bytes | dict)
+        several = several and getattr(size, "ndim", 1) > 0
+        sizes = [_number(name, one) for one in (size if several else [size])]
+        if several and len(sizes) != count:
+            raise ValueError(f"{name}: expected one per text, {count}, got {len(sizes)}")
+        for one in set(sizes):
             self.model.cfg.check(**{name: one})
-        return np.array([0 if one is None else one for one in value], dtype=np.int64)
+        sizes_N = np.array([one or 0 for one in sizes], dtype=np.int64)
+        return sizes_N if several else sizes_N[0]
 
     # ---- windows ----
 
@@ -338,10 +339,10 @@ class Encoder(DeviceEncoder):
         progress: bool,
     ) -> np.ndarray:
         """Return vectors of all texts, fp32 [N, dim]; raw ones [N, D] without a dim."""
-        self._sizes("exit", exit, len(texts))
-        self._sizes("rank", rank, len(texts))
-        windows = self._windows(texts, prompt, dim, exit, rank, self._window_limit(len(texts)))
-        with progress_bar(len(texts), progress) as bar:
+        count = len(texts)
+        sizes = self._per_text("exit", exit, count), self._per_text("rank", rank, count)
+        windows = self._windows(texts, prompt, dim, *sizes, self._window_limit(count))
+        with progress_bar(count, progress) as bar:
             parts = list(self._mapped(windows, bar))
         width = self.model.cfg.hidden_size if dim is None else dim
         return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
@@ -355,18 +356,18 @@ class Encoder(DeviceEncoder):
         texts: Iterable[str],
         prompt: str,
         dim: int | None,
-        exit: PerText,
-        rank: PerText,
+        exits: Any,
+        ranks: Any,
         most: int,
     ) -> Iterator[Window]:
+        """Yield texts in windows. exits, ranks: int64 [N], or [] for all; 0 is the largest."""
         first = 0
         for some in readers.windows(texts, most, CHARACTERS):
             rows = slice(first, first + len(some))
             exits_N, ranks_N = (
-                self._sizes(name, size[rows] if isinstance(size, list) else size, len(some))
-                for name, size in (("exit", exit), ("rank", rank))
+                size[rows] if size.ndim else np.full(len(some), size) for size in (exits, ranks)
             )
-            exits_N[exits_N == 0] = self.model.cfg.num_hidden_layers
+            exits_N = np.where(exits_N == 0, self.model.cfg.num_hidden_layers, exits_N)
             prompted = [prompt + text for text in some] if prompt else some
             yield Window(prompted, first, exits_N, ranks_N, dim)
             first += len(some)
@@ -405,14 +406,6 @@ def _number(name: str, size: Any) -> int | None:
     if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
         raise ValueError(f"{name}: expected a whole number, got {size!r}")
     return number
-
-
-def _plain(name: str, size: Any) -> int | None | list[int | None]:
-    """Return one number for all texts, or a list with one for each, from any list or array."""
-    several = hasattr(size, "__len__") and hasattr(size, "__getitem__")
-    if several and getattr(size, "ndim", 1) > 0 and not isinstance(size, str | bytes | dict):
-        return [_number(name, one) for one in size]
-    return _number(name, size)
 
 
 def _prompts(directory: Path) -> dict[str, str]:

@@ -115,8 +115,6 @@ class TextColumns(Sequence[str]):
         return len(self.place)
 
     def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
         column, row = self.place[i].tolist()
         return self.columns[column][row]
 
@@ -129,7 +127,7 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
     """Gather the queries and documents of pair tables.
 
     Args:
-        corpus: documents to mine from, besides the positives, instead of stored negatives. They get
+        corpus: documents to mine from, with the positives, instead of stored negatives. They get
             the prompt of the tables' documents.
 
     Raises:
@@ -158,14 +156,13 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
     queries, documents = _Distinct(), _Distinct()
     pairs = []
     for i, (table, of) in enumerate(zip(tables, ids, strict=True)):
-        role = np.full(len(of), 2)
-        role[table.starts[:-1]] = 0
-        role[table.starts[:-1] + 1] = 1
-        for row in np.flatnonzero(role == 0).tolist():
+        first = table.starts[:-1]
+        for row in first.tolist():
             query = queries.add(int(of[row]), i, row)
             pairs.append((query, documents.add(int(of[row + 1]), i, row + 1)))
         if corpus is None:
-            for row in np.flatnonzero(role == 2).tolist():
+            negatives = np.setdiff1d(np.arange(len(of)), np.concatenate([first, first + 1]))
+            for row in negatives.tolist():
                 documents.add(int(of[row]), i, row)
     if corpus is not None:
         for row, text in enumerate(corpus):

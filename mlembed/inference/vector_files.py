@@ -1,9 +1,4 @@
-"""What is before and behind an encoder: texts from files of any size, vectors in fewer bits, and
-files of vectors that are there whole or not at all.
-
-Nothing here holds more than a few thousand rows. A line ends at a line feed alone, or with a
-carriage return before it: Unicode's other separators occur inside sentences.
-"""
+"""Quantise vectors, and write them to .npy and .parquet files, atomically."""
 
 import struct
 import sys
@@ -21,28 +16,28 @@ import pyarrow.parquet as pq
 from ..config.choices import Precision
 from ..runtime.files import atomic_file
 
-HEADER = 128  # bytes of an .npy's, room for any number of rows
+HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
 Write = Callable[[np.ndarray], None]
 
 
-# ---- fewer bits ----
+# ---- quantising ----
 
 
 @dataclass
 class Quantiser:
-    """fp32 vectors [N, D] -> the same in `precision`, as sentence-transformers quantises.
+    """Convert fp32 vectors [N, D] to `precision`, like sentence-transformers.
 
-    float32 as they are, float16 [N, D] rounded; int8 and uint8 [N, D] one of 256 steps between
-    ranges[0] and ranges[1]; binary (int8) and ubinary (uint8) [N, ceil(D / 8)] the signs, packed.
+    float32 and float16 [N, D] round; int8 and uint8 [N, D] are one of 256 steps between ranges[0]
+    and ranges[1]; binary (int8) and ubinary (uint8) [N, ceil(D / 8)] are the packed signs.
 
-    ranges: fp32 [2, D], each dimension's least and greatest. Of int8 and uint8 only; where none are
-    given those of the first vectors that come, which are kept for all that come later. Vectors that
-    are to be compared need the same ranges.
+    ranges: fp32 [2, D], the least and greatest number of each dimension, for int8 and uint8; by
+    default those of the first vectors, which stay for all later ones. Vectors that are compared
+    with each other need the same ranges.
 
     Raises:
-        ValueError: another precision, ranges of another shape or that are none, or that fewer than
-            two vectors would have to give.
+        ValueError: an unknown precision; ranges of another shape, not finite, or not rising; fewer
+            than two vectors to take ranges from.
     """
 
     precision: str = "float32"
@@ -53,7 +48,7 @@ class Quantiser:
             listed = ", ".join(get_args(Precision))
             raise ValueError(f"precision: expected one of {listed}, got {self.precision!r}")
         if self.ranges is not None and not self.ranged:
-            raise ValueError(f"ranges: expected none, as {self.precision} has none, got some")
+            raise ValueError(f"ranges: expected none for {self.precision}, got some")
         if self.ranges is not None:
             self.ranges = _ranges(self.ranges)
 
@@ -63,11 +58,11 @@ class Quantiser:
 
     @property
     def makes_ranges(self) -> bool:
-        """Whether they are still to come from the first vectors."""
+        """Whether the first vectors will set the ranges."""
         return self.ranged and self.ranges is None
 
     def check(self, width: int) -> None:
-        """ValueError where the ranges are of vectors of another width."""
+        """ValueError if the ranges have another width."""
         if self.ranges is not None and self.ranges.shape[1] != width:
             raise ValueError(f"ranges: expected [2, {width}], got {list(self.ranges.shape)}")
 
@@ -78,14 +73,15 @@ class Quantiser:
         if self.makes_ranges and len(vectors):
             if len(vectors) < 2:
                 raise ValueError(
-                    "ranges: expected them given, or two texts or more to take them from, "
-                    f"got {len(vectors)}"
+                    "ranges: expected given ones, or two texts or more to take them from, got "
+                    f"{len(vectors)}"
                 )
             self.ranges = np.stack([vectors.min(0), vectors.max(0)])
-        if not len(vectors):  # not all versions of the library have a result for none
+        if not len(vectors):  # Some versions of the library fail on an empty array.
             width = vectors.shape[1] if self.ranged else -(-vectors.shape[1] // 8)
             return np.zeros((0, width), np.uint8 if self.precision.startswith("u") else np.int8)
-        from sentence_transformers import quantize_embeddings  # seconds
+        # Imported late, as it takes seconds.
+        from sentence_transformers import quantize_embeddings
 
         kind: Any = self.precision
         made = quantize_embeddings(vectors, precision=kind, ranges=self.ranges)
@@ -94,25 +90,25 @@ class Quantiser:
 
 
 def read_ranges(path: Path) -> np.ndarray:
-    """fp32 [2, D] of an .npy file. ValueError for anything else, in one line."""
+    """Read fp32 [2, D] from an .npy file. ValueError for anything else."""
     try:
-        found = np.load(path, allow_pickle=False)
+        ranges = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"ranges: expected an .npy file, got {path}: {error}") from None
-    if not isinstance(found, np.ndarray):
+    if not isinstance(ranges, np.ndarray):
         raise ValueError("ranges: expected [2, D], got an archive")
-    return _ranges(found)
+    return _ranges(ranges)
 
 
-def _ranges(given: Any) -> np.ndarray:
+def _ranges(value: Any) -> np.ndarray:
     try:
-        ranges = np.asarray(given, np.float32)
+        ranges = np.asarray(value, np.float32)
     except (TypeError, ValueError):
         raise ValueError("ranges: expected numbers, got something else") from None
     if ranges.ndim != 2 or len(ranges) != 2:
         raise ValueError(f"ranges: expected [2, D], got {ranges.shape}")
     if not (np.isfinite(ranges).all() and (ranges[0] <= ranges[1]).all()):
-        raise ValueError("ranges: expected finite ones, the least before the greatest, got others")
+        raise ValueError("ranges: expected finite numbers with least <= greatest, got others")
     return ranges
 
 
@@ -120,7 +116,7 @@ def _ranges(given: Any) -> np.ndarray:
 
 
 def beside(path: Path) -> Path:
-    """Where the ranges of quantised vectors at `path` are."""
+    """Return the file of ranges of quantised vectors at `path`."""
     return path.with_name(f"{path.name}.ranges.npy")
 
 
@@ -176,7 +172,7 @@ def _npy(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
 
 
 def _header(dtype: np.dtype, rows: int, width: int) -> bytes:
-    """Return a header of version 1.0, padded to HEADER bytes whatever the number of rows."""
+    """Return a header of version 1.0, padded to HEADER bytes for any number of rows."""
     kind = np.lib.format.dtype_to_descr(dtype)
     shape = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': ({rows}, {width}), }}"
     body = shape.encode("latin1").ljust(HEADER - 11) + b"\n"

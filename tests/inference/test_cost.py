@@ -37,7 +37,7 @@ def test_peak_counts_what_lives_at_once(encoder):
 
 
 def test_profiler_prints_nothing():
-    """In a new process, as the profiler reads its log level once."""
+    """Run in a new process, as the profiler reads its log level once."""
     script = (
         "import torch; from mlembed.inference import cost; from types import SimpleNamespace as S;"
         "encoder = S(model=S(device=torch.device('cpu')));"

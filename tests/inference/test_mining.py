@@ -242,7 +242,7 @@ def brute(encoder, rows, options, corpus=None):
 )
 @pytest.mark.parametrize("block", [10**6, 90])
 def test_loop_over_all_pairs_agrees(encoder, options, block, tmp_path, monkeypatch):
-    """With rows that link in chains, stored negatives, and queries that are documents as well."""
+    """Rows may link in chains, have stored negatives, and queries may be documents."""
     monkeypatch.setattr(mining, "BLOCK", block)
     monkeypatch.setattr(mining, "CHUNK", 32)
     rows = pairs(90, seed=2)

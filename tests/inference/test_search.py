@@ -21,7 +21,7 @@ SMALL, FULL = (4, 1, 4), (24, 3, 8)
 
 @pytest.mark.parametrize("chunk, block", [(100, 2**24), (7, 2**24), (1, 2**24), (13, 40)])
 def test_nearest_is_a_stable_sort(chunk, block, monkeypatch):
-    """In chunks and blocks of any size; of equal scores the lower rows, at the last place too."""
+    """Chunks and blocks have any size; of equal scores the lower rows, at the last place too."""
     monkeypatch.setattr(search, "BLOCK", block)
     monkeypatch.setattr(search, "CHUNK", chunk)
     whole = torch.randint(-1, 2, (56, 3), generator=torch.Generator().manual_seed(0)).float()
@@ -44,7 +44,7 @@ def test_nearest_keeps_k(monkeypatch):
 
 
 def test_vectors_that_are_not_finite():
-    """Queries count once, however many chunks of documents there are."""
+    """Queries count once, for any number of chunks."""
     vectors = torch.eye(4)
     vectors[1, 2], vectors[3, 0] = torch.nan, torch.inf
     assert search.not_finite(vectors) == 2

@@ -1,177 +1,13 @@
-"""Texts of files as they are, vectors in fewer bits, and files that are whole or not there."""
-
-import io
-import json
-import os
-import sys
-import threading
+"""Quantised vectors, and files of vectors that are complete or absent."""
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed.data.formats import readers
-from mlembed.data.formats.readers import Texts
 from mlembed.inference import vector_files
 from mlembed.inference.vector_files import Quantiser
 
-
-def written(path, content: bytes) -> str:
-    path.write_bytes(content)
-    return str(path)
-
-
-# ---- texts ----
-
-
-@pytest.mark.parametrize(
-    ("content", "texts"),
-    [
-        (b"", []),
-        (b"\n", [""]),
-        (b"one\n\nthree", ["one", "", "three"]),
-        (b"one\r\ntwo\r\n", ["one", "two"]),
-        (b"a\rb\n\r\n", ["a\rb", ""]),  # a carriage return is no line's end by itself
-        (b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", ["one", "\ufefftwo"]),  # only at the beginning
-        ("a\u2028b\x85c\x0bd\x0ce\x1df\n".encode(), ["a\u2028b\x85c\x0bd\x0ce\x1df"]),
-        (b"\x00\x01\n \t \n", ["\x00\x01", " \t "]),
-        ("👩‍👩‍👧\n\ufffd\n".encode(), ["👩‍👩‍👧", "\ufffd"]),
-    ],
-    ids=range(9),
-)
-def test_lines(tmp_path, monkeypatch, content, texts):
-    source = Texts(written(tmp_path / "a.txt", content), invalid="replace")
-    assert list(source) == texts and source.replaced == 0
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
-    assert list(Texts()) == texts
-
-
-# Bytes, where in the line the first bad one is, what replaces them.
-INVALID = [
-    (b"\xff", "0xff at 0", "\ufffd", 1),
-    (b"ab\xc3", "0xc3 at 2", "ab\ufffd", 1),
-    (b"\xe2\x80 x \xe2\x80", "0xe2 at 0", "\ufffd x \ufffd", 2),
-    ("\ufffd".encode() + b"\x80", "0x80 at 3", "\ufffd\ufffd", 1),  # that was there is not counted
-    (b"\xed\xa0\xbd", "0xed at 0", "\ufffd\ufffd\ufffd", 3),  # half a pair, as some write it
-]
-
-
-@pytest.mark.parametrize(("bad", "where", "text", "count"), INVALID)
-def test_what_is_no_utf8(tmp_path, bad, where, text, count):
-    path = written(tmp_path / "a.txt", b"fine\n" + bad + b"\nfine too\n")
-    found = iter(Texts(path))
-    assert next(found) == "fine"
-    with pytest.raises(ValueError, match=rf"a\.txt:2: expected UTF-8, got byte {where} of the"):
-        next(found)
-    source = Texts(path, invalid="replace")
-    assert list(source) == ["fine", text, "fine too"] and source.replaced == count
-
-
-def test_json_lines(tmp_path):
-    rows = [{"text": "a", "title": "A"}, {"text": "", "title": "\u2028"}]
-    content = "\n\n".join(json.dumps(row) for row in rows).encode()
-    path = written(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + content)
-    assert list(Texts(path)) == ["a", ""]
-    assert list(Texts(path, "title")) == ["A", "\u2028"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"[1]", "expected an object, got list"),
-        (b"{", "expected json, got "),
-        (b'{"txt": "a"}', "text: expected a text, got none"),
-        (b'{"text": null}', "text: expected a text, got none"),
-        (b'{"text": 3}', "text: expected a text, got int"),
-        (b'{"text": "\\ud83d"}', "text: expected Unicode, got a lone surrogate in '"),
-        (b'{"text": "\xff"}', "expected UTF-8, got byte 0xff at 10 of the line"),
-        (b"[" * 100_000, "expected json, got "),
-    ],
-    ids=range(8),
-)
-def test_json_lines_that_are_wrong(tmp_path, line, message):
-    path = written(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + line)
-    with pytest.raises(ValueError) as caught:
-        list(Texts(path))
-    assert f"a.jsonl:3: {message}" in str(caught.value)
-
-
-def test_half_characters_of_json_are_replaced_where_asked_for(tmp_path):
-    path = written(tmp_path / "a.jsonl", b'{"text": "a\\ud83d\\ude00b\\ude00"}\n{"text": "\xff"}')
-    source = Texts(path, invalid="replace")
-    assert list(source) == ["a😀b\ufffd", "\ufffd"] and source.replaced == 2
-
-
-def test_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MANY", 3)
-    path = tmp_path / "a.parquet"
-    texts = [f"text {i}\n" for i in range(10)]
-    table = pa.table({"text": texts, "n": list(range(10)), "null": ["a", None] * 5})
-    pq.write_table(table, path, row_group_size=4)
-    source = Texts(str(path))
-    source.check()
-    assert list(source) == texts
-    for column, message in (("n", "a.parquet:1: n: expected a text, got int"),
-                            ("null", "a.parquet:2: null: expected a text, got none")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            list(Texts(str(path), column))
-    with pytest.raises(ValueError, match="expected a column 'txt', got text, n, null"):
-        Texts(str(path), "txt").check()
-    bad = written(tmp_path / "bad.parquet", b"PAR1, or not")
-    with pytest.raises(ValueError, match="bad.parquet: not parquet: "):
-        Texts(bad).check()
-    with pytest.raises(ValueError, match="input: expected a file, got .*nowhere.txt"):
-        Texts(str(tmp_path / "nowhere.txt")).check()
-
-
-def test_parquet_that_is_no_utf8(tmp_path):
-    buffers = pa.array([b"fine", b"a\xff"], pa.binary()).buffers()
-    texts = pa.StringArray.from_buffers(2, buffers[1], buffers[2])
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    path = str(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet:2: expected UTF-8, got byte 0xff at 1"):
-        list(Texts(path))
-    source = Texts(path, invalid="replace")
-    assert list(source) == ["fine", "a\ufffd"] and source.replaced == 1
-
-
-def test_parquet_of_one_row_group_is_read_bit_by_bit(tmp_path):
-    texts = [f"{i:06d}" * 50 for i in range(60_000)]
-    path = tmp_path / "a.PARQUET"  # a name in capitals is the same kind
-    table = pa.table({"text": texts})
-    pq.write_table(table, path, use_dictionary=False, compression="none")
-    size, before = path.stat().st_size, pa.total_allocated_bytes()
-    for i, text in enumerate(Texts(str(path))):
-        assert text == texts[i]
-        if i % 5000 == 0:
-            assert pa.total_allocated_bytes() - before < size / 2
-    assert i == 59_999
-
-
-def test_parquet_that_is_damaged_is_named(tmp_path):
-    path = tmp_path / "a.parquet"
-    table = pa.table({"text": [f"{i}" * 20 for i in range(20_000)]})
-    pq.write_table(table, path, use_dictionary=False)
-    content = bytearray(path.read_bytes())
-    content[1000:3000] = bytes(2000)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet: after row \d+: not parquet: "):
-        list(Texts(str(path)))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-def test_a_named_pipe_is_a_file(tmp_path):
-    os.mkfifo(tmp_path / "a")
-    source = Texts(str(tmp_path / "a"))
-    source.check()
-    threading.Thread(target=(tmp_path / "a").write_bytes, args=(b"one\ntwo\n",)).start()
-    assert list(source) == ["one", "two"]
-    with pytest.raises(ValueError, match="input: expected a file, got "):
-        Texts(str(tmp_path)).check()
-
-
-# ---- fewer bits ----
+# ---- quantising ----
 
 
 @pytest.fixture(scope="module")
@@ -219,22 +55,22 @@ def test_floats(some):
     [("float32", "f4", 19), ("float16", "f2", 19), ("int8", "i1", 19), ("uint8", "u1", 19)]
     + [("binary", "i1", 3), ("ubinary", "u1", 3)],
 )
-def test_of_none(some, kind, dtype, width):
+def test_empty_vectors(some, kind, dtype, width):
     none = Quantiser(kind)(some[:0])
     assert none.shape == (0, width) and none.dtype == dtype == Quantiser(kind)(some).dtype
 
 
-def test_ranges_that_are_wrong(some, tmp_path):
-    with pytest.raises(ValueError, match="ranges: expected them given, or two texts or more"):
+def test_wrong_ranges(some, tmp_path):
+    with pytest.raises(ValueError, match="ranges: expected given ones, or two texts or more"):
         Quantiser("int8")(some[:1])
     with pytest.raises(ValueError, match=r"ranges: expected \[2, 19\], got \[2, 5\]"):
         Quantiser("int8", np.zeros((2, 5), np.float32))(some)
-    with pytest.raises(ValueError, match="ranges: expected none, as binary has none"):
+    with pytest.raises(ValueError, match="ranges: expected none for binary"):
         Quantiser("binary", np.zeros((2, 19), np.float32))
     with pytest.raises(ValueError, match="precision: expected one of float32, .*got 'int4'"):
         Quantiser("int4")
     for bad in (np.full((2, 19), np.nan), [[1.0] * 19, [0.0] * 19]):
-        with pytest.raises(ValueError, match="ranges: expected finite ones, the least before"):
+        with pytest.raises(ValueError, match="ranges: expected finite numbers"):
             Quantiser("int8", bad)
     np.save(tmp_path / "s.npy", np.array([["a"], ["b"]]))
     with pytest.raises(ValueError, match="ranges: expected numbers"):
