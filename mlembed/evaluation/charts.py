@@ -1,7 +1,7 @@
 """Figures of a report: scores over exit and width, score against cost, curves, and step times.
 
 Cells are those of grid.json: {"dim", "exit", "rank", "parameters", ..., "scores"}. Figures are as
-wide as a phone. Printed numbers, markers, dashes and hatches tell apart whatever colours do. The
+wide as a phone. Numbers, markers, dashes and hatches show the differences that colours show. The
 same figure gives the same bytes.
 """
 
@@ -18,24 +18,22 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-WIDTH = 3.6  # inches: 346 CSS pixels, so that text keeps its size on a phone
-SIZE = 8.6  # points of the smallest text: 11 pixels on a phone that shows 336 of the 346 pixels
+WIDTH = 3.6  # Inches: 346 CSS pixels, so that text keeps its size on a phone.
+SIZE = 8.6  # Points of the smallest text: 11 pixels on a phone that shows 336 of the 346.
 PAPER, INK, SOFT, GRID, BLUE = "#ffffff", "#1f2328", "#57606a", "#d8dee4", "#0072b2"
 OKABE_ITO = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#999999")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "|||")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of linear red, green and blue
-TALL = 12  # exits of a heat map whose labels have two lines
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # Weights of linear red, green, blue.
+TALL = 12  # Exits up to which the labels of a heat map have two lines.
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": "DejaVu Sans",  # It comes with matplotlib.
     "font.size": SIZE,
-    **{f"{part}.labelsize": SIZE for part in ("axes", "xtick", "ytick")},
-    **{f"{part}.titlesize": 9 for part in ("axes", "figure")},
-    "legend.fontsize": SIZE,
-    "text.parse_math": False,  # a name with two dollar signs is a name
-    **{f"{part}color": INK for part in ("text.", "axes.label", "axes.title")},
-    **{f"{part}.labelcolor": INK for part in ("xtick", "ytick")},
-    **{f"{part}color": SOFT for part in ("axes.edge", "xtick.", "ytick.")},
+    "axes.titlesize": "medium",
+    "figure.titlesize": "medium",
+    "text.parse_math": False,  # A name with two dollar signs is a name.
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), SOFT),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
@@ -44,10 +42,10 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.hashsalt": "mlembed",  # the same ids in every process
+    "svg.hashsalt": "mlembed",  # Ids are the same in every process.
     "svg.fonttype": "path",
 }
-styled = rc_context(STYLE)  # decorates what draws or saves a figure
+styled = rc_context(STYLE)  # Decorates each function that draws or saves a figure.
 
 
 # ---- files ----
@@ -60,7 +58,7 @@ def svg(figure: Figure) -> str:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     document = file.getvalue().decode("utf-8")
-    return document[document.index("<svg") :]  # the prolog names a file on another machine
+    return document[document.index("<svg") :]  # The prolog names a file on another machine.
 
 
 @styled
@@ -235,16 +233,9 @@ def lines(
     figure, axis = _figure(2.5 + 0.17 * rows, title)
     for i, (name, (x, y)) in enumerate(series.items()):
         shade = colormaps["cividis"](0.6 * i / max(1, len(series) - 1))
-        axis.plot(
-            x,
-            y,
-            color=shade if len(series) > 1 else BLUE,
-            linestyle=DASHES[i % len(DASHES)],
-            linewidth=1.2,
-            marker="o" if len(x) == 1 else None,
-            markersize=3,
-            label=name,
-        )
+        look: dict[str, Any] = {"color": shade if len(series) > 1 else BLUE, "linewidth": 1.2}
+        look |= {"linestyle": DASHES[i % len(DASHES)], "marker": "o" if len(x) == 1 else None}
+        axis.plot(x, y, markersize=3, label=name, **look)
     if limits and limits[0] < limits[1]:
         axis.set_ylim(*limits)
     together = np.concatenate([x for x, _ in series.values()])
@@ -258,10 +249,8 @@ def lines(
     axis.set_xlabel("step")
     axis.set_ylabel(value)
     if rows:
-        columns = -(-len(series) // rows)
-        figure.legend(
-            loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.0
-        )
+        form = {"ncols": -(-len(series) // rows), "handlelength": 2.2, "columnspacing": 1.0}
+        figure.legend(loc="outside lower center", **form)
     return figure
 
 
@@ -274,24 +263,18 @@ def stages(steps: np.ndarray, ms: Mapping[str, np.ndarray], title: str) -> Figur
         ms: label of a stage -> [n], in the order in which they are stacked and listed.
     """
     figure, axis = _figure(2.5 + 0.19 * len(ms), title)
-    width = np.diff(steps).min() if len(steps) > 1 else 1.0
+    half = np.diff(steps) / 2 if len(steps) > 1 else np.array([0.5])
+    edges = np.concatenate([steps[:1] - half[:1], steps[:-1] + half[: len(steps) - 1]])
+    widths = np.diff([*edges, steps[-1] + half[-1]])
     base = np.zeros(len(steps))
     for i, (label, values) in enumerate(ms.items()):
-        axis.bar(
-            steps,
-            values,
-            width,
-            base,
-            color=OKABE_ITO[i % len(OKABE_ITO)],
-            hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="#010101",
-            linewidth=0.4,
-            label=label,
-        )
+        look: dict[str, Any] = {"hatch": HATCHES[i % len(HATCHES)], "align": "edge", "label": label}
+        look |= {"color": OKABE_ITO[i % len(OKABE_ITO)], "edgecolor": "#010101", "linewidth": 0.4}
+        axis.bar(edges, values, widths, base, **look)
         base = base + values
     axis.set_xlabel("step")
     axis.set_ylabel("ms a step")
-    axis.set_xlim(steps[0] - width / 2, steps[-1] + width / 2)
+    axis.set_xlim(edges[0], edges[-1] + widths[-1])
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.legend(loc="outside lower center", handlelength=2.2)
     return figure

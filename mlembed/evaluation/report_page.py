@@ -23,11 +23,13 @@ from .charts import mean_score
 from .languages import UNKNOWN, Language, language, levels
 from .results import Results, curve, mapping, names_of, number, thinned
 
-POINTS = 200  # of a curve; the eye sees no more
-BARS = 24  # steps in the breakdown by stage
+POINTS = 200  # Points of a curve; the eye sees no more.
+BARS = 24  # Bars of the breakdown by stage.
 MISSING = "not recorded"
 
-Row = tuple[str, str, float, float | None]  # name, note, percent, percent of the untrained model
+# A bar: name, note, percent, and percent of the untrained model. A table: caption, head, rows.
+Row = tuple[str, str, float, float | None]
+Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
 class Image(NamedTuple):
@@ -36,14 +38,6 @@ class Image(NamedTuple):
     name: str
     alt: str
     svg: str
-
-
-class Table(NamedTuple):
-    """A table; the first value of a row names it."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[object]]
 
 
 @dataclass
@@ -72,9 +66,14 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     return f"exit {cell['exit']}{rank} width {cell['dim']}"
 
 
+def shown(value: Any, form: str, missing: str = "–") -> str:
+    """Return a number in a format, or what stands for a missing one."""
+    return form.format(number(value)) if math.isfinite(number(value)) else missing
+
+
 def percent(score: float) -> str:
     """Return a score with its unit."""
-    return f"{score:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(score) else "no finite score"
+    return shown(score, "{:.1f}\N{NO-BREAK SPACE}%", "no finite score")
 
 
 def costs(cell: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -162,24 +161,22 @@ def grid_section(run: Results) -> Section:
     """Return a heat map for each vocabulary rank, all on one scale."""
     section = Section("Scores")
     if not run.cells:
-        section.remarks.append(
-            f"Not scored: {run.run} has no report/grid.json, which a run writes at its end."
-        )
+        ending = "has no report/grid.json, which a run writes at its end"
+        section.remarks.append(f"Not scored: {run.run} {ending}.")
         return section
     for rank in dict.fromkeys(cell["rank"] for cell in run.cells):
         cells = [cell for cell in run.cells if cell["rank"] == rank]
-        scores = {cell_name(c): s for c in cells if math.isfinite(s := mean_score(c))}
-        spread = "no score is finite"
-        if scores:
-            low, high = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
-            spread = f"from {scores[low]:.1f} % at {low} to {scores[high]:.1f} % at {high}"
+        scores = [(mean_score(cell), cell_name(cell)) for cell in cells]
+        scores = sorted(score for score in scores if math.isfinite(score[0]))
+        ends = [f"{score:.1f} % at {name}" for score, name in scores[:: max(1, len(scores) - 1)]]
+        alt = f"Heat map of scores, {charts.rank_name(rank)}: {' to '.join(ends) or 'none'}."
         figure = charts.score_map(cells, "", charts.score_range(run.cells))
-        alt = f"Heat map of scores, {charts.rank_name(rank)}: {spread}."
         section.add(f"grid_{rank or 'plain'}", figure, alt)
     return section
 
 
-COSTS = (  # key of a cell, factor to the unit, name, label of the axis, format
+# Key of a cell, factor to the unit, name, label of the axis, format.
+COSTS = (
     ("parameters", 1e-6, "size", "parameters (millions, log scale)", "{:,.2f} M"),
     ("latency_ms", 1.0, "latency", "latency of one short text (ms, log scale)", "{:,.2f} ms"),
     ("bytes_per_vector", 1.0, "bytes a vector", "bytes a vector (log scale)", "{:,.0f} B"),
@@ -204,7 +201,7 @@ def cost_section(run: Results) -> Section:
         alt = f"{title}. Pareto front: {'; '.join(', '.join(row) for row in rows)}."
         section.add(f"cost_{key}", charts.pareto(points, axis, title), alt)
         front = f"Pareto front of score against {name}"
-        section.tables.append(Table(front, ("Cell", name.capitalize(), "Score"), rows))
+        section.tables.append((front, ("Cell", name.capitalize(), "Score"), rows))
     if missing:
         section.remarks.append("; ".join(missing).capitalize() + ".")
     return section
@@ -221,7 +218,8 @@ def language_section(run: Results) -> Section:
         if scores := _by_language(result):
             untrained = _by_language(mapping(run.grid["untrained"].get(task)))
             texts = run.grid.get("texts_by_language")
-            section.parts.append(_languages(task, scores, untrained, texts))
+            title = f"{task}: {len(scores)} languages"
+            section.parts.append(_languages(title, scores, untrained, texts))
         else:
             without.append(task)
     if not run.cells or without:
@@ -237,10 +235,7 @@ def _by_language(result: Mapping[str, Any]) -> dict[Language, float]:
 
 
 def _languages(
-    task: str,
-    scores: dict[Language, float],
-    untrained: dict[Language, float],
-    texts: Any,
+    title: str, scores: dict[Language, float], untrained: dict[Language, float], texts: Any
 ) -> Section:
     level, cut = levels([lang.key for lang in scores], texts if isinstance(texts, dict) else None)
     by_script = _grouped(scores, lambda lang: lang.script)
@@ -256,10 +251,10 @@ def _languages(
             note = ", ".join(filter(None, (code, level.get(lang.key, ""))))
             rows.append((lang.name, note, scores[lang], untrained.get(lang)))
         bars.append((f"{script} ({len(members)})", rows))
-    remarks = [f"{cut} Bars are percent, sorted within each script."]
+    remark = f"{cut} Bars are percent, sorted within each script."
     if untrained.keys() & scores.keys():
-        remarks.append("The upright line is the untrained model's score.")
-    return Section(f"{task}: {len(scores)} languages", remarks, bars=bars)
+        remark += " The upright line is the untrained model's score."
+    return Section(title, [remark], bars=bars)
 
 
 Groups = dict[str, dict[Language, float]]
@@ -314,12 +309,10 @@ def training_section(run: Results) -> Section:
     if section.figures and not names_of(train, "exit", "losses"):
         section.remarks.append(f"Losses by exit and prefix: {MISSING}.")
     if skipped:
-        steps_skipped = ", ".join(str(line["step"]) for line in skipped[:20])
-        more = ", ..." if len(skipped) > 20 else ""
-        section.remarks.append(
-            f"Steps skipped because a loss or gradient was not finite: {len(skipped)} "
-            f"({steps_skipped}{more})."
-        )
+        listed = ", ".join(str(line["step"]) for line in skipped[:20])
+        listed += ", ..." if len(skipped) > 20 else ""
+        reason = "because a loss or gradient was not finite"
+        section.remarks.append(f"Steps skipped {reason}: {len(skipped)} ({listed}).")
     return section
 
 
@@ -357,10 +350,8 @@ def time_section(run: Results) -> Section:
     steps, rate = curve(train, "tokens_per_second", most=POINTS)
     if len(steps):
         figure = charts.lines({"": (steps, rate / 1e3)}, "thousand tokens/s", "Tokens a second")
-        spread = f"from {rate.min():,.0f} to {rate.max():,.0f}"
-        section.add(
-            "tokens", figure, f"Tokens a second by step: mean {rate.mean():,.0f}, {spread}."
-        )
+        spread = f"mean {rate.mean():,.0f}, from {rate.min():,.0f} to {rate.max():,.0f}"
+        section.add("tokens", figure, f"Tokens a second by step: {spread}.")
     else:
         section.remarks.append(f"Tokens a second: {MISSING}.")
     return section
@@ -384,7 +375,8 @@ def _add_stages(section: Section, timed: Sequence[dict[str, Any]]) -> None:
 # ---- tables ----
 
 
-COLUMNS = (  # key of a cell, title, format
+# Key of a cell, title, format.
+COLUMNS = (
     ("parameters", "Parameters", "{:,.0f}"),
     ("bytes_per_vector", "Bytes a vector", "{:,.0f}"),
     ("latency_ms", "Latency (ms)", "{:,.2f}"),
@@ -394,7 +386,7 @@ COLUMNS = (  # key of a cell, title, format
 
 
 def table_section(run: Results) -> Section:
-    """Return all cells of the grid, and what was scored at full size beside the untrained model."""
+    """Return all cells of the grid, and the scores at full size next to the untrained model's."""
     section = Section("All numbers")
     if not run.cells:
         section.remarks.append("Not scored.")
@@ -403,10 +395,10 @@ def table_section(run: Results) -> Section:
     rows = []
     for cell in run.cells:
         size = cell["rank"] or "plain", cell["exit"], cell["dim"]
-        values = (_shown(cell.get(key), form) for key, _, form in columns)
-        rows.append((*size, _shown(mean_score(cell), "{:.2f}"), *values))
+        values = (shown(cell.get(key), form) for key, _, form in columns)
+        rows.append((*size, shown(mean_score(cell), "{:.2f}"), *values))
     head = ("Rank", "Exit", "Width", "Score (%)", *(title for _, title, _ in columns))
-    section.tables += [Table("All cells of the grid", head, rows), *task_tables(run)]
+    section.tables += [("All cells of the grid", head, rows), *task_tables(run)]
     if missing := [title for _, title, _ in COLUMNS if title not in head]:
         section.remarks.append(f"{', '.join(missing)}: {MISSING}.")
     return section
@@ -425,15 +417,10 @@ def task_tables(run: Results) -> list[Table]:
             if metric != "score" and type(value) in (int, float):
                 metrics.append((task, metric, f"{number(value):.4g}"))
     where = f"at full size ({cell_name(run.full)})"
-    rows = [(name, *(_shown(100 * number(x), "{:.1f}") for x in xs)) for name, *xs in kinds]
-    tables = [Table(f"Scores {where}", ("Task", "Score (%)", "Untrained"), rows)]
-    if metrics:
-        tables.append(Table(f"Other metrics {where}", ("Task", "Metric", "Value"), metrics))
-    return tables
-
-
-def _shown(value: Any, form: str) -> str:
-    return form.format(number(value)) if math.isfinite(number(value)) else "–"
+    rows = [(name, *(shown(100 * number(x), "{:.1f}") for x in xs)) for name, *xs in kinds]
+    scores: Table = f"Scores {where}", ("Task", "Score (%)", "Untrained"), rows
+    other: Table = f"Other metrics {where}", ("Task", "Metric", "Value"), metrics
+    return [scores, other] if metrics else [scores]
 
 
 # ---- the page ----
@@ -465,7 +452,7 @@ def render(run: Results) -> tuple[str, list[Image]]:
         full=cell_name(run.full) if run.cells else "",
         points=POINTS,
     )
-    # JSON can hold half of a surrogate pair, which UTF-8 cannot: it is written out.
+    # JSON can hold half of a surrogate pair, which UTF-8 cannot; the page shows its code.
     html = html.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
     return html, [image for section in sections for image in section.figures]
 

@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..runtime import files
 from ..runtime.log import METRICS
 
-LARGEST = 2**53  # a float, and so a figure, holds every count up to here
+LARGEST = 2**53  # A float, and so a figure, holds every count up to here.
+
+EXPECTED = dict.fromkeys(("dim", "exit", "parameters", "bytes_per_vector"), "an integer from 1 on")
+EXPECTED["rank"] = "an integer from 1 on or null"
 
 
 @dataclass
@@ -41,7 +45,6 @@ class Results:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """Cells of the grid."""
         return self.grid["cells"]
 
     @property
@@ -96,62 +99,53 @@ def read_grid(path: Path) -> dict[str, Any]:
     if not isinstance(grid.get("cells"), list) or not grid["cells"]:
         raise ValueError(f'{path}: expected "cells", a list of at least one')
     for i, cell in enumerate(grid["cells"]):
-        where, cell = f"{path}: cells[{i}]", mapping(cell)
-        for key in ("dim", "exit", "parameters", "bytes_per_vector"):
-            _check(_is_count(cell.get(key)), f"{where}.{key}", "an integer from 1 on", cell, key)
-        rank = cell.setdefault("rank", None)
-        valid = rank is None or _is_count(rank)
-        _check(valid, f"{where}.rank", "an integer from 1 on or null", cell, "rank")
+        cell = mapping(cell)
+        cell.setdefault("rank", None)
+        for key, expected in EXPECTED.items():
+            value = cell.get(key)
+            if not (_is_count(value) or key == "rank" and value is None):
+                raise ValueError(
+                    f"{path}: cells[{i}].{key}: expected {expected}, got {value!r:.60}"
+                )
         scores = cell.get("scores")
-        valid = isinstance(scores, dict) and all(
+        if not isinstance(scores, dict) or not all(
             isinstance(task, dict) and (task.get("score") is None or _is_number(task["score"]))
             for task in scores.values()
-        )
-        _check(valid, f"{where}.scores", "a score of each task", cell, "scores")
-        for task in mapping(scores).values():
+        ):
+            raise ValueError(
+                f"{path}: cells[{i}].scores: expected a score of each task, got {scores!r:.60}"
+            )
+        for task in scores.values():
             task["score"] = None if task.get("score") is None else number(task["score"])
     return grid
 
 
-def _check(valid: bool, where: str, expected: str, cell: dict[str, Any], key: str) -> None:
-    if not valid:
-        raise ValueError(f"{where}: expected {expected}, got {cell.get(key)!r:.60}")
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl. ValueError where a line that ends is not an object with a "step"."""
+    """Read metrics.jsonl. ValueError if a complete line is not an object with an integer "step"."""
     lines = []
     with path.open("rb") as file:
-        for number_of_line, line in enumerate(file, 1):
+        for at, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number_of_line}"
             try:
-                entry = parse_object(line, where)
-                step = entry.get("step")
-                if type(step) is not int or abs(step) > LARGEST:
-                    raise ValueError(f"{where}: step: expected an integer, got {step!r:.60}")
-            except ValueError:
-                if line.endswith(b"\n"):
-                    raise
-                break
-            lines.append(entry)
+                entry = json.loads(line)
+                valid = type(entry["step"]) is int and abs(entry["step"]) <= LARGEST
+            except (ValueError, TypeError, KeyError, RecursionError):
+                valid = False
+            if valid:
+                lines.append(entry)
+            elif line.endswith(b"\n"):
+                raise ValueError(
+                    f'{path}:{at}: expected a JSON object with an integer "step", got {line!r:.60}'
+                )
     return lines
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. ValueError otherwise."""
-    return parse_object(path.read_bytes(), str(path))
-
-
-def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object. ValueError, which begins with `where`, otherwise."""
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON in UTF-8: {error}") from None
+    value = files.read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {value!r:.60}")
+        raise ValueError(f"{path}: expected a JSON object, got {value!r:.60}")
     return value
 
 

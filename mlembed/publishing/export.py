@@ -37,15 +37,16 @@ from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained
 from ..modeling.transformer import Transformer
-from ..runtime.files import atomic_directory
+from ..runtime import files
 from . import model_card, to_onnx
 
 MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"
 TOLERANCE = 1e-5
-SHARD = 5_000_000_000  # bytes of the largest file of weights, like transformers
-LONGEST = 512  # tokens of the longest probe: the 40,960 that Qwen3 allows take hours on a CPU
-PROBES = (  # several scripts and lengths, an empty text, a character in no vocabulary
+SHARD = 5_000_000_000  # Bytes of the largest file of weights, like transformers.
+LONGEST = 512  # Tokens of the longest probe: Qwen3's 40,960 take hours on a CPU.
+# Several scripts and lengths, an empty text, a character in no vocabulary.
+PROBES = (
     "Wednesday, May 4, 2050",
     "2050 թ. մայիսի 4, չորեքշաբթի",
     "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
@@ -93,7 +94,7 @@ def export(
     cfg.check(dim, exit, rank)
     check_formats(formats, out)
     origin = model_card.find_origin(source)
-    with atomic_directory(out) as partial:
+    with files.atomic_directory(out) as partial:
         pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
         split(partial, SHARD)
         tokenizer.save(encoder.tokenizer, partial, encoder.max_length)
@@ -144,7 +145,7 @@ def complete_config(directory: Path, encoder: Encoder) -> None:
         keys["initializer_range"] = 0.02
     elif not cfg.causal:
         keys["use_bidirectional_attention"] = True
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | keys)
+    write_json(path, files.read_json(path) | keys)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -172,7 +173,7 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
         "lasttoken": cfg.pooling == "last",
     }
     versions = {"sentence_transformers": "5.0.0", "transformers": "4.57.0", "pytorch": "2.11.0"}
-    files: dict[str, Any] = {
+    contents: dict[str, Any] = {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"{MODULES}.{name}"}
             for i, (path, name) in enumerate(modules)
@@ -193,13 +194,13 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
         },
     }
     for path, (weights, activation) in zip(dense, layers, strict=True):
-        files[f"{path}/config.json"] = {
+        contents[f"{path}/config.json"] = {
             "in_features": cfg.hidden_size,
             "out_features": len(weights["linear.weight"]),
             "bias": "linear.bias" in weights,
             "activation_function": activation,
         }
-    for name, content in files.items():
+    for name, content in contents.items():
         write_json(directory / name, content)
     for path, (weights, _) in zip(dense, layers, strict=True):
         save_file(weights, directory / path / "model.safetensors")
@@ -359,7 +360,7 @@ def read_by_transformers(directory: Path, ours: Encoder, texts: list[str]) -> np
 def width(directory: Path, cfg: Model) -> int:
     """Return the width of a written directory's vectors: the last Dense module's or the model's."""
     layers = sorted(directory.glob("*_Dense/config.json"))
-    return json.loads(layers[-1].read_text())["out_features"] if layers else cfg.hidden_size
+    return files.read_json(layers[-1])["out_features"] if layers else cfg.hidden_size
 
 
 def read_by_onnxruntime(directory: Path, ours: Encoder, texts: list[str]) -> np.ndarray:

@@ -18,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .. import config
 from ..config import strict
 from ..data import streams
-from ..evaluation.charts import mean_score, millions
+from ..evaluation.charts import millions
+from ..evaluation.grid import Grid
 from ..evaluation.languages import language
 from ..evaluation.results import read_object
 from ..inference.encoder import Encoder
@@ -27,10 +28,10 @@ from ..runtime import log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"
-LICENCES = {"cldr": "Unicode License V3"}  # of data that comes with the package
+# Licences of data that comes with the package.
+LICENCES = {"cldr": "Unicode License V3"}
 PACKAGES = "torch", "transformers", "sentence-transformers", "onnxruntime"
 TAGS = ("sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka")
-MEASURED = {"latency_ms": "ms a text", "texts_per_second": "texts/s", "memory_mib": "MiB"}
 # Keys of a run that say where it was, and keys whose values are paths.
 PLACES = "output_dir", "resume", "allow_changed"
 PATHS = "path", "corpus", "data", "eval", "init", "tokenizer", "teacher", "embeddings"
@@ -122,7 +123,7 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         address=cut.repo or cut.name,
         texts=TEXTS,
         method="encode_query" if "query" in prompts else "encode",
-        scores=scores(cut, origin, rank),
+        scores=scores((cut.dim, cut.exit, rank), origin.grid),
         sources=sources(run),
         ancestors=[(how, shown(path)) for how, path in ancestors.items() if path],
         command=command(cut, origin, license),
@@ -189,32 +190,17 @@ def _version(package: str) -> str | None:
 # ---- what a run recorded ----
 
 
-def scores(cut: Cut, origin: Origin, rank: int | None) -> dict[str, Any]:
-    """Return the grid as rows of cells, this cut's score in bold; {} without a grid."""
-    cells = origin.grid.get("cells", [])
+def scores(size: tuple[int, int, int | None], grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's scores as a table, that of a (dim, exit, rank) in bold; {} without a grid."""
+    cells = grid.get("cells", [])
     if not cells:
         return {}
-    dims = sorted({cell["dim"] for cell in cells})
-    measured = [key for key in MEASURED if any(key in cell for cell in cells)]
-    exported, rows = (rank, cut.exit, cut.dim), []
-    by_size = {(cell["rank"], cell["exit"], cell["dim"]): cell for cell in cells}
-    for size in dict.fromkeys((cell["rank"], cell["exit"]) for cell in cells):
-        of_size = {dim: by_size[*size, dim] for dim in dims if (*size, dim) in by_size}
-        some = next(iter(of_size.values()))
-        row = [str(size[0] or "table"), str(size[1]), millions(some["parameters"])]
-        row += [f"{some[key]:.4g}" if key in some else "" for key in measured]
-        for dim in dims:
-            score = f"{mean_score(of_size[dim]):.1f}" if dim in of_size else ""
-            row.append(f"**{score}**" if (*size, dim) == exported else score)
-        rows.append(row)
-    widths = [f"{dim} wide" for dim in dims]
     return {
-        "head": ["rank", "exit", "parameters", *(MEASURED[key] for key in measured), *widths],
-        "rows": rows,
+        "table": Grid(cells).markdown(bold=size),
+        "has_cut": any((cell["dim"], cell["exit"], cell["rank"]) == size for cell in cells),
         "tasks": list(cells[0]["scores"]),
-        "has_cut": exported in by_size,
-        "measured": measured,
-        "device": origin.grid.get("device", f"device {NOT_RECORDED}"),
+        "measured": any("latency_ms" in cell for cell in cells),
+        "device": grid.get("device", f"device {NOT_RECORDED}"),
     }
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from ..runtime.files import read_json
 
 FILE = "onnx/model.onnx"
-OPSET = 18  # the oldest that torch's exporter writes without a conversion
-MOST_INLINE = 2_000_000_000  # bytes of weights; a protobuf holds 2^31 with the graph
+OPSET = 18  # The oldest version that torch's exporter writes without a conversion.
+MOST_INLINE = 2_000_000_000  # Bytes of weights; a protobuf holds 2^31 with the graph.
 INPUTS, OUTPUTS = ["input_ids", "attention_mask"], ["last_hidden_state", "sentence_embedding"]
 
 

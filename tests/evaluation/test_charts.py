@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from mlembed.evaluation import charts
@@ -108,10 +109,10 @@ def test_score_map_of_many_exits_fits_on_a_page():
 
 def test_smallest_text_is_11_pixels_on_a_phone():
     shown = (360 - 24) / (96 * charts.WIDTH)  # of a page 360 wide with its padding
-    sizes = [size for name, size in charts.STYLE.items() if "size" in name]
-    assert min(sizes) * 96 / 72 * shown >= 11
-    figure = charts.score_map([cell()], "title")
-    assert all(text.get_fontsize() >= charts.SIZE for text in figure.axes[0].texts)
+    assert charts.SIZE * 96 / 72 * shown >= 11
+    for figure in (charts.score_map([cell()], "T"), charts.pareto([(1.0, 2.0)], "cost", "T")):
+        texts = [text for text in figure.findobj(Text) if text.get_text()]
+        assert len(texts) >= 5 and {text.get_fontsize() for text in texts} == {charts.SIZE}
 
 
 def test_heat_map_file(tmp_path):
@@ -194,7 +195,7 @@ def test_one_point_is_visible():
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_stages_stack(count):
-    steps = 10.0 * np.arange(1, count + 1)
+    steps = np.array([10.0, 20.0, 40.0, 45.0, 100.0])[:count]
     ms = {"forward": np.full(count, 3.0), "<loss>": np.full(count, 1.0)}
     figure = charts.stages(steps, ms, "")
     (axis,) = figure.axes
@@ -202,8 +203,11 @@ def test_stages_stack(count):
     assert [bar.get_height() for bar in first] == [3.0] * count
     assert [(bar.get_y(), bar.get_height()) for bar in second] == [(3.0, 1.0)] * count
     assert first[0].get_hatch() != second[0].get_hatch()
-    low, high = axis.get_xlim()
-    assert low == pytest.approx(first[0].get_x()) and steps[-1] < high
+    edges = [bar.get_x() for bar in first] + [first[-1].get_x() + first[-1].get_width()]
+    assert (edges[0], edges[-1]) == axis.get_xlim()
+    assert all(a < step < b for a, step, b in zip(edges, steps, edges[1:], strict=False))
+    ends = [bar.get_x() + bar.get_width() for bar in first]
+    assert ends == pytest.approx(edges[1:])
     assert [text.get_text() for text in figure.legends[0].texts] == list(ms)
     charts.svg(figure)
 

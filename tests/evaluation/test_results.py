@@ -92,18 +92,23 @@ def test_repeated_step_has_its_later_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, error",
+    "line",
     [
-        ('{"step": 1', r"metrics\.jsonl:2: expected JSON in UTF-8: "),
-        ("[1]", r"metrics\.jsonl:2: expected a JSON object, got \[1\]"),
-        ('{"kind": "train"}', r"metrics\.jsonl:2: step: expected an integer, got None"),
-        ('{"step": NaN}', r"metrics\.jsonl:2: step: expected an integer, got nan"),
-        ('{"step": 1' + 400 * "0" + "}", r"metrics\.jsonl:2: step: expected an integer"),
-        ('{"a":' * 100_000, r"metrics\.jsonl:2: expected JSON in UTF-8: .*recursion"),
+        '{"step": 1',
+        "[1]",
+        "7",
+        '"step"',
+        '{"kind": "train"}',
+        '{"step": NaN}',
+        '{"step": true}',
+        '{"step": 1' + 400 * "0" + "}",
+        '{"a":' * 100_000,
     ],
+    ids=range(9),
 )
-def test_malformed_line(tmp_path, line, error):
+def test_malformed_line(tmp_path, line):
     run = run_of(tmp_path, lines='{"step": 1}\n' + line + '\n{"step": 3}\n')
+    error = r'metrics\.jsonl:2: expected a JSON object with an integer "step", got b'
     with pytest.raises(ValueError, match=error):
         results.read(run)
 
@@ -129,8 +134,8 @@ def test_malformed_cell(tmp_path, change, error):
 @pytest.mark.parametrize(
     "text, error",
     [
-        ("{", "grid.json: expected JSON in UTF-8: "),
-        ("\xff", "grid.json: expected JSON in UTF-8: "),
+        ("{", "grid.json:1: invalid JSON: "),
+        ("\xff", "grid.json: invalid UTF-8 at byte 0"),
         ("[]", r"grid.json: expected a JSON object, got \[\]"),
         ("{}", 'grid.json: expected "cells", a list of at least one'),
         ('{"cells": []}', 'grid.json: expected "cells", a list of at least one'),
@@ -149,7 +154,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(ValueError, match=r"expected report/grid\.json, grid\.json or metrics"):
         results.read(tmp_path)
     run_of(tmp_path, lines="").joinpath("config.json").write_text("[")
-    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+    with pytest.raises(ValueError, match=r"config\.json:1: invalid JSON"):
         results.read(tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_tokenizer_is_portable(encoder, smallest):
 
 
 def test_reload_keeps_the_nesting(encoder, tmp_path):
-    # Factors lie beside the merged table: the exits and ranks that remain can be cut again.
+    # Factors lie next to the merged table: the exits and ranks that remain can be cut again.
     out = tmp_path / "out"
     export(encoder, out, 12, 2, 7)
     factors = load_file(out / "mlembed_factors.safetensors")

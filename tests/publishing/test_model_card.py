@@ -167,7 +167,7 @@ def test_find_origin(tmp_path, monkeypatch):
     exported.mkdir()
     assert model_card.find_origin(str(exported)).run == {}
     (run / "report" / "grid.json").write_text("{")
-    with pytest.raises(ValueError, match=r"grid\.json: expected JSON in UTF-8"):
+    with pytest.raises(ValueError, match=r"grid\.json:1: invalid JSON"):
         model_card.find_origin(str(run))
 
 
