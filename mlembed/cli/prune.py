@@ -71,7 +71,8 @@ def main(
     keep = keep_layers or spread(depth, depth if layers is None else layers)
     width = cfg.hidden_size if width is None else width
     ffn = cfg.intermediate_size if ffn is None else ffn
-    pruned_config(cfg, keep, width, ffn)  # Checks the sizes before text is read.
+    # Check the sizes before reading text.
+    pruned_config(cfg, keep, width, ffn)
     limits = encoder.max_length, encoder.max_tokens
     batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else None
     small = prune(encoder.model, choose(encoder.model, keep, width, ffn, batches))

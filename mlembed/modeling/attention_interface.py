@@ -49,6 +49,11 @@ def register() -> None:
 # ---- once per forward pass ----
 
 
+# Rows of a padded batch that are tokens, int64 [T] in 0..B S - 1 (None without padding), and the
+# plan of attention over them.
+Layout = tuple[Tensor | None, AttentionPlan]
+
+
 @dataclass
 class Forward:
     """State that the layers of one forward pass share, an attribute of their mask.
@@ -57,18 +62,7 @@ class Forward:
     """
 
     causal: bool
-    layout: "Layout | None" = None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Rows of a padded batch that are tokens, and the plan of attention over them.
-
-    rows_T: int64 [T] in 0..B S - 1, None without padding.
-    """
-
-    rows_T: Tensor | None
-    plan: AttentionPlan
+    layout: Layout | None = None
 
 
 @torch.compiler.disable
@@ -94,10 +88,10 @@ def mask(
     kinds = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
     if local_size is not None:
         raise ValueError(
-            f"attention mlembed: expected full attention, got a window of {local_size}"
+            f"mlembed attention: expected full attention, got a window of {local_size}"
         )
     if use_vmap or (attention_mask is not None and mask_function not in kinds):
-        raise ValueError(f"attention mlembed: expected {PATTERNS}, got another mask")
+        raise ValueError(f"mlembed attention: expected {PATTERNS}, got another mask")
     _check_lengths(q_length, kv_length)
     if attention_mask is not None:
         # A view: the same memory, but a tensor with attributes of its own.
@@ -112,16 +106,15 @@ def mask(
 
 
 def _packed(sees: Callable[..., Any], B: int, S: int, device: torch.device | str) -> Tensor:
-    """Return the numbers of the sequences of a packed mask of transformers.
+    """Return sequence numbers [B, S] of a packed mask of transformers, which is a closure.
 
-    Such a mask is a closure. It is called for neighbouring tokens: the answer for all pairs would
-    take [S, S].
+    It is called for neighbours only: the answer for all pairs would take [S, S].
     """
     b = torch.arange(B, device=device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=device)
     t = torch.arange(S - 1, device=device)
     if sees(b, head, t, t + 1).any():
-        raise ValueError(f"attention mlembed: expected {PATTERNS}, got another mask")
+        raise ValueError(f"mlembed attention: expected {PATTERNS}, got another mask")
     begins = ~sees(b, head, t + 1, t).expand(B, S - 1)
     return nn.functional.pad(begins, (1, 0), value=True).cumsum(1)
 
@@ -133,14 +126,11 @@ def _layout(
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """Return the layout of a batch.
-
-    The only function that waits for the device: it reads masks, positions and bounds on the host.
-    """
+    """Return the layout of a batch; waits for the device to read masks, positions and bounds."""
     B, S = shape
     user_bounds = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64)
     if numbers_BS is None and user_bounds is not None:
-        return Layout(None, AttentionPlan.of(user_bounds).to(device))
+        return None, AttentionPlan.of(user_bounds).to(device)
     if numbers_BS is not None:
         numbers = numbers_BS.to("cpu", torch.int64)
     elif position_ids is not None:
@@ -161,7 +151,7 @@ def _layout(
             f"{user_bounds.tolist()[:9]}"
         )
     rows_T = None if len(rows) == B * S else rows.to(device, non_blocking=True)
-    return Layout(rows_T, AttentionPlan.of(bounds).to(device))
+    return rows_T, AttentionPlan.of(bounds).to(device)
 
 
 # ---- in every layer ----
@@ -186,8 +176,7 @@ def attend(
     """Return attention's output [B, S, H, K], and None for its weights.
 
     Args:
-        query: [B, H, S, K].
-        key: [B, Hkv, S, K], like value.
+        query: [B, H, S, K]; key and value [B, Hkv, S, K].
         attention_mask: from `mask`; None to use `position_ids` or `cu_seq_lens_q`.
         dropout: 0.
         scaling: factor on the scores; K ** -0.5 by default.
@@ -210,7 +199,7 @@ def attend(
         layout = _layout((B, S), query.device, numbers_BS, position_ids, cu_seqlens)
         if shared is not None:
             shared.layout = layout
-    rows_T, plan = layout.rows_T, layout.plan
+    rows_T, plan = layout
     # Under autocast, norms leave queries and keys in fp32; values are narrower.
     q, k, v = (rearrange(x.to(value.dtype), "b h s k -> (b s) h k") for x in (query, key, value))
     if rows_T is not None:
@@ -240,16 +229,16 @@ def _check(
 ) -> None:
     for name in UNSUPPORTED:
         if options.get(name) is not None and options[name] is not False:
-            raise ValueError(f"attention mlembed: {name}: expected None, got {options[name]}")
+            raise ValueError(f"mlembed attention: {name}: expected None, got {options[name]}")
     if dropout:
         raise ValueError(
-            f"attention mlembed: expected dropout 0 of attention weights, got {dropout}: load the "
+            f"mlembed attention: expected dropout 0 of attention weights, got {dropout}: load the "
             "model with attention_dropout=0.0 or attention_probs_dropout_prob=0.0"
         )
     config = getattr(module, "config", None)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         if getattr(config, name, False):
-            raise ValueError(f"attention mlembed: expected only self-attention, got {name}")
+            raise ValueError(f"mlembed attention: expected only self-attention, got {name}")
     _check_lengths(query.shape[2], key.shape[2])
     B, S = query.shape[0], query.shape[2]
     if attention_mask is not None and (
@@ -264,6 +253,6 @@ def _check(
 def _check_lengths(queries: int, keys: int) -> None:
     if queries != keys:
         raise ValueError(
-            f"attention mlembed: expected as many queries as keys, got {queries} and {keys}: "
+            f"mlembed attention: expected as many queries as keys, got {queries} and {keys}: "
             "encode whole texts with use_cache=False"
         )

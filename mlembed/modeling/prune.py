@@ -32,20 +32,13 @@ from ..data.packing import PackedBatch, budgeted, pack
 from .transformer import Transformer
 
 # Axes of the weights along which the residual stream's coordinates lie, and the MLP's units.
-WIDTH = {
-    "embed_tokens.weight": 1,
-    "embed_tokens.W": 1,
-    "norm.weight": 0,
-    "input_layernorm.weight": 0,
-    "post_attention_layernorm.weight": 0,
-    "self_attn.q_proj.weight": 1,
-    "self_attn.k_proj.weight": 1,
-    "self_attn.v_proj.weight": 1,
-    "self_attn.o_proj.weight": 0,
-    "mlp.gate_proj.weight": 1,
-    "mlp.up_proj.weight": 1,
-    "mlp.down_proj.weight": 0,
-}
+NORMS = ("norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight")
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+INPUTS = (
+    *("embed_tokens.weight", "embed_tokens.W", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    *(f"self_attn.{name}_proj.weight" for name in "qkv"),
+)
+WIDTH = dict.fromkeys(INPUTS, 1) | dict.fromkeys((*NORMS, *OUTPUTS), 0)
 UNITS = {
     "mlp.gate_proj.weight": 0,
     "mlp.up_proj.weight": 0,

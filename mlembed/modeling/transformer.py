@@ -202,16 +202,19 @@ class Transformer(nn.Module):
                 pooled.append(F.pad(exit_nD, (0, 0, 0, len(batch) - plan.sequences)))
             elif staying < len(x_TD):
                 x_TD, _ = Exit.apply(x_TD, plan.cu_seqlens[:0].long(), staying)
-        if deeper := len(exits) - len(pooled):  # deeper than all texts
+        # Exits may be deeper than all texts.
+        if deeper := len(exits) - len(pooled):
             zeros_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))
             pooled += [zeros_ND] * deeper
         return torch.stack(pooled)
 
     @property
     def _ends_early(self) -> bool:
-        """Whether the last layer computes only the pooled rows after attention, to save two thirds
-        of it. Only in torch.inference_mode, like encoding: with a graph, or hooks that count tokens
-        under no_grad, all rows are computed, and all passes round equally.
+        """Return whether the last layer computes only the pooled rows after attention.
+
+        This saves two thirds of that layer. Only in torch.inference_mode, like encoding: with a
+        graph, or hooks that count tokens under no_grad, all passes compute all rows and round
+        equally.
         """
         inference = torch.is_inference_mode_enabled()
         return inference and not self.training and self.cfg.pooling != "mean"

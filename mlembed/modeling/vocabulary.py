@@ -172,19 +172,12 @@ def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tu
 
 # ---- sums of tables, for merge.py ----
 
-PARALLEL = 1e-6  # sin Omega under which two tensors do not span a plane
+PARALLEL = 1e-6  # Least sin Omega of two tensors that span a plane.
 ROWS = 2**16  # Rows of factors in float64 at once.
 
 
 def coefficients(inner: float, m: float, x: float, t: float, method: Method) -> tuple[float, float]:
-    """Return a and b of m <- a m + b x, see merge.py.
-
-    Args:
-        inner: <m, x>.
-        m: |m|.
-        x: |x|.
-        t: 0..1, how far to go from m to x.
-    """
+    """Return a and b of m <- a m + b x (merge.py) from <m, x>, |m|, |x| and t in 0..1."""
     if method == "slerp" and m * x > 0:
         angle = math.acos(max(-1.0, min(1.0, inner / (m * x))))
         if (sine := math.sin(angle)) > PARALLEL:

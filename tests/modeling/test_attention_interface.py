@@ -57,6 +57,11 @@ def saved(tmp_path_factory):
     return folder
 
 
+def compare(saved, name: str, batch: dict[str, Tensor], keep: Tensor, other: str = "sdpa") -> None:
+    """Compare hidden states and gradients by our attention with those by another."""
+    assert_same(*(outcome(load(saved, name, a), batch, keep) for a in ("mlembed", other)))
+
+
 def load(saved, name: str, attention: str, **changes):
     return AutoModel.from_pretrained(
         saved / name, attn_implementation=attention, dtype=torch.float32, **changes
@@ -100,8 +105,7 @@ def test_padded_batches(saved, name, side, other):
     keep = batch["attention_mask"].bool()
     if side == "no mask":
         batch.pop("attention_mask")
-    mine, theirs = (outcome(load(saved, name, a), batch, keep) for a in ("mlembed", other))
-    assert_same(mine, theirs)
+    compare(saved, name, batch, keep, other)
 
 
 @every_model
@@ -112,8 +116,7 @@ def test_masks_with_holes_and_masked_rows(saved, name):
     batch["attention_mask"][1, ::2] = 0
     batch["attention_mask"][2] = 0
     keep = batch["attention_mask"].bool()
-    mine, theirs = (outcome(load(saved, name, a), batch, keep) for a in ("mlembed", "eager"))
-    assert_same(mine, theirs)
+    compare(saved, name, batch, keep, "eager")
 
 
 def test_rows_of_padding_are_zero(saved):
@@ -164,8 +167,7 @@ def test_flattened_batches(saved, name, bounds, use_cache):
 def test_flattened_batches_train(saved):
     batch = flattened(LENGTHS) | {"use_cache": False}
     keep = torch.ones(1, sum(LENGTHS), dtype=torch.bool)
-    mine, theirs = (outcome(load(saved, "qwen3", a), batch, keep) for a in ("mlembed", "sdpa"))
-    assert_same(mine, theirs)
+    compare(saved, "qwen3", batch, keep)
 
 
 def test_positions_that_restart_in_several_rows(saved):
@@ -173,8 +175,7 @@ def test_positions_that_restart_in_several_rows(saved):
     ids = torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     keep = torch.ones(3, 5, dtype=torch.bool)
-    mine, theirs = (outcome(load(saved, "qwen3", a), batch, keep) for a in ("mlembed", "sdpa"))
-    assert_same(mine, theirs)
+    compare(saved, "qwen3", batch, keep)
 
 
 def test_contradicting_bounds(saved):
@@ -314,11 +315,7 @@ def test_masks_of_other_kinds(saved):
     dense = torch.ones(B, 1, S, S, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"expected .*\[5, 9\].*got torch.bool \[5, 1, 9, 9\]"):
         model(input_ids=batch["input_ids"], attention_mask=dense)
-    common = {
-        "config": model.config,
-        "inputs_embeds": torch.zeros(B, S, 1),
-        NO_CACHE: None,
-    }
+    common = {"config": model.config, "inputs_embeds": torch.zeros(B, S, 1), NO_CACHE: None}
 
     def near(batch, head, q, k):
         return q - k < 3
@@ -363,34 +360,31 @@ def test_scale_dtype_and_heads():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "value", "message"),
     [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(4)},
-        {"position_bias": torch.zeros(1, 4, 9, 9)},
-        {"sliding_window": 4},
-        {"output_attentions": True},
+        ("softcap", 30.0, "softcap: expected None, got 30"),
+        ("s_aux", torch.zeros(4), "s_aux: expected None, got"),
+        ("position_bias", torch.zeros(1, 4, 9, 9), "position_bias: expected None, got"),
+        ("sliding_window", 4, "sliding_window: expected None, got 4"),
+        ("output_attentions", True, "output_attentions: expected None, got True"),
+        # Zeros of an additive mask are visible: the opposite of ours.
+        ("attention_mask", torch.zeros(2, 9), r"expected bools or integers \[2, 9\].*float32"),
+        ("position_ids", torch.zeros(3, 2, 9), r"position_ids: expected \[2, 9\], got \[3, 2, 9\]"),
     ],
-    ids=lambda options: next(iter(options)),
 )
-def test_options_that_change_the_result(options):
+def test_errors_of_attend(name, value, message):
     q = torch.zeros(2, 4, 9, 8)
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected None, got"):
-        attention_interface.attend(torch.nn.Module(), q, q, q, None, **options)
-    off = dict.fromkeys(options) | {"output_attentions": False}
-    out, _ = attention_interface.attend(torch.nn.Module(), q, q, q, None, **off)
+    base = {"attention_mask": None}
+    with pytest.raises(ValueError, match=message):
+        attention_interface.attend(torch.nn.Module(), q, q, q, **base | {name: value})
+    off = base | {name: None, "output_attentions": False}
+    out, _ = attention_interface.attend(torch.nn.Module(), q, q, q, **off)
     assert out.shape == (2, 9, 4, 8)
 
 
 def test_cross_attention():
-    config = BertConfig(
-        **SHAPE,
-        num_attention_heads=4,
-        is_decoder=True,
-        add_cross_attention=True,
-        attn_implementation="mlembed",
-    )
-    model = BertModel(config).eval()
+    options = {"is_decoder": True, "add_cross_attention": True, "attn_implementation": "mlembed"}
+    model = BertModel(BertConfig(**SHAPE, num_attention_heads=4, **options)).eval()
     with pytest.raises(ValueError, match="expected only self-attention, got add_cross_attention"):
         model(**tokens(), encoder_hidden_states=torch.zeros(5, 9, 32), use_cache=False)
 
@@ -403,27 +397,12 @@ def test_layer_that_contradicts_its_mask(saved):
         model(**tokens())
 
 
-def test_additive_mask():
-    """Zeros of an additive mask are visible: the opposite of ours."""
-    q = torch.zeros(2, 4, 9, 8)
-    with pytest.raises(ValueError, match=r"expected bools or integers \[2, 9\].*torch.float32"):
-        attention_interface.attend(torch.nn.Module(), q, q, q, torch.zeros(2, 9))
-
-
 def test_compiled(saved):
     """The graph holds all but what depends on data."""
     model, batch = load(saved, "bert", "mlembed"), tokens()
     want = model(**batch).last_hidden_state
     got = torch.compile(model, backend="eager")(**batch).last_hidden_state
     torch.testing.assert_close(got, want)
-
-
-def test_positions_of_another_shape():
-    q = torch.zeros(2, 4, 9, 8)
-    with pytest.raises(ValueError, match=r"position_ids: expected \[2, 9\], got \[3, 2, 9\]"):
-        attention_interface.attend(
-            torch.nn.Module(), q, q, q, None, position_ids=torch.zeros(3, 2, 9)
-        )
 
 
 def test_old_transformers(monkeypatch):

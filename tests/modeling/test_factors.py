@@ -342,6 +342,8 @@ def test_saved_factors_stay_as_they_are(dtype, tmp_path, cache, computed):
         lower = pretrained.load(str(tmp_path / "a"), replace(NESTED, ranks=(1, rank)))
         U, W = lower.embed_tokens.U, lower.embed_tokens.W
         assert same((U, W), (saved[0][:, :rank], saved[1][:rank]))
+    plain = pretrained.load(str(tmp_path / "a"), CFG).embed_tokens.weight
+    torch.testing.assert_close(plain, saved[0] @ saved[1], rtol=1e-6, atol=1e-5)
     stored = load_file(tmp_path / "a" / pretrained.FACTORS)
     assert same((stored["U"], stored["W"]), saved)
     assert not computed and not cache.exists()
