@@ -35,7 +35,6 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
-from mlembed.data.depth import enabled
 from mlembed.evaluation import charts, grid, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
@@ -159,7 +158,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    exits = enabled(run.model.exits, run.depth, step, run.steps)
+    exits = run.model.exits
     weight_EM = weights(run, exits).to(where.device)
     ranks = ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps

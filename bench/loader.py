@@ -49,10 +49,10 @@ MODES = "0 workers", "1 worker", "4 workers"
 WORDS = 30_000  # of the synthetic language, drawn by Zipf's law
 # Parts of a batch's time, by the function whose time, with all that it calls, is the part.
 PARTS = {
-    "draw": "drawn_rows",
+    "draw": "draw_rows",
     "read": "items",
-    "tokenise": "tokenised",
-    "share out": "shared_out",
+    "tokenise": "tokenise",
+    "share out": "even_shares",
     "pack": "pack",
     "of it attention plan": "of@plan",
     "of it token index": "of@token_index",

@@ -77,7 +77,7 @@ def main(
         check_new(vector_files.beside(target))
     stored = None if ranges is None else vector_files.read_ranges(ranges)
     quantise = vector_files.Quantiser(precision, stored)
-    source = readers.Texts(input or "-", column, invalid)
+    source = readers.TextReader(input or "-", column, invalid)
     source.check()
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)

@@ -185,17 +185,10 @@ class Depth:
     shares: tuple[float, ...] = ()
     """How much of a batch's tokens leaves at each, summing to one. Empty: equal shares."""
     layer_dropout: float = 0.0
-    """A text skips layer l of 0..L-1 with probability layer_dropout * S(t) * (2^(l / (L-1)) - 1)
-    (LayerSkip, arXiv 2404.16710)."""
-    dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """S(t) at step t of T: 1, as LayerSkip fine-tunes, or 2^(t / T) - 1, as it pre-trains."""
-    curriculum: Literal["none", "rotational", "gradual"] = "none"
-    """Exits with a loss at a step, the last always: all of them; every `rotation`-th, the next ones
-    at the next step; from the deepest on, all of them after half of the run."""
-    rotation: int = 2
+    """A text skips layer l of 0..L-1 with probability layer_dropout * (2^(l / (L-1)) - 1), as in
+    LayerSkip's fine-tuning (arXiv 2404.16710)."""
 
     def __post_init__(self) -> None:
-        positive("depth.rotation", self.rotation)
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"depth.layer_dropout: expected 0..1, got {self.layer_dropout}")
         if self.shares and len(self.shares) != len(self.exits):

@@ -174,16 +174,11 @@ class Run:
                 f"loss.memory_bank: expected 0 or at least the {most} documents of a micro-batch, "
                 f"got {self.loss.memory_bank}"
             )
-        if self.loss.memory_bank and self.depth.curriculum != "none":
-            raise ValueError(
-                "depth.curriculum: expected none with loss.memory_bank, as kept documents have the "
-                f"exits of their step, got {self.depth.curriculum}"
-            )
         lone = self.distill.learns == self.distill.between_exits
-        if lone and (len(self.model.exits) == 1 or self.depth.curriculum != "none"):
+        if lone and len(self.model.exits) == 1:
             raise ValueError(
-                "distill.between_exits: expected another term beside it where a step may have one "
-                f"exit, got none, with exits {self.model.exits}, curriculum {self.depth.curriculum}"
+                "distill.between_exits: expected another term beside it for a model of one exit, "
+                f"got none, with exits {self.model.exits}"
             )
         if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")

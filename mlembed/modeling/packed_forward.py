@@ -62,15 +62,8 @@ class DeviceEncoder:
 
         Raises ValueError, with the text's index, if a text is not valid Unicode.
         """
-        try:
-            return window, tokenizer.tokenize(self.tokenizer, window.texts, self.max_length)
-        except ValueError:
-            for number, text in enumerate(window.texts, window.first):
-                if any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise ValueError(
-                        f"text {number}: expected Unicode, got a lone surrogate in {text[:40]!r}"
-                    ) from None
-            raise
+        texts, first = window.texts, window.first
+        return window, tokenizer.tokenize(self.tokenizer, texts, self.max_length, first)
 
     def vectors(self, window: Window, ids: list[np.ndarray], bar: tqdm) -> np.ndarray:
         """Return fp32 [N, dim] of a window's texts, each at its own exit and rank."""

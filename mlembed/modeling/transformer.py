@@ -185,12 +185,12 @@ class Transformer(nn.Module):
             plan = batch.work_at(depth)
             if plan is None:
                 break
-            run: Callable[..., Tensor] = self._skip if depth in batch.kept else self.block
-            early = depth == exits[-1] and self._ends_early and depth not in batch.kept
+            run: Callable[..., Tensor] = self._skip if depth in batch.skip_layers else self.block
+            early = depth == exits[-1] and self._ends_early and depth not in batch.skip_layers
             if early:
                 run = partial(self.block, rows_N=self._rows(plan))
             again = depth <= recompute and torch.is_grad_enabled()
-            x_TD = layer(x_TD, run, tables, batch.kept.get(depth, plan), recompute=again)
+            x_TD = layer(x_TD, run, tables, batch.skip_layers.get(depth, plan), recompute=again)
             further = batch.work_at(depth + 1) if depth < exits[-1] else None
             staying = 0 if further is None else further.tokens
             if depth in exits:

@@ -12,19 +12,17 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
-import pyarrow as pa
 from filelock import FileLock
 
 from .files import flush
 
 T = TypeVar("T")
 WHOLE = "whole.json"  # Sizes, or digests, of an entry's files; written last.
-CHUNK = 8192  # Texts of a batch.
 
 
 def cached(
@@ -132,59 +130,3 @@ def digest(*notes: Any, files: Iterable[Path] = (), arrays: Iterable[Any] = ()) 
         total.update(f"\n{array.nbytes}\n".encode())
         total.update(array.data)
     return total.hexdigest()
-
-
-# ---- texts ----
-
-
-class Texts(Sequence[str]):
-    """Texts of an Arrow file that `Writer` wrote, memory-mapped and read on access."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with pa.memory_map(str(path)) as file:
-            self.column = pa.ipc.open_file(file).read_all().column(0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Texts, (self.path,)  # Another process maps the file again.
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return self.column[row].to_pylist()
-        return self.column[int(row)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        for begin in range(0, len(self), CHUNK):
-            yield from self[begin : begin + CHUNK]
-
-
-class Writer:
-    """Writer of texts to an Arrow file, in batches of some thousand."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.waiting = path, list[str]()
-        schema = pa.schema([("text", pa.large_string())])
-        self.file = pa.ipc.new_file(str(path), schema)
-
-    def extend(self, texts: Iterable[str]) -> None:
-        self.waiting += texts
-        if len(self.waiting) >= CHUNK:
-            self._write()
-
-    def _write(self) -> None:
-        column = pa.array(self.waiting, pa.large_string())
-        self.file.write_batch(pa.record_batch([column], names=["text"]))
-        self.waiting = []
-
-    def close(self) -> Texts:
-        if self.waiting:
-            self._write()
-        self.file.close()
-        return Texts(self.path)

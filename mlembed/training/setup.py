@@ -65,7 +65,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     tasks = read_all(run.eval)
     held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
     tables, streams, languages = [], [], Counter[str]()
-    for source in (*map(sources.of, run.data), *run.sources):
+    for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
             say(f"train  {name_of(source)}: as it streams")
@@ -106,7 +106,7 @@ def left_out(report: layouts.Report) -> str:
 def prompts(run: config.Run) -> dict[str, str]:
     """Prompts by name, as an encoder has them: of every source that has one before its queries, by
     its name; `query` and `document` where all sources have the same, otherwise empty."""
-    every = [*map(sources.of, run.data), *run.sources]
+    every = sources.all_of(run)
     found = {name_of(source): source.prompt for source in every if source.prompt}
     for name, kinds in (
         ("query", {source.prompt for source in every}),

@@ -310,11 +310,6 @@ SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
         (Run, dict(optim=Optim(weights="bf16"), engine="fsdp"), "optim.weights: expected fp32"),
         (Run, dict(cpu_offload=True), "engine: expected fsdp with cpu_offload, got ddp"),
         (Run, dict(loss=Loss(memory_bank=1023)), "at least the 1024 documents .*, got 1023"),
-        (
-            Run,
-            dict(loss=Loss(memory_bank=1024), depth=config.Depth(curriculum="gradual")),
-            "depth.curriculum: expected none with loss.memory_bank",
-        ),
         (Run, dict(allow_changed=("steps", "optim.lrr")), "allow_changed: no such key optim.lrr"),
         (Run, dict(activation_gib=-1.0), "activation_gib: expected 0 or more, got -1.0"),
     ],

@@ -10,6 +10,7 @@ from factories import tiny_encoder, tiny_tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
+from mlembed import config
 from mlembed.cli.mine import main
 from mlembed.data import sources, tokenizer
 from mlembed.data.formats import layouts
@@ -361,7 +362,7 @@ def test_command_writes_rows_for_our_reader_and_datasets(encoder, tmp_path, caps
     assert "queries of 60 pairs" in capsys.readouterr().out
     want, _ = brute(encoder, rows, MARGINS)
     assert by_pair(lines(out)) == want
-    ((table, report),) = sources.read(sources.of(str(out)))
+    ((table, report),) = sources.read(config.Source(path=str(out)))
     assert report.items == len(rows) and report.bad == 0 and table.task == "retrieval"
     items = [table.texts[slice(*table.starts[i : i + 2])] for i in range(len(table))]
     assert {(q, p): negatives for q, p, *negatives in items} == want

@@ -47,13 +47,6 @@ NAMED = {
         "seed = run.seed, 6, one.step, *draw, i",
         ("test_gradcache",),
     ),
-    # The schedule of layer dropout runs on micro-batches instead of steps.
-    "data-depthstep": Named(
-        "mlembed/data/batches.py",
-        "run.model.num_hidden_layers, number // run.gradient_accumulation_steps",
-        "run.model.num_hidden_layers, number",
-        ("test_batches", "test_depth"),
-    ),
     # trec_eval's reciprocal rank has no cut.
     "mrr-cut": Named(
         "mlembed/evaluation/scores.py",

@@ -1,7 +1,6 @@
-"""Entries of the disk cache, and texts in Arrow files."""
+"""Entries of the disk cache are complete or absent, and built once."""
 
 import contextlib
-import pickle
 import subprocess
 import sys
 import warnings
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 
 from mlembed.runtime import cache
-
-TEXTS = [f"text {i} ü 海" if i % 3 else "" for i in range(50)]
 
 
 @pytest.fixture
@@ -151,25 +148,3 @@ def test_digest_depends_on_values_and_contents(tmp_path):
     one, two = np.arange(3, dtype=np.int8), np.arange(2, dtype=np.int8)
     made = [cache.digest(1, arrays=arrays) for arrays in ([one], [two], [one, two], [two, one], [])]
     assert len(set(made)) == 5 and made[0] == cache.digest(1, arrays=[one.copy()])
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 50, 8192])
-def test_texts_in_a_file_are_a_sequence(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", chunk)
-    writer = cache.Writer(tmp_path / "texts.arrow")
-    for begin in range(0, 50, 4):
-        writer.extend(TEXTS[begin : begin + 4])
-    texts = writer.close()
-    assert len(texts) == 50 and list(texts) == TEXTS
-    assert [texts[i] for i in range(-50, 50)] == TEXTS + TEXTS
-    for some in (slice(3, 17), slice(None), slice(40, 99), slice(7, 7), slice(None, None, 9)):
-        assert texts[some] == TEXTS[some]
-    with pytest.raises(IndexError):
-        texts[50]
-    sent = pickle.dumps(texts)
-    assert len(sent) < 500 and list(pickle.loads(sent)) == TEXTS
-
-
-def test_no_texts(tmp_path):
-    texts = cache.Writer(tmp_path / "texts.arrow").close()
-    assert len(texts) == 0 and list(texts) == []

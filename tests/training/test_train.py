@@ -166,11 +166,10 @@ def test_killed_and_resumed_equals_uninterrupted(whole, arguments, tmp_path):
         assert mine.read_bytes() == theirs.read_bytes()
 
 
-# Groups leave at both exits, texts skip layers, exits take turns; every rank each step; weights in
-# bf16, rounded stochastically; blocks recomputed; packs of a few texts.
+# Groups leave at both exits, texts skip layers; every rank each step; weights in bf16,
+# rounded stochastically; blocks recomputed; packs of a few texts.
 SKIP = [
-    *("--depth.exits", "1", "2", "--depth.layer-dropout", "0.3", "--depth.curriculum"),
-    *("rotational", "--depth.dropout-schedule", "exponential", "--loss.ranks", "all"),
+    *("--depth.exits", "1", "2", "--depth.layer-dropout", "0.3", "--loss.ranks", "all"),
     *("--optim.weights", "bf16", "--precision", "bf16", "--pack-tokens", "64"),
     *("--activation-checkpointing", "selective", "--activation-gib", "0.0001"),
 ]
@@ -185,8 +184,8 @@ def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path
     trace = losses(tmp_path / "whole" / "tiny")
     lines = (tmp_path / "whole" / "tiny" / "metrics.jsonl").read_text().splitlines()
     queries = [json.loads(line).get("queries") for line in lines]
-    # At an odd step the first exit has no loss; about half of the tokens leave there.
-    assert [sorted(line["losses"]) for line in trace[:2]] == [["exit_1", "exit_2"], ["exit_2"]]
+    # About half of the tokens leave at the first exit.
+    assert [sorted(line["losses"]) for line in trace[:2]] == [["exit_1", "exit_2"]] * 2
     seen = [found for found in queries if found]
     assert all(found.get("exit_1", 8) == 8 and 1 <= found["exit_2"] < 8 for found in seen)
     args += ["--output-dir", tmp_path / "cut"]
