@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tyro
 
-from mlembed.cli.encode import main
+from mlembed.cli import encode
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import WINDOW, Encoder
 from mlembed.inference.vector_files import Quantiser
@@ -140,7 +140,7 @@ def error_of(*arguments: str | Path | bytes) -> str:
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(ValueError) as caught:
-            tyro.cli(main, args=[os.fsdecode(one) for one in arguments])
+            tyro.cli(encode.main, args=[os.fsdecode(one) for one in arguments])
     finally:
         signal.signal(signal.SIGTERM, before)
     return str(caught.value)
@@ -181,6 +181,23 @@ def test_mistakes_are_errors_before_any_work(directory, tmp_path):
     for arguments, message in cases:
         assert message in error_of(*arguments)
     assert out.read_bytes() == b"precious" and not new.exists()
+
+
+class Loaded(Exception):
+    """Ends the command once it has passed on the arguments of the load."""
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("device", [("cpu",), ("cpu", "cpu")], ids=len)
+def test_command_compiles_in_the_process_that_encodes(device, compile, monkeypatch):
+    def load(model, where, dtype, compile):
+        raise Loaded(compile)
+
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(Encoder, "load", load)
+    with pytest.raises(Loaded) as loaded:
+        encode.main("model", ("a text",), device=device, compile=compile)
+    assert loaded.value.args == (compile and len(device) == 1,)
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
