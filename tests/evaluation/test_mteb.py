@@ -102,6 +102,22 @@ def ours(task):
 # ---- bitext ----
 
 
+def bitext_task(name, sides):
+    """Return a task of mteb of two lists of texts for each subset."""
+
+    class Local(AbsTaskBitextMining):
+        metadata = metadata("BitextMining", name, "f1", {subset: ["eng-Latn"] for subset in sides})
+
+        def load_data(self, **options):
+            self.dataset = {
+                subset: {"test": Dataset.from_dict({"sentence1": a, "sentence2": b})}
+                for subset, (a, b) in sides.items()
+            }
+            self.data_loaded = True
+
+    return Local()
+
+
 def tatoeba_files(path):
     """Write English sentences that repeat, and a language in which most words are near."""
     rng = np.random.default_rng(0)
@@ -130,30 +146,18 @@ def test_bitext(tatoeba):
         path = directory / f"tatoeba.{lang}-eng.{end}"
         return path.read_bytes().decode().removesuffix("\n").split("\n")
 
-    class Local(AbsTaskBitextMining):
-        metadata = metadata(
-            "BitextMining",
-            "LocalTatoeba",
-            "f1",
-            {f"{lang}-{way}": ["eng-Latn"] for lang in langs for way in ("to", "from")},
-        )
-
-        def load_data(self, **options):
-            self.dataset = {
-                f"{lang}-{way}": {
-                    "test": Dataset.from_dict(
-                        {"sentence1": lines(lang, one), "sentence2": lines(lang, two)}
-                    )
-                }
-                for lang in langs
-                for way, one, two in (("to", lang, "eng"), ("from", "eng", lang))
-            }
-            self.data_loaded = True
-
-    found = {row["hf_subset"]: row for row in by_mteb(Local()).scores["test"]}
-    (task,) = eval_sets.read(str(directory))
-    task.groups = {(lang, ""): task.groups[lang, ""] for lang in langs}
-    got = ours(task)
+    task = bitext_task(
+        "LocalTatoeba",
+        {
+            f"{lang}-{way}": (lines(lang, one), lines(lang, two))
+            for lang in langs
+            for way, one, two in (("to", lang, "eng"), ("from", "eng", lang))
+        },
+    )
+    found = {row["hf_subset"]: row for row in by_mteb(task).scores["test"]}
+    (data,) = eval_sets.read(str(directory))
+    data.groups = {(lang, ""): data.groups[lang, ""] for lang in langs}
+    got = ours(data)
     for metric, name in (("accuracy", "{}_pivot"), ("f1", "f1_{}_pivot")):
         for way in ("to", "from"):
             want = np.mean([found[f"{lang}-{way}"][metric] for lang in langs])
@@ -386,27 +390,12 @@ def test_model_name_of_a_directory(tmp_path, monkeypatch):
 
 
 def local_run(task, langs):
-    class Local(AbsTaskBitextMining):
-        metadata = metadata(
-            "BitextMining", "LocalRun", "f1", {f"{x}-eng": ["eng-Latn"] for x in langs}
-        )
+    def texts(rows):
+        return [task.texts[i] for i in rows]
 
-        def load_data(self, **options):
-            sides = {lang: task.groups[lang, ""] for lang in langs}
-            self.dataset = {
-                f"{lang}-eng": {
-                    "test": Dataset.from_dict(
-                        {
-                            "sentence1": [task.texts[i] for i in a],
-                            "sentence2": [task.texts[i] for i in b],
-                        }
-                    )
-                }
-                for lang, (a, b) in sides.items()
-            }
-            self.data_loaded = True
-
-    return Local()
+    groups = {lang: task.groups[lang, ""] for lang in langs}
+    sides = {f"{lang}-eng": (texts(a), texts(b)) for lang, (a, b) in groups.items()}
+    return bitext_task("LocalRun", sides)
 
 
 def test_run_by_mteb(directory, tmp_path):
