@@ -346,7 +346,7 @@ def test_config_of_other_weights(change, message, checkpoint):
 
 def test_malformed_config(checkpoint):
     (checkpoint / "config.json").write_text("{", encoding="utf-8")
-    raises(checkpoint, r"config\.json:1: not json")
+    raises(checkpoint, r"config\.json:1: invalid JSON")
 
 
 class Trap:
