@@ -51,7 +51,7 @@ SHAPE = {
     "ranks": (3, 11),
 }
 BERT = {"style": "bert", "causal": False, "num_key_value_heads": 4, "head_dim": 6}
-# Qwen3, causal and bidirectional; the shapes of LaBSE, of MiniLM and GTE, and of XLM-R.
+# The shapes of Qwen3, causal and bidirectional, of LaBSE, of MiniLM and GTE, and of XLM-R.
 KINDS = {
     "qwen3": {},
     "qwen3 both ways": {"causal": False, "pooling": "mean"},

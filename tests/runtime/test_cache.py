@@ -1,4 +1,4 @@
-"""Entries of the disk cache, and texts in Arrow files."""
+"""Entries of the disk cache are complete or absent, and built once."""
 
 import contextlib
 import subprocess
@@ -29,13 +29,13 @@ def content(directory):
     return (directory / "a").read_text()
 
 
-def refuse(directory):
+def fails(directory):
     raise AssertionError("built again")
 
 
-def test_an_entry_is_built_once(home):
+def test_entry_is_built_once(home):
     assert cache.cached("kind", "key", writes("one"), content) == "one"
-    assert cache.cached("kind", "key", refuse, content) == "one"
+    assert cache.cached("kind", "key", fails, content) == "one"
     assert cache.cached("kind", "other", writes("two"), content) == "two"
     assert cache.cached("else", "key", writes("three"), content) == "three"
     assert sorted(p.name for p in (home / "kind").iterdir()) == ["key", "other"]
@@ -58,7 +58,7 @@ print(cache.cached("kind", "key", build, lambda d: (d / "a").read_text()))
 """
 
 
-def test_processes_of_a_machine_build_an_entry_once(home, tmp_path):
+def test_processes_build_an_entry_once(home, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "-c", BUILDER, str(log)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -73,9 +73,8 @@ def test_processes_of_a_machine_build_an_entry_once(home, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_of_two_writers_the_first_to_end_stays(damaged, home, monkeypatch):
-    """What another one, on a machine that knows no lock of ours, wrote meanwhile is what both
-    open."""
+def test_first_of_two_writers_wins(damaged, home, monkeypatch):
+    """Another machine does not see the lock; both open what it wrote."""
     monkeypatch.setattr(cache, "_lock", lambda path: contextlib.nullcontext())
     if damaged:
         cache.cached("kind", "key", writes("zero"), content)
@@ -113,18 +112,18 @@ def test_entry_deleted_before_it_is_opened_is_built_again(home):
     assert cache.cached("kind", "key", writes("two"), deleted_at_first) == "two"
 
 
-def test_a_failed_build_leaves_nothing(home):
-    def fails(directory):
+def test_failed_build_leaves_nothing(home):
+    def half(directory):
         (directory / "a").write_text("half")
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        cache.cached("kind", "key", fails, content)
+        cache.cached("kind", "key", half, content)
     assert not list((home / "kind").iterdir())
 
 
-def test_a_disk_that_is_full_is_a_warning(home):
-    """The second attempt is elsewhere, whatever failed in the first."""
+def test_full_disk_is_a_warning(home):
+    """The second attempt is in a temporary directory."""
     tries = []
 
     def fails_once():
@@ -137,7 +136,7 @@ def test_a_disk_that_is_full_is_a_warning(home):
     assert not list((home / "kind").iterdir())
 
 
-def test_the_digest_is_of_values_and_contents(tmp_path):
+def test_digest_depends_on_values_and_contents(tmp_path):
     for name, text in (("a", "xy"), ("b", "z"), ("c", "x"), ("d", "yz")):
         (tmp_path / name).write_text(text)
     a, b, c, d = (tmp_path / name for name in "abcd")

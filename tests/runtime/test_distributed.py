@@ -39,7 +39,7 @@ OBJECTIVE_CASES = [
 
 
 def rows_and_weights(size):
-    """What all processes hold together, and how each one's loss weighs what it gathered."""
+    """Return the rows of all processes, and the weights of each process's loss."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, sum(SIZES[size]), 4, generator=generator, dtype=torch.float64)
     return rows, torch.randn(size, *rows.shape, generator=generator, dtype=torch.float64)
@@ -77,7 +77,7 @@ def objective(where, name, skip, across):
 
 
 def with_bank(where, hard, across):
-    """As `objective`, of the second of two batches of both directions."""
+    """Return `objective` of the second of two batches of both directions."""
     run, bank = run_of(negatives_across=across, hard_negatives=hard), Bank(100, host=False)
     table(texts((2, 0, 1, 3), seed=1), "bitext", run, where, bank=bank)
     bank.commit()
@@ -190,7 +190,7 @@ def test_batches_are_of_both_kinds_and_unequal_shares(found):
 
 
 def of_all(found, case):
-    """What the mean over processes gives: of losses, and of gradients by text."""
+    """Return the means over processes of losses and of gradients by text."""
     loss, gradient = (
         torch.stack(parts).mean(0) for parts in zip(*(p[case] for p in found), strict=True)
     )
@@ -199,7 +199,7 @@ def of_all(found, case):
 
 @pytest.mark.parametrize("name, skip, across", OBJECTIVE_CASES)
 def test_an_objective_is_the_single_process_one(found, name, skip, across):
-    """Of groups with 0 to 4 hard negatives, so that processes have unlike numbers of them."""
+    """Groups have 0 to 4 hard negatives, so that processes hold different numbers of them."""
     assert_close(of_all(found, (name, skip, across)), objective(ALONE, name, skip, across))
 
 
