@@ -1,10 +1,11 @@
-# make train        set up .venv where it is missing, then train, evaluate and export the tiny model
-# make test         the same set-up, then the tests; the twenty longest are listed
-# make test-all     these and the slow ones: whole matrices, thirty kills, a million texts, readers
-# make test-toolchains  every launch of every kernel, compiled by each Triton that we promise
-# make test-libraries   what depends on libraries, with their oldest and newest versions
-# make test-readers exports, opened by the oldest sentence-transformers they are for
+# make train        train, evaluate and export the tiny model; sets up .venv first if it is missing
+# make test         run the tests and list the twenty longest
+# make test-all     run the slow tests as well: whole matrices, thirty kills, a million texts, readers
+# make test-toolchains  compile every launch of every kernel with each Triton that we promise
+# make test-libraries   test what depends on libraries with their oldest and newest versions
+# make test-readers open exports with the oldest sentence-transformers that they are for
 # make mutate       break the product on purpose, list what no test notices: SEED=1 N=20, ten minutes
+# make golden       same numbers as an earlier commit, bit for bit: BASE=COMMIT, 90 seconds
 # make check        lint, format and types
 #
 # In an existing environment, installing nothing: make train PYTHON=python3 VENV=
@@ -13,16 +14,17 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# For small machines. Threads that wait spin briefly: a step of the tiny recipe takes 0.19 s, without
-# 0.25 s, and long spins (torch's default) stall it once anything else runs, 1.3 s against 0.4 s. Each batch has another number of tokens, so a
-# cache of matrix kernels by shape only grows; memory given back after a step is asked for by the next.
+# For small machines. Waiting threads spin briefly: a step of the tiny recipe takes 0.19 s, and 0.25 s
+# without spinning; long spins (torch's default) stall it once anything else runs, 1.3 s against 0.4 s.
+# Every batch has a different number of tokens, so a cache of matrix kernels by shape only grows, and
+# memory that a step frees is allocated again by the next.
 export GOMP_SPINCOUNT ?= 1000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 
 ifeq ($(strip $(VENV)),)
-# Nothing is installed there: kernels/ is found under the name it would be installed by.
+# Nothing is installed: a link gives kernels/ the name under which it would be installed.
 RUN   := $(PYTHON)
 READY := .path/mlembed_kernels
 export PYTHONPATH := $(CURDIR)/.path:$(CURDIR):$(PYTHONPATH)
@@ -32,12 +34,12 @@ READY := $(VENV)/.ready
 endif
 
 # A file stays on one worker, so that its fixtures are built once. (loadgroup of xdist 3.8 groups
-# nothing under pytest 9.2, which names tests otherwise.) The last files by name are short ones.
+# nothing under pytest 9.2, whose test names differ.) The last files by name are short.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := $(RUN) -m pytest $(SPREAD) --durations 20
 
 .PHONY: train test test-all test-readers test-libraries test-oldest test-newest
-.PHONY: test-toolchains test-toolchains-quick mutate check setup clean
+.PHONY: test-toolchains test-toolchains-quick mutate golden check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -49,13 +51,11 @@ test-all: setup .venv-readers/.ready
 	MLEMBED_READERS=.venv-readers/bin/python $(PYTEST) -m "slow or not slow" --minutes 60 $(ARGS)
 
 test-readers: setup .venv-readers/.ready
-	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/test_export_readers.py $(ARGS)
+	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/publishing/test_export_readers.py $(ARGS)
 
-# Where a library's behaviour reaches us: command lines, files, tokenizers, models, scores, figures.
-LIBRARIES := $(patsubst %,tests/test_%.py,attention_interface batches bert bert_trunk card charts cldr \
-	config encode encode_arguments encode_command export export_push export_readers languages layouts \
-	log mine mteb pretrained report results rows scores shapes sources stored streams teacher to_onnx \
-	tokenizer tokens train trunk vectors)
+# Tests that depend on libraries: command lines, files, tokenizers, models, scores, figures.
+LIBRARIES := $(addprefix tests/,cli config data evaluation inference modeling publishing runtime/test_cache.py \
+	runtime/test_log.py training/test_train.py training/objective/test_teacher.py)
 
 test-libraries: test-oldest test-newest
 
@@ -66,14 +66,14 @@ mutate: setup
 	$(RUN) -m tests.mutation $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N)) \
 		$(if $(NAMED),--named) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-# The oldest that pyproject.toml admits, the one of constraints.txt, and the newest. Compiled kernels
-# are kept below .cache/triton, so that a run that was stopped goes on.
+# The oldest Triton that pyproject.toml admits, that of constraints.txt, and the newest. Compiled
+# kernels stay in .cache/triton, so that a run that was stopped continues.
 TRITONS := 3.6.0 3.7.1 3.9.0
 
 test-toolchains: setup $(TRITONS:%=.toolchains/triton-%/.ready)
 	$(call hopper,$(TRITONS))
 
-# One launch of each kernel, by the oldest and the newest.
+# One launch of each kernel with the oldest and the newest Triton.
 test-toolchains-quick: ARGS += --quick
 test-toolchains-quick: setup $(patsubst %,.toolchains/triton-%/.ready,3.6.0 3.9.0)
 	$(call hopper,3.6.0 3.9.0)
@@ -83,6 +83,9 @@ hopper = @failed=; for version in $(1); do \
 			$(RUN) -W ignore tests/hopper.py $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "violations with triton$$failed"; exit 1; }
 
+golden: setup
+	$(RUN) tests/golden.py $(if $(BASE),--base $(BASE)) $(ARGS)
+
 check: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -90,7 +93,7 @@ check: setup
 
 setup: $(READY)
 
-# Made anew when what is to be installed changes; complete only once the mark is set.
+# Installed again when its requirements change; complete once the mark exists.
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlembed needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -112,7 +115,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 		--upgrade-strategy eager -c $(@D)/constraints.txt -e '.[dev]'
 	touch $@
 
-# Beside the environment, and without torch, which asks for one Triton.
+# Outside of the environment, without torch, which pins one Triton.
 .toolchains/triton-%/.ready:
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target .toolchains/triton-$* triton==$*

@@ -1,4 +1,4 @@
-"""Only the package mapping; everything else is in pyproject.toml.
+"""Map folders to packages; everything else is in pyproject.toml.
 
 The folder `kernels/` installs as `mlembed_kernels`: Hugging Face ships a package called `kernels`,
 and a wheel with a top-level `kernels` would overwrite it.

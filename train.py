@@ -2,7 +2,7 @@
 
     python train.py tiny                              # on the built-in text, two CPU cores
     python train.py tiny --data a.jsonl b.parquet --eval tatoeba_dir --name mine
-    python train.py tiny --resume                     # go on from the last checkpoint
+    python train.py tiny --resume                     # continue from the last checkpoint
     python train.py gte-base-unsupervised --data mixture.json
     python train.py runs/tiny/config.json --name again
     torchrun --nproc_per_node 8 train.py qwen3 --init DIR --data DIR --engine fsdp --gradient-cache
@@ -10,8 +10,17 @@
 A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*, report/, model/.
 """
 
-import signal
 import sys
+
+from mlembed.runtime.errors import one_line_errors
+from mlembed.training import arguments
+
+# A mistake in the arguments is answered before torch is imported, which takes seconds.
+if __name__ == "__main__":
+    with one_line_errors():
+        RUN = arguments.parse(sys.argv[1:])
+
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,36 +35,38 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
-from mlembed.data.depth import enabled
 from mlembed.evaluation import charts, grid, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
-from mlembed.training import arguments, gradcache, guards, resume, setup
+from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
-from mlembed.training.step import Pass, Step, Terms, source_of, update, weighted
+from mlembed.training.step import LossSpec, Step, Terms, record, source_of, total_loss, update
 
 
 def train(run: config.Run, where: World) -> int:
-    """-> exit status: 0 finished, 130 stopped by a signal after saving."""
+    """Train one run and return its exit status: 0 finished, 130 stopped by a signal and saved."""
     log.check_tracker(run.tracker)
     out = log.Log(Path(run.output_dir) / run.name, where.main)
-    directory, found = resume.find_run(run, where, out.say)
-    start = resume.step_of(found)
+    directory, resume_from = resume.find_run(run, where, out.say)
+    start = resume.step_of(resume_from)
     out.say(log.header(where.device))
     if (directory / "model").exists():
         out.say(f"{directory} is finished: nothing to do")
         return 0
-    job = set_up(run, where, directory, found, out)
-    any_process(False, where)  # all have looked at the directory before one writes to it
-    if where.main:  # only now, so that a mistake in the arguments leaves nothing behind
+    job = set_up(run, where, directory, resume_from, out)
+    # No process writes to the directory before all have read it, and none writes before `set_up`
+    # has found the arguments to be right.
+    any_process(False, where)
+    if where.main:
         resume.write_config(run, directory, start)
     out.open(run.tracker, start)
-    with job.saver:  # what is being written is on disk before the group, or the process, ends
+    # The saver finishes its checkpoint before the process group, or the process, ends.
+    with job.saver:
         if start == 0:
             score(job, 0)
         done = optimise(job, start)
@@ -66,15 +77,16 @@ def train(run: config.Run, where: World) -> int:
 
 
 def optimise(job: Job, start: int) -> int:
-    """Steps start..steps-1, with logs, checkpoints and scores as configured; -> steps done.
+    """Run steps start..steps-1, log, save and score as configured, and return the steps done.
 
-    A signal ends the run after the step in hand, saved; a second Ctrl-C ends it at once.
+    A signal ends the run after the current step and saves it; a second Ctrl-C ends it at once.
     """
     run, where = job.run, job.where
     stop: list[float] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        # torchrun passes on what a terminal or SLURM has already sent to all: that is one signal.
+        # torchrun forwards a signal that a terminal or SLURM has sent to all processes already, so
+        # a second one within two seconds is the same.
         if stop and number == signal.SIGINT and time.monotonic() - stop[0] > 2:
             raise KeyboardInterrupt
         stop.append(time.monotonic())
@@ -85,9 +97,10 @@ def optimise(job: Job, start: int) -> int:
     feed = iter(loader(job, start))
     job.stages.begin()
     tokens, clock, logged = 0, time.perf_counter(), start
-    often = 0.1 if sys.stderr.isatty() else 30.0  # seconds between bars; a log keeps each
-    shown = {"desc": run.name, "disable": not where.main, "mininterval": often}
-    with tqdm(total=run.steps, initial=start, **shown) as bar:
+    # A log file keeps every bar that a terminal overwrites.
+    seconds = 0.1 if sys.stderr.isatty() else 30.0
+    options = {"desc": run.name, "disable": not where.main, "mininterval": seconds}
+    with tqdm(total=run.steps, initial=start, **options) as bar:
         for step in range(start, run.steps):
             result = guarded(job, step, feed)
             tokens += result.tokens
@@ -99,14 +112,15 @@ def optimise(job: Job, start: int) -> int:
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
                 tokens, clock, logged = 0, time.perf_counter(), done
             if run.eval_every and done % run.eval_every == 0 and done < run.steps:
-                score(job, done)  # before saving: what is saved has been logged
+                # Score before saving, so that a saved step has logged its score.
+                score(job, done)
                 job.stages.begin()
                 tokens, clock, logged = 0, time.perf_counter(), done
             stopped = any_process(bool(stop), where)
             if stopped or done == run.steps or (run.save_every and done % run.save_every == 0):
                 save(job, done)
             if stopped and done < run.steps:
-                job.out.say(f"stopped after step {done}, saved; go on with --resume")
+                job.out.say(f"stopped and saved after step {done}; continue with --resume")
                 return done
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -114,10 +128,10 @@ def optimise(job: Job, start: int) -> int:
 
 
 def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
-    """One optimiser step, whose failures say what to do.
+    """Run one optimiser step; advise if memory runs out, skip or stop if a number is not finite.
 
     Raises:
-        ValueError: out of memory; numbers that are not finite, by configuration.
+        ValueError: out of memory; NaN or infinity, unless the configuration skips such steps.
     """
     run = job.run
     try:
@@ -131,31 +145,29 @@ def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         raise ValueError(reason) from None
     if result.bad is None:
         return result
-    source = source_of(job, step)
-    said = f"step {step + 1}, source {source}: {result.bad}"
+    source, weight = source_of(job, step), result.bad.startswith("weight")
     job.out.metrics(step + 1, "skipped", {"source": source, "bad": result.bad})
-    if run.non_finite == "skip" and not result.bad.startswith("weight"):
-        job.out.say(f"skipped {said}")
+    if run.non_finite == "skip" and not weight:
+        job.out.say(f"skipped step {step + 1}, source {source}: non-finite {result.bad}")
         return result
-    if not result.bad.startswith("weight"):
-        save(job, step)  # what the step left as it was
+    if not weight:
+        # The step left weights and moments unchanged.
+        save(job, step)
     raise ValueError(
-        f"loss: expected finite numbers, got others at {said}; weights and moments are those "
-        "before it. A lower --optim.lr may help, --non-finite skip leaves such steps out"
+        f"non-finite {result.bad} at step {step + 1}, source {source}; the weights are those "
+        "before the step. Try a lower --optim.lr, or --non-finite skip to leave such steps out"
     )
 
 
 def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
-    """Gradients of all micro-batches and ranks, then one update."""
+    """Add the gradients of all micro-batches and ranks, then update the weights once."""
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    exits = enabled(run.model.exits, run.depth, step, run.steps)
-    weight_EM = weights(run, exits).to(where.device)
-    ranks = ranks_of(run, step)
+    weight_EM, ranks = weights(run).to(where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
-    tokens, queries = 0, [0] * len(exits)
+    tokens, queries = 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
@@ -166,94 +178,65 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
                 vectors = job.teacher.encode(batch.texts, queries=len(batch.target))
             batch = replace(batch, teacher_ND=vectors)
         for rank, share in ranks:
-            # Gradients are reduced over processes once a step, with its last backward.
+            seed = run.seed, 6, step, left, rank or 0
+            spec = LossSpec(rank, weight_EM, share / micro_batches, seed)
+            # Processes average their gradients once a step, in its last backward.
             sync = not left and rank == ranks[-1][0]
-            one_pass = Pass(step, exits, rank, weight_EM, share / micro_batches)
-            for name, loss_EM in add_gradients(
-                job, batch, one_pass, (left, rank or 0), sync
-            ).items():
+            for name, loss_EM in add_gradients(job, batch, spec, sync).items():
                 losses[name] = losses.get(name, 0) + loss_EM
         tokens += batch.tokens * where.size
-        here = [int((batch.query_depths >= exit).sum()) for exit in exits]
-        queries = [so_far + n for so_far, n in zip(queries, here, strict=True)]
+        for e, exit in enumerate(run.model.exits):
+            queries[e] += int((batch.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
-        norm, bad = update(job, step, losses, exits)
+        norm, bad = update(job, step, losses)
     if job.bank is not None:
         job.bank.commit() if bad is None else job.bank.discard()
-    return Step(exits, losses, weight_EM, queries, norm, tokens, bad)
+    return Step(losses, queries, norm, tokens, bad)
 
 
-def add_gradients(job: Job, batch: Batch, one: Pass, draw: tuple[int, int], sync: bool) -> Terms:
-    """Forward, loss and backward of a micro-batch at one rank -> its share of each loss_EM."""
+def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
+    """Forward, loss and backward of a micro-batch at one rank.
+
+    Args:
+        sync: whether this is the last backward of the step, which averages over processes.
+
+    Returns:
+        loss_EM of each term, times the share of this pass.
+    """
     run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
     packs = [pack.to(device) for pack in batch.packs]
-    keeps, again, final = gradcache.keeping(run, job.kept, packs, job.budget)
-    found: Terms = {}
+    keeps, recompute, final = gradcache.choose_graphs(run, job.cost, packs, job.budget)
+    shares: Terms = {}
 
     def forward(i: int, sync: bool) -> Tensor:
-        seed = run.seed, 6, one.step, *draw, where.rank, i
+        seed = *spec.seed, where.rank, i
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-        with job.stages.of("forward"), autocast, gradcache.drawing(seed, p, device):
-            return job.engine.forward(
-                packs[i], exits=one.exits, rank=one.rank, recompute=again[i], sync=sync
-            )
+        with job.stages.of("forward"), autocast, gradcache.seeded_dropout(seed, p, device):
+            return job.engine.forward(packs[i], rank=spec.rank, recompute=recompute[i], sync=sync)
 
     def loss(exits_END: Tensor) -> Tensor:
-        # On CUDA the loss's products are bf16 ones as well.
+        # On CUDA the products of the loss are in bf16, too.
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}
         with job.stages.of("loss"):
             if run.distill.contrastive:
-                terms["contrastive"] = loss_table(exits_END, batch, run, where, one.exits, job.bank)
+                terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
             if job.distiller is not None:
-                terms |= job.distiller.tables(exits_END, batch, run, where, one.exits)
-        found.update({name: loss_EM.detach() * one.share for name, loss_EM in terms.items()})
-        return one.share * weighted(run, one.weight_EM, terms)
+                terms |= job.distiller.tables(exits_END, batch, run, where)
+        shares.update({name: loss_EM.detach() * spec.share for name, loss_EM in terms.items()})
+        return spec.share * total_loss(run, spec.weight_EM, terms)
 
-    with job.stages.of("backward"):  # less forward and loss, which it calls
+    # The stage's time excludes forward and loss, which run inside.
+    with job.stages.of("backward"):
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
-    return found
-
-
-def record(job: Job, step: int, result: Step, rate: float, stage_ms: dict[str, float]) -> float:
-    """Log the losses of a step, averaged over processes; -> the weighted loss."""
-    losses, run = result.losses, job.run
-    if job.where.size > 1:
-        together = torch.stack(list(losses.values()))
-        torch.distributed.all_reduce(together)
-        losses = dict(zip(losses, together / job.where.size, strict=True))
-    loss, gradient = weighted(run, result.weight_EM, losses).item(), result.norm.item()
-    dims = run.model.matryoshka_dims
-    by_term = {
-        name: {
-            f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(dims, row, strict=True)}
-            for exit, row in zip(result.exits, loss_EM.tolist(), strict=True)
-        }
-        for name, loss_EM in losses.items()
-    }
-    contrastive = by_term.pop("contrastive", {})
-    values = {
-        "loss": loss,
-        "grad_norm": gradient,
-        "lr": learning_rate(step - 1, run),
-        "rank": ranks_of(run, step - 1)[-1][0],
-        "source": source_of(job, step - 1),
-        "tokens_per_second": rate,
-        "stage_ms": stage_ms,
-        # Of those that run as deep: each is a negative of the others.
-        "queries": {f"exit_{e}": n for e, n in zip(result.exits, result.queries, strict=True)},
-        "losses": contrastive,
-        **({"distilled": by_term} if by_term else {}),
-    }
-    job.out.metrics(step, "train", values)
-    return loss
+    return shares
 
 
 def save(job: Job, step: int) -> None:
-    """A checkpoint of everything that the next step depends on; all processes call it."""
+    """Write a checkpoint of all that the next step depends on; all processes call it."""
 
-    def write_beside(directory: Path) -> None:
+    def write_model_files(directory: Path) -> None:
         pretrained.describe(job.run.model, directory)
         tokenizer.save(job.tokenizer, directory, job.run.max_length)
 
@@ -262,12 +245,12 @@ def save(job: Job, step: int) -> None:
         tensors |= {BANK + name: x for name, x in job.bank.state().items()}
     if job.distiller is not None:
         tensors |= {DISTILLER + name: x for name, x in job.distiller.state().items()}
-    job.saver.save(step, tensors, write_beside)
+    job.saver.save(step, tensors, write_model_files)
 
 
-def whole(job: Job) -> Encoder | None:
-    """On the main process, an encoder with all the weights; all processes call it."""
-    model = job.engine.whole()
+def full_encoder(job: Job) -> Encoder | None:
+    """Return an encoder with all weights on the main process, else None; all processes call it."""
+    model = job.engine.full_model()
     if model is None:
         return None
     prompts = setup.prompts(job.run)
@@ -275,39 +258,40 @@ def whole(job: Job) -> Encoder | None:
 
 
 def score(job: Job, step: int) -> None:
-    """Score the full size (the whole grid comes at the end)."""
-    if not job.tasks or (encoder := whole(job)) is None:
+    """Log the score of the full size; `finish` scores the whole grid."""
+    if not job.tasks or (encoder := full_encoder(job)) is None:
         return
     shape = job.run.model
     full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.grid(encoder, job.tasks, *full, costs=False)
+    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
     percent = charts.mean_score(cell)
     job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
     job.out.say(f"step {step}: score {percent:.1f} % at full size")
 
 
 def finish(job: Job) -> None:
-    """Score the grid, write report/ and model/, and say how to go on."""
+    """Score the grid, write report/ and model/, and print the next commands."""
     run, directory, out = job.run, job.directory, job.out
-    if (encoder := whole(job)) is None:
+    if (encoder := full_encoder(job)) is None:
         return
     if job.tasks:
         began = time.perf_counter()
-        cells = grid.grid(encoder, job.tasks, progress=sys.stderr.isatty())
-        first = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
-        untrained = first[0]["tasks"] if first else {}
+        scored = grid.score_grid(encoder, job.tasks, progress=sys.stderr.isatty())
+        scores = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
+        untrained = scores[0]["tasks"] if scores else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        tables.write_report(directory / "report", cells, extra)
-        out.say(f"\n{tables.table(cells)}\n\n{tables.by_kind(cells[-1]['scores'], untrained)}")
-        spent = time.perf_counter() - began
-        out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {spent:.0f} s)")
+        tables.write_report(directory / "report", scored, extra)
+        by_kind = tables.by_kind(scored.cells[-1]["scores"], untrained)
+        out.say(f"\n{scored.table()}\n\n{by_kind}")
+        seconds = time.perf_counter() - began
+        out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {seconds:.0f} s)")
     worst = export(encoder, directory / "model", source=str(directory))
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
-    here, python = Path.cwd(), Path(sys.executable)
-    python = python.relative_to(here) if python.is_relative_to(here) else python
+    cwd, python = Path.cwd(), Path(sys.executable)
+    python = python.relative_to(cwd) if python.is_relative_to(cwd) else python
     out.say(
-        f"model   {directory}/model: sentence-transformers and transformers open it, "
+        f"model   {directory}/model: opens in sentence-transformers and transformers, "
         f"vectors within {worst:.0e}\n"
         f'encode  {python} -m mlembed encode {directory} "Wednesday, May 4, 2050"\n'
         f"export  {python} -m mlembed export {directory} OUT --dim {dim} --exit {exit}\n"
@@ -315,13 +299,7 @@ def finish(job: Job) -> None:
     )
 
 
-def main() -> int:
-    run = arguments.parse(sys.argv[1:])
-    with world(run.device) as where:
-        return train(run, where)
-
-
 if __name__ == "__main__":
-    with log.one_line_errors():
-        status = main()
+    with one_line_errors(), world(RUN.device) as where:
+        status = train(RUN, where)
     sys.exit(status)

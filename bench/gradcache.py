@@ -143,15 +143,13 @@ def cached_step(
         The loss, and the share of the tokens that were encoded twice.
     """
     device = packs[0].plan.buffer.device
-    keeps, again, final = gradcache.keeping(run, kept, packs, budget)
+    keeps, again, final = gradcache.choose_graphs(run, kept, packs, budget)
     total: list[Tensor] = []
 
     def forward(i: int, sync: bool) -> Tensor:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-        with autocast, gradcache.drawing((run.seed, 6, i), run.model.dropout, device):
-            return engine.forward(
-                packs[i], exits=run.model.exits, rank=None, recompute=again[i], sync=sync
-            )
+        with autocast, gradcache.seeded_dropout((run.seed, 6, i), run.model.dropout, device):
+            return engine.forward(packs[i], rank=None, recompute=again[i], sync=sync)
 
     def loss(exits_END: Tensor) -> Tensor:
         exits_END.register_hook(lambda grad: mark("backward"))
@@ -188,7 +186,7 @@ class Cached(Trained):
         self.run, self.keep, self.half = replace(run, gradient_cache=True), keep, half
         device = model.device
         self.engine = Engine.of(model, self.run, World(0, 1, device), half)
-        self.kept = ActivationCost.by(model, half)
+        self.kept = ActivationCost.measure(model, half)
         self.budget, self.twice = 0.0, 0.0
 
     def __call__(self, inputs: Texts, backward: bool) -> Tensor:
@@ -290,7 +288,10 @@ def packed(
     model.train()
     batch = checked.batch_of(check)
     packs = [some.to(device) for some in batch.packs]
-    kept, engine = ActivationCost.by(model, half), Engine.of(model, run, World(0, 1, device), half)
+    kept, engine = (
+        ActivationCost.measure(model, half),
+        Engine.of(model, run, World(0, 1, device), half),
+    )
     budget = budget_of(keep, kept, packs, run)
     loss, _ = cached_step(engine, run, batch, packs, kept, budget, half)
     grads = {name: p.grad.cpu() for name, p in model.named_parameters()}  # type: ignore[union-attr]

@@ -47,10 +47,10 @@ WORDS = 30_000  # of the synthetic language
 Words = tuple[float, float, int, int]  # of a text: median, sigma of the log, least, most
 # Parts of a batch: the time of a function (of a file) with all that it calls.
 PARTS = {
-    "draw": "drawn_rows",
+    "draw": "draw_rows",
     "read": "items",
-    "tokenise": "tokenised",
-    "share out": "shared_out",
+    "tokenise": "tokenise",
+    "share out": "even_shares",
     "pack": "pack",
     "of it attention plan": "of@plan",
     "of it token index": "of@token_index",

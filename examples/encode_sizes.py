@@ -1,4 +1,4 @@
-"""Compare one model at several sizes: how similar are translations, and unrelated texts?
+"""Compare one model at several sizes by the similarity of translations and of unrelated texts.
 
 python examples/encode_sizes.py [MODEL]
 """

@@ -1,8 +1,8 @@
 """The operations that make 3D Matryoshka training expensive; they know nothing of mlembed.
 
-Each file holds one operation: its mathematics, its plain PyTorch reference `x_ref` (the
-specification that every faster implementation is held to) and the public function `x`. Files that
-begin with _ are what they share, and the Triton behind them, imported only when asked for.
+Each public module holds one operation: its mathematics, its plain PyTorch reference `x_ref` (the
+specification that faster implementations are compared with) and the public function `x`. Modules
+that begin with _ hold shared code and the Triton kernels, which are imported at their first use.
 """
 
 from mlembed_kernels.attention.attention import attention, attention_ref
@@ -16,18 +16,7 @@ from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_r
 
 __version__ = "0.1.0"
 __all__ = [
-    "TokenIndex",
-    "AttentionPlan",
-    "attention",
-    "attention_ref",
-    "cosine",
-    "cosine_ref",
-    "distill",
-    "distill_ref",
-    "embed",
-    "embed_ref",
-    "infonce",
-    "infonce_ref",
-    "pairwise_lse",
+    "AttentionPlan", "TokenIndex", "attention", "attention_ref", "cosine", "cosine_ref", "distill",
+    "distill_ref", "embed", "embed_ref", "infonce", "infonce_ref", "pairwise_lse",
     "pairwise_lse_ref",
-]
+]  # fmt: skip

@@ -3,12 +3,11 @@
 import sys
 from importlib import import_module
 
-import tyro
-
 COMMANDS = {
-    "encode": "texts to vectors, at any width, depth and vocabulary rank",
+    "train": "train a model by a recipe, with the train.py of a checkout",
+    "encode": "encode texts at any width, depth and vocabulary rank",
     "evaluate": "score a model over every size",
-    "export": "write a cut of a model for sentence-transformers, transformers and onnxruntime",
+    "export": "write a model of one size for sentence-transformers, transformers and onnxruntime",
     "report": "make an HTML page of a run's scores and costs",
     "mine": "find hard negatives for pairs",
     "merge": "average models of one shape",
@@ -18,12 +17,17 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """Return the text of `mlembed --help`."""
     lines = [f"  {name:<9} {about}" for name, about in COMMANDS.items()]
     return "usage: mlembed COMMAND ...\n\n" + "\n".join(lines) + "\n\nmlembed COMMAND --help"
 
 
 def main() -> int:
-    """Run the command that the first argument names. Return the exit status."""
+    """Run the command that the first argument names. Return the exit status.
+
+    A command's file is imported when it runs, and what needs torch only once its arguments are
+    read, so that help and mistakes are answered quickly.
+    """
     name, rest = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         print(usage())
@@ -31,10 +35,16 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"error: command: expected one of {', '.join(COMMANDS)}, got {name}", file=sys.stderr)
         return 1
-    from .runtime import log
+    from .runtime.errors import one_line_errors
 
-    with log.one_line_errors():
-        tyro.cli(import_module(f"mlembed.cli.{name}").main, prog=f"mlembed {name}", args=rest)
+    with one_line_errors():
+        command = import_module(f"mlembed.cli.{name}")
+        if name == "train":  # Its arguments are a run's keys, which have a parser of their own.
+            command.main(rest)
+        else:
+            import tyro
+
+            tyro.cli(command.main, prog=f"mlembed {name}", args=rest)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Batches to try packed attention on, what it gives for them, and how close to float64 that is."""
+"""Batches for packed attention, its results for them, and a test of their distance to float64."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,7 +31,7 @@ def on(device: str, dtype: torch.dtype, qkv: Qkv) -> list[Tensor]:
 
 
 def bounds(lengths: list[int], device: str | torch.device = "cpu") -> Tensor:
-    """cu_seqlens"""
+    """Return cu_seqlens."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
@@ -42,7 +42,7 @@ def cotangent(shape: Sequence[int], like: Tensor) -> Tensor:
 def results(
     function: Callable[..., Tensor], qkv: Qkv, *, do: Tensor | None = None, **options
 ) -> dict[str, Tensor]:
-    """Output and the gradients of q, k, v for a fixed random cotangent."""
+    """Return output and gradients of q, k, v for a fixed random cotangent."""
     leaves = [x.detach().requires_grad_() for x in qkv]
     out = function(*leaves, **options)
     do = cotangent(out.shape, out) if do is None else do
@@ -54,7 +54,7 @@ def triton(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 def run(qkv: Qkv, lengths: list[int], causal: bool = True, **options) -> dict[str, Tensor]:
-    """By Triton, where it runs; in fp32 unless the inputs are of less."""
+    """Run Triton's attention, in fp32 unless the inputs are narrower."""
     if qkv[0].dtype == torch.float64:
         qkv = on(DEVICE, torch.float32, qkv)
     options = {"cu_seqlens": bounds(lengths), "causal": causal, **options}
@@ -77,12 +77,12 @@ def rows_of(lengths: list[int], chosen: Sequence[int]) -> Tensor:
 def assert_as_exact(
     got: dict[str, Tensor], qkv: Qkv, lengths: list[int], *, cancels: bool = False, **options
 ) -> None:
-    """No further from float64 than the plain loop in the same dtype is, fed the same bits, and a
-    few roundings. Of half precision one, of fp32 four (sums in another order), and what is in fp32
-    in any dtype: a score near z, less the logarithm of a sum, is known to a step of z there; the
+    """Assert errors of at most the plain loop's in the same dtype on the same bits, and a few
+    roundings: one of half precision, four of fp32 (sums in another order), and of what is fp32 in
+    any dtype: a score near z, less the logarithm of a sum, is known to a step of z there; the
     gradient of scores is a difference, dp - delta, of numbers that may be larger than it.
 
-    cancels: gradients are nought but for the rounding of what they are sums of.
+    cancels: gradients are 0 except for the rounding of their summands.
     """
     dtype = got["out"].dtype
     options = {"cu_seqlens": bounds(lengths), **options}

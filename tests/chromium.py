@@ -1,4 +1,4 @@
-"""Headless Chromium over DevTools' pipe: opens one page and says what it did."""
+"""Headless Chromium over DevTools' pipe: opens one page and records its events."""
 
 import base64
 import json
@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATH = next((found for name in NAMES if (found := shutil.which(name))), None)
+PATH = next(filter(None, map(shutil.which, NAMES)), None)
 
-# DevTools' pipe is file descriptors 3 and 4 of the process; either may be the other's here.
+# DevTools' pipe is file descriptors 3 and 4 of the browser; here each may have the other number.
 HAND_OVER = """
 import fcntl, os, sys
 high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
@@ -21,7 +21,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """A file, opened. `seen`: every event so far; `requests` and `complaints` are read from it."""
+    """A file in the browser. `seen`: all events, from which `requests` and `complaints` select."""
 
     def __init__(self, path, profile):
         to_it, mine = os.pipe()
@@ -57,7 +57,7 @@ class Page:
 
     def _message(self):
         while b"\0" not in self.buffer:
-            assert select.select([self.reader], [], [], 60)[0], "Chromium said nothing for a minute"
+            assert select.select([self.reader], [], [], 60)[0], "no message for a minute"
             more = os.read(self.reader, 1 << 20)
             assert more, "Chromium ended"
             self.buffer += more
@@ -76,13 +76,8 @@ class Page:
         return answer["result"]
 
     def open(self, width, scheme="light", media="screen", height=800):
-        self.ask(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", media=media, features=features)
         first = len(self.seen)
@@ -91,15 +86,9 @@ class Page:
             self.seen.append(self._message())
 
     def value(self, expression):
-        answer = self.ask(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
+        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    def screenshot(self, **clip):
-        extra = {"clip": {**clip, "scale": 1}, "captureBeyondViewport": True} if clip else {}
-        return base64.b64decode(self.ask("Page.captureScreenshot", **extra)["data"])
 
     def pdf(self):
         return base64.b64decode(self.ask("Page.printToPDF", preferCSSPageSize=True)["data"])
@@ -109,14 +98,11 @@ class Page:
 
     @property
     def requests(self):
-        """Addresses that were asked for, without what is in the page itself."""
+        """Requested addresses, without those that hold their own data."""
         urls = [e["request"]["url"] for e in self.events("Network.requestWillBeSent")]
         return [url for url in urls if not url.startswith("data:")]
 
     @property
     def complaints(self):
-        return (
-            self.events("Runtime.consoleAPICalled")
-            + self.events("Runtime.exceptionThrown")
-            + self.events("Log.entryAdded")
-        )
+        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        return [event for kind in kinds for event in self.events(kind)]

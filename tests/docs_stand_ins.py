@@ -18,7 +18,7 @@ from mlembed.modeling import pretrained
 SMALLER = {"--steps": "4", "--batch-size": "8", "--precision": "fp32"}
 # Options of those that print none: the built-in text takes long to make and to score.
 DEFAULTS = {"--data": "pairs.jsonl", "--eval": "tatoeba_dir"}
-# Options of some recipes besides.
+# Further options of some recipes.
 BESIDES = {
     # LaBSE's vocabulary has 501,153 rows.
     r"lealla-": ["--init", "google-bert/bert-base-uncased"],

@@ -1,13 +1,17 @@
-"""Random models of every kind that is exported, and texts that tell them apart."""
+"""Random models of every kind that can be exported, and texts on which they differ."""
 
-from factories import randomise
+import json
+from pathlib import Path
+from typing import Any
+
+from factories import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
-from mlembed.modeling.transformer import Transformer
+from mlembed.modeling import pretrained
 
 TRAINED_ON = [
     "Wednesday, May 4, 2050",
@@ -16,8 +20,8 @@ TRAINED_ON = [
     "比利时、哈萨克斯坦或赞比亚",
     "один два три четыре пять",
 ]
-# From no token but EOS to ten times max_length, in several scripts; unseen bytes; space around a
-# text, which readers must not strip; a special token's name.
+# From EOS alone to ten times max_length, in several scripts; unseen bytes; spaces around a text,
+# which readers must not strip; a special token's name.
 TEXTS = [
     "",
     "a",
@@ -47,7 +51,7 @@ SHAPE = {
     "ranks": (3, 11),
 }
 BERT = {"style": "bert", "causal": False, "num_key_value_heads": 4, "head_dim": 6}
-# LaBSE's, MiniLM's and GTE's, and XLM-R's shape, beside Qwen3's as it is and looking both ways.
+# The shapes of Qwen3, causal and bidirectional, of LaBSE, of MiniLM and GTE, and of XLM-R.
 KINDS = {
     "qwen3": {},
     "qwen3 both ways": {"causal": False, "pooling": "mean"},
@@ -58,29 +62,48 @@ KINDS = {
 
 
 def tokens_of(kind: str) -> Tokenizer:
-    """A tokenizer as such models have: texts end in EOS, or are between two tokens."""
+    """Return a tokenizer like that of the kind: it adds EOS, or a token on either side."""
     if "qwen3" in kind:
         return tokenizer.train(TRAINED_ON * 2, 290)
-    # XLM-R counts positions by its padding token, which is the second.
+    # XLM-R's positions begin after its padding token, the second one.
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     if kind != "xlm-roberta":
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     first, last = (special[0], special[2]) if kind == "xlm-roberta" else special[2:]
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(TRAINED_ON * 2, trainer)
-    ends = [(token, made.token_to_id(token)) for token in (first, last)]
-    made.post_processor = TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
-    return made
+    bpe.train_from_iterator(TRAINED_ON * 2, trainer)
+    ends = [(token, bpe.token_to_id(token)) for token in (first, last)]
+    bpe.post_processor = TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
+    return bpe
 
 
 def build(kind: str = "qwen3", tokens: Tokenizer | None = None, **changes) -> Encoder:
-    """An encoder of one of KINDS, with changes to its shape."""
+    """Return an encoder of one of KINDS, with changes to its shape."""
     tokens = tokens or tokens_of(kind)
     shape = {"vocab_size": tokens.get_vocab_size(), **SHAPE, **KINDS[kind], **changes}
-    return Encoder(randomise(Transformer(config.Model(**shape))), tokens, MAX_LENGTH)
+    return Encoder(random_model(config.Model(**shape)), tokens, MAX_LENGTH)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_model(encoder: Encoder, path: Path) -> Path:
+    """Write a model directory, which is what the command exports."""
+    path.mkdir()
+    pretrained.save(encoder.model, path)
+    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
+    return path
+
+
+def files_below(path: Path) -> dict[str, bytes | None]:
+    """Return the contents of everything below a directory, hidden files included."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")
+    }

@@ -1,5 +1,4 @@
-"""Compiles every launch for Hopper (sm_90a), without a GPU, and asserts of each what it needs to be
-fast and right: no CPU run can show it.
+"""Compile every launch for Hopper (sm_90a), without a GPU, and check that it can be fast and right.
 
     python tests/hopper.py [CASE...] -> violations, then one line with their number
 
@@ -126,7 +125,7 @@ def variants() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"embed-odd-{kind}{dtype}", partial(embed, factors, half, sizes, 65)
 
 
-# Beside the benches' cases: those that need most registers, each kernel, each dtype.
+# Added to the benches' cases: those that need most registers, each kernel, each dtype.
 FEW = (
     *("1024-rows-fp16", "1024-both-masks-bf16", "256-rows-masks-bf16", "256-both-masks-fp32"),
     *("mse-bf16", "kl-fp32", "cosine-1-bf16", "cosine-4-bf16"),

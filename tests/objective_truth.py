@@ -1,17 +1,59 @@
 """Every objective in float64, text by text, from the formulas alone; and batches to try them on."""
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from factories import tiny_run, tiny_tokenizer
 
-from mlembed.config import Loss, Model, Run
+from mlembed.config import Depth, Loss
 from mlembed.data.collate import collate
+from mlembed.data.tables import Table, text_id
+from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training.objective.loss import loss_table
 
 ALONE = World(0, 1, torch.device("cpu"))
-EXITS, DIMS, D = (1, 2), (3, 8, 13), 13  # the width is a prime, as no tile is
+EXITS, DIMS, D = (1, 2), (3, 8, 13), 13  # Tiles are never as wide as a prime.
+
+# ---- a run, its text and its model ----
+
+
+@cache
+def tables_and_tokenizer():
+    """Return pairs with 0 to 3 hard negatives, n-way ids, and a tokenizer of both."""
+    texts, starts, ids = [], [0], []
+    for i in range(24):
+        texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
+        starts.append(len(texts))
+        ids += [text_id(f"positive {i % 20}")] * 2
+        ids += [text_id(text) for text in texts[len(ids) :]]
+    pairs = Table("pairs", False, texts, np.array(ids), np.array(starts))
+    texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
+    groups = np.array([text_id("nway", text.split()[1]) for text in texts])
+    nway = Table("nway", True, texts, groups, np.arange(0, 61, 3))
+    return [pairs, nway], tiny_tokenizer([*pairs.texts, *nway.texts])
+
+
+def training(dtype, symmetric, skip, **loss):
+    """Return a run of four steps with every nesting, its tables, tokenizer and model.
+
+    skip: some groups leave after the first layer, and texts are in more packs than two.
+    """
+    tables, tokens = tables_and_tokenizer()
+    directions = "symmetric" if symmetric else "query_to_doc"
+    run = tiny_run(
+        {"vocab_size": tokens.get_vocab_size(), "ranks": (4, 8)},
+        loss=Loss(num_negatives=2, directions=directions, **loss),
+        depth=Depth(exits=(1, 2), shares=(0.3, 0.7)) if skip else Depth(),
+        steps=4,
+        batch_size=8,
+        pack_tokens=20 if skip else 131_072,
+    )
+    torch.manual_seed(0)
+    return run, tables, tokens, Transformer(run.model).to(dtype)
+
 
 # ---- batches of vectors ----
 
@@ -27,20 +69,20 @@ class Texts(NamedTuple):
 
 
 def texts(negatives, skip=False, same=(), dtype=torch.float64, seed=0):
-    """same: pairs (row, other row), whose id the first has as well."""
-    groups, row = [], 0
-    for n in negatives:
-        groups.append(list(range(row, row + 2 + n)))
-        row += 2 + n
-    ids = np.arange(100, 100 + row)
+    """Return groups of `negatives` hard negatives each. same: pairs of rows with equal ids."""
+    ends = np.cumsum([2 + n for n in negatives]).tolist()
+    groups = [list(range(end - 2 - n, end)) for end, n in zip(ends, negatives, strict=True)]
+    rows = ends[-1]
+    ids = np.arange(100, 100 + rows)
     for group in groups:
         ids[group[1]] = ids[group[0]]
     for one, other in same:
         ids[one] = ids[other]
     rng = np.random.default_rng(seed)
     depths = np.where(np.arange(len(groups)) % 3 == 1, 1, 2) if skip else np.full(len(groups), 2)
-    vectors = torch.from_numpy(rng.normal(size=(2, row, D)) * rng.uniform(0.1, 9, (2, row, 1)))
-    scores = rng.integers(0, 5, len(groups)) / 4  # with ties
+    vectors = torch.from_numpy(rng.normal(size=(2, rows, D)) * rng.uniform(0.1, 9, (2, rows, 1)))
+    # Some scores are equal.
+    scores = rng.integers(0, 5, len(groups)) / 4
     return Texts(vectors.to(dtype), groups, ids, depths, scores)
 
 
@@ -54,61 +96,64 @@ def ragged(skip=False):
     return texts(RAGGED, skip, SAME)
 
 
-def batch_of(told, task, where=ALONE, **options):
+def batch_of(sample, task, where=ALONE, **options):
     return collate(
-        told.groups, lambda row: np.full(1 + row % 3, row), told.ids, told.depths, None,
+        sample.groups, lambda row: np.full(1 + row % 3, row), sample.ids, sample.depths, None,
         rank=where.rank, size=where.size, max_tokens=11, source="s", task=task,
-        scores=told.scores if task == "sts" else None, **options,
+        scores=sample.scores if task == "sts" else None, **options,
     )  # fmt: skip
 
 
 def run_of(dims=DIMS, exits=EXITS, **loss):
-    shape = Model(hidden_size=D, num_hidden_layers=2, exits=exits, matryoshka_dims=dims)
-    return Run(model=shape, loss=Loss(**loss))
+    shape = {"hidden_size": D, "exits": exits, "matryoshka_dims": dims}
+    return tiny_run(shape, loss=Loss(**loss))
 
 
-def table(told, task, run, where=ALONE, bank=None, **options):
-    """-> (loss_EM, its gradient by row of the table, 0 for those of other processes)."""
-    batch = batch_of(told, task, where, **options)
-    leaf = told.vectors.clone().requires_grad_()
+def weighted_sum(loss_EM):
+    """Return the sum with different weights, so that exits and prefixes cannot be confused."""
+    return (loss_EM * torch.arange(1.0, 1 + loss_EM.numel()).view_as(loss_EM).to(loss_EM)).sum()
+
+
+def table(sample, task, run, where=ALONE, bank=None, **options):
+    """Return loss_EM and its gradient by row, 0 for rows of other processes."""
+    batch = batch_of(sample, task, where, **options)
+    leaf = sample.vectors.clone().requires_grad_()
     of_packs = batch.rows[batch.place.argsort()]
     loss_EM = loss_table(leaf[:, of_packs], batch, run, where, bank=bank)
-    cotangent = torch.arange(1.0, 1 + loss_EM.numel()).view_as(loss_EM).to(loss_EM)
-    (loss_EM * cotangent).sum().backward()
+    weighted_sum(loss_EM).backward()
     return loss_EM.detach(), leaf.grad
 
 
 # ---- the formulas, text by text ----
 
 
-def truth(told, task, loss):
-    """As `table`, on one process: sums of exponentials in float64, no logarithm before the last."""
-    leaf = told.vectors.clone().double().requires_grad_()
+def truth(sample, task, loss):
+    """Return what `table` does from sums of exponentials in float64, one logarithm at the end."""
+    leaf = sample.vectors.clone().double().requires_grad_()
     rows = [
-        [one_loss(told, leaf[e, :, :d], task, loss, exit) for d in DIMS]
+        [one_loss(sample, leaf[e, :, :d], task, loss, exit) for d in DIMS]
         for e, exit in enumerate(EXITS)
     ]
     loss_EM = torch.stack([torch.stack(row) for row in rows])
-    cotangent = torch.arange(1.0, 1 + loss_EM.numel(), dtype=torch.float64).view_as(loss_EM)
-    (loss_EM * cotangent).sum().backward()
+    weighted_sum(loss_EM).backward()
     return loss_EM.detach(), leaf.grad
 
 
-def one_loss(told, x, task, loss, exit):
-    t, ids = loss.temperature, told.ids
-    here = [i for i in range(len(told.groups)) if told.depths[i] >= exit]
-    groups = [told.groups[i] for i in here]
+def one_loss(sample, x, task, loss, exit):
+    t, ids = loss.temperature, sample.ids
+    present = [i for i in range(len(sample.groups)) if sample.depths[i] >= exit]
+    groups = [sample.groups[i] for i in present]
     unit = x / (x * x).sum(1, keepdim=True).sqrt()
     cos = unit @ unit.T
     s = (cos / t).exp()
     zero = x.sum() * 0
     if task == "sts":
-        z = {i: cos[told.groups[i][0], told.groups[i][1]] / t for i in here}
-        pairs = [(i, j) for i in here for j in here if told.scores[i] > told.scores[j]]
+        z = {i: cos[sample.groups[i][0], sample.groups[i][1]] / t for i in present}
+        pairs = [(i, j) for i in present for j in present if sample.scores[i] > sample.scores[j]]
         return (1 + zero + sum((z[j] - z[i]).exp() for i, j in pairs)).log()
 
     def over(a, others):
-        """Sum of exp(cos / t) of text a with others, less those of its id."""
+        """Sum exp(cos / t) of text a with the others of different ids."""
         return zero + sum(s[a, b] for b in others if ids[b] != ids[a])
 
     positives = [p for _, p, *_ in groups]

@@ -93,7 +93,7 @@ def run(
 def gloo(size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list:
     """Return what `function(where, *args)` returned in each process of a gloo group, by rank.
 
-    The function is a global one of a test file, which each process loads anew; it runs inside
+    The function is a global one of a test file, which each process loads again; it runs inside
     `distributed.world`. A warning or a traceback in any process is a failure.
     """
     path, name = function.__code__.co_filename, function.__qualname__

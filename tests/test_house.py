@@ -1,5 +1,5 @@
-"""The architecture: which wing imports which, a specification beside each kernel, files that fit in
-a head, and no second home for a helper."""
+"""The architecture: imports between wings, a reference for each kernel, sizes of files and folders,
+and one home for each helper."""
 
 import ast
 import importlib
@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
+import mlembed
 import mlembed_kernels
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 550
-MOST_MODULES = 14  # of a folder
+MOST_MODULES = 14
 
 # A wing imports itself and the wings that its row names. docs/design.md says what each one holds.
 WINGS = {
     "kernels": "",
-    "config": "",
-    "runtime": "config",
+    "runtime": "",
+    "config": "runtime",
     "data": "kernels config runtime",
     "modeling": "kernels config runtime data",
     "training": "kernels config runtime data modeling",
@@ -34,7 +35,7 @@ WINGS = {
     "integrations": "kernels config modeling",
     "cli": "config runtime data modeling training inference evaluation publishing",
 }
-# Packages besides the standard library that kernels/ imports, and those behind an impl of its own.
+# Packages that kernels/ imports, and those of optional backends.
 KERNELS_KNOW = {"torch", "triton", "einops"}
 BACKENDS = {"_backends.py": {"flash_attn", "xformers"}}
 
@@ -95,25 +96,25 @@ def imports(path: Path) -> frozenset[str]:
 
 def modules_in(path: Path) -> set[str]:
     """Return the modules of this repository that a file imports."""
-    found = {name for name in imports(path) if name in MODULES} - {module_of(path)}
+    names = {name for name in imports(path) if name in MODULES} - {module_of(path)}
     # `from .wing import module` names the package as well; only its own symbols count as its use.
     return {
         name
-        for name in found
-        if MODULES[name].name != "__init__.py" or defines(MODULES[name], name, imports(path))
+        for name in names
+        if MODULES[name].name != "__init__.py" or defines(name, imports(path))
     }
 
 
-def defines(package: Path, name: str, imported: frozenset[str]) -> bool:
-    wanted = {full for full in imported if full.startswith(f"{name}.") and full not in MODULES}
-    return bool(wanted)
+def defines(name: str, imported: frozenset[str]) -> bool:
+    """Return whether a file that imports these names takes a symbol of the package itself."""
+    return any(full.rpartition(".")[0] == name and full not in MODULES for full in imported)
 
 
 # ---- who imports whom ----
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda p: module_of(p))
-def test_a_wing_imports_only_the_wings_above_it(path):
+def test_wing_imports_only_wings_above_it(path):
     module = module_of(path)
     wing = wing_of(module)
     for name in modules_in(path):
@@ -123,13 +124,13 @@ def test_a_wing_imports_only_the_wings_above_it(path):
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: module_of(p))
-def test_kernels_know_torch_triton_and_themselves(path):
+def test_kernels_import_torch_and_triton_alone(path):
     known = {"mlembed_kernels", *KERNELS_KNOW, *BACKENDS.get(path.name, ())}
     for name in imports(path):
         assert name.partition(".")[0] in known | sys.stdlib_module_names, name
 
 
-def test_no_two_files_import_each_other_in_a_loop():
+def test_imports_have_no_cycles():
     after = {module_of(path): modules_in(path) for path in [*PRODUCT, *BENCH]}
     while after:
         free = [name for name, needs in after.items() if not needs & after.keys()]
@@ -138,7 +139,7 @@ def test_no_two_files_import_each_other_in_a_loop():
             del after[name]
 
 
-def test_kernels_are_imported_under_their_own_name():
+def test_kernels_are_imported_as_mlembed_kernels():
     """`import kernels` would find Hugging Face's package, or hide it."""
     for path in FILES:
         assert "kernels" not in {name.partition(".")[0] for name in imports(path)}, path
@@ -147,14 +148,14 @@ def test_kernels_are_imported_under_their_own_name():
 # ---- one home for everything ----
 
 
-def test_no_drawer_for_everything():
+def test_helpers_have_one_home():
     names = {path.stem for path in [*PRODUCT, *BENCH]}
     assert not names & {"utils", "util", "common", "misc", "helpers", "registry", "factory"}
     for one in ("files", "cache", "search", "readers"):
         assert len([path for path in PRODUCT if path.stem == one]) <= 1, one
 
 
-def test_no_folder_is_a_street_of_doors():
+def test_folders_have_few_modules():
     folders = {path.parent for path in [*PRODUCT, *BENCH]}
     crowded = {
         str(folder.relative_to(ROOT)): len(modules)
@@ -165,7 +166,7 @@ def test_no_folder_is_a_street_of_doors():
     assert not crowded
 
 
-def test_no_file_is_too_long():
+def test_files_are_short():
     assert len(FILES) > len(PRODUCT)
     long = {
         path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > MOST_LINES
@@ -181,7 +182,7 @@ HIDDEN = [path for path in KERNELS if path.name.startswith("_") and path.name !=
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_kernel_has_its_specification_its_name_and_its_test(name):
+def test_kernel_has_a_reference_and_a_test(name):
     public, reference = getattr(mlembed_kernels, name), getattr(mlembed_kernels, f"{name}_ref")
     module = importlib.import_module(public.__module__)
     assert getattr(module, f"{name}_ref") is reference
@@ -204,7 +205,7 @@ def test_a_kernel_has_its_specification_its_name_and_its_test(name):
 
 
 @pytest.mark.parametrize("path", HIDDEN, ids=lambda p: module_of(p))
-def test_what_several_kernels_share_stays_inside(path):
+def test_shared_parts_of_kernels_are_private(path):
     module = module_of(path)
     assert ast.get_docstring(ast.parse(path.read_text()))
     assert [p for p in KERNELS if module in imports(p)]
@@ -212,8 +213,9 @@ def test_what_several_kernels_share_stays_inside(path):
         assert other in KERNELS or module not in imports(other), other
 
 
-def test_kernels_say_their_version():
-    assert re.fullmatch(r"\d+\.\d+\.\d+", mlembed_kernels.__version__)
+def test_kernels_have_the_version_of_mlembed():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mlembed.__version__)
+    assert mlembed_kernels.__version__ == mlembed.__version__
     assert len(set(mlembed_kernels.__all__)) == len(mlembed_kernels.__all__)
 
 
@@ -231,7 +233,7 @@ def test_reading_text_and_files_needs_no_triton():
     fresh("import sys; sys.modules['triton'] = None; import mlembed." + ", mlembed.".join(names))
 
 
-def test_our_folder_does_not_stand_in_for_hugging_faces_kernels():
+def test_our_folder_is_not_taken_for_hugging_faces_kernels():
     code = (
         "import transformers; from transformers.utils import is_kernels_available as f; print(f())"
     )
@@ -246,6 +248,10 @@ def test_our_folder_does_not_stand_in_for_hugging_faces_kernels():
 
 def test_makefile_trains_and_tests():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in re.findall(r"\b(?:tests|bench)/[\w/]+\.py", makefile):
+        assert (ROOT / path).is_file(), path
+    names = makefile.partition("$(addprefix tests/,")[2].partition(")")[0].split()
+    assert names and all((ROOT / "tests" / n).exists() for n in names if n != "\\")
     for target in ("train", "test"):
         assert re.search(rf"^{target}\s*:", makefile, re.MULTILINE), target
         said = subprocess.run(

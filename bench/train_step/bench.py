@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlembed import config
 from mlembed.modeling.transformer import Transformer
-from mlembed.training.gradcache import ActivationCost, recomputed
+from mlembed.training.gradcache import ActivationCost, layers_to_recompute
 from mlembed.training.optim import adamw, to_weights
 
 from ..harness import TRAIN
@@ -73,7 +73,7 @@ def ours(
     elif compiled:
         compile_for(model, device, lean=keep == "selective")
     half = device.type == "cuda" or weights == "bf16"
-    kept = ActivationCost.by(model, half) if keep == "selective" else None
+    kept = ActivationCost.measure(model, half) if keep == "selective" else None
     loss = partial(our_loss, run=run, kept=kept, deep=deep, half=half)
     return Trained(model, adamw(model, run.optim), loss, before)
 
@@ -95,7 +95,7 @@ def our_loss(
     half: bool,
 ) -> Tensor:
     batch, packs = inputs.packs(deep)
-    again = recomputed(run, kept, packs, run.activation_gib * 2**30)
+    again = layers_to_recompute(run, kept, packs, run.activation_gib * 2**30)
     return packed_loss(step.model, run, batch, packs, again, half, lambda name: step.mark(name))
 
 

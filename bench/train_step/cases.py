@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from mlembed import config
 from mlembed.config import recipes, shapes
 from mlembed.data.collate import Batch, collate
-from mlembed.data.depth import drawn
+from mlembed.data.depth import draw_depths
 from mlembed.data.packing import PackedBatch
 from mlembed.modeling.transformer import num_parameters
 from mlembed_kernels import TokenIndex
@@ -197,7 +197,7 @@ def depths(case: Case) -> np.ndarray:
     n = np.array(lengths(case))
     of_groups = np.array([n[rows].sum() for rows in groups(case)])
     L = case.run.model.num_hidden_layers
-    return drawn(of_groups, case.run.depth, L, np.random.default_rng(1))
+    return draw_depths(of_groups, case.run.depth, L, np.random.default_rng(1))
 
 
 def running(case: Case, depth: int) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""Attention over packed sequences by libraries, under the names that `attention(impl=)` takes.
+"""Libraries for attention over packed sequences, under their names in `attention(impl=)`.
 
     sdpa        torch's dense attention on a rectangle: every device, dtype and head width
     varlen      FlashAttention 2 inside torch, torch.nn.attention.varlen
     flash_attn  the package flash-attn
     xformers    the package xformers: FlashAttention 2, in fp32 CUTLASS
 
-Each is what its library has: none replaces another, and what is missing is said with the line that
-installs it. All but sdpa need CUDA, and add up dq with atomics: its last bits differ from call to
-call, except under `torch.use_deterministic_algorithms`, which xformers refuses.
+None replaces another: a missing library is an error with the command that installs it. All but
+sdpa need CUDA, and add up dq with atomics: its last bits differ from call to call, except under
+`torch.use_deterministic_algorithms`, which xformers rejects.
 """
 
 import inspect
@@ -28,16 +28,16 @@ HALF = (torch.bfloat16, torch.float16)
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
 ) -> Tensor:
-    """torch's dense attention. Only q, k, v are laid out on rectangles, for this one call.
+    """Compute torch's dense attention, for which q, k, v are copied to rectangles.
 
-    On CPUs one for each quarter of the sequences, which are alike in length where a batch is
-    sorted; on a device, where that would mean reading the lengths, a single one.
+    CPUs take a rectangle for each quarter of the sequences, which have similar lengths in a sorted
+    batch; a device, on which that would mean reading the lengths, takes a single one.
     """
     cu_seqlens = plan.cu_seqlens
     if q.device.type != "cpu" or cu_seqlens.numel() < 16:
         return _rectangle(q, k, v, cu_seqlens, plan.max_seqlen, causal, scale)
     outs = []
-    for part in cu_seqlens[1:].chunk(4):  # the ends of its sequences
+    for part in cu_seqlens[1:].chunk(4):
         first = cu_seqlens[cu_seqlens < part[0]][-1:]
         cu = torch.cat([first, part])
         rows = slice(int(cu[0]), int(cu[-1]))
@@ -47,15 +47,9 @@ def sdpa(
 
 
 def _rectangle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    L: int,
-    causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, causal: bool, scale: float
 ) -> Tensor:
-    """Attention of sequences of at most L tokens on a rectangle [N, H, L, K], packed again.
+    """Return attention of sequences of at most L tokens, by way of a rectangle [N, H, L, K].
 
     A sequence starts at slot 0 of its row, so a causal query never reaches the unused tail.
     """
@@ -83,8 +77,11 @@ def _rectangle(
 
 
 def _softmax_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Scores in full. At [256, 4, 48, 48], forward and backward, torch 2.13 on 2 Zen cores: 24 ms
-    (bf16 12 ms) against 68 ms (64 ms) of its flash kernel for CPUs. 2026-11-20."""
+    """Compute attention from all scores at once.
+
+    At [256, 4, 48, 48], forward and backward, torch 2.13 on 2 Zen cores took 24 ms (bf16: 12 ms),
+    its flash kernel for CPUs 68 ms (64 ms). 2026-11-20.
+    """
     scores = (q * scale) @ k.transpose(-1, -2)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -95,49 +92,33 @@ def _softmax_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 def varlen(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
 ) -> Tensor:
-    """torch's own FlashAttention 2. Where it has no grouped queries, k and v are repeated."""
+    """Call torch's own FlashAttention 2, with k and v repeated if it lacks grouped queries."""
     _check(q, "varlen", plan, HALF)
     attend, grouped = _varlen()
     options = {"enable_gqa": True} if grouped else {}
     if not grouped:
         k, v = _repeated(q, k, v)
-    return attend(
-        q,
-        k,
-        v,
-        plan.cu_seqlens,
-        plan.cu_seqlens,
-        plan.max_seqlen,
-        plan.max_seqlen,
-        scale=scale,
-        window_size=(-1, 0 if causal else -1),
-        **options,
-    )
+    bounds = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
+    window = -1, 0 if causal else -1
+    return attend(q, k, v, *bounds, scale=scale, window_size=window, **options)
 
 
 def flash_attn(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
 ) -> Tensor:
-    """flash-attn's function for packed sequences."""
+    """Call flash-attn's function for packed sequences."""
     _check(q, "flash_attn", plan, HALF)
+    bounds = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
+    same_bits = torch.are_deterministic_algorithms_enabled()
     return _flash_attn()(
-        q,
-        k,
-        v,
-        plan.cu_seqlens,
-        plan.cu_seqlens,
-        plan.max_seqlen,
-        plan.max_seqlen,
-        softmax_scale=scale,
-        causal=causal,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        q, k, v, *bounds, softmax_scale=scale, causal=causal, deterministic=same_bits
     )
 
 
 def xformers(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
 ) -> Tensor:
-    """xformers' memory_efficient_attention. Its grouped queries have no backward: k, v repeated."""
+    """Call xformers' memory_efficient_attention, whose grouped queries lack a backward."""
     _check(q, "xformers", plan, (*HALF, torch.float32))
     fmha = _xformers()
     q, k, v = (x[None] for x in (q, *_repeated(q, k, v)))
@@ -146,43 +127,40 @@ def xformers(
 
 
 def _block_diagonal(attn_bias: Any, plan: AttentionPlan, causal: bool) -> Any:
-    """xformers' mask of a packed batch.
+    """Return xformers' mask of a packed batch, from the boundaries on the device.
 
-    From the boundaries on the device: its own `from_seqlens` takes lengths on the host and copies
-    them at every call. Of its list of boundaries on the host, kernels ask no more than whether
-    queries and keys have the same.
+    Its own `from_seqlens` takes lengths on the host and copies them at every call. Its kernels only
+    compare the host's lists of boundaries of queries and keys.
     """
+    ends = [0, plan.tokens]
     blocks = attn_bias._SeqLenInfo(
-        seqstart=plan.cu_seqlens,
-        max_seqlen=plan.max_seqlen,
-        min_seqlen=1,
-        seqstart_py=[0, plan.tokens],
+        seqstart=plan.cu_seqlens, max_seqlen=plan.max_seqlen, min_seqlen=1, seqstart_py=ends
     )
     kind = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
     return kind(q_seqinfo=blocks, k_seqinfo=blocks)
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads (axis 1) of k and v once for every query head that reads them."""
+    """Return k and v with each head (axis 1) once for every query head that reads it."""
     group = q.shape[1] // k.shape[1]
     if group == 1:
         return k, v
     return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
 
-# ---- what is there ----
+# ---- availability ----
 
 
 def _check(q: Tensor, impl: str, plan: AttentionPlan, dtypes: tuple[torch.dtype, ...]) -> None:
-    """ValueError, before anything is launched, for what kernels of CUDA libraries have not."""
+    """Raise ValueError for inputs that the CUDA libraries do not support."""
     if not q.is_cuda:
         raise ValueError(f"impl: {impl} needs CUDA, got {q.device}")
     if q.dtype not in dtypes:
         names = ", ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"impl: {impl} has {names}, got {q.dtype}")
+        raise ValueError(f"impl: {impl} supports {names}, got {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise ValueError(
-            f"impl: {impl} has heads of 8 to 256, multiples of 8, got K = {q.shape[-1]}"
+            f"impl: {impl} supports heads of 8 to 256, multiples of 8, got K = {q.shape[-1]}"
         )
     if not plan.sequences:
         raise ValueError(f"impl: {impl} needs one or more sequences, got none")
@@ -190,7 +168,7 @@ def _check(q: Tensor, impl: str, plan: AttentionPlan, dtypes: tuple[torch.dtype,
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], bool]:
-    """torch's function, and whether it takes grouped queries (`enable_gqa`, from 2.12 on)."""
+    """Return torch's function, and whether it has `enable_gqa`, as from 2.12 on."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -205,10 +183,10 @@ def _varlen() -> tuple[Callable[..., Any], bool]:
 def _flash_attn() -> Callable[..., Tensor]:
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError as error:  # also an extension built for another torch
+    except ImportError as error:  # An extension built for another torch raises it too.
         raise ValueError(
-            "impl: flash_attn needs the package flash-attn (built against the torch that is "
-            f"installed): pip install --no-build-isolation 'flash-attn>=2.8' ({error})"
+            "impl: flash_attn needs the package flash-attn (built against the installed torch): "
+            f"pip install --no-build-isolation 'flash-attn>=2.8' ({error})"
         ) from None
     return flash_attn_varlen_func
 
@@ -216,7 +194,7 @@ def _flash_attn() -> Callable[..., Tensor]:
 def _xformers() -> Any:
     try:
         from xformers.ops import fmha
-    except ImportError as error:  # also a flash-attn that it does not know
+    except ImportError as error:  # An unsupported version of flash-attn raises it too.
         raise ValueError(
             f"impl: xformers needs the package xformers: pip install 'mlembed[xformers]' ({error})"
         ) from None

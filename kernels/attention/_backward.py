@@ -1,16 +1,16 @@
-"""Packed attention, backward, from scratch where that is cheaper than to read.
+"""Backward kernels of packed attention, which compute again what would cost more to read.
 
 With p = softmax, dp = do v', delta = sum_s p dp (= o . do): ds = p (dp - delta),
 
     dv = p' do,   dk = scale ds' q,   dq = scale ds k
 
-    packed    whole short sequences in one program: five products, and nothing of the forward but
-              its inputs; heads of a group add up in registers
-    queries   tiles of longer sequences: delta, left for the other kernel, and dq over the keys
+    packed    whole short sequences in one program: five products from the forward's inputs alone;
+              heads of a group add up in registers
+    queries   tiles of longer sequences: delta, stored for the other kernel, and dq over the keys
     keys      tiles of keys: dk and dv over the queries of all heads of the group
 
-Seven products for longer sequences instead of the five of one kernel that adds dq with atomics,
-and the same bits every time. p is 2^(scale s - lse); ds is rounded to the inputs' dtype for the
+Longer sequences cost seven products instead of the five of one kernel that adds dq with atomics,
+and get the same bits every time. p is 2^(scale s - lse); ds is rounded to the inputs' dtype for the
 products.
 """
 
@@ -21,22 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._forward import (
-    LOG2E,
-    _alive,
-    _begins,
-    _finite,
-    _rows,
-    _softmax,
-    _store_rows,
-    _visible,
-    shaped,
-)
+from .._dispatch import Configs
+from ._forward import LOG2E, _alive, _begins, _finite, _rows, _softmax, _store_rows, _visible, tiled
 from .plan import AttentionPlan
 
-# As in _attention_forward. "pair": groups of two heads. "keys": TOKENS of its tile, BM queries of
-# one head at a time.
-CONFIGS: dict[str, dict[str, int]] = {
+# As in _forward.py. "pair": groups of two heads. "keys": TOKENS of its tile, BM queries of one head
+# at a time.
+CONFIGS: Configs = {
     "packed_backward_pair_64": {"TOKENS": 64, "HEADS": 2, "num_warps": 8, "num_stages": 1},
     "packed_backward_pair_128": {
         "TOKENS": 64, "HEADS": 2, "num_warps": 8, "num_stages": 1, "maxnreg": 128,
@@ -48,7 +39,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "keys_backward_64": {"TOKENS": 128, "BM": 64, "num_warps": 8, "num_stages": 2},
     "keys_backward_128": {"TOKENS": 64, "BM": 64, "num_warps": 8, "num_stages": 2},
 }  # fmt: skip
-CONFIGS_FP32: dict[str, dict[str, int]] = {
+CONFIGS_FP32: Configs = {
     "packed_backward_pair_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "packed_backward_pair_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "packed_backward_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
@@ -61,7 +52,7 @@ CONFIGS_FP32: dict[str, dict[str, int]] = {
 
 
 def config(name: str, q: Tensor, group: int) -> dict[str, Any]:
-    return shaped(CONFIGS, CONFIGS_FP32, name, q, group)
+    return tiled(CONFIGS, CONFIGS_FP32, name, q, group)
 
 
 @triton.jit
@@ -72,9 +63,9 @@ def _pack_backward(
     TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the tile's tokens lo..hi, whole sequences -> a number, NaN if dk or dv hold one.
+    """Store gradients of the tile's tokens lo..hi, whole sequences; return NaN if dk or dv have it.
 
-    Then q, v or do did, or k, which only dq would tell: where that holds one, scores become NaN.
+    Then q, v or do held one, or k, which alone would only show in dq: it makes scores NaN.
     """
     r = tl.arange(0, TOKENS * HEADS)
     row, col = r // HEADS, tl.arange(0, TOKENS)
@@ -87,8 +78,8 @@ def _pack_backward(
     k_at, step = col * (HQ // GROUP * K), HQ // GROUP * K
     dk, dv = tl.zeros([TOKENS, KP], tl.float32), tl.zeros([TOKENS, KP], tl.float32)
     check = 0.0
-    # One step is no loop, and leaves each gradient as soon as it has it, which takes half of the
-    # registers; `group` is not constant, so that longer loops are not unrolled.
+    # A single step is not a loop, and stores each gradient as soon as it is computed, which takes
+    # half of the registers. `group` is not constant, so that longer loops are not unrolled.
     for g in tl.range(0, GROUP if GROUP == HEADS else group, HEADS):
         column, at = (kv_head * GROUP + g) * K, r % HEADS * K
         q = _rows(Q, first, Q_STEP, column, row * Q_STEP + at, row_ok, K, KP)
@@ -141,13 +132,16 @@ def _apart_backward_kernel(
     TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles in which a NaN was found, once more, sequence by sequence: 0 x NaN is NaN, and what one
-    sequence holds must not reach the others. As a rule there are none, and this returns at once.
-    With the tile and warps of the kernel before it: so are the bits of who is not concerned."""
+    """Compute tiles with a NaN again, sequence by sequence.
+
+    0 x NaN is NaN, and a NaN of one sequence must not reach the others. As a rule there are none,
+    and this returns at once. The tile and warps of the kernel before give the same bits for the
+    other sequences.
+    """
     start = tl.program_id(0) * 64
     some = start + tl.arange(0, 64)
-    found = tl.load(CHECK + some, mask=some < checks, other=0.0)
-    if tl.max((found != found).to(tl.int32)) == 0:
+    checked = tl.load(CHECK + some, mask=some < checks, other=0.0)
+    if tl.max((checked != checked).to(tl.int32)) == 0:
         return
     for pid in range(start, tl.minimum(start + 64, checks)):
         check = tl.load(CHECK + pid)
@@ -173,7 +167,7 @@ def _dq(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq += ds k over keys lo..hi of a sequence of n; `row` the queries' positions in it."""
+    """Return dq + ds k over keys lo..hi of a sequence of n; `row` are the queries' positions."""
     c = tl.arange(0, BN)
     for j in tl.range(lo, hi, BN):
         ok = j + c < n if MASKED else c < BN
@@ -215,9 +209,9 @@ def _queries_backward_kernel(
         free, last = n // BN * BN, n
     read = ok
     if SKIP:
-        here = tl.load(ALIVE + begin) != 0
-        free, last = tl.where(here, free, 0), tl.where(here, last, 0)
-        read = ok & here
+        alive = tl.load(ALIVE + begin) != 0
+        free, last = tl.where(alive, free, 0), tl.where(alive, last, 0)
+        read = ok & alive
     at = token * (HQ * K) + r % HEADS * K
     o = _rows(O, first, HQ * K, head * K, at, read, K, KP)
     do = _rows(DO, first, DO_STEP, head * K, token * DO_STEP + r % HEADS * K, read, K, KP)
@@ -249,13 +243,13 @@ def _keys_backward_kernel(
     TOKENS: tl.constexpr, BM: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores are transposed, [keys, queries], so that they multiply from registers."""
+    """Compute dk and dv; scores [keys, queries] are transposed, to multiply from registers."""
     pid = tl.program_id(0)
     tile, kv_head = pid // (HQ // GROUP), pid % (HQ // GROUP)
     first, begin = tl.load(TILES + 3 * tile), tl.load(TILES + 3 * tile + 1)
     n = tl.load(TILES + 3 * tile + 2) - begin
     first -= begin
-    if CAUSAL:  # the list begins with a sequence's end; of keys the first have most to do
+    if CAUSAL:  # The list begins with a sequence's end, but the first keys have most to do.
         first = (n - 1) // TOKENS * TOKENS - first
     start = first // BM * BM if CAUSAL else 0
     blocks = (n - start + BM - 1) // BM  # of the queries of one head
@@ -302,7 +296,7 @@ def backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the shapes of q, k, v."""
+    """Return dq, dk, dv of the shapes of q, k, v."""
     T, HQ, _ = q.shape
     HKV = k.shape[1]
     group = HQ // HKV

@@ -1,16 +1,16 @@
-"""Packed attention, forward: one kernel for tiles of whole short sequences, one for longer ones.
+"""Forward kernels of packed attention: one for tiles of short sequences, one for longer ones.
 
-A tile's rows are tokens of one query head, or of two heads of a group side by side, for which keys
-and values are read once.
+A tile's rows are tokens of one query head, or of two heads of a group side by side, which read keys
+and values once.
 
-    packed   a tile of up to 64 tokens is all that its tokens attend to: one product, a plain
+    packed   a tile of up to 64 tokens holds all that its tokens attend to: one product, a plain
              softmax under a block-diagonal mask, one product
     long     a tile of one sequence runs over the keys before it (all, if not causal), blocks that
-             need no mask first, with the running maximum and sum of online softmax. It leaves the
+             need no mask first, with the running maximum and sum of online softmax. It stores the
              logarithm of the sum, in base 2, for the backward
 
-Scores are in base 2: exp(scale s) = exp2(scale log2(e) s). Rounded to their dtype are the
-probabilities, before the division by their sum, which is taken in fp32.
+Scores are in base 2: exp(scale s) = exp2(scale log2(e) s). Probabilities are rounded to the inputs'
+dtype before the division by their sum, which is in fp32.
 """
 
 from typing import Any
@@ -20,16 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import INTERPRETED
+from .._dispatch import INTERPRETED, Configs, options_of
 from .plan import AttentionPlan
 
 LOG2E = 1.4426950408889634
-# By kernel and width of a head (32 counts as 64, 96 as 128); "pair" for even groups. ROWS of a
-# tile: so many tokens of one head, or half as many of two where groups are even. fp32, each product
-# of which is three, has registers for few tokens only. Compiled for sm_90a (triton 3.7.1), those of
-# bf16 and fp16 without spills; none has been measured. A throw-away kernel of this kind was, on an
+# Launch options by kernel and width of a head (32 counts as 64, 96 as 128); "pair" for even groups.
+# ROWS of a tile are tokens of one head, or half as many of two heads where groups are even. In fp32
+# each product is three, and registers suffice for few tokens. All are unrun: compiled for sm_90a
+# (triton 3.7.1), those of bf16 and fp16 without spills. A throw-away kernel of this kind ran on an
 # H200 (2026-11-20): 64 rows and 4 warps were its best on short and middling sequences.
-CONFIGS: dict[str, dict[str, int]] = {
+CONFIGS: Configs = {
     "packed_forward_pair_64": {"TOKENS": 64, "HEADS": 2, "num_warps": 8, "num_stages": 1},
     "packed_forward_pair_128": {
         "TOKENS": 64, "HEADS": 2, "num_warps": 8, "num_stages": 1, "maxnreg": 128,
@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "long_forward_64": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "long_forward_128": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
 }  # fmt: skip
-CONFIGS_FP32: dict[str, dict[str, int]] = {
+CONFIGS_FP32: Configs = {
     "packed_forward_pair_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "packed_forward_pair_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "packed_forward_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
@@ -50,23 +50,17 @@ CONFIGS_FP32: dict[str, dict[str, int]] = {
 
 
 def config(name: str, q: Tensor, group: int) -> dict[str, Any]:
-    return shaped(CONFIGS, CONFIGS_FP32, name, q, group)
+    return tiled(CONFIGS, CONFIGS_FP32, name, q, group)
 
 
-def shaped(
-    half: dict[str, dict[str, int]],
-    fp32: dict[str, dict[str, int]],
-    name: str,
-    q: Tensor,
-    group: int,
-) -> dict[str, Any]:
-    """Launch options for these heads; of ROWS, TOKENS of HEADS that stand side by side."""
-    K, wide = q.shape[-1], q.dtype == torch.float32
-    # The interpreter has all the registers in the world: there fp32 takes the tiles of the others.
-    table = fp32 if wide and not INTERPRETED else half
-    options: dict[str, Any] = {**table[f"{name}_{64 if K <= 64 else 128}"]}
-    options |= {"K": K, "KP": triton.next_power_of_2(K), "PRECISION": "tf32x3" if wide else "ieee"}
-    if options["KP"] > K:  # masks of columns need registers too
+def tiled(half: Configs, fp32: Configs, name: str, q: Tensor, group: int) -> dict[str, Any]:
+    """Return launch options for these heads; ROWS become TOKENS of HEADS side by side."""
+    K = q.shape[-1]
+    # The interpreter does not run out of registers: there fp32 takes half precision's tiles.
+    wide = half if INTERPRETED else fp32
+    options = options_of(half, wide, f"{name}_{64 if K <= 64 else 128}", q.dtype)
+    options |= {"K": K, "KP": triton.next_power_of_2(K)}
+    if options["KP"] > K:  # Masks of columns need registers too.
         options.pop("maxnreg", None)
     if "ROWS" in options:
         rows = options.pop("ROWS")
@@ -78,7 +72,7 @@ def shaped(
 
 @triton.jit
 def _rows(X, row, step: tl.constexpr, column, at, ok, K: tl.constexpr, KP: tl.constexpr):
-    """[.., KP] of X: the tile's first `row`, `column` there, and offsets `at` of each line."""
+    """Load [.., KP] of X, from `column` of the tile's first `row`, at offsets `at` of each line."""
     d = tl.arange(0, KP)
     mask = ok[:, None]
     if K < KP:
@@ -99,13 +93,13 @@ def _store_rows(X, x, row, step: tl.constexpr, column, at, ok, K: tl.constexpr, 
 
 @triton.jit
 def _begins(BEGIN, first, token, ok, NOT: tl.constexpr):
-    """Where in the tile each token's sequence begins; NOT for what is outside."""
+    """Return where in the tile each token's sequence begins; NOT for tokens outside."""
     return tl.where(ok, tl.load(BEGIN + first + token, mask=ok, other=0) - first, NOT)
 
 
 @triton.jit
 def _visible(BEGIN, first, row, col, row_ok, col_ok, CAUSAL: tl.constexpr):
-    """bool [rows, columns] within a tile of whole sequences; local tokens `row`, `col`."""
+    """Return bool [rows, columns] for tokens `row` and `col` of a tile of whole sequences."""
     begin = _begins(BEGIN, first, row, row_ok, 1 << 20)[:, None]
     if CAUSAL:
         return (col[None, :] >= begin) & (col[None, :] <= row[:, None])
@@ -114,7 +108,7 @@ def _visible(BEGIN, first, row, col, row_ok, col_ok, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _softmax(s, visible):
-    """exp2(s - maximum) where visible, 0 elsewhere, and the sums of its rows, 1 for empty ones."""
+    """Return exp2(s - maximum), 0 where not visible, and the sums of its rows, 1 for empty rows."""
     z = tl.where(visible, s, float("-inf"))
     m = tl.maximum(tl.max(z, 1), -1e30)
     p = tl.exp2(z - m[:, None])
@@ -129,13 +123,13 @@ def _alive(ALIVE, first, token, ok):
 
 @triton.jit
 def _finite(x):
-    """x with 0 for NaN and infinities, and for each row 0, NaN where it held one.
+    """Return x with 0 for NaN and infinities, and for each row 0, or NaN if it held one.
 
-    Between sequences probabilities are 0, but 0 x NaN is NaN: what a sequence of the tile holds
-    must not reach the others. Added to the scores, the second part keeps it where it belongs.
+    Between sequences probabilities are 0, but 0 x NaN is NaN: a NaN of one sequence of the tile
+    must not reach the others. Adding the second part to the scores keeps it in its sequence.
     """
-    nothing = x.to(tl.float32) * 0.0
-    return tl.where(nothing == 0.0, x, 0.0).to(x.dtype), tl.sum(nothing, 1)
+    zero = x.to(tl.float32) * 0.0
+    return tl.where(zero == 0.0, x, 0.0).to(x.dtype), tl.sum(zero, 1)
 
 
 @triton.jit
@@ -153,7 +147,7 @@ def _packed_forward_kernel(
     row, col = r // HEADS, tl.arange(0, TOKENS)
     row_in, col_in = row < n, col < n
     row_ok, col_ok = row_in, col_in
-    if SKIP:  # those of zeros alone: their output is zero
+    if SKIP:  # Sequences that take no part are read as zeros, so that their output is zero.
         row_ok, col_ok = _alive(ALIVE, first, row, row_in), _alive(ALIVE, first, col, col_in)
     q = _rows(Q, first, Q_STEP, head * K, row * Q_STEP + r % HEADS * K, row_ok, K, KP)
     k = _rows(KEYS, first, K_STEP, head // GROUP * K, col * K_STEP, col_ok, K, KP)
@@ -173,7 +167,7 @@ def _attend(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys lo..hi of a sequence of n; `row` the queries' positions in it."""
+    """Continue online softmax over keys lo..hi of a sequence of n; `row` are queries' positions."""
     c = tl.arange(0, BN)
     for j in tl.range(lo, hi, BN):
         ok = j + c < n if MASKED else c < BN
@@ -216,9 +210,9 @@ def _long_forward_kernel(
         free, last = n // BN * BN, n
     read = ok
     if SKIP:
-        here = tl.load(ALIVE + begin) != 0
-        free, last = tl.where(here, free, 0), tl.where(here, last, 0)
-        read = ok & here
+        alive = tl.load(ALIVE + begin) != 0
+        free, last = tl.where(alive, free, 0), tl.where(alive, last, 0)
+        read = ok & alive
     q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, read, K, KP)
     keys = KEYS + begin.to(tl.int64) * K_STEP + head // GROUP * K
     values = V + begin.to(tl.int64) * V_STEP + head // GROUP * K
@@ -251,7 +245,7 @@ def forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o [T, Hq, K], and the base 2 logarithms of sums, fp32 [Hq, T], of longer sequences' rows."""
+    """Return o [T, Hq, K], and base 2 LSEs, fp32 [Hq, T], of longer sequences' rows."""
     T, HQ, K = q.shape
     group = HQ // k.shape[1]
     o = torch.empty(T, HQ, K, dtype=q.dtype, device=q.device)

@@ -17,25 +17,25 @@ def run(
     scale: float,
     causal: bool,
 ) -> Tensor:
-    """o [T, Hq, K]."""
-    if abs(scale) < 1e-30:  # nothing, also in fp32
+    """Return o [T, Hq, K]."""
+    if abs(scale) < 1e-30:  # It is 0 in fp32.
         q, scale = q * 0, 1.0
-    if scale < 0:  # maxima are taken before the factor
+    if scale < 0:  # Kernels take maxima before the factor.
         q, scale = -q, -scale
     counts = [plan.tokens, plan.sequences, plan.max_seqlen, *plan.counts]
     return attention_op(q, k, v, plan.buffer, alive_T, counts, scale, causal)[0]
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """Tokens may lie apart, as in slices of a fused projection; of another layout it is a copy."""
+    """Return x if its heads lie side by side, as in slices of a fused projection, else a copy."""
     _, H, K = x.shape
     heads = x.stride(2) == 1 and x.stride(1) == K
-    # 16 bytes are read at a time, and no two tokens may share memory (an expanded gradient's do).
+    # Kernels read 16 bytes at a time. Tokens of an expanded gradient share memory: it is copied.
     apart = x.stride(0) % 16 == 0 and x.stride(0) >= H * K and x.data_ptr() % 16 == 0
     return x if heads and apart and len(x) > 1 else x.contiguous()
 
 
-def _work(buffer: Tensor, counts: list[int]) -> AttentionPlan:
+def _plan(buffer: Tensor, counts: list[int]) -> AttentionPlan:
     return AttentionPlan(buffer, counts[0], counts[1], counts[2], tuple(counts[3:]))
 
 
@@ -50,10 +50,10 @@ def attention_op(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o, and fp32 [Hq, T], which only rows of longer sequences have."""
-    with torch.cuda.device_of(q):  # where triton launches
+    """Return o, and LSEs fp32 [Hq, T], which only rows of longer sequences have."""
+    with torch.cuda.device_of(q):  # Triton launches on the current device.
         q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
-        return forward(q, k, v, _work(buffer, counts), alive_T, scale, causal)
+        return forward(q, k, v, _plan(buffer, counts), alive_T, scale, causal)
 
 
 @attention_op.register_fake
@@ -77,7 +77,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(q):
         do, q, k, v = _side_by_side(do), _side_by_side(q), _side_by_side(k), _side_by_side(v)
-        return backward(do, q, k, v, o, lse, _work(buffer, counts), alive_T, scale, causal)
+        return backward(do, q, k, v, o, lse, _plan(buffer, counts), alive_T, scale, causal)
 
 
 @_backward_op.register_fake

@@ -4,15 +4,14 @@
 
 Query head h reads key/value head h // (Hq / Hkv) (grouped queries, GQA).
 
-Layer-skip. Where sequences leave at depths of their own, order the batch deepest first: those
-alive at a layer are then a prefix of the packed buffer, and attention over them is this function on
-`q[:T_l]`, `cu_seqlens[:n + 1]` and `AttentionPlan.of(cu_seqlens[:n + 1])`. Nothing is launched,
-filled or read for the others. Sets that are no prefix, or that only the device knows, come as
-`active`.
+Layer-skip: if sequences leave at different depths, order the batch deepest first. The sequences
+alive at a layer are then a prefix of the packed buffer, and their attention is this function on
+`q[:T_l]`, `cu_seqlens[:n + 1]` and `AttentionPlan.of(cu_seqlens[:n + 1])`: it launches, fills and
+reads nothing for the others. Pass other sets, or sets that only the device knows, as `active`.
 
 For sequences of lengths n_i: FLOPs 4 Hq K sum(n_i^2) forward (half of it when causal), 2.5 times
 that backward; bytes (2 Hq + 2 Hkv) K T forward, (3 Hq + 4 Hkv) K T backward, times those of an
-element. At n = 20..110 and K = 128 what has to be done is bound by bytes on an H200.
+element. At n = 20..110 and K = 128 bytes are the bound on an H200.
 """
 
 import math
@@ -20,12 +19,11 @@ import math
 import torch
 from torch import Tensor
 
-from .._dispatch import INTERPRETED
+from .._dispatch import DTYPES, check_impl, use_triton
 from .plan import AttentionPlan
 
 IMPLS = ("auto", "triton", "sdpa", "varlen", "flash_attn", "xformers", "reference")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDTHS = tuple(range(16, 129, 16))  # of heads, K
+WIDTHS = tuple(range(16, 129, 16))  # Widths K of heads that Triton's kernels support.
 CPU = torch.device("cpu")
 
 
@@ -39,7 +37,7 @@ def attention_ref(
     scale: float | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """The specification: one dense softmax per sequence. Arguments as in `attention`."""
+    """Compute the specification, one dense softmax per sequence; arguments as in `attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     alive = [True] * (len(cu_seqlens) - 1)
@@ -48,8 +46,8 @@ def attention_ref(
         alive = active.tolist() if flags else [i < int(active) for i in range(len(alive))]
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
-    for begin, end, here in zip(bounds[:-1], bounds[1:], alive, strict=True):
-        if not here:
+    for begin, end, is_alive in zip(bounds[:-1], bounds[1:], alive, strict=True):
+        if not is_alive:
             continue
         keys = k[begin:end].repeat_interleave(group, dim=1)
         values = v[begin:end].repeat_interleave(group, dim=1)
@@ -74,40 +72,43 @@ def attention(
     impl: str = "auto",
     plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """Attention within each packed sequence -> [T, Hq, K], dtype of q.
+    """Return the attention within each packed sequence, [T, Hq, K] in q's dtype.
 
-    By "triton" the same bits every time; libraries may add up gradients in any order.
+    "triton" gives the same bits every time; libraries may add up gradients in any order.
 
     Args:
         q: [T, Hq, K]. k, v: [T, Hkv, K], Hkv a divisor of Hq; one floating dtype, one device.
         cu_seqlens: int [N + 1], 0 = first, rising, last = T: sequence i is rows cu[i]:cu[i + 1].
-        causal: whether a token sees only itself and what precedes it. (A NaN stays within its
-            sequence, not behind its token.)
+        causal: whether a token sees only itself and the tokens before it. A NaN spreads within its
+            sequence, even to earlier tokens.
         scale: factor on q . k; K ** -0.5 by default.
-        active: which sequences take part, where that is no prefix or only the device knows: bool
-            [N], or an integer (a tensor of one element), the first so many. Rows of the others are
-            not read; they are 0 in the output and in the gradients. The host does not wait for it.
+        active: which sequences take part, if they are not a prefix or only the device knows: bool
+            [N], or an integer (a tensor of one element), the number of leading sequences. Rows of
+            the others are not read; they are 0 in the output and in the gradients. The host does
+            not wait for it.
         impl: "triton" (fp32, bf16, fp16; K a multiple of 16, at most 128), "sdpa" (torch, on a
             rectangle), "varlen" (torch's FlashAttention 2), "flash_attn", "xformers" (packages),
-            "reference" (a loop over sequences). "auto": triton on CUDA for what it has, else sdpa.
-        plan: `AttentionPlan.of(cu_seqlens)` on q's device. Made once for all layers; without it the
-            call makes one and waits for a cu_seqlens on a device. Its boundaries are those that
-            count: on a device no more than T and N are compared.
+            "reference" (a loop over sequences). "auto" is triton on CUDA for the dtypes and widths
+            that it supports, else sdpa.
+        plan: `AttentionPlan.of(cu_seqlens)` on q's device, made once for all layers. Without it the
+            call makes one, and waits for a cu_seqlens on a device. The kernels follow the plan: of
+            a cu_seqlens on a device only T and N are compared with it.
 
     Raises:
-        ValueError: shapes, dtypes, devices, boundaries or an `impl` other than the above.
+        ValueError: shapes, dtypes, devices, boundaries or an `impl` that are not as described.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+    check_impl(impl, IMPLS)
     _check(q, k, v, cu_seqlens, active)
     if impl == "auto":
-        ours = q.is_cuda and q.dtype in DTYPES and q.shape[-1] in WIDTHS
-        impl = "triton" if ours else "sdpa"
-    if impl == "triton":
-        _check_triton(q)
+        supported = q.is_cuda and q.dtype in DTYPES and q.shape[-1] in WIDTHS
+        impl = "triton" if supported else "sdpa"
+    if impl == "triton" and use_triton(impl, q) and q.shape[-1] not in WIDTHS:
+        raise ValueError(
+            f"impl: triton supports heads of 16 to 128, multiples of 16, got K = {q.shape[-1]}"
+        )
     if plan is None:
         plan = AttentionPlan.of(cu_seqlens).to(q.device)
-    _check_work(plan, q, cu_seqlens)
+    _check_plan(plan, q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
@@ -117,14 +118,14 @@ def attention(
         )
     alive_T = None if active is None else plan.alive_T(active)
     if impl == "triton":
-        from . import _op as _attention_op  # imports triton, which not every platform has
+        from . import _op  # imports triton, which not every platform has
 
-        return _attention_op.run(q, k, v, plan, alive_T, scale, causal)
-    from . import _backends as _attention_backends
+        return _op.run(q, k, v, plan, alive_T, scale, causal)
+    from . import _backends
 
-    if alive_T is not None:  # of zeros alone it is zero, and so are the gradients
+    if alive_T is not None:  # Attention over zeros is zero, and so are its gradients.
         q, k, v = (x.masked_fill(~alive_T[:, None, None], 0) for x in (q, k, v))
-    return getattr(_attention_backends, impl)(q, k, v, plan, scale, causal)
+    return getattr(_backends, impl)(q, k, v, plan, scale, causal)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, active: Tensor | None) -> None:
@@ -159,27 +160,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, active: Tensor |
         )
 
 
-def _check_triton(q: Tensor) -> None:
-    if q.dtype not in DTYPES:
-        raise ValueError(f"impl: triton has fp32, bf16 and fp16, got {q.dtype}")
-    if q.shape[-1] not in WIDTHS:
-        raise ValueError(
-            f"impl: triton has heads of 16 to 128, multiples of 16, got K = {q.shape[-1]}"
-        )
-    if not (q.is_cuda or INTERPRETED):
-        raise ValueError(f"impl: triton needs CUDA (or TRITON_INTERPRET=1), got {q.device}")
-    if not q.is_cuda and q.dtype == torch.bfloat16:
-        raise ValueError(f"impl: triton's interpreter has no bf16 products, got {q.dtype}")
-
-
-def _check_work(plan: AttentionPlan, q: Tensor, cu_seqlens: Tensor) -> None:
-    found = plan.tokens, plan.sequences, plan.buffer.device
-    wanted = len(q), len(cu_seqlens) - 1, q.device
+def _check_plan(plan: AttentionPlan, q: Tensor, cu_seqlens: Tensor) -> None:
+    got = plan.tokens, plan.sequences, plan.buffer.device
+    expected = len(q), len(cu_seqlens) - 1, q.device
     if plan.tokens != len(q) and plan.sequences == len(cu_seqlens) - 1:
         raise ValueError(f"cu_seqlens: expected the last to be T = {len(q)}, got {plan.tokens}")
-    if found != wanted:
-        raise ValueError(f"plan: expected (T, N, device) {wanted}, got {found}")
-    # Looking into a device tensor would wait for the device, and break a compiled graph.
-    here = cu_seqlens.is_cpu and plan.buffer.is_cpu and not torch.compiler.is_compiling()
-    if here and (cu_seqlens != plan.cu_seqlens).any():
-        raise ValueError("work: expected that of cu_seqlens, got that of other boundaries")
+    if got != expected:
+        raise ValueError(f"plan: expected (T, N, device) {expected}, got {got}")
+    # Reading a device tensor would wait for the device, and break a compiled graph.
+    readable = cu_seqlens.is_cpu and plan.buffer.is_cpu and not torch.compiler.is_compiling()
+    if readable and (cu_seqlens != plan.cu_seqlens).any():
+        raise ValueError("plan: expected that of cu_seqlens, got that of other boundaries")

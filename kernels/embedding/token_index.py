@@ -1,32 +1,33 @@
-"""Where each distinct token of a batch occurs, listed once on the host.
+"""Index of a batch's tokens: where each distinct token occurs, listed once on the host.
 
-In text most tokens are repetitions: of 73,419 tokens of a Zipf stream some 21,600 differ. What a
-token's row costs is then paid once for each distinct token, or for each part of at most PART of its
-occurrences, so that tiles of parts are even. Grids are exact: nothing is asked on the device.
+In text most tokens are repetitions: of 73,419 tokens of a Zipf stream some 21,600 differ. Kernels
+compute a token's row once for each distinct token, or once for each part of at most PART of its
+occurrences, so that tiles of parts are even. Grids are exact: the device looks nothing up.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-PART = 16  # occurrences: more are parts of their own, and summed in two steps
-STEP = 1024  # tokens of several parts between two `bounds`
-ALIGN = 16  # ints: each list begins where Triton sees a pointer divisible by 16 bytes
+from .._lists import ListField, joined
+
+PART = 16  # Occurrences of a part; tokens with more are summed in two steps.
+STEP = 1024  # Tokens of several parts between two `bounds`.
 
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """Lists of a batch's tokens, for `embed(.., token_index=)`. Made by `TokenIndex.of`.
+    """Lists of a batch's tokens, for `embed(.., token_index=)`; `TokenIndex.of` makes them.
 
-    Distinct tokens stand in falling order of their number of occurrences, equal ones by id. The
-    first `several` of them have more than PART and are cut into parts.
+    Distinct tokens are sorted by falling number of occurrences, then by id. The first `several`
+    tokens have more than PART occurrences and are cut into parts.
 
     tokens, distinct, lowest, highest: T, n, and the least and greatest id, on the host.
     order_T: int32 [T], where the first token occurs, in rising order, then the second, ...
-    ids_P, first_P, count_P: int32 [P], of each part its token, its begin in order_T, its length.
-    ids_n: int32 [n]. first_part_m, parts_m: int32 [several], of each its parts.
+    ids_P, first_P, count_P: int32 [P], each part's token, its begin in order_T and its length.
+    ids_n: int32 [n], the distinct tokens.
+    first_part_m, parts_m: int32 [several], the first part and the number of parts of each token.
     """
 
     buffer: Tensor  # int32, all lists end to end
@@ -36,14 +37,19 @@ class TokenIndex:
     highest: int
     parts: int
     several: int
-    bounds: tuple[int, ...]  # parts before token 0, STEP, 2 STEP, .. and after the last of several
+    # Parts before token 0, STEP, 2 STEP, .. and after the last token of several.
+    bounds: tuple[int, ...]
+    order_T = ListField(0)
+    ids_P, first_P, count_P = ListField(1), ListField(2), ListField(3)
+    ids_n = ListField(4)
+    first_part_m, parts_m = ListField(5), ListField(6)
 
     @staticmethod
     def of(ids: Tensor) -> "TokenIndex":
-        """ids [T] -> lists on the CPU. Ids that lie on a device are waited for.
+        """Return lists on the CPU for ids [T]; the host waits if they are on a device.
 
         Raises:
-            ValueError: not int32 or int64 [T], or none.
+            ValueError: not int32 or int64 [T], T >= 1.
         """
         check_ids(ids)
         given = ids.detach().to("cpu", torch.int64)
@@ -66,96 +72,46 @@ class TokenIndex:
         of_several = part_n[:several], parts_n[:several]
         lists = [order_T, ids_P, first_P, count_P, ids_n, *of_several]
         ends = [*part_n[:several:STEP].tolist(), int(parts_n[:several].sum())]
-        padded = [torch.nn.functional.pad(x, (0, -len(x) % ALIGN)) for x in lists]
-        return TokenIndex(
-            torch.cat(padded).to(torch.int32),
-            T,
-            len(ids_n),
-            int(by_id[0]),
-            int(by_id[-1]),
-            P,
-            several,
-            tuple(ends),
-        )
+        lowest, highest = int(by_id[0]), int(by_id[-1])
+        counts = T, len(ids_n), lowest, highest, P, several
+        return TokenIndex(joined(lists), *counts, tuple(ends))
 
     def to(self, device: torch.device | str) -> "TokenIndex":
-        """One copy."""
+        """Return the index on a device, by one copy."""
         buffer = self.buffer.to(device, non_blocking=True)
         return TokenIndex(buffer, *self.counts, self.bounds)
 
     @property
     def counts(self) -> tuple[int, int, int, int, int, int]:
-        """What is known on the host, but for `bounds`."""
-        return (
-            self.tokens, self.distinct, self.lowest, self.highest, self.parts, self.several
-        )  # fmt: skip
+        """Numbers that the host knows, except `bounds`."""
+        ends = self.lowest, self.highest
+        return self.tokens, self.distinct, *ends, self.parts, self.several
 
     def chunks(self, rows: int) -> list[tuple[slice, slice]]:
-        """At most `rows` (or STEP) distinct tokens at a time, and the parts of those of several."""
+        """Return slices of at most `rows` (or STEP) distinct tokens, and of their several parts."""
         size = max(STEP, rows // STEP * STEP)
-        found = []
+        chunks = []
         for a in range(0, self.distinct, size):
             b = min(a + size, self.distinct)
-            # Where a bound is not known the tokens of several parts are at their end.
+            # Beyond the bounds there are no more tokens of several parts.
             first, last = (self.bounds[min(x // STEP, len(self.bounds) - 1)] for x in (a, b))
             if b >= self.several:
                 last = self.bounds[-1]
-            found.append((slice(a, b), slice(first, last)))
-        return found
-
-    def _list(self, i: int) -> Tensor:
-        # Of a compiled graph's symbols there is nothing to remember.
-        places = _places if torch.compiler.is_compiling() else _remembered
-        first, last = places(self.tokens, self.distinct, self.parts, self.several)[i]
-        return self.buffer[first:last]
+            chunks.append((slice(a, b), slice(first, last)))
+        return chunks
 
     @property
-    def order_T(self) -> Tensor:
-        return self._list(0)
-
-    @property
-    def ids_P(self) -> Tensor:
-        return self._list(1)
-
-    @property
-    def first_P(self) -> Tensor:
-        return self._list(2)
-
-    @property
-    def count_P(self) -> Tensor:
-        return self._list(3)
-
-    @property
-    def ids_n(self) -> Tensor:
-        return self._list(4)
-
-    @property
-    def first_part_m(self) -> Tensor:
-        return self._list(5)
-
-    @property
-    def parts_m(self) -> Tensor:
-        return self._list(6)
+    def sizes(self) -> tuple[int, ...]:
+        """Lengths of all lists."""
+        T, n, P, m = self.tokens, self.distinct, self.parts, self.several
+        return T, P, P, P, n, m, m
 
 
 def check_ids(ids: Tensor) -> None:
     if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
-        raise ValueError(
-            f"ids: expected int32 or int64 [T], at least one, got {ids.dtype} {list(ids.shape)}"
-        )
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"ids: expected int32 or int64 [T], at least one, got {got}")
 
 
 def _each(x: Tensor, times: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(x, times, output_size=total)
-
-
-def _places(tokens: int, distinct: int, parts: int, several: int) -> list[tuple[int, int]]:
-    """Where in the buffer each list begins and ends."""
-    found, first = [], 0
-    for size in (tokens, parts, parts, parts, distinct, several, several):
-        found.append((first, first + size))
-        first += size + -size % ALIGN
-    return found
-
-
-_remembered = lru_cache(maxsize=64)(_places)

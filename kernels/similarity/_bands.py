@@ -1,13 +1,13 @@
-"""From raw vectors to tiles of nested prefixes, and gradients back.
+"""Bands: raw vectors packed for tiles of nested prefixes, and gradients unpacked.
 
 Band m of the vectors is [d_{m-1}, d_m). The packed copy has two sections, in which a sum over
-columns up to a band's end is a prefix's product, and no kernel below needs a mask:
+columns up to a band's end is a prefix's product, and the kernels that read it need no mask:
 
     narrow   the first bands, while their widths, as powers of two >= 16, add up to 128 columns:
-             their exponentials cost more than their products; all are handled in one tile. Every
-             band is padded with zeros
-    wide     all columns, if there are other bands: the narrow ones as one band, then the others,
-             each padded to a multiple of 64
+             their exponentials cost more than their products, and one tile holds all of them.
+             Zeros pad every band
+    wide     all columns, if there are other bands: the narrow bands as one, then the others, each
+             padded to a multiple of 64
 
 Rows are padded to a multiple of 128 with zeros, and scaled by a power of two to a length in [1, 2):
 exact, and gradients of half precision vectors of any length stay in range.
@@ -21,17 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NO_LENGTH = tl.constexpr(1e-12)  # as in cosine.py
-ROWS = 128  # every buffer's rows are a multiple of it
-NARROW = 128  # packed columns of the narrow prefixes, at most
+NO_LENGTH = tl.constexpr(1e-12)  # As in cosine.py.
+ROWS = 128  # Every buffer's rows are a multiple of it.
+NARROW = 128  # Packed columns of the narrow prefixes, at most.
 
 
 @dataclass(frozen=True)
 class Bands:
-    """Where the bands lie in the packed copy.
+    """Places of the bands in the packed copy.
 
-    Band m: raw columns edges[m]:edges[m+1], packed ones starts[m]:+widths[m]; the first `narrow` in
-    the narrow section, the others in the wide one, which is columns wide:width. There wide prefix
+    Band m: raw columns edges[m]:edges[m+1], packed columns starts[m]:+widths[m]; the first `narrow`
+    bands are in the narrow section, the others in the wide one, columns wide:width, in which prefix
     narrow + i ends at ends[i], counted from the section's beginning.
     """
 
@@ -46,7 +46,7 @@ class Bands:
 
     @property
     def segments(self) -> tuple[tuple[int, ...], ...]:
-        """(raw start, raw end, packed start, packed width) of what is copied, as four tuples."""
+        """(raw starts, raw ends, packed starts, packed widths) of the copies."""
         copies = list(zip(self.edges, self.edges[1:], self.starts, self.widths, strict=False))
         if self.ends and self.narrow:
             low = self.edges[self.narrow]
@@ -55,7 +55,7 @@ class Bands:
 
     @property
     def whole(self) -> tuple[int, int]:
-        """A range of packed columns that holds every raw column once."""
+        """Range of packed columns that holds every raw column once."""
         return (self.wide, self.width) if self.ends else (0, self.narrow_width)
 
 
@@ -80,48 +80,33 @@ def bands_of(dims: tuple[int, ...]) -> Bands:
         widths.append(_up(high - low, 64))
         at += widths[-1]
         ends.append(at - wide)
-    return Bands(
-        edges,
-        tuple(starts),
-        tuple(widths),
-        narrow,
-        narrow_width,
-        wide,
-        at if ends else narrow_width,
-        tuple(ends),
-    )
+    width = at if ends else narrow_width
+    places = tuple(starts), tuple(widths), narrow, narrow_width, wide, width, tuple(ends)
+    return Bands(edges, *places)
 
 
 def padded(n: int) -> int:
     return max(ROWS, _up(n, ROWS))
 
 
-# Counts and factors of a group of exits are slices, whose addresses need not be divisible by 16;
-# nor need the rows of a batch. Triton would compile a kernel once for those that are and once for
-# those that are not, and both would do the same: single numbers are loaded from there.
+# Counts and factors of a group of exits are slices, whose addresses may or may not be divisible by
+# 16, as may a batch's number of rows. Triton would compile a kernel for each case, but kernels load
+# single numbers from there, so that both would do the same.
 @triton.jit(do_not_specialize_on_alignment=["COUNTS"])
 def _pack_kernel(
-    X,  # [E, R, D] of any strides
-    PACKED,  # [E, RP, DP]
-    U,  # fp32 [E, M, RP], 1 / length of every packed prefix
-    UNIT,  # fp32 [E, RP], the power of two that packed = raw * UNIT
-    COUNTS,  # int32 [E], rows that are present
-    RP,
-    stride_e,
-    stride_r,
-    stride_d,
-    EDGES: tl.constexpr,
-    FROM: tl.constexpr,
-    UNTIL: tl.constexpr,
-    AT: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    DP: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """Lengths, then copies: raw columns FROM:UNTIL to AT:+WIDTHS."""
+    X, PACKED, U, UNIT, COUNTS, RP, stride_e, stride_r, stride_d,
+    EDGES: tl.constexpr, FROM: tl.constexpr, UNTIL: tl.constexpr, AT: tl.constexpr,
+    WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Compute lengths, then copy raw columns FROM:UNTIL to AT:+WIDTHS.
+
+    X [E, R, D] of any strides, of which the first COUNTS int32 [E] rows are present. PACKED
+    [E, RP, DP] = X * UNIT, fp32 [E, RP], a power of two. U fp32 [E, M, RP] is 1 / length of every
+    packed prefix.
+    """
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    here = (rows < tl.load(COUNTS + e))[:, None]
+    valid = (rows < tl.load(COUNTS + e))[:, None]
     k = tl.arange(0, 64)
     x_rows = X + e * stride_e + rows.to(tl.int64)[:, None] * stride_r
     M: tl.constexpr = len(EDGES) - 1
@@ -130,7 +115,7 @@ def _pack_kernel(
     for m in tl.static_range(M):
         for at in range(EDGES[m], EDGES[m + 1], 64):
             col = (at + k)[None, :]
-            x = tl.load(x_rows + col * stride_d, mask=here & (col < EDGES[m + 1]), other=0.0)
+            x = tl.load(x_rows + col * stride_d, mask=valid & (col < EDGES[m + 1]), other=0.0)
             x = x.to(tl.float32)
             squares += tl.sum(x * x, 1)
         lengths = lengths + (tl.sqrt(squares),)
@@ -145,7 +130,7 @@ def _pack_kernel(
     for s in tl.static_range(len(AT)):
         for at in range(0, WIDTHS[s], 64):
             col = (FROM[s] + at + k)[None, :]
-            x = tl.load(x_rows + col * stride_d, mask=here & (col < UNTIL[s]), other=0.0)
+            x = tl.load(x_rows + col * stride_d, mask=valid & (col < UNTIL[s]), other=0.0)
             x = (x.to(tl.float32) * unit[:, None]).to(PACKED.dtype.element_ty)
             out = PACKED + (e * RP + rows)[:, None] * DP + AT[s]
             tl.store(out + (at + k)[None, :], x, mask=(at + k < WIDTHS[s])[None, :])
@@ -153,7 +138,7 @@ def _pack_kernel(
 
 @dataclass(frozen=True)
 class Packed:
-    """A group of exits' vectors as tiles read them."""
+    """Vectors of a group of exits as tiles read them."""
 
     x: Tensor  # [E, RP, DP]
     u: Tensor  # fp32 [E, M, RP]
@@ -162,7 +147,7 @@ class Packed:
 
 
 def pack(x: Tensor, bands: Bands, counts: Tensor) -> Packed:
-    """x [E, R, D] -> packed. Reads x twice (once from cache), writes it once."""
+    """Pack x [E, R, D]: read it twice, the second time from cache, and write it once."""
     E, R, _ = x.shape
     RP, M = padded(R), len(bands.starts)
     packed = torch.empty(E, RP, bands.width, dtype=x.dtype, device=x.device)
@@ -182,12 +167,12 @@ def _positive_kernel(
     X, Y, U, V, POS, NX, NY, COS, RP, SP,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """COS [E, M, RP]: of each row with column POS [RP]; 0 where either is not present."""
+    """Compute COS [E, M, RP] of each row with column POS [RP]; 0 where one is not present."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     pos = tl.load(POS + rows)
-    here = (rows < tl.load(NX + e)) & (pos >= 0) & (pos < tl.load(NY + e))
-    pos = tl.where(here, pos, 0)
+    valid = (rows < tl.load(NX + e)) & (pos >= 0) & (pos < tl.load(NY + e))
+    pos = tl.where(valid, pos, 0)
     k = tl.arange(0, 16)[None, :]
     x_rows = X + (e * RP + rows)[:, None] * DP + k
     y_rows = Y + (e * SP + pos)[:, None] * DP + k
@@ -196,14 +181,14 @@ def _positive_kernel(
     for m in tl.static_range(M):
         for at in range(STARTS[m], STARTS[m] + WIDTHS[m], 16):
             x = tl.load(x_rows + at).to(tl.float32)
-            y = tl.load(y_rows + at, mask=here[:, None], other=0.0).to(tl.float32)
+            y = tl.load(y_rows + at, mask=valid[:, None], other=0.0).to(tl.float32)
             dot += tl.sum(x * y, 1)
         cos = dot * tl.load(U + (e * M + m) * RP + rows) * tl.load(V + (e * M + m) * SP + pos)
-        tl.store(COS + (e * M + m) * RP + rows, tl.where(here, cos, 0.0))
+        tl.store(COS + (e * M + m) * RP + rows, tl.where(valid, cos, 0.0))
 
 
 def positive_cosines(x: Packed, y: Packed, bands: Bands, positive: Tensor) -> Tensor:
-    """fp32 [E, M, RP]; positive int32 [RP], anything outside the columns is none."""
+    """Return fp32 [E, M, RP]; `positive` is int32 [RP], outside the columns there is none."""
     cos = torch.empty_like(x.u)
     (E, _, RP), SP = x.u.shape, y.u.shape[2]
     _positive_kernel[(RP // 32, E)](
@@ -218,45 +203,28 @@ def positive_cosines(x: Packed, y: Packed, bands: Bands, positive: Tensor) -> Te
     do_not_specialize_on_alignment=["COUNTS", "FACTOR", "COS", "DCOS", "FIRST", "PARTNER", "PAIR"],
 )
 def _unpack_kernel(
-    GN,  # fp32 [E, RP, narrow width], gradient of the dots of narrow prefixes, not projected
-    GW,  # fp32 [E, GR, wide width], of wide prefixes, of rows row0..
-    X,  # [E, RP, DP], the side whose gradient this is
-    Y,  # [E, SP, DP], the other
-    U,
-    V,
-    ALONG,  # fp32 [E, M, RP], sum over the tiles of dL/dcos * cos
-    UNIT,
-    COUNTS,
-    COS,  # fp32 [E, M, N], of the positive pairs, by query
-    DCOS,
-    FIRST,  # int32 [RP + 1], row's partners are PARTNER[FIRST[row] : FIRST[row + 1]]
-    PARTNER,  # int32, the partner's row in Y (-1: none)
-    PAIR,  # int32, the pair's query
-    FACTOR,  # fp32 [E], G and ALONG are this much too small
-    OUT,  # [E, R, D]
-    row0,
-    GR,
-    R,
-    RP,
-    SP,
-    N,
-    EDGES: tl.constexpr,
-    STARTS: tl.constexpr,
-    DP: tl.constexpr,
-    D: tl.constexpr,
-    NARROW: tl.constexpr,
-    WN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """dx = UNIT (G - sum_m u_m^2 along_m x + sum over partners of dcos (u v y - cos u^2 x)), each
-    term of prefix m in its columns only."""
+    GN, GW, X, Y, U, V, ALONG, UNIT, COUNTS, COS, DCOS, FIRST, PARTNER, PAIR, FACTOR, OUT,
+    row0, GR, R, RP, SP, N,
+    EDGES: tl.constexpr, STARTS: tl.constexpr, DP: tl.constexpr, D: tl.constexpr,
+    NARROW: tl.constexpr, WN: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient OUT [E, R, D] of raw vectors, for rows from row0.
+
+    OUT = UNIT (G - sum_m u_m^2 along_m x + sum over partners of dcos (u v y - cos u^2 x)), each
+    term of prefix m in its columns only.
+
+    GN fp32 [E, RP, narrow width], GW fp32 [E, GR, wide width]: gradients of the dots of narrow and
+    wide prefixes, not projected. X [E, RP, DP] is the side whose gradient this is, Y [E, SP, DP]
+    the other. ALONG fp32 [E, M, RP]: the sums over tiles of dL/dcos * cos. G and ALONG are to be
+    multiplied by FACTOR fp32 [E].
+    COS, DCOS fp32 [E, M, N] of the positive pairs, by query: a row's partners are
+    PARTNER[FIRST[row] : FIRST[row + 1]], rows of Y (-1: none), the pairs' queries those of PAIR.
+    """
     e = tl.program_id(1).to(tl.int64)
     local = tl.program_id(0) * BR + tl.arange(0, BR)
     rows = row0 + local
-    here = rows < tl.load(COUNTS + e)
+    valid = rows < tl.load(COUNTS + e)
     unit = tl.load(UNIT + e * RP + rows)
     factor = tl.load(FACTOR + e)
     first = tl.load(FIRST + rows) if PAIRS else rows
@@ -274,7 +242,7 @@ def _unpack_kernel(
             g = tl.zeros([BR, BK], tl.float32)
             if band < NARROW:
                 g += tl.load(GN + (e * RP + rows)[:, None] * WN + col, mask=inside, other=0.0)
-            if DP > WIDE:  # there the narrow bands are one, as they were
+            if DP > WIDE:  # The wide section has the narrow bands as one, unpadded.
                 from_ = raw if band < NARROW else col - WIDE
                 g_at = (e * GR + local)[:, None] * (DP - WIDE) + from_
                 g += tl.load(GW + g_at, mask=inside, other=0.0)
@@ -296,8 +264,7 @@ def _unpack_kernel(
                     mask=inside & has[:, None],
                     other=0.0,
                 ).to(tl.float32)
-                along_x = tl.zeros([BR], tl.float32)
-                along_y = tl.zeros([BR], tl.float32)
+                along_x, along_y = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
                 for m in tl.static_range(band, M):
                     u = tl.load(U + (e * M + m) * RP + rows)
                     v = tl.load(V + (e * M + m) * SP + partner)
@@ -306,15 +273,14 @@ def _unpack_kernel(
                     along_y += d * u * v
                     along_x += d * u * u * tl.load(COS + at_pair, mask=has, other=0.0)
                 g += along_y[:, None] * y - along_x[:, None] * x
-            g = tl.where(here[:, None], g * unit[:, None], 0.0)
+            g = tl.where(valid[:, None], g * unit[:, None], 0.0)
             out = OUT + (e * R + rows)[:, None] * D + raw
             tl.store(out, g.to(OUT.dtype.element_ty), mask=inside & (rows < R)[:, None])
-    for at in range(EDGES[M], D, BK):  # columns behind the last prefix
+    for at in range(EDGES[M], D, BK):  # Columns after the last prefix.
         col = (at + k)[None, :]
         out = OUT + (e * R + rows)[:, None] * D + col
-        tl.store(
-            out, tl.zeros([BR, BK], OUT.dtype.element_ty), mask=(col < D) & (rows < R)[:, None]
-        )
+        zeros = tl.zeros([BR, BK], OUT.dtype.element_ty)
+        tl.store(out, zeros, mask=(col < D) & (rows < R)[:, None])
 
 
 @dataclass(frozen=True)
@@ -330,27 +296,25 @@ class Pairs:
 
 def unpack(
     out: Tensor,
-    narrow: Tensor,
-    wide: Tensor,
-    along: Tensor,
-    factor: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
     x: Packed,
     y: Packed,
     bands: Bands,
     pairs: Pairs | None,
     row0: int = 0,
 ) -> None:
-    """Writes raw vectors' gradients into out [E, R, D], for the rows from row0 that wide has."""
+    """Write raw vectors' gradients into out [E, R, D], for the rows from row0 that `wide` has.
+
+    gradients: narrow, wide, along and factor, the kernel's GN, GW, ALONG and FACTOR.
+    """
     E, R, D = out.shape
     RP, SP = x.x.shape[1], y.x.shape[1]
-    none = x.counts
+    narrow, wide, along, factor = gradients
+    unused = x.counts
+    listed = pairs or Pairs(along, along, unused, unused, unused)
     _unpack_kernel[(wide.shape[1] // 32, E)](
         narrow, wide, x.x, y.x, x.u, y.u, along, x.unit, x.counts,
-        pairs.cos if pairs else along,
-        pairs.dcos if pairs else along,
-        pairs.first if pairs else none,
-        pairs.partner if pairs else none,
-        pairs.pair if pairs else none,
+        listed.cos, listed.dcos, listed.first, listed.partner, listed.pair,
         factor, out, row0, wide.shape[1], R, RP, SP, pairs.cos.shape[2] if pairs else 0,
         EDGES=bands.edges, STARTS=bands.starts, DP=bands.width, D=D, NARROW=bands.narrow,
         WN=bands.narrow_width, WIDE=bands.wide if bands.ends else bands.width,

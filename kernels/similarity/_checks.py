@@ -32,9 +32,9 @@ def check_vectors(
         others.append(("negatives", "[E, Q, K, D]", negatives))
     for name, letters, x in others:
         axes = letters.count(",") + 1
-        alike = q.ndim == 3 and x.ndim == axes
-        alike = alike and (q.shape[0], q.shape[2]) == (x.shape[0], x.shape[-1])
-        if not alike or (axes == 4 and x.shape[1] != q.shape[1]):
+        fits = q.ndim == 3 and x.ndim == axes
+        fits = fits and (q.shape[0], q.shape[2]) == (x.shape[0], x.shape[-1])
+        if not fits or (axes == 4 and x.shape[1] != q.shape[1]):
             raise ValueError(
                 f"q, {name}: expected [E, Q, D] and {letters}, "
                 f"got {list(q.shape)} and {list(x.shape)}"
@@ -51,7 +51,7 @@ def check_vectors(
     shape = None if negatives is None else negatives.shape[1:3]
     if negatives_mask.shape != shape or negatives_mask.dtype != torch.bool:
         raise ValueError(
-            f"negatives_mask: expected bool {shape and list(shape)} beside negatives, "
+            f"negatives_mask: expected bool {shape and list(shape)} with negatives, "
             f"got {negatives_mask.dtype} {list(negatives_mask.shape)}"
         )
 
@@ -81,71 +81,43 @@ def check_objective(
     twice = {"query_to_doc", "doc_to_query"} <= set(directions) and partition_mode == "joint"
     if count_positive_twice and not twice:
         raise ValueError(
-            "count_positive_twice: expected query_to_doc and doc_to_query in one joint partition, "
+            "count_positive_twice: expected query_to_doc and doc_to_query in one joint sum, "
             f"got {directions}, {partition_mode!r}"
         )
 
 
-def check_indices(
-    E: int,
-    Q: int,
-    starts: list[int],
-    target: Tensor | None,
-    ids: tuple[Tensor | None, Tensor | None],
-    owner: Tensor | None,
-    query_counts: Tensor | None,
-    cand_counts: Tensor | Sequence[Tensor] | None,
-    device: torch.device,
-) -> list[Tensor | None]:
-    """Integers of the right shape on the right device; candidates' counts as one each piece."""
-    C, pieces = starts[-1], len(starts) - 1
-    if target is None and Q > C:
-        raise ValueError(f"target: needed when Q > C, got none with Q = {Q}, C = {C}")
-    query_ids, cand_ids = ids
-    if (query_ids is None) != (cand_ids is None):
-        raise ValueError("query_ids, cand_ids: expected both or neither, got one")
-    counts: list[Tensor | None] = [None] * pieces
-    if cand_counts is not None:
-        given = [cand_counts] if isinstance(cand_counts, Tensor) else list(cand_counts)
-        if len(given) != pieces:
-            raise ValueError(
-                f"cand_counts: expected one each for {pieces} pieces, got {len(given)}"
-            )
-        counts = list(given)
-    for name, x, n in (
-        ("target", target, Q),
-        ("query_ids", query_ids, Q),
-        ("cand_ids", cand_ids, C),
-        ("owner", owner, C),
-        ("query_counts", query_counts, E),
-        *(("cand_counts", count, E) for count in counts),
-    ):
-        if x is not None:
-            _check_integers(name, x, n, device)
-    # On another device, what lies outside is no positive.
-    if target is not None and target.device.type == "cpu" and target.numel():
+def check_targets(Q: int, C: int, target: Tensor | None) -> None:
+    if target is None:
+        if Q > C:
+            raise ValueError(f"target: needed when Q > C, got none with Q = {Q}, C = {C}")
+    # On another device, a target outside means that the query has no positive.
+    elif target.device.type == "cpu" and target.numel():
         low, high = int(target.min()), int(target.max())
         if high >= C or low < -1:
             raise ValueError(f"target: expected -1..{C - 1}, got {low}..{high}")
-    return counts
 
 
-def check_counts(E: int, device: torch.device, **counts: Tensor | None) -> None:
-    for name, x in counts.items():
-        if x is not None:
-            _check_integers(name, x, E, device)
+def piece_counts(counts: Tensor | Sequence[Tensor] | None, pieces: int) -> list[Tensor | None]:
+    """Return candidates' counts for each piece."""
+    if counts is None:
+        return [None] * pieces
+    given = [counts] if isinstance(counts, Tensor) else list(counts)
+    if len(given) != pieces:
+        raise ValueError(f"cand_counts: expected {pieces}, one a piece, got {len(given)}")
+    return [*given]
 
 
-def _check_integers(name: str, x: Tensor, n: int, device: torch.device) -> None:
-    if x.shape != (n,) or x.is_floating_point() or x.device != device:
-        raise ValueError(
-            f"{name}: expected [{n}] integers on {device}, "
-            f"got {list(x.shape)} {x.dtype} on {x.device}"
-        )
+def check_integers(n: int, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and (x.shape != (n,) or x.is_floating_point() or x.device != device):
+            raise ValueError(
+                f"{name}: expected [{n}] integers on {device}, "
+                f"got {list(x.shape)} {x.dtype} on {x.device}"
+            )
 
 
 def scale_of(temperature: float | Tensor, like: Tensor, E: int, M: int) -> Tensor:
-    """1 / temperature as [E, M] in fp32 (float64 for float64)."""
+    """Return 1 / temperature as [E, M] in fp32 (float64 for float64)."""
     wide = torch.promote_types(like.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         if not temperature > 0:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-NO_LENGTH = tl.constexpr(1e-12)  # as in cosine.py
+NO_LENGTH = tl.constexpr(1e-12)  # As in cosine.py.
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -13,24 +13,21 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 def _cosine_forward_kernel(
     X, Y, COS, U, V, R, K, D, EDGES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
 ):
-    """COS, V [E, M, R, K] and U [E, M, R], the inverse lengths, of X [E, R, D], Y [E, R, K, D]."""
+    """Compute COS of X [E, R, D], Y [E, R, K, D], and their inverse lengths U, V."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    here = rows < R
+    valid = rows < R
     M: tl.constexpr = len(EDGES) - 1
     c = tl.arange(0, BK)
     x_rows = X + (e * R + rows)[:, None] * D
     for k in range(K):
         y_rows = Y + ((e * R + rows) * K + k)[:, None] * D
-        xx, xy, yy = (
-            tl.zeros([BR], tl.float32),
-            tl.zeros([BR], tl.float32),
-            tl.zeros([BR], tl.float32),
-        )
+        xx, xy = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+        yy = tl.zeros([BR], tl.float32)
         for m in tl.static_range(M):
             for at in range(EDGES[m], EDGES[m + 1], BK):
                 col = (at + c)[None, :]
-                inside = here[:, None] & (col < EDGES[m + 1])
+                inside = valid[:, None] & (col < EDGES[m + 1])
                 x = tl.load(x_rows + col, mask=inside, other=0.0).to(tl.float32)
                 y = tl.load(y_rows + col, mask=inside, other=0.0).to(tl.float32)
                 xx += tl.sum(x * x, 1)
@@ -39,9 +36,9 @@ def _cosine_forward_kernel(
             u = 1.0 / tl.where(tl.sqrt(xx) <= NO_LENGTH, 1.0, tl.sqrt(xx))
             v = 1.0 / tl.where(tl.sqrt(yy) <= NO_LENGTH, 1.0, tl.sqrt(yy))
             row = (e * M + m) * R + rows
-            tl.store(U + row, u, mask=here)
-            tl.store(V + row * K + k, v, mask=here)
-            tl.store(COS + row * K + k, xy * u * v, mask=here)
+            tl.store(U + row, u, mask=valid)
+            tl.store(V + row * K + k, v, mask=valid)
+            tl.store(COS + row * K + k, xy * u * v, mask=valid)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -49,33 +46,30 @@ def _cosine_backward_kernel(
     X, Y, COS, U, V, DCOS, DX, DY, R, K, D,
     EDGES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dx = sum_k dcos (u v y - cos u^2 x), dy = dcos (u v x - cos v^2 y), prefix by prefix."""
+    """Sum dx = sum_k dcos (u v y - cos u^2 x), dy = dcos (u v x - cos v^2 y) over prefixes."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    here = rows < R
+    valid = rows < R
     M: tl.constexpr = len(EDGES) - 1
     c = tl.arange(0, BK)
     x_rows = (e * R + rows)[:, None] * D
     for band in tl.static_range(M):
         for at in range(EDGES[band], EDGES[band + 1], BK):
             col = (at + c)[None, :]
-            inside = here[:, None] & (col < EDGES[band + 1])
+            inside = valid[:, None] & (col < EDGES[band + 1])
             x = tl.load(X + x_rows + col, mask=inside, other=0.0).to(tl.float32)
             dx = tl.zeros([BR, BK], tl.float32)
             for k in range(K):
                 y_rows = ((e * R + rows) * K + k)[:, None] * D
                 y = tl.load(Y + y_rows + col, mask=inside, other=0.0).to(tl.float32)
-                across, along_x, along_y = (
-                    tl.zeros([BR], tl.float32),
-                    tl.zeros([BR], tl.float32),
-                    tl.zeros([BR], tl.float32),
-                )
+                across = tl.zeros([BR], tl.float32)
+                along_x, along_y = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
                 for m in tl.static_range(band, M):
                     row = (e * M + m) * R + rows
-                    d = tl.load(DCOS + row * K + k, mask=here, other=0.0)
-                    cos = tl.load(COS + row * K + k, mask=here, other=0.0)
-                    u = tl.load(U + row, mask=here, other=1.0)
-                    v = tl.load(V + row * K + k, mask=here, other=1.0)
+                    d = tl.load(DCOS + row * K + k, mask=valid, other=0.0)
+                    cos = tl.load(COS + row * K + k, mask=valid, other=0.0)
+                    u = tl.load(U + row, mask=valid, other=1.0)
+                    v = tl.load(V + row * K + k, mask=valid, other=1.0)
                     across += d * u * v
                     along_x += d * cos * u * u
                     along_y += d * cos * v * v
@@ -87,11 +81,11 @@ def _cosine_backward_kernel(
 
 @library.custom_op("mlembed::cosine", mutates_args=())
 def cosine_op(x: Tensor, y: Tensor, dims: list[int]) -> Outputs:
-    """cos [E, M, R, K], and the inverse lengths [E, M, R] and [E, M, R, K] for the gradient."""
+    """Return cos [E, M, R, K], and inverse lengths [E, M, R], [E, M, R, K] for the gradient."""
     (E, R, D), K, M = x.shape, y.shape[2], len(dims)
     cos, v = (x.new_empty(E, M, R, K, dtype=torch.float32) for _ in range(2))
     u = x.new_empty(E, M, R, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # where triton launches
+    with torch.cuda.device_of(x):  # Triton launches on the current device.
         if cos.numel():
             _cosine_forward_kernel[(triton.cdiv(R, 16), E)](
                 x.contiguous(), y.contiguous(), cos, u, v, R, K, D,

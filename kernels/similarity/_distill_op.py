@@ -1,29 +1,30 @@
-"""`distill`'s sums over tiles as one node that torch.compile and CUDA graphs can carry."""
+"""The sums over tiles of `distill` as one node that torch.compile and CUDA graphs can carry."""
 
 import torch
 from torch import Tensor, library
 
 from . import _lse_backward, _lse_forward
 from ._bands import bands_of, pack, padded, unpack
-from ._lse_op import counts_of
-from ._tiles import PairMask, chunks, fill, groups
+from ._tiles import KL, MSE, TileMask, chunks, counts_of, fill, groups
 
-MODES = {"mse": 2, "kl": 3}
+MODES = {"mse": MSE.value, "kl": KL.value}
 PAIR_BYTES = 8  # the teacher's matrix in fp32, and its entropy's terms
 
 
 class _Teacher:
-    """The teacher's matrix of a chunk of rows, and the entropies of its rows."""
+    """The teacher's vectors, packed, and what it says of a chunk of rows."""
 
     def __init__(self, q: Tensor, c: Tensor, temperature: float, kind: str) -> None:
-        one = (q.shape[1],)
-        self.bands = bands_of(one)
+        self.bands = bands_of((q.shape[1],))
         self.x = pack(q[None], self.bands, counts_of(None, q[None]))
         self.y = pack(c[None], self.bands, counts_of(None, c[None]))
         self.temperature, self.kind = temperature, kind
 
-    def kept(self, rows: slice, columns: Tensor) -> tuple[PairMask, Tensor]:
-        """columns: int32 [1], how many are present."""
+    def matrix(self, rows: slice, columns: Tensor) -> tuple[TileMask, Tensor]:
+        """Return the chunk's matrix, for tiles, and the entropies of its rows.
+
+        columns: int32 [1], how many are present.
+        """
         SP = self.y.x.shape[1]
         out = torch.empty(rows.stop - rows.start, SP, dtype=torch.float32, device=self.x.x.device)
         fill(out, self.x, self.y, self.bands, rows.start, self.x.u, 0)
@@ -34,7 +35,7 @@ class _Teacher:
             out.sub_(out.amax(1, keepdim=True)).exp_()
             out.div_(out.sum(1, keepdim=True))
             entropy = torch.special.entr(out).sum(1)
-        return PairMask(None, None, None, out, rows.start, MODES[self.kind]), entropy
+        return TileMask(pair=out, pair_row=rows.start, mode=MODES[self.kind]), entropy
 
 
 @library.custom_op("mlembed::distill", mutates_args=())
@@ -50,8 +51,8 @@ def distill_op(
     temperature: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    """sum_j (s - t)^2 or sum_j p s, fp32 [E, M, R], and the entropy of p, fp32 [E, R]."""
-    with torch.cuda.device_of(x):  # where triton launches
+    """Return sum_j (s - t)^2 or sum_j p s, fp32 [E, M, R], and p's entropy, fp32 [E, R]."""
+    with torch.cuda.device_of(x):  # Triton launches on the current device.
         bands, (E, R, _) = bands_of(tuple(dims)), x.shape
         nx, ny = counts_of(row_counts, x), counts_of(col_counts, y)
         sums = torch.empty(E, len(dims), R, dtype=torch.float32, device=x.device)
@@ -64,18 +65,19 @@ def distill_op(
         for group in groups(E, whole if col_counts is None else workspace, workspace):
             px, py = pack(x[group], bands, nx[group]), pack(y[group], bands, ny[group])
             for rows in chunks(RP, PAIR_BYTES * SP, workspace):
-                kept, entropy = teacher.kept(rows, ny[group][:1])
-                tiles = _lse_forward.Tiles(px, py, bands, one[group], one[group], kept)
-                here = slice(rows.start, min(rows.stop, R))
-                sums[group, :, here] = tiles.sums(rows, False)[0][..., here]
-                entropies[group, here] = entropy[: here.stop - here.start]
-                del kept, tiles  # The next chunk's pairs take their place in the workspace.
+                mask, entropy = teacher.matrix(rows, ny[group][:1])
+                tiles = _lse_forward.Tiles(px, py, bands, one[group], one[group], mask)
+                real = slice(rows.start, min(rows.stop, R))
+                sums[group, :, real] = tiles.sums(rows, False)[0][..., real]
+                entropies[group, real] = entropy[: real.stop - real.start]
+                # The next chunk's matrix takes their place in the workspace.
+                del mask, tiles
         return sums, entropies
 
 
 @distill_op.register_fake
-def _(x, y, teacher_x, teacher_y, row_counts, col_counts, dims, kind, temperature, workspace):  # type: ignore[no-untyped-def]
-    E, R, _ = x.shape
+def _(x, y, *others):  # type: ignore[no-untyped-def]
+    (E, R, _), dims = x.shape, others[4]
     sums = x.new_empty(E, len(dims), R, dtype=torch.float32)
     return sums, x.new_empty(E, R, dtype=torch.float32)
 
@@ -105,24 +107,21 @@ def _backward_op(
         factor = _lse_backward.largest(slope)
         RP, SP = padded(R), padded(S)
         wide_bytes = x.element_size() * (len(dims) - bands.narrow)
-        whole = (RP + SP) * bands.width * (4 + x.element_size()) + (
-            PAIR_BYTES + wide_bytes
-        ) * RP * SP
+        whole = (RP + SP) * bands.width * (4 + x.element_size())
+        whole += (PAIR_BYTES + wide_bytes) * RP * SP
         for group in groups(E, whole if col_counts is None else workspace, workspace):
             px, py = pack(x[group], bands, nx[group]), pack(y[group], bands, ny[group])
             none = torch.zeros_like(slope[group])
             sides = _lse_backward.Sides.of(none, slope[group], one[group], factor[group])
-            tiles = _lse_backward.Tiles(
-                px, py, bands, one[group], PairMask(None, None, None), sides, None
-            )
+            tiles = _lse_backward.Tiles(px, py, bands, one[group], TileMask(), (sides, None))
             f = factor[group]
             row_bytes = (PAIR_BYTES + wide_bytes * len(f)) * SP
             for rows in chunks(RP, row_bytes, workspace):
-                tiles.kept = teacher.kept(rows, ny[group][:1])[0]
+                tiles.mask = teacher.matrix(rows, ny[group][:1])[0]
                 tiles.narrow(rows)
-                grad = tiles.wide(rows, SP)
-                unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, bands, None, rows.start)
-            unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, bands, None)
+                of_x = tiles.dx, tiles.wide(rows, SP), tiles.along_x, f
+                unpack(dx[group], of_x, px, py, bands, None, rows.start)
+            unpack(dy[group], (*tiles.dy, tiles.along_y, f), py, px, bands, None)
         return dx, dy
 
 

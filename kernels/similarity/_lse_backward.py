@@ -1,6 +1,6 @@
-"""Gradients of log-partitions: the backward kernels.
+"""Backward kernels: gradients of log-sum-exps.
 
-With D = (dL/drows) / t and LSE the saved log-partition of a row, and likewise for columns, prefix m
+With D = (dL/drows) / t and LSE the saved log-sum-exp of a row, and likewise for columns, prefix m
 of a pair has
 
     P = dL/dcos = D_i exp(z - LSE_i)  [+ D_j exp(z - LSE_j)]          never above |D|
@@ -8,11 +8,11 @@ of a pair has
 
 and so band b of the gradient needs G_b = sum over prefixes m >= b of P u v, summed from the widest
 down in fp32 and rounded once. Dots grow the other way, from the narrowest up; they are computed
-anew for every prefix, which costs the sum of the prefixes (for 128 ... 1024 another 0.9 products of
-R S D) and no memory.
+again for every prefix, which costs the sum of the prefixes (for 128 ... 1024 another 0.9 products
+of R S D) and no memory.
 
-    narrow   one tile holds all: dx by the owner of its rows, dy by the same kernel with sides
-             swapped; nothing is written but the result
+    narrow   one tile holds all: a program computes dx of its rows, and the same kernel with sides
+             swapped dy; it writes nothing but the result
     wide     G_b to a workspace, a rectangle of pairs at a time, then dx += G_b y, dy += G_b' x. The
              first wide G also goes to the narrow columns, which belong to all wide prefixes
 
@@ -29,35 +29,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch import Configs, options_of
+from . import _tiles
 from ._bands import Bands, Packed, Pairs, pack, padded, unpack
-from ._tiles import (
-    GONE,
-    KL,
-    LOG2E,
-    MSE,
-    PairMask,
-    _pair,
-    _quarters,
-    _start,
-    chunks,
-    groups,
-    near_mask,
-    options_of,
-)
+from ._mask import PairMask
+from ._tiles import GONE, KL, LOG2E, MSE, TileMask, _pair, _quarters, _start
 
-# As in _forward. 128 x 128 with 8 warps is the shape of a throw-away version that was timed on an
-# H200 (2026-11-20) with a stash in registers, which spilled, instead of a recomputation.
-CONFIGS: dict[str, dict[str, int]] = {
+# As in _lse_forward.py. 128 x 128 with 8 warps is the shape of a throw-away version that was timed
+# on an H200 (2026-11-20); it spilled, as it kept dots in registers instead of computing them again.
+CONFIGS: Configs = {
     "narrow_backward": {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2},
     "wide_backward": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "product": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
-CONFIGS_FP32: dict[str, dict[str, int]] = {
+CONFIGS_FP32: Configs = {
     "narrow_backward": {"BM": 128, "BN": 16, "num_warps": 8, "num_stages": 1},
     "wide_backward": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
     "product": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
-WIDTH = 16384  # of a rectangle of pairs: sums over row chunks then cost little
+# Columns of a rectangle of pairs: enough that sums over row chunks cost little.
+WIDTH = 16384
 
 
 def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -71,16 +62,16 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _slope(
-    acc, u, v, lx, dx, ly, dy, i0, j0, PAIR, pair_row, pair_stride,
+    acc, u, v, lx, dx, ly, dy, i0, j0, matrix,
     MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dL/dcos [BM, BN]; u carries log2(e)/t, lx and ly are in base 2.
+    """Return dL/dcos [BM, BN]; u carries log2(e)/t, lx and ly are in base 2.
 
-    Against a teacher, u does not: of (cos - t)^2 / 2 or of p cos, times the row's slope.
+    Against a teacher u does not, and dL/dcos is that of (cos - t)^2 / 2 or of p cos.
     """
     z = acc * u[:, None] * v[None, :]
     if MODE == MSE or MODE == KL:
-        p = _pair(i0, j0, PAIR, pair_row, pair_stride, SWAP, acc.shape[0], acc.shape[1])
+        p = _pair(i0, j0, matrix, SWAP, acc.shape[0], acc.shape[1])
         if MODE == MSE:
             p = z - p
         d = dx[:, None] if ROWS else dy[None, :]
@@ -94,7 +85,7 @@ def _slope(
     return p
 
 
-# As in _forward.
+# As in _lse_forward.py.
 SCALARS = ["NX", "NY", "SCALE"]
 
 
@@ -107,8 +98,9 @@ def _narrow_backward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAD fp32 [E, RP, narrow width] +=, ALONG fp32 [E, M, RP] += sum of P cos."""
+    """Add gradients to GRAD fp32 [E, RP, narrow width], sums of P cos to ALONG fp32 [E, M, RP]."""
     e = tl.program_id(1).to(tl.int64)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     row_at = (e * RP + rows)[:, None] * DP
@@ -133,17 +125,14 @@ def _narrow_backward_kernel(
         g = tl.zeros([BM, BN], tl.float32)
         new_grad, new_along = (), ()
         for m in tl.static_range(MN - 1, -1, -1):
-            acc = _start(
-                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-                HAS_POS, N_KEYS, MODE, SWAP, BM, BN,
-            )  # fmt: skip
+            acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
             for b in tl.static_range(m + 1):
                 acc = tl.dot(x[b], y[b].T, acc, input_precision=PRECISION)
             col_at = (e * M + m) * SP + cols
             v = tl.load(V + col_at)
             p = _slope(
                 acc, u[m] * scale[m], v, lx[m], dx[m], tl.load(LY + col_at), tl.load(DY + col_at),
-                i0, j0, PAIR, pair_row, pair_stride, MODE, SWAP, ROWS, COLUMNS,
+                i0, j0, matrix, MODE, SWAP, ROWS, COLUMNS,
             )  # fmt: skip
             p = p * v[None, :] * u[m][:, None]
             new_along = (along[m] + tl.sum(p * acc, 1),) + new_along
@@ -168,9 +157,12 @@ def _wide_backward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile: G [WIDE, E, rows, cols] for every wide band, and the tile's sums of P cos:
-    ALONG_X fp32 [E, WIDE, tiles_n, rows], ALONG_Y fp32 [E, WIDE, tiles_m, cols]."""
+    """Compute one tile of G [WIDE, E, rows, cols] for every wide band, and its sums of P cos.
+
+    The sums are ALONG_X fp32 [E, WIDE, tiles_n, rows], ALONG_Y fp32 [E, WIDE, tiles_m, cols].
+    """
     e = tl.program_id(1).to(tl.int64)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     # Eight row tiles share the columns that are in cache.
     pid = tl.program_id(0)
     band = pid // (8 * tiles_n) * 8
@@ -185,10 +177,7 @@ def _wide_backward_kernel(
     x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     WIDE: tl.constexpr = len(ENDS)
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
-    acc = _start(
-        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-        HAS_POS, N_KEYS, MODE, False, BM, BN,
-    )  # fmt: skip
+    acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     sums = _quarters(tl.zeros([BM, BN], tl.float32))
     total = 0
     for i in tl.static_range(WIDE):
@@ -223,7 +212,7 @@ def _wide_backward_kernel(
                 p = _slope(
                     dots[h], u * tl.load(SCALE + at), v, lx, dx,
                     tl.load(LY + col_at), tl.load(DY + col_at), i0, j0 + h * (BN // 4),
-                    PAIR, pair_row, pair_stride, MODE, False, ROWS, COLUMNS,
+                    matrix, MODE, False, ROWS, COLUMNS,
                 )  # fmt: skip
                 p = p * u[:, None] * v[None, :]
                 g = sums[h] + p
@@ -234,10 +223,7 @@ def _wide_backward_kernel(
                 tl.store(ALONG_Y + part_y * n_cols + local_n, tl.sum(p, 0))
             sums = new
             tl.store(ALONG_X + part_x * n_rows + local_m, along)
-            acc = _start(
-                i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-                HAS_POS, N_KEYS, MODE, False, BM, BN,
-            )  # fmt: skip
+            acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
 
 
 @triton.jit(do_not_specialize=["tiles_n"])
@@ -247,9 +233,9 @@ def _product_kernel(
     SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GRAD fp32 [E, RP, DP - FROM] += G_b y (swapped: G_b' x) in band b's columns STARTS:ENDS.
+    """Add G_b y (swapped: G_b' x) to band b's columns STARTS:ENDS of GRAD fp32 [E, RP, DP - FROM].
 
-    G [bands, E, n_rows, n_cols]; the band of a column tile is found by counting tiles.
+    G [bands, E, n_rows, n_cols]. Counting tiles tells the band of a column tile.
     """
     e = tl.program_id(1).to(tl.int64)
     im = tl.program_id(0) // tiles_n
@@ -288,7 +274,7 @@ def _product_kernel(
 
 @dataclass(frozen=True)
 class Sides:
-    """What the loss says of one side's log-partitions, padded: fp32 [E, M, RP], base 2."""
+    """LSEs of one side and their slopes, padded: fp32 [E, M, RP], base 2."""
 
     lse: Tensor
     slope: Tensor  # dL/dLSE / t / factor
@@ -296,7 +282,7 @@ class Sides:
     @staticmethod
     def of(lse: Tensor, d: Tensor, scale: Tensor, factor: Tensor) -> "Sides":
         pad = 0, padded(lse.shape[2]) - lse.shape[2]
-        # Nothing kept: exp2(z - inf) = 0 whatever z.
+        # Where the sum is empty, exp2(z - inf) = 0 for any z.
         lse = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
         slope = d * (scale / factor[:, None])[..., None]
         return Sides(F.pad(lse, pad, value=torch.inf), F.pad(slope, pad))
@@ -307,19 +293,19 @@ def backward(
     y: Tensor,
     bands: Bands,
     scale: Tensor,
-    kept: PairMask,
-    counts: tuple[Tensor, Tensor],
-    ceiling: Tensor | None,
+    mask: PairMask,
     rows: tuple[Tensor, Tensor],
     cols: tuple[Tensor, Tensor] | None,
-    own: tuple[Tensor, Tensor] | None,
+    cos: tuple[Tensor, Tensor] | None,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [E, R, D], dy [E, S, D], dscale fp32 [E, M].
+    """Return dx [E, R, D], dy [E, S, D], dscale fp32 [E, M].
 
-    rows, cols, own: (saved output, its gradient) of `forward`.
+    rows, cols, cos: (saved output, its gradient) of `forward`.
     """
     (E, R, D), S, M = x.shape, y.shape[1], len(bands.starts)
+    pairs, ceiling = TileMask.of(mask, R, S), mask.ceiling
+    counts = _tiles.counts_of(mask.row_counts, x), _tiles.counts_of(mask.col_counts, y)
     RP, SP, wide = padded(R), padded(S), M - bands.narrow
     dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
     dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
@@ -327,32 +313,32 @@ def backward(
     factor = largest(rows[1], cols[1] if cols is not None else None)
     pair_bytes = wide * x.element_size() + (ceiling is not None)
     whole = (RP + SP) * bands.width * (4 + x.element_size()) + pair_bytes * RP * SP
-    for group in groups(E, whole, workspace):
+    for group in _tiles.groups(E, whole, workspace):
         px, py = (pack(v[group], bands, n[group]) for v, n in zip((x, y), counts, strict=True))
         sx = Sides.of(rows[0][group], rows[1][group], scale[group], factor[group])
         sy = None
         if cols is not None:
             sy = Sides.of(cols[0][group], cols[1][group], scale[group], factor[group])
-        tiles = Tiles(px, py, bands, scale[group] * LOG2E, kept, sx, sy)
-        pairs = _pairs(own, group, kept.positive, R, SP) if own is not None else (None, None)
+        tiles = Tiles(px, py, bands, scale[group] * LOG2E, pairs, (sx, sy))
+        by_row, by_col = _positives(cos, group, pairs.positive, SP) if cos else (None, None)
         f, width = factor[group], SP
-        if ceiling is None:  # masks are made by whole rows
+        if ceiling is None:  # Matrices of near pairs have whole rows.
             width = min(SP, WIDTH)
             tiles.narrow(slice(0, RP))
-        for r in chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
+        for r in _tiles.chunks(RP, width * pair_bytes * (group.stop - group.start), workspace):
             if ceiling is not None:
-                near = near_mask(x, y, bands, counts, ceiling, r)
-                tiles.kept = replace(kept, pair=near, pair_row=r.start, mode=1)
+                near = _tiles.near_mask(x, y, bands, counts, ceiling, r)
+                tiles.mask = replace(pairs, pair=near, pair_row=r.start, mode=_tiles.NEAR.value)
                 tiles.narrow(r)
-            grad = tiles.wide(r, width)
-            unpack(dx[group], tiles.dx, grad, tiles.along_x, f, px, py, bands, pairs[0], r.start)
-        unpack(dy[group], *tiles.dy, tiles.along_y, f, py, px, bands, pairs[1])
+            of_x = tiles.dx, tiles.wide(r, width), tiles.along_x, f
+            unpack(dx[group], of_x, px, py, bands, by_row, r.start)
+        unpack(dy[group], (*tiles.dy, tiles.along_y, f), py, px, bands, by_col)
         dscale[group] = tiles.along_x.sum(-1) * f[:, None] / scale[group]
     return dx, dy, dscale
 
 
 def largest(*slopes: Tensor | None) -> Tensor:
-    """fp32 [E], by which slopes are divided: coefficients of fp16 vectors must not underflow."""
+    """Return the divisors of slopes, fp32 [E]: coefficients of fp16 vectors must not underflow."""
     most = [s.abs().amax((1, 2)) for s in slopes if s is not None and s.numel()]
     given = next(s for s in slopes if s is not None)
     if not most:
@@ -361,45 +347,43 @@ def largest(*slopes: Tensor | None) -> Tensor:
     return top.masked_fill(top == 0, 1.0)
 
 
-def _pairs(
-    own: tuple[Tensor, Tensor], group: slice, positive: Tensor | None, R: int, SP: int
+def _positives(
+    saved: tuple[Tensor, Tensor], group: slice, positive: Tensor | None, SP: int
 ) -> tuple[Pairs, Pairs]:
-    """The positive pairs by row, and by column: sorted, so that sums have one order."""
+    """Return the positive pairs by row, and by column: sorted, so that sums have one order."""
     assert positive is not None
-    cos, dcos = (t[group].contiguous() for t in own)
-    here = torch.arange(len(positive) + 1, dtype=torch.int32, device=positive.device)
+    cos, dcos = (t[group].contiguous() for t in saved)
+    each = torch.arange(len(positive) + 1, dtype=torch.int32, device=positive.device)
     at = positive.masked_fill((positive < 0) | (positive >= SP), SP)
     order = at.argsort(stable=True)
     first = torch.searchsorted(
         at[order], torch.arange(SP + 1, dtype=torch.int32, device=at.device), out_int32=True
     )
-    by_row = Pairs(cos, dcos, here, at.masked_fill(at == SP, -1), here)
+    by_row = Pairs(cos, dcos, each, at.masked_fill(at == SP, -1), each)
     return by_row, Pairs(cos, dcos, first, order.int(), order.int())
 
 
+@dataclass
 class Tiles:
-    """One group of exits' gradients, growing as rows of pairs are added.
+    """Gradients of a group of exits, which grow as rows of pairs are added.
 
-    Of x only those of narrow prefixes are held for all rows; a chunk's wide ones are complete when
-    its rows are done. Of y all are held to the end.
+    x has those of narrow prefixes for all rows; those of wide prefixes are complete when a chunk's
+    rows are done. y has all until the end.
     """
 
-    def __init__(
-        self,
-        x: Packed,
-        y: Packed,
-        bands: Bands,
-        scale2: Tensor,
-        kept: PairMask,
-        sx: Sides,
-        sy: Sides | None,
-    ) -> None:
-        self.x, self.y, self.bands, self.scale2, self.kept = x, y, bands, scale2, kept
-        self.sides = sx, sy
-        self.dx = self._zeros(x.x.shape[1], bands.narrow_width)
+    x: Packed
+    y: Packed
+    bands: Bands
+    scale2: Tensor  # log2(e) / t, fp32 [E, M]
+    mask: TileMask
+    sides: tuple[Sides, Sides | None]
+
+    def __post_init__(self) -> None:
+        bands, R, S = self.bands, self.x.x.shape[1], self.y.x.shape[1]
+        self.dx = self._zeros(R, bands.narrow_width)
         wide = bands.width - bands.wide if bands.ends else 0
-        self.dy = self._zeros(y.x.shape[1], bands.narrow_width), self._zeros(y.x.shape[1], wide)
-        self.along_x, self.along_y = torch.zeros_like(x.u), torch.zeros_like(y.u)
+        self.dy = self._zeros(S, bands.narrow_width), self._zeros(S, wide)
+        self.along_x, self.along_y = torch.zeros_like(self.x.u), torch.zeros_like(self.y.u)
 
     def _zeros(self, rows: int, width: int) -> Tensor:
         size = self.x.x.shape[0], rows, width
@@ -408,12 +392,13 @@ class Tiles:
     def _shared(self, swap: bool) -> tuple[Tensor, ...]:
         x, y = (self.y, self.x) if swap else (self.x, self.y)
         sx, sy = self.sides[::-1] if swap else self.sides
-        lx, dx = (sx.lse, sx.slope) if sx else (x.u, x.u)  # of no effect
+        # Kernels read nothing from the placeholders.
+        lx, dx = (sx.lse, sx.slope) if sx else (x.u, x.u)
         ly, dy = (sy.lse, sy.slope) if sy else (y.u, y.u)
         return x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, lx, dx, ly, dy
 
     def narrow(self, rows: slice) -> None:
-        """Adds the narrow prefixes of these rows' pairs, to both sides."""
+        """Add the narrow prefixes of these rows' pairs to both sides."""
         MN, bands = self.bands.narrow, self.bands
         if not MN:
             return
@@ -426,7 +411,7 @@ class Tiles:
             E, RP, _ = grad.shape
             _narrow_backward_kernel[((mine.stop - mine.start) // options["BM"], E)](
                 *self._shared(swap), grad, along,
-                **self.kept.arguments(swap, self.x.u),
+                **self.mask.arguments(swap, self.x.u),
                 row0=mine.start, col0=other.start, RP=RP,
                 SP=(self.x if swap else self.y).x.shape[1],
                 tiles=(other.stop - other.start) // options["BN"],
@@ -436,9 +421,9 @@ class Tiles:
             )  # fmt: skip
 
     def wide(self, rows: slice, width: int) -> Tensor:
-        """Adds the wide prefixes of these rows' pairs, so many columns at a time.
+        """Add the wide prefixes of these rows' pairs to y, `width` columns at a time.
 
-        Returns the rows' gradient of them, fp32 [E, rows, wide width].
+        Return the rows' gradient, fp32 [E, rows, wide width].
         """
         _, SP, wide = self.dy[1].shape
         grad = self._zeros(rows.stop - rows.start, wide)
@@ -452,7 +437,7 @@ class Tiles:
         E, RP, SP = x.shape[0], x.shape[1], y.shape[1]
         n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
         options = config("wide_backward", x.dtype)
-        if sum(bands.ends) <= 2 * options["BK"]:  # two steps are unrolled, and then spill
+        if sum(bands.ends) <= 2 * options["BK"]:  # Two steps are unrolled, and then spill.
             options["BK"] //= 2
         tiles = n_rows // options["BM"], n_cols // options["BN"]
         g = torch.empty(M - MN, E, n_rows, n_cols, dtype=x.dtype, device=x.device)
@@ -460,7 +445,7 @@ class Tiles:
         along_y = torch.empty(E, M - MN, tiles[0], n_cols, device=x.device)
         _wide_backward_kernel[(tiles[0] * tiles[1], E)](
             *self._shared(False), g, along_x, along_y,
-            **self.kept.arguments(False, self.x.u),
+            **self.mask.arguments(False, self.x.u),
             row0=rows.start, col0=cols.start, RP=RP, SP=SP, tiles_m=tiles[0], tiles_n=tiles[1],
             ENDS=bands.ends, FIRST=MN, FROM=bands.wide, DP=bands.width, M=M, ROWS=True,
             COLUMNS=self.sides[1] is not None, **options,
@@ -468,16 +453,16 @@ class Tiles:
         self.along_x[:, MN:, rows] += along_x.sum(2)
         self.along_y[:, MN:, cols] += along_y.sum(2)
         options = config("product", x.dtype)
-        starts = 0, *bands.ends[:-1]  # all narrow columns belong to the first wide prefix
+        starts = 0, *bands.ends[:-1]  # The first wide prefix has all narrow columns.
         tiles_n = sum(-(-(b - a) // options["BN"]) for a, b in zip(starts, bands.ends, strict=True))
-        # Of x the chunk's rows, which begin at 0; of y the rows from cols.start.
-        for swap, mine, at, other, with_ in (
+        # The gradient of x has the chunk's rows alone, so it begins at 0.
+        for swap, out, at, other_at, other in (
             (False, grad, 0, cols.start, y),
             (True, self.dy[1], cols.start, rows.start, x),
         ):
             n = n_cols if swap else n_rows
             _product_kernel[(n // options["BM"] * tiles_n, E)](
-                g, with_, mine, at, other, mine.shape[1], with_.shape[1], n_rows, n_cols, tiles_n,
+                g, other, out, at, other_at, out.shape[1], other.shape[1], n_rows, n_cols, tiles_n,
                 STARTS=starts, ENDS=bands.ends, FROM=bands.wide, DP=bands.width, SWAP=swap,
                 **options,
             )  # fmt: skip

@@ -1,19 +1,19 @@
-"""Sums of exponentials over tiles of pairs, for every prefix of every exit: the forward kernels.
+"""Forward kernels: sums of exponentials over tiles of pairs, for every prefix of every exit.
 
 A tile [BM, BN] of dots grows over the packed columns; at each prefix's end
 
     e = 2^(dot u_i v_j log2(e)/t - shift)
 
-is summed over rows and, where asked for, columns. A cosine is at most 1, so one shift serves all
-pairs of a prefix: sums add over tiles, one exponential serves both directions, and nothing can
-overflow. What underflows is recognised by its sum and done again with a running maximum
-(`_exact_kernel`), which for temperatures above 0.014 never happens.
+is summed over rows and, with `columns`, over columns. A cosine is at most 1, so one shift serves
+all pairs of a prefix: sums add over tiles, one exponential serves both directions, and nothing can
+overflow. `_exact_kernel` recognises a row that underflowed by its sum and computes it again with a
+running maximum; above a temperature of 0.014 that never happens.
 
 Dropped pairs start at -1e30 instead of 0, once per tile: their exponentials are 0 at every prefix.
 
-Floor, per exit: 2 R S D / matrix rate (here 1.08 D for D = 1024, prefixes 8 to 1024: the narrow
-ones are done apart) and M R S / 16 exponentials per clock and multiprocessor, which overlap at
-best. Bytes do not count.
+Floor, per exit: 2 R S D / matrix rate (here 1.08 D for D = 1024, prefixes 8 to 1024, because a
+kernel of its own computes the narrow ones) and M R S / 16 exponentials per clock and
+multiprocessor, which overlap at best. Bytes do not count.
 """
 
 import math
@@ -25,27 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch import Configs, options_of
+from . import _tiles
 from ._bands import Bands, Packed, pack, padded, positive_cosines
-from ._tiles import (
-    GONE,
-    KL,
-    LOG2E,
-    MSE,
-    PairMask,
-    _pair,
-    _quarters,
-    _start,
-    chunks,
-    groups,
-    near_mask,
-    options_of,
-)
+from ._mask import PairMask
+from ._tiles import GONE, KL, LOG2E, MSE, TileMask, _pair, _quarters, _start
 
-# Tiles per kernel, for half precision and for fp32, whose products are three tf32 ones (as exact as
-# fp32 to a few 1e-7) of operands twice as large. None of them has been timed. All are compiled for
-# sm_90 without spills, but for 8 bytes in some of the repair's. With 128 registers two programs of
-# the wide kernel's 8 warps share a multiprocessor, one's exponentials under the other's products.
-CONFIGS: dict[str, dict[str, int]] = {
+# Launch options by kernel, for half precision and for fp32, whose products are three tf32 ones (as
+# exact as fp32 to a few 1e-7) of operands twice as large. All are unrun: compiled for sm_90a
+# without spills, but for 8 bytes in some specialisations of "exact". With 128 registers two
+# programs of the wide kernel's 8 warps share a multiprocessor: while one computes exponentials, the
+# other computes products.
+CONFIGS: Configs = {
     "narrow_forward": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
     "narrow_forward_columns": {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
     "narrow_forward_matrix": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
@@ -56,7 +47,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "wide_forward_matrix": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
     "exact": {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
 }  # fmt: skip
-CONFIGS_FP32: dict[str, dict[str, int]] = {
+CONFIGS_FP32: Configs = {
     "narrow_forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "narrow_forward_columns": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "narrow_forward_matrix": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2},
@@ -73,14 +64,14 @@ def config(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 @triton.jit
 def _compare(dots, cos, teacher, MODE: tl.constexpr):
-    """A pair's term: (cos - t)^2, or p cos of the cross-entropy; 0 where a text is absent."""
+    """Return a pair's term: (cos - t)^2, or p cos of the cross-entropy; 0 for an absent text."""
     term = teacher * cos
     if MODE == MSE:
         term = (cos - teacher) * (cos - teacher)
     return tl.where(dots > 0.5 * GONE, term, 0.0)
 
 
-# Not to be compiled twice (see _nest): single numbers are loaded from these, and tiles are counted.
+# Kernels load single numbers from these: _bands.py says why their alignment compiles nothing twice.
 SCALARS = ["NX", "NY", "SCALE", "SHIFT"]
 
 
@@ -92,9 +83,10 @@ def _narrow_forward_kernel(
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The narrow prefixes. ROWS fp32 [splits, E, M, RP]; COLS fp32 [E, row tiles, MN, SP]."""
+    """Sum the narrow prefixes: ROWS fp32 [splits, E, M, RP], COLS fp32 [E, row tiles, MN, SP]."""
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     x_rows = X + (e * RP + rows)[:, None] * DP
@@ -111,10 +103,7 @@ def _narrow_forward_kernel(
         j0 = j * BN
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP
-        acc = _start(
-            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-            HAS_POS, N_KEYS, MODE, False, BM, BN,
-        )  # fmt: skip
+        acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
         new = ()
         for m in tl.static_range(MN):
             y = tl.load(y_rows + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :])
@@ -122,7 +111,7 @@ def _narrow_forward_kernel(
             v = tl.load(V + (e * M + m) * SP + cols)
             p = acc * u[m][:, None] * v[None, :]
             if MODE == MSE or MODE == KL:
-                teacher = _pair(i0, j0, PAIR, pair_row, pair_stride, False, BM, BN)
+                teacher = _pair(i0, j0, matrix, False, BM, BN)
                 p = _compare(acc, p, teacher, MODE)
             else:
                 p = tl.exp2(p - shift[m])
@@ -143,12 +132,13 @@ def _wide_forward_kernel(
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, COLUMNS: tl.constexpr,
     MP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The wide prefixes FIRST.., ending at FROM + ENDS; outputs as above, COLS [.., WIDE, SP].
+    """Sum the wide prefixes FIRST.., which end at FROM + ENDS; COLS [E, row tiles, WIDE, SP].
 
-    One loop over (column tile, step), so that loads run ahead across tiles and prefixes.
+    One loop over (column tile, step) lets loads run ahead across tiles and prefixes.
     """
     split = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     k = tl.arange(0, BK)[None, :]
@@ -161,12 +151,9 @@ def _wide_forward_kernel(
     per = tl.cdiv(tiles, tl.num_programs(1))
     first = split * per
     last = tl.minimum(first + per, tiles)
-    # The last parts may have no tile left: `_start` then reads the last tile, within its buffers.
+    # The last splits may have no tile: `_start` then reads the last tile, within its buffers.
     j0 = tl.minimum(first, tiles - 1) * BN
-    acc = _start(
-        i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-        HAS_POS, N_KEYS, MODE, False, BM, BN,
-    )  # fmt: skip
+    acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     for t in tl.range(0, tl.maximum(last - first, 0) * STEPS):
         step = t % STEPS
         j0 = (first + t // STEPS) * BN
@@ -188,7 +175,7 @@ def _wide_forward_kernel(
                 p = dots[h] * u[:, None] * v[None, :]
                 if MODE == MSE or MODE == KL:
                     q0 = j0 + h * (BN // 4)
-                    teacher = _pair(i0, q0, PAIR, pair_row, pair_stride, False, BM, BN // 4)
+                    teacher = _pair(i0, q0, matrix, False, BM, BN // 4)
                     p = _compare(dots[h], p, teacher, MODE)
                 else:
                     p = tl.exp2(p - shift)
@@ -199,10 +186,7 @@ def _wide_forward_kernel(
             sums += tl.where(which == m, total[None, :], 0.0)
             if m == WIDE - 1:
                 ahead = tl.minimum(j0 + BN, SP - BN)
-                acc = _start(
-                    i0, ahead, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-                    HAS_POS, N_KEYS, MODE, False, BM, BN,
-                )  # fmt: skip
+                acc = _start(i0, ahead, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
     out = ((split * tl.num_programs(2) + e) * M + FIRST + which) * RP + rows[None, :]
     tl.store(ROWS + out, sums, mask=which < WIDE)
 
@@ -215,18 +199,20 @@ def _exact_kernel(
     HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """LSE [E, M, RP] of rows whose SUMS are so small that terms may have been lost.
+    """Compute LSE [E, M, RP] of rows whose SUMS are so small that terms may have been lost.
 
-    Returns at once where there are none, which is nearly everywhere nearly always.
+    A program without such rows returns at once, as nearly all do.
     """
     e = tl.program_id(1).to(tl.int64)
+    mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
     i0 = row0 + tl.program_id(0) * BM
     rows = i0 + tl.arange(0, BM)
     nx = tl.load(NX + e)
     lost = tl.zeros([BM], tl.int32)
     for m in tl.static_range(M):
         s = tl.load(SUMS + (e * M + m) * RP + rows)
-        lost = tl.where((s < 8.7e-19) & (rows < nx), 1, lost)  # 2^-60: all else is 2^-49 exact
+        # Sums above 2^-60 are exact to 2^-49.
+        lost = tl.where((s < 8.7e-19) & (rows < nx), 1, lost)
     if tl.max(lost) == 0:
         return
     k = tl.arange(0, 16)[None, :]
@@ -239,10 +225,7 @@ def _exact_kernel(
         j0 = j * BN
         cols = j0 + tl.arange(0, BN)
         y_rows = Y + (e * SP + cols)[:, None] * DP + k
-        acc = _start(
-            i0, j0, NX + e, NY + e, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-            HAS_POS, N_KEYS, MODE, SWAP, BM, BN,
-        )  # fmt: skip
+        acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
         gone = acc < 0.5 * GONE
         new_tops, new_sums = (), ()
         for m in tl.static_range(M):
@@ -267,78 +250,71 @@ def _exact_kernel(
 
 
 def forward(
-    x: Tensor,
-    y: Tensor,
-    bands: Bands,
-    scale: Tensor,
-    kept: PairMask,
-    counts: tuple[Tensor, Tensor],
-    ceiling: Tensor | None,
-    columns: bool,
-    workspace: int,
+    x: Tensor, y: Tensor, bands: Bands, scale: Tensor, mask: PairMask, columns: bool, workspace: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rows [E, M, R], columns [E, M, S] (empty unless asked for), positives' cosines [E, M, R]."""
+    """Return row LSEs [E, M, R], column LSEs and positives' cosines, empty if not asked for."""
     (E, R, _), S, M = x.shape, y.shape[1], len(bands.starts)
+    pairs, ceiling = TileMask.of(mask, R, S), mask.ceiling
+    counts = _tiles.counts_of(mask.row_counts, x), _tiles.counts_of(mask.col_counts, y)
     RP, SP = padded(R), padded(S)
     rows_EMR = torch.empty(E, M, R, dtype=torch.float32, device=x.device)
     cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
-    own_EMR = torch.zeros_like(rows_EMR) if kept.positive is not None else rows_EMR[..., :0].clone()
+    cos_EMR = rows_EMR.new_zeros(E, M, R if pairs.positive is not None else 0)
     scale2 = (scale * LOG2E).contiguous()
     shift2 = (scale2.abs() + math.log2(max(RP, SP)) - 126).clamp(min=0)
-    smallest = min(
-        config(name, x.dtype)["BM"] for name in ("narrow_forward_columns", "wide_forward_columns")
-    )
+    names = "narrow_forward_columns", "wide_forward_columns"
+    smallest = min(config(name, x.dtype)["BM"] for name in names)
     row_bytes = (4 * M * SP // smallest if columns else 0) + (SP if ceiling is not None else 0)
     whole = (RP + SP) * bands.width * x.element_size() + RP * row_bytes
-    by_exits = groups(E, whole, workspace)
-    by_rows = chunks(RP, row_bytes * by_exits[0].stop, workspace)
+    by_exits = _tiles.groups(E, whole, workspace)
+    by_rows = _tiles.chunks(RP, row_bytes * by_exits[0].stop, workspace)
     # A mask of near pairs serves all exits; column sums are completed exit by exit.
     order = [(group, chunk) for group in by_exits for chunk in by_rows]
     if ceiling is not None:
         order = [(group, chunk) for chunk in by_rows for group in by_exits]
-    done: tuple[slice | None, slice | None] = (None, None)
+    last: tuple[slice | None, slice | None] = (None, None)
     for group, chunk in order:
-        if group != done[0]:
+        if group != last[0]:
             px, py = (pack(v[group], bands, n[group]) for v, n in zip((x, y), counts, strict=True))
-            tile = Tiles(px, py, bands, scale2[group], shift2[group], kept)
+            tiles = Tiles(px, py, bands, scale2[group], shift2[group], pairs)
             total = torch.zeros_like(py.u) if columns else None
-            if kept.positive is not None and chunk.start == 0:
-                own_EMR[group] = positive_cosines(px, py, bands, kept.positive)[..., :R]
-        if ceiling is not None and chunk != done[1]:
-            # The mask of the chunk before is freed first: with it there would be two workspaces.
-            kept = tile.kept = replace(kept, pair=None)
-            near = near_mask(x, y, bands, counts, ceiling, chunk)
-            kept = replace(kept, pair=near, pair_row=chunk.start, mode=1)
+            if pairs.positive is not None and chunk.start == 0:
+                cos_EMR[group] = positive_cosines(px, py, bands, pairs.positive)[..., :R]
+        if ceiling is not None and chunk != last[1]:
+            # The last chunk's matrix is freed first: with it there would be two workspaces.
+            pairs = tiles.mask = replace(pairs, pair=None)
+            near = _tiles.near_mask(x, y, bands, counts, ceiling, chunk)
+            pairs = replace(pairs, pair=near, pair_row=chunk.start, mode=_tiles.NEAR.value)
             del near
-        tile.kept = kept
-        done = group, chunk
-        sums, col_sums = tile.sums(chunk, columns)
-        here = slice(chunk.start, min(chunk.stop, R))
-        rows_EMR[group, :, here] = tile.logs(sums, chunk, swap=False)[..., here]
+        tiles.mask = pairs
+        last = group, chunk
+        sums, col_sums = tiles.sums(chunk, columns)
+        rows = slice(chunk.start, min(chunk.stop, R))
+        rows_EMR[group, :, rows] = tiles.logs(sums, chunk, swap=False)[..., rows]
         if total is not None and col_sums is not None:
             total += col_sums
             if chunk is by_rows[-1]:
-                cols_EMS[group] = tile.logs(total, slice(0, SP), swap=True)[..., :S]
-    return rows_EMR, cols_EMS, own_EMR
+                cols_EMS[group] = tiles.logs(total, slice(0, SP), swap=True)[..., :S]
+    return rows_EMR, cols_EMS, cos_EMR
 
 
 @dataclass
 class Tiles:
-    """One group of exits' packed vectors, and the launches over them."""
+    """Packed vectors of a group of exits, and the launches over them."""
 
     x: Packed
     y: Packed
     bands: Bands
     scale2: Tensor  # log2(e) / t, fp32 [E, M]
     shift2: Tensor
-    kept: PairMask
+    mask: TileMask
 
     def sums(self, rows: slice, columns: bool) -> tuple[Tensor, Tensor | None]:
-        """2^-shift sums: of rows [E, M, RP] (only `rows` written), of columns over `rows`."""
+        """Return sums of 2^(z - shift): [E, M, RP] of `rows`, [E, M, SP] of columns over them."""
         x, y, bands = self.x, self.y, self.bands
         (E, M, RP), SP, MN = x.u.shape, y.u.shape[2], bands.narrow
         n = rows.stop - rows.start
-        variant = "_columns" if columns else "_matrix" if self.kept.mode else ""
+        variant = "_columns" if columns else "_matrix" if self.mask.mode else ""
         narrow = config("narrow_forward" + variant, x.x.dtype)
         wide = config("wide_forward" + variant, x.x.dtype)
         launched = [options for m, options in ((MN, narrow), (M - MN, wide)) if m]
@@ -350,16 +326,14 @@ class Tiles:
             torch.empty(empty if not columns else (E, n // o["BM"], m, SP), device=x.x.device)
             for o, m in ((narrow, MN), (wide, M - MN))
         ]
-        shared = (
-            x.x, y.x, x.u, y.u, self.scale2, self.shift2, x.counts, y.counts, out,
-        )  # fmt: skip
+        shared = (x.x, y.x, x.u, y.u, self.scale2, self.shift2, x.counts, y.counts, out)
         for m, options, buffer in ((MN, narrow, cols[0]), (M - MN, wide, cols[1])):
             if not m:
                 continue
-            kept = self.kept.arguments(False, x.u)
             common = {
-                "COLS": buffer, **kept, "row0": rows.start, "RP": RP, "SP": SP,
-                "tiles": SP // options["BN"], "DP": bands.width, "M": M, "COLUMNS": columns,
+                "COLS": buffer, **self.mask.arguments(False, x.u), "row0": rows.start, "RP": RP,
+                "SP": SP, "tiles": SP // options["BN"], "DP": bands.width, "M": M,
+                "COLUMNS": columns,
             }  # fmt: skip
             grid = (n // options["BM"], splits, E)
             if options is narrow:
@@ -376,23 +350,22 @@ class Tiles:
         return out.sum(0), torch.cat([c.sum(1) for c in cols], dim=1)
 
     def logs(self, sums: Tensor, rows: slice, swap: bool) -> Tensor:
-        """log-partitions [E, M, RP] of rows (swapped: columns); exact where sums underflow."""
+        """Return LSEs [E, M, RP] of rows (swapped: columns); exact where sums underflow."""
         x, y = (self.y, self.x) if swap else (self.x, self.y)
         (E, M, RP), SP = x.u.shape, y.u.shape[2]
         lse = sums.log() + (self.shift2 / LOG2E)[..., None]
         options = config("exact", x.x.dtype)
-        kept = self.kept.arguments(swap, x.u)
         _exact_kernel[((rows.stop - rows.start) // options["BM"], E)](
             x.x, y.x, x.u, y.u, self.scale2, x.counts, y.counts, sums, lse,
-            **kept, row0=rows.start, RP=RP, SP=SP, tiles=SP // options["BN"],
-            STARTS=self.bands.starts, WIDTHS=self.bands.widths, DP=self.bands.width, M=M, SWAP=swap,
-            **options,
+            **self.mask.arguments(swap, x.u), row0=rows.start, RP=RP, SP=SP,
+            tiles=SP // options["BN"], STARTS=self.bands.starts, WIDTHS=self.bands.widths,
+            DP=self.bands.width, M=M, SWAP=swap, **options,
         )  # fmt: skip
         return lse
 
 
 def splits_of(programs: int, tiles: int, x: Tensor) -> int:
-    """Parts of the columns, so that two programs come to every multiprocessor."""
+    """Return how many parts of the columns give every multiprocessor two programs."""
     if not x.is_cuda:
         return 1
     wanted = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count

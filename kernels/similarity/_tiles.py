@@ -1,60 +1,69 @@
-"""Tiles of pairs: which pairs count, and matrices over a chunk of them.
+"""Tiles of pairs: which pairs count, and matrices over a chunk of rows.
 
-Dropped pairs start at -1e30 instead of 0, once per tile: no dot lifts them, and their exponentials
-are 0 at every prefix.
+Dropped pairs start at -1e30 instead of 0, once per tile: adding dots does not change that, and
+their exponentials are 0 at every prefix.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch import Configs, options_of
 from ._bands import ROWS, Bands, Packed, pack, padded
+from ._mask import PairMask
 
 GONE = tl.constexpr(-1e30)
-# A chunk's matrix: 1 where pairs are too similar; a teacher's cosines; its probabilities.
+# Modes of a chunk's matrix: 1 where pairs are too similar; a teacher's cosines; its probabilities.
 NEAR, MSE, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG2E = 1.4426950408889634
-# See _forward.
-CONFIGS = {"matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}}
-CONFIGS_FP32 = {"matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}}
-
-
-def options_of(
-    half: dict[str, dict[str, int]], fp32: dict[str, dict[str, int]], name: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """A kernel's launch options; fp32's products are three tf32 ones."""
-    if dtype == torch.float32:
-        return {**fp32[name], "PRECISION": "tf32x3"}
-    return {**half[name], "PRECISION": "ieee"}
+# _lse_forward.py says what the options are and how they were chosen.
+CONFIGS: Configs = {"matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}}
+CONFIGS_FP32: Configs = {"matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}}
 
 
 @dataclass(frozen=True)
-class PairMask:
-    """Which pairs count, as the kernels read it; rows padded to RP, columns to SP."""
+class TileMask:
+    """A `PairMask` as kernels read it, rows padded to RP and columns to SP, but for ceilings.
 
-    positive: Tensor | None  # int32 [RP], -1 none
-    row_keys: Tensor | None  # int32 [K, RP]
-    col_keys: Tensor | None  # int32 [K, SP]
-    pair: Tensor | None = None  # [chunk, SP], something of every pair of a chunk of rows
-    pair_row: int = 0  # row of pair[0]
-    mode: int = 0  # what that is: NEAR, MSE or KL
+    A chunk of rows may have a matrix with something of each pair: what, is its `mode`.
+    """
 
-    def arguments(self, swap: bool, fallback: Tensor) -> dict[str, Any]:
+    positive: Tensor | None = None  # int32 [RP], -1 none
+    row_keys: Tensor | None = None  # int32 [K, RP]
+    col_keys: Tensor | None = None  # int32 [K, SP]
+    pair: Tensor | None = None  # [chunk, SP]
+    pair_row: int = 0  # the row of pair[0]
+    mode: int = 0  # NEAR, MSE or KL
+
+    @staticmethod
+    def of(mask: PairMask, R: int, S: int) -> "TileMask":
+        positive, row_keys, col_keys, *_ = mask
+        if positive is not None:
+            positive = positive.masked_fill((positive < 0) | (positive >= S), -1).to(torch.int32)
+            positive = F.pad(positive, (0, padded(R) - R), value=-1)
+        if row_keys is not None and col_keys is not None:
+            row_keys, col_keys = _ranks(row_keys, col_keys)
+            row_keys = F.pad(row_keys, (0, padded(R) - R), value=-1)
+            col_keys = F.pad(col_keys, (0, padded(S) - S), value=-1)
+        return TileMask(positive, row_keys, col_keys)
+
+    def arguments(self, swap: bool, unused: Tensor) -> dict[str, Any]:
         """Return keyword arguments of `_start`.
 
-        swap: the kernel's rows are the columns here. fallback: passed for what is None; nothing is
-        read from it.
+        swap: the kernel's rows are the columns here. unused: passed for what is None; kernels read
+        nothing from it.
         """
         keys = (self.row_keys, self.col_keys)
         return {
-            "POS": fallback if self.positive is None else self.positive,
-            "KX": fallback if keys[0] is None else keys[swap],
-            "KY": fallback if keys[0] is None else keys[not swap],
-            "PAIR": fallback if self.pair is None else self.pair,
+            "POS": unused if self.positive is None else self.positive,
+            "KX": unused if keys[0] is None else keys[swap],
+            "KY": unused if keys[0] is None else keys[not swap],
+            "PAIR": unused if self.pair is None else self.pair,
             "pair_row": self.pair_row,
             "pair_stride": 0 if self.pair is None else self.pair.stride(0),
             "HAS_POS": self.positive is not None,
@@ -63,12 +72,31 @@ class PairMask:
         }
 
 
+def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys as int32 [K, n], equal where the keys [K, n] are: half the registers of int64.
+
+    A key's rank is among the columns' keys; torch.unique would wait for the device.
+    """
+    if not col_keys.shape[1]:
+        return torch.full_like(row_keys, -1, dtype=torch.int32), col_keys.int()
+    ordered = col_keys.sort(dim=1).values
+    rows = torch.searchsorted(ordered, row_keys)
+    known = ordered.gather(1, rows.clamp(max=ordered.shape[1] - 1)) == row_keys
+    cols = torch.searchsorted(ordered, col_keys)
+    return rows.masked_fill(~known, -1).int(), cols.int()
+
+
+def counts_of(counts: Tensor | None, x: Tensor) -> Tensor:
+    """Return int32 [E], how many rows of x [E, n, D] are present."""
+    if counts is None:
+        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
+    return counts.clamp(0, x.shape[1]).to(torch.int32)
+
+
 @triton.jit
-def _pair(
-    row0, col0, PAIR, pair_row, pair_stride,
-    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The tile [BM, BN] of PAIR at (row0, col0), transposed if SWAP."""
+def _pair(row0, col0, matrix, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Return the tile [BM, BN] at (row0, col0) of a chunk's `matrix`, transposed if SWAP."""
+    PAIR, pair_row, pair_stride = matrix
     i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
     if SWAP:
         tile = PAIR + (col0 - pair_row).to(tl.int64) * pair_stride + row0
@@ -81,14 +109,15 @@ def _pair(
 
 @triton.jit
 def _start(
-    row0, col0, NX, NY, RP, SP, POS, KX, KY, PAIR, pair_row, pair_stride,
-    HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    row0, col0, e, mask, matrix, HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """What a tile's dots begin with: 0, or far below any dot where the pair is dropped.
+    """Return what a tile's dots begin with: 0, or far below any dot where the pair is dropped.
 
-    What it reads is read here, so that it is not held in registers from one tile to the next.
+    Its inputs are loaded here, not held in registers from one tile to the next.
     """
+    NX, NY, RP, SP, POS, KX, KY = mask
+    NX, NY = NX + e, NY + e
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     rows, cols = row0 + i, col0 + j
     x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
@@ -96,22 +125,22 @@ def _start(
     acc = x_gone[:, None] + y_gone[None, :]
     if HAS_POS:
         if SWAP:
-            own = tl.load(POS + cols)[None, :] == rows[:, None]
+            is_positive = tl.load(POS + cols)[None, :] == rows[:, None]
         else:
-            own = tl.load(POS + rows)[:, None] == cols[None, :]
-        acc = tl.where(own, GONE, acc)
+            is_positive = tl.load(POS + rows)[:, None] == cols[None, :]
+        acc = tl.where(is_positive, GONE, acc)
     for k in tl.static_range(N_KEYS):
         same = tl.load(KX + k * RP + rows)[:, None] == tl.load(KY + k * SP + cols)[None, :]
         acc = tl.where(same, GONE, acc)
     if MODE == NEAR:
-        near = _pair(row0, col0, PAIR, pair_row, pair_stride, SWAP, BM, BN)
+        near = _pair(row0, col0, matrix, SWAP, BM, BN)
         acc = tl.where(near == 1, GONE, acc)
     return acc
 
 
 @triton.jit
 def _halves(x):
-    """The left and the right columns of a tile, in the registers they are in."""
+    """Return the left and the right columns of a tile, in the registers they are in."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
@@ -128,16 +157,19 @@ def _matrix_kernel(
     MODE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT [chunk, SP] of one exit's pairs. MODE NEAR: int8, where 2 (undecided) and both present,
-    whether the cosine is above the row's ceiling. Otherwise fp32, the cosine."""
+    """Compute OUT [chunk, SP] of one exit's pairs.
+
+    MODE NEAR: int8, whether the cosine is above the row's ceiling, where OUT is 2 (undecided) and
+    both texts are present. Otherwise fp32, the cosine.
+    """
     local = tl.program_id(0) * BM + tl.arange(0, BM)
     rows, cols = row0 + local, tl.program_id(1) * BN + tl.arange(0, BN)
     out = OUT + local.to(tl.int64)[:, None] * SP + cols[None, :]
     if MODE == NEAR:
         ceiling = tl.load(CEILING + rows)
-        judges = (rows < tl.load(NX)) & (ceiling < float("inf"))
+        can_tell = (rows < tl.load(NX)) & (ceiling < float("inf"))
         near = tl.load(out).to(tl.int32)
-        decide = (near == 2) & judges[:, None] & (cols < tl.load(NY))[None, :]
+        decide = (near == 2) & can_tell[:, None] & (cols < tl.load(NY))[None, :]
         if tl.max(tl.max(decide.to(tl.int32), 1)) == 0:
             return
     k = tl.arange(0, BK)[None, :]
@@ -157,31 +189,26 @@ def _matrix_kernel(
 
 
 def near_mask(
-    x: Tensor,
-    y: Tensor,
-    bands: Bands,
-    counts: tuple[Tensor, Tensor],
-    ceiling: Tensor,
-    rows: slice,
+    x: Tensor, y: Tensor, bands: Bands, counts: tuple[Tensor, Tensor], ceiling: Tensor, rows: slice
 ) -> Tensor:
-    """int8 [rows, SP]: 1 where a pair is too similar, by the deepest exit that can tell."""
+    """Return int8 [rows, SP]: 1 where the deepest exit that can tell finds a pair too similar."""
     E, SP = x.shape[0], padded(y.shape[1])
     n = rows.stop - rows.start
     near = torch.full((n, SP), 2, dtype=torch.int8, device=x.device)
-    for e in reversed(range(E)):  # tiles that are decided return at once
+    for e in reversed(range(E)):  # Tiles that are decided return at once.
         px = pack(x[e : e + 1], bands, counts[0][e : e + 1])
         py = pack(y[e : e + 1], bands, counts[1][e : e + 1])
-        high = torch.nn.functional.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
-        fill(near, px, py, bands, rows.start, high, 1)
+        high = F.pad(ceiling[e], (0, px.x.shape[1] - x.shape[1]), value=torch.inf)
+        fill(near, px, py, bands, rows.start, high, NEAR.value)
     return near
 
 
 def fill(
     out: Tensor, x: Packed, y: Packed, bands: Bands, row: int, ceiling: Tensor, mode: int
 ) -> None:
-    """A matrix over the pairs of one exit, rows from `row`."""
+    """Compute a matrix over the pairs of one exit, for the rows from `row`."""
     options = options_of(CONFIGS, CONFIGS_FP32, "matrix", x.x.dtype)
-    # As many columns a step as divide every prefix's end.
+    # The columns of a step divide every prefix's end.
     first, last = bands.whole
     options["BK"] = next(k for k in (64, 32, 16) if k <= options["BK"] and last % k == 0)
     _matrix_kernel[(out.shape[0] // options["BM"], out.shape[1] // options["BN"])](
@@ -191,12 +218,12 @@ def fill(
 
 
 def chunks(rows: int, row_bytes: int, workspace: int) -> list[slice]:
-    """Rows at a time, multiples of ROWS, so that row_bytes of each fit the workspace."""
+    """Return rows to process together, multiples of ROWS: row_bytes of each fit the workspace."""
     size = rows if not row_bytes else max(ROWS, workspace // row_bytes // ROWS * ROWS)
     return [slice(r, min(r + size, rows)) for r in range(0, rows, size)]
 
 
 def groups(E: int, exit_bytes: int, workspace: int) -> list[slice]:
-    """Exits that are worked on together: as many as fit the workspace, at least one."""
+    """Return exits to process together: all that fit the workspace, at least one."""
     together = max(1, min(E, workspace // exit_bytes))
     return [slice(e, min(e + together, E)) for e in range(0, E, together)]

@@ -1,1 +1,1 @@
-"""The commands: arguments, then one call. Imported when they run, so that help is quick."""
+"""Commands: arguments, then one call. Their files import torch only when they run."""

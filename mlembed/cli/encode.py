@@ -1,4 +1,4 @@
-"""Texts to vectors at any width, depth and vocabulary rank: the one inference path.
+"""Encode texts to vectors at any width, depth and vocabulary rank.
 
 python -m mlembed encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
 python -m mlembed encode MODEL --input texts.txt --out vectors.npy
@@ -9,16 +9,12 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from ..data.formats import readers
-from ..inference import vector_files
-from ..inference.encoder import Encoder
-from ..inference.vector_files import Quantiser
-
-# ---- the command ----
+from ..config.choices import Dtype, Invalid, Precision
+from ..runtime.files import check_new
 
 
 def main(
@@ -27,68 +23,68 @@ def main(
     /,
     input: str = "",
     column: str = "text",
-    invalid: Literal["refuse", "replace"] = "refuse",
+    invalid: Invalid = "error",
     dim: int | None = None,
     exit: int | None = None,
     rank: int | None = None,
     prompt: str | None = None,
     prompt_name: str | None = None,
-    precision: vector_files.Precision = "float32",
+    precision: Precision = "float32",
     ranges: Path | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
     device: tuple[str, ...] = ("auto",),
     max_tokens: int = 16_384,
     compile: bool = False,
     out: str = "",
-    keep_text: bool = False,
 ) -> None:
-    """Encode texts, a file's or lines of standard input, to unit vectors, in memory that does not
-    grow with their number.
+    """Encode texts to unit vectors. Memory does not grow with the number of texts.
 
     Args:
-        model: run, model directory or hub id.
-        texts: what to encode; else --input's, else standard input's lines.
+        model: run, model directory or Hub id.
+        texts: texts to encode; without them those of --input, or the lines of standard input.
         input: file of lines, or .jsonl or .parquet with a column of texts.
-        column: of .jsonl and .parquet.
-        invalid: bytes that are no UTF-8: an error, or U+FFFD in their place, counted at the end.
+        column: column of texts in .jsonl and .parquet.
+        invalid: make invalid UTF-8 an error, or replace it by U+FFFD and report how many.
         dim: width; full by default.
         exit: depth; full by default.
-        rank: vocabulary rank; the stored one by default.
-        prompt: text before each text.
-        prompt_name: one of the model's own prompts before each text.
-        precision: of the vectors, as sentence-transformers quantises.
-        ranges: .npy file [2, dim] for int8 and uint8, as another call wrote beside its --out.
-        dtype: of the weights.
-        device: auto, cpu, cuda or cuda:0 ..; several, and each has a process.
-        max_tokens: in one packed batch; a CPU takes fewer.
-        compile: blocks by torch.compile.
-        out: new .npy, .parquet or .jsonl file; else a line of numbers a text on standard output.
-        keep_text: a column of the texts too, in .parquet and .jsonl.
+        rank: vocabulary rank; the stored rank by default.
+        prompt: text to put before each text.
+        prompt_name: name of a prompt of the model to put before each text.
+        precision: number format of the vectors, quantised like sentence-transformers does.
+        ranges: .npy file [2, dim] for int8 and uint8, which another call wrote next to its --out.
+        dtype: dtype of the weights.
+        device: auto, cpu, cuda or cuda:0 ..; each of several devices gets a process.
+        max_tokens: tokens of a packed batch; a CPU takes fewer.
+        compile: compile blocks with torch.compile.
+        out: new .npy or .parquet file; without it vectors are printed, one a line.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half written goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Exit by cleaning up.
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
-    if keep_text and not out:
-        raise ValueError("keep-text: expected --out, got none")
     if max_tokens < 1:
         raise ValueError(f"max-tokens: expected 1 or more, got {max_tokens}")
-    quantise = Quantiser(precision, None if ranges is None else vector_files.read_ranges(ranges))
-    if quantise.makes_ranges and not out:
+    makes_ranges = precision in ("int8", "uint8") and ranges is None
+    if makes_ranges and not out:
         raise ValueError(f"ranges: expected --ranges or --out for {precision}, got neither")
     if out:
-        vector_files.check_new(target)
-    if quantise.makes_ranges:
-        vector_files.check_new(vector_files.beside(target))
-    source = readers.Texts(input or "-", column, invalid)
+        check_new(target)
+    from ..data.formats import readers
+    from ..inference import vector_files
+    from ..inference.encoder import Encoder
+
+    if makes_ranges:
+        check_new(vector_files.beside(target))
+    stored = None if ranges is None else vector_files.read_ranges(ranges)
+    quantise = vector_files.Quantiser(precision, stored)
+    source = readers.TextReader(input or "-", column, invalid)
     source.check()
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
     encoder.max_tokens = max_tokens
-    given = vector_files.TextBuffer(texts or source, keep_text)
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(
-            given,
+            texts or source,
             dim,
             exit,
             rank,
@@ -99,12 +95,12 @@ def main(
         )
         if out:
             width = dim or encoder.model.cfg.hidden_size
-            print(vector_files.save(target, parts, given, quantise, width), file=sys.stderr)
+            print(vector_files.save(target, parts, quantise, width), file=sys.stderr)
         else:
             try:
                 for part in parts:
-                    vector_files.printed(part)
-            except BrokenPipeError:  # as of `| head`: who reads no more wants no more
+                    vector_files.print_vectors(part)
+            except BrokenPipeError:  # `| head` has read enough.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if source.replaced:
-        print(f"no UTF-8: {source.replaced} replaced by U+FFFD", file=sys.stderr)
+        print(f"invalid UTF-8: {source.replaced} bytes replaced by U+FFFD", file=sys.stderr)

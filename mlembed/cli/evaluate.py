@@ -1,39 +1,20 @@
-"""Scores over any set of widths, depths and vocabulary ranks.
+"""Score a model over widths, depths and vocabulary ranks.
 
 python -m mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..data.eval_sets import Retrieval, Task, read_all
-from ..evaluation.grid import _mteb, add_mteb, grid, score_funnel
-from ..evaluation.tables import by_kind, details, funnels, prices, size_name, table, write_report
-from ..inference.encoder import Encoder
-from ..inference.search import Size, size_of
-from ..runtime import log
+from ..config.choices import Dtype
+from ..runtime.files import check_new
 
-
-def _asked(data: Sequence[str], mteb: Sequence[str], small: Size | None, out: str) -> list[Task]:
-    """The tasks of a command. ValueError, before any work, for what it cannot do."""
-    if out and Path(out).exists():
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
-    above = next(p for p in Path(out).absolute().parents if p.exists())
-    if out and not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"out: expected a new directory, got {out}, in {above} where none can be")
-    tasks = read_all(data or (() if mteb else ("cldr",)))
-    if twice := {task.name for task in tasks} & set(mteb):
-        raise ValueError(f"mteb: expected other names than --data has, got {', '.join(twice)}")
-    if small and not any(isinstance(task, Retrieval) for task in tasks):
-        raise ValueError("funnel: expected retrieval among --data, got none")
-    if mteb:
-        _mteb().tasks(mteb)
-    return tasks
+if TYPE_CHECKING:
+    from ..data.eval_sets import Task
 
 
 def main(
@@ -49,30 +30,39 @@ def main(
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     out: str = "",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
     device: str = "auto",
 ) -> None:
     """Score a model over width x depth x vocabulary rank.
 
     Args:
-        model: run, checkpoint, model directory or hub id.
-        data: cldr (by default, without --mteb), directories in the layout of Tatoeba, BEIR, BUCC or
+        model: run, checkpoint, model directory or Hub id.
+        data: cldr (the default without --mteb), directories in the format of Tatoeba, BEIR, BUCC or
             UN, n-way tables (id, lang, text), STS csv files.
-        mteb: tasks of the package mteb, by name; it runs them, and writes its own json to OUT/mteb.
-        dim: widths; those it was trained for by default, with --mteb the full one.
+        mteb: names of tasks of the package mteb, which writes its own json to OUT/mteb.
+        dim: widths; by default those of training, with --mteb the full width.
         exit: depths, likewise.
         rank: vocabulary ranks, likewise.
-        funnel: DIM:EXIT:RANK of the small vectors whose shortlist is ranked again by full ones, for
-            retrieval tasks; a place left empty is the largest.
+        funnel: DIM:EXIT:RANK of the small vectors that make a shortlist, which full vectors rank
+            again, for retrieval tasks; a part that is left empty is the largest.
         shortlist: documents of a query that the funnel ranks again.
-        query_prompt: goes before queries of retrieval, instead of the model's own prompt `query`.
-        document_prompt: before documents, instead of the model's `document`.
+        query_prompt: text to put before queries of retrieval, instead of the model's `query`.
+        document_prompt: text to put before documents, instead of the model's `document`.
         out: new directory for grid.json and grid.png.
-        dtype: of the weights, in which everything here is scored and measured, mteb's tasks too.
+        dtype: dtype of the weights, in which the model is scored and measured.
         device: auto, cpu or cuda.
     """
+    if out:
+        check_new(Path(out), "directory")
+    from ..data.eval_sets import Retrieval
+    from ..evaluation import tables
+    from ..evaluation.grid import add_mteb, score_funnel, score_grid
+    from ..inference.encoder import Encoder
+    from ..inference.search import size_of
+    from ..runtime import log
+
     small = size_of(funnel) if funnel else None
-    tasks = _asked(data, mteb, small, out)
+    tasks = _tasks(data, mteb, bool(small))
     encoder = Encoder.load(model, device, dtype)
     cfg = encoder.model.cfg
     if mteb:
@@ -86,12 +76,13 @@ def main(
         if given is not None:
             prompts[name] = given
     progress = sys.stderr.isatty()
-    cells = grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
+    grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
     if mteb:
         where = Path(out) / "mteb" if out else None
-        add_mteb(encoder, model, mteb, cells, prompts, where, progress)
-    full, size = cells[-1]["scores"], size_name(encoder, cells[-1])
-    parts = [table(cells), by_kind(full, {}, size), details(full, size), prices(cells)]
+        add_mteb(encoder, model, mteb, grid, prompts, where, progress)
+    full, size = grid.cells[-1]["scores"], tables.size_name(encoder, grid.cells[-1])
+    parts = [grid.table(), tables.by_kind(full, {}, size), tables.details(full, size)]
+    parts.append(tables.prices(grid))
     extra: dict[str, Any] = {
         "commit": log.commit(),
         "model": model,
@@ -101,11 +92,26 @@ def main(
     }
     if small:
         extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, cells)
+            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, grid.cells)
             for task in tasks
             if isinstance(task, Retrieval)
         }
-        parts.append(funnels(extra["funnel"]))
+        parts.append(tables.funnels(extra["funnel"]))
     print("\n\n".join(part for part in parts if part))
     if out:
-        write_report(Path(out), cells, extra)
+        tables.write_report(Path(out), grid, extra)
+
+
+def _tasks(data: Sequence[str], mteb: Sequence[str], funnel: bool) -> "list[Task]":
+    """Read the tasks of --data. ValueError for combinations that cannot be scored."""
+    from ..data.eval_sets import Retrieval, read_all
+    from ..evaluation.grid import load_mteb
+
+    tasks = read_all(data or (() if mteb else ("cldr",)))
+    if shared := {task.name for task in tasks} & set(mteb):
+        raise ValueError(f"mteb: expected names that differ from --data, got {', '.join(shared)}")
+    if funnel and not any(isinstance(task, Retrieval) for task in tasks):
+        raise ValueError("funnel: expected retrieval among --data, got none")
+    if mteb:
+        load_mteb().tasks(mteb)
+    return tasks

@@ -1,4 +1,4 @@
-"""Cut a model to one (dim, exit, rank), as the libraries that people run read it.
+"""Write a model of one (dim, exit, rank) in the formats of other libraries.
 
 python -m mlembed export RUN OUT [--dim 96] [--exit 2] [--rank 64] [--format onnx]
 """
@@ -8,9 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from mlembed.publishing.export import FORMATS, export, push
-
-from ..inference.encoder import Encoder
+from ..runtime.files import check_new
 
 
 def main(
@@ -20,23 +18,23 @@ def main(
     dim: int | None = None,
     exit: int | None = None,
     rank: int | None = None,
-    format: tuple[str, ...] = FORMATS[:1],
+    format: tuple[str, ...] = ("sentence-transformers",),
     license: str = "",
     push_to_hub: str = "",
     private: bool = False,
 ) -> None:
-    """Write a cut of a trained model for sentence-transformers, transformers and onnxruntime.
+    """Write one size of a model for sentence-transformers, transformers and onnxruntime.
 
     Args:
-        model: run, checkpoint or model directory; of a run, the model card tells how it was made.
+        model: run, checkpoint or model directory. The model card of a run tells how it was trained.
         out: new directory.
         dim: width; full by default.
         exit: depth; full by default.
-        rank: vocabulary rank; the stored one by default.
+        rank: vocabulary rank; the stored rank by default.
         format: sentence-transformers, onnx (adds onnx/model.onnx), or both.
-        license: of the weights, for the model card, e.g. apache-2.0.
-        push_to_hub: new repository of the hub, e.g. me/small-model, to upload the directory to.
-        private: whether that repository is private.
+        license: license of the weights for the model card, e.g. apache-2.0.
+        push_to_hub: upload the directory to this new repository of the Hub, e.g. me/small-model.
+        private: make that repository private.
     """
     if private and not push_to_hub:
         raise ValueError("private: expected it with --push-to-hub, got it alone")
@@ -44,14 +42,18 @@ def main(
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(push_to_hub)
-        if "/" not in push_to_hub:  # the card's snippets need it
+        if "/" not in push_to_hub:  # The snippets of the model card name the owner.
             raise ValueError(f"push-to-hub: expected OWNER/NAME, got {push_to_hub}")
+    check_new(out, "directory")
+    from ..inference.encoder import Encoder
+    from ..publishing.export import export, push
+
     encoder = Encoder.load(model, "cpu")
-    said = {"source": model, "license": license, "repo": push_to_hub}
-    worst = export(encoder, out, dim, exit, rank, formats=format, **said)
+    card = {"source": model, "license": license, "repo": push_to_hub}
+    worst = export(encoder, out, dim, exit, rank, formats=format, **card)
     readers = ["sentence-transformers", "transformers"]
     readers += ["onnxruntime"] if "onnx" in format else []
     named = f"{', '.join(readers[:-1])} and {readers[-1]}"
-    print(f"{out}: read by {named}, vectors within {worst:.1e}")
+    print(f"{out}: for {named}, vectors within {worst:.1e}")
     if push_to_hub:
         print(f"pushed to {push(out, push_to_hub, private)}")

@@ -1,6 +1,6 @@
-"""One model of several of the same shape: soups of runs, or of the last checkpoints of one.
+"""Merge models of one shape: soups of runs, or of the last checkpoints of one run.
 
-python -m mlembed merge OUT runs/a runs/b [--method slerp] [--weights 1 3]
+python -m mlembed merge OUT runs/a runs/b [--weights 1 3] [--method slerp]
 python -m mlembed merge OUT runs/a/checkpoints/step_*
 """
 
@@ -10,68 +10,65 @@ from typing import Annotated
 
 import tyro
 
-from ..data import tokenizer
-from ..modeling import hf_config, pretrained
-from ..modeling.merge import checked, common, merge
-from ..modeling.vocabulary import Method
-from ..runtime.files import atomic_directory
+from ..config.choices import Method
+from ..modeling import hf_config
+from ..runtime.files import atomic_directory, check_new
 
 
 def main(
     out: Annotated[Path, tyro.conf.Positional],
     models: Annotated[tuple[str, ...], tyro.conf.Positional],
     /,
-    method: Method | None = None,
+    method: Method = "soup",
     weights: tuple[float, ...] = (),
     t: float | None = None,
 ) -> None:
     """Merge models of one shape and tokenizer into one.
 
     Args:
-        out: new directory, which train.py --init, encode, export and transformers read.
+        out: new directory, to read with train.py --init, encode, export or transformers.
         models: two or more runs, model directories or training checkpoints.
-        method: soup: their mean; weighted: by weights; slerp: on the sphere, tensor by tensor, one
-            model after the other. By default weighted where weights are given, else soup.
-        weights: one a model, 0 or more; they count relative to their sum.
-        t: of slerp of two, instead of weights: how far from the first to the second, 0..1.
+        method: soup: the weighted mean; slerp: on the sphere, tensor by tensor, one model after the
+            other.
+        weights: one per model, 0 or more, relative to their sum; equal by default.
+        t: instead of weights, for slerp of two models: how far from the first to the second, 0..1.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    check_new(out, "directory")
     if len(models) < 2:
         raise ValueError(f"models: expected two or more, got {len(models)}")
-    method = method or ("weighted" if weights else "soup")
+    from ..data import tokenizer
+    from ..modeling import pretrained
+    from ..modeling.merge import merge, shared_tokenizer
+
     counts = shares(method, len(models), weights, t)
     directories = [hf_config.resolve(model) for model in models]
-    tokens, length = common(directories)
+    tokens, length = shared_tokenizer(directories)
     merged, fits = merge((pretrained.load(str(at)) for at in directories), counts, method)
     most = merged.cfg.max_position_embeddings
     with atomic_directory(out) as partial:
         pretrained.save(merged, partial)
         tokenizer.save(tokens, partial, min(length or most, most))
-    of = " ".join(f"{weight / sum(counts):.3g}" for weight in counts)
-    print(f"{out}: {method} of {len(models)} models, weights {of}")
+    ratios = " ".join(f"{weight / sum(counts):.3g}" for weight in counts)
+    print(f"{out}: {method} of {len(models)} models, weights {ratios}")
     for fit in fits:
         print(
-            f"rank {fit.rank}: {fit.of_table:.2%} off the merged table, "
-            f"{fit.of_rank:.2%} off the merge of this rank's tables"
+            f"rank {fit.rank}: {fit.table_error:.2%} from the merged table, "
+            f"{fit.rank_error:.2%} from the merge of the tables of this rank"
         )
 
 
 def shares(method: Method, models: int, weights: Sequence[float], t: float | None) -> list[float]:
-    """Weights, one a model.
+    """Return the weights, one per model.
 
     Raises:
-        ValueError: weights or t that the method has not, or of another number of models.
+        ValueError: another number of weights than of models, or t without slerp of two models.
     """
-    if (method == "weighted") > bool(weights) or (method == "soup" and weights):
-        given = "some" if weights else "none"
-        raise ValueError(
-            f"weights: expected some with weighted, none with soup, got {given}, {method}"
-        )
     if weights and len(weights) != models:
         raise ValueError(f"weights: expected one for each of {models} models, got {len(weights)}")
     if t is None:
-        return checked(weights or [1.0] * models)
+        from ..modeling.merge import check_weights
+
+        return check_weights(weights or [1.0] * models)
     if method != "slerp" or models != 2 or weights:
         raise ValueError(
             f"t: expected only with slerp of two models without weights, got {method} of {models}"

@@ -1,18 +1,17 @@
-"""Hard negatives for pairs: documents that a model finds near a query, but not too near.
+"""Mine hard negatives for pairs: documents near a query, but not too near.
 
 python -m mlembed mine MODEL OUT.jsonl --data pairs.jsonl [--exit 4 --dim 256 --rescore]
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from ..data import sources
-from ..data.formats import layouts
-from ..inference.encoder import Encoder
-from ..inference.mining import Column, Options, gather, write
+from ..config.choices import BadRows
+from ..config.mining import Options
+from ..runtime.files import check_new
 
 
 def main(
@@ -22,23 +21,27 @@ def main(
     data: tuple[str, ...],
     options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008
     corpus: str = "",
-    bad_rows: Literal["refuse", "skip"] = "refuse",
+    bad_rows: BadRows = "error",
     device: str = "auto",
 ) -> None:
     """Mine hard negatives for pairs, aware of their positives.
 
     Args:
-        model: run, checkpoint or model directory, or hub id.
-        out: new .jsonl file: query, positive, negatives, and their scores.
-        data: pairs, as train.py's --data takes them, mixtures too, with their prompts. Negatives
-            that they have become documents; rows of `out` have the mined ones.
-        corpus: file of documents (_id or doc_id, text [, title]) to look in instead of these.
-        bad_rows: refuse, or skip.
+        model: run, checkpoint, model directory or Hub id.
+        out: new .jsonl file of query, positive, negatives and their scores.
+        data: pairs, in every form that train.py's --data takes. Their negatives become documents;
+            the rows of `out` have the mined negatives.
+        corpus: file of documents (_id or doc_id, text [, title]) to search instead.
+        bad_rows: make a malformed row an error, or skip such rows and report how many.
         device: auto, cpu or cuda.
     """
     options.check()
-    if out.exists():
-        raise ValueError(f"out: expected a new file, got {out}, which exists")
+    check_new(out)
+    from ..data import sources
+    from ..data.formats import layouts
+    from ..inference.encoder import Encoder
+    from ..inference.mining import Column, gather, write
+
     texts = gather(
         sources.tables_of(data, bad_rows), Column(layouts.Corpus(corpus)) if corpus else None
     )

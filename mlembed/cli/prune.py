@@ -1,4 +1,4 @@
-"""Cut a smaller model out of a larger one: fewer layers, a narrower residual stream and MLP.
+"""Prune a model to fewer layers, a narrower residual stream and a narrower MLP.
 
 python -m mlembed prune MODEL OUT --shape ml-embed-80m [--data FILES]
 python -m mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
@@ -9,12 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from ..data import tokenizer
-from ..inference.encoder import Encoder
-from ..modeling import pretrained
-from ..modeling.prune import By, choose, prune, pruned_config, sample, spread, target
-from ..modeling.transformer import num_parameters
-from ..runtime.files import atomic_directory
+from ..config.choices import PruneBy
+from ..runtime.files import atomic_directory, check_new
 
 
 def main(
@@ -26,7 +22,7 @@ def main(
     width: int | None = None,
     ffn: int | None = None,
     keep_layers: tuple[int, ...] = (),
-    by: By | None = None,
+    by: PruneBy | None = None,
     data: tuple[str, ...] = (),
     texts: int = 4096,
     seed: int = 0,
@@ -36,31 +32,36 @@ def main(
 
     Args:
         model: run, checkpoint or model directory, or hub id.
-        out: new directory, which `train.py --init` and transformers read.
-        shape: a published one, by name, instead of layers, width and ffn.
-        layers: how many stay, evenly spaced; all by default.
-        width: of the residual stream; the model's by default.
+        out: new directory, to read with `train.py --init` or transformers.
+        shape: name of a published shape, instead of layers, width and ffn.
+        layers: number of layers to keep, evenly spaced; all by default.
+        width: width of the residual stream; the model's by default.
         ffn: inner width of the MLP; the model's by default.
-        keep_layers: which stay, from 1 on, instead of evenly spaced ones.
-        by: what stays of width and MLP: the first, what has the largest weights, or what a sample
-            of `data` makes largest. By default activation with data, magnitude without.
+        keep_layers: layers to keep, from 1 on, instead of evenly spaced ones.
+        by: what stays of width and MLP: the first coordinates and units, or those that a sample of
+            `data` makes largest. By default activation with data, first without.
         data: what train.py's --data takes.
-        texts: how many texts of the data are looked at.
-        seed: of their draw.
+        texts: how many texts of the data are drawn.
+        seed: seed of the draw.
         device: auto, cpu or cuda.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new directory, got {out}, which exists")
+    check_new(out, "directory")
     if shape and not (layers is width is ffn is None and not keep_layers):
-        raise ValueError("shape: expected no layers, width, ffn or keep_layers beside it, got some")
+        raise ValueError("shape: expected no layers, width, ffn or keep_layers with it, got some")
     if layers is not None and keep_layers:
         raise ValueError("layers: expected none with keep_layers, got both")
-    by = by or ("activation" if data else "magnitude")
+    by = by or ("activation" if data else "first")
     if (by == "activation") != bool(data):
         given = "some" if data else "none"
         raise ValueError(
             f"data: expected text for activation and none otherwise, got {given}, {by}"
         )
+    from ..data import tokenizer
+    from ..inference.encoder import Encoder
+    from ..modeling import pretrained
+    from ..modeling.prune import choose, prune, pruned_config, sample, spread, target
+    from ..modeling.transformer import num_parameters
+
     encoder = Encoder.load(model, device)
     cfg = encoder.model.cfg
     if shape:
@@ -70,10 +71,11 @@ def main(
     keep = keep_layers or spread(depth, depth if layers is None else layers)
     width = cfg.hidden_size if width is None else width
     ffn = cfg.intermediate_size if ffn is None else ffn
-    pruned_config(cfg, keep, width, ffn)  # before text is read
+    # Check the sizes before reading text.
+    pruned_config(cfg, keep, width, ffn)
     limits = encoder.max_length, encoder.max_tokens
-    batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else ()
-    small = prune(encoder.model, choose(encoder.model, keep, width, ffn, by, batches))
+    batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else None
+    small = prune(encoder.model, choose(encoder.model, keep, width, ffn, batches))
     with atomic_directory(out) as partial:
         pretrained.save(small, partial)
         tokenizer.save(encoder.tokenizer, partial, encoder.max_length)

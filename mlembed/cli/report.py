@@ -1,4 +1,4 @@
-"""What a run gave, as one HTML page that needs nothing else, and its figures as PNG.
+"""Write a run's report: one HTML page that needs nothing else, and its figures as SVG.
 
 python -m mlembed report RUN [--out DIR]
 """
@@ -8,31 +8,32 @@ from typing import Annotated
 
 import tyro
 
-from ..evaluation.report_page import write
-from ..evaluation.results import read
-from ..runtime import files
+from ..runtime.files import atomic_directory
 
 
 def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
-    """A run's report: one HTML page that needs nothing else, and its figures as PNG.
+    """Write a run's report: one HTML page that needs nothing else, and its figures as SVG.
 
     Args:
-        run: directory that train.py wrote, or that evaluate did with --out.
-        out: new directory; by default report.html and report_*.png go beside grid.json, unless
-            some are there.
+        run: directory of train.py, or of evaluate's --out.
+        out: new directory; by default report.html and report_*.svg are written next to grid.json,
+            unless an earlier report is there.
     """
-    found = read(run)
-    target = Path(out) if out else found.directory
-    there = [target / "report.html", *sorted(target.glob("report_*.png"))]
-    if taken := [path for path in there if path.exists() or path.is_symlink()]:
-        more = f" and {len(taken) - 1} more" if taken[1:] else ""
+    from ..evaluation import report_page, results
+
+    read = results.read(run)
+    target = Path(out) if out else read.directory
+    paths = [target / "report.html", *sorted(target.glob("report_*.svg"))]
+    if earlier := [path for path in paths if path.exists() or path.is_symlink()]:
+        more = f" and {len(earlier) - 1} more" if earlier[1:] else ""
         raise ValueError(
-            f"out: expected no report there yet, got {taken[0]}{more}; remove that or use --out"
+            f"out: expected a directory without a report, got {earlier[0]}{more}; remove that or "
+            "use --out"
         )
     if out:
-        with files.atomic_directory(target) as partial:
-            said = write(found, partial)
+        with atomic_directory(target) as partial:
+            figures = report_page.write(read, partial)
     else:
         target.mkdir(parents=True, exist_ok=True)
-        said = write(found, target)
-    print(f"{target / 'report.html'}: {said}")
+        figures = report_page.write(read, target)
+    print(f"{target / 'report.html'}, and {figures} figures as SVG next to it")

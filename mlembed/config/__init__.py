@@ -1,4 +1,4 @@
-"""Configuration of a run, and the recipes that are complete ones. Imports no torch."""
+"""Configuration of a run, and recipes, which are complete configurations. Imports no torch."""
 
 from .model import ML_EMBED_EXITS, Model
 from .objective import TASKS, Depth, Distill, Loss, Optim

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .strict import check_rising, positive
+from .strict import check_rising, machine, positive
 
-ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)  # ML-Embed's released code; the last layer joins
+# Exits of ML-Embed's released code; the last layer is added.
+ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
 
 
 @dataclass(frozen=True)
@@ -13,10 +14,10 @@ class Model:
     """Shape and nesting of the encoder (names as in Hugging Face configurations)."""
 
     style: Literal["qwen3", "bert"] = "qwen3"
-    """Blocks: RMSNorm before, rotary positions, SwiGLU, no biases; or LayerNorm behind, learned
-    positions, GELU, biases."""
+    """qwen3: RMSNorm before each sublayer, rotary positions, SwiGLU, no biases. bert: LayerNorm
+    after each sublayer, learned positions, GELU, biases."""
     vocab_size: int = 8192
-    """Tokens; when the tokenizer is trained here, how many it may learn."""
+    """Number of tokens; the most that a tokenizer trained here may learn."""
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
@@ -27,27 +28,28 @@ class Model:
     rms_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-12
     max_position_embeddings: int = 512
-    """Tokens of the longest text that there are positions for."""
+    """Length of the longest text, in tokens."""
     position_offset: int = 0
-    """Rows of a BERT's position table before position 0: 0, or 2 as RoBERTa and XLM-R have it."""
+    """Rows of a BERT's position table before position 0: 0, or 2 for RoBERTa and XLM-R."""
     type_vocab_size: int = 2
-    """Rows of a BERT's segment table, of which the first is added to every token."""
+    """Rows of a BERT's segment table, whose first row is added to every token."""
     causal: bool = True
-    """Each token sees only what precedes it (as Qwen3 does); otherwise the whole text."""
+    """Each token attends only to earlier tokens (like Qwen3), otherwise to the whole text."""
     pooling: Literal["last", "mean", "cls", "pooler"] = "last"
-    """What stands for a text: its last token (EOS), the mean of all tokens, the first ([CLS]), or
-    BERT's pooler, tanh of a dense layer over the first."""
+    """Embedding of a text: its last token (EOS), the mean of all tokens, the first token ([CLS]),
+    or BERT's pooler, tanh of a dense layer over the first token."""
     exits: tuple[int, ...] = ()
-    """Depths where texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, 24, .. all."""
+    """Depths at which texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, .. all."""
     matryoshka_dims: tuple[int, ...] = ()
     """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
     ranks: tuple[int, ...] = ()
     """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
     dropout: float = 0.0
-    """In training, the share of what attention and the MLP add to the residual stream that is
-    dropped, the rest scaled up."""
-    attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = "auto"
-    """What computes attention. auto: our Triton on CUDA, torch elsewhere; a name never changes."""
+    """Dropout of the outputs of attention and of the MLP, in training."""
+    attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = machine(
+        "auto"
+    )
+    """Backend of attention. auto: our Triton kernel on CUDA, torch elsewhere."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -102,12 +104,12 @@ class Model:
     def check(
         self, dim: int | None = None, exit: int | None = None, rank: int | None = None
     ) -> None:
-        """ValueError for a width, depth or vocabulary rank that a model of this shape lacks."""
+        """Raise ValueError for a width, depth or vocabulary rank outside of this shape."""
         if dim is not None and not 1 <= dim <= self.hidden_size:
             raise ValueError(f"dim: expected 1..{self.hidden_size} (the width), got {dim}")
         if exit is not None and not 1 <= exit <= self.num_hidden_layers:
             raise ValueError(f"exit: expected 1..{self.num_hidden_layers} (the depth), got {exit}")
         if rank is not None and not self.ranks:
-            raise ValueError(f"rank: expected none (the vocabulary is a plain table), got {rank}")
+            raise ValueError(f"rank: expected none for a plain vocabulary table, got {rank}")
         if rank is not None and not 1 <= rank <= self.ranks[-1]:
             raise ValueError(f"rank: expected 1..{self.ranks[-1]} (the stored rank), got {rank}")

@@ -1,9 +1,9 @@
-"""What a run minimises and how: loss, distillation, depth, optimiser."""
+"""The objective of a run: loss, distillation, depth, optimiser."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .strict import positive
+from .strict import machine, positive
 
 
 @dataclass(frozen=True)
@@ -11,43 +11,45 @@ class Loss:
     """The 3D objective: sum over exits and prefixes of w_e w_m loss_em, weights summing to one."""
 
     temperature: float = 0.05
-    """Of sources that have none of their own."""
+    """Temperature of sources without their own."""
     directions: Literal["query_to_doc", "symmetric", "gte"] = "symmetric"
-    """Of retrieval: a softmax over documents; the mean of that and one over queries; or GTE's one
-    softmax over both and over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)."""
+    """Softmax of retrieval: over documents; the mean of that and one over queries; or GTE's single
+    softmax over both, over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)."""
     count_positive_twice: bool = True
-    """With gte: both sums that hold the positive count it, as the paper prints them."""
+    """Count the positive in both sums that hold it, like the formula in GTE's paper."""
     margin: float = 0.0
-    """Of bitext: what the positives' cosines are lowered by (LaBSE, arXiv 2007.01852: 0.3)."""
+    """Subtracted from the positives' cosines of bitext (LaBSE, arXiv 2007.01852: 0.3)."""
     hard_negatives: Literal["shared", "own", "separate"] = "shared"
-    """Of retrieval and bitext: candidates of all queries of the batch; of their own query, in one
-    softmax with the others' positives; of their own query, in a softmax of its own whose loss is
-    added (ML-Embed's released code)."""
+    """Hard negatives of retrieval and bitext. shared: candidates of all queries of the batch; own:
+    of their own query, in one softmax with the batch's positives; separate: of their own query, in
+    a second softmax whose loss is added (ML-Embed's released code)."""
     num_negatives: int = 7
-    """Hard negatives drawn per row where the data has them: ML-Embed's numbers, by task."""
+    """Hard negatives drawn for a row, if the data has any; ML-Embed's numbers for each task."""
     clustering_negatives: int = 9
     classification_negatives: int = 1
     exit_weights: Literal["uniform", "depth", "inverse", "log", "custom"] = "uniform"
-    """w_e equal (ML-Embed); in proportion to the exit's depth l; 1 / l (2DMSE, arXiv 2402.14776 v1)
-    or 1 / (1 + ln(1 + l)) (ESE, its v3) for all but the last, which weighs 1; or as given."""
+    """w_e of an exit of depth l: equal (ML-Embed); proportional to l; 1 / l (2DMSE, 2402.14776 v1)
+    or 1 / (1 + ln(1 + l)) (ESE, its v3), for all exits but the last, which weighs 1; or
+    `custom_exit_weights`."""
     custom_exit_weights: tuple[float, ...] = ()
     matryoshka_weights: Literal["uniform", "ml-embed", "custom"] = "uniform"
-    """w_m equal; ML-Embed's 1 / (n sqrt(D / d)), n counted down from the full width; as given."""
+    """w_m of a prefix. uniform: equal; ml-embed: 1 / (n sqrt(D / d)), n counting down from the full
+    width; custom: `custom_matryoshka_weights`."""
     custom_matryoshka_weights: tuple[float, ...] = ()
     normalise_weights: bool = True
-    """Weights sum to one. Otherwise prefixes' stay as their rule has them, and so do exits' but for
-    `uniform`, which is a mean over exits in ML-Embed as well: the published losses' scale."""
+    """Scale the weights to sum to one. Otherwise the rules above give them, except that `uniform`
+    stays a mean over exits, like in ML-Embed: the scale of the published losses."""
     ranks: Literal["sampled", "all"] = "sampled"
-    """sampled: one vocabulary rank a step, in proportion to itself (ML-Embed). all: every rank each
-    step, weighted by that proportion, which is what sampling estimates, at the cost of as many."""
-    negatives_across: Literal["gather", "ring"] = "gather"
-    """How other processes' texts become candidates: all at once, or passed around, so that no
-    process ever holds more than its own and two others' (one in hand, one arriving)."""
+    """sampled: one vocabulary rank a step, drawn proportionally (ML-Embed). all: every rank
+    in a pass of its own, with that proportion as weight, which sampling estimates."""
+    negatives_across: Literal["gather", "ring"] = machine("gather")
+    """Exchange candidates between processes all at once, or in a ring, in which a process holds its
+    own candidates and those of two others at most (in use, and arriving)."""
     memory_bank: int = 0
-    """Documents of earlier steps, of the batch's source, that are negatives of its queries as well
-    (MoCo's queue, arXiv 1911.05722); no gradient reaches them. Whole micro-batches, the newest."""
-    bank_on: Literal["device", "host"] = "device"
-    """Where these are kept; from pinned host memory they come micro-batch by micro-batch."""
+    """Number of documents of earlier steps, of the same source, that are further negatives (MoCo's
+    queue, arXiv 1911.05722), without gradient. Holds the newest whole micro-batches."""
+    bank_on: Literal["device", "host"] = machine("device")
+    """Memory of the bank; pinned host memory is copied micro-batch by micro-batch."""
 
     def __post_init__(self) -> None:
         positive("loss.temperature", self.temperature)
@@ -62,8 +64,8 @@ class Loss:
             given = getattr(self, f"custom_{name}")
             if (getattr(self, name) == "custom") != bool(given) or any(w < 0 for w in given):
                 raise ValueError(
-                    f"loss.custom_{name}: expected numbers of 0 or more with loss.{name} custom, "
-                    f"and none otherwise, got {given} with {getattr(self, name)}"
+                    f"loss.custom_{name}: expected numbers of 0 or more with loss.{name} custom "
+                    f"and no numbers otherwise, got {given} with {getattr(self, name)}"
                 )
             if given and not sum(given) > 0:
                 raise ValueError(f"loss.custom_{name}: expected one above 0, got {given}")
@@ -84,14 +86,14 @@ class Optim:
     min_lr_ratio: float = 0.05
     schedule: Literal["cosine", "linear"] = "cosine"
     warmup_ratio: float = 0.05
-    """Share of the steps; `warmup_steps`, where it is above 0, instead."""
+    """Share of the steps; `warmup_steps`, if it is above 0, takes precedence."""
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     weights: Literal["fp32", "bf16"] = "fp32"
-    """fp32 masters, or matrices kept in bf16 alone and rounded stochastically after each step."""
+    """fp32 master weights, or matrices in bf16 alone, rounded stochastically after each step."""
 
     def __post_init__(self) -> None:
         positive("optim.lr", self.lr)
@@ -111,7 +113,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Distill:
-    """What a student learns from a teacher, beside, or instead of, the contrastive loss.
+    """Distillation from a teacher, in addition to the contrastive loss or instead of it.
 
     loss = contrastive L + features F + logits S + between_exits B, each a table over exits and
     prefixes with the weights of L.
@@ -121,28 +123,27 @@ class Distill:
     """Directory or hub id of a sentence-transformers or transformers model, which encodes each
     batch's texts with its own tokenizer."""
     embeddings: str = ""
-    """Or a directory of a teacher's vectors, which `python -m mlembed teacher` wrote."""
+    """Directory of a teacher's vectors, written by `mlembed teacher`, instead of `teacher`."""
     prompt: str = ""
-    """What the teacher reads before each query; its documents have none."""
-    batch_tokens: int = 16_384
-    """Tokens that the teacher encodes at once, padding included."""
+    """Text before each query of the teacher; its documents have no prompt."""
     contrastive: float = 1.0
     features: float = 0.0
     """Mean squared difference of the vectors' coordinates."""
-    feature_form: Literal["raw", "normalised"] = "raw"
+    feature_form: Literal["raw", "normalised", "ml-embed"] = "raw"
+    """The vectors as they are; normalised; or the distillation of ML-Embed's released code: at
+    every exit and the full width alone, means over queries, positives and negatives, added."""
     align: Literal["truncate", "pca", "projection"] = "truncate"
-    """How vectors of two widths are compared, at a prefix d: with the teacher's first d coordinates
-    (ML-Embed's code); with its first d principal ones; or, by a learnt matrix of which d columns
-    are used, in the teacher's space."""
+    """Compare a prefix of width d with the teacher's first d coordinates (ML-Embed), with its
+    first d principal components, or in the teacher's space, by d columns of a learnt matrix."""
     logits: float = 0.0
     """Difference of the cosines of queries and documents, student's and teacher's."""
     logit_form: Literal["mse", "kl"] = "mse"
     teacher_temperature: float = 0.05
-    """Of kl, beside the student's own."""
+    """Temperature of the teacher's softmax with kl."""
     exits: Literal["last", "all"] = "last"
-    """Which exits have `features` and `logits`."""
+    """Exits at which `features` and `logits` apply."""
     between_exits: float = 0.0
-    """`logits` of every other exit towards the last one's, of whole width and without gradient."""
+    """Weight of `logits` from every other exit to the last, at full width, without its gradient."""
 
     def __post_init__(self) -> None:
         terms = ("contrastive", "features", "logits", "between_exits")
@@ -150,7 +151,10 @@ class Distill:
             given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
             raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
         positive("distill.teacher_temperature", self.teacher_temperature)
-        positive("distill.batch_tokens", self.batch_tokens)
+        if self.feature_form == "ml-embed" and self.align != "truncate":
+            raise ValueError(
+                f"distill.align: expected truncate with feature_form ml-embed, got {self.align}"
+            )
         if self.teacher and self.embeddings:
             raise ValueError("distill.embeddings: expected none with distill.teacher, got both")
         if self.prompt and not self.teacher:
@@ -184,17 +188,10 @@ class Depth:
     shares: tuple[float, ...] = ()
     """How much of a batch's tokens leaves at each, summing to one. Empty: equal shares."""
     layer_dropout: float = 0.0
-    """A text skips layer l of 0..L-1 with probability layer_dropout * S(t) * (2^(l / (L-1)) - 1)
-    (LayerSkip, arXiv 2404.16710)."""
-    dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """S(t) at step t of T: 1, as LayerSkip fine-tunes, or 2^(t / T) - 1, as it pre-trains."""
-    curriculum: Literal["none", "rotational", "gradual"] = "none"
-    """Exits with a loss at a step, the last always: all of them; every `rotation`-th, the next ones
-    at the next step; from the deepest on, all of them after half of the run."""
-    rotation: int = 2
+    """A text skips layer l of 0..L-1 with probability layer_dropout * (2^(l / (L-1)) - 1), as in
+    LayerSkip's fine-tuning (arXiv 2404.16710)."""
 
     def __post_init__(self) -> None:
-        positive("depth.rotation", self.rotation)
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"depth.layer_dropout: expected 0..1, got {self.layer_dropout}")
         if self.shares and len(self.shares) != len(self.exits):

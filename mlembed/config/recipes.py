@@ -1,8 +1,8 @@
 """Named runs, each a complete configuration: `python train.py NAME`.
 
-What a number is, a docstring says: the paper's, its released code's, or ours where neither has one
-(arXiv 2605.15081 and 2603.19223 ML-Embed, 2302.08387 LEALLA with 2007.01852 LaBSE, 2308.03281 GTE).
-A second stage starts from the directory of the first: its `init` is that run.
+Docstrings tell which numbers are the paper's, which its released code's, and which ours if neither
+has one (arXiv 2605.15081 and 2603.19223 ML-Embed, 2302.08387 LEALLA with 2007.01852 LaBSE,
+2308.03281 GTE). The `init` of a second stage is the directory of the first.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def qwen3() -> Run:
 
     Exits, prefixes, prefix weights, temperature, betas, weight decay, clipping, the learning rate
     1e-5 -> 1e-7 and the stored rank 512 are those of ML-Embed's released code (arXiv 2605.15081);
-    batch, length and steps are ours, and so is one softmax over all candidates.
+    batch, length, steps and the single softmax over all candidates are ours.
     """
     return Run(
         name="qwen3",
@@ -62,8 +62,8 @@ def qwen3() -> Run:
 
 # ---- ML-Embed ----
 
-# lr: F2LLM's for 0.6B, 1.7B and 4B (arXiv 2510.02294; its v2 code has 8e-6 at 4B as well). That of
-# 8B, and of the pruned shapes, is not known: ours, the nearest size's.
+# Learning rates of F2LLM for 0.6B, 1.7B and 4B (arXiv 2510.02294; its v2 code has 8e-6 at 4B too).
+# Those of 8B and of the pruned shapes are not known: ours are the nearest size's.
 ML_EMBED_RATES = {
     "80m": 1e-5,
     "140m": 1e-5,
@@ -79,25 +79,30 @@ ML_EMBED_RATES = {
 def ml_embed(size: str, stage: int) -> Run:
     """ML-Embed: width, depth and vocabulary rank nested, from Qwen3 (arXiv 2605.15081).
 
-    The paper's: two stages, the first on retrieval pairs without instructions, the second, which
-    starts from the first, on retrieval, clustering and classification with them; its data are
-    yours to give. The released code's: exits 1, 2, 4, 8, 16, 24, .., L weighing the same; prefixes
-    8, 16, .. D and their weights; a softmax over the batch's positives for retrieval plus one over
-    a query's own 7, 9 or 1 negatives; temperature 0.05; ranks up to 512 drawn in proportion; two
-    epochs, every source until it is used up; 1024 tokens; AdamW of betas 0.9, 0.98 and decay 0.01;
-    a cosine to 1e-7; clipping at 1. Batch 512, warm-up 500 and rates are F2LLM's; where those of a
-    size are not known, ours (`ML_EMBED_RATES`). Ours as well: weights that sum to one
+    The paper: two stages, the first on retrieval pairs without instructions, the second, which
+    starts from the first, on retrieval, clustering and classification with instructions. Its data
+    have to be given. The released code: exits 1, 2, 4, 8, 16, 24, .., L with equal weights;
+    prefixes 8, 16, .. D and their weights; a softmax over the batch's positives for retrieval plus
+    one over a query's own 7, 9 or 1 negatives; temperature 0.05; ranks up to 512 drawn in
+    proportion; two epochs that use up every source; 1024 tokens; AdamW of betas 0.9, 0.98 and decay
+    0.01; a cosine to 1e-7; clipping at 1. Batch 512, warm-up 500 and rates are F2LLM's, or ours
+    for sizes whose rates are not known (`ML_EMBED_RATES`). Ours are also: weights that sum to one
     (`--loss.no-normalise-weights` for the code's), negatives drawn for each row, gradients to the
-    documents of all processes, and the same numbers in both stages.
+    documents of all processes, and equal numbers in both stages.
 
     From 0.6B up the first stage starts from Qwen3's base models. 80M, 160M and 330M are pruned from
-    a trained 0.6B, as F2LLM-v2's are (how is not known; `python -m mlembed prune`); 140M is 160M
-    with a nested vocabulary, which alone of all sizes 160M has not (`mlembed/shapes.py`: ours, as
-    the paper's arithmetic is not known). Distillation: `--distill.teacher`.
+    a trained 0.6B, like F2LLM-v2's (how is not known; `mlembed prune`). 140M is 160M with a nested
+    vocabulary; 160M is the only size without one (`config/shapes.py`: ours, as the paper's
+    arithmetic is not known).
+
+    The released code distils at every exit and the full width alone, from the raw vectors of a
+    teacher cut to the student's width: MSE(queries) + MSE(positives) + MSE(hard negatives), added
+    with weight 1. `--distill.teacher DIR --distill.features 1 --distill.feature-form ml-embed` is
+    exactly that.
     """
     shape = SHAPES[f"ml-embed-{size}"]
     ranks = shape.ranks or tuple(r for r in (64, 128, 256, 512) if r < shape.hidden_size)
-    if size == "160m":  # whose vocabulary, nested, makes it the 140M
+    if size == "160m":  # With a nested vocabulary it is the 140M.
         ranks = ()
     name = f"ml-embed-{size}"
     pruned = size.endswith("m")
@@ -126,15 +131,15 @@ def ml_embed(size: str, stage: int) -> Run:
 def lealla(size: str) -> Run:
     """LEALLA: a thin and deep student of LaBSE for bitext (arXiv 2302.08387).
 
-    The paper's: shapes, and that LaBSE is the teacher of both vectors and similarities. Its
-    formulas, weights, rates, batch and steps are not known. LaBSE's released code's: margin 0.3 and
-    scale 100 (temperature 0.01), both directions; batch 4096, at most 32 tokens, 500,000 steps,
-    AdamW of betas 0.9, 0.999, epsilon 1e-5, no decay, 5,000 steps of warm-up, then a line from 1e-4
-    to 0, clipping at 100, dropout 0.1. Ours: mean instead of sum of the directions, both
-    distillations with weight 1, of normalised vectors against the teacher's principal coordinates,
-    which the paper motivates (reduced LaBSE is as good), and random weights to start from.
+    The paper: shapes, and LaBSE as the teacher of both vectors and similarities. Its formulas,
+    weights, rates, batch and steps are not known. LaBSE's released code: margin 0.3 and scale 100
+    (temperature 0.01), both directions; batch 4096, at most 32 tokens, 500,000 steps, AdamW of
+    betas 0.9, 0.999, epsilon 1e-5, no decay, 5,000 steps of warm-up, then a line from 1e-4 to 0,
+    clipping at 100, dropout 0.1. Ours: mean instead of sum of the directions, both distillations
+    with weight 1, normalised vectors against the teacher's principal components, which the paper
+    motivates (reduced LaBSE is as good), and random weights to start from.
 
-    `--distill.embeddings DIR` takes vectors that `python -m mlembed teacher` wrote.
+    `--distill.embeddings DIR` takes vectors that `mlembed teacher` wrote.
     """
     shape = SHAPES[f"lealla-{size}"]
     flat = replace(
@@ -173,11 +178,11 @@ def lealla(size: str) -> Run:
 
 
 def lealla_3d(size: str) -> Run:
-    """LEALLA's student, nested as ML-Embed is (arXiv 2302.08387 with 2605.15081).
+    """LEALLA's student, nested like ML-Embed (arXiv 2302.08387 with 2605.15081).
 
-    Of LEALLA's parameters 87 to 93 % are vocabulary. As `lealla-*`, and ours: exits at each quarter
-    of the depth, prefixes from 32 on, ranks from an eighth to half of the width, distillation at
-    every exit and prefix, and of the inner exits towards the last.
+    87 to 93 % of LEALLA's parameters are vocabulary. `lealla-*`, and ours: exits at each quarter of
+    the depth, prefixes from 32 on, ranks from an eighth to half of the width, distillation at every
+    exit and prefix, and from the last exit to the inner ones.
     """
     run = lealla(size)
     D, L = run.model.hidden_size, run.model.num_hidden_layers
@@ -193,7 +198,8 @@ def lealla_3d(size: str) -> Run:
 
 # ---- GTE ----
 
-GTE_STARTS = {  # where training starts, and the first stage's rate: the paper's table 3
+# The model to start from and the first stage's rate, from the paper's table 3.
+GTE_STARTS = {
     "small": ("microsoft/MiniLM-L12-H384-uncased", 3e-4),
     "base": ("google-bert/bert-base-uncased", 2e-4),
     "large": ("google-bert/bert-large-uncased", 5e-5),
@@ -203,7 +209,7 @@ GTE_STARTS = {  # where training starts, and the first stage's rate: the paper's
 def gte(size: str, supervised: bool) -> Run:
     """GTE: one loss of four parts, in two stages (arXiv 2308.03281).
 
-    The paper's, of both stages: mean pooling, no prompts, temperature 0.01, the joint softmax with
+    The paper, for both stages: mean pooling, no prompts, temperature 0.01, the joint softmax with
     the positive counted twice, batches of one source drawn by n^0.5, AdamW, 5 % warm-up and a line.
     Unsupervised: pairs alone, batch 16,384 of 128 tokens, 50,000 steps. Supervised, from there:
     batch 128 of groups of 16 (15 negatives) and 512 tokens, a tenth of the rate, one epoch. Ours:

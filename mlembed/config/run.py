@@ -1,49 +1,49 @@
-"""One run as a value: frozen dataclasses, named recipes, strict reading of saved ones.
+"""A run as a value: frozen dataclasses, saved as `config.json` and read strictly.
 
-A run's resolved configuration is saved as `config.json`, which `python train.py config.json`
-re-runs; `arguments.py` reads what users write behind it.
+`python train.py config.json` repeats a saved run; `training/arguments.py` reads command lines.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..runtime.files import read_json
+from .choices import BadRows
 from .model import Model
 from .objective import Depth, Distill, Loss, Optim
-from .strict import check_rising, flat_keys, from_dict, positive
+from .strict import check_rising, flat_keys, from_dict, machine, positive
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of training text, as a mixture file lists them."""
+    """One source of training text, an entry of a mixture file."""
 
     path: str
     """File, directory, `name` of parallel files name.xx and name.yy, hub id, or `cldr`."""
     name: str = ""
-    """In logs and in the draw of its items. Empty: the file's or directory's own."""
+    """Name in logs and in the seed of its draws. Empty: that of the file or directory."""
     task: Literal["auto", "retrieval", "clustering", "classification", "bitext", "sts"] = "auto"
-    """Which loss. auto: bitext for n-way tables and parallel files, retrieval otherwise."""
+    """Selects the loss. auto: bitext for n-way tables and parallel files, retrieval otherwise."""
     weight: float = 1.0
-    """With `sampling` weights: its share of the batches, beside the others'."""
+    """Share of the batches with `sampling` weights, relative to the other sources."""
     cap: int = 0
-    """At most so many items, chosen at random; 0: all."""
+    """Number of items to choose at random; 0: all."""
     prompt: str = ""
-    """Before each query, e.g. "Instruct: Find the answer\\nQuery: "; documents have another."""
+    """Text before each query, e.g. "Instruct: Find the answer\\nQuery: "."""
     document_prompt: str = ""
     temperature: float = 0.0
-    """0: the loss's."""
+    """0: that of the loss."""
     num_negatives: int = -1
-    """-1: the task's."""
+    """-1: that of the task."""
     corpus: str = ""
     """File with the documents (_id or doc_id, text [, title]) that rows name by their ids."""
     subset: str = ""
-    """Of a hub id: its configuration."""
+    """Configuration of a data set of the Hub."""
     split: str = "train"
     streaming: bool = False
-    """Read as it comes, batch by batch, instead of stored and shuffled as a whole."""
+    """Read batch by batch, instead of storing and shuffling the whole source."""
     rows: int = 0
-    """Of a stream: how many there are, for `sampling` alpha and exhaust."""
+    """Number of rows of a stream, for `sampling` alpha and exhaust."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -64,19 +64,19 @@ class Run:
     output_dir: str = "runs"
     data: tuple[str, ...] = ("cldr",)
     """Training text: `cldr` (built in); .jsonl, .csv, .tsv, .parquet files or directories of them;
-    `name` of parallel files name.xx and name.yy; hub ids; or a mixture, a .json file {"sources":
-    [{"path": .., "task": .., "prompt": .., ..}, ..]}. Each batch comes from one source."""
+    `name` of parallel files name.xx and name.yy; ids of the Hub; or a mixture, a .json file
+    {"sources": [{"path": .., "task": .., "prompt": .., ..}, ..]}. A batch comes from one source."""
     sources: tuple[Source, ...] = ()
-    """What the mixtures among `data` list, filled in from them."""
+    """Entries of the mixtures among `data`, filled in from them."""
     eval: tuple[str, ...] = ("cldr",)
-    """What to score: `cldr`, Tatoeba-layout directories, n-way tables, scored pairs (STS csv)."""
+    """Evaluation: `cldr`, directories in Tatoeba's format, n-way tables, scored pairs (STS csv)."""
     init: str = ""
-    """Start from this checkpoint (a run, a directory or a hub id): weights, shape, tokenizer."""
+    """Start from this checkpoint (run, directory or id of the Hub): weights, shape, tokenizer."""
     tokenizer: str = ""
-    """Without `init`: that of this directory or hub id. Empty: one learnt from the text."""
+    """Directory or id of the Hub of a tokenizer, without `init`. Empty: train one on the text."""
     init_factors: Literal["uniform", "frequency"] = "uniform"
-    """How `init`'s table is factorised: every token alike, or by how often the training text has
-    it, so that frequent ones are the nearest."""
+    """Weights of tokens when `init`'s table is factorised: equal, or frequencies in the training
+    text, so that frequent tokens are approximated best."""
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     depth: Depth = field(default_factory=Depth)
@@ -85,60 +85,57 @@ class Run:
     steps: int = 1000
     """Optimiser steps."""
     epochs: float = 0.0
-    """Above 0, instead of `steps`: how often as many items are drawn as there are."""
+    """Passes over the items, instead of `steps`, if above 0."""
     batch_size: int = 128
-    """Pairs a micro-batch, over all processes; each is a negative of all others in it."""
+    """Pairs of a micro-batch over all processes; each is a negative of all other pairs."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a step. It averages gradients; it adds no negatives."""
+    """Micro-batches of a step. Their gradients are averaged; they do not share negatives."""
     max_length: int = 64
-    """Tokens a text, EOS included; longer ones are cut, keeping EOS."""
+    """Tokens of a text, EOS included; longer texts are cut and keep EOS."""
     pack_tokens: int = 131_072
-    """Most tokens of one packed forward; queries and documents are packed apart."""
+    """Most tokens of a packed forward; queries and documents are packed separately."""
     sampling: Literal["alpha", "weights", "exhaust"] = "alpha"
-    """A batch's source is drawn in proportion to (pairs in it) ** `source_alpha` (GTE, 2308.03281);
-    to the weights of `sources`; or to the batches left in it until none has any (ML-Embed)."""
+    """A batch's source is drawn in proportion to pairs ** `source_alpha` (GTE, 2308.03281), to the
+    weights of `sources`, or to remaining batches, until every source is used up (ML-Embed)."""
     source_alpha: float = 0.5
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """A malformed row ends the run, by file and line; or it is left out, counted and listed."""
-    loader_workers: int = -1
-    """Processes that make batches ready; -1: two on CUDA, none on a CPU."""
+    bad_rows: BadRows = "error"
+    """A malformed row stops the run with its file and line, or is skipped, counted and listed."""
+    loader_workers: int = machine(-1)
+    """Processes that prepare batches; -1: two on CUDA, 0 on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast where the device multiplies it natively, fp32 elsewhere."""
+    """auto: bf16 autocast on devices that multiply bf16 natively, fp32 on others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = machine("auto")
     """torch.compile of the blocks on both sides of attention; auto: on CUDA."""
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
-    """What the backward computes again: nothing; every block; as many, from the first on, as keep
-    what the others save within `activation_gib`, and of compiled blocks what is element-wise."""
-    activation_gib: float = 0.0
-    """GiB a process, for what blocks keep for the backward: with selective checkpointing, with the
-    gradient cache, or both. 0: as much as a probe finds."""
-    gradient_cache: bool = False
-    """Encode pack by pack without a graph, take the loss of all, then encode again with one, for
-    batches beyond memory (GradCache, arXiv 2101.06983). Packs whose graphs fit `activation_gib`
-    keep them, and are encoded once. Loss and gradients are the same."""
-    engine: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes hold the model: each all of it, or (FSDP2) a shard of weights,
-    gradients and moments."""
-    cpu_offload: bool = False
-    """With fsdp: shards and moments are in host memory, and the optimiser computes there."""
+    activation_checkpointing: Literal["none", "block", "selective"] = machine("none")
+    """Recompute in the backward nothing, every block, or as many first blocks as it takes for the
+    others' activations to fit `activation_gib`, and element-wise parts of compiled blocks."""
+    activation_gib: float = machine(0.0)
+    """GiB of activations of a process, with selective checkpointing or the gradient cache. 0: as
+    much as a probe finds."""
+    gradient_cache: bool = machine(False)
+    """Encode pack by pack without a graph, compute the loss of all packs, then encode each again
+    with its graph, for batches beyond memory (GradCache, arXiv 2101.06983). Packs whose graphs fit
+    `activation_gib` are encoded once. Loss and gradients do not change."""
+    engine: Literal["ddp", "fsdp"] = machine("ddp")
+    """A process holds the whole model, or (FSDP2) a shard of weights, gradients and moments."""
+    cpu_offload: bool = machine(False)
+    """Keep fsdp's shards and moments in host memory, and update them there."""
     seed: int = 0
     eval_every: int = 0
-    """Score the full size every so many steps; 0 = only at the end."""
+    """Steps between scores of the full size; 0: score only at the end."""
     save_every: int = 500
-    """Checkpoint every so many steps; 0 = only at the end."""
+    """Steps between checkpoints; 0: save only at the end."""
     keep_checkpoints: int = 2
-    save_async: bool = True
-    """Write checkpoints while training goes on: only copying to host memory makes it wait."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is no finite number: end the run, or leave the step out. Either
-    way weights and moments stay as they were, and the first bad tensor is named."""
+    non_finite: Literal["stop", "skip"] = machine("stop")
+    """Stop the run at a non-finite loss or gradient, or skip the step. Either way weights and
+    moments stay unchanged, and the first bad tensor is named."""
     log_every: int = 10
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    resume: bool = False
-    """Go on from the run directory's last checkpoint that is whole."""
-    allow_changed: tuple[str, ...] = ()
-    """Keys whose values may differ from the run's when it goes on, e.g. `steps optim.lr`."""
+    resume: bool = machine(False)
+    """Resume from the newest intact checkpoint of the run's directory."""
+    allow_changed: tuple[str, ...] = machine(())
+    """Keys that may differ from the saved configuration when resuming, e.g. `steps optim.lr`."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
@@ -161,8 +158,8 @@ class Run:
             odd = sorted(set(self.depth.exits) - set(self.model.exits))
             if odd or self.depth.exits[-1] != self.model.exits[-1]:
                 raise ValueError(
-                    f"depth.exits: expected some of {where} {self.model.exits}, the last among "
-                    f"them, got {self.depth.exits}"
+                    f"depth.exits: expected some of {where} {self.model.exits}, including the "
+                    f"last, got {self.depth.exits}"
                 )
         if self.optim.weights == "bf16" and self.precision == "fp32":
             raise ValueError("precision: expected bf16 or auto with optim.weights bf16, got fp32")
@@ -177,23 +174,18 @@ class Run:
                 f"loss.memory_bank: expected 0 or at least the {most} documents of a micro-batch, "
                 f"got {self.loss.memory_bank}"
             )
-        if self.loss.memory_bank and self.depth.curriculum != "none":
-            raise ValueError(
-                "depth.curriculum: expected none with loss.memory_bank, as kept documents have the "
-                f"exits of their step, got {self.depth.curriculum}"
-            )
         lone = self.distill.learns == self.distill.between_exits
-        if lone and (len(self.model.exits) == 1 or self.depth.curriculum != "none"):
+        if lone and len(self.model.exits) == 1:
             raise ValueError(
-                "distill.between_exits: expected another term beside it where a step may have one "
-                f"exit, got none, with exits {self.model.exits}, curriculum {self.depth.curriculum}"
+                "distill.between_exits: expected another term beside it for a model of one exit, "
+                f"got none, with exits {self.model.exits}"
             )
         if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")
         if not self.data and not self.sources:
             raise ValueError("data: expected at least one source, got none")
         if self.tokenizer and self.init:
-            raise ValueError("tokenizer: expected none with init, which has its own, got both")
+            raise ValueError("tokenizer: expected init or tokenizer, got both")
         if self.loader_workers < -1:
             raise ValueError(f"loader_workers: expected -1 or more, got {self.loader_workers}")
         for name, nested in (
@@ -203,21 +195,13 @@ class Run:
             given = getattr(self.loss, f"custom_{name}")
             if given and len(given) != len(nested):
                 raise ValueError(
-                    f"loss.custom_{name}: expected {len(nested)}, for {nested}, got {given}"
+                    f"loss.custom_{name}: expected {len(nested)} for {nested}, got {given}"
                 )
         if self.name == ".." or not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name: expected a plain directory name, got {self.name!r}")
 
 
-# ---- from a file ----
-
-
 def load(path: str | Path) -> Run:
     """Read a `config.json`. ValueError for a missing file, bad json, unknown keys, wrong types."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"config: expected a file, got {path}, which does not exist") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
-    return from_dict(Run, data, str(path))
+    run: Run = from_dict(Run, read_json(Path(path)), str(path))
+    return run

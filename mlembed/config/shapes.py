@@ -7,7 +7,7 @@ from .model import Model
 
 
 def _qwen3(width: int, layers: int, ffn: int, heads: int = 16, ranks: Sequence[int] = ()) -> Model:
-    """As Qwen3, causal, pooled at EOS."""
+    """Return a shape of Qwen3: causal, pooled at EOS."""
     return Model(
         vocab_size=151_936,
         hidden_size=width,
@@ -23,7 +23,7 @@ def _qwen3(width: int, layers: int, ffn: int, heads: int = 16, ranks: Sequence[i
 
 
 def _bert(vocabulary: int, width: int, layers: int, heads: int, pooling: Any) -> Model:
-    """BERT with an MLP of four times its width, 512 positions and two segments."""
+    """Return a shape of BERT with an MLP of four times its width, 512 positions, two segments."""
     return Model(
         style="bert",
         vocab_size=vocabulary,
@@ -39,8 +39,8 @@ def _bert(vocabulary: int, width: int, layers: int, heads: int, pooling: Any) ->
     )
 
 
-# Of ML-Embed and F2LLM-v2 (arXiv 2605.15081, 2603.19223): 80m and 160m are the only whole numbers
-# of layers and MLP widths that give the published totals with Qwen3-0.6B's heads. What gives
+# ML-Embed and F2LLM-v2 (arXiv 2605.15081, 2603.19223): 80m and 160m are the only whole numbers of
+# layers and MLP widths that give the published totals with Qwen3-0.6B's heads. The shape behind
 # ML-Embed's 140M is not published: ml-embed-140m is ours, the 160m at rank 512. LEALLA
 # (arXiv 2302.08387), its teacher LaBSE (2007.01852), and GTE (2308.03281), which pools by mean.
 SHAPES: dict[str, Model] = {

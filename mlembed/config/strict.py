@@ -1,4 +1,4 @@
-"""Dataclasses from and to json: every key known, every value of its field's type."""
+"""Strict conversion of dataclasses to and from JSON: known keys and values of the field's type."""
 
 import dataclasses
 import difflib
@@ -6,12 +6,12 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal
 
 
 def near(name: str, names: typing.Iterable[str]) -> str:
-    """The hint ", near: a, b" of an error about an unknown name, or nothing."""
+    """Return the hint " (near: a, b)" for an unknown name, or "" if no name is near."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     leaf = name.rpartition(".")[2]
@@ -20,7 +20,7 @@ def near(name: str, names: typing.Iterable[str]) -> str:
 
 
 def flat_keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, nested dataclasses included."""
+    """Return the dotted names of all fields, nested dataclasses included."""
     keys = []
     for f, kind in zip(fields(cls), typing.get_type_hints(cls).values(), strict=True):
         nested = isinstance(kind, type) and is_dataclass(kind)
@@ -28,13 +28,32 @@ def flat_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def machine(default: Any) -> Any:
+    """Declare a field that fits a run to a machine, so that a resumed run may change it.
+
+    The next machine may lack an attention backend or a compiler, have less memory, or run another
+    number of processes.
+    """
+    return field(default=default, metadata={"machine": True})
+
+
 def to_dict(run: Any) -> dict[str, Any]:
-    """Nested plain values, tuples as lists: what json gives back."""
+    """Return nested plain values with tuples as lists, like json."""
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
+def without_machine(run: Any) -> dict[str, Any]:
+    """Return `to_dict(run)` without the fields that `machine` declares, nested ones included."""
+    values = {}
+    for f in fields(run):
+        if not f.metadata.get("machine"):
+            value = getattr(run, f.name)
+            values[f.name] = without_machine(value) if is_dataclass(value) else value
+    return json.loads(json.dumps(values, default=to_dict))
+
+
 def from_dict(cls: type, data: Any, where: str) -> Any:
-    """Strict inverse of `to_dict`: every key known, every value of its field's type."""
+    """Invert `to_dict`. ValueError, which begins with `where`, for unknown keys and wrong types."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
     hints = typing.get_type_hints(cls)
@@ -63,7 +82,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ between two nested dictionaries."""
+    """Yield dotted keys whose values differ between two nested dictionaries."""
     for key in a.keys() | b.keys():
         left, right = a.get(key), b.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
@@ -73,7 +92,7 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Itera
 
 
 def check_rising(name: str, values: Sequence[int], top: int, what: str) -> None:
-    """ValueError unless `values` is non-empty, rises strictly, and lies in 1..top."""
+    """Raise ValueError unless `values` is non-empty, rises strictly, and lies in 1..top."""
     if not values or list(values) != sorted(set(values)) or values[0] < 1:
         raise ValueError(f"{name}: expected rising numbers from 1 on, got {tuple(values)}")
     if values[-1] > top:
@@ -81,6 +100,6 @@ def check_rising(name: str, values: Sequence[int], top: int, what: str) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    """ValueError unless value > 0."""
+    """Raise ValueError unless value > 0."""
     if not value > 0:
         raise ValueError(f"{name}: expected more than 0, got {value}")

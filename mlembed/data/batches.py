@@ -1,10 +1,8 @@
-"""Tables to an order of batches that is a function of a seed.
+"""Draw batches from tables and streams, in an order that is a function of a seed.
 
-A batch comes from one source. Which source, which of its items and which of their texts depend on
-(seed, batch number) alone: there is no position to save, and every process draws the whole batch
-and keeps its share, so that runs of any number of processes, and of loader workers, see the same
-data. sources.py reads what tables hold, tokens.py tokenises them, streams.py has sources that are
-read as they come.
+A batch comes from one source. Its source, items and texts depend on (seed, batch number) alone: a
+resumed run has no position to restore, and every process draws the whole batch and keeps its share,
+so runs with any number of processes and loader workers see the same data.
 
 Letters: B items of a micro-batch, K negatives of an item.
 """
@@ -13,6 +11,7 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +25,7 @@ from . import depth
 from .collate import Batch, collate
 from .streams import Stream, name_of
 from .tables import Table
-from .tokens import Tokens, tokenised
+from .tokens import Tokens, tokenise
 
 # First numbers of seeds: an order, permutations, and each batch's texts and depths.
 ORDER, ITEMS, TEXTS, DEPTHS = 2, 3, 4, 5
@@ -45,18 +44,18 @@ class VectorLookup(Protocol):
 def sizes_of(
     run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source] = ()
 ) -> list[float]:
-    """How many items each source has, tables first.
+    """Return the number of items of each source, tables first.
 
-    An n-way table of many languages holds more than its ids: as many pairs as texts / 2. A stream
-    has as many as it says.
+    An n-way table of many languages holds more than its ids: it counts half its texts. A stream's
+    number is its `rows`.
 
     Raises:
-        ValueError: a stream that does not say.
+        ValueError: a stream without `rows`.
     """
     for source in streams:
         if not source.rows:
             raise ValueError(
-                f"source {source.path}: rows: expected how many the stream has, for epochs or "
+                f"source {source.path}: rows: expected the stream's number of rows, for epochs or "
                 f"sampling {run.sampling}, got 0"
             )
     sizes = [len(table.texts) / 2 if table.nway else len(table) for table in tables]
@@ -66,12 +65,8 @@ def sizes_of(
 def steps_of(
     run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source] = ()
 ) -> int:
-    """Optimiser steps of a run: `steps` or, with `epochs` e, ceil(e n / (B accumulated batches))
-    of n items in all.
-
-    Raises:
-        ValueError: `epochs` of a stream that does not say how many rows it has.
-    """
+    """Return the optimiser steps of a run: `steps` or, for e epochs of n items in all, ceil(e n /
+    (B accumulated batches)). ValueError: epochs of a stream without `rows`."""
     if not run.epochs:
         return run.steps
     total = sum(sizes_of(run, tables, streams))
@@ -81,15 +76,15 @@ def steps_of(
 def source_order(
     run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source], total: int
 ) -> np.ndarray:
-    """The source of each of `total` batches, tables first -> int64 [total].
+    """Return the source of each of `total` batches, tables first: int64 [total].
 
-    alpha: p_i ~ n_i^alpha (GTE, arXiv 2308.03281). weights: p_i ~ the source's weight; what one
-    source has in several files shares it, in proportion to their items. exhaust: all batches of all
-    sources, ceil(n_i / B) each, in a random order, then again in another (ML-Embed's released
-    code). The first batches of a longer run are those of a shorter one.
+    alpha: p_i ~ n_i^alpha (GTE, arXiv 2308.03281). weights: p_i ~ the source's weight, which its
+    files share in proportion to their items. exhaust: all batches of all sources, ceil(n_i / B)
+    each, in a random order, then in another (ML-Embed's released code). A longer run begins with
+    the batches of a shorter run.
 
     Raises:
-        ValueError: a stream without `rows` where they count; weights that are all 0.
+        ValueError: a stream without `rows` if they count; weights that are all 0.
     """
     if run.sampling == "exhaust":
         counts = [math.ceil(n / run.batch_size) for n in sizes_of(run, tables, streams)]
@@ -104,7 +99,7 @@ def source_order(
     else:
         p = np.array(_weights(run, tables, streams))
         if not p.sum() > 0:
-            raise ValueError("sources: expected weights of which one is above 0, got all 0")
+            raise ValueError("sources: expected a weight above 0, got only 0")
     rng = np.random.default_rng([run.seed, ORDER])
     return rng.choice(len(p), size=total, p=p / p.sum())
 
@@ -127,16 +122,16 @@ def _weights(
 
 
 def permutation(seed: int, source: int, epoch: int, items: int) -> np.ndarray:
-    """Each epoch of a source is a permutation of its items -> int32 or int64 [items]."""
+    """Return the order of a source's items in an epoch, int32 or int64 [items]."""
     numbers = np.arange(items, dtype=np.int32 if items < 2**31 else np.int64)
     return np.random.default_rng([seed, ITEMS, source, epoch]).permutation(numbers)
 
 
 def num_negatives(loss: config.Loss, source: config.Source, task: str) -> int:
-    """How many hard negatives an item of a source has at most: its own number, or its task's.
+    """Return the maximum number of hard negatives of an item: the source's own, or its task's.
 
     Raises:
-        ValueError: none for clustering or classification, whose loss is of nothing else.
+        ValueError: 0 for clustering or classification, whose loss is of negatives alone.
     """
     by_task = {
         "clustering": loss.clustering_negatives,
@@ -151,39 +146,38 @@ def num_negatives(loss: config.Loss, source: config.Source, task: str) -> int:
     return count
 
 
-def some_of(count_B: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarray:
-    """K different numbers below each count, in random order -> int64 [B, K], -1 behind the last of
+def draw_distinct(count_B: np.ndarray, K: int, rng: np.random.Generator) -> np.ndarray:
+    """Return K distinct numbers below each count, in random order: int64 [B, K], -1 at the end of
     rows whose count is less.
 
-    The j-th draw is of the count - j that are left, and becomes the number itself by going past
-    those that are not, from the least on: B K^2 / 2 comparisons, however large the counts.
+    The j-th draw is from count - j numbers, and becomes one of those that are left by stepping past
+    the numbers drawn before it, in rising order: B K^2 / 2 comparisons, however large the counts.
     """
-    drawn = np.full((len(count_B), K), -1, dtype=np.int64)
-    gone = np.empty((len(count_B), 0), dtype=np.int64)  # rising
+    numbers = np.full((len(count_B), K), -1, dtype=np.int64)
+    before = np.empty((len(count_B), 0), dtype=np.int64)  # rising in each row
     for j in range(min(K, int(count_B.max(initial=0)))):
         pick = rng.integers(0, np.maximum(count_B - j, 1))
-        for at in gone.T:
+        for at in before.T:
             pick += pick >= at
-        drawn[:, j] = np.where(count_B > j, pick, -1)
-        gone = np.sort(np.column_stack([gone, pick]), axis=1)
-    return drawn
+        numbers[:, j] = np.where(count_B > j, pick, -1)
+        before = np.sort(np.column_stack([before, pick]), axis=1)
+    return numbers
 
 
-def drawn_rows(
+def draw_rows(
     nway: bool, begin_B: np.ndarray, end_B: np.ndarray, K: int, rng: np.random.Generator
 ) -> list[list[int]]:
-    """Rows of each item's query, positive and at most K hard negatives, of texts begin..end.
+    """Return rows of each item's query, positive and at most K hard negatives.
 
-    Of an n-way item two different texts, in either order; of a pair its first two and some others.
+    An item's texts are rows begin to end. An n-way item gives two distinct texts, in either order;
+    a pair its first two texts and some of the others.
     """
     if nway:
-        rows = begin_B[:, None] + some_of(end_B - begin_B, 2, rng)
+        rows = begin_B[:, None] + draw_distinct(end_B - begin_B, 2, rng)
         return rows.tolist()
-    negatives = some_of(end_B - begin_B - 2, K, rng)
+    negatives = draw_distinct(end_B - begin_B - 2, K, rng)
     rows = begin_B[:, None] + np.column_stack([np.tile([0, 1], (len(begin_B), 1)), negatives + 2])
     counts = 2 + (negatives >= 0).sum(1)
-    if (counts == rows.shape[1]).all():
-        return rows.tolist()
     return [row[:n] for row, n in zip(rows.tolist(), counts.tolist(), strict=True)]
 
 
@@ -194,10 +188,10 @@ class Batches(Dataset[Batch]):
     """Micro-batches 0, 1, .. of a run, each a function of its number (see the module's docstring).
 
     Sources are the tables, then the streams. Tables are tokenised on construction, or their tokens
-    found where they are kept; streams as they come.
+    read from the cache; streams are tokenised as they come.
 
-    order: int64 [micro-batches], each one's source. names: of the sources. truncated: texts of each
-    table that were longer than `max_length`.
+    order: int64 [micro-batches], the source of each. names: of the sources. truncated: texts of
+    each table that were longer than `max_length`.
     """
 
     def __init__(
@@ -213,13 +207,13 @@ class Batches(Dataset[Batch]):
     ) -> None:
         """
         Args:
-            streams: sources that are read as they come. held_out: normalised texts that they are
-                read without; tables are without them already.
-            teacher: its vectors, for `Batch.teacher_ND`.
+            streams: sources that are read as they come. held_out: normalised texts that streams
+                leave out; tables are without them already.
+            teacher: the vectors of `Batch.teacher_ND`.
 
         Raises:
-            ValueError: no sources; a batch that processes cannot share alike; as `source_order` and
-                `num_negatives`.
+            ValueError: no sources; a batch size that the number of processes does not divide; as
+                `source_order` and `num_negatives`.
         """
         if run.batch_size % world.size:
             raise ValueError(
@@ -234,32 +228,33 @@ class Batches(Dataset[Batch]):
         ]
         self.tokenizer = tokenizer
         self.tokens: list[Tokens] = [
-            tokenised(table, tokenizer, run.max_length, world.main) for table in tables
+            tokenise(table, tokenizer, run.max_length, world.main) for table in tables
         ]
         self.truncated = [tokens.truncated for tokens in self.tokens]
         self.names = [table.name for table in tables] + [name_of(source) for source in streams]
         self.negatives = [num_negatives(run.loss, table.source, table.task) for table in tables]
         self.negatives += [num_negatives(run.loss, s.source, s.task) for s in self.streams]
         self.order = source_order(run, tables, streams, run.steps * run.gradient_accumulation_steps)
-        self.permutations: dict[int, tuple[int, np.ndarray]] = {}  # epoch and items of each table
-        # How often the batch's source was drawn before: where in the source its items begin.
+        # The last epoch of each table and its permutation, 4 bytes an item.
+        self.permutations: dict[int, tuple[int, np.ndarray]] = {}
+        # How often a batch's source was drawn before, which tells where in the source it begins.
         self.turn = np.zeros(len(self.order), dtype=np.int64)
         for source in range(len(self.names)):
-            drawn = self.order == source
-            self.turn[drawn] = np.arange(drawn.sum())
+            of_source = self.order == source
+            self.turn[of_source] = np.arange(of_source.sum())
 
     def __len__(self) -> int:
         return len(self.order)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the tables -> int64 [vocab_size].
+        """Return how often each token occurs in the tables, int64 [vocab_size].
 
         Raises:
-            ValueError: no tables: nobody has read the streams yet.
+            ValueError: no tables; streams are not read in advance.
         """
         if not self.tokens:
             raise ValueError(
-                "init_factors: expected uniform where all sources are streams, got frequency"
+                "init_factors: expected uniform if all sources are streams, got frequency"
             )
         counts = [np.bincount(tokens.flat, minlength=vocab_size) for tokens in self.tokens]
         return np.sum(counts, axis=0)
@@ -267,98 +262,87 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         source = int(self.order[number])
         if source < len(self.tables):
-            return self._of_table(number, source)
-        return self._of_stream(number, source)
+            return self._from_table(number, source)
+        return self._from_stream(number, source)
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
-        """Of each table the last one is kept, 4 bytes an item."""
         if self.permutations.get(source, (-1,))[0] != epoch:
             items = len(self.tables[source])
             self.permutations[source] = epoch, permutation(self.run.seed, source, epoch, items)
         return self.permutations[source][1]
 
-    def _of_table(self, number: int, source: int) -> Batch:
+    def _from_table(self, number: int, source: int) -> Batch:
         table, tokens = self.tables[source], self.tokens[source]
         at = self.turn[number] * self.run.batch_size + np.arange(self.run.batch_size)
         epochs, places = np.divmod(at, len(table))
         items_B = np.empty_like(at)
         for epoch in np.unique(epochs).tolist():
-            now = epochs == epoch
-            items_B[now] = self._permutation(source, epoch)[places[now]]
+            of_epoch = epochs == epoch
+            items_B[of_epoch] = self._permutation(source, epoch)[places[of_epoch]]
         bounds = table.starts[items_B], table.starts[items_B + 1]
         rng = np.random.default_rng([self.run.seed, TEXTS, number])
-        groups = drawn_rows(table.nway, *bounds, self.negatives[source], rng)
+        groups = draw_rows(table.nway, *bounds, self.negatives[source], rng)
         scores = None if table.scores is None else table.scores[items_B]
-        batch = self._collated(
-            number, groups, tokens.flat, tokens.offsets, table.ids, table.source, table.task, scores
-        )
-        return self._taught(batch, table.texts)
+        return self._collate(number, groups, tokens, table.ids, table, table.texts, scores)
 
-    def _of_stream(self, number: int, source: int) -> Batch:
-        """Its items come with all their negatives; only those that are drawn are tokenised."""
+    def _from_stream(self, number: int, source: int) -> Batch:
+        """Tokenise only the negatives that are drawn."""
         stream = self.streams[source - len(self.tables)]
         B, K = self.run.batch_size, self.negatives[source]
         items, ids = stream.items(int(self.turn[number]) * B, B)
-        ends = np.cumsum([2 + len(item.negatives) for item in items])
+        bounds = np.cumsum([0, *(len(item.texts) for item in items)])
         rng = np.random.default_rng([self.run.seed, TEXTS, number])
-        drawn = drawn_rows(False, np.concatenate([[0], ends[:-1]]), ends, K, rng)
-        every = [text for item in items for text in (item.query, item.positive, *item.negatives)]
-        rows = [row for group in drawn for row in group]
+        draws = draw_rows(False, bounds[:-1], bounds[1:], K, rng)
+        every = [text for item in items for text in item.texts]
+        rows = [row for draw in draws for row in draw]
         texts = [every[row] for row in rows]
-        sizes = [len(group) for group in drawn]
-        firsts = np.cumsum(sizes) - sizes
-        groups = [list(range(a, a + n)) for a, n in zip(firsts.tolist(), sizes, strict=True)]
-        flat, offsets = stream.tokenised(texts, firsts, self.tokenizer, self.run.max_length)
+        bounds = np.cumsum([0, *map(len, draws)])
+        groups = [list(range(begin, end)) for begin, end in pairwise(bounds.tolist())]
+        tokens = stream.tokenise(texts, bounds[:-1], self.tokenizer, self.run.max_length)
         scores = None
         if stream.task == "sts":
             scores = np.array([item.score for item in items], dtype=np.float32)
-        batch = self._collated(
-            number, groups, flat, offsets, ids[rows], stream.source, stream.task, scores
-        )
-        return self._taught(batch, texts)
+        return self._collate(number, groups, tokens, ids[rows], stream, texts, scores)
 
-    def _collated(
+    def _collate(
         self,
         number: int,
         groups: list[list[int]],
-        flat: np.ndarray,
-        offsets: np.ndarray,
+        tokens: Tokens,
         ids: np.ndarray,
-        source: config.Source,
-        task: str,
+        source: Table | Stream,
+        texts: Sequence[str],
         scores: np.ndarray | None,
     ) -> Batch:
+        """Collate groups of rows of `texts`, whose tokens are `tokens`."""
         run = self.run
-        # Plain arrays: each slice of a memory map would be one again, ten times as slowly.
-        flat, offsets, ids = np.asarray(flat), np.asarray(offsets), np.asarray(ids)
+        # Slices of a memory map are memory maps again and ten times as slow as plain arrays.
+        flat, offsets, ids = map(np.asarray, (tokens.flat, tokens.offsets, ids))
         rows = np.array([row for group in groups for row in group])
         sizes = np.array([len(group) for group in groups])
         lengths = offsets[rows + 1] - offsets[rows]
         of_groups = np.add.reduceat(lengths, np.cumsum(sizes) - sizes)
         rng = np.random.default_rng([run.seed, DEPTHS, number])
-        last, step = run.model.num_hidden_layers, number // run.gradient_accumulation_steps
-        depths = depth.drawn(of_groups, run.depth, last, rng, self.world.size)
-        return collate(
+        last = run.model.num_hidden_layers
+        depths = depth.draw_depths(of_groups, run.depth, last, rng, self.world.size)
+        batch = collate(
             groups,
             lambda row: flat[offsets[row] : offsets[row + 1]],
             ids,
             depths,
-            depth.runs(len(rows), run.depth, last, step, run.steps, rng),
+            depth.draw_runs(len(rows), run.depth, last, rng),
             rank=self.world.rank,
             size=self.world.size,
             max_tokens=run.pack_tokens,
             source=self.names[int(self.order[number])],
-            task=task,
-            temperature=source.temperature,
+            task=source.task,
+            temperature=source.source.temperature,
             scores=scores,
         )
-
-    def _taught(self, batch: Batch, texts: Sequence[str]) -> Batch:
-        """With what distillation needs: the texts, or a teacher's vectors of them."""
-        if not self.run.distill.teacher and self.teacher is None:
+        if not run.distill.teacher and self.teacher is None:
             return batch
-        own = [texts[row] for row in batch.rows.tolist()]
+        batch_texts = [texts[row] for row in batch.rows.tolist()]
         if self.teacher is not None:
-            vectors = self.teacher.vectors(own, queries=len(batch.target))
+            vectors = self.teacher.vectors(batch_texts, queries=len(batch.target))
             batch = replace(batch, teacher_ND=torch.from_numpy(vectors))
-        return replace(batch, texts=tuple(own)) if self.run.distill.teacher else batch
+        return replace(batch, texts=tuple(batch_texts)) if run.distill.teacher else batch

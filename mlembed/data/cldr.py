@@ -4,9 +4,9 @@ Dates, amounts, durations, lists and names, each in English and in one other loc
 downloaded and nothing is vendored: locale data is under the Unicode License V3 (Babel carries it),
 Babel's code under BSD-3-Clause.
 
-The split, compared after NFKC, casefold and strip: no held-out text of any language occurs in
-training. Composed kinds (COMPOSED) are known parts in new wholes; the names of ZERO_SHOT are in
-training neither alone nor inside a list or an amount of money.
+No held-out text of any language occurs in training, compared after NFKC, casefold and strip.
+Held-out texts of the kinds in COMPOSED are new combinations of known parts; names of the kinds in
+ZERO_SHOT are in training neither alone nor inside a list or an amount of money.
 """
 
 import datetime
@@ -30,7 +30,7 @@ from babel.lists import format_list
 from babel.numbers import format_currency
 from babel.units import format_unit
 
-# Held-out concepts of each kind; a locale that lacks one goes without it.
+# Number of held-out concepts of each kind; a locale that lacks a concept has fewer.
 COMPOSED_SIZES = {"date": 50, "datetime": 50, "unit": 24, "money": 24, "duration": 24, "list": 24}
 ZERO_SHOT_SIZES = {"territory": 20, "language": 20, "currency": 20}
 COMPOSED = tuple(COMPOSED_SIZES)
@@ -50,11 +50,11 @@ MIX = {
     "script": 0.01,
 }
 
-MIN_PAIRS = 10_000  # fewer would leave a locale without a row of the rarest kind
+MIN_PAIRS = 10_000  # With fewer pairs a locale would have no row of the rarest kind.
 MIN_LOCALES = 140
-OWN_NAMES = 400  # names that differ from English before a locale counts as translated
-COVERAGE = 0.7  # share of the locales that must know a part before evaluation uses it
-TRIES = 10  # draws per wanted row before a locale with few parts is left short
+MIN_NAMES = 400  # names that differ from English in a locale that counts as translated
+COVERAGE = 0.7  # minimum share of the locales that know a part which evaluation uses
+TRIES = 10  # maximum draws for each wanted row
 
 _NAMES = {
     "territory": "territories",
@@ -65,7 +65,8 @@ _NAMES = {
 _PARTS = {"date": "day", "datetime": "day", "money": "currency", "list": "style"}
 _NOTHING = ("XA", "XB", "XXX", "ZZ")  # pseudo-locales, unknown currency, unknown region
 _SECONDS = dict(TIMEDELTA_UNITS)
-_DURATIONS = [(unit, sign) for unit in _SECONDS for sign in (-1, 0, 1)]  # ago, plain, in
+# The signs say "ago", nothing, "in".
+_DURATIONS = [(unit, sign) for unit in _SECONDS for sign in (-1, 0, 1)]
 _STYLES: list[Literal["or", "standard"]] = ["or", "standard"]
 _UNITS = [
     *("angle-degree", "area-acre", "area-hectare", "area-square-kilometer", "area-square-meter"),
@@ -79,27 +80,27 @@ _UNITS = [
     *("temperature-celsius", "volume-cubic-kilometer", "volume-cubic-meter", "volume-gallon"),
     *("volume-liter", "volume-milliliter", "volume-tablespoon", "volume-teaspoon"),
 ]
-# Small numbers are frequent, for the plural forms; large ones show the grouping of digits.
-# Few enough to recur in a batch: then what is counted must be told apart, not only the number.
+# Small numbers are frequent, for the plural forms; large numbers show the grouping of digits. They
+# recur in a batch, so that the counted thing has to tell texts apart, not the number alone.
 _NUMBERS = [*range(1, 30), *range(100, 1000, 90), *range(1000, 10_000, 900)]
 _DAYS = [datetime.date(1950, 1, 1) + datetime.timedelta(days) for days in range(36_525)]
 
-# What a text says, whatever the language: a day, a moment, (number, unit or currency code),
+# The meaning of a text in any language: a day, a moment, (number, unit or currency code),
 # (number, unit, sign), (style, *territory codes), or the code of a name.
 Concept = Any
 
 
 def normalise(text: str) -> str:
-    """The form in which two texts count as the same."""
+    """Return the form in which two texts count as the same."""
     return unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 @dataclass(frozen=True)
 class _Voice:
-    """One locale, and how it says a concept.
+    """One locale, which turns concepts into text.
 
-    names: kind -> code -> name, without the names that two codes share.
-    parts: kind -> what its wholes are made of: codes of names, units, (duration, sign), styles.
+    names: {kind: {code: name}}, without names that two codes share. parts: {kind: parts of its
+    concepts}, which are codes of names, units, (duration, sign) or styles.
     """
 
     locale: Locale
@@ -107,17 +108,19 @@ class _Voice:
     parts: dict[str, list]
 
     def say(self, kind: str, concept: Concept) -> str | None:
-        """The text, or None where the locale lacks a part of it."""
+        """Return the text of a concept, or None if the locale lacks a part of it."""
         match kind, concept:
             case "date", day:
                 return format_date(day, "full", locale=self.locale)
-            case "datetime", moment:  # as format_datetime, less the zone that all would share
+            case "datetime", moment:
+                # Babel's format_datetime would add the time zone.
                 text = str(get_datetime_format("full", locale=self.locale)).replace("'", "")
                 text = text.replace("{0}", format_time(moment.time(), "short", locale=self.locale))
                 return text.replace("{1}", format_date(moment, "full", locale=self.locale))
             case "unit", (number, unit) if unit in self.parts["unit"]:
                 text = format_unit(number, unit, "long", locale=self.locale)
-                if unit in text:  # CLDR omits a "long" that equals "short", which Babel ignores
+                # CLDR omits a "long" form that equals "short", which Babel does not look up.
+                if unit in text:
                     text = format_unit(number, unit, "short", locale=self.locale)
                 return text
             case "money", (number, code) if code in self.parts["currency"]:
@@ -128,7 +131,7 @@ class _Voice:
                 return format_timedelta(
                     number * _SECONDS[unit] * (sign or 1),
                     granularity=unit,
-                    threshold=float("inf"),  # stay at this unit: "90 minutes", not "2 hours"
+                    threshold=float("inf"),  # "90 minutes", not "2 hours"
                     add_direction=sign != 0,
                     locale=self.locale,
                 )
@@ -156,12 +159,12 @@ def _voice(locale: Locale) -> _Voice:
 
 
 def _voices() -> tuple[_Voice, list[_Voice]]:
-    """English, and every other translated locale without a territory, sorted by id.
+    """Return English, and every other translated locale without a territory, sorted by id.
 
-    Of the others' parts only those are kept that the locale says in its own words.
+    A locale's parts are reduced to those for which CLDR has a translation.
     """
     english = _voice(Locale("en"))
-    root = _voice(Locale.parse("root"))  # what Babel falls back to: "+5 h", "5 km", "M05", "Thu"
+    root = _voice(Locale.parse("root"))  # Babel's fallback: "+5 h", "5 km", "M05", "Thu"
     voices, seen = [], []
     for identifier in sorted(localedata.locale_identifiers()):
         locale = Locale.parse(identifier)
@@ -174,12 +177,12 @@ def _voices() -> tuple[_Voice, list[_Voice]]:
                 for code, name in voice.names[kind].items()
                 if code in known and normalise(name) != normalise(known[code])
             ]
-        if sum(len(voice.parts[kind]) for kind in _NAMES) < OWN_NAMES:
+        if sum(len(voice.parts[kind]) for kind in _NAMES) < MIN_NAMES:
             continue
         date = format_date(datetime.date(2024, 5, 9), "full", locale=locale)
         if "M05" in date or "Thu" in date or not any(map(str.isalpha, date)):
             continue
-        # zh_Hans repeats zh, no repeats nb, ht is French but for one name: the first id stays.
+        # zh_Hans repeats zh, no repeats nb, and ht is French except for one name.
         twin = (date, voice.names["territory"])
         if twin in seen:
             continue
@@ -189,9 +192,10 @@ def _voices() -> tuple[_Voice, list[_Voice]]:
             "duration": {part: (5, *part) for part in _DURATIONS},
         }
         for kind, wholes in samples.items():
-            said = {part: voice.say(kind, whole) for part, whole in wholes.items()}
             voice.parts[kind] = [
-                part for part in said if said[part] != root.say(kind, wholes[part])
+                part
+                for part, whole in wholes.items()
+                if voice.say(kind, whole) != root.say(kind, whole)
             ]
         voice.parts["style"] = [
             style
@@ -204,7 +208,7 @@ def _voices() -> tuple[_Voice, list[_Voice]]:
 
 
 def _draw(kind: str, rng: random.Random, parts: dict[str, list], numbers: Sequence[int]) -> Concept:
-    """One concept made of the given parts."""
+    """Return a concept of the given parts."""
     pool = parts[_PARTS.get(kind, kind)]
     match kind:
         case "datetime":
@@ -221,41 +225,42 @@ def _draw(kind: str, rng: random.Random, parts: dict[str, list], numbers: Sequen
 
 
 def _hold_out(rng: random.Random, voices: list[_Voice]) -> dict[str, list]:
-    """kind -> held-out concepts, and "day" -> the days that training may not show."""
+    """Return {kind: held-out concepts}, and at "day" the days that training may not show."""
     wide = {}
     for kind in voices[0].parts:
         known = Counter(part for voice in voices for part in voice.parts[kind])
         wide[kind] = sorted(part for part in known if known[part] >= COVERAGE * len(voices))
-    held: dict[str, list] = {}
+    concepts: dict[str, list] = {}
     for kind, size in ZERO_SHOT_SIZES.items():
-        held[kind] = rng.sample(wide[kind], size)
-        wide[kind] = [part for part in wide[kind] if part not in held[kind]]
-    held["day"] = rng.sample(_DAYS, COMPOSED_SIZES["date"] + COMPOSED_SIZES["datetime"])
-    days = iter(held["day"])
+        concepts[kind] = rng.sample(wide[kind], size)
+        wide[kind] = [part for part in wide[kind] if part not in concepts[kind]]
+    concepts["day"] = rng.sample(_DAYS, COMPOSED_SIZES["date"] + COMPOSED_SIZES["datetime"])
+    days = iter(concepts["day"])
     for kind, size in COMPOSED_SIZES.items():
-        # Few numbers, each in many texts: the digits alone must not give the answer away.
+        # Few numbers, each in many texts, so that digits alone do not give the answer away.
         numbers = rng.sample(_NUMBERS, 4)
-        found: dict[Concept, None] = {}
-        while len(found) < size:
+        draws: dict[Concept, None] = {}
+        while len(draws) < size:
             if kind in ("date", "datetime"):
-                wide["day"] = [next(days)]  # every moment on a day of its own
-            found[_draw(kind, rng, wide, numbers)] = None
-        held[kind] = list(found)
-    return held
+                wide["day"] = [next(days)]  # Every moment has another day.
+            draws[_draw(kind, rng, wide, numbers)] = None
+        concepts[kind] = list(draws)
+    return concepts
 
 
 def _held_out_rows(
-    english: _Voice, voices: list[_Voice], held: dict[str, list]
+    english: _Voice, voices: list[_Voice], concepts: dict[str, list]
 ) -> list[tuple[str, str, str, str]]:
-    """(id, kind, lang, text), without texts equal to English or shared by two ids of a kind."""
+    """Return (id, kind, lang, text), without texts equal to English or shared by two ids of a
+    kind."""
     rows = []
     for kind in (*COMPOSED, *ZERO_SHOT):
-        spoken = [english.say(kind, concept) or "" for concept in held[kind]]
+        spoken = [english.say(kind, concept) or "" for concept in concepts[kind]]
         keys = [normalise(text) for text in spoken]
         assert len({*keys} - {""}) == len(keys), f"expected distinct texts of {kind}, got {spoken}"
         rows += [(f"{kind}-{i:02d}", kind, "en", text) for i, text in enumerate(spoken)]
         for voice in voices:
-            texts = [voice.say(kind, concept) for concept in held[kind]]
+            texts = [voice.say(kind, concept) for concept in concepts[kind]]
             shared = Counter(normalise(text) for text in texts if text)
             rows += [
                 (f"{kind}-{i:02d}", kind, str(voice.locale), text)
@@ -273,15 +278,15 @@ def _train_rows(
     banned: set[str],
     pairs: int,
 ) -> list[tuple[str, str, str, str, str]]:
-    """(query, positive, query_lang, positive_lang, kind), without the texts of `banned`.
+    """Return (query, positive, query_lang, positive_lang, kind), without the texts of `banned`.
 
-    The English of every held-out concept is banned, so no whole and no name of them comes back.
+    The English of every held-out concept is banned, and with it the concept in all languages.
     """
     days = sorted(set(_DAYS) - set(held_days))
     rows, seen = [], set()
     for voice in voices:
         parts = voice.parts | {"day": days}
-        for kind in _NAMES:  # also what lists and money are built from
+        for kind in _NAMES:  # These names are also parts of lists and money.
             parts[kind] = [
                 code
                 for code in voice.parts[kind]
@@ -290,7 +295,8 @@ def _train_rows(
             ]
         for kind, share in MIX.items():
             if not parts[_PARTS.get(kind, kind)]:
-                continue  # such as units in xh: CLDR has none but the international symbols
+                # CLDR has, for example, only international symbols for the units of xh.
+                continue
             wanted = round(pairs * share / len(voices))
             for _ in range(TRIES * wanted):
                 if wanted == 0:
@@ -313,11 +319,11 @@ def _table(rows: Sequence[tuple[str, ...]], columns: Sequence[str]) -> pa.Table:
 
 
 def build(seed: int = 0, pairs: int = 120_000) -> tuple[pa.Table, pa.Table]:
-    """(train, held_out), the same on every machine with the same Babel.
+    """Return the tables (train, held_out), equal on every machine with the same Babel.
 
     train: about `pairs` shuffled rows (query, positive, query_lang, positive_lang, kind), English
-        to one other locale, about as many of each kind in every locale.
-    held_out: rows (id, kind, lang, text): each id in "en" and in every locale that translates it.
+        to one other locale, with kinds in equal shares in every locale.
+    held_out: rows (id, kind, lang, text), each id in "en" and in every locale that translates it.
 
     Raises:
         ValueError: a negative seed, or fewer pairs than MIN_PAIRS.
@@ -328,10 +334,10 @@ def build(seed: int = 0, pairs: int = 120_000) -> tuple[pa.Table, pa.Table]:
         raise ValueError(f"pairs: expected >= {MIN_PAIRS}, got {pairs}")
     rng = random.Random(seed)
     english, voices = _voices()
-    held = _hold_out(rng, voices)
-    held_out = _held_out_rows(english, voices, held)
+    concepts = _hold_out(rng, voices)
+    held_out = _held_out_rows(english, voices, concepts)
     banned = {normalise(text) for *_, text in held_out}
-    train = _train_rows(rng, english, voices, held["day"], banned, pairs)
+    train = _train_rows(rng, english, voices, concepts["day"], banned, pairs)
     return (
         _table(train, ("query", "positive", "query_lang", "positive_lang", "kind")),
         _table(held_out, ("id", "kind", "lang", "text")),

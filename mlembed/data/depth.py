@@ -1,7 +1,7 @@
-"""How deep texts run in training: depths of groups, layers that a text skips, exits with a loss.
+"""Draw how deep each text runs in training, and which layers it skips.
 
-All of it is drawn on the host, as a function of the random generator or the step that is handed in:
-equal on all processes and after a resume.
+Everything is drawn on the host from the random generator that the caller passes, so draws are equal
+on all processes and after a resume.
 
 Letters: G groups, N texts, L layers.
 """
@@ -11,24 +11,24 @@ import numpy as np
 from .. import config
 
 
-def drawn(
+def draw_depths(
     tokens_G: np.ndarray,
     cfg: config.Depth,
     last: int,
     rng: np.random.Generator,
     least: int = 1,
 ) -> np.ndarray:
-    """The depth that each group runs to -> int64 [G].
+    """Return the layer after which each group leaves, int64 [G].
 
-    Stratified: groups line up at random, and the depth of each is that of the share of tokens in
-    which its middle lies, the deepest share first. So at every depth the tokens are its share of
-    the batch up to half a group at either end, at each step, where independent draws would leave
-    some steps, and processes, with more to do than others.
+    The draw is stratified: groups line up at random, deepest share first, and a group gets the
+    depth of the share in which the middle of its tokens lies. At every step and depth the tokens
+    match the depth's share of the batch up to half a group at either end; independent draws would
+    give some steps, and some processes, more work than others.
 
     Args:
         tokens_G: int [G], tokens of each group's texts.
-        last: the model's layers, where all groups go without cfg.exits.
-        least: so many groups at least run to the last layer.
+        last: number of layers; without cfg.exits every group runs to the last one.
+        least: minimum number of groups that run to the last layer.
     """
     if not cfg.exits:
         return np.full(len(tokens_G), last, dtype=np.int64)
@@ -43,33 +43,13 @@ def drawn(
     return depths
 
 
-def skip_probabilities(cfg: config.Depth, L: int, step: int, steps: int) -> np.ndarray:
-    """p_max S(t) (2^(l / (L-1)) - 1) of layers l = 0..L-1 (LayerSkip, arXiv 2404.16710) -> [L]."""
-    rising = 2 ** (np.arange(L) / max(L - 1, 1)) - 1
-    scale = 1.0 if cfg.dropout_schedule == "constant" else 2 ** (step / steps) - 1
-    return cfg.layer_dropout * scale * rising
+def skip_probabilities(cfg: config.Depth, L: int) -> np.ndarray:
+    """Return p_max (2^(l / (L-1)) - 1) for layers l = 0..L-1 (LayerSkip, arXiv 2404.16710): [L]."""
+    return cfg.layer_dropout * (2 ** (np.arange(L) / max(L - 1, 1)) - 1)
 
 
-def runs(
-    texts: int, cfg: config.Depth, L: int, step: int, steps: int, rng: np.random.Generator
-) -> np.ndarray | None:
-    """bool [L, N], False where a text skips a layer; None where none does."""
+def draw_runs(texts: int, cfg: config.Depth, L: int, rng: np.random.Generator) -> np.ndarray | None:
+    """Return bool [L, N], False where a text skips a layer, or None without layer dropout."""
     if not cfg.layer_dropout:
         return None
-    p_L = skip_probabilities(cfg, L, step, steps)
-    return rng.random((L, texts)) >= p_L[:, None]
-
-
-def enabled(exits: tuple[int, ...], cfg: config.Depth, step: int, steps: int) -> tuple[int, ...]:
-    """The exits that have a loss at this step, the last always (LayerSkip's curricula).
-
-    rotational: of the others every `rotation`-th, beginning one further at each step. gradual: from
-    the deepest on, one more at equal intervals, all of them once half of the steps are done.
-    """
-    *inner, last = exits
-    if cfg.curriculum == "rotational":
-        inner = [e for i, e in enumerate(inner) if i % cfg.rotation == step % cfg.rotation]
-    elif cfg.curriculum == "gradual":
-        count = min(len(inner), len(inner) * 2 * step // steps)
-        inner = inner[len(inner) - count :]
-    return (*inner, last)
+    return rng.random((L, texts)) >= skip_probabilities(cfg, L)[:, None]

@@ -1,22 +1,19 @@
-"""What to score, read from the layouts in which it is published.
+"""Evaluation data sets, read from the layouts in which they are published.
 
-    cldr                       what `make train` holds out of its built-in text
-    tatoeba.xxx-eng.{xxx,eng}  a directory of line-aligned pairs, as LASER has them (`Bitext`)
+    cldr                       the texts that `make train` holds out of its built-in text
+    tatoeba.xxx-eng.{xxx,eng}  a directory of line-aligned pairs, like LASER's (`Bitext`)
     id, lang, text             a table, every language against English (`Bitext`)
     sentence1, sentence2, score    a csv file (`STS`)
-    queries.jsonl, corpus.jsonl, qrels/SPLIT.tsv   a directory, as BEIR has them (`Retrieval`)
-    xx-en.{dev,training,test}.{xx,en,gold}         a directory, as BUCC has them (`Mining`)
-    un.xx-yy.{xx,yy}, pool.yy  a directory: translations to be found in a pool (`Pool`)
+    queries.jsonl, corpus.jsonl, qrels/SPLIT.tsv   a directory in BEIR's format (`Retrieval`)
+    xx-en.{dev,training,test}.{xx,en,gold}         a directory in BUCC's format (`Mining`)
+    un.xx-yy.{xx,yy}, pool.yy  a directory: translations to find in a pool (`Pool`)
 
-Every task has a name and `texts`: all text in it, which is not trained on.
+Every task has a name and `texts`, all text in it, on which nothing may be trained.
 """
 
-import csv
-import io
 import math
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +23,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from . import sources
-from .formats import layouts, readers
+from .formats import beir, layouts, readers
 
-PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # what each language is matched with
+PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # codes of the language that others are matched with
 UN = re.compile(r"un\.([^.-]+)-([^.-]+)\.([^.-]+)")
 BUCC = re.compile(r"([^.-]+-[^.-]+)\.(dev|training|test)\.([^.-]+)")
 
 
+class Reread:
+    """Texts that are read from disk each time they are iterated."""
+
+    def __init__(self, read: Callable[[], Iterator[str]]) -> None:
+        self._read, self._count = read, sum(1 for _ in read())
+
+    def __iter__(self) -> Iterator[str]:
+        return self._read()
+
+    def __len__(self) -> int:
+        return self._count
+
+
 @dataclass
 class Bitext:
-    """Groups of aligned texts: (language, kind) -> rows of `texts` on either side.
+    """Groups of aligned texts: (language, kind) -> int64 rows of `texts` on either side.
 
-    tatoeba: whether the languages are those of LASER's files, whose means over sets of languages
-    are published.
+    tatoeba: whether the languages are those of LASER's files, for which means over sets of
+    languages are published.
     """
 
     name: str
@@ -49,7 +59,7 @@ class Bitext:
 
 @dataclass
 class STS:
-    """Scored pairs: pair i is texts[2 i], texts[2 i + 1]."""
+    """Scored pairs: pair i is texts[2 i], texts[2 i + 1], its score scores[i] (fp64)."""
 
     name: str
     texts: list[str]
@@ -58,8 +68,8 @@ class STS:
 
 @dataclass(frozen=True)
 class Part:
-    """One split of one language: rows of `texts` of either side, and which rows of the one side are
-    translations of which of the other: int64 [pairs, 2]."""
+    """One split of one language: rows of `texts` on either side, and gold, int64 [pairs, 2], which
+    lists the pairs of rows within source and target that are translations."""
 
     source: slice
     target: slice
@@ -68,8 +78,8 @@ class Part:
 
 @dataclass
 class Mining:
-    """For each language the part on which a threshold is tuned and the part that is reported, which
-    are one where there is gold for one only. splits: their names."""
+    """For each language the part that tunes a threshold and the part that is reported, which are
+    the same if only one has gold. splits: the names of both."""
 
     name: str
     texts: list[str] = field(default_factory=list)
@@ -79,41 +89,29 @@ class Mining:
 
 @dataclass(frozen=True)
 class Side:
-    """Texts of one language and their translations, to be found among these and a pool's lines."""
+    """Texts of one language and their translations, to be found among all of these and the lines of
+    a pool."""
 
     queries: list[str]
     answers: list[str]
     pool: Path | None
 
     def others(self) -> Iterator[str]:
-        """Lines of the pool. One that is an answer's text is that answer, and left out."""
+        """Yield the lines of the pool, without lines that equal an answer."""
         known = set(self.answers)
-        return (line for line in lines(self.pool) if line not in known) if self.pool else iter(())
-
-
-class Again:
-    """Texts that are read from disk each time they are gone through."""
-
-    def __init__(self, tasks_texts: Any, count: int) -> None:
-        self._texts, self._count = tasks_texts, count
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts())
-
-    def __len__(self) -> int:
-        return self._count
+        return (line for line in _lines(self.pool) if line not in known) if self.pool else iter(())
 
 
 @dataclass
 class Pool:
-    """By target language, texts whose translations are to be found in a pool."""
+    """Texts by target language whose translations are to be found in a pool."""
 
     name: str
     sides: dict[str, Side]
-    texts: Again = field(init=False)
+    texts: Reread = field(init=False)
 
     def __post_init__(self) -> None:
-        self.texts = Again(self._texts, sum(1 for _ in self._texts()))
+        self.texts = Reread(self._texts)
 
     def _texts(self) -> Iterator[str]:
         for side in self.sides.values():
@@ -126,11 +124,11 @@ class Pool:
 class Retrieval:
     """Queries, documents on disk, and judgements of pairs of them.
 
-    queries: those that have judgements. order_N: int64, each document's place among all by id
-    (what breaks ties). judged: int64 [judgements, 3] of query, document, relevance, by rising
-    query and document; judged documents that the corpus lacks are N, N + 1, ..
-    own_Q: int64, the document of a query's own id, or -1: no answer (ArguAna's queries are in its
-    corpus).
+    queries: those that have judgements. order_N: int64, each document's position when all are
+    sorted by id, which breaks ties. judged: int64 [judgements, 3] of query, document, relevance, by
+    rising query and document; judged documents that the corpus lacks are N, N + 1, ..
+    own_Q: int64, the document of a query's own id, or -1. It is not an answer (ArguAna's queries
+    are in its corpus).
     """
 
     name: str
@@ -139,20 +137,20 @@ class Retrieval:
     order_N: np.ndarray
     judged: np.ndarray
     own_Q: np.ndarray
-    texts: Again = field(init=False)
+    texts: Reread = field(init=False)
 
     def __post_init__(self) -> None:
-        self.texts = Again(self._texts, sum(1 for _ in self._texts()))
+        self.texts = Reread(self._texts)
 
     def documents(self) -> Iterator[str]:
-        """Title and text of each, as they are encoded."""
-        return (_titled(title, text) for _, _, title, text in _documents(self.corpus))
+        """Yield the documents as they are encoded: title and text."""
+        return (beir.titled(title, text) for *_, title, text in beir.documents(self.corpus))
 
     def _texts(self) -> Iterator[str]:
         yield from self.queries
-        for _, _, title, text in _documents(self.corpus):
-            yield _titled(title, text)
-            if title:  # without it, it is the same passage
+        for *_, title, text in beir.documents(self.corpus):
+            yield beir.titled(title, text)
+            if title:  # The passage may also occur without its title.
                 yield text
 
 
@@ -162,7 +160,11 @@ Task = Bitext | STS | Mining | Pool | Retrieval
 
 
 def read_all(sources: Sequence[str]) -> list[Task]:
-    """All tasks of all sources. ValueError for two of one name: their scores would be one."""
+    """Return all tasks of all sources.
+
+    Raises:
+        ValueError: two tasks of one name, whose scores would overwrite each other; as `read`.
+    """
     tasks = [task for source in sources for task in read(source)]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
@@ -171,11 +173,12 @@ def read_all(sources: Sequence[str]) -> list[Task]:
 
 
 def read(source: str) -> list[Task]:
-    """`cldr`, a directory or file of one of the layouts above, a directory of such files and of
-    BEIR's directories, or one split of these: DIRECTORY/qrels/SPLIT.tsv.
+    """Return the tasks of a source: `cldr`, a directory or file of one of the layouts above, a
+    directory of such files and of BEIR's directories, or one split, DIRECTORY/qrels/SPLIT.tsv.
 
     Raises:
-        ValueError: nothing there, an unknown layout, sides of unequal length, a malformed row.
+        ValueError: the source does not exist, its layout is unknown, sides differ in length, or a
+            row is malformed.
     """
     if source == "cldr":
         return [nway("cldr", sources.cldr_tables()[1].to_pylist())]
@@ -187,10 +190,10 @@ def read(source: str) -> list[Task]:
     if path.suffix == ".tsv" and path.parent.name == "qrels" and path.is_file():
         return [retrieval(path.parents[1], path.stem)]
     (path,) = readers.files_of(source)
-    layout, found = layouts.recognised(readers.of_file(path, layouts.worth_reading))
+    layout, rows = layouts.recognise(readers.of_file(path, layouts.used_columns))
     if isinstance(layout, layouts.Layout):
         raise ValueError(f"{path}: expected an n-way table with columns id, lang, text")
-    records = list(layouts.nway_rows(found, layouts.Report(path.stem)))
+    records = list(layouts.nway_rows(rows, layouts.Report(path.stem)))
     if not records:
         raise ValueError(f"{path}: expected rows, found none")
     return [nway(path.stem, records)]
@@ -216,181 +219,140 @@ def _directory(path: Path) -> list[Task]:
             "eval: expected tatoeba.*, un.*, xx-en.dev.*, corpus.jsonl, .csv, .parquet or .jsonl "
             f"in {path}, found none"
         )
-    return [scored for file in files for scored in read(str(file))]
+    return [task for file in files for task in read(str(file))]
 
 
-# ---- lines ----
-
-
-def lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, read as they are asked for. Not splitlines: Unicode's other separators
-    occur inside sentences. ValueError where it is not UTF-8."""
-    at = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = at + error.start
-                raise ValueError(f"{path}: not UTF-8 at byte {byte}: {error.reason}") from None
-            text = text.removesuffix("\n").removesuffix("\r")
-            yield text if at else text.removeprefix("\ufeff")
-            at += len(line)
+def _lines(path: Path) -> Iterator[str]:
+    return (line for _, line in readers.strict(readers.lines(path)))
 
 
 def _aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
-    a, b = list(lines(first)), list(lines(second))
+    for path, other in ((first, second), (second, first)):
+        if not path.is_file():
+            raise ValueError(f"{other}: expected {path.name} beside it, found none")
+    a, b = list(_lines(first)), list(_lines(second))
     if len(a) != len(b) or not a:
         raise ValueError(
-            f"{first}: expected as many lines as {second.name}, more than none, "
+            f"{first}: expected as many lines as {second.name}, at least one, "
             f"got {len(a)} and {len(b)}"
         )
     return a, b
-
-
-def _cells(path: Path, expected: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(file:line, cells) of a file of as many cells a line, split by tabs."""
-    for number, line in enumerate(lines(path), 1):
-        cells = line.split("\t", len(expected) - 1)
-        if len(cells) != len(expected):
-            what = " TAB ".join(expected)
-            raise ValueError(f"{path}:{number}: expected {what}, got {line[:80]!r}")
-        yield f"{path}:{number}", cells
 
 
 # ---- bitext ----
 
 
 def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
-    """Every language against English, kind by kind. ValueError without English, or for two texts
-    of one id and language."""
-    found = Bitext(name)
-    where: dict[tuple[str, str, str], int] = {}
+    """Return a task of every language against English, kind by kind.
+
+    Args:
+        records: rows {id, lang, text [, kind]}.
+
+    Raises:
+        ValueError: two texts of one id, language and kind; English is missing or shares no ids.
+    """
+    task = Bitext(name)
+    places: dict[tuple[str, str, str], int] = {}
     for record in records:
         kind, lang, key = record.get("kind") or "", record["lang"], record["id"]
-        if (kind, lang, key) in where:
+        if (kind, lang, key) in places:
             raise ValueError(
                 f"{name}: expected one text of an id and language, got another of {key!r} in {lang}"
             )
-        where[kind, lang, key] = len(found.texts)
-        found.texts.append(record["text"])
-    pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in where)), None)
+        places[kind, lang, key] = len(task.texts)
+        task.texts.append(record["text"])
+    pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in places)), None)
     if pivot is None:
         raise ValueError(f"{name}: expected English ({', '.join(PIVOTS)}) among the languages")
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for (kind, lang, key), row in where.items():
-        if lang != pivot and (kind, pivot, key) in where:
-            pairs.setdefault((lang, kind), []).append((row, where[kind, pivot, key]))
-    for group, rows_of_group in sorted(pairs.items()):
-        a, b = np.array(rows_of_group).T
-        found.groups[group] = (a, b)
-    if not found.groups:
+    for (kind, lang, key), row in places.items():
+        if lang != pivot and (kind, pivot, key) in places:
+            pairs.setdefault((lang, kind), []).append((row, places[kind, pivot, key]))
+    for group, rows in sorted(pairs.items()):
+        a, b = np.array(rows).T
+        task.groups[group] = (a, b)
+    if not task.groups:
         raise ValueError(f"{name}: expected ids shared with {pivot}, found none")
-    return found
+    return task
 
 
 def tatoeba(directory: Path) -> Bitext:
-    """Files tatoeba.xxx-eng.xxx and tatoeba.xxx-eng.eng, line by line translations."""
-    found = Bitext(directory.name, tatoeba=True)
+    """Read files tatoeba.xxx-eng.xxx and tatoeba.xxx-eng.eng, translations line by line."""
+    task = Bitext(directory.name, tatoeba=True)
     for english in sorted(directory.glob("tatoeba.*-eng.eng")):
         lang = english.name.split(".")[1].removesuffix("-eng")
-        other = english.with_name(f"tatoeba.{lang}-eng.{lang}")
-        if not other.is_file():
-            raise ValueError(f"{english}: expected {other.name} beside it, found none")
-        sides = _aligned(other, english)
-        first, n = len(found.texts), len(sides[0])
-        found.texts += sides[0] + sides[1]
-        found.groups[lang, ""] = (first + np.arange(n), first + n + np.arange(n))
-    if not found.groups:
+        a, b = _aligned(english.with_name(f"tatoeba.{lang}-eng.{lang}"), english)
+        first, n = len(task.texts), len(a)
+        task.texts += a + b
+        task.groups[lang, ""] = (first + np.arange(n), first + n + np.arange(n))
+    if not task.groups:
         raise ValueError(f"{directory}: expected tatoeba.xxx-eng.eng, found none")
-    return found
+    return task
 
 
 # ---- scored pairs ----
 
 
 def sts(path: Path) -> STS:
-    """csv with columns sentence1, sentence2, score."""
-    texts, scores = [], []
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
-    for number, row in _csv(path, content.removeprefix("\ufeff")):
-        try:
-            pair, score = [row["sentence1"], row["sentence2"]], float(row["score"])
-        except KeyError as error:
+    """Read a csv file with columns sentence1, sentence2, score."""
+    texts, scores = list[str](), list[float]()
+    for where, row in readers.strict(readers.of_file(path)):
+        if not row.keys() >= {"sentence1", "sentence2", "score"}:
             raise ValueError(
-                f"{path}: expected columns sentence1, sentence2, score, no {error}"
-            ) from None
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}:{number}: score: expected a number, got {row['score']!r}"
-            ) from None
-        if None in pair or not math.isfinite(score):
-            raise ValueError(
-                f"{path}:{number}: sentence1, sentence2, score: expected two texts "
-                f"and a number, got {pair[0]!r}, {pair[1]!r}, {score}"
+                f"{path}: expected columns sentence1, sentence2, score, got {', '.join(row)}"
             )
-        texts += pair
+        score = row["score"]
+        if not isinstance(score, float) or not math.isfinite(score):
+            raise ValueError(f"{where}: score: expected a number, got {score!r}")
+        texts += [row["sentence1"] or "", row["sentence2"] or ""]
         scores.append(score)
     if not scores:
         raise ValueError(f"{path}: expected rows, found none")
     return STS(path.stem, texts, np.array(scores))
 
 
-def _csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row), of texts as long as they may be."""
-    csv.field_size_limit(2**31 - 1)  # as rows.py does
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not csv: {error}") from None
-
-
 # ---- mining ----
 
 
 def mining(directory: Path) -> Mining:
-    """BUCC's files xx-en.SPLIT.xx and xx-en.SPLIT.en, lines of id TAB text, with xx-en.SPLIT.gold,
-    lines of id TAB id. A threshold is tuned on dev, else on training; test is reported if its gold
-    is there, else training, if it is not what was tuned on, else that.
+    """Read BUCC's files: xx-en.SPLIT.xx and xx-en.SPLIT.en with lines of id TAB text, and
+    xx-en.SPLIT.gold with lines of id TAB id.
+
+    The threshold is tuned on dev, or else on training. Test is reported if its gold exists;
+    otherwise training, if it did not tune the threshold; otherwise the split that did.
 
     Raises:
-        ValueError: a language without gold, a malformed line, an id twice, gold of no such id.
+        ValueError: a language without gold, a malformed line, two texts of one id, gold of an
+            unknown id.
     """
-    found = Mining(directory.name)
+    task = Mining(directory.name)
     matches = [m for p in sorted(directory.iterdir()) if (m := BUCC.fullmatch(p.name))]
     for pair in sorted({m[1] for m in matches}):
-        with_gold = [s for s in ("dev", "training", "test") if _bucc(directory, pair, s, "gold")]
+        gold = {m[2] for m in matches if (m[1], m[3]) == (pair, "gold")}
+        with_gold = [split for split in ("dev", "training", "test") if split in gold]
         if not with_gold or with_gold == ["test"]:
             raise ValueError(
                 f"{directory}: expected {pair}.dev.gold or {pair}.training.gold, found none"
             )
         tuned = with_gold[0]
         reported = "test" if "test" in with_gold else with_gold[-1]
-        parts = {split: _part(found, directory, pair, split) for split in {tuned, reported}}
+        parts = {
+            split: _part(task, directory, pair, split) for split in dict.fromkeys((tuned, reported))
+        }
         lang = pair.removesuffix("-en")
-        found.parts[lang] = parts[tuned], parts[reported]
-        found.splits[lang] = tuned, reported
-    return found
-
-
-def _bucc(directory: Path, pair: str, split: str, what: str) -> Path | None:
-    path = directory / f"{pair}.{split}.{what}"
-    return path if path.is_file() else None
+        task.parts[lang] = parts[tuned], parts[reported]
+        task.splits[lang] = tuned, reported
+    return task
 
 
 def _part(task: Mining, directory: Path, pair: str, split: str) -> Part:
     places, slices = [], []
     for side in pair.split("-"):
-        path = _bucc(directory, pair, split, side)
-        if path is None:
-            raise ValueError(f"{directory}: expected {pair}.{split}.{side}, found none")
+        path = directory / f"{pair}.{split}.{side}"
+        if not path.is_file():
+            raise ValueError(f"{directory}: expected {path.name}, found none")
         first, place = len(task.texts), dict[str, int]()
-        for where, (key, text) in _cells(path, ("id", "text")):
+        for where, (key, text) in beir.cells(path, ("id", "text")):
             if key in place:
                 raise ValueError(f"{where}: id: expected a new one, got {key!r} again")
             place[key] = len(place)
@@ -398,40 +360,37 @@ def _part(task: Mining, directory: Path, pair: str, split: str) -> Part:
         places.append(place)
         slices.append(slice(first, len(task.texts)))
     path, gold = directory / f"{pair}.{split}.gold", []
-    for where, keys in _cells(path, ("id", "id")):
+    for where, keys in beir.cells(path, ("id", "id")):
         for key, place, side in zip(keys, places, pair.split("-"), strict=True):
             if key not in place:
                 raise ValueError(f"{where}: expected an id of {pair}.{split}.{side}, got {key!r}")
         gold.append([place[key] for key, place in zip(keys, places, strict=True)])
     if not gold:
         raise ValueError(f"{path}: expected lines, found none")
-    source, target = slices
-    return Part(source, target, np.unique(np.array(gold, dtype=np.int64), axis=0))
+    return Part(slices[0], slices[1], np.unique(np.array(gold, dtype=np.int64), axis=0))
 
 
 # ---- a pool ----
 
 
 def pool(directory: Path) -> Pool:
-    """Files un.xx-yy.xx and un.xx-yy.yy, line by line translations, with pool.yy or without.
+    """Read files un.xx-yy.xx and un.xx-yy.yy, translations line by line, and pool.yy if it exists.
 
     Raises:
-        ValueError: a side that is missing or of another length.
+        ValueError: a side is missing or differs in length.
     """
     sides: dict[str, Side] = {}
     for match in filter(None, map(UN.fullmatch, sorted(p.name for p in directory.iterdir()))):
         start, target, side = match.groups()
         if side not in (start, target):
             raise ValueError(f"{directory / match[0]}: expected .{start} or .{target} at its end")
-        paths = [directory / f"un.{start}-{target}.{code}" for code in (start, target)]
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"{directory / match[0]}: expected {path.name} beside it")
+        first, second = (directory / f"un.{start}-{target}.{code}" for code in (start, target))
+        aligned = _aligned(first, second)
         if side == target:
             if target in sides:
-                raise ValueError(f"{paths[0]}: expected one file towards {target}, got another")
+                raise ValueError(f"{first}: expected one file towards {target}, got another")
             among = directory / f"pool.{target}"
-            sides[target] = Side(*_aligned(*paths), among if among.is_file() else None)
+            sides[target] = Side(*aligned, among if among.is_file() else None)
     return Pool(directory.name, sides)
 
 
@@ -439,42 +398,23 @@ def pool(directory: Path) -> Pool:
 
 
 def retrieval(directory: Path, split: str = "") -> Retrieval:
-    """BEIR's queries.jsonl (_id, text), corpus.jsonl (_id, text, maybe title) and qrels/SPLIT.tsv
-    (query-id, corpus-id, score, with a header); without a split it is test, or the only one.
+    """Read BEIR's queries.jsonl, corpus.jsonl and qrels/SPLIT.tsv (beir.py).
 
-    Judged documents that are not in the corpus, as ArguAna has some, are said in a warning and are
-    never found, as in BEIR and MTEB.
+    Args:
+        split: by default test, or the only split.
 
     Raises:
-        ValueError: a missing file, a malformed line, an id twice, judgements of queries that are
-            not there or of no document that is, several splits and none of them test.
+        ValueError: a file is missing, a line is malformed, two rows have one id, judgements of
+            unknown queries or of unknown documents only.
     """
     for name in ("queries.jsonl", "corpus.jsonl"):
         if not (directory / name).is_file():
             raise ValueError(f"{directory}: expected {name}, found none")
-    splits = sorted(p.stem for p in (directory / "qrels").glob("*.tsv"))
-    chosen = split or ("test" if "test" in splits else splits[0] if len(splits) == 1 else "")
-    if chosen not in splits:
-        got = ", ".join(splits) or "none"
-        raise ValueError(
-            f"{directory}: expected qrels/test.tsv, or one other (name it: "
-            f"{directory}/qrels/SPLIT.tsv), got {got}"
-        )
-    queries = {}
-    for where, key, _, text in _documents(directory / "queries.jsonl"):
-        if key in queries:
-            raise ValueError(f"{where}: _id: expected a new one, got {key!r} again")
-        queries[key] = text
-    ids = [key for _, key, _, _ in _documents(directory / "corpus.jsonl")]
-    place = {key: row for row, key in enumerate(ids)}
-    if len(place) < len(ids):
-        seen = set[str]()
-        for where, key, _, _ in _documents(directory / "corpus.jsonl"):
-            if key in seen:
-                raise ValueError(f"{where}: _id: expected a new one, got {key!r} again")
-            seen.add(key)
-    path = directory / "qrels" / f"{chosen}.tsv"
-    grades = _judgements(path, queries, place)  # place has what the corpus lacks, too, behind it
+    corpus, path = directory / "corpus.jsonl", beir.choose_split(directory, split)
+    queries = dict(beir.by_id(directory / "queries.jsonl"))
+    place = {key: row for row, (key, _) in enumerate(beir.by_id(corpus))}
+    ids = list(place)
+    grades = beir.judgements(path, queries, place)
     judged_queries = [key for key in queries if key in grades]
     judged = [
         [row, document, grade]
@@ -483,62 +423,11 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
     ]
     order_N = np.empty(len(ids), dtype=np.int64)
     order_N[pc.sort_indices(pa.array(ids, pa.large_string())).to_numpy()] = np.arange(len(ids))
-    name = f"{directory.name}-{split}" if split else directory.name
-    texts = [queries[key] for key in judged_queries]
-    own_Q = np.array([place.get(key, -1) for key in judged_queries], dtype=np.int64)
-    corpus = directory / "corpus.jsonl"
-    return Retrieval(name, texts, corpus, order_N, np.array(judged, np.int64), own_Q)
-
-
-def _documents(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(file:line, id, title, text) of a .jsonl file. A text may be empty, not missing."""
-    for where, row in readers.of_file(path):
-        if isinstance(row, str):
-            raise ValueError(f"{where}: {row}")
-        key: Any = row.get("_id")
-        key = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
-        title, text = row.get("title") or "", row.get("text")
-        for name, value in (("_id", key), ("title", title), ("text", text)):
-            if not isinstance(value, str) or readers.SURROGATE.search(value):
-                raise ValueError(f"{where}: {name}: expected text, got {value!r}")
-        yield where, key, str(title), str(text)
-
-
-def _titled(title: str, text: str) -> str:
-    """As BEIR and MTEB join them."""
-    return f"{title} {text}".strip() if title else text.strip()
-
-
-def _judgements(path: Path, queries: Any, place: dict[str, int]) -> dict[str, dict[int, int]]:
-    """Query id -> row of a document -> grade. Documents that have no place get one behind all.
-
-    Raises:
-        ValueError: a malformed line, a query that is not there, no document that is.
-    """
-    grades: dict[str, dict[int, int]] = {}
-    N = len(place)
-    columns = ("query-id", "corpus-id", "score")
-    for number, (where, cells) in enumerate(_cells(path, columns)):
-        if not number:
-            if tuple(cells) != columns:
-                raise ValueError(f"{where}: expected the header {', '.join(columns)}, got {cells}")
-            continue
-        query, document, grade = cells
-        if query not in queries:
-            raise ValueError(f"{where}: query-id: expected an id of queries.jsonl, got {query!r}")
-        try:
-            grades.setdefault(query, {})[place.setdefault(document, len(place))] = int(grade)
-        except ValueError:
-            raise ValueError(f"{where}: score: expected an integer, got {grade!r}") from None
-    if not grades:
-        raise ValueError(f"{path}: expected judgements, found none")
-    lacking = list(place)[N:]
-    if all(row >= N for of_query in grades.values() for row in of_query):
-        raise ValueError(f"{path}: corpus-id: expected ids of corpus.jsonl, got {lacking[0]!r} ..")
-    if lacking:
-        warnings.warn(
-            f"{path}: judged documents that corpus.jsonl lacks, and nothing can find: "
-            f"{len(lacking)}, first {lacking[0]!r}",
-            stacklevel=2,
-        )
-    return grades
+    return Retrieval(
+        f"{directory.name}-{split}" if split else directory.name,
+        [queries[key] for key in judged_queries],
+        corpus,
+        order_N,
+        np.array(judged, np.int64),
+        np.array([place.get(key, -1) for key in judged_queries], dtype=np.int64),
+    )

@@ -1,8 +1,8 @@
-"""Token lists to packed batches: flat rows of tokens and the boundaries between texts.
+"""Pack token lists end to end, and split texts into packs of even work.
 
-A pack is ordered by the depth that its texts run to, deepest first, and by length: those that are
-there at a layer are a prefix of it, so leaving costs nothing and copies nothing. A step's queries
-and documents have packs of their own, each with as much to do as the others.
+A pack is ordered by the depth to which its texts run, deepest first, then by length: the texts that
+reach a layer are a prefix of the pack, so texts that exit cost no copy. A step's queries and
+documents have packs of their own.
 
 Letters: N texts, T packed tokens, L layers.
 """
@@ -20,9 +20,9 @@ from mlembed_kernels import AttentionPlan, TokenIndex
 
 @dataclass(frozen=True)
 class SkipLayer:
-    """Those that run through a layer which others skip (LayerSkip's dropout): no prefix.
+    """The texts that run through a layer that others skip (LayerSkip's layer dropout).
 
-    rows_T: int64, their tokens' rows. work: what attention has to compute among them.
+    rows_T: int64, rows of their tokens in the pack. plan: attention among these texts.
     """
 
     rows_T: Tensor
@@ -33,47 +33,47 @@ class SkipLayer:
 class PackedBatch:
     """N texts end to end, without padding, deepest first.
 
-    ids_T: int64 [T] tokens. pos_T: int64 [T] position of each token in its own text.
-    token_index: where each distinct token is, listed on the host once.
-    live: (depth, work) by rising depth: up to that layer attention has that work, of a prefix of
-    the texts. kept: of layers that some of these skip, by depth.
+    ids_T: int64 [T], tokens. pos_T: int64 [T], position of each token in its text. token_index:
+    where each distinct token occurs. live: (depth, plan) by rising depth; up to that layer
+    attention follows the plan, of a prefix of the texts. skip_layers: by depth, the layers that
+    some texts skip.
     """
 
     ids_T: Tensor
     pos_T: Tensor
     token_index: TokenIndex
     live: tuple[tuple[float, AttentionPlan], ...]
-    kept: dict[int, SkipLayer]
+    skip_layers: dict[int, SkipLayer]
 
     @property
     def plan(self) -> AttentionPlan:
-        """Of all texts."""
+        """Attention among all texts."""
         return self.live[0][1]
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """int32 [N + 1]; text i is ids_T[cu_seqlens[i]:cu_seqlens[i + 1]]."""
+        """Boundaries, int32 [N + 1]; text i is ids_T[cu_seqlens[i]:cu_seqlens[i + 1]]."""
         return self.plan.cu_seqlens
 
     def work_at(self, depth: int) -> AttentionPlan | None:
-        """Of the texts that run through layer `depth` (1..), if any do."""
+        """Return the plan of the texts that run through layer `depth` (1..), None without any."""
         return next((plan for until, plan in self.live if depth <= until), None)
 
     def __len__(self) -> int:
         return self.plan.sequences
 
     def to(self, device: torch.device) -> "PackedBatch":
-        kept = {
-            depth: SkipLayer(some.rows_T.to(device, non_blocking=True), some.plan.to(device))
-            for depth, some in self.kept.items()
-        }
+        """Return the pack on a device; copies from pinned memory do not wait."""
         return replace(
             self,
             ids_T=self.ids_T.to(device, non_blocking=True),
             pos_T=self.pos_T.to(device, non_blocking=True),
             token_index=self.token_index.to(device),
             live=tuple((until, plan.to(device)) for until, plan in self.live),
-            kept=kept,
+            skip_layers={
+                depth: SkipLayer(layer.rows_T.to(device, non_blocking=True), layer.plan.to(device))
+                for depth, layer in self.skip_layers.items()
+            },
         )
 
 
@@ -82,17 +82,16 @@ def pack(
     depths: np.ndarray | None = None,
     runs_LN: np.ndarray | None = None,
 ) -> PackedBatch:
-    """int arrays, one a text, each of at least one token -> PackedBatch.
+    """Pack token arrays, one a text.
 
     Args:
-        depths: int [N], the last layer of each text, falling; by default all run as far as there
-            are layers.
-        runs_LN: bool [L, N], False where a text skips a layer; all run through it by default. Where
-            all would skip one, the first does not: gradients and reductions expect every layer.
+        texts: integers, at least one a text.
+        depths: int [N], the last layer of each text, falling; by default no text exits early.
+        runs_LN: bool [L, N], False where a text skips a layer. If all would skip a layer, the first
+            runs through it: gradients and reductions expect every layer.
 
     Raises:
-        ValueError: no texts, a text without tokens (there would be nothing to pool), depths that
-            rise or begin below 1.
+        ValueError: no texts, a text without tokens, depths that rise or are below 1.
     """
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     if len(lengths) == 0 or lengths.min() < 1:
@@ -104,20 +103,22 @@ def pack(
     if depths is not None:
         if len(depths) != len(lengths) or (np.diff(depths) > 0).any() or depths[-1] < 1:
             raise ValueError(f"depths: expected one a text, falling, from 1 on, got {depths[:20]}")
-        live = [(int(until), live[0][1]) for until in depths[-1:]]
+        live = [(int(depths[-1]), live[0][1])]
         for until in np.unique(depths)[1:]:
-            there = int((depths >= until).sum())
-            live.append((int(until), AttentionPlan.of(torch.from_numpy(bounds[: there + 1]))))
+            prefix = bounds[: int((depths >= until).sum()) + 1]
+            live.append((int(until), AttentionPlan.of(torch.from_numpy(prefix))))
     ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))
     positions = torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths))
     packed = PackedBatch(ids, positions, TokenIndex.of(ids), tuple(live), {})
     if runs_LN is None:
         return packed
-    return replace(packed, kept=_kept(packed, lengths, runs_LN))
+    return replace(packed, skip_layers=_skip_layers(packed, lengths, runs_LN))
 
 
-def _kept(batch: PackedBatch, lengths: np.ndarray, runs_LN: np.ndarray) -> dict[int, SkipLayer]:
-    kept = {}
+def _skip_layers(
+    batch: PackedBatch, lengths: np.ndarray, runs_LN: np.ndarray
+) -> dict[int, SkipLayer]:
+    layers = {}
     for depth, runs_N in enumerate(runs_LN, 1):
         plan = batch.work_at(depth)
         if plan is None:
@@ -127,18 +128,18 @@ def _kept(batch: PackedBatch, lengths: np.ndarray, runs_LN: np.ndarray) -> dict[
         if runs_N.all():
             continue
         bounds = np.concatenate([[0], lengths[: len(runs_N)][runs_N].cumsum()])
-        rows = np.flatnonzero(np.repeat(runs_N, lengths[: len(runs_N)]))
-        kept[depth] = SkipLayer(torch.from_numpy(rows), AttentionPlan.of(torch.from_numpy(bounds)))
-    return kept
+        rows = torch.from_numpy(np.flatnonzero(np.repeat(runs_N, lengths[: len(runs_N)])))
+        layers[depth] = SkipLayer(rows, AttentionPlan.of(torch.from_numpy(bounds)))
+    return layers
 
 
-# ---- how texts are shared out ----
+# ---- which texts share a pack ----
 
 
 def budgeted(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Row numbers in packs of at most `max_tokens` tokens (a longer text is a pack of its own).
+    """Return row numbers in packs of at most `max_tokens` tokens; a longer text is a pack alone.
 
-    Rows are sorted by length, so that texts of a pack are alike and attention wastes nothing.
+    Rows are sorted by length, so texts of a pack have similar lengths and attention wastes nothing.
     """
     order = np.argsort(lengths, kind="stable")
     packs, begin, tokens = [], 0, 0
@@ -150,14 +151,14 @@ def budgeted(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     return [*packs, order[begin:]] if len(order) else []
 
 
-def shared_out(
+def even_shares(
     lengths: np.ndarray, depths: np.ndarray, shares: int, most: int | None = None
 ) -> list[np.ndarray]:
-    """Row numbers, rising, in shares with as many tokens, at every depth.
+    """Return rising row numbers in shares of about equal tokens at every depth.
 
-    Deepest first and then longest first, each row goes to the share that has fewest tokens yet and
-    fewer than `most` rows (LPT): once all of a depth and deeper are given out, shares are even
-    there. So `shares` rows of the deepest are on as many shares.
+    Deepest first and then longest first, each row goes to the share with the fewest tokens so far
+    and fewer than `most` rows (LPT), so shares are even once all rows of a depth and deeper are
+    placed. `shares` rows of the greatest depth therefore go to as many shares.
     """
     if shares == 1:
         return [np.arange(len(lengths))]
@@ -171,18 +172,18 @@ def shared_out(
     return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
 
-def packs(lengths: np.ndarray, depths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Row numbers in as few packs of at most `max_tokens` tokens as hold them (a longer text is
-    alone), alike in work, each deepest first, then shortest first."""
-    found = [np.array([row]) for row in np.flatnonzero(lengths > max_tokens)]
+def even_packs(lengths: np.ndarray, depths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Return row numbers in as few packs of at most `max_tokens` tokens as hold them, of about
+    equal work, each deepest first, then shortest first. A longer text is a pack alone."""
+    packs = [np.array([row]) for row in np.flatnonzero(lengths > max_tokens)]
     rest = np.flatnonzero(lengths <= max_tokens)
     count = -(-int(lengths[rest].sum()) // max_tokens)
     while len(rest):
-        # Long texts that leave early come last, and may not fit any more: then depths do not count.
+        # Long texts that leave early come last and may no longer fit; then depths do not count.
         for order in (depths[rest], np.zeros(len(rest))):
-            parts = [rest[part] for part in shared_out(lengths[rest], order, count)]
+            parts = [rest[part] for part in even_shares(lengths[rest], order, count)]
             if all(lengths[part].sum() <= max_tokens for part in parts):
                 sort = (np.lexsort((lengths[part], -depths[part])) for part in parts)
-                return found + [part[at] for part, at in zip(parts, sort, strict=True)]
+                return packs + [part[at] for part, at in zip(parts, sort, strict=True)]
         count += 1
-    return found
+    return packs

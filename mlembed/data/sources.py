@@ -1,75 +1,76 @@
-"""Training text: sources to tables of items, in whatever of the known layouts they come.
+"""Training text: sources to tables of items, or to a stream of items.
 
-An item is what is drawn. Of a pair table (query, positive, optional negatives) it is a row; of an
-n-way table (id, lang, text) it is an id, all of whose texts are translations of each other, and two
-of them are drawn as query and positive. layouts.py has the layouts.
+An item is one draw. In a pair table (query, positive, optional negatives) it is a row; in an n-way
+table (id, lang, text) it is an id, all of whose texts are translations of each other, of which two
+are drawn as query and positive. layouts.py knows the layouts.
 """
 
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .. import config
 from ..config import strict
+from ..config.choices import BadRows
 from ..runtime import cache
-from . import cldr
-from .cldr import normalise
+from ..runtime.files import read_json
+from . import cldr, tables
 from .formats import layouts, readers
 from .formats.layouts import Corpus, Item, Layout, Report
 from .formats.readers import Row
-from .tables import MIN_SCORE, Table, _nothing, _nway, _pairs, _Part
+from .tables import MIN_SCORE, Table
 
-VERSION = 2  # of what is stored of a source
+VERSION = 2  # of the files that `_save` writes
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-BadRows = Literal["refuse", "skip"]
 
 
 @functools.cache
 def cldr_tables() -> tuple[pa.Table, pa.Table]:
-    """The built-in text (train pairs, held-out n-way table), built once a process."""
+    """Return the built-in text (training pairs, held-out n-way table), built once a process."""
     return cldr.build()
 
 
-# ---- sources as they are named ----
+# ---- the sources of a run ----
 
 
-def of(path: str) -> config.Source:
-    """A plain entry of `Run.data` as a source."""
-    return config.Source(path=path)
+def all_of(run: config.Run) -> list[config.Source]:
+    """Return a run's sources: the entries of `data`, then `sources`."""
+    return [*(config.Source(path=path) for path in run.data), *run.sources]
 
 
 def expand(run: config.Run) -> config.Run:
-    """The run with the mixtures among `data` replaced by what they list, in `sources`.
+    """Return the run with the mixtures among `data` replaced by their sources, in `sources`.
 
-    A mixture is a .json file that holds one object, {"sources": [{"path": .., ..}, ..]}, each with
-    the fields of `config.Source`. Relative paths in it are relative to it.
+    A mixture is a .json file of one object, {"sources": [{"path": .., ..}, ..]}, each entry with
+    the fields of `config.Source`. Relative paths are relative to the mixture.
 
     Raises:
-        ValueError: not json (by line), an unknown key (with near ones), a wrong type or value.
+        ValueError: invalid JSON (by line), an unknown key (with near ones), a wrong type or value.
     """
-    plain, found = [], list(run.sources)
+    plain, listed = [], list(run.sources)
     for entry in run.data:
-        mixed = _mixture(Path(entry)) if entry.endswith(".json") else None
-        if mixed is None:
+        mixture = _mixture(Path(entry)) if entry.endswith(".json") else None
+        if mixture is None:
             plain.append(entry)
         else:
-            found += mixed
-    return replace(run, data=tuple(plain), sources=tuple(found))
+            listed += mixture
+    return replace(run, data=tuple(plain), sources=tuple(listed))
 
 
 def _mixture(path: Path) -> list[config.Source] | None:
-    """What a mixture lists; None for a data file, whose first line is a row."""
+    """Return the sources of a mixture, or None for a data file, whose first line is a row."""
     if not path.is_file():
-        return None  # reading says so
+        # `read` reports the missing file.
+        return None
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"")
     try:
@@ -77,13 +78,9 @@ def _mixture(path: Path) -> list[config.Source] | None:
         if not isinstance(first, dict) or "sources" not in first and len(first) > 1:
             return None
     except ValueError:
-        pass  # an object over several lines
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not json: {error.msg}") from None
+        # The first line may begin an object over several lines.
+        pass
+    whole = read_json(path)
     if not isinstance(whole, dict) or not isinstance(whole.get("sources"), list):
         got = ", ".join(whole) if isinstance(whole, dict) else type(whole).__name__
         raise ValueError(f'{path}: expected {{"sources": [..]}}, got {got}')
@@ -102,23 +99,54 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         raise ValueError(f"{where}: path: expected one, got none")
     try:
         source: config.Source = strict.from_dict(config.Source, entry, where)
-    except ValueError as error:  # of a value out of its range, which knows no file
+    # The error of a value out of its range does not name the file.
+    except ValueError as error:
         reason = str(error)
         raise ValueError(reason if where in reason else f"{where}: {reason}") from None
     beside = str(mixture.parent / source.path)
-    here = Path(beside).exists() or readers.parallel_files(beside)
-    if source.path != "cldr" and (here or Path(beside).suffix in readers.SUFFIXES):
+    exists = Path(beside).exists() or readers.parallel_files(beside)
+    if source.path != "cldr" and (exists or Path(beside).suffix in readers.SUFFIXES):
         source = replace(source, path=beside)
     if source.corpus:
         source = replace(source, corpus=str(mixture.parent / source.corpus))
     return source
 
 
+def tables_of(data: Sequence[str], bad_rows: BadRows = "error") -> list[Table]:
+    """Return the tables of entries of `Run.data`, mixtures too, for commands that read all of them.
+
+    Raises:
+        ValueError: a stream, whose end is unknown; as `expand` and `read`.
+    """
+    sources = all_of(expand(config.Run(data=tuple(data))))
+    if streams := [source.path for source in sources if source.streaming]:
+        raise ValueError(f"data: expected stored sources, got streams: {', '.join(streams)}")
+    return [table for source in sources for table, _ in read(source, bad_rows=bad_rows)]
+
+
+# ---- the parts of a source ----
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a source that becomes one table: a file, parallel files, a data set, the built-in
+    text. layout: given where rows need not show it."""
+
+    name: str
+    where: str
+    rows: Callable[[], Iterator[Row]]
+    files: list[Path] = field(default_factory=list)
+    parallel: bool = False
+    layout: Layout | None = None
+
+    def open(self) -> tuple[Layout | str | None, Iterator[Row]]:
+        return (self.layout, self.rows()) if self.layout else layouts.recognise(self.rows())
+
+
 def _parts(source: config.Source) -> list[_Part]:
     path = Path(source.path)
     if source.path == "cldr":
-        pairs = cldr_tables()[0]
-        return [_Part(source.name or "cldr", "cldr", lambda: _arrow_rows(pairs))]
+        return [_Part(source.name or "cldr", "cldr", _built_in)]
     if readers.is_data_set(path) or path.is_dir() and source.subset:
         return [_data_set(source)]
     if path.exists():
@@ -137,148 +165,25 @@ def _parts(source: config.Source) -> list[_Part]:
     return [_data_set(source)]
 
 
-def _arrow_rows(table: pa.Table) -> Iterator[Row]:
-    return ((f"cldr:{i}", row) for i, row in enumerate(table.to_pylist(), 1))
+def _built_in() -> Iterator[Row]:
+    return ((f"cldr:{i}", row) for i, row in enumerate(cldr_tables()[0].to_pylist(), 1))
 
 
 def _file(file: Path, source: config.Source, alone: bool) -> _Part:
-    name = file.stem if not source.name else source.name
+    name = source.name or file.stem
     if source.name and not alone:
         name = f"{source.name}/{file.stem}"
-    read_it = functools.partial(readers.of_file, file, layouts.worth_reading)
-    return _Part(name, str(file), read_it, [file])
+    rows = functools.partial(readers.of_file, file, layouts.used_columns)
+    return _Part(name, str(file), rows, [file])
 
 
 def _data_set(source: config.Source) -> _Part:
-    found = readers.data_set(source.path, source.subset, source.split, source.streaming)
+    data = readers.data_set(source.path, source.subset, source.split, source.streaming)
     name = "-".join(filter(None, (Path(source.path).name, source.subset)))
-    # Of a stream there are none: what is not on disk is not stored either.
-    files = [Path(file["filename"]) for file in getattr(found, "cache_files", [])]
-    read_it = functools.partial(readers.of_data_set, found, source.path, layouts.worth_reading)
-    return _Part(source.name or name, source.path, read_it, files)
-
-
-def read(
-    source: config.Source,
-    *,
-    bad_rows: BadRows = "refuse",
-    held_out: AbstractSet[str] = frozenset(),
-) -> list[tuple[Table, Report]]:
-    """A source as a whole: one table a file of a directory, one of anything else.
-
-    Left out, and counted: pairs that had been there before, pairs of a score under 0.8 (but of task
-    sts), texts of the evaluation with their pairs, and what is beyond `source.cap`, which is the
-    most items of each table, drawn at random but always the same.
-
-    Scores are 0..1; if one is above 1, all of that table are taken as 0..5 and divided by 5.
-
-    Sources of 64 MiB of files or more are not held in memory: their texts are cleaned once into an
-    Arrow file of the cache (stored.py), under a key of the files' contents and the options, and
-    memory-mapped. In either case rows stream through, and a text is known by 63 bits of its hash.
-
-    Args:
-        bad_rows: refuse: the first malformed row is an error. skip: it is counted and listed.
-        held_out: texts, normalised (cldr.normalise), that are not to be trained on.
-
-    Raises:
-        ValueError: nothing there, an unknown layout, a malformed row (with file, line, column), a
-            task that does not fit, or nothing left.
-    """
-    return [_read(part, source, bad_rows, held_out) for part in _parts(source)]
-
-
-def _read(
-    part: _Part, source: config.Source, bad_rows: BadRows, held_out: AbstractSet[str]
-) -> tuple[Table, Report]:
-    make = functools.partial(_make, part, source, bad_rows, held_out)
-    files = part.files + ([Path(source.corpus)] if source.corpus else [])
-    if sum(file.stat().st_size for file in files if file.is_file()) < BIG:
-        table, report = make(None)
-    else:
-        said = (source.path, source.subset, source.split, source.task, source.cap)
-        notes = (VERSION, part.name, bad_rows, sorted(held_out), *said)
-        key = cache.digest(*notes, files=files)
-        table, report = cache.kept("text", key, lambda where: _save(*make(where), where), _open)
-    return replace(table, source=source), report
-
-
-def _save(table: Table, report: Report, directory: Path) -> None:
-    """Beside the texts, which are there."""
-    np.save(directory / "ids.npy", table.ids)
-    np.save(directory / "starts.npy", table.starts)
-    if table.scores is not None:
-        np.save(directory / "scores.npy", table.scores)
-    about = {"name": table.name, "nway": table.nway, "task": table.task, "report": asdict(report)}
-    (directory / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-
-
-def _open(directory: Path) -> tuple[Table, Report]:
-    about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
-    ids, starts = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("ids", "starts"))
-    scores = None
-    if (directory / "scores.npy").is_file():
-        scores = np.load(directory / "scores.npy", mmap_mode="r")
-    texts = cache.Texts(directory / "texts.arrow")
-    table = Table(about["name"], about["nway"], texts, ids, starts)
-    return replace(table, task=about["task"], scores=scores), Report(**about["report"])
-
-
-def tables_of(data: Sequence[str], bad_rows: BadRows = "refuse") -> list[Table]:
-    """What entries of `Run.data` name, mixtures too, for commands that go through all of it.
-
-    Raises:
-        ValueError: a stream, which has no end that is known; as `expand` and `read`.
-    """
-    run = expand(config.Run(data=tuple(data)))
-    listed = [*map(of, run.data), *run.sources]
-    if streamed := [source.path for source in listed if source.streaming]:
-        raise ValueError(f"data: expected stored sources, got streams: {', '.join(streamed)}")
-    return [table for source in listed for table, _ in read(source, bad_rows=bad_rows)]
-
-
-def items(
-    source: config.Source,
-    *,
-    bad_rows: BadRows = "refuse",
-    held_out: AbstractSet[str] = frozenset(),
-    report: Report | None = None,
-) -> Iterator[Item]:
-    """The pairs of a source one by one, as they come, for streaming; what `read` keeps, less what
-    takes all of it to know: duplicates stay, and scores have to be 0..1.
-
-    Args:
-        held_out: normalised texts; a pair with one of them is left out.
-        report: counts what becomes of the rows, while they are read.
-
-    Raises:
-        ValueError: nothing there, an n-way table, a cap, a malformed row (unless skipped), nothing
-            left at the end.
-    """
-    if source.cap:
-        raise ValueError(f"source {source.path}: cap: expected 0 of a stream, got {source.cap}")
-    report = report or Report(source.name or source.path)
-    report.skip = bad_rows == "skip"
-    corpus = Corpus(source.corpus) if source.corpus else None
-    for part in _parts(source):
-        layout, found = _opened(part)
-        if isinstance(layout, str):
-            raise ValueError(f"{part.where}: expected pairs for a stream, got an n-way table")
-        task = _task(source, part, nway=False)
-        for item in layouts.items(found, layout, report, task, corpus, most=1):
-            texts = [item.query, item.positive, *item.negatives]
-            if held_out and any(normalise(text) in held_out for text in texts):
-                report.held_out += len(texts)
-            elif task != "sts" and item.score is not None and item.score < MIN_SCORE:
-                report.by_score += 1
-            else:
-                report.items += 1
-                yield item
-    if not report.items:
-        raise _nothing(source.path, report, nway=False)
-
-
-def _opened(part: _Part) -> tuple[Layout | str | None, Iterator[Row]]:
-    return (part.layout, part.rows()) if part.layout else layouts.recognised(part.rows())
+    # A stream has no files: text that is not on disk is not stored either.
+    files = [Path(file["filename"]) for file in getattr(data, "cache_files", [])]
+    rows = functools.partial(readers.of_data_set, data, source.path, layouts.used_columns)
+    return _Part(source.name or name, source.path, rows, files)
 
 
 def _task(source: config.Source, part: _Part, nway: bool) -> str:
@@ -292,7 +197,48 @@ def _task(source: config.Source, part: _Part, nway: bool) -> str:
     return source.task
 
 
-# ---- items to tables ----
+# ---- a source as tables ----
+
+
+def read(
+    source: config.Source,
+    *,
+    bad_rows: BadRows = "error",
+    held_out: AbstractSet[str] = frozenset(),
+) -> list[tuple[Table, Report]]:
+    """Read a whole source: one table for each file of a directory, one for any other source.
+
+    Left out and counted are repeated pairs, pairs of a score below 0.8 (except for task sts), texts
+    of the evaluation with their pairs, and items beyond `source.cap` a table, drawn at random but
+    always the same. Scores are 0..1; if one is above 1, all of the table are 0..5 and divided by 5.
+
+    Sources of 64 MiB of files or more are not held in memory: their texts are cleaned once into an
+    Arrow file of the cache, whose key digests the files' contents and the options, and
+    memory-mapped. Rows are streamed either way, and a text is known by 63 bits of its hash.
+
+    Args:
+        bad_rows: error: the first malformed row raises. skip: bad rows are counted and listed.
+        held_out: texts, normalised (cldr.normalise), that must not be trained on.
+
+    Raises:
+        ValueError: a missing path, an unknown layout, a malformed row (with file, line, column), a
+            task that does not fit, or no items left.
+    """
+    return [_read(part, source, bad_rows, held_out) for part in _parts(source)]
+
+
+def _read(
+    part: _Part, source: config.Source, bad_rows: BadRows, held_out: AbstractSet[str]
+) -> tuple[Table, Report]:
+    make = functools.partial(_make, part, source, bad_rows, held_out)
+    files = part.files + ([Path(source.corpus)] if source.corpus else [])
+    if sum(file.stat().st_size for file in files if file.is_file()) < BIG:
+        table, report = make(None)
+    else:
+        options = (source.path, source.subset, source.split, source.task, source.cap)
+        key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
+        table, report = cache.cached("text", key, lambda home: _save(*make(home), home), _open)
+    return replace(table, source=source), report
 
 
 def _make(
@@ -302,18 +248,84 @@ def _make(
     held_out: AbstractSet[str],
     directory: Path | None,
 ) -> tuple[Table, Report]:
-    """The table of a part, its texts a list, or in texts.arrow of a directory."""
+    """Return a part's table, with its texts in a list or in texts.arrow of a directory."""
     report = Report(part.name, skip=bad_rows == "skip")
-    layout, found = _opened(part)
+    layout, rows = part.open()
     nway = isinstance(layout, str)
     task = _task(source, part, nway)
+    options = (source.cap, held_out, directory)
     if isinstance(layout, str):
         if source.corpus:
             raise ValueError(f"{part.where}: corpus: expected none for an n-way table, got one")
-        table = _nway(part, found, report, source.cap, held_out, directory)
+        table = tables.nway_table(part.name, rows, report, *options)
     else:
         corpus = Corpus(source.corpus) if source.corpus else None
-        valid = layouts.items(found, layout, report, task, corpus)
-        table = _pairs(part, valid, report, task, source.cap, held_out, directory)
+        pairs = layouts.items(rows, layout, report, task, corpus)
+        table = tables.pair_table(part.name, pairs, report, task, *options)
     report.items = len(table)
+    tables.check_items(part.where, report, nway)
     return replace(table, task=task), report
+
+
+def _save(table: Table, report: Report, directory: Path) -> None:
+    np.save(directory / "ids.npy", table.ids)
+    np.save(directory / "starts.npy", table.starts)
+    if table.scores is not None:
+        np.save(directory / "scores.npy", table.scores)
+    about = {"name": table.name, "nway": table.nway, "task": table.task, "report": asdict(report)}
+    (directory / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def _open(directory: Path) -> tuple[Table, Report]:
+    about = read_json(directory / "about.json")
+    arrays = {
+        name: np.load(path, mmap_mode="r")
+        for name in ("ids", "starts", "scores")
+        if (path := directory / f"{name}.npy").is_file()
+    }
+    texts = tables.StoredTexts(directory / "texts.arrow")
+    table = Table(about["name"], about["nway"], texts, task=about["task"], **arrays)
+    return table, Report(**about["report"])
+
+
+# ---- a source as a stream ----
+
+
+def items(
+    source: config.Source,
+    *,
+    bad_rows: BadRows = "error",
+    held_out: AbstractSet[str] = frozenset(),
+    report: Report | None = None,
+) -> Iterator[Item]:
+    """Yield the pairs of a source as they come, for streaming.
+
+    They are the items of `read`, except that duplicates stay and scores have to be 0..1, because
+    only the whole source would show them.
+
+    Args:
+        report: counts what becomes of the rows while they are read.
+
+    Raises:
+        ValueError: a missing path, an n-way table, a cap, a malformed row (unless skipped), or no
+            items at the end.
+    """
+    if source.cap:
+        raise ValueError(f"source {source.path}: cap: expected 0 for a stream, got {source.cap}")
+    report = report or Report(source.name or source.path)
+    report.skip = bad_rows == "skip"
+    corpus = Corpus(source.corpus) if source.corpus else None
+    for part in _parts(source):
+        layout, rows = part.open()
+        if isinstance(layout, str):
+            raise ValueError(f"{part.where}: expected pairs for a stream, got an n-way table")
+        task = _task(source, part, nway=False)
+        for item in layouts.items(rows, layout, report, task, corpus, most=1):
+            if tables.overlaps(item.texts, held_out):
+                report.held_out += len(item.texts)
+            elif task != "sts" and item.score is not None and item.score < MIN_SCORE:
+                report.by_score += 1
+            else:
+                report.items += 1
+                yield item
+    tables.check_items(source.path, report)

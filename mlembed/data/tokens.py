@@ -1,10 +1,11 @@
-"""Tables to tokens: each text once, to files that later runs and other processes map.
+"""Tokenise tables, each text once, into files that later runs and other processes map.
 
-The key of what is kept is a digest of the tokenizer, the length, the prompts and the text itself,
-so that what is found is what would be computed. Tables of few texts are tokenised in memory.
+The key of an entry digests the tokenizer, the length, the prompts and the texts. Tables of few
+texts are tokenised in memory.
 """
 
 import hashlib
+import io
 import json
 from array import array
 from collections.abc import Iterator
@@ -17,41 +18,46 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..runtime import cache
+from ..runtime.files import read_json
+from . import tables
 from .tables import Table
 from .tokenizer import tokenize
 
-VERSION = 1  # of what is kept
-FEW = 4096  # texts up to which a table's tokens are not kept
+VERSION = 1  # of the files
+FEW = 4096  # texts of a table up to which its tokens are not stored
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Text i is flat[offsets[i]:offsets[i + 1]], its last token EOS."""
+    """Text i is flat[offsets[i]:offsets[i + 1]], its last token EOS.
 
-    flat: np.ndarray  # int32 [all tokens], memory-mapped where the table is large
-    offsets: np.ndarray  # int64 [texts + 1]
-    truncated: int  # texts that were longer than max_length
+    flat: int32 [all tokens], memory-mapped if the table is large. offsets: int64 [texts + 1].
+    truncated: number of texts that were longer than the maximum length.
+    """
+
+    flat: np.ndarray
+    offsets: np.ndarray
+    truncated: int
 
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self.flat, np.memmap) and self.flat.filename:
-            return _open, (Path(self.flat.filename).parent,)  # another process maps the files
+            # Another process maps the files itself.
+            return _open, (Path(self.flat.filename).parent,)
         return Tokens, (self.flat, self.offsets, self.truncated)
 
 
-def tokenised(
-    table: Table, tokenizer: Tokenizer, max_length: int, progress: bool = False
-) -> Tokens:
-    """All texts of a table as tokens, prompts included.
+def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool = False) -> Tokens:
+    """Tokenise all texts of a table, prompts included.
 
-    The first text of an item of pairs comes after `source.prompt`, its others after
-    `source.document_prompt`. A text longer than `max_length` tokens, prompt and special ones
+    The first text of a pair comes after `source.prompt`, its other texts after
+    `source.document_prompt`. A text longer than `max_length` tokens, prompt and special tokens
     included, is cut at its end; the special tokens that close it, EOS, stay.
 
     Args:
-        progress: show a bar where it takes longer than two seconds.
+        progress: show a bar if it takes longer than two seconds.
 
     Raises:
-        ValueError: an n-way table, whose texts are queries and documents alike, with two prompts.
+        ValueError: two prompts for an n-way table, each of whose texts may be query or document.
     """
     source = table.source
     if table.nway and source.prompt != source.document_prompt:
@@ -59,52 +65,46 @@ def tokenised(
             f"source {table.name}: prompt: expected that of documents, {source.document_prompt!r}, "
             f"as each text of an n-way table is drawn as either, got {source.prompt!r}"
         )
-    # A copy: the caller's keeps its truncation, and the key does not depend on it.
-    own = Tokenizer.from_str(tokenizer.to_str())
-    own.no_truncation()
-    own.no_padding()
+    # The caller's tokenizer keeps its truncation, and the key does not depend on it.
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     if len(table.texts) <= FEW:
-        parts, lengths, truncated = [], array("q"), 0
-        for ids_of_chunk, cut in _chunks(table, own, max_length, progress):
-            parts += ids_of_chunk
-            lengths.extend(map(len, ids_of_chunk))
-            truncated += cut
-        flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        return Tokens(flat, _offsets(lengths), truncated)
+        memory = io.BytesIO()
+        offsets, truncated = _write(memory, _chunks(table, tokenizer, max_length, progress))
+        return Tokens(np.frombuffer(memory.getvalue(), dtype=np.int32), offsets, truncated)
 
     def build(directory: Path) -> None:
         with (directory / "flat.bin").open("wb") as file:
-            lengths, truncated = _write(file, _chunks(table, own, max_length, progress))
-        np.save(directory / "offsets.npy", _offsets(lengths))
+            offsets, truncated = _write(file, _chunks(table, tokenizer, max_length, progress))
+        np.save(directory / "offsets.npy", offsets)
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
-    return cache.kept("tokens", _key(table, own, max_length), build, _open)
+    return cache.cached("tokens", _key(table, tokenizer, max_length), build, _open)
 
 
-def _write(file: BinaryIO, chunks: Iterator[tuple[list[np.ndarray], int]]) -> tuple[array, int]:
-    """Tokens to a file -> (length of each text, how many were cut)."""
-    lengths, truncated = array("q"), 0
-    for ids_of_chunk, cut in chunks:
-        file.write(np.concatenate(ids_of_chunk).tobytes())
-        lengths.extend(map(len, ids_of_chunk))
+def _write(
+    file: BinaryIO, chunks: Iterator[tuple[list[np.ndarray], int]]
+) -> tuple[np.ndarray, int]:
+    """Write tokens to a file and return their offsets and the number of cut texts."""
+    lengths, truncated = array("q", [0]), 0
+    for ids, cut in chunks:
+        file.write(np.concatenate(ids).tobytes())
+        lengths.extend(map(len, ids))
         truncated += cut
-    return lengths, truncated
-
-
-def _offsets(lengths: array) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))]).astype(np.int64)
+    return np.cumsum(np.array(lengths)), truncated
 
 
 def _open(directory: Path) -> Tokens:
-    truncated = json.loads((directory / "about.json").read_text(encoding="utf-8"))["truncated"]
+    truncated = read_json(directory / "about.json")["truncated"]
     offsets = np.load(directory / "offsets.npy", mmap_mode="r")
     flat = np.memmap(directory / "flat.bin", dtype=np.int32, mode="r")
     return Tokens(flat, offsets, truncated)
 
 
-def _prompts(table: Table) -> np.ndarray | None:
-    """Which texts come after `source.prompt` -> bool [texts]; None where all prompts are one."""
+def _queries(table: Table) -> np.ndarray | None:
+    """Return which texts come after `source.prompt`, bool [texts], None if there is one prompt."""
     if table.source.prompt == table.source.document_prompt:
         return None
     first = np.zeros(len(table.texts), dtype=bool)
@@ -113,15 +113,13 @@ def _prompts(table: Table) -> np.ndarray | None:
 
 
 def _key(table: Table, tokenizer: Tokenizer, max_length: int) -> str:
-    """Digest of the tokenizer (without truncation and padding), the length, and each text with
-    what comes before it."""
-    source, first = table.source, _prompts(table)
+    source, queries = table.source, _queries(table)
     notes = [VERSION, tokenizer.to_str(), max_length, source.prompt, source.document_prompt]
     total = hashlib.sha256(json.dumps(notes).encode())
-    if first is not None:
-        total.update(np.packbits(first).tobytes())
-    for begin in range(0, len(table.texts), cache.CHUNK):
-        texts = [text.encode() for text in table.texts[begin : begin + cache.CHUNK]]
+    if queries is not None:
+        total.update(np.packbits(queries).tobytes())
+    for begin in range(0, len(table.texts), tables.CHUNK):
+        texts = [text.encode() for text in table.texts[begin : begin + tables.CHUNK]]
         total.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())
         total.update(b"".join(texts))
     return total.hexdigest()
@@ -130,27 +128,28 @@ def _key(table: Table, tokenizer: Tokenizer, max_length: int) -> str:
 def _chunks(
     table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
 ) -> Iterator[tuple[list[np.ndarray], int]]:
-    """(ids of each text, how many of them were cut), some thousand texts at a time.
+    """Yield (ids of each text, number of cut texts), `tables.CHUNK` texts at a time.
 
-    One token more than there may be tells a text that is cut from one that just fits.
+    A text is encoded up to one token more than the maximum, which tells a cut text from a text that
+    just fits.
     """
-    # How many special tokens close a text: they stay where it is cut.
+    # The special tokens that close a text stay when it is cut.
     mask = tokenizer.encode("a").special_tokens_mask
     closing = (mask[::-1] + [0]).index(0)
-    source, first = table.source, _prompts(table)
-    texts = len(table.texts)
-    with tqdm(total=texts, desc=f"tokens {table.name}", disable=not progress, delay=2) as bar:
-        for begin in range(0, texts, cache.CHUNK):
-            some = list(table.texts[begin : begin + cache.CHUNK])
-            query = np.zeros(len(some), bool) if first is None else first[begin : begin + len(some)]
-            given = [
-                (source.prompt if is_query else source.document_prompt) + text
-                for text, is_query in zip(some, query.tolist(), strict=True)
-            ]
-            ids = tokenize(tokenizer, given, max_length + 1)
+    source, queries = table.source, _queries(table)
+    total = len(table.texts)
+    with tqdm(total=total, desc=f"tokens {table.name}", disable=not progress, delay=2) as bar:
+        for begin in range(0, total, tables.CHUNK):
+            chunk = list(table.texts[begin : begin + tables.CHUNK])
+            prompts = [source.document_prompt] * len(chunk)
+            if queries is not None:
+                for i in np.flatnonzero(queries[begin : begin + len(chunk)]).tolist():
+                    prompts[i] = source.prompt
+            texts = [prompt + text for prompt, text in zip(prompts, chunk, strict=True)]
+            ids = tokenize(tokenizer, texts, max_length + 1)
             long = [i for i, one in enumerate(ids) if len(one) > max_length]
             for i in long:
-                kept = max_length - closing
-                ids[i] = np.concatenate([ids[i][:kept], ids[i][len(ids[i]) - closing :]])
+                end = ids[i][len(ids[i]) - closing :]
+                ids[i] = np.concatenate([ids[i][: max_length - closing], end])
             yield ids, len(long)
-            bar.update(len(some))
+            bar.update(len(chunk))

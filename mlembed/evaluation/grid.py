@@ -1,38 +1,96 @@
-"""Scores over any set of widths, depths and vocabulary ranks.
+"""Score a model over any set of widths, depths and vocabulary ranks.
 
-One pass of the trunk a rank serves all widths and depths, and of documents to be searched no more
-is kept than the nearest so far. `tasks` reads what to score, `scores` has the measures, `cost` says
-what each size costs.
+For each rank the model runs once, and every width and depth is scored from that pass. Documents to
+be searched are streamed: only the nearest so far stay in memory.
 """
 
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data.eval_sets import STS, Bitext, Mining, Pool, Retrieval, Side, Task
-from ..inference import cost, search
-from ..inference.encoder import Encoder
-from ..inference.search import FULL, Funnel, Size, whole
-from . import scores
+from ..inference import cost
+from ..inference.encoder import Encoder, FullSize, Size
+from ..inference.search import Funnel, Nearest, not_finite
+from . import charts, scores
+from .charts import mean_score
 
-DOCUMENTS = 16_384  # encoded and searched at once
-IN_MEMORY = 2**30  # bytes of vectors; more of one task lie in a file
-TOP = 100  # documents of a query that are looked at
+DOCUMENTS = 16_384  # Documents that are encoded and searched at once.
+IN_MEMORY = 2**30  # Bytes of vectors of one task; more of them go to a file.
+TOP = 100  # Documents of a query that count.
 
-Cells = dict[tuple[int, int], dict[str, Any]]  # by exit and dim
-
-# ---- vectors and their scores ----
+Results = dict[FullSize, dict[str, Any]]  # A task's scores by size.
 
 
-def grid(
+@dataclass(frozen=True)
+class Grid:
+    """Scores and costs of a model at every size, the value that grid.json holds as `cells`.
+
+    cells: dictionaries with `dim`, `exit`, `rank` (None for a plain table), `parameters`,
+    `parameter_bytes`, `bytes_per_vector`, if measured `latency_ms`, `texts_per_second` and
+    `memory_mib`, and `scores` by task; rising by rank, exit and dim.
+    """
+
+    cells: list[dict[str, Any]]
+
+    @property
+    def dims(self) -> list[int]:
+        return sorted({cell["dim"] for cell in self.cells})
+
+    def rows(self) -> list[dict[int, dict[str, Any]]]:
+        """Return the cells of each rank and exit by dim."""
+        rows: dict[Any, dict[int, dict[str, Any]]] = {}
+        for cell in self.cells:
+            rows.setdefault((cell["rank"], cell["exit"]), {})[cell["dim"]] = cell
+        return list(rows.values())
+
+    def table(self) -> str:
+        """Return the mean scores as text: a line for each rank and exit, a column for each dim."""
+        lines = [
+            "                       score (%) at width, bytes a vector",
+            "  rank  exit  params  " + "".join(f"{dim:>8}" for dim in self.dims),
+            " " * 22 + "".join(f"{4 * dim:>7}B" for dim in self.dims),
+        ]
+        for row in self.rows():
+            cell = next(iter(row.values()))
+            means = "".join(f"{mean_score(row[dim]):>8.1f}" for dim in self.dims)
+            size = f"{cell['rank'] or 'table':>6}{cell['exit']:>6}"
+            lines.append(f"{size}{cell['parameters'] / 1e6:>7.2f}M  {means}")
+        return "\n".join(lines)
+
+    def markdown(self, bold: Size | None = None) -> str:
+        """Return sizes, measured costs and mean scores as a Markdown table.
+
+        bold: the (dim, exit, rank) whose score is bold.
+        """
+        titles = {"latency_ms": "ms a text", "texts_per_second": "texts/s", "memory_mib": "MiB"}
+        titles = {k: title for k, title in titles.items() if any(k in c for c in self.cells)}
+        head = ["rank", "exit", "parameters", *titles.values(), *(f"{d} wide" for d in self.dims)]
+        lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
+        for row in self.rows():
+            cell = next(iter(row.values()))
+            words = [str(cell["rank"] or "table"), str(cell["exit"])]
+            words.append(f"{cell['parameters'] / 1e6:.2f} M")
+            words += [f"{cell[key]:.4g}" if key in cell else "" for key in titles]
+            for dim in self.dims:
+                score = f"{mean_score(row[dim]):.1f}" if dim in row else ""
+                words.append(f"**{score}**" if (dim, cell["exit"], cell["rank"]) == bold else score)
+            lines.append(f"| {' | '.join(words)} |")
+        return "\n".join(lines)
+
+    def figure(self, title: str) -> Figure:
+        """Return the mean scores as a heat map for each rank."""
+        return charts.score_map(self.cells, title)
+
+
+def score_grid(
     encoder: Encoder,
     tasks: Sequence[Task],
     dims: Sequence[int] | None = None,
@@ -42,57 +100,53 @@ def grid(
     *,
     prompts: dict[str, str] | None = None,
     costs: bool = True,
-) -> list[dict[str, Any]]:
-    """One cell for each (rank, exit, dim), rising, the largest last: its cost, and its scores by
-    task name, nan where vectors are no numbers or a measure is of nothing.
+) -> Grid:
+    """Score tasks at every (rank, exit, dim), the largest last. A score is NaN if a vector is not
+    finite or the metric is undefined.
 
     Args:
-        dims, exits, ranks: the trained ones by default, in any order.
-        prompts: `query` and `document` go before those of retrieval; the encoder's by default.
+        dims, exits, ranks: those of training by default, in any order.
+        prompts: `query` and `document`, to put before those of retrieval; the encoder's by default.
         costs: measure latency, texts a second and memory, which takes part of a second for each
             exit and rank.
 
     Raises:
-        ValueError: a width, depth or rank that the model does not have.
+        ValueError: a width, depth or rank that the model lacks.
     """
     cfg = encoder.model.cfg
     dims, exits, ranks = (
         sorted(set(chosen or trained))
         for chosen, trained in ((dims, cfg.matryoshka_dims), (exits, cfg.exits), (ranks, cfg.ranks))
     )
-    for sizes, name in ((dims, "dim"), (exits, "exit"), (ranks, "rank")):
-        for size in sizes:
-            cfg.check(**{name: size})
+    for dim, exit, rank in itertools.product(dims, exits, ranks or (None,)):
+        cfg.check(dim, exit, rank)
     prompts = encoder.prompts if prompts is None else prompts
     cells = []
     for rank in ranks or (None,):
-        by_task: Cells = {(exit, dim): {} for exit in exits for dim in dims}
-        for task in tasks:
-            found = score(encoder, task, dims, exits, rank, prompts, progress)
-            for key, result in found.items():
-                by_task[key][task.name] = result
+        sizes = [(dim, exit, rank) for exit in exits for dim in dims]
+        by_task = {t.name: score(encoder, t, sizes, prompts, progress) for t in tasks}
         measured = {exit: cost.measure(encoder, exit, rank) if costs else {} for exit in exits}
-        for (exit, dim), results in by_task.items():
-            price = {**cost.sizes(encoder, dim, exit, rank), **measured[exit]}
+        for size in sizes:
+            dim, exit, _ = size
+            price = {**cost.sizes(encoder, *size), **measured[exit]}
+            results = {name: by_size[size] for name, by_size in by_task.items()}
             cells.append({"dim": dim, "exit": exit, "rank": rank, **price, "scores": results})
-    return cells
+    return Grid(cells)
 
 
 def score(
     encoder: Encoder,
     task: Task,
-    dims: Sequence[int],
-    exits: Sequence[int],
-    rank: int | None,
+    sizes: Sequence[FullSize],
     prompts: dict[str, str],
     progress: bool = False,
-) -> Cells:
-    """One task's scores at every exit and dim of one rank."""
+) -> Results:
+    """Return one task's scores at each size."""
     if isinstance(task, Pool):
-        return _pool(encoder, task, dims, exits, rank, progress)
+        return _pool(encoder, task, sizes, progress)
     if isinstance(task, Retrieval):
         nearest = _search(
-            encoder, task.queries, task.documents(), TOP + 1, dims, exits, rank, prompts, progress
+            encoder, task.queries, task.documents(), TOP + 1, sizes, prompts, progress
         )
         judged = task.judged, task.order_N, task.own_Q
         return {
@@ -101,43 +155,23 @@ def score(
             else _no_score(found.not_finite)
             for size, found in nearest.items()
         }
-    measures: dict[type, Callable[[Any, Tensor], dict[str, Any]]] = {
+    metrics: dict[type, Callable[[Any, Tensor], dict[str, Any]]] = {
         Bitext: scores.score_bitext,
         STS: scores.score_sts,
         Mining: scores.score_mining,
     }
-    with tempfile.TemporaryDirectory(prefix="mlembed-") as directory:
-        exits_END = _stored(encoder, task.texts, exits, rank, progress, Path(directory))
-        return {
-            (exit, dim): _no_score(broken)
-            if (broken := search.not_finite(vectors[:, :dim]))
-            else measures[type(task)](task, vectors[:, :dim])
-            for exit, vectors in zip(exits, exits_END, strict=True)
-            for dim in dims
-        }
+    numbers = len({size[:0:-1] for size in sizes}) * len(task.texts) * encoder.model.cfg.hidden_size
+    vectors = encoder.encode_grid(task.texts, sizes, progress, on_disk=4 * numbers > IN_MEMORY)
+    results = {}
+    for size in sizes:
+        unit = vectors[size]
+        broken = not_finite(unit)
+        results[size] = _no_score(broken) if broken else metrics[type(task)](task, unit)
+    return results
 
 
 def _no_score(broken: int) -> dict[str, Any]:
     return {"score": math.nan, "not_finite": broken}
-
-
-def _stored(
-    encoder: Encoder,
-    texts: Sequence[str],
-    exits: Sequence[int],
-    rank: int | None,
-    progress: bool,
-    directory: Path,
-) -> Tensor:
-    """Vectors [E, N, D] of all texts; if they are many, in a file there."""
-    shape = len(exits), len(texts), encoder.model.cfg.hidden_size
-    if 4 * int(np.prod(shape)) <= IN_MEMORY:
-        return encoder.exits(texts, exits, rank, progress)
-    file = np.memmap(directory / "vectors", dtype=np.float32, mode="w+", shape=shape)
-    for begin in range(0, len(texts), DOCUMENTS):
-        some = slice(begin, begin + DOCUMENTS)
-        file[:, some] = encoder.exits(texts[some], exits, rank, progress).numpy()
-    return torch.from_numpy(file)
 
 
 def _search(
@@ -145,70 +179,48 @@ def _search(
     queries: Sequence[str],
     documents: Iterable[str],
     k: int,
-    dims: Sequence[int],
-    exits: Sequence[int],
-    rank: int | None,
+    sizes: Sequence[FullSize],
     prompts: dict[str, str],
     progress: bool,
-) -> dict[tuple[int, int], search.Nearest]:
-    """The k nearest documents of each query at every exit and dim; documents are gone through once,
-    and forgotten."""
+) -> dict[FullSize, Nearest]:
+    """Return the k nearest documents of each query at each size, from one pass over documents."""
     device = encoder.model.device
-    before, before_document = prompts.get("query", ""), prompts.get("document", "")
-    queries_EQD = encoder.exits(queries, exits, rank, progress, before).to(device)
-    found = {(exit, dim): search.Nearest(len(queries), k) for exit in exits for dim in dims}
-    first = 0
+    before = prompts.get("query", "")
+    query_vectors = encoder.encode_grid(queries, sizes, progress, before).to(device)
+    nearest = {size: Nearest(len(queries), k) for size in sizes}
     for some in _chunks(documents):
-        some_ECD = encoder.exits(some, exits, rank, progress, before_document).to(device)
-        for exit, of_queries, of_documents in zip(exits, queries_EQD, some_ECD, strict=True):
-            for dim in dims:
-                unit_QD, unit_CD = (
-                    F.normalize(x[:, :dim], dim=-1) for x in (of_queries, of_documents)
-                )
-                found[exit, dim].add(unit_QD, unit_CD, first)
-        first += len(some)
-    return found
+        before = prompts.get("document", "")
+        vectors = encoder.encode_grid(some, sizes, progress, before).to(device)
+        for size, found in nearest.items():
+            found.add(query_vectors[size], vectors[size])
+    return nearest
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    left = iter(texts)
-    while some := list(itertools.islice(left, DOCUMENTS)):
+    rest = iter(texts)
+    while some := list(itertools.islice(rest, DOCUMENTS)):
         yield some
 
 
-def _pool(
-    encoder: Encoder,
-    task: Pool,
-    dims: Sequence[int],
-    exits: Sequence[int],
-    rank: int | None,
-    progress: bool,
-) -> Cells:
-    """P@1 over the pool, averaged over target languages, as LaBSE reports it of the UN's text."""
+def _pool(encoder: Encoder, task: Pool, sizes: Sequence[FullSize], progress: bool) -> Results:
+    """Return P@1 over the pool, averaged over target languages, like LaBSE on the UN's text."""
     by_language = {
-        lang: _pool_side(encoder, side, dims, exits, rank, progress)
-        for lang, side in task.sides.items()
+        lang: _pool_side(encoder, side, sizes, progress) for lang, side in task.sides.items()
     }
     return {
-        (exit, dim): {
-            "score": float(np.mean([found[exit, dim] for found in by_language.values()])),
-            "by_language": {lang: found[exit, dim] for lang, found in by_language.items()},
+        size: {
+            "score": float(np.mean([by_size[size] for by_size in by_language.values()])),
+            "by_language": {lang: by_size[size] for lang, by_size in by_language.items()},
         }
-        for exit in exits
-        for dim in dims
+        for size in sizes
     }
 
 
 def _pool_side(
-    encoder: Encoder,
-    side: Side,
-    dims: Sequence[int],
-    exits: Sequence[int],
-    rank: int | None,
-    progress: bool,
-) -> dict[tuple[int, int], float]:
-    among = itertools.chain(side.answers, side.others())
-    nearest = _search(encoder, side.queries, among, 1, dims, exits, rank, {}, progress)
+    encoder: Encoder, side: Side, sizes: Sequence[FullSize], progress: bool
+) -> dict[FullSize, float]:
+    pool = itertools.chain(side.answers, side.others())
+    nearest = _search(encoder, side.queries, pool, 1, sizes, {}, progress)
     return {
         size: scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)
         if not found.not_finite
@@ -226,13 +238,13 @@ def score_funnel(
     progress: bool = False,
     cells: Sequence[dict[str, Any]] = (),
 ) -> dict[str, float]:
-    """nDCG@10 of a search by full vectors, by small ones, and by the latter's shortlist ranked
-    again by the former; `scanned`, bytes of vectors that the funnel compares with a query, and
-    `encoded`, documents that it encodes at full size for these queries, as shares of a full
-    search's.
+    """Score a two-stage search: nDCG@10 of `full` vectors, of `small` ones, and of the `funnel`.
+
+    Also returns `scanned`, the bytes of vectors that the funnel compares with a query, and
+    `encoded`, the documents that it encodes at full size, as shares of a full search.
 
     Args:
-        cells: a `grid` with these prompts, whose scores of this task are not made again.
+        cells: those of a Grid with these prompts, whose scores of this task are used again.
 
     Raises:
         ValueError: a size that the model lacks, a shortlist below 10.
@@ -240,24 +252,17 @@ def score_funnel(
     if shortlist < 10:
         raise ValueError(f"shortlist: expected at least 10, for nDCG@10, got {shortlist}")
     prompts = encoder.prompts if prompts is None else prompts
-    sizes = {"full": whole(encoder, FULL), "small": whole(encoder, small)}
+    sizes = {"full": encoder.full_size(), "small": encoder.full_size(small)}
     known = {(c["dim"], c["exit"], c["rank"]): c["scores"].get(task.name) for c in cells}
-    found = {name: known[size]["score"] for name, size in sizes.items() if known.get(size)}
-    left = {name: size for name, size in sizes.items() if name not in found}
-    for rank in {rank for _, _, rank in left.values()}:
-        of_rank = {name: size for name, size in left.items() if size[2] == rank}
-        dims = sorted({dim for dim, _, _ in of_rank.values()})
-        exits = sorted({exit for _, exit, _ in of_rank.values()})
-        scored = score(encoder, task, dims, exits, rank, prompts, progress)
-        found |= {name: scored[exit, dim]["score"] for name, (dim, exit, _) in of_rank.items()}
-    built = Funnel.build(
+    new = [size for size in sizes.values() if not known.get(size)]
+    known |= score(encoder, task, new, prompts, progress) if new else {}
+    funnel = Funnel.build(
         encoder, list(task.documents()), small, stored=False, prompts=prompts, progress=progress
     )
-    best = built.search(task.queries, min(TOP + 1, shortlist), shortlist, progress)
+    best = funnel.search(task.queries, min(TOP + 1, shortlist), shortlist, progress)
     ranked = scores.retrieval(best.scores_QK, best.rows_QK, task.judged, task.order_N, task.own_Q)
     return {
-        "full": found["full"],
-        "small": found["small"],
+        **{name: known[size]["score"] for name, size in sizes.items()},
         "funnel": ranked["score"],
         "scanned": best.scanned,
         "encoded": best.encoded,
@@ -268,39 +273,35 @@ def add_mteb(
     encoder: Encoder,
     source: str,
     names: Sequence[str],
-    cells: Sequence[dict[str, Any]],
+    grid: Grid,
     prompts: dict[str, str],
     out: Path | None,
     progress: bool = False,
 ) -> None:
-    """Scores of mteb's tasks into each cell, by mteb at that cell's size; its own json to `out`.
+    """Add scores of mteb's tasks to each cell, computed by mteb, whose own json goes to `out`.
 
-    Where a rank has several cells, a task's vectors lie in files until it is scored at all of them.
+    If a rank has several cells, a task's vectors lie in files until all of them are scored.
     """
-    tool = _mteb()
-    wanted, name = tool.tasks(names), tool.model_name(source)
-    for rank in dict.fromkeys(cell["rank"] for cell in cells):
-        of_rank = [cell for cell in cells if cell["rank"] == rank]
-        sizes = [(cell["dim"], cell["exit"], rank) for cell in of_rank]
-        with tempfile.TemporaryDirectory(prefix="mlembed-") as directory:
-            passes = (
-                tool.Passes(encoder, [exit for _, exit, _ in sizes], rank, Path(directory))
-                if len(sizes) > 1
-                else None
-            )
-            models = [tool.MTEBEncoder(encoder, name, *size, prompts, passes) for size in sizes]
-            for task in wanted:
-                for cell, model in zip(of_rank, models, strict=True):
-                    cell["scores"] |= tool.evaluate(model, [task], out, progress)
-                if passes:
-                    passes.forget()
+    tool = load_mteb()
+    tasks, name = tool.tasks(names), tool.model_name(source)
+    for rank in dict.fromkeys(cell["rank"] for cell in grid.cells):
+        cells = [cell for cell in grid.cells if cell["rank"] == rank]
+        sizes = [(cell["dim"], cell["exit"], rank) for cell in cells]
+        passes = tool.Passes(encoder, sizes) if len(sizes) > 1 else None
+        models = [tool.MTEBEncoder(encoder, name, *size, prompts, passes) for size in sizes]
+        for task in tasks:
+            for cell, model in zip(cells, models, strict=True):
+                cell["scores"] |= tool.evaluate(model, [task], out, progress)
+            if passes:
+                passes.clear()
 
 
-def _mteb() -> Any:
+def load_mteb() -> Any:
+    """Import `mteb_model`. ValueError if the package mteb is not installed."""
     try:
-        from . import mteb_model as mteb_encoder
+        from . import mteb_model
     except ModuleNotFoundError as error:
         if error.name != "mteb":
             raise
         raise ValueError("mteb: expected the package mteb: pip install mlembed[mteb]") from None
-    return mteb_encoder
+    return mteb_model

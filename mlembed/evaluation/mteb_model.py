@@ -1,4 +1,4 @@
-"""An `Encoder` as a model of the package `mteb`, and its tasks run by name.
+"""Run tasks of the package `mteb` by name, with an `Encoder` as its model.
 
 Importing this imports mteb, which takes seconds.
 """
@@ -16,48 +16,45 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.model_meta import ScoringFunction
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
-from torch.nn.functional import normalize
+from torch import Tensor
 
 from ..config import strict
-from ..inference.encoder import Encoder
+from ..inference.encoder import Encoder, FullSize, GridVectors
 from ..modeling.transformer import num_parameters
 
 
 class Passes:
-    """Raw vectors of texts at several exits of one rank, each text encoded once for all widths and
-    depths: in files of a directory, until they are forgotten.
+    """Vectors at several sizes of one rank, each list of texts encoded once, until `clear`.
 
     revision: `digest` of the weights, which takes as long as reading them.
     """
 
-    def __init__(
-        self, encoder: Encoder, exits: Sequence[int], rank: int | None, directory: Path
-    ) -> None:
-        self.encoder, self.rank, self.directory = encoder, rank, directory
-        self.exits = sorted(set(exits))
+    def __init__(self, encoder: Encoder, sizes: Sequence[FullSize]) -> None:
+        self.encoder, self.sizes = encoder, sizes
         self.revision = digest(encoder)
+        self._vectors: dict[str, GridVectors] = {}
 
-    def vectors(self, texts: Sequence[str], exit: int, prompt: str, progress: bool) -> np.ndarray:
-        """fp32 [N, D], not to be written to."""
+    def vectors(self, texts: Sequence[str], size: FullSize, prompt: str, progress: bool) -> Tensor:
+        """Return unit vectors fp32 [N, dim]."""
         seal = hashlib.sha256()
         for text in (prompt, *texts):
             seal.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
-        path = self.directory / f"{seal.hexdigest()}.npy"
-        if not path.is_file():
-            found = self.encoder.exits(texts, self.exits, self.rank, progress, prompt)
-            np.save(path, found.numpy())
-        return np.load(path, mmap_mode="r")[self.exits.index(exit)]
+        key = seal.hexdigest()
+        if key not in self._vectors:
+            self._vectors[key] = self.encoder.encode_grid(
+                texts, self.sizes, progress, prompt, on_disk=True
+            )
+        return self._vectors[key][size]
 
-    def forget(self) -> None:
-        for path in self.directory.iterdir():
-            path.unlink()
+    def clear(self) -> None:
+        self._vectors.clear()
 
 
 class MTEBEncoder:
-    """What mteb's evaluators call, at one width, depth and vocabulary rank.
+    """An encoder at one width, depth and vocabulary rank for mteb's evaluators.
 
-    A prompt is chosen as mteb does for sentence-transformers' models: by the name of the task with
-    the prompt's type (`NFCorpus-query`), the task, the type of task likewise, then `query` or
+    Prompts are chosen like mteb does for models of sentence-transformers: by the task's name with
+    the prompt's type (`NFCorpus-query`), the task's name, its type likewise, then `query` or
     `document`.
     """
 
@@ -75,7 +72,7 @@ class MTEBEncoder:
         Args:
             name: organisation/model, for the directory of results.
             prompts: by name; the encoder's own by default.
-            passes: shared with other widths and depths of this rank; else nothing is kept.
+            passes: vectors shared with other widths and depths of this rank.
 
         Raises:
             ValueError: a size that the model lacks.
@@ -110,28 +107,27 @@ class MTEBEncoder:
         show_progress_bar: bool = False,
         **options: Any,
     ) -> np.ndarray:
-        """Texts of a data loader's batches -> unit vectors, float32 [N, dim]. `batch_size` and what
-        else evaluators pass does not change vectors, and is left to the encoder."""
+        """Return unit vectors float32 [N, dim] of a data loader's texts. Other options, such as
+        `batch_size`, are left to the encoder, as they do not change vectors."""
         texts = [text for batch in inputs for text in batch["text"]]
         name = get_prompt_name(self.prompts, task_metadata, prompt_type)
         prompt = self.prompts[name] if name else ""
         if self.passes:
-            dim, exit = self.size[0], self.size[1] or self.encoder.model.cfg.num_hidden_layers
-            raw = self.passes.vectors(texts, exit, prompt, show_progress_bar)[:, :dim]
-            return normalize(torch.tensor(np.asarray(raw)), dim=-1).numpy()
+            size = self.encoder.full_size(self.size)
+            return self.passes.vectors(texts, size, prompt, show_progress_bar).numpy()
         return self.encoder.encode(texts, *self.size, prompt=prompt, progress=show_progress_bar)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines of all pairs."""
+        """Return the cosines of all pairs."""
         return cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines of rows of equal number."""
+        """Return the cosines of rows with equal numbers."""
         return pairwise_cos_sim(embeddings1, embeddings2)
 
 
 def digest(encoder: Encoder) -> str:
-    """Of all weights: results of other weights of the same name are others."""
+    """Return a hash of all weights, the revision under which mteb caches results."""
     seal = hashlib.sha256()
     for name, weight in sorted(encoder.model.state_dict().items()):
         seal.update(name.encode())
@@ -140,8 +136,11 @@ def digest(encoder: Encoder) -> str:
 
 
 def tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks of these names, each once. ValueError, with near names, for one that it does not
-    have, and for one of other things than texts."""
+    """Return mteb's tasks by name, each once.
+
+    Raises:
+        ValueError: an unknown name, with near ones, or a task of anything but texts.
+    """
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     for name in names:
         if name not in known:
@@ -152,13 +151,13 @@ def tasks(names: Sequence[str]) -> list[Any]:
     found = list(mteb.get_tasks(tasks=list(dict.fromkeys(names))))
     for task in found:
         if list(task.modalities) != ["text"]:
-            what = ", ".join(task.modalities)
-            raise ValueError(f"mteb: expected tasks of text, got {task.metadata.name}, of {what}")
+            kinds = ", ".join(task.modalities)
+            raise ValueError(f"mteb: expected tasks of text, got {task.metadata.name}, of {kinds}")
     return found
 
 
 def model_name(source: str) -> str:
-    """A hub id as it is; of a directory mlembed/ and its last names."""
+    """Return a Hub id as it is; for a directory mlembed/ and its last two names."""
     path = Path(source)
     if not path.exists() and source.count("/") == 1:
         return source
@@ -166,39 +165,39 @@ def model_name(source: str) -> str:
 
 
 def evaluate(
-    model: MTEBEncoder, wanted: Sequence[Any], out: Path | None, progress: bool = False
+    model: MTEBEncoder, tasks: Sequence[Any], out: Path | None, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Run mteb's tasks; its own json goes to out/results/<model>/<revision>/.
+    """Run mteb's tasks, whose own json goes to out/results/<model>/<revision>/.
 
     Returns:
-        By task name `score`, mteb's main score averaged as mteb does, and `by_language`, where
-        there are several subsets, by subset.
+        by task name `score`, mteb's main score averaged like mteb does, and, if there are several
+        subsets, `by_language`, the score of each.
 
     Raises:
-        ValueError: a task's data cannot be had.
+        ValueError: a task's data cannot be loaded.
     """
     cache = ResultCache(out) if out is not None else None
     try:
         result = mteb.evaluate(
             model,
-            list(wanted),
+            list(tasks),
             cache=cache,
             encode_kwargs={"show_progress_bar": progress},
             show_progress_bar=progress,
             co2_tracker=False,
         )
-    except OSError as error:  # no network and nothing in the cache of `datasets`
-        names = ", ".join(task.metadata.name for task in wanted)
-        raise ValueError(f"mteb: the data of {names} could not be had: {error}") from None
-    return {found.task_name: _summary(found) for found in result.task_results}
+    except OSError as error:  # There is no network and nothing in the cache of `datasets`.
+        names = ", ".join(task.metadata.name for task in tasks)
+        raise ValueError(f"mteb: the data of {names} could not be loaded: {error}") from None
+    return {one.task_name: _summary(one) for one in result.task_results}
 
 
-def _summary(found: Any) -> dict[str, Any]:
+def _summary(result: Any) -> dict[str, Any]:
     subsets: dict[str, list[float]] = {}
-    for rows in found.scores.values():
+    for rows in result.scores.values():
         for row in rows:
             subsets.setdefault(row["hf_subset"], []).append(float(row["main_score"]))
-    summary: dict[str, Any] = {"score": float(found.get_score())}
+    summary: dict[str, Any] = {"score": float(result.get_score())}
     if len(subsets) > 1:
         summary["by_language"] = {name: float(np.mean(some)) for name, some in subsets.items()}
     return summary

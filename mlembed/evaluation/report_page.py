@@ -1,63 +1,83 @@
-"""What a run gave, as one HTML page that needs nothing else, and its figures as PNG.
+"""Build a run's report: one HTML page that needs nothing else, and its figures as SVG files.
 
-RUN is what train.py wrote, or what `python -m mlembed evaluate --out` did (then there are no
-training curves). The page is readable on a phone, in print, in dark and in light, and without
-telling colours apart. What a file does not say is said to be missing, never made up.
-
-By default report.html and report_*.png go beside grid.json. They hold nothing that is not in the
-run, yet someone may have kept or changed them: where there are some, nothing is written and the
-error says so. Remove them, or name a new directory with --out.
+A run is a directory that train.py wrote, or one of `mlembed evaluate --out`, which has no training
+curves. The page reads on a phone, in print, and without telling colours apart. It names what the
+run's files do not hold and invents nothing. report.html.j2 is its template.
 """
 
+import base64
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ..runtime import log
-from . import charts, page
+from . import charts
 from .charts import mean_score
 from .languages import UNKNOWN, Language, language, levels
-from .results import Found, curve, mapping, names_of, number, thinned
+from .results import Results, curve, mapping, names_of, number, thinned
 
-POINTS = 200  # of a curve; more are not seen
-BARS = 24  # of steps in the breakdown
+POINTS = 200  # Points of a curve; the eye sees no more.
+BARS = 24  # Bars of the breakdown by stage.
 MISSING = "not recorded"
+
+# A bar: name, note, percent, and percent of the untrained model. A table: caption, head, rows.
+Row = tuple[str, str, float, float | None]
+Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
+
+
+class Image(NamedTuple):
+    """A figure as SVG, and in words."""
+
+    name: str
+    alt: str
+    svg: str
 
 
 @dataclass
-class Images:
-    """Figures drawn so far: PNGs by file name."""
+class Section:
+    """Part of the page under one heading: remarks (sentences), figures, tables, bars by group, and
+    parts, in this order."""
 
-    files: dict[str, bytes] = field(default_factory=dict)
+    title: str
+    remarks: list[str] = field(default_factory=list)
+    figures: list[Image] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    bars: list[tuple[str, list[Row]]] = field(default_factory=list)
+    parts: list["Section"] = field(default_factory=list)
 
-    def add(self, name: str, figure: Figure, alt: str, heading: str) -> str:
-        """-> the figure as HTML; in the file its heading is inside."""
-        both = charts.svg(figure)
-        figure.suptitle(heading)
-        self.files[f"report_{name}.png"] = charts.png(figure)
-        return page.figure(both, alt, heading)
+    def add(self, name: str, figure: Figure, alt: str) -> None:
+        """Append a figure that `alt` describes."""
+        self.figures.append(Image(name, alt, charts.svg(figure)))
 
 
 # ---- headline ----
 
 
 def cell_name(cell: Mapping[str, Any]) -> str:
+    """Return what a cell is called."""
     rank = f" rank {cell['rank']}" if cell["rank"] else ""
     return f"exit {cell['exit']}{rank} width {cell['dim']}"
 
 
+def shown(value: Any, form: str, missing: str = "–") -> str:
+    """Return a number in a format, or what stands for a missing one."""
+    return form.format(number(value)) if math.isfinite(number(value)) else missing
+
+
 def percent(score: float) -> str:
-    return f"{score:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(score) else "no finite score"
+    """Return a score with its unit."""
+    return shown(score, "{:.1f}\N{NO-BREAK SPACE}%", "no finite score")
 
 
 def costs(cell: Mapping[str, Any]) -> tuple[float, float, float]:
-    """What a cell costs: parameters, bytes a vector, and latency in ms, inf where there is none."""
+    """Return parameters, bytes a vector, and latency in ms, which is inf if unknown."""
     latency = number(cell.get("latency_ms"))
     return cell["parameters"], cell["bytes_per_vector"], latency if latency > 0 else math.inf
 
@@ -65,444 +85,382 @@ def costs(cell: Mapping[str, Any]) -> tuple[float, float, float]:
 def cheapest_within(
     cells: Sequence[dict[str, Any]], points: float, first: int = 0
 ) -> dict[str, Any] | None:
-    """Of cells at most so many points below the best: the one of least cost, of which number
-    `first` counts before the others. None where no score is finite."""
+    """Return the cheapest cell that scores at most `points` below the best; None without a score.
+
+    Args:
+        first: index of the cost that counts before the other two.
+    """
     scores = [mean_score(cell) for cell in cells]
     finite = [score for score in scores if math.isfinite(score)]
     if not finite:
         return None
     near = [c for c, s in zip(cells, scores, strict=True) if s >= max(finite) - points - 1e-9]
-    return min(near, key=lambda c: (costs(c)[first], *costs(c)))
+    return min(near, key=lambda cell: (costs(cell)[first], *costs(cell)))
 
 
-def headline(found: Found) -> str:
-    rows = scored(found) if found.cells else []
-    last = max((line["step"] for line in found.lines or []), default=None)
-    if last is not None:
-        rows.append(("Trained for", f"{last:,} steps", ""))
+def facts(run: Results) -> list[tuple[str, str, str]]:
+    """Return what the page says first: (name, value, note)."""
+    rows = scored(run) if run.cells else []
+    if run.lines:
+        rows.append(("Trained for", f"{max(line['step'] for line in run.lines):,} steps", ""))
     for name, key in (("Commit", "commit"), ("Device", "device")):
-        rows.append((name, str(found.grid.get(key) or MISSING), ""))
-    rows.append(("Date of the metrics", found.date, ""))
-    return page.facts(rows, [("Run again", command(found))])
+        rows.append((name, str(run.grid.get(key) or MISSING), ""))
+    return [*rows, ("Date of the metrics", run.date, "")]
 
 
-def scored(found: Found) -> list[tuple[str, str, str]]:
-    """What the nesting buys: (name, value, note)."""
-    full, before = found.full, mean_score({"scores": found.grid["untrained"]})
-    note = f"untrained {percent(before)}" if math.isfinite(before) else ""
+def scored(run: Results) -> list[tuple[str, str, str]]:
+    """Return the scores at full size and at the cheapest sizes within a point of the best."""
+    full, untrained = run.full, mean_score({"scores": run.grid["untrained"]})
+    note = f"untrained {percent(untrained)}" if math.isfinite(untrained) else ""
     rows = [
         ("Score at full size", percent(mean_score(full)), note),
-        ("Full size", cell_name(full), _costs(full)),
+        ("Full size", cell_name(full), describe_costs(full)),
     ]
-    chosen: list[tuple[dict[str, Any], list[str]]] = []
-    for first, what in enumerate(("smallest model", "shortest vector", "fastest")):
-        small = cheapest_within(found.cells, 1.0, first)
-        if small is None or math.isinf(costs(small)[first]):
-            continue
-        if same := next((names for cell, names in chosen if cell is small), None):
-            same.append(what)
-        else:
-            chosen.append((small, [what]))
-    for small, names in chosen:
-        name = f"{', '.join(names).capitalize()} within 1 point of the best"
-        score = f"{cell_name(small)}: {percent(mean_score(small))}"
-        rows.append((name, score, _costs(small, full)))
-    tasks = ", ".join(full["scores"]) or "none"
-    return [*rows, ("Tasks", tasks, f"{(n := len(found.cells))} cell{'s' if n > 1 else ''}")]
+    superlatives: dict[str, list[str]] = {}
+    cells = {cell_name(cell): cell for cell in run.cells}
+    for first, superlative in enumerate(("smallest model", "shortest vector", "fastest")):
+        cell = cheapest_within(run.cells, 1.0, first)
+        if cell and math.isfinite(costs(cell)[first]):
+            superlatives.setdefault(cell_name(cell), []).append(superlative)
+    for size, words in superlatives.items():
+        name = f"{', '.join(words).capitalize()} within 1 point of the best"
+        score = f"{size}: {percent(mean_score(cells[size]))}"
+        rows.append((name, score, describe_costs(cells[size], full)))
+    count = f"{len(cells)} cell{'s' if len(cells) > 1 else ''}"
+    return [*rows, ("Tasks", ", ".join(full["scores"]) or "none", count)]
 
 
-def _costs(cell: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
-    """The costs of a cell, with their shares of the full one's."""
-    shown = [f"{charts.millions(cell['parameters'])} parameters"]
-    shown += (f"{cell['bytes_per_vector']:,} B a vector", f"{costs(cell)[2]:,.2f} ms a short text")
-    whole = costs(full) if full else ()
-    said = []
-    for i, (value, text) in enumerate(zip(costs(cell), shown, strict=True)):
-        if math.isfinite(value):
-            share = whole and math.isfinite(whole[i])
-            said.append(f"{text} ({value / whole[i]:.0%})" if share else text)
-    return ", ".join(said)
+def describe_costs(cell: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
+    """Return the costs of a cell, with their shares of the full cell's costs."""
+    texts = [
+        f"{charts.millions(cell['parameters'])} parameters",
+        f"{cell['bytes_per_vector']:,} B a vector",
+        f"{costs(cell)[2]:,.2f} ms a short text",
+    ]
+    whole = costs(full) if full else (math.inf,) * 3
+    known = [trio for trio in zip(costs(cell), whole, texts, strict=True) if trio[0] < math.inf]
+    return ", ".join(f"{t} ({c / w:.0%})" if w < math.inf else t for c, w, t in known)
 
 
-def command(found: Found) -> str:
-    """What made these files."""
-    if (config := found.run / "config.json").is_file():
-        again = shlex.quote(f"{found.name}-again")
+def command(run: Results) -> str:
+    """Return the command that made the files of a run."""
+    if (config := run.run / "config.json").is_file():
+        again = shlex.quote(f"{run.name}-again")
         return f"python train.py {shlex.quote(str(config))} --name {again}"
-    model, data = found.grid.get("model"), found.grid.get("data")
+    model, data = run.grid.get("model"), run.grid.get("data")
     if not isinstance(model, str) or not isinstance(data, list):
         return MISSING
-    words = " ".join(shlex.quote(str(word)) for word in [model, "--data", *data])
+    words = shlex.join(str(word) for word in [model, "--data", *data])
     return f"python -m mlembed evaluate {words} --out NEW"
 
 
 # ---- the grid ----
 
 
-def grid_section(found: Found, images: Images) -> list[str]:
-    if not found.cells:
-        text = f"Not scored: {found.run} has no report/grid.json; a run writes it at its end."
-        return [page.paragraph(text)]
-    limits = charts.score_range(found.cells)
-    maps = []
-    for rank in dict.fromkeys(cell["rank"] for cell in found.cells):
-        cells = [cell for cell in found.cells if cell["rank"] == rank]
-        scores = {cell_name(c): s for c in cells if math.isfinite(s := mean_score(c))}
-        name = charts.rank_name(rank)
-        alt = f"Heat map of scores, {name}: no score is finite."
-        if scores:
-            low, high = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
-            alt = (
-                f"Heat map of scores, {name}: from {scores[low]:.1f} % at {low} to "
-                f"{scores[high]:.1f} % at {high}."
-            )
-        maps.append(
-            images.add(
-                f"grid_{rank or 'plain'}", charts.heat(cells, limits), alt, f"Score (%) at {name}"
-            )
-        )
-    how = (
-        "Each number is the mean score over all tasks, in percent, of the model cut at that exit "
-        "(down, with the parameters that are left) and vectors cut at that width (across). "
-        "Lighter is better, on one scale for all ranks; – is a score that is not finite or not "
-        "there. Where numbers do not fit, they are in the table at the end."
-    )
-    return [page.paragraph(how, note=True), page.figures(*maps)]
+def grid_section(run: Results) -> Section:
+    """Return a heat map for each vocabulary rank, all on one scale."""
+    section = Section("Scores")
+    if not run.cells:
+        ending = "has no report/grid.json, which a run writes at its end"
+        section.remarks.append(f"Not scored: {run.run} {ending}.")
+        return section
+    for rank in dict.fromkeys(cell["rank"] for cell in run.cells):
+        cells = [cell for cell in run.cells if cell["rank"] == rank]
+        scores = [(mean_score(cell), cell_name(cell)) for cell in cells]
+        scores = sorted(score for score in scores if math.isfinite(score[0]))
+        ends = [f"{score:.1f} % at {name}" for score, name in scores[:: max(1, len(scores) - 1)]]
+        alt = f"Heat map of scores, {charts.rank_name(rank)}: {' to '.join(ends) or 'none'}."
+        figure = charts.score_map(cells, "", charts.score_range(run.cells))
+        section.add(f"grid_{rank or 'plain'}", figure, alt)
+    return section
 
 
-COSTS = (  # of a cell: key, unit, what it is, its axis, how it is printed
+# Key of a cell, factor to the unit, name, label of the axis, format.
+COSTS = (
     ("parameters", 1e-6, "size", "parameters (millions, log scale)", "{:,.2f} M"),
     ("latency_ms", 1.0, "latency", "latency of one short text (ms, log scale)", "{:,.2f} ms"),
     ("bytes_per_vector", 1.0, "bytes a vector", "bytes a vector (log scale)", "{:,.0f} B"),
 )
 
 
-def cost_section(found: Found, images: Images) -> list[str]:
-    parts, missing = [], []
-    for key, unit, what, axis, shown in COSTS:
-        points = [(unit * number(c.get(key)), mean_score(c)) for c in found.cells]
+def cost_section(run: Results) -> Section:
+    """Return score against size, latency and bytes: a figure, and its Pareto front as a table."""
+    section, missing = Section("Quality against cost"), []
+    for key, factor, name, axis, form in COSTS:
+        points = [(factor * number(c.get(key)), mean_score(c)) for c in run.cells]
         points = [(cost if cost > 0 else math.nan, score) for cost, score in points]
-        best = charts.front(points)
-        if not best:
-            costs = [cost for cost, _ in points if math.isfinite(cost)]
-            missing.append(f"{what}: {'no finite score' if costs else MISSING}")
+        rows = [
+            (cell_name(run.cells[i]), form.format(points[i][0]), f"{points[i][1]:.1f} %")
+            for i in charts.front(points)
+        ]
+        if not rows:
+            known = any(math.isfinite(cost) for cost, _ in points)
+            missing.append(f"{name}: {'no finite score' if known else MISSING}")
             continue
-        names = [cell_name(cell) for cell in found.cells]
-        rows = [f"{c['rank'] or 'plain':>5} {c['exit']:>4} {c['dim']:>5}" for c in found.cells]
-        listed = "; ".join(
-            f"{names[i]}, {shown.format(points[i][0])}, {points[i][1]:.1f} %" for i in best
-        )
-        alt = f"Score against {what}. Pareto front: {listed}."
-        figure = charts.pareto(points, rows, axis, shown, " rank exit width")
-        parts.append(images.add(f"cost_{key}", figure, alt, f"Score against {what}"))
-    how = (
-        "Every cell of the grid is a circle; up and to the left is better. Diamonds are the Pareto "
-        "front: no other cell is as good at no higher cost. Their numbers are listed below each "
-        f"figure, {charts.LISTED} of them where there are more; where two numbers would meet, the "
-        "first is shown."
-    )
-    said = [page.paragraph("; ".join(missing).capitalize() + ".")] if missing else []
-    return [page.paragraph(how, note=True), *said, page.figures(*parts)]
+        title = f"Score against {name}"
+        alt = f"{title}. Pareto front: {'; '.join(', '.join(row) for row in rows)}."
+        section.add(f"cost_{key}", charts.pareto(points, axis, title), alt)
+        front = f"Pareto front of score against {name}"
+        section.tables.append((front, ("Cell", name.capitalize(), "Score"), rows))
+    if missing:
+        section.remarks.append("; ".join(missing).capitalize() + ".")
+    return section
 
 
 # ---- languages ----
 
 
-def language_section(found: Found, images: Images) -> list[str]:
-    if not found.cells:
-        return [page.paragraph(f"Scores by language: {MISSING}.")]
-    parts, without = [], []
-    for at, (task, result) in enumerate(found.full["scores"].items(), 1):
-        scores = {
-            language(code): 100 * number(score)
-            for code, score in mapping(result.get("by_language")).items()
-        }
-        finite = {lang: score for lang, score in scores.items() if math.isfinite(score)}
-        if finite:
-            parts.append(_languages_of(found, images, at, task, finite))
+def language_section(run: Results) -> Section:
+    """Return scores by language at full size, a part for each task."""
+    section = Section("Languages")
+    without = []
+    for task, result in run.full["scores"].items() if run.cells else ():
+        if scores := _by_language(result):
+            untrained = _by_language(mapping(run.grid["untrained"].get(task)))
+            texts = run.grid.get("texts_by_language")
+            title = f"{task}: {len(scores)} languages"
+            section.parts.append(_languages(title, scores, untrained, texts))
         else:
             without.append(task)
-    how = (
-        f"Scores by language at full size ({cell_name(found.full)}). Scripts are those that a "
-        "code names, otherwise the likely one by Unicode CLDR; a language that CLDR does not know "
-        'is under "unknown".'
-    )
-    said = (
-        [page.paragraph(f"Scores by language, {MISSING}: {', '.join(without)}.")] if without else []
-    )
-    return [page.paragraph(how, note=True), *said, *parts]
+    if not run.cells or without:
+        tasks = f": {', '.join(without)}" if without else ""
+        section.remarks.append(f"Scores by language, {MISSING}{tasks}.")
+    return section
 
 
-def _languages_of(
-    found: Found, images: Images, at: int, task: str, scores: dict[Language, float]
-) -> str:
-    texts = found.grid.get("texts_by_language")
+def _by_language(result: Mapping[str, Any]) -> dict[Language, float]:
+    by_code = mapping(result.get("by_language"))
+    scores = {language(code): 100 * number(score) for code, score in by_code.items()}
+    return {lang: score for lang, score in scores.items() if math.isfinite(score)}
+
+
+def _languages(
+    title: str, scores: dict[Language, float], untrained: dict[Language, float], texts: Any
+) -> Section:
     level, cut = levels([lang.key for lang in scores], texts if isinstance(texts, dict) else None)
-    start = mapping(mapping(found.grid["untrained"].get(task)).get("by_language"))
-    marks = {code: 100 * x for code, score in start.items() if math.isfinite(x := number(score))}
     by_script = _grouped(scores, lambda lang: lang.script)
-    figures = [_group_figure(images, f"script_{at}", by_script, "script")]
+    bars = [("Mean by script", _means(by_script))]
     if level:
         by_level = _grouped(scores, lambda lang: level[lang.key])
         order = [name for name in ("high", "mid", "low", "seen", "unseen") if name in by_level]
-        by_level = {name: by_level[name] for name in order}
-        figures.append(_group_figure(images, f"level_{at}", by_level, "resource level"))
-    bars = [
-        (
-            f"{script} ({len(members)})",
-            [
-                (lang.name, _note(lang, level), score, marks.get(lang.code))
-                for lang, score in members.items()
-            ],
-        )
-        for script, members in by_script.items()
-    ]
-    note = f"{cut} Bars are percent, sorted within each script."
-    if marks:
-        note += " The upright line is the untrained model's score."
-    return "\n".join(
-        [
-            f"<h3>{page.escape(task)}: {len(scores)} languages</h3>",
-            page.figures(*figures),
-            page.paragraph(note, note=True),
-            page.bars(bars),
-        ]
-    )
+        bars.append(("Mean by resource level", _means({name: by_level[name] for name in order})))
+    for script, members in by_script.items():
+        rows: list[Row] = []
+        for lang in members:
+            code = "" if lang.name == lang.code else lang.code
+            note = ", ".join(filter(None, (code, level.get(lang.key, ""))))
+            rows.append((lang.name, note, scores[lang], untrained.get(lang)))
+        bars.append((f"{script} ({len(members)})", rows))
+    remark = f"{cut} Bars are percent, sorted within each script."
+    if untrained.keys() & scores.keys():
+        remark += " The upright line is the untrained model's score."
+    return Section(title, [remark], bars=bars)
 
 
-def _note(lang: Language, level: Mapping[tuple[str, str], str]) -> str:
-    code = "" if lang.name == lang.code else lang.code
-    return ", ".join(part for part in (code, level.get(lang.key, "")) if part)
+Groups = dict[str, dict[Language, float]]
 
 
-def _grouped(
-    scores: dict[Language, float], name: Callable[[Language], str]
-) -> dict[str, dict[Language, float]]:
-    """Groups by mean, languages in each by score, best first; "unknown" is the last group."""
-    found: dict[str, dict[Language, float]] = {}
+def _grouped(scores: dict[Language, float], name: Callable[[Language], str]) -> Groups:
+    """Return groups by mean, and their languages by score, best first; "unknown" comes last."""
+    groups: Groups = {}
     for lang in sorted(scores, key=lambda lang: (-scores[lang], lang.name, lang.code)):
-        found.setdefault(name(lang), {})[lang] = scores[lang]
-
-    def last(group: str) -> tuple[bool, float, str]:
-        return group == UNKNOWN, -float(np.mean(list(found[group].values()))), group
-
-    return {group: found[group] for group in sorted(found, key=last)}
+        groups.setdefault(name(lang), {})[lang] = scores[lang]
+    order = sorted(groups, key=lambda group: (group == UNKNOWN, -_mean(groups[group]), group))
+    return {group: groups[group] for group in order}
 
 
-def _group_figure(
-    images: Images, name: str, groups: dict[str, dict[Language, float]], what: str
-) -> str:
-    values = {group: list(members.values()) for group, members in groups.items()}
-    means = ", ".join(f"{group} {np.mean(x):.1f} % ({len(x)})" for group, x in values.items())
-    alt = f"Mean score by {what}, with the number of languages: {means}."
-    return images.add(name, charts.groups(values), alt, f"Mean score by {what}")
+def _mean(scores: Mapping[Language, float]) -> float:
+    return float(np.mean(list(scores.values())))
+
+
+def _means(groups: Groups) -> list[Row]:
+    counts = {name: len(scores) for name, scores in groups.items()}
+    notes = {name: f"{n} language{'s' if n > 1 else ''}" for name, n in counts.items()}
+    return [(name, notes[name], _mean(scores), None) for name, scores in groups.items()]
 
 
 # ---- training ----
 
 
-def training_section(found: Found, images: Images) -> list[str]:
-    if found.lines is None:
-        text = f"{found.run} has no {log.METRICS}: it was evaluated, not trained, here."
-        return [page.paragraph(text)]
-    train, skipped = found.logged("train"), found.logged("skipped")
-    parts, notes = [], []
-    scores = found.logged("eval")
+def training_section(run: Results) -> Section:
+    """Return the curves of loss and score, and those of the loss by exit and prefix."""
+    section = Section("Training")
+    if run.lines is None:
+        section.remarks.append(f"{run.run} has no {log.METRICS}: it was evaluated, not trained.")
+        return section
+    train, scores, skipped = (run.logged(kind) for kind in ("train", "eval", "skipped"))
     last = train[-1]["step"] if train else 0
-    if found.cells and last not in {line["step"] for line in scores}:  # where the grid comes from
-        scores.append({"step": last, "score": mean_score(found.full)})
-    for name, lines, key, title, axis in (
-        ("loss", train, "loss", "Weighted loss", "loss"),
-        ("score", scores, "score", "Score at full size", "score (%)"),
+    if run.cells and last not in {line["step"] for line in scores}:
+        # The grid is scored after the last step.
+        scores.append({"step": last, "score": mean_score(run.full)})
+    for name, lines, title, axis in (
+        ("loss", train, "Weighted loss", "loss"),
+        ("score", scores, "Score at full size", "score (%)"),
     ):
-        steps, values = curve(lines, key, most=POINTS)
+        steps, values = curve(lines, name, most=POINTS)
         if not len(steps):
-            notes.append(f"{title} by step: {MISSING}.")
+            section.remarks.append(f"{title} by step: {MISSING}.")
             continue
-        alt = (
-            f"{title} by step: {values[0]:.4g} at step {steps[0]:.0f}, {values[-1]:.4g} at step "
-            f"{steps[-1]:.0f}."
-        )
-        figure = charts.lines(
-            {title: (steps, values)}, axis, log=key == "loss" and values.min() > 0
-        )
-        parts.append(images.add(f"train_{name}", figure, alt, title))
-    parts += _curves_by_exit(train, images)
-    if len(parts) and not names_of(train, "exit", "losses"):
-        notes.append(f"Losses by exit and prefix: {MISSING}.")
+        first, final = (f"{values[i]:.4g} at step {steps[i]:.0f}" for i in (0, -1))
+        logarithmic = name == "loss" and values.min() > 0
+        figure = charts.lines({title: (steps, values)}, axis, title, logarithmic)
+        section.add(f"train_{name}", figure, f"{title} by step: {first}, {final}.")
+    _add_curves_by_exit(section, train)
+    if section.figures and not names_of(train, "exit", "losses"):
+        section.remarks.append(f"Losses by exit and prefix: {MISSING}.")
     if skipped:
-        steps_left_out = ", ".join(str(line["step"]) for line in skipped[:20])
-        notes.append(
-            f"Left out because a loss or gradient was not finite: {len(skipped)} steps "
-            f"({steps_left_out}{', ..' if len(skipped) > 20 else ''})."
-        )
-    how = (
-        "A line for each prefix (dim) and a figure for each exit, all on the same axes; losses are "
-        "those of the step's own batch and vocabulary rank, on a logarithmic axis where all are "
-        f"above 0. Beyond {POINTS} points neighbours are averaged; values that are not finite are "
-        "left out."
-    )
-    said = [page.paragraph(" ".join(notes))] if notes else []
-    return [page.paragraph(how, note=True), *said, page.figures(*parts)]
+        listed = ", ".join(str(line["step"]) for line in skipped[:20])
+        listed += ", ..." if len(skipped) > 20 else ""
+        reason = "because a loss or gradient was not finite"
+        section.remarks.append(f"Steps skipped {reason}: {len(skipped)} ({listed}).")
+    return section
 
 
-def _curves_by_exit(train: Sequence[dict[str, Any]], images: Images) -> list[str]:
-    by_exit: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+def _add_curves_by_exit(section: Section, train: Sequence[dict[str, Any]]) -> None:
+    """Append a figure for each exit, a line for each prefix; all figures have the same axes."""
+    by_exit = {}
     for exit in names_of(train, "exit", "losses"):
         curves = {
             dim.replace("_", " "): curve(train, "losses", exit, dim, most=POINTS)
             for dim in names_of(train, "dim", "losses", exit)
         }
         if curves := {name: xy for name, xy in curves.items() if len(xy[0])}:
-            by_exit[exit] = curves
+            by_exit[exit.replace("_", " ")] = curves
     if not by_exit:
-        return []
-    steps, values = (
-        np.concatenate([xy[i] for curves in by_exit.values() for xy in curves.values()])
-        for i in (0, 1)
-    )
-    positive, ends = bool(values.min() > 0), (float(steps.min()), float(steps.max()))
-    room = (values.min() / 1.05, values.max() * 1.05)
-    limits = room if positive else (float(values.min()), float(values.max()))
-    parts = []
+        return
+    every = [xy for curves in by_exit.values() for xy in curves.values()]
+    steps, values = (np.concatenate([xy[i] for xy in every]) for i in (0, 1))
+    low, high = float(values.min()), float(values.max())
+    limits = (low / 1.05, high * 1.05) if low > 0 else (low, high)
+    ends = float(steps.min()), float(steps.max())
     for exit, curves in by_exit.items():
-        figure = charts.lines(curves, "contrastive loss", positive, limits, ends)
-        last = ", ".join(f"{name} {y[-1]:.3g}" for name, (_, y) in curves.items())
-        alt = f"Loss by step at {exit.replace('_', ' ')}, each prefix a line; at the end: {last}."
-        parts.append(images.add(f"train_{exit}", figure, alt, f"Loss at {exit.replace('_', ' ')}"))
-    return parts
+        figure = charts.lines(curves, "contrastive loss", f"Loss at {exit}", low > 0, limits, ends)
+        final = ", ".join(f"{name} {y[-1]:.3g}" for name, (_, y) in curves.items())
+        alt = f"Loss by step at {exit}, each prefix a line; at the end: {final}."
+        section.add(f"train_{exit.replace(' ', '_')}", figure, alt)
 
 
-def time_section(found: Found, images: Images) -> list[str]:
-    train = found.logged("train")
-    parts, notes = [], []
+def time_section(run: Results) -> Section:
+    """Return the time of a step by stage, and tokens a second."""
+    section, train = Section("Step time"), run.logged("train")
     if timed := [line for line in train if mapping(line.get("stage_ms"))]:
-        parts.append(_stage_figure(timed, images))
+        _add_stages(section, timed)
     else:
-        notes.append(f"Step time by stage: {MISSING}.")
-    at, rate = curve(train, "tokens_per_second", most=POINTS)
-    if len(at):
-        spread = f"from {rate.min():,.0f} to {rate.max():,.0f}"
-        alt = f"Tokens a second by step: mean {rate.mean():,.0f}, {spread}."
-        figure = charts.lines({"": (at, rate / 1e3)}, "thousand tokens/s")
-        parts.append(images.add("tokens", figure, alt, "Tokens a second"))
+        section.remarks.append(f"Step time by stage: {MISSING}.")
+    steps, rate = curve(train, "tokens_per_second", most=POINTS)
+    if len(steps):
+        figure = charts.lines({"": (steps, rate / 1e3)}, "thousand tokens/s", "Tokens a second")
+        spread = f"mean {rate.mean():,.0f}, from {rate.min():,.0f} to {rate.max():,.0f}"
+        section.add("tokens", figure, f"Tokens a second by step: {spread}.")
     else:
-        notes.append(f"Tokens a second: {MISSING}.")
-    how = (
-        "Where a step's time goes: above over the run, stacked from the bottom in the order of "
-        "the list below it, which has the mean over all logged steps and its share. Stages have "
-        "hatches as well as colours."
-    )
-    said = [page.paragraph(" ".join(notes))] if notes else []
-    return [page.paragraph(how, note=True), *said, page.figures(*parts)]
+        section.remarks.append(f"Tokens a second: {MISSING}.")
+    return section
 
 
-def _stage_figure(timed: Sequence[dict[str, Any]], images: Images) -> str:
-    names = {name for line in timed for name in line["stage_ms"]}
-    ms = {}
-    for name in names:
-        values = [number(line["stage_ms"].get(name)) for line in timed]
-        ms[name] = [x if math.isfinite(x) else 0.0 for x in values]
-    means = {name: float(np.mean(values)) for name, values in ms.items()}
-    order = sorted(names, key=lambda name: (-means[name], name))
-    whole = sum(means.values()) or 1.0
-    said = {name: f"{means[name]:,.1f} ms, {means[name] / whole:.0%}" for name in order}
-    steps = [line["step"] for line in timed]
-    shown = {name: thinned(steps, ms[name], BARS)[1] for name in order}
-    figure = charts.stages(thinned(steps, steps, BARS)[0], shown, means, said)
-    alt = "Mean time of a step by stage: " + "; ".join(f"{n} {text}" for n, text in said.items())
-    return images.add("stages", figure, f"{alt}.", "Step time by stage")
+def _add_stages(section: Section, timed: Sequence[dict[str, Any]]) -> None:
+    """Append a figure of stages, the longest first; a stage that a step lacks took 0 ms."""
+    ms = {
+        name: np.nan_to_num([number(line["stage_ms"].get(name)) for line in timed], posinf=0)
+        for name in {name for line in timed for name in line["stage_ms"]}
+    }
+    whole = sum(values.mean() for values in ms.values()) or 1.0
+    steps, series = [line["step"] for line in timed], {}
+    for name in sorted(ms, key=lambda name: (-ms[name].mean(), name)):
+        mean = ms[name].mean()
+        series[f"{name} {mean:,.1f} ms, {mean / whole:.0%}"] = thinned(steps, ms[name], BARS)[1]
+    figure = charts.stages(thinned(steps, steps, BARS)[0], series, "Step time by stage")
+    section.add("stages", figure, f"Mean time of a step by stage: {'; '.join(series)}.")
 
 
 # ---- tables ----
 
 
-MEASURED = (
+# Key of a cell, title, format.
+COLUMNS = (
+    ("parameters", "Parameters", "{:,.0f}"),
+    ("bytes_per_vector", "Bytes a vector", "{:,.0f}"),
     ("latency_ms", "Latency (ms)", "{:,.2f}"),
     ("texts_per_second", "Texts/s", "{:,.0f}"),
     ("memory_mib", "Memory (MiB)", "{:,.0f}"),
 )
 
 
-def table_section(found: Found) -> list[str]:
-    if not found.cells:
-        return [page.paragraph("Not scored.")]
-
-    def shown(value: Any, form: str) -> str:
-        return form.format(number(value)) if math.isfinite(number(value)) else "–"
-
-    head = ("Rank", "Exit", "Width", "Score (%)", "Parameters", "Bytes a vector")
-    kept = [m for m in MEASURED if any(m[0] in cell for cell in found.cells)]
-    rows = [
-        (
-            cell["rank"] or "plain",
-            cell["exit"],
-            cell["dim"],
-            shown(mean_score(cell), "{:.2f}"),
-            f"{cell['parameters']:,}",
-            f"{cell['bytes_per_vector']:,}",
-            *(shown(cell.get(key), form) for key, _, form in kept),
-        )
-        for cell in found.cells
-    ]
-    parts = [page.table((*head, *(name for _, name, _ in kept)), rows, "All cells of the grid")]
-    if left := [name for key, name, form in MEASURED if (key, name, form) not in kept]:
-        parts.append(page.paragraph(f"{', '.join(left)}: {MISSING}.", note=True))
-    parts += task_tables(found)
-    return parts
+def table_section(run: Results) -> Section:
+    """Return all cells of the grid, and the scores at full size next to the untrained model's."""
+    section = Section("All numbers")
+    if not run.cells:
+        section.remarks.append("Not scored.")
+        return section
+    columns = [column for column in COLUMNS if any(column[0] in cell for cell in run.cells)]
+    rows = []
+    for cell in run.cells:
+        size = cell["rank"] or "plain", cell["exit"], cell["dim"]
+        values = (shown(cell.get(key), form) for key, _, form in columns)
+        rows.append((*size, shown(mean_score(cell), "{:.2f}"), *values))
+    head = ("Rank", "Exit", "Width", "Score (%)", *(title for _, title, _ in columns))
+    section.tables += [("All cells of the grid", head, rows), *task_tables(run)]
+    if missing := [title for _, title, _ in COLUMNS if title not in head]:
+        section.remarks.append(f"{', '.join(missing)}: {MISSING}.")
+    return section
 
 
-def task_tables(found: Found) -> list[str]:
-    """Tasks and kinds at full size beside the untrained model's, and metrics beyond the score."""
-    untrained = found.grid["untrained"]
-
-    def row(name: str, now: Any, then: Any) -> tuple[str, ...]:
-        values = [100 * number(score) for score in (now, then)]
-        return (name, *(f"{v:.1f}" if math.isfinite(v) else "–" for v in values))
-
+def task_tables(run: Results) -> list[Table]:
+    """Return scores of tasks and kinds at full size, and metrics beyond the score."""
     kinds, metrics = [], []
-    for task, result in found.full["scores"].items():
-        start = mapping(untrained.get(task))
-        kinds.append(row(task, result["score"], start.get("score")))
+    for task, result in run.full["scores"].items():
+        start = mapping(run.grid["untrained"].get(task))
+        kinds.append((task, result["score"], start.get("score")))
         before = mapping(start.get("by_kind"))
         for kind, score in mapping(result.get("by_kind")).items():
-            kinds.append(row(f"{task}: {kind}", score, before.get(kind)))
+            kinds.append((f"{task}: {kind}", score, before.get(kind)))
         for metric, value in result.items():
             if metric != "score" and type(value) in (int, float):
                 metrics.append((task, metric, f"{number(value):.4g}"))
-    where = f"at full size ({cell_name(found.full)})"
-    parts = [page.table(("Task", "Score (%)", "Untrained"), kinds, f"Scores {where}")]
-    if metrics:
-        parts.append(page.table(("Task", "Metric", "Value"), metrics, f"Other metrics {where}"))
-    return parts
+    where = f"at full size ({cell_name(run.full)})"
+    rows = [(name, *(shown(100 * number(x), "{:.1f}") for x in xs)) for name, *xs in kinds]
+    scores: Table = f"Scores {where}", ("Task", "Score (%)", "Untrained"), rows
+    other: Table = f"Other metrics {where}", ("Task", "Metric", "Value"), metrics
+    return [scores, other] if metrics else [scores]
 
 
 # ---- the page ----
 
 
-def render(found: Found) -> tuple[str, dict[str, bytes]]:
-    """-> the page, and PNGs by file name. The same files give the same bytes."""
-    images = Images()
-    with charts.style():
-        sections = {
-            "Scores": grid_section(found, images),
-            **({"Quality against cost": cost_section(found, images)} if found.cells else {}),
-            "Languages": language_section(found, images),
-            "Training": training_section(found, images),
-            "Step time": time_section(found, images),
-            "All numbers": table_section(found),
-        }
-    title = f"<h1>{page.escape(found.name)}</h1>"
-    parts = [page.section(name, *section) for name, section in sections.items()]
-    body = [title, headline(found), page.contents(sections), *parts]
-    return page.document(f"{found.name}: report", body), images.files
+def render(run: Results) -> tuple[str, list[Image]]:
+    """Return the page and its figures. The same files give the same bytes."""
+    sections = [
+        grid_section(run),
+        *([cost_section(run)] if run.cells else []),
+        language_section(run),
+        training_section(run),
+        time_section(run),
+        table_section(run),
+    ]
+    templates = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["base64"] = lambda svg: base64.b64encode(svg.encode("utf-8")).decode("ascii")
+    html = templates.get_template("report.html.j2").render(
+        name=run.name,
+        facts=facts(run),
+        command=command(run),
+        sections=sections,
+        full=cell_name(run.full) if run.cells else "",
+        points=POINTS,
+    )
+    # JSON can hold half of a surrogate pair, which UTF-8 cannot; the page shows its code.
+    html = html.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+    return html, [image for section in sections for image in section.figures]
 
 
-def write(found: Found, target: Path) -> str:
-    """report.html and its figures into a directory; -> what they are."""
-    html, files = render(found)
-    contents = {**files, "report.html": html.encode("utf-8")}
-    for name, content in contents.items():
-        (target / name).write_bytes(content)
-    size = len(contents["report.html"]) / 1e6
-    return f"{size:.1f} MB, and {len(files)} figures as PNG beside it"
+def write(run: Results, directory: Path) -> int:
+    """Write report.html and its figures, report_*.svg; return the number of figures."""
+    html, images = render(run)
+    (directory / "report.html").write_text(html, encoding="utf-8")
+    for image in images:
+        (directory / f"report_{image.name}.svg").write_text(image.svg, encoding="utf-8")
+    return len(images)

@@ -1,7 +1,7 @@
-"""A run's directory, read back: its grid of scores, and what it logged.
+"""Read a run's directory back: its grid of scores, and the metrics that it logged.
 
-What is not there stays out, and is told apart from what is malformed, which is a ValueError: a
-crash may cut off the last line of metrics.jsonl, null and NaN may stand for a number.
+Missing values stay missing, and null and NaN may stand for a number; a malformed file is a
+ValueError. A crash may have cut off the last line of metrics.jsonl, which is then left out.
 """
 
 import json
@@ -14,90 +14,99 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ..runtime import files
 from ..runtime.log import METRICS
 
-MOST = 2**53  # of a count: a float holds it, and so does a figure
+LARGEST = 2**53  # A float, and so a figure, holds every count up to here.
+
+EXPECTED = dict.fromkeys(("dim", "exit", "parameters", "bytes_per_vector"), "an integer from 1 on")
+EXPECTED["rank"] = "an integer from 1 on or null"
 
 
 @dataclass
-class Found:
-    """A run's files. cells: [] where there is no grid; lines: of metrics.jsonl, None without it.
-    directory: where grid.json is, or would be. date: of the newest of these files."""
+class Results:
+    """Files of a run.
+
+    Args:
+        directory: holds grid.json, or would hold it.
+        date: of the newest file.
+        grid: grid.json; its "cells" are [] for a run without a grid.
+        lines: of metrics.jsonl, None without that file.
+    """
 
     run: Path
     directory: Path
     name: str
     date: str
     grid: dict[str, Any]
-    cells: list[dict[str, Any]]
     lines: list[dict[str, Any]] | None
 
-    def logged(self, kind: str) -> list[dict[str, Any]]:
-        """Lines of that kind by step; of a step that was logged twice, the later line."""
-        found = {line["step"]: line for line in self.lines or [] if line.get("kind") == kind}
-        return [found[step] for step in sorted(found)]
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        return self.grid["cells"]
 
     @property
     def full(self) -> dict[str, Any]:
         """The largest cell."""
         return max(self.cells, key=lambda c: (c["rank"] or 0, c["exit"], c["dim"]))
 
+    def logged(self, kind: str) -> list[dict[str, Any]]:
+        """Return the lines of a kind by step; a step that was logged twice has its later line."""
+        by_step = {line["step"]: line for line in self.lines or [] if line.get("kind") == kind}
+        return [by_step[step] for step in sorted(by_step)]
 
-def read(run: Path) -> Found:
-    """What a run's directory, or one of evaluate's, holds.
+
+def read(run: Path) -> Results:
+    """Read a directory that train.py or `mlembed evaluate --out` wrote.
 
     Raises:
-        ValueError: no directory, neither grid nor metrics in it, a file that is not as written by
-            us. A last line of metrics.jsonl that a crash cut off is left out.
+        ValueError: not a directory, a directory with neither grid nor metrics, a malformed file.
     """
     if not run.is_dir():
         raise ValueError(f"run: expected a directory, got {run}")
     places = [run / "report" / "grid.json", run / "grid.json"]
     grid_path = next((path for path in places if path.is_file()), None)
     metrics_path = run / METRICS
-    if grid_path is None and not metrics_path.is_file():
+    read_from = [path for path in (grid_path, metrics_path) if path and path.is_file()]
+    if not read_from:
         raise ValueError(f"{run}: expected report/grid.json, grid.json or {METRICS}, got none")
     grid = read_grid(grid_path) if grid_path else {"cells": [], "untrained": {}}
-    lines = read_lines(metrics_path) if metrics_path.is_file() else None
     config = grid.get("run")
     if not isinstance(config, dict):
         path = run / "config.json"
-        config = _object(path, path.read_bytes()) if path.is_file() else {}
-    times = [path.stat().st_mtime for path in (grid_path, metrics_path) if path and path.is_file()]
-    return Found(
+        config = read_object(path) if path.is_file() else {}
+    newest = max(path.stat().st_mtime for path in read_from)
+    return Results(
         run,
-        grid_path.parent if grid_path else places[0].parent,
+        (grid_path or places[0]).parent,
         str(config.get("name") or run.resolve().name),
-        f"{datetime.fromtimestamp(max(times), UTC):%Y-%m-%d %H:%M} UTC",
+        f"{datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC",
         grid,
-        grid["cells"],
-        lines,
+        read_lines(metrics_path) if metrics_path in read_from else None,
     )
 
 
 def read_grid(path: Path) -> dict[str, Any]:
-    """grid.json with "cells" that have what every figure needs. ValueError for others."""
-    grid = _object(path, path.read_bytes())
-    grid["untrained"] = {k: v for k, v in mapping(grid.get("untrained")).items() if mapping(v)}
-    for task in grid["untrained"].values():
-        task["score"] = number(task["score"]) if _is_number(task.get("score")) else None
-    cells = grid.get("cells")
-    if not isinstance(cells, list) or not cells:
+    """Read grid.json, whose cells then have what every figure needs: sizes, and a score a task,
+    None for null. ValueError otherwise."""
+    grid = read_object(path)
+    untrained = mapping(grid.get("untrained"))
+    grid["untrained"] = {task: result for task, result in untrained.items() if mapping(result)}
+    for result in grid["untrained"].values():
+        result["score"] = number(result["score"]) if _is_number(result.get("score")) else None
+    if not isinstance(grid.get("cells"), list) or not grid["cells"]:
         raise ValueError(f'{path}: expected "cells", a list of at least one')
-    for i, cell in enumerate(cells):
-        cell = cell if isinstance(cell, dict) else {}
-        for key in ("dim", "exit", "parameters", "bytes_per_vector"):
-            if not _is_count(cell.get(key)):
+    for i, cell in enumerate(grid["cells"]):
+        cell = mapping(cell)
+        cell.setdefault("rank", None)
+        for key, expected in EXPECTED.items():
+            value = cell.get(key)
+            if not (_is_count(value) or key == "rank" and value is None):
                 raise ValueError(
-                    f"{path}: cells[{i}].{key}: expected a whole number from 1 on, "
-                    f"got {cell.get(key)!r:.60}"
+                    f"{path}: cells[{i}].{key}: expected {expected}, got {value!r:.60}"
                 )
-        if cell.setdefault("rank", None) is not None and not _is_count(cell["rank"]):
-            raise ValueError(
-                f"{path}: cells[{i}].rank: expected a whole number from 1 on or null, "
-                f"got {cell['rank']!r:.60}"
-            )
         scores = cell.get("scores")
         if not isinstance(scores, dict) or not all(
             isinstance(task, dict) and (task.get("score") is None or _is_number(task["score"]))
@@ -112,38 +121,29 @@ def read_grid(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; one that was cut off at the end is left out.
-
-    Raises:
-        ValueError: another line is no JSON object with a "step".
-    """
-    found = []
+    """Read metrics.jsonl. ValueError if a complete line is not an object with an integer "step"."""
+    lines = []
     with path.open("rb") as file:
         for at, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                entry = _object(f"{path}:{at}", line)
-                step = entry.get("step")
-                if type(step) is not int or not -MOST <= step <= MOST:
-                    raise ValueError(
-                        f"{path}:{at}: step: expected a whole number, got {step!r:.60}"
-                    )
-            except ValueError:
-                if not line.endswith(b"\n"):  # a crash came first
-                    break
-                raise
-            found.append(entry)
-    return found
+                entry = json.loads(line)
+                valid = type(entry["step"]) is int and abs(entry["step"]) <= LARGEST
+            except (ValueError, TypeError, KeyError, RecursionError):
+                valid = False
+            if valid:
+                lines.append(entry)
+            elif line.endswith(b"\n"):
+                raise ValueError(
+                    f'{path}:{at}: expected a JSON object with an integer "step", got {line!r:.60}'
+                )
+    return lines
 
 
-def _object(path: Path | str, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON in UTF-8: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: expected JSON in UTF-8: it is nested too deep") from None
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. ValueError otherwise."""
+    value = files.read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {value!r:.60}")
     return value
@@ -154,11 +154,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MOST
+    return type(value) is int and 1 <= value <= LARGEST
 
 
 def number(value: Any) -> float:
-    """A number as it is; nan for null, what is beyond a float, and whatever else is none."""
+    """Return a number as a float; nan for null, what is beyond a float, and every other value."""
     try:
         return float(value) if _is_number(value) else math.nan
     except OverflowError:
@@ -166,41 +166,38 @@ def number(value: Any) -> float:
 
 
 def mapping(value: Any) -> dict[str, Any]:
+    """Return a dictionary as it is, and {} for every other value."""
     return value if isinstance(value, dict) else {}
 
 
 # ---- curves ----
 
 
-def thinned(x: Sequence[float], y: Sequence[float], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many points, each the mean of as many neighbours; those not finite are left
-    out."""
+def thinned(x: ArrayLike, y: ArrayLike, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most `most` points, each the mean of neighbours; points with NaN or infinity are
+    left out."""
     points = np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1)
     points = points[np.isfinite(points).all(axis=1)]
-    if len(points) == 0:
-        return np.empty(0), np.empty(0)
-    parts = np.array_split(points, min(most, len(points)))
-    means = np.array([part.mean(axis=0) for part in parts])
+    parts = np.array_split(points, min(most, len(points))) if len(points) else []
+    means = np.array([part.mean(axis=0) for part in parts]).reshape(-1, 2)
     return means[:, 0], means[:, 1]
 
 
 def curve(lines: Sequence[dict[str, Any]], *keys: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a nested entry."""
-    values = []
-    for line in lines:
-        value: Any = line
-        for key in keys:
-            value = mapping(value).get(key)
-        values.append(number(value))
-    return thinned([line["step"] for line in lines], values, most)
+    """Return steps and values of a nested entry, thinned."""
+    steps = [line["step"] for line in lines]
+    values = [number(_nested(line, keys[:-1]).get(keys[-1])) for line in lines]
+    return thinned(steps, values, most)
 
 
 def names_of(lines: Sequence[dict[str, Any]], kind: str, *keys: str) -> list[str]:
-    """Keys such as "exit_4" that occur in any line's nested entry, by their number."""
-    found: set[str] = set()
-    for line in lines:
-        value: Any = line
-        for key in keys:
-            value = mapping(value).get(key)
-        found |= {name for name in mapping(value) if re.fullmatch(rf"{kind}_\d+", name)}
-    return sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+    """Return keys such as "exit_4" that any line's nested entry has, by their number."""
+    names = {name for line in lines for name in _nested(line, keys)}
+    names = {name for name in names if re.fullmatch(rf"{kind}_\d+", name)}
+    return sorted(names, key=lambda name: int(name.rpartition("_")[2]))
+
+
+def _nested(line: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    for key in keys:
+        line = mapping(line.get(key))
+    return line

@@ -1,24 +1,29 @@
-"""Scores of vectors, as the papers and their evaluators compute them.
+"""Compute scores of unit vectors like the papers and their evaluators do.
 
-Letters: N texts, Q queries, C documents, K nearest documents of a query, D width.
+Letters: N texts, Q queries, K nearest documents of a query, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytrec_eval
 import torch
-import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from ..data.eval_sets import STS, Bitext, Mining, Part
-from ..inference.search import NEIGHBOURS, nearest, neighbours
+from ..inference.search import nearest
 
-MARGINS = ("ratio", "distance", "absolute")
-CANDIDATES = ("fwd", "bwd", "intersect", "max")
+NEIGHBOURS = 4  # k of the margin, in LASER's and BUCC's evaluations.
 DIRECTIONS = ("to_pivot", "from_pivot", "f1_to_pivot", "f1_from_pivot")
+RETRIEVAL = {  # Our names of metrics, and trec_eval's.
+    "ndcg_at_10": "ndcg_cut_10",
+    "recall_at_10": "recall_10",
+    "recall_at_100": "recall_100",
+    "map_at_100": "map_cut_100",
+    "mrr_at_10": "recip_rank",
+}
 
 # Sets of Tatoeba's languages whose means are published (LaBSE, arXiv 2007.01852): 14 of the
 # multilingual Universal Sentence Encoder, 36 of XTREME, and all. LaBSE's 82 are not listed there.
@@ -34,46 +39,57 @@ LANGUAGES = {
 }
 
 
-def accuracy(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Share of unit rows of a [n, D] whose nearest row of b is their own, and the reverse: LASER's
-    measure on Tatoeba (arXiv 1812.10464, section 4.3)."""
-    own = torch.arange(len(a))
-    there, back = (found.cpu() == own for found in nearest(a, b))
-    return there.float().mean().item(), back.float().mean().item()
+# ---- bitext ----
 
 
-def weighted_f1(found: np.ndarray) -> float:
-    """MTEB's score of bitext: F1 of every text as a class, weighted by support (1 each).
+def nearest_rows(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return int64 [n] and [m]: for each unit row of a [n, D] the nearest row of b [m, D], and the
+    reverse."""
+    there, back = nearest(a, b, 1)[1], nearest(b, a, 1)[1]
+    return there[:, 0].numpy(), back[:, 0].numpy()
 
-    found: int64 [n], the text that was found for each i, whose own is i. Of a class that is found c
-    times, once rightly, precision is 1 / c and recall 1, so F1 = 2 / (c + 1).
+
+def accuracy(rows: np.ndarray) -> float:
+    """Return the share of texts whose nearest text is their translation, the one of their number:
+    LASER's metric on Tatoeba (arXiv 1812.10464, section 4.3)."""
+    return float((rows == np.arange(len(rows))).mean())
+
+
+def weighted_f1(rows: np.ndarray) -> float:
+    """Return MTEB's score of bitext: F1 of every text as a class, weighted by support (1 each).
+
+    rows: int64 [n], the text nearest to each i, whose translation is i. For a class that is
+    predicted c times, once rightly, precision is 1 / c and recall 1, so F1 = 2 / (c + 1).
     """
-    right = found == np.arange(len(found))
-    times = np.bincount(found, minlength=len(found))
+    right = rows == np.arange(len(rows))
+    times = np.bincount(rows, minlength=len(rows))
     return float(np.mean(right * 2 / (times + 1)))
 
 
-def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
-    """Of texts encoded as [N, d]: `score`, the mean over kinds of the mean over languages of both
-    directions' accuracy; to_pivot and from_pivot, one direction each (LASER, XTREME and LaBSE give
-    the former); f1_to_pivot and f1_from_pivot (MTEB gives the former); of Tatoeba these four by
-    language, `by_direction`, and `means`."""
+def score_bitext(task: Bitext, unit: Tensor) -> dict[str, Any]:
+    """Score bitext retrieval of texts encoded as unit vectors [N, d].
+
+    Returns:
+        `score`, the mean over kinds of the mean over languages of both directions' accuracy;
+        to_pivot and from_pivot, one direction each (LASER, XTREME and LaBSE give the former);
+        f1_to_pivot and f1_from_pivot (MTEB gives the former); `by_kind`, `by_language`; for
+        Tatoeba these four by language, `by_direction`, and `means`.
+    """
     langs, kinds = (sorted({group[i] for group in task.groups}) for i in (0, 1))
-    unit = F.normalize(vectors, dim=-1)
-    right = np.full((len(langs), len(kinds), 2), np.nan)  # a language may lack a kind
+    # A language may lack a kind, which stays NaN.
+    right = np.full((len(langs), len(kinds), 2), np.nan)
     f1 = np.full_like(right, np.nan)
     for (lang, kind), (a, b) in task.groups.items():
         at = langs.index(lang), kinds.index(kind)
-        sides = nearest(unit[torch.from_numpy(a)], unit[torch.from_numpy(b)])
-        for way, rows in enumerate(side.cpu().numpy() for side in sides):
-            right[at][way] = (rows == np.arange(len(rows))).mean()
-            f1[at][way] = weighted_f1(rows)
-    of_ways = [np.nanmean(measure, axis=0).mean(axis=0) for measure in (right, f1)]
+        sides = nearest_rows(unit[torch.from_numpy(a)], unit[torch.from_numpy(b)])
+        right[at] = [accuracy(rows) for rows in sides]
+        f1[at] = [weighted_f1(rows) for rows in sides]
+    directions = [np.nanmean(metric, axis=0).mean(axis=0) for metric in (right, f1)]
     by_kind = np.nanmean(right, axis=(0, 2))
     by_language = np.nanmean(right, axis=(1, 2))
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "score": float(by_kind.mean()),
-        **dict(zip(DIRECTIONS, np.concatenate(of_ways).tolist(), strict=True)),
+        **dict(zip(DIRECTIONS, np.concatenate(directions).tolist(), strict=True)),
         "by_kind": dict(zip(kinds, by_kind.tolist(), strict=True)) if kinds != [""] else {},
         "by_language": dict(zip(langs, by_language.tolist(), strict=True)),
     }
@@ -83,31 +99,31 @@ def score_bitext(task: Bitext, vectors: Tensor) -> dict[str, Any]:
             lang: dict(zip(DIRECTIONS, row, strict=True))
             for lang, row in zip(langs, both.tolist(), strict=True)
         }
-        found["by_direction"] = each
-        found["means"] = means({lang: row["to_pivot"] for lang, row in each.items()})
-    return found
+        result["by_direction"] = each
+        result["means"] = means({lang: row["to_pivot"] for lang, row in each.items()})
+    return result
 
 
 def means(by_language: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Of accuracies into English by Tatoeba's code, the means over the sets of languages that
-    papers report: `accuracy` where all of a set are there, and `languages`, how many of it are."""
-    found: dict[str, dict[str, float]] = {}
+    """Return mean accuracies into English over the sets of Tatoeba's languages that papers report:
+    `languages`, how many of a set are present, and `accuracy` if all of them are."""
+    result: dict[str, dict[str, float]] = {}
     for size, codes in LANGUAGES.items():
-        there = [by_language[code] for code in codes.split() if code in by_language]
-        found[str(size)] = {"languages": len(there)}
-        if len(there) == size:
-            found[str(size)]["accuracy"] = float(np.mean(there))
-    return found
+        present = [by_language[code] for code in codes.split() if code in by_language]
+        result[str(size)] = {"languages": len(present)}
+        if len(present) == size:
+            result[str(size)]["accuracy"] = float(np.mean(present))
+    return result
 
 
 # ---- scored pairs ----
 
 
-def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
-    """{"score": Spearman correlation of cosine and human score, "pearson"} of texts encoded as
-    [N, d]; nan for both where either is the same for all pairs."""
-    a, b = (F.normalize(vectors[side::2], dim=-1) for side in (0, 1))
-    # Not a product: equal vectors are at exactly 1, so that rounding orders no ties.
+def score_sts(task: STS, unit: Tensor) -> dict[str, Any]:
+    """Correlate cosines with human scores, for texts encoded as unit vectors [N, d]: `score` is
+    Spearman's correlation, `pearson` Pearson's; NaN if either side is the same for all pairs."""
+    a, b = unit[0::2], unit[1::2]
+    # This form gives exactly 1 for equal vectors, so rounding does not break ties.
     cosine = (1 - (a - b).square().sum(1) / 2).numpy()
     if not (np.ptp(cosine) and np.ptp(task.scores)):
         return {"score": np.nan, "pearson": np.nan}
@@ -117,119 +133,103 @@ def score_sts(task: STS, vectors: Tensor) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Sides:
-    """k nearest neighbours of both sides of a corpus: all that margins need.
+# ---- mining of bitext ----
 
-    there, back: cosines and rows of the other side, [n, k] and [m, k].
+
+def candidates(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return margins, falling, and pairs int64 [P, 2] of unit rows a [n, D] and b [m, D].
+
+    The margin of a pair is its cosine divided by the mean of both texts' average cosine with their
+    4 nearest neighbours (Artetxe and Schwenk, arXiv 1811.01136, 3.1, "ratio"). Every text of either
+    side proposes its neighbour of the highest margin; a pair stays if no better one shares a text
+    with it (3.2, "max").
     """
+    sides = torch.from_numpy(a), torch.from_numpy(b)
+    there, to = (x.numpy() for x in nearest(*sides, NEIGHBOURS))
+    back, origin = (x.numpy() for x in nearest(*sides[::-1], NEIGHBOURS))
+    forward = _best(there, to, back)
+    backward = _best(back, origin, there)
+    margins = np.concatenate([forward[0], backward[0]])
+    pairs = np.stack(
+        [
+            np.concatenate([np.arange(len(a)), backward[1]]),
+            np.concatenate([forward[1], np.arange(len(b))]),
+        ],
+        axis=1,
+    )
+    order = np.argsort(-margins, kind="stable")
+    margins, pairs = margins[order], pairs[order]
+    free = _without_a_better(pairs)
+    return margins[free], pairs[free]
 
-    there: tuple[np.ndarray, np.ndarray]
-    back: tuple[np.ndarray, np.ndarray]
 
-    @staticmethod
-    def of(a: np.ndarray, b: np.ndarray, k: int = NEIGHBOURS) -> "Sides":
-        return Sides(neighbours(a, b, k), neighbours(b, a, k))
-
-    def best(self, margin: str, forward: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The neighbour of the best margin of each row of one side: (margins, rows).
-
-        With cos the cosine and m the mean of the averages of both texts' k best cosines: ratio is
-        cos / m, distance cos - m, absolute cos (Artetxe and Schwenk, arXiv 1811.01136, 3.1).
-        """
-        (cosines, rows), (others, _) = (
-            (self.there, self.back) if forward else (self.back, self.there)
-        )
-        mean = (cosines.mean(1, keepdims=True) + others.mean(1)[rows]) / 2
-        margins = {"ratio": cosines / mean, "distance": cosines - mean, "absolute": cosines}[margin]
-        column = margins.argmax(1)
-        at = np.arange(len(rows))
-        return margins[at, column], rows[at, column]
-
-    def candidates(self, margin: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Margins, falling, and pairs int64 [P, 2]: fwd and bwd are the best of each text of one
-        side; intersect, those that are both; max, the best of both that share no text with a better
-        one (arXiv 1811.01136, 3.2)."""
-        forward, to = self.best(margin, True)
-        backward, origin = self.best(margin, False)
-        fwd = np.stack([np.arange(len(to)), to], axis=1)
-        bwd = np.stack([origin, np.arange(len(origin))], axis=1)
-        if kind == "intersect":
-            mutual = origin[to] == np.arange(len(to))
-            margins, pairs = forward[mutual], fwd[mutual]
-        elif kind == "max":
-            margins, pairs = np.concatenate([forward, backward]), np.concatenate([fwd, bwd])
-        else:
-            margins, pairs = {"fwd": (forward, fwd), "bwd": (backward, bwd)}[kind]
-        order = np.argsort(-margins, kind="stable")
-        margins, pairs = margins[order], pairs[order]
-        if kind == "max":
-            free = _without_a_better(pairs)
-            margins, pairs = margins[free], pairs[free]
-        return margins, pairs
+def _best(
+    cosines: np.ndarray, rows: np.ndarray, others: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the highest margin of each text [n] and the neighbour that has it."""
+    mean = (cosines.mean(1, keepdims=True) + others.mean(1)[rows]) / 2
+    margins = cosines / mean
+    at = np.arange(len(rows)), margins.argmax(1)
+    return margins[at], rows[at]
 
 
 def _without_a_better(pairs: np.ndarray) -> np.ndarray:
-    """Rows of pairs, best first, whose two texts are in no row that was taken before."""
-    left, right, taken = set[int](), set[int](), []
+    """Return the rows of pairs, best first, whose texts no earlier chosen row has."""
+    left, right, chosen = set[int](), set[int](), []
     for row, (a, b) in enumerate(pairs.tolist()):
         if a not in left and b not in right:
             left.add(a)
             right.add(b)
-            taken.append(row)
-    return np.array(taken, dtype=np.int64)
+            chosen.append(row)
+    return np.array(chosen, dtype=np.int64)
 
 
 def threshold(margins: np.ndarray, right: np.ndarray, gold: int) -> float:
-    """Where F1 is highest: midway between the last candidate that is taken and the next of another
-    margin (BUCC's evaluations in LASER and XTREME).
+    """Return the margin of the highest F1: midway between the last candidate that it admits and the
+    next one of another margin (BUCC's evaluations in LASER and XTREME).
 
-    margins: falling [P]. right: bool [P], whether a candidate is gold. gold: how many there are.
+    margins: falling [P]. right: bool [P], whether a candidate is gold. gold: number of gold pairs.
     """
     if not len(margins):
         return np.inf
-    taken = np.arange(1, len(margins) + 1)
-    f1 = 2 * right.cumsum() / (taken + gold)  # = 2 P R / (P + R)
-    f1[:-1][margins[:-1] == margins[1:]] = -1  # no threshold is between equal ones
+    admitted = np.arange(1, len(margins) + 1)
+    f1 = 2 * right.cumsum() / (admitted + gold)
+    # No threshold separates equal margins.
+    f1[:-1][margins[:-1] == margins[1:]] = -1
     last = int(f1.argmax())
     return float(margins[last : last + 2].astype(np.float64).mean())
 
 
-def precision_recall_f1(right: int, taken: int, gold: int) -> tuple[float, float, float]:
-    """0 where nothing is taken."""
-    return right / max(1, taken), right / max(1, gold), 2 * right / max(1, taken + gold)
+def precision_recall_f1(right: int, chosen: int, gold: int) -> tuple[float, float, float]:
+    """Return precision, recall and F1 of `chosen` pairs, of which `right` are gold; 0 for none."""
+    return right / max(1, chosen), right / max(1, gold), 2 * right / max(1, chosen + gold)
 
 
-def score_mining(task: Mining, vectors: Tensor) -> dict[str, Any]:
-    """Of texts encoded as [N, d]: `score` is F1 by the ratio margin with `max` candidates, averaged
-    over languages, with precision and recall; `by_language`; `by_margin`, F1 of every margin and
-    kind of candidates (fwd and bwd are what LaBSE reports). The threshold is tuned on one part, and
-    the other is scored where there is gold for it: `splits` says which. As in LASER's evaluation a
-    text that one side repeats is searched once, and is in no pair that is taken."""
-    unit = F.normalize(vectors, dim=-1).numpy()
-    every = {}
+def score_mining(task: Mining, unit: Tensor) -> dict[str, Any]:
+    """Score pairs mined from texts that are encoded as unit vectors [N, d]: `score` is F1, averaged
+    over languages, with precision and recall; `by_language`, F1 of each.
+
+    The threshold is tuned on one part, and the other part is scored if it has gold pairs: `splits`
+    says which. Like LASER's evaluation, a text that one side repeats is searched once, and no pair
+    with it is chosen.
+    """
+    by_language = {}
     for lang, (tuned, reported) in task.parts.items():
-        first = _Searched.of(task.texts, unit, tuned)
-        second = first if reported is tuned else _Searched.of(task.texts, unit, reported)
-        every[lang] = {
-            (margin, kind): _mined(first, second, margin, kind)
-            for margin in MARGINS
-            for kind in CANDIDATES
-        }
-    main = {lang: found["ratio", "max"] for lang, found in every.items()}
-    precision, recall, f1 = np.mean(list(main.values()), axis=0).tolist()
+        mined = _mined(task.texts, unit.numpy(), tuned)
+        least = threshold(*mined, len(tuned.gold))
+        if reported is not tuned:
+            mined = _mined(task.texts, unit.numpy(), reported)
+        margins, right = mined
+        chosen = margins >= least
+        by_language[lang] = precision_recall_f1(
+            int(right[chosen].sum()), int(chosen.sum()), len(reported.gold)
+        )
+    precision, recall, f1 = np.mean(list(by_language.values()), axis=0).tolist()
     return {
         "score": f1,
         "precision": precision,
         "recall": recall,
-        "by_language": {lang: found[2] for lang, found in main.items()},
-        "by_margin": {
-            margin: {
-                kind: float(np.mean([found[margin, kind][2] for found in every.values()]))
-                for kind in CANDIDATES
-            }
-            for margin in MARGINS
-        },
+        "by_language": {lang: triple[2] for lang, triple in by_language.items()},
         "splits": {
             lang: f"threshold of {tuned}, scores of {reported}"
             for lang, (tuned, reported) in task.splits.items()
@@ -237,52 +237,29 @@ def score_mining(task: Mining, vectors: Tensor) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Searched:
-    """A part with its neighbours, among distinct texts.
-
-    rows: of either side, where each distinct text is first. once: whether it is there only once.
-    """
-
-    gold: np.ndarray
-    sides: Sides
-    rows: tuple[np.ndarray, np.ndarray]
-    once: tuple[np.ndarray, np.ndarray]
-
-    @staticmethod
-    def of(texts: Sequence[str], unit: np.ndarray, part: Part) -> "_Searched":
-        (a, a_once), (b, b_once) = (_distinct(texts[side]) for side in (part.source, part.target))
-        sides = Sides.of(unit[part.source][a], unit[part.target][b])
-        return _Searched(part.gold, sides, (a, b), (a_once, b_once))
-
-    def candidates(self, margin: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Margins, falling, in the precision in which thresholds are, and whether each is gold."""
-        margins, pairs = self.sides.candidates(margin, kind)
-        kept = self.once[0][pairs[:, 0]] & self.once[1][pairs[:, 1]]
-        pairs = np.stack([self.rows[side][pairs[kept, side]] for side in (0, 1)], axis=1)
-        return margins[kept].astype(np.float64), _in(pairs, self.gold)
+def _mined(texts: Sequence[str], unit: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the margins of a part's candidates, falling, as float64, and whether each is gold."""
+    (a, a_once), (b, b_once) = (_distinct(texts[side]) for side in (part.source, part.target))
+    margins, pairs = candidates(unit[part.source][a], unit[part.target][b])
+    once = a_once[pairs[:, 0]] & b_once[pairs[:, 1]]
+    pairs = np.stack([a[pairs[once, 0]], b[pairs[once, 1]]], axis=1)
+    return margins[once].astype(np.float64), _in(pairs, part.gold)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each distinct text, and whether it is the only one."""
+    """Return the first row of each distinct text, and whether no other row has it."""
     first: dict[str, int] = {}
     same = np.array([first.setdefault(text.strip(), row) for row, text in enumerate(texts)])
     rows, counts = np.unique(same, return_counts=True)
     return rows, counts == 1
 
 
-def _mined(
-    tuned: _Searched, reported: _Searched, margin: str, kind: str
-) -> tuple[float, float, float]:
-    at = threshold(*tuned.candidates(margin, kind), len(tuned.gold))
-    margins, right = reported.candidates(margin, kind)
-    taken = margins >= at
-    return precision_recall_f1(int(right[taken].sum()), int(taken.sum()), len(reported.gold))
-
-
 def _in(pairs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """bool [P]: whether each pair is among gold."""
+    """Return bool [P], whether each pair is among the gold pairs."""
     return np.isin(pairs[:, 0] << 32 | pairs[:, 1], gold[:, 0] << 32 | gold[:, 1])
+
+
+# ---- retrieval ----
 
 
 def retrieval(
@@ -292,60 +269,53 @@ def retrieval(
     order_N: np.ndarray,
     own_Q: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """As trec_eval (through pytrec_eval, as BEIR and MTEB have it) computes them: of equal scores
-    the document of the higher id comes first; relevance is graded in nDCG, with linear gains, and
-    anything above 0 otherwise; the mean is over queries with judgements, of which one without a
-    relevant document counts 0.
+    """Compute trec_eval's metrics, like BEIR and MTEB: of equal scores the document of the higher
+    id comes first; nDCG has graded gains, other metrics count any relevance above 0; the mean is
+    over all queries, of which one without a relevant document counts 0.
 
     Args:
-        scores_QK, rows_QK: the nearest documents of each query, in any order; rows of -1 are none.
-        judged: int64 [judgements, 3] of query, document, relevance, by rising query and document,
-            which may be N or above where there is none such.
-        order_N: each document's place among all by id.
-        own_Q: documents of the queries' own ids, or -1; passed over, as BEIR does.
+        scores_QK, rows_QK: the nearest documents of each query, in any order.
+        judged: int64 [judgements, 3] of query, document, relevance; a document may be N or above,
+            which no search returns.
+        order_N: each document's place among all, sorted by id.
+        own_Q: for each query the document with its id, or -1; left out, like in BEIR.
 
     Returns:
         score = ndcg_at_10, recall_at_10, recall_at_100, map_at_100, mrr_at_10.
     """
-    if own_Q is not None:
-        own = rows_QK == own_Q[:, None]
-        scores_QK, rows_QK = np.where(own, -np.inf, scores_QK), np.where(own, -1, rows_QK)
-    order = np.lexsort((-order_N[rows_QK], -scores_QK), axis=1)
-    rows_QK = np.take_along_axis(rows_QK, order, axis=1)
-    Q, N = len(rows_QK), max(len(order_N), judged[:, 1].max() + 1)
-    keys = judged[:, 0] * N + judged[:, 1]
-    wanted = np.arange(Q)[:, None] * N + rows_QK
-    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    there = (keys[at] == wanted) & (rows_QK >= 0)
-    grades_QK = np.where(there, judged[at, 2], 0).clip(min=0)
-
-    ideal = judged[np.lexsort((-judged[:, 2], judged[:, 0]))]
-    starts = np.searchsorted(ideal[:, 0], np.arange(Q))
-    rank = np.arange(len(ideal)) - starts[ideal[:, 0]]
-    first = ideal[(rank < 10) & (ideal[:, 2] > 0)]
-    first_rank = rank[(rank < 10) & (ideal[:, 2] > 0)]
-    best = np.bincount(first[:, 0], first[:, 2] / np.log2(first_rank + 2), minlength=Q)
-    gains = grades_QK[:, :10] / np.log2(np.arange(grades_QK[:, :10].shape[1]) + 2)
-    ndcg = gains.sum(1) / np.where(best > 0, best, 1)
-
-    relevant = np.bincount(judged[judged[:, 2] > 0, 0], minlength=Q).clip(min=1)
-    hits = grades_QK[:, :100] > 0
-    precision = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
-    first_hit = np.where(hits[:, :10].any(1), hits[:, :10].argmax(1) + 1, np.inf)
-    found = {
-        "ndcg_at_10": ndcg,
-        "recall_at_10": hits[:, :10].sum(1) / relevant,
-        "recall_at_100": hits.sum(1) / relevant,
-        "map_at_100": (precision * hits).sum(1) / relevant,
-        "mrr_at_10": 1 / first_hit,
+    N = len(order_N)
+    run: dict[str, dict[str, float]] = {}
+    for query, (places, scores) in enumerate(
+        zip(order_N[rows_QK].tolist(), scores_QK.tolist(), strict=True)
+    ):
+        run[str(query)] = dict(zip(map(_name, places), scores, strict=True))
+        if own_Q is not None and own_Q[query] >= 0:
+            run[str(query)].pop(_name(order_N[own_Q[query]]), None)
+    judgements: dict[str, dict[str, int]] = {}
+    for query, row, grade in judged.tolist():
+        place = _name(order_N[row] if row < N else row)
+        judgements.setdefault(str(query), {})[place] = grade
+    evaluator = pytrec_eval.RelevanceEvaluator(judgements, set(RETRIEVAL.values()))
+    by_query = evaluator.evaluate(run)
+    sums = {
+        ours: sum(metrics[theirs] for metrics in by_query.values())
+        for ours, theirs in RETRIEVAL.items()
     }
-    means = {name: float(values.mean()) for name, values in found.items()}
-    return {"score": means["ndcg_at_10"], **means}
+    # trec_eval has no cut of the reciprocal rank.
+    ranks = (metrics["recip_rank"] for metrics in by_query.values())
+    sums["mrr_at_10"] = sum(rank for rank in ranks if rank >= 1 / 10)
+    result = {name: total / len(rows_QK) for name, total in sums.items()}
+    return {"score": result["ndcg_at_10"], **result}
+
+
+def _name(place: int) -> str:
+    """Return a document's name for trec_eval; names sort like ids."""
+    return f"{place:012}"
 
 
 def precision_at_1(rows_Q: np.ndarray, answers: Sequence[str]) -> float:
-    """Share of queries i whose nearest document is answer i, or one of the same text. The first
-    documents are the answers, in their order; others are a pool's."""
+    """Return the share of queries i whose nearest document is answer i, or has its text. The first
+    documents are the answers, in order; all others belong to a pool."""
     first: dict[str, int] = {}
     same = np.array([first.setdefault(text, row) for row, text in enumerate(answers)])
     inside = rows_Q < len(answers)

@@ -1,47 +1,27 @@
-"""Tables of scores and costs, as text and as files."""
+"""Print scores and costs next to the grid, and write grid.json and grid.png."""
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data import cldr
 from ..inference.encoder import Encoder
-from ..inference.search import FULL, whole
 from ..runtime import files
 from . import charts
-from .charts import mean_score
-
-# ---- showing ----
-
-
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """The grid as text: a line for each rank and exit, a column for each width."""
-    dims = sorted({cell["dim"] for cell in cells})
-    at = {(cell["rank"], cell["exit"], cell["dim"]): cell for cell in cells}
-    lines = [
-        "                       score (%) at width, bytes a vector",
-        "  rank  exit  params  " + "".join(f"{dim:>8}" for dim in dims),
-        " " * 22 + "".join(f"{4 * dim:>7}B" for dim in dims),
-    ]
-    for rank, exit in dict.fromkeys((cell["rank"], cell["exit"]) for cell in cells):
-        parameters = at[rank, exit, dims[0]]["parameters"]
-        scores = "".join(f"{mean_score(at[rank, exit, dim]):>8.1f}" for dim in dims)
-        lines.append(f"{rank or 'table':>6}{exit:>6}{parameters / 1e6:>7.2f}M  {scores}")
-    return "\n".join(lines)
+from .grid import Grid
 
 
 def size_name(encoder: Encoder, cell: dict[str, Any]) -> str:
-    """How a cell's size is called."""
+    """Return what to call a cell's size."""
     size = cell["dim"], cell["exit"], cell["rank"]
-    if size == whole(encoder, FULL):
+    if size == encoder.full_size():
         return "full size"
     return f"width {size[0]}, exit {size[1]}" + (f", rank {size[2]}" if size[2] else "")
 
 
 def by_kind(trained: dict[str, Any], untrained: dict[str, Any], size: str = "full size") -> str:
-    """Scores at one size, kind by kind, beside the untrained model's (percent)."""
+    """Return scores at one size, kind by kind, next to the untrained model's (percent)."""
     head = f"at {size} (%)"
     lines = [f"  {head:26}trained  untrained" if untrained else f"  {head}"]
     for task, result in trained.items():
@@ -56,9 +36,9 @@ def by_kind(trained: dict[str, Any], untrained: dict[str, Any], size: str = "ful
     return "\n".join(lines)
 
 
-def prices(cells: Sequence[dict[str, Any]]) -> str:
-    """What was measured of each rank and exit, a line each; nothing where nothing was."""
-    by_size = {(cell["rank"], cell["exit"]): cell for cell in cells if "latency_ms" in cell}
+def prices(grid: Grid) -> str:
+    """Return the measured costs, a line for each rank and exit; "" if none were measured."""
+    by_size = {(cell["rank"], cell["exit"]): cell for cell in grid.cells if "latency_ms" in cell}
     if not by_size:
         return ""
     lines = ["  rank  exit  ms a short text  texts a second  MiB to encode 32"]
@@ -71,58 +51,53 @@ def prices(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def details(by_task: dict[str, Any], size: str = "full size") -> str:
-    """Measures beside the score, a line or so each task (percent)."""
+    """Return the metrics other than `score`, a line or so for each task (percent)."""
     lines = []
     for task, result in by_task.items():
-        if "not_finite" in result:
-            lines.append(f"  {task}: no score, as {result['not_finite']} vectors are no numbers")
-        plain = {k: v for k, v in result.items() if isinstance(v, float) and k != "score"}
-        said = [f"{name} {100 * value:.1f}" for name, value in plain.items()]
+        if broken := result.get("not_finite"):
+            lines.append(f"  {task}: no score: {broken} vectors contain NaN or Inf")
+        floats = {k: v for k, v in result.items() if isinstance(v, float) and k != "score"}
+        parts = [f"{name} {100 * value:.1f}" for name, value in floats.items()]
         for languages, mean in result.get("means", {}).items():
             if "accuracy" in mean:
-                said.append(f"mean of {languages} languages {100 * mean['accuracy']:.1f}")
+                parts.append(f"mean of {languages} languages {100 * mean['accuracy']:.1f}")
             else:
-                said.append(f"mean of {languages} languages: {mean['languages']} of them are here")
-        if said:
-            lines.append(f"  {task}: {', '.join(said)}")
-        for margin, by_candidates in result.get("by_margin", {}).items():
-            f1 = ", ".join(f"{kind} {100 * value:.1f}" for kind, value in by_candidates.items())
-            lines.append(f"    F1 by {margin}: {f1}")
-        for lang, said_of in result.get("splits", {}).items():
-            lines.append(f"    {lang}: {said_of}")
-    return "\n".join([f"  other measures at {size} (%)", *lines]) if lines else ""
+                parts.append(f"mean of {languages} languages: only {mean['languages']} present")
+        if parts:
+            lines.append(f"  {task}: {', '.join(parts)}")
+        for lang, split in result.get("splits", {}).items():
+            lines.append(f"    {lang}: {split}")
+    return "\n".join([f"  other metrics at {size} (%)", *lines]) if lines else ""
 
 
-def funnels(found: dict[str, Any]) -> str:
-    """`score_funnel` by task name, a line each."""
-    dim, exit, rank = (value or "full" for value in found["small"])
+def funnels(scored: dict[str, Any]) -> str:
+    """Return `grid.score_funnel` by task name as text, a line for each task."""
+    dim, exit, rank = (value or "full" for value in scored["small"])
     lines = [
-        f"  funnel of {found['shortlist']} by width {dim}, exit {exit}, rank {rank}: nDCG@10 (%)",
+        f"  funnel of {scored['shortlist']} by width {dim}, exit {exit}, rank {rank}: nDCG@10 (%)",
         "                                full   small  funnel   bytes scanned  encoded at full",
     ]
-    for task, scored in found.items():
-        if isinstance(scored, dict):
-            ndcg = "".join(f"{100 * scored[name]:>8.1f}" for name in ("full", "small", "funnel"))
-            shares = f"{100 * scored['scanned']:>15.1f}%{100 * scored['encoded']:>16.1f}%"
+    for task, by_name in scored.items():
+        if isinstance(by_name, dict):
+            ndcg = "".join(f"{100 * by_name[name]:>8.1f}" for name in ("full", "small", "funnel"))
+            shares = f"{100 * by_name['scanned']:>15.1f}%{100 * by_name['encoded']:>16.1f}%"
             lines.append(f"  {task:26}{ndcg}{shares}")
     return "\n".join(lines)
 
 
-def write_report(directory: Path, cells: Sequence[dict[str, Any]], extra: dict[str, Any]) -> None:
-    """grid.json, where null stands for nan, and grid.png in `directory`."""
+def write_report(directory: Path, grid: Grid, extra: dict[str, Any]) -> None:
+    """Write grid.json, in which null stands for NaN, and grid.png to a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    title = ", ".join(cells[0]["scores"])
-    files.write_text(
-        directory / "grid.json", json.dumps(_nulls({**extra, "cells": cells}), indent=1) + "\n"
-    )
-    title = f"{title}: mean score by width, depth and vocabulary rank"
-    charts.heat_map(cells, directory / "grid.png", title)
+    value = _finite({**extra, "cells": grid.cells})
+    files.write_text(directory / "grid.json", json.dumps(value, indent=1) + "\n")
+    title = f"{', '.join(grid.cells[0]['scores'])}: mean score by width, depth and vocabulary rank"
+    charts.heat_map(grid.cells, directory / "grid.png", title)
 
 
-def _nulls(value: Any) -> Any:
-    """JSON has no nan."""
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
-        return {key: _nulls(one) for key, one in value.items()}
+        return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_nulls(one) for one in value]
+        return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

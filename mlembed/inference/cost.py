@@ -1,11 +1,9 @@
-"""What a model costs at one depth and vocabulary rank, measured, so that scores can be read
-against it."""
+"""Measure what a model costs at one depth and vocabulary rank, to read its scores against."""
 
 import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -13,35 +11,35 @@ from ..modeling.transformer import num_parameters
 from .encoder import Encoder
 
 SHORT = "A man is playing the guitar in front of a small crowd."
-PACK = 32  # texts in the first pack; memory is of this one
-MOST = 4096
-LATENCY_S, PACKS_S = 0.06, 0.08  # long enough to be a median, short enough for a grid
+PACK = 32  # Texts of the first pack, whose memory is measured.
+MOST = 4096  # Texts of the last pack.
+# Long enough for a median, short enough for a grid.
+LATENCY_S, PACKS_S = 0.06, 0.08
 
 
 def sizes(encoder: Encoder, dim: int, exit: int, rank: int | None) -> dict[str, int]:
-    """Parameters of the model cut to that exit and rank, their bytes in the precision that they are
-    in, and bytes of an fp32 vector."""
-    parameters = num_parameters(encoder.model.cfg, exit, rank)
+    """Return the parameters of the model cut to that exit and rank, their bytes in the model's
+    dtype, and the bytes of an fp32 vector."""
     return {
-        "parameters": parameters,
+        "parameters": num_parameters(encoder.model.cfg, exit, rank),
         "parameter_bytes": _weights(encoder, exit, rank),
         "bytes_per_vector": 4 * dim,
     }
 
 
 def measure(encoder: Encoder, exit: int, rank: int | None) -> dict[str, float]:
-    """Of one depth and rank, on the encoder's device and in its precision; of every width alike.
+    """Measure one depth and rank, on the encoder's device and in its precision. Costs do not
+    depend on the width.
 
-    latency_ms: median of one short text alone, from text to vector on the CPU, tokenising included.
-    texts_per_second: of as many different short texts at once as take PACKS_S, 4096 at most.
-    memory_mib: weights of the model cut to that size, and the highest sum of tensors alive at one
-    time while it encodes 32 short texts: on CUDA the allocator's peak, on a CPU that of torch's
-    allocations as its profiler sees them. It is not the process's size: Python, libraries and the
-    tokenizer come on top.
+    latency_ms: median time of one short text, from text to vector on the CPU.
+    texts_per_second: rate of the pack of short texts that takes PACKS_S, at most 4096 texts.
+    memory_mib: weights of the model cut to that size, and the peak of live tensors while it encodes
+    32 short texts: on CUDA the allocator's, on a CPU that of torch's allocations, as its profiler
+    counts them. Python, libraries and the tokenizer are not part of it.
     """
 
     def encode(texts: list[str]) -> None:
-        encoder.exits(texts, [exit], rank)
+        encoder.encode_exits(texts, [exit], rank)
 
     encode([SHORT])
     encode([SHORT])
@@ -53,17 +51,17 @@ def measure(encoder: Encoder, exit: int, rank: int | None) -> dict[str, float]:
 
 
 def short_texts(count: int) -> list[str]:
-    """As long as SHORT, all different."""
+    """Return different texts about as long as SHORT."""
     return [f"{SHORT[:-1]} of {number}." for number in range(count)]
 
 
 def _median_seconds(run: Callable[[], None]) -> float:
-    taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < LATENCY_S and len(taken) < 100):
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < LATENCY_S and len(times) < 100):
         began = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def _texts_per_second(encode: Callable[[list[str]], None]) -> float:
@@ -72,20 +70,20 @@ def _texts_per_second(encode: Callable[[list[str]], None]) -> float:
         texts = short_texts(count)
         began = time.perf_counter()
         encode(texts)
-        taken = time.perf_counter() - began
-        if taken >= PACKS_S or count >= MOST:
-            return count / taken
+        spent = time.perf_counter() - began
+        if spent >= PACKS_S or count >= MOST:
+            return count / spent
         count = min(MOST, 4 * count)
 
 
 def _weights(encoder: Encoder, exit: int, rank: int | None) -> int:
-    """Bytes of the parameters that a model cut to that size holds."""
+    """Return the bytes of the parameters of a model cut to that size."""
     width = next(encoder.model.parameters()).element_size()
     return width * num_parameters(encoder.model.cfg, exit, rank)
 
 
 def _peak(encoder: Encoder, encode: Callable[[list[str]], None]) -> int:
-    """Bytes of tensors, beyond those that are there already."""
+    """Return the peak of bytes of tensors, beyond those that exist before."""
     texts, device = short_texts(PACK), encoder.model.device
     encode(texts)
     if device.type == "cuda":
@@ -93,18 +91,16 @@ def _peak(encoder: Encoder, encode: Callable[[list[str]], None]) -> int:
         before = torch.cuda.memory_allocated(device)
         encode(texts)
         return torch.cuda.max_memory_allocated(device) - before
-    # Not the process's peak: what it freed before and kept would hide what this needs.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to standard error
+    # The process's peak would hide this one behind memory that was freed before.
+    # The profiler logs to standard error unless told otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         encode(texts)
-    alive = peak = 0
-    for event in _events(profile):
+    live = peak = 0
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
+            live += event.nbytes()
+            peak = max(peak, live)
     return peak
-
-
-def _events(profile: Any) -> Any:
-    return profile.profiler.kineto_results.events()

@@ -1,15 +1,16 @@
-"""Texts to vectors at any width, depth and vocabulary rank: the one inference path.
+"""Encode texts to vectors at any width, depth and vocabulary rank: the one inference path.
 
-Texts go by windows, which bound memory. A window is sorted by length into packs without padding,
-and the next one's texts become tokens meanwhile.
+Texts pass in windows, which bound memory. A window is sorted by length into packs without padding,
+while the next window is tokenised.
 
 Letters: E exits, N texts, D width.
 """
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,16 +25,41 @@ from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_b
 from ..runtime.workers import Workers, ahead, device_of
 from .vector_files import Quantiser
 
-WINDOW = 32_768  # texts of a window at most
-CHARACTERS = 8_000_000  # of a window's texts, but for the last of them
+# The most texts of a window, and the number of characters that ends one early.
+WINDOW = 32_768
+CHARACTERS = 8_000_000
 DTYPES = ("float32", "bfloat16", "float16")
-# One for all texts or, in a sequence, one for each; None is the whole.
-Size = int | None | Sequence[int | None]
+
+# dim, exit and vocabulary rank; None is the largest. A plain table has no rank.
+Size = tuple[int | None, int | None, int | None]
+FullSize = tuple[int, int, int | None]
+FULL: Size = (None, None, None)
+# One number for all texts, or a sequence with one for each.
+PerText = int | None | Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class GridVectors:
+    """Vectors of the same texts at several sizes.
+
+    raw: fp32 [E, N, D] by rank. exits: the depths of those E, by rank.
+    """
+
+    raw: dict[int | None, Tensor]
+    exits: dict[int | None, list[int]]
+
+    def __getitem__(self, size: FullSize) -> Tensor:
+        """Return unit vectors fp32 [N, dim] of one size."""
+        dim, exit, rank = size
+        return F.normalize(self.raw[rank][self.exits[rank].index(exit), :, :dim], dim=-1)
+
+    def to(self, device: torch.device) -> "GridVectors":
+        return replace(self, raw={rank: raw.to(device) for rank, raw in self.raw.items()})
 
 
 @dataclass
 class Encoder(DeviceEncoder):
-    """A model with its tokenizer. prompts: texts to put before others, by name."""
+    """A model with its tokenizer. prompts: texts to put before other texts, by name."""
 
     prompts: dict[str, str] = field(default_factory=dict)
 
@@ -41,16 +67,16 @@ class Encoder(DeviceEncoder):
     def load(
         source: str, device: str = "auto", dtype: str = "float32", compile: bool = False
     ) -> "Encoder":
-        """From a run or directory that mlembed saved, a checkpoint of an architecture that
-        `shapes.from_checkpoint` knows, or a hub id.
+        """Load a run, a directory that mlembed saved, a checkpoint of an architecture that
+        `hf_config.from_checkpoint` supports, or a Hub id.
 
         Args:
-            device: auto (CUDA where there is one), cpu, cuda or cuda:0 ..
-            dtype: of the weights, float32, bfloat16 or float16. Vectors are fp32 of any.
-            compile: blocks by torch.compile: a minute once, and faster from there on.
+            device: auto (CUDA if available), cpu, cuda or cuda:0 ..
+            dtype: dtype of the weights: float32, bfloat16 or float16. Vectors are always fp32.
+            compile: compile the blocks with torch.compile, which takes a minute once.
 
         Raises:
-            ValueError: nothing usable there, no such device or dtype.
+            ValueError: nothing usable at `source`, an unavailable device, an unknown dtype.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -63,146 +89,170 @@ class Encoder(DeviceEncoder):
         if text_to_ids.get_vocab_size() > model.cfg.vocab_size:
             raise ValueError(
                 f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
-                f"as the model has, got {text_to_ids.get_vocab_size()}"
+                f"the model's vocabulary, got {text_to_ids.get_vocab_size()}"
             )
         model = model.to(where).eval()
         if compile:
             model.compile_blocks()
         return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))
 
+    from_pretrained = load  # The name that Hugging Face's libraries use.
+
     def on(self, devices: Sequence[str], compile: bool = False) -> "ParallelEncoder":
-        """Copies of this in a process each, one a device: what `with` gives encodes on all of them.
+        """Return an encoder that, inside `with`, runs a copy of this one in a process per device.
 
         Args:
-            compile: each by torch.compile, as `load` says.
+            compile: compile each copy with torch.compile, like `load`.
 
         Raises:
-            ValueError: no device, or one that is not there.
+            ValueError: an empty list, or an unavailable device.
         """
         if not devices:
             raise ValueError("device: expected one or more, got none")
         for device in devices:
             device_of(device)
-        own = {one.name: getattr(self, one.name) for one in fields(Encoder)}
-        return ParallelEncoder(**own, devices=tuple(devices), compile=compile)
+        settings = {one.name: getattr(self, one.name) for one in fields(Encoder)}
+        return ParallelEncoder(**settings, devices=tuple(devices), compile=compile)
 
-    # ---- what is asked for ----
+    def full_size(self, size: Size = FULL) -> FullSize:
+        """Replace every None by the largest. ValueError for a size that the model lacks."""
+        cfg = self.model.cfg
+        cfg.check(*size)
+        dim, exit, rank = size
+        largest = cfg.ranks[-1] if cfg.ranks else None
+        return dim or cfg.hidden_size, exit or cfg.num_hidden_layers, rank or largest
 
-    def exits(
+    # ---- several sizes ----
+
+    def encode_exits(
         self,
         texts: Sequence[str],
         exits: Sequence[int] | None = None,
         rank: int | None = None,
         progress: bool = False,
         prompt: str = "",
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Raw vectors of every exit in one pass -> fp32 [E, N, D] on the CPU, in texts' order.
+        """Return raw vectors of several exits from one pass, fp32 [E, N, D] on the CPU.
 
-        Nothing is dropped, also while the model is being trained. prompt: put before each text.
+        Dropout is off, also while the model is being trained.
+
+        Args:
+            exits: depths; those of training by default.
+            prompt: text to put before each text.
+            out: fp32 [E, N, D] to write to.
         """
         cfg = self.model.cfg
-        _sized(texts)
+        _check_texts(texts)
         exits = cfg.exits if exits is None else exits
         rank = _number("rank", rank)
         cfg.check(rank=rank)
-        out = torch.empty(len(exits), len(texts), cfg.hidden_size)
-        windows = self._windows(texts, prompt, None, None, rank, WINDOW)
+        if out is None:
+            out = torch.empty(len(exits), len(texts), cfg.hidden_size)
+        whole = np.int64(0)
+        windows = self._windows(texts, prompt, None, whole, np.int64(rank or 0), WINDOW)
         with progress_bar(len(texts), progress) as bar:
             for window, ids in ahead(self.tokenised, windows):
-                here = slice(window.first, window.first + len(ids))
-                out[:, here] = self.run(ids, list(exits), rank, lambda v, _: v, bar)
+                rows = slice(window.first, window.first + len(ids))
+                out[:, rows] = self.run(ids, list(exits), rank, lambda v, _: v, bar)
         return out
 
-    @overload
+    def encode_grid(
+        self,
+        texts: Sequence[str],
+        sizes: Iterable[FullSize],
+        progress: bool = False,
+        prompt: str = "",
+        on_disk: bool = False,
+    ) -> GridVectors:
+        """Encode texts at several sizes, in one pass for each vocabulary rank.
+
+        Args:
+            sizes: (dim, exit, rank) without None, see `full_size`.
+            prompt: text to put before each text.
+            on_disk: hold the vectors in an unnamed temporary file instead of memory.
+
+        Raises:
+            ValueError: a size that the model lacks.
+        """
+        exits: dict[int | None, set[int]] = {}
+        for size in sizes:
+            self.model.cfg.check(*size)
+            exits.setdefault(size[2], set()).add(size[1])
+        raw = {}
+        for rank, depths in exits.items():
+            shape = len(depths), len(texts), self.model.cfg.hidden_size
+            out = torch.from_numpy(disk_array(shape)) if on_disk else None
+            raw[rank] = self.encode_exits(texts, sorted(depths), rank, progress, prompt, out)
+        return GridVectors(raw, {rank: sorted(depths) for rank, depths in exits.items()})
+
+    # ---- one size for each text ----
+
     def encode(
         self,
         texts: Sequence[str],
         dim: int | None = None,
-        exit: Size = None,
-        rank: Size = None,
+        exit: PerText = None,
+        rank: PerText = None,
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
         precision: str = "float32",
         ranges: np.ndarray | None = None,
         progress: bool = False,
-    ) -> np.ndarray: ...
+    ) -> np.ndarray:
+        """Return unit vectors float32 [N, dim]: the first `dim` numbers of an exit, normalised.
 
-    @overload
-    def encode(
-        self,
-        texts: Sequence[str],
-        dim: Sequence[int | None],
-        exit: Size = None,
-        rank: Size = None,
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        precision: str = "float32",
-        ranges: np.ndarray | None = None,
-        progress: bool = False,
-    ) -> list[np.ndarray]: ...
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        dim: Size = None,
-        exit: Size = None,
-        rank: Size = None,
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        precision: str = "float32",
-        ranges: np.ndarray | None = None,
-        progress: bool = False,
-    ) -> np.ndarray | list[np.ndarray]:
-        """Unit vectors -> float32 [N, dim]: cut to the first `dim` of exit `exit`, then normalised.
-
-        A text's vector is the same, but for rounding, whatever other texts are with it.
+        A text's vector does not depend on the other texts, up to rounding.
 
         Args:
-            dim, exit, rank: one for all texts or a sequence with one for each; None is the whole.
-                Texts of several exits share their packs, those of several ranks do not.
-            prompt_name: one of `prompts`, to put before each text. prompt: the text itself instead.
-            precision: float32, or what `vectors.Quantiser` makes of it, by these `ranges` [2, dim]
-                of int8 and uint8, or by these vectors' own.
-
-        Returns:
-            One array; of a sequence of dims a list of arrays [dim], one a text, always fp32.
+            dim: width of all vectors; None is the full one. `encode_widths` takes one a text.
+            exit, rank: one for all texts or a sequence with one for each; None is the largest.
+                Texts of several exits share packs, texts of several ranks do not.
+            prompt_name: name of one of `prompts`, to put before each text.
+            prompt: text to put before each text, instead of a named one.
+            precision, ranges: number format, see `vector_files.Quantiser`; int8 and uint8 without
+                `ranges` take them from these vectors.
 
         Raises:
-            ValueError: dim above the width, exit above the depth, rank above the stored one,
-                sequences not as long as texts, no such prompt or precision, a text that is none.
+            ValueError: a size that the model lacks, a sequence of another length than `texts`, an
+                unknown prompt or precision, a text that is not valid Unicode.
         """
         quantise = Quantiser(precision, ranges)
-        before = self._prompt(prompt, prompt_name)
-        _sized(texts)
-        dim, exit, rank = _plain("dim", dim), _plain("exit", exit), _plain("rank", rank)
-        dims = self._sizes("dim", dim, len(texts))
-        self._sizes("exit", exit, len(texts))
-        self._sizes("rank", rank, len(texts))
-        mixed = isinstance(dim, list)
-        same = dim if isinstance(dim, int) else self.model.cfg.hidden_size
-        if mixed and precision != "float32":
-            raise ValueError(f"precision: expected float32 of several dims, got {precision}")
-        quantise.check(same)
-        windows = self._windows(
-            texts, before, None if mixed else same, exit, rank, self._most(len(texts))
-        )
-        with progress_bar(len(texts), progress) as bar:
-            parts = list(self._mapped(windows, bar))
-        found = np.concatenate(parts) if parts else np.zeros((0, same), np.float32)
-        if not mixed:
-            return quantise(found)
-        cut = (torch.from_numpy(v[: d or None]) for v, d in zip(found, dims.tolist(), strict=True))
-        return [F.normalize(v, dim=-1).numpy() for v in cut]
+        prompt = self._prompt(prompt, prompt_name)
+        _check_texts(texts)
+        width = self.full_size((_number("dim", dim), None, None))[0]
+        quantise.check(width)
+        return quantise(self._vectors(texts, prompt, width, exit, rank, progress))
+
+    def encode_widths(
+        self,
+        texts: Sequence[str],
+        dims: Sequence[int | None],
+        exit: PerText = None,
+        rank: PerText = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        progress: bool = False,
+    ) -> list[np.ndarray]:
+        """Return a unit vector float32 [dim] for each text, each of the width that `dims` asks for.
+
+        The other arguments and errors are those of `encode`.
+        """
+        prompt = self._prompt(prompt, prompt_name)
+        _check_texts(texts)
+        dims_N = self._per_text("dim", dims, len(texts)).tolist()
+        vectors = torch.from_numpy(self._vectors(texts, prompt, None, exit, rank, progress))
+        cuts = zip(vectors, dims_N, strict=True)
+        return [F.normalize(vector[: dim or None], dim=-1).numpy() for vector, dim in cuts]
 
     def encode_query(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-        """`encode` behind the prompt "query", where there is one and no other is asked for."""
+        """`encode` with the prompt "query", if the model has it and no other prompt is given."""
         return self.encode(texts, *args, **self._role("query", options))
 
     def encode_document(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-        """`encode` behind the prompt "document", where there is one and no other is asked for."""
+        """`encode` with the prompt "document", if the model has it and no other prompt is given."""
         return self.encode(texts, *args, **self._role("document", options))
 
     def stream(
@@ -218,13 +268,13 @@ class Encoder(DeviceEncoder):
         ranges: np.ndarray | None = None,
         progress: bool = False,
     ) -> Iterator[np.ndarray]:
-        """As `encode`, of as many texts as come: arrays [n, dim] of at most 32,768 texts, in order.
+        """Encode any number of texts: yield arrays [n, dim] of at most 32,768 texts, in order.
 
-        Memory does not grow with their number. int8 and uint8 without `ranges` take them from the
-        first array; a Quantiser in place of `precision` keeps them.
+        Memory does not grow with the number of texts. int8 and uint8 without `ranges` take them
+        from the first array; a Quantiser passed as `precision` keeps them.
 
         Raises:
-            ValueError: as `encode`; of arguments, before any text is read.
+            ValueError: like `encode`; for arguments before any text is read.
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             got = "one string" if isinstance(texts, str) else type(texts).__name__
@@ -232,24 +282,24 @@ class Encoder(DeviceEncoder):
         quantise = precision if isinstance(precision, Quantiser) else Quantiser(precision, ranges)
         before = self._prompt(prompt, prompt_name)
         dim, exit, rank = _number("dim", dim), _number("exit", exit), _number("rank", rank)
-        self.model.cfg.check(dim, exit, rank)
-        whole = self.model.cfg.hidden_size if dim is None else dim
-        quantise.check(whole)
+        width = self.full_size((dim, exit, rank))[0]
+        quantise.check(width)
 
         def parts() -> Iterator[np.ndarray]:
-            windows = self._windows(texts, before, whole, exit, rank, self._most(None))
+            sizes = np.int64(exit or 0), np.int64(rank or 0)
+            windows = self._windows(texts, before, width, *sizes, self._window_limit(None))
             with progress_bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
                 yield from map(quantise, self._mapped(windows, bar))
 
         return parts()
 
-    # ---- how it is done ----
+    # ---- arguments ----
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if not isinstance(prompt, str | None):
-            raise ValueError(f"prompt: expected a text, got {type(prompt).__name__}")
+            raise ValueError(f"prompt: expected a string, got {type(prompt).__name__}")
         if prompt is not None and name is not None:
-            raise ValueError("prompt: expected it or prompt_name, got both")
+            raise ValueError("prompt: expected prompt or prompt_name, got both")
         if name is None:
             return prompt or ""
         if name not in self.prompts:
@@ -262,45 +312,85 @@ class Encoder(DeviceEncoder):
             return options
         return options | {"prompt_name": name if name in self.prompts else None}
 
-    def _sizes(self, name: str, value: Any, count: int) -> np.ndarray:
-        """int64 [count], 0 for the whole. ValueError for what the model lacks."""
-        if not isinstance(value, list):
-            self.model.cfg.check(**{name: value})
-            return np.full(count, 0 if value is None else value, dtype=np.int64)
-        if len(value) != count:
-            raise ValueError(f"{name}: expected one a text, {count}, got {len(value)}")
-        for one in set(value):
-            self.model.cfg.check(**{name: one})
-        return np.array([0 if one is None else one for one in value], dtype=np.int64)
+    def _per_text(self, name: str, size: Any, count: int) -> Any:
+        """Return sizes from a list or array, int64 [count], or from one number, int64 [].
 
-    def _most(self, count: int | None) -> int:
-        """Texts of a window, where there are `count` of them in all."""
+        0 stands for None. Raises ValueError for a size that the model lacks.
+        """
+        several = hasattr(size, "__len__") and not isinstance(size, str | bytes | dict)
+        several = several and getattr(size, "ndim", 1) > 0
+        sizes = [_number(name, one) for one in (size if several else [size])]
+        if several and len(sizes) != count:
+            raise ValueError(f"{name}: expected one per text, {count}, got {len(sizes)}")
+        for one in set(sizes):
+            self.model.cfg.check(**{name: one})
+        sizes_N = np.array([one or 0 for one in sizes], dtype=np.int64)
+        return sizes_N if several else sizes_N[0]
+
+    # ---- windows ----
+
+    def _vectors(
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        dim: int | None,
+        exit: PerText,
+        rank: PerText,
+        progress: bool,
+    ) -> np.ndarray:
+        """Return vectors of all texts, fp32 [N, dim]; raw ones [N, D] without a dim."""
+        count = len(texts)
+        sizes = self._per_text("exit", exit, count), self._per_text("rank", rank, count)
+        windows = self._windows(texts, prompt, dim, *sizes, self._window_limit(count))
+        with progress_bar(count, progress) as bar:
+            parts = list(self._mapped(windows, bar))
+        width = self.model.cfg.hidden_size if dim is None else dim
+        return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
+
+    def _window_limit(self, count: int | None) -> int:
+        """Return the most texts of a window, if there are `count` texts in all."""
         return WINDOW
 
     def _windows(
-        self, texts: Iterable[str], prompt: str, dim: int | None, exit: Size, rank: Size, most: int
+        self,
+        texts: Iterable[str],
+        prompt: str,
+        dim: int | None,
+        exits: Any,
+        ranks: Any,
+        most: int,
     ) -> Iterator[Window]:
-        """Windows of texts as they come."""
+        """Yield texts in windows. exits, ranks: int64 [N], or [] for all; 0 is the largest."""
         first = 0
         for some in readers.windows(texts, most, CHARACTERS):
-            here = slice(first, first + len(some))
+            rows = slice(first, first + len(some))
             exits_N, ranks_N = (
-                self._sizes(name, size[here] if isinstance(size, list) else size, len(some))
-                for name, size in (("exit", exit), ("rank", rank))
+                size[rows] if size.ndim else np.full(len(some), size) for size in (exits, ranks)
             )
-            exits_N[exits_N == 0] = self.model.cfg.num_hidden_layers
-            given = [prompt + text for text in some] if prompt else some
-            yield Window(given, first, exits_N, ranks_N, dim)
+            exits_N = np.where(exits_N == 0, self.model.cfg.num_hidden_layers, exits_N)
+            prompted = [prompt + text for text in some] if prompt else some
+            yield Window(prompted, first, exits_N, ranks_N, dim)
             first += len(some)
 
     def _mapped(self, windows: Iterable[Window], bar: tqdm) -> Iterator[np.ndarray]:
-        """Vectors of each window -> fp32 [n, dim or D]."""
+        """Yield the vectors of each window, fp32 [n, dim or D]."""
         for window, ids in ahead(self.tokenised, windows):
             yield self.vectors(window, ids, bar)
 
 
-def _sized(texts: Any) -> None:
-    """ValueError for what is no sequence of texts."""
+def disk_array(shape: tuple[int, ...], directory: Path | None = None) -> np.ndarray:
+    """Return an fp32 array in an unnamed temporary file, which goes with the array.
+
+    Only what is written takes space. directory: the system's for temporary files by default.
+    """
+    if 0 in shape:
+        return np.empty(shape, np.float32)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+
+
+def _check_texts(texts: Any) -> None:
+    """ValueError for anything but a sequence of texts."""
     if isinstance(texts, str):
         raise ValueError("texts: expected a sequence of texts, got one string")
     if not hasattr(texts, "__len__"):
@@ -309,30 +399,23 @@ def _sized(texts: Any) -> None:
 
 
 def _number(name: str, size: Any) -> int | None:
-    """A whole number of any library, as Python's own. ValueError for another thing."""
-    found = size.item() if isinstance(size, np.generic) else size
+    """Return a whole number of any library as Python's own. ValueError for anything else."""
+    number = size.item() if isinstance(size, np.generic) else size
     if isinstance(size, np.ndarray | Tensor) and size.ndim == 0:
-        found = size.item()
-    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        number = size.item()
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
         raise ValueError(f"{name}: expected a whole number, got {size!r}")
-    return found
-
-
-def _plain(name: str, size: Any) -> int | None | list[int | None]:
-    """One for all texts, or a list with one for each, of what lists and arrays there are."""
-    several = hasattr(size, "__len__") and hasattr(size, "__getitem__")
-    if several and getattr(size, "ndim", 1) > 0 and not isinstance(size, str | bytes | dict):
-        return [_number(name, one) for one in size]
-    return _number(name, size)
+    return number
 
 
 def _prompts(directory: Path) -> dict[str, str]:
-    """By name, as sentence-transformers keeps them; null is an empty one."""
+    """Return prompts by name from sentence-transformers' settings; null is an empty prompt."""
     name = "config_sentence_transformers.json"
-    found = tokenizer.settings(directory, name).get("prompts") or {}
-    if not isinstance(found, dict) or any(not isinstance(x, str | None) for x in found.values()):
-        raise ValueError(f"{directory / name}: prompts: expected texts by name, got {found}")
-    return {key: text or "" for key, text in found.items()}
+    prompts = tokenizer.settings(directory, name).get("prompts") or {}
+    values = prompts.values() if isinstance(prompts, dict) else [prompts]
+    if not all(isinstance(value, str | None) for value in values):
+        raise ValueError(f"{directory / name}: prompts: expected texts by name, got {prompts}")
+    return {key: text or "" for key, text in prompts.items()}
 
 
 # ---- several devices ----
@@ -340,12 +423,12 @@ def _prompts(directory: Path) -> dict[str, str]:
 
 @dataclass
 class ParallelEncoder(Encoder):
-    """An encoder whose windows are dealt to processes, one a device; they live within `with`.
+    """An encoder that deals windows to processes, one per device, which live inside `with`.
 
-    `exits`, of all exits at once, is still of the model it was made from, in this process.
+    `encode_exits` and `encode_grid` run in this process.
 
     Raises:
-        ChildProcessError: a process died, or failed as no text can make it.
+        ChildProcessError: a process died or failed for a reason that no text can cause.
     """
 
     devices: tuple[str, ...] = ()
@@ -359,8 +442,8 @@ class ParallelEncoder(Encoder):
             "model": None
         }
         shared = self.model.cfg, weights, options, threads, self.compile
-        made_of = [(device, *shared) for device in self.devices]
-        self.workers = Workers(process, made_of, self.devices).__enter__()
+        arguments = [(device, *shared) for device in self.devices]
+        self.workers = Workers(process, arguments, self.devices).__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -368,14 +451,14 @@ class ParallelEncoder(Encoder):
             self.workers.__exit__()
         self.workers = None
 
-    def _most(self, count: int | None) -> int:
-        # Four windows a device, so that all are done at about the same time.
-        shared = WINDOW // 2 if count is None else -(-count // (4 * len(self.devices)))
-        return max(1, min(WINDOW, shared))
+    def _window_limit(self, count: int | None) -> int:
+        # With four windows per device all devices finish at about the same time.
+        share = WINDOW // 2 if count is None else -(-count // (4 * len(self.devices)))
+        return max(1, min(WINDOW, share))
 
     def _mapped(self, windows: Iterable[Window], bar: tqdm) -> Iterator[np.ndarray]:
         if self.workers is None:
             raise ValueError("encoder: expected `with encoder.on(devices)`, got a call outside it")
-        for found in self.workers.map(windows):
-            bar.update(len(found))
-            yield found
+        for vectors in self.workers.map(windows):
+            bar.update(len(vectors))
+            yield vectors

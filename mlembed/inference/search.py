@@ -1,34 +1,130 @@
-"""Search in two steps: a shortlist by small vectors, ranked again by full ones.
+"""Search for exact nearest neighbours, by full vectors or in two stages.
 
-The small ones are a prefix, a shallow exit, a lower vocabulary rank, or all of these, of the same
-model (adaptive retrieval: Kusupati et al., arXiv 2205.13147). The index holds and scans small
-vectors only; full ones are stored beside it, or documents are encoded at full size when they are
-first shortlisted.
+Of equal scores the lower row comes first, also where the last of the k nearest is decided.
 
-Letters: Q queries, N documents, K results, D the small width, F the full one.
+Letters: Q queries, N documents, C documents of a chunk, K results, D the small width, F the full
+one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .encoder import Encoder
+from .encoder import FULL, Encoder, FullSize, Size, disk_array
 
-CHUNK = 16_384  # documents encoded at once
+CHUNK = 16_384  # Documents that are encoded or compared at once.
+BLOCK = 2**24  # Scores that are held at once: 64 MiB.
 
-Size = tuple[int | None, int | None, int | None]  # dim, exit, rank; None is the largest
-Whole = tuple[int, int, int | None]  # a plain table has no rank
-FULL: Size = (None, None, None)
+
+def not_finite(vectors: Tensor) -> int:
+    """Count the rows that contain NaN or infinity."""
+    return int((~torch.isfinite(vectors).all(-1)).sum())
+
+
+class Nearest:
+    """The k nearest documents of each query among those added so far, on the CPU.
+
+    Memory does not grow with the number of documents.
+
+    scores: [Q, <= k], falling. rows: int64 [Q, <= k], documents numbered in the order of adding.
+    not_finite: vectors of queries and documents that contain NaN or infinity.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k, self.count, self.not_finite = k, 0, 0
+        self.scores = torch.empty(queries, 0)
+        self.rows = torch.empty(queries, 0, dtype=torch.int64)
+
+    def add(self, unit_QD: Tensor, unit_CD: Tensor) -> None:
+        """Compare all queries with the next documents; both are unit rows on one device."""
+        self.not_finite += not_finite(unit_CD) + (0 if self.count else not_finite(unit_QD))
+        width = min(self.k, self.scores.shape[1] + len(unit_CD))
+        scores = torch.empty(len(unit_QD), width, dtype=unit_QD.dtype)
+        rows = torch.empty(len(unit_QD), width, dtype=torch.int64)
+        step = max(1, BLOCK // max(1, len(unit_CD)))
+        for begin in range(0, len(unit_QD), step):
+            some = slice(begin, begin + step)
+            new_scores, new_rows = _top(unit_QD[some] @ unit_CD.T, self.k)
+            both = torch.cat([self.scores[some], new_scores.cpu()], dim=1)
+            both_rows = torch.cat([self.rows[some], new_rows.cpu() + self.count], dim=1)
+            scores[some], columns = _top(both, self.k)
+            rows[some] = both_rows.gather(1, columns)
+        self.scores, self.rows, self.count = scores, rows, self.count + len(unit_CD)
+
+
+def nearest(unit_QD: Tensor, unit_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return scores, falling, and rows of the k nearest documents of each query, [Q, <= k]."""
+    found = Nearest(len(unit_QD), k)
+    for documents in unit_ND.split(CHUNK):
+        found.add(unit_QD, documents)
+    return found.scores, found.rows
+
+
+def rank_again(scores: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
+    """Return the places [.., <= k] of the k highest scores; of equal ones the lower row first."""
+    return np.lexsort((rows, -scores), axis=-1)[..., :k]
+
+
+def _top(scores_QC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest scores of each row, falling, and their columns, lower ones first."""
+    k = min(k, scores_QC.shape[1])
+    more = min(k + 1, scores_QC.shape[1])
+    scores, columns = scores_QC.topk(more)
+    if more > k:
+        # topk chooses any of equal scores: choose again where it had a choice.
+        for row in (scores[:, k - 1] == scores[:, k]).nonzero()[:, 0].tolist():
+            equal = (scores_QC[row] >= scores[row, k]).nonzero()[:, 0]
+            order = scores_QC[row, equal].argsort(descending=True, stable=True)
+            columns[row, :k] = equal[order[:k]]
+    columns = columns[:, :k].sort(dim=1)[0]
+    scores, order = scores_QC.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return scores, columns.gather(1, order)
+
+
+# ---- vectors on demand ----
+
+
+class LazyVectors:
+    """Unit vectors of documents, each encoded when it is first needed, in a sparse file.
+
+    vectors_ND: fp32. encoded_N: which rows of it are there.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        width: int,
+        directory: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            encode: function of rows, int64 [n], to their unit vectors.
+            directory: place of the file; the system's for temporary files by default.
+        """
+        self.encode = encode
+        self.vectors_ND = disk_array((count, width), directory)
+        self.encoded_N = np.zeros(count, dtype=bool)
+
+    def ensure_encoded(self, rows: np.ndarray) -> None:
+        """Encode those of the rows that are not encoded yet."""
+        new = np.unique(rows)
+        new = new[~self.encoded_N[new]]
+        for begin in range(0, len(new), CHUNK):
+            some = new[begin : begin + CHUNK]
+            self.vectors_ND[some] = self.encode(some)
+            self.encoded_N[some] = True
+
+
+# ---- two stages ----
 
 
 def size_of(text: str) -> Size:
-    """DIM[:EXIT[:RANK]], a place left empty being the largest. ValueError for anything else."""
+    """Parse DIM[:EXIT[:RANK]]; an empty part is the largest. ValueError for anything else."""
     parts = text.split(":")
     if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):
         raise ValueError(f"funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got {text!r}")
@@ -37,13 +133,12 @@ def size_of(text: str) -> Size:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The K nearest documents of each query, and what it took.
+class FunnelResult:
+    """The K nearest documents of each query, and what the search cost.
 
-    rows_QK: int64, falling by score; there are no more than documents. scores_QK: fp32, cosines at
-    full size.
+    rows_QK: int64, falling by score. scores_QK: fp32, cosines at full size.
     scanned: bytes of vectors compared with a query, as a share of those of a full search.
-    encoded: documents that have been encoded at full size so far, as a share of all.
+    encoded: documents encoded at full size so far, as a share of all.
     """
 
     rows_QK: np.ndarray
@@ -54,19 +149,19 @@ class Found:
 
 @dataclass
 class Funnel:
-    """Documents to be searched in two steps.
+    """Adaptive retrieval (arXiv 2205.13147): small vectors make a shortlist, full ones rank it.
 
-    full_NF: fp32 vectors of full size, of all documents or of those that were shortlisted so far.
-    place_N: int64, each document's row in it, or -1.
+    The small vectors are a prefix, a shallow exit, a lower vocabulary rank, or all of these, of the
+    same model. Only they are scanned. Full vectors are stored as well, or documents are encoded at
+    full size when they are first shortlisted.
+
+    small_ND: unit vectors of all documents at the small size. full: those at full size.
     """
 
     encoder: Encoder
-    documents: Sequence[str]
-    small: Whole
-    full: Whole
-    index: Any
-    full_NF: np.ndarray
-    place_N: np.ndarray
+    sizes: tuple[FullSize, FullSize]
+    small_ND: Tensor
+    full: LazyVectors
     prompts: dict[str, str]
 
     @staticmethod
@@ -80,180 +175,59 @@ class Funnel:
         prompts: dict[str, str] | None = None,
         progress: bool = False,
     ) -> "Funnel":
-        """Encode documents in chunks: at both sizes, in one pass where their rank is one, or, not
-        `stored`, at the small size only.
+        """Encode documents at the small size and, if `stored`, at full size.
 
         Args:
-            small, full: (dim, exit, rank).
-            prompts: `query` and `document` go before these; the encoder's own by default.
+            small, full: (dim, exit, rank). One pass makes both sizes of one rank.
+            prompts: `query` and `document`, to put before these; the encoder's own by default.
 
         Raises:
             ValueError: no documents, a size that the model lacks.
         """
         if not documents:
             raise ValueError("funnel: expected documents, got none")
-        sizes = whole(encoder, small), whole(encoder, full)
+        sizes = encoder.full_size(small), encoder.full_size(full)
         prompts = encoder.prompts if prompts is None else prompts
-        index = faiss.IndexFlatIP(sizes[0][0])
-        N = len(documents)
-        full_NF = np.empty((N if stored else 0, sizes[1][0]), dtype=np.float32)
-        place_N = np.arange(N) if stored else np.full(N, -1)
-        for begin in range(0, N, CHUNK):
-            some = documents[begin : begin + CHUNK]
-            before = prompts.get("document", "")
-            vectors = _encoded(encoder, some, sizes[: 1 + stored], before, progress)
-            index.add(vectors[0])
+        before = prompts.get("document", "")
+
+        def encode(rows: np.ndarray) -> np.ndarray:
+            texts = [documents[row] for row in rows.tolist()]
+            return encoder.encode_grid(texts, sizes[1:], progress, before)[sizes[1]].numpy()
+
+        lazy = LazyVectors(encode, len(documents), sizes[1][0])
+        small_ND = torch.empty(len(documents), sizes[0][0])
+        for begin in range(0, len(documents), CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            vectors = encoder.encode_grid(documents[rows], sizes[: 1 + stored], progress, before)
+            small_ND[rows] = vectors[sizes[0]]
             if stored:
-                full_NF[begin : begin + len(some)] = vectors[1]
-        return Funnel(encoder, documents, *sizes, index, full_NF, place_N, prompts)
+                lazy.vectors_ND[rows] = vectors[sizes[1]]
+                lazy.encoded_N[rows] = True
+        return Funnel(encoder, sizes, small_ND, lazy, prompts)
 
     def search(
         self, queries: Sequence[str], k: int = 10, shortlist: int = 100, progress: bool = False
-    ) -> Found:
-        """The k nearest by full vectors among the `shortlist` nearest by small ones.
+    ) -> FunnelResult:
+        """Return the k nearest by full vectors among the `shortlist` nearest by small ones.
 
         Raises:
             ValueError: k or shortlist below 1, or k above the shortlist.
         """
         if not 1 <= k <= shortlist:
             raise ValueError(f"shortlist: expected at least k = {k}, k at least 1, got {shortlist}")
-        N, before = len(self.documents), self.prompts.get("query", "")
-        sizes = [self.small, self.full]
-        small_QD, full_QF = _encoded(self.encoder, queries, sizes, before, progress)
-        listed = self.index.search(small_QD, min(shortlist, N))[1]
-        self._want(np.unique(listed), progress)
-        scores = np.empty(listed.shape, dtype=np.float32)
-        for query, rows in enumerate(listed):
-            scores[query] = self.full_NF[self.place_N[rows]] @ full_QF[query]
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        small, full = small_QD.shape[1], full_QF.shape[1]
-        return Found(
-            np.take_along_axis(listed, order, axis=1),
-            np.take_along_axis(scores, order, axis=1),
-            (N * small + listed.shape[1] * full) / (N * full),
-            float((self.place_N >= 0).mean()),
+        before = self.prompts.get("query", "")
+        vectors = self.encoder.encode_grid(queries, self.sizes, progress, before)
+        small_QD, full_QF = (vectors[size] for size in self.sizes)
+        listed_QK = nearest(small_QD, self.small_ND, shortlist)[1].numpy()
+        self.full.ensure_encoded(listed_QK)
+        scores_QK = np.empty(listed_QK.shape, dtype=np.float32)
+        for query, (rows, vector) in enumerate(zip(listed_QK, full_QF.numpy(), strict=True)):
+            scores_QK[query] = self.full.vectors_ND[rows] @ vector
+        order = rank_again(scores_QK, listed_QK, k)
+        small, full, N = small_QD.shape[1], full_QF.shape[1], len(self.small_ND)
+        return FunnelResult(
+            np.take_along_axis(listed_QK, order, axis=1),
+            np.take_along_axis(scores_QK, order, axis=1),
+            (N * small + listed_QK.shape[1] * full) / (N * full),
+            float(self.full.encoded_N.mean()),
         )
-
-    def _want(self, rows: np.ndarray, progress: bool) -> None:
-        """See to it that these documents' full vectors are there."""
-        new = rows[self.place_N[rows] < 0]
-        if not len(new):
-            return
-        texts = [self.documents[row] for row in new.tolist()]
-        before = self.prompts.get("document", "")
-        (vectors,) = _encoded(self.encoder, texts, [self.full], before, progress)
-        self.place_N[new] = len(self.full_NF) + np.arange(len(new))
-        self.full_NF = np.concatenate([self.full_NF, vectors])
-
-
-def funnel(
-    encoder: Encoder,
-    queries: Sequence[str],
-    documents: Sequence[str],
-    small: Size,
-    full: Size = FULL,
-    *,
-    k: int = 10,
-    shortlist: int = 100,
-    stored: bool = True,
-) -> Found:
-    """One search of documents that are not searched again. Raises as `Funnel` does."""
-    built = Funnel.build(encoder, documents, small, full, stored=stored)
-    return built.search(queries, k, shortlist)
-
-
-def whole(encoder: Encoder, size: Size) -> Whole:
-    """With every None made the largest that there is. ValueError for what the model lacks."""
-    cfg = encoder.model.cfg
-    cfg.check(*size)
-    dim, exit, rank = size
-    stored = cfg.ranks[-1] if cfg.ranks else None
-    return dim or cfg.hidden_size, exit or cfg.num_hidden_layers, rank or stored
-
-
-def _encoded(
-    encoder: Encoder, texts: Sequence[str], sizes: Sequence[Whole], prompt: str, progress: bool
-) -> list[np.ndarray]:
-    """Unit vectors at each size, fp32 [N, dim]; sizes of one rank in one pass."""
-    found: dict[Whole, np.ndarray] = {}
-    for rank in {size[2] for size in sizes}:
-        of_rank = [size for size in sizes if size[2] == rank]
-        exits = sorted({exit for _, exit, _ in of_rank})
-        raw_END = encoder.exits(texts, exits, rank, progress, prompt)
-        for dim, exit, _ in of_rank:
-            unit = F.normalize(raw_END[exits.index(exit), :, :dim], dim=-1)
-            found[dim, exit, rank] = unit.numpy()
-    return [found[size] for size in sizes]
-
-
-BLOCK = 2**26  # scores at once: 256 MiB
-NEIGHBOURS = 4  # k of margins, in LASER and BUCC's evaluations
-
-
-# ---- bitext ----
-
-
-def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of a [n, D] the row of b [m, D] of the highest product, and the reverse; of
-    equal ones the first. In blocks, so that n m may be any number."""
-    step = max(1, BLOCK // max(1, len(b)))
-    if len(a) <= step:
-        products = a @ b.T
-        return products.argmax(1), products.argmax(0)
-    there, back = [], torch.zeros(len(b), dtype=torch.int64, device=b.device)
-    best = torch.full((len(b),), -torch.inf, dtype=b.dtype, device=b.device)
-    for begin in range(0, len(a), step):
-        products = a[begin : begin + step] @ b.T
-        there.append(products.argmax(1))
-        high, row = products.max(0)
-        better = high > best
-        best[better], back[better] = high[better], row[better] + begin
-    return torch.cat(there), back
-
-
-# ---- mining ----
-
-
-def neighbours(a: np.ndarray, b: np.ndarray, k: int = NEIGHBOURS) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines, falling, and rows of the k nearest of unit rows b for each of a: [n, k] each."""
-    index = faiss.IndexFlatIP(b.shape[1])
-    index.add(np.ascontiguousarray(b, dtype=np.float32))
-    cosines, rows = index.search(np.ascontiguousarray(a, dtype=np.float32), min(k, len(b)))
-    return cosines, rows
-
-
-# ---- search ----
-
-
-def not_finite(vectors: Tensor) -> int:
-    """Rows in which something is NaN or infinite."""
-    return int((~torch.isfinite(vectors).all(-1)).sum())
-
-
-class Nearest:
-    """The k nearest documents of each query among those seen so far: memory does not grow with
-    their number.
-
-    scores: fp32 [Q, <= k]. rows: int64 [Q, <= k], in the order in which documents came, or -1.
-    not_finite: vectors of documents, and of queries, that are no numbers.
-    """
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.k, self.not_finite = k, 0
-        self.scores = torch.empty(queries, 0)
-        self.rows = torch.empty(queries, 0, dtype=torch.int64)
-
-    def add(self, unit_QD: Tensor, unit_CD: Tensor, first: int) -> None:
-        """Documents first, first + 1, ..; both of unit rows, on one device."""
-        self.not_finite += not_finite(unit_CD) + (0 if first else not_finite(unit_QD))
-        step = max(1, BLOCK // max(1, len(unit_CD)))
-        scores, rows = [], []
-        for begin in range(0, len(unit_QD), step):
-            some = slice(begin, begin + step)
-            high, row = (unit_QD[some] @ unit_CD.T).topk(min(self.k, len(unit_CD)))
-            both = torch.cat([self.scores[some], high.cpu()], dim=1)
-            places = torch.cat([self.rows[some], row.cpu() + first], dim=1)
-            kept, at = both.topk(min(self.k, both.shape[1]))
-            scores.append(kept)
-            rows.append(places.gather(1, at))
-        self.scores, self.rows = torch.cat(scores), torch.cat(rows)

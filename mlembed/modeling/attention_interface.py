@@ -1,18 +1,19 @@
-"""Our packed attention for models of transformers, under the name `mlembed`.
+"""Packed attention for models of transformers, registered as `mlembed`.
 
-    from mlembed import attention_interface
+    from mlembed.modeling import attention_interface
     attention_interface.register()
     model = AutoModel.from_pretrained(path, attn_implementation="mlembed")
 
-transformers asks two functions of an attention: `mask`, once a forward pass, which makes of the
-user's padding mask what the layers are handed, and `attend`, in every layer. Ours unpad, attend
-within each sequence, and pad again: rows of padding are 0. Sequences are the rows of the batch, or,
-as with FlashAttention, what `cu_seq_lens_q` bounds (DataCollatorWithFlattening), or, where there is
-no mask, runs of `position_ids` that rise by one.
+transformers calls two functions of an attention: `mask`, once per forward pass, turns the user's
+padding mask into what the layers get, and `attend` computes each layer. `attend` removes the
+padding, attends within each sequence, and pads again with zeros. Sequences are the rows of the
+batch; without a mask, they are the runs of rising `position_ids`, or, like for FlashAttention, what
+`cu_seq_lens_q` bounds (DataCollatorWithFlattening).
 
-What the kernels have not is an error: windows, soft caps, biases, sinks, dropout, keys of a cache.
+Unsupported features raise ValueError: sliding windows, soft caps, biases, sinks, dropout of
+attention weights, cross-attention, keys of a cache.
 
-Letters: B rows of a batch, S slots of a row, H heads, K head width, T tokens that are no padding.
+Letters: B rows of a batch, S slots of a row, H heads, K head width, T tokens without padding.
 """
 
 import inspect
@@ -28,15 +29,16 @@ from transformers import masking_utils
 
 from mlembed_kernels import AttentionPlan, attention
 
-# What else transformers hands to an attention function and would change its result.
-REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "output_attentions")
+# Options of transformers that would change the result.
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "output_attentions")
+PATTERNS = "causal or full attention"
 
 
 def register() -> None:
-    """Make `attn_implementation="mlembed"` known to transformers.
+    """Register `attn_implementation="mlembed"` with transformers.
 
     Raises:
-        ValueError: a transformers that asks for masks in another way, as before 5.4.
+        ValueError: transformers before 5.4, which calls masks with other arguments.
     """
     if "q_length" not in inspect.signature(masking_utils.flash_attention_mask).parameters:
         raise ValueError(f"transformers: expected 5.4 or newer, got {transformers.__version__}")
@@ -44,23 +46,23 @@ def register() -> None:
     transformers.AttentionMaskInterface.register("mlembed", mask)
 
 
-# ---- once a forward pass ----
+# ---- once per forward pass ----
+
+
+# Rows of a padded batch that are tokens, int64 [T] in 0..B S - 1 (None without padding), and the
+# plan of attention over them.
+Layout = tuple[Tensor | None, AttentionPlan]
 
 
 @dataclass
 class Forward:
-    """What the layers of one forward pass share; rides on the mask that they are handed."""
+    """State that the layers of one forward pass share, an attribute of their mask.
+
+    The first layer sets `layout`.
+    """
 
     causal: bool
-    layout: "Layout | None" = None  # by the first layer
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a padded batch are, and what attention over them has to compute."""
-
-    rows_T: Tensor | None  # int64 [T] in 0..B S; None: all of them, there is no padding
-    plan: AttentionPlan
+    layout: Layout | None = None
 
 
 @torch.compiler.disable
@@ -75,22 +77,25 @@ def mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor:
-    """-> integers or bools [B, S]: 0 for padding, and neighbours of one number are one sequence.
+    """Return integers or bools [B, S]: 0 is padding, equal neighbours are of one sequence.
 
-    Without a mask [B, 0]: no layer has looked yet, `attend` does. New in every pass, so that what
-    is found out about it once holds for all layers and no longer.
+    Without a mask it is [B, 0], and `attend` finds the sequences. The tensor is new in every pass:
+    the layers of one pass share its attribute, a `Forward`.
 
     Raises:
-        ValueError: a window or another pattern, queries and keys of unlike lengths (a cache).
+        ValueError: a sliding window or another pattern, more keys than queries (a cache).
     """
     kinds = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
     if local_size is not None:
-        raise ValueError(f"mlembed attention: expected no window, got one of {local_size} tokens")
+        raise ValueError(
+            f"mlembed attention: expected full attention, got a window of {local_size}"
+        )
     if use_vmap or (attention_mask is not None and mask_function not in kinds):
-        raise ValueError("mlembed attention: expected all keys, or all before, got another mask")
+        raise ValueError(f"mlembed attention: expected {PATTERNS}, got another mask")
     _check_lengths(q_length, kv_length)
     if attention_mask is not None:
-        numbers_BS = attention_mask[:, :]  # another tensor on the same memory
+        # A view: the same memory, but a tensor with attributes of its own.
+        numbers_BS = attention_mask[:, :]
     elif mask_function in kinds:
         numbers_BS = torch.ones(batch_size, 0, dtype=torch.bool, device=device)
     else:
@@ -101,15 +106,15 @@ def mask(
 
 
 def _packed(sees: Callable[..., Any], B: int, S: int, device: torch.device | str) -> Tensor:
-    """The sequences that a mask of transformers tells apart, by asking it about neighbours.
+    """Return sequence numbers [B, S] of a packed mask of transformers, which is a closure.
 
-    Its packed masks are closures; asked about all pairs, it would answer with [S, S].
+    It is called for neighbours only: the answer for all pairs would take [S, S].
     """
     b = torch.arange(B, device=device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=device)
     t = torch.arange(S - 1, device=device)
     if sees(b, head, t, t + 1).any():
-        raise ValueError("mlembed attention: expected all keys, or all before, got another mask")
+        raise ValueError(f"mlembed attention: expected {PATTERNS}, got another mask")
     begins = ~sees(b, head, t + 1, t).expand(B, S - 1)
     return nn.functional.pad(begins, (1, 0), value=True).cumsum(1)
 
@@ -121,11 +126,11 @@ def _layout(
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """The one place that waits for the device: masks, positions and bounds are read on the host."""
+    """Return the layout of a batch; waits for the device to read masks, positions and bounds."""
     B, S = shape
-    given = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64)
-    if numbers_BS is None and given is not None:
-        return Layout(None, AttentionPlan.of(given).to(device))
+    user_bounds = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64)
+    if numbers_BS is None and user_bounds is not None:
+        return None, AttentionPlan.of(user_bounds).to(device)
     if numbers_BS is not None:
         numbers = numbers_BS.to("cpu", torch.int64)
     elif position_ids is not None:
@@ -136,22 +141,24 @@ def _layout(
     else:
         numbers = torch.ones(B, S, dtype=torch.int64)
     rows = numbers.flatten().nonzero()[:, 0]
-    # Over the tokens that are left: a sequence begins with each row and with each new number.
+    # Among the tokens, a sequence begins with each row and with each new number.
     begins = (numbers.flatten()[rows].diff() != 0) | ((rows // S).diff() != 0)
     inner = (1 + begins.nonzero()[:, 0]).tolist()
     bounds = torch.tensor([0, *inner, len(rows)] if len(rows) else [0])
-    if given is not None and (len(rows) < B * S or not torch.equal(given, bounds)):
+    if user_bounds is not None and (len(rows) < B * S or not torch.equal(user_bounds, bounds)):
         raise ValueError(
-            f"cu_seq_lens_q: expected the mask's {bounds.tolist()[:9]}, got {given.tolist()[:9]}"
+            f"cu_seq_lens_q: expected the mask's bounds {bounds.tolist()[:9]}, got "
+            f"{user_bounds.tolist()[:9]}"
         )
     rows_T = None if len(rows) == B * S else rows.to(device, non_blocking=True)
-    return Layout(rows_T, AttentionPlan.of(bounds).to(device))
+    return rows_T, AttentionPlan.of(bounds).to(device)
 
 
 # ---- in every layer ----
 
 
-@torch.compiler.disable  # the number of tokens is data
+# The number of tokens depends on data, so it is not compiled.
+@torch.compiler.disable
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -166,31 +173,34 @@ def attend(
     cu_seq_lens_k: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, S, K], key and value [B, Hkv, S, K] -> [B, S, H, K], and no weights.
+    """Return attention's output [B, S, H, K], and None for its weights.
 
     Args:
-        attention_mask: from `mask`; None asks for what `position_ids` or `cu_seq_lens_q` say.
-        dropout: 0. scaling: factor on the scores; K ** -0.5 by default.
-        is_causal: the layer's own `is_causal` by default.
+        query: [B, H, S, K]; key and value [B, Hkv, S, K].
+        attention_mask: from `mask`; None to use `position_ids` or `cu_seq_lens_q`.
+        dropout: 0.
+        scaling: factor on the scores; K ** -0.5 by default.
+        is_causal: the layer's attribute `is_causal` by default.
 
     Raises:
-        ValueError: whatever the kernels have not; shapes that do not fit.
+        ValueError: unsupported features, or shapes that do not fit.
     """
     _check(module, query, key, attention_mask, dropout, options)
     B, _, S, _ = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     shared = getattr(attention_mask, "mlembed", None)
     if shared is not None and shared.causal != causal:
-        raise ValueError(f"is_causal: expected {shared.causal}, as the mask is, got {causal}")
+        raise ValueError(f"is_causal: expected {shared.causal} like the mask, got {causal}")
     layout = shared.layout if shared is not None else None
     if layout is None:
-        given = attention_mask if attention_mask is not None and attention_mask.shape[1] else None
-        cu_seqlens = _same(cu_seq_lens_q, cu_seq_lens_k)
-        layout = _layout((B, S), query.device, given, position_ids, cu_seqlens)
+        masked = attention_mask is not None and attention_mask.shape[1]
+        numbers_BS = attention_mask if masked else None
+        cu_seqlens = _shared_bounds(cu_seq_lens_q, cu_seq_lens_k)
+        layout = _layout((B, S), query.device, numbers_BS, position_ids, cu_seqlens)
         if shared is not None:
             shared.layout = layout
-    rows_T, plan = layout.rows_T, layout.plan
-    # Norms leave queries and keys in fp32 where autocast narrows values.
+    rows_T, plan = layout
+    # Under autocast, norms leave queries and keys in fp32; values are narrower.
     q, k, v = (rearrange(x.to(value.dtype), "b h s k -> (b s) h k") for x in (query, key, value))
     if rows_T is not None:
         q, k, v = (x.index_select(0, rows_T) for x in (q, k, v))
@@ -200,13 +210,13 @@ def attend(
     return rearrange(out, "(b s) h k -> b s h k", b=B), None
 
 
-def _same(cu_seqlens: Tensor | None, keys: Tensor | None) -> Tensor | None:
-    """Bounds of queries, which have to be those of keys."""
-    if (cu_seqlens is None) != (keys is None) or (
-        keys is not cu_seqlens and not torch.equal(cu_seqlens, keys)  # type: ignore[arg-type]
+def _shared_bounds(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
+    """Return the bounds of queries, which must be those of keys."""
+    if (queries is None) != (keys is None) or (
+        keys is not queries and not torch.equal(queries, keys)  # type: ignore[arg-type]
     ):
-        raise ValueError("cu_seq_lens: expected the same for queries and keys, got two")
-    return cu_seqlens
+        raise ValueError("cu_seq_lens: expected equal bounds for queries and keys, got others")
+    return queries
 
 
 def _check(
@@ -217,25 +227,25 @@ def _check(
     dropout: float,
     options: dict[str, Any],
 ) -> None:
-    for name in REFUSED:
+    for name in UNSUPPORTED:
         if options.get(name) is not None and options[name] is not False:
-            raise ValueError(f"mlembed attention: expected no {name}, got {options[name]}")
+            raise ValueError(f"mlembed attention: {name}: expected None, got {options[name]}")
     if dropout:
         raise ValueError(
-            f"mlembed attention: expected no dropout of attention weights, got {dropout} "
-            "(load the model with attention_dropout=0.0 or attention_probs_dropout_prob=0.0)"
+            f"mlembed attention: expected dropout 0 of attention weights, got {dropout}: load the "
+            "model with attention_dropout=0.0 or attention_probs_dropout_prob=0.0"
         )
     config = getattr(module, "config", None)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         if getattr(config, name, False):
-            raise ValueError(f"mlembed attention: expected self-attention only, got {name}")
+            raise ValueError(f"mlembed attention: expected only self-attention, got {name}")
     _check_lengths(query.shape[2], key.shape[2])
     B, S = query.shape[0], query.shape[2]
     if attention_mask is not None and (
         tuple(attention_mask.shape) not in ((B, S), (B, 0)) or attention_mask.is_floating_point()
     ):
         raise ValueError(
-            f"attention_mask: expected bools or integers [{B}, {S}], 0 for padding, got "
+            f"attention_mask: expected bools or integers [{B}, {S}] with 0 for padding, got "
             f"{attention_mask.dtype} {list(attention_mask.shape)}"
         )
 
@@ -243,6 +253,6 @@ def _check(
 def _check_lengths(queries: int, keys: int) -> None:
     if queries != keys:
         raise ValueError(
-            f"mlembed attention: expected as many queries as keys, got {queries} and {keys} "
-            "(text is encoded as a whole: use_cache=False)"
+            f"mlembed attention: expected as many queries as keys, got {queries} and {keys}: "
+            "encode whole texts with use_cache=False"
         )

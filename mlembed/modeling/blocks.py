@@ -1,14 +1,15 @@
-"""What a transformer is made of: a nested vocabulary, norms, and layers of two styles.
+"""Norms and layers of two styles.
 
-Qwen3: norms before, rotary positions, SwiGLU, no biases (names as in Hugging Face Qwen3).
+Qwen3: norms before attention and MLP, rotary positions, SwiGLU, no biases (with Hugging Face's
+names).
 
     x += attention(norm(x));  x += swiglu(norm(x))
 
-BERT (arXiv 1810.04805): norms behind, positions learnt, GELU, biases.
+BERT (arXiv 1810.04805): norms after them, learnt positions, GELU, biases.
 
     x = norm(word + position + segment);  x = norm(x + attention(x));  x = norm(x + mlp(x))
 
-Letters: N texts, T packed tokens, D width, H heads, K head width, V vocabulary, R rank.
+Letters: N texts, T packed tokens, D width, H heads, K head width.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,12 @@ from .. import config
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What to compute in where weights are of `dtype`: fp32 at least."""
+    """Return the dtype to compute in for weights of `dtype`: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class RMSNorm(nn.RMSNorm):
-    """In fp32, or its weight's fp64, also where autocast hands it bf16, or FSDP2 a bf16 weight."""
+    """RMSNorm in fp32 at least, even if autocast passes bf16 or FSDP2 a bf16 weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = wide(self.weight.dtype)
@@ -37,7 +38,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """As RMSNorm: in fp32 at least."""
+    """LayerNorm in fp32 at least."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = wide(self.weight.dtype)
@@ -45,12 +46,12 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
-# ---- a layer of either style ----
+# ---- both styles ----
 
 
 class Layer(nn.Module):
-    """A layer, in two halves around attention: each is one graph for torch.compile, whatever the
-    batch, and what computes attention is not its affair."""
+    """A layer in two halves around attention. Each half is one graph for torch.compile, whatever
+    the batch; the caller computes attention."""
 
     def __init__(self, cfg: config.Model) -> None:
         super().__init__()
@@ -59,27 +60,31 @@ class Layer(nn.Module):
     def forward(
         self, x_TD: Tensor, run: Callable[..., Tensor], *args: Any, recompute: bool = False
     ) -> Tensor:
-        """run(self, x_TD, *args), as a call of this module, which is what FSDP2's hooks are on.
+        """Return run(self, x_TD, *args), in a call of this module, so that FSDP2's hooks run.
 
-        What is recomputed in the backward calls `run` alone: the hooks have had their turn.
+        Recomputation in the backward calls `run` alone, without the hooks.
         """
         if not recompute:
             return run(self, x_TD, *args)
-        drops = self.dropout > 0 and self.training  # the same again; saving the state costs
+        # Saving the generator's state takes time, so only dropout does.
+        drops = self.dropout > 0 and self.training
         return checkpoint(run, self, x_TD, *args, use_reentrant=False, preserve_rng_state=drops)
 
-    def dropped(self, x_TD: Tensor) -> Tensor:
-        # Without dropout a compiled half is the same for training and evaluation.
+    def drop(self, x_TD: Tensor) -> Tensor:
+        """Apply dropout in training. Without it, one compiled half serves both modes."""
         return F.dropout(x_TD, self.dropout) if self.dropout and self.training else x_TD
 
 
 def together(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Linear layers of one input as one product. Their gradients towards the input add up within
-    the product, where two more passes over [T, D] would; the weights copied are small beside it."""
+    """Return the outputs of linear layers of one input, computed by one product.
+
+    Gradients to the input add up within the product, which saves two passes over [T, D] per layer;
+    the copied weights are small compared to that.
+    """
     weight = torch.cat([layer.weight for layer in layers])
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    made = F.linear(x_TD, weight, torch.cat(biases) if biases else None)
-    return made.split([layer.out_features for layer in layers], dim=-1)
+    outputs = F.linear(x_TD, weight, torch.cat(biases) if biases else None)
+    return outputs.split([layer.out_features for layer in layers], dim=-1)
 
 
 # ---- Qwen3 ----
@@ -100,7 +105,7 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, cos_TK: Tensor, sin_TK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, Hq, K], k, v [T, Hkv, K], ready for attention."""
+        """Return q [T, Hq, K], k and v [T, Hkv, K] for attention."""
         q, k, v = (
             rearrange(x, "t (h k) -> t h k", k=self.head_dim)
             for x in together(x_TD, self.q_proj, self.k_proj, self.v_proj)
@@ -110,7 +115,7 @@ class Attention(nn.Module):
 
 
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotary positions, the two halves of a head forming the pairs (as Qwen3 and Llama do).
+    """Rotate by position; the two halves of a head form the pairs, like in Qwen3 and Llama.
 
     cos_TK, sin_TK: [T, K / 2], of position x frequency.
     """
@@ -142,24 +147,24 @@ class Block(Layer):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
 
     def before(self, x_TD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of the layer."""
+        """Return q, k, v of the layer."""
         normed_TD = self.input_layernorm(x_TD).to(x_TD.dtype)
         return self.self_attn(normed_TD, cos_TK, sin_TK)
 
     def after(self, x_TD: Tensor, out_THK: Tensor) -> Tensor:
-        """The residual stream behind the layer, out_THK being what attention gave."""
-        x_TD = x_TD + self.dropped(self.self_attn.o_proj(out_THK.flatten(1)))
+        """Return the residual stream after the layer; out_THK is attention's output."""
+        x_TD = x_TD + self.drop(self.self_attn.o_proj(out_THK.flatten(1)))
         normed_TD = self.post_attention_layernorm(x_TD).to(x_TD.dtype)
-        return x_TD + self.dropped(self.mlp(normed_TD))
+        return x_TD + self.drop(self.mlp(normed_TD))
 
 
 # ---- BERT ----
 
 
 class BertEmbedding(nn.Module):
-    """What a token's place adds to its word: norm(word + position + first segment).
+    """Embedding of words at their positions: norm(word + position + first segment).
 
-    `positions` has `position_offset` rows before position 0, as RoBERTa's table has.
+    `positions` has `position_offset` rows before position 0, like RoBERTa's table.
     """
 
     def __init__(self, cfg: config.Model) -> None:
@@ -172,7 +177,7 @@ class BertEmbedding(nn.Module):
         self.dropout = cfg.dropout
 
     def forward(self, words_TD: Tensor, pos_T: Tensor) -> Tensor:
-        """[T, D] in the dtype of the words; pos_T: int64 [T] in 0..max_position_embeddings - 1."""
+        """Return [T, D] in words' dtype; pos_T: int64 [T] in 0..max_position_embeddings - 1."""
         places_TD = self.positions(pos_T + self.offset) + self.segments.weight[0]
         summed_TD = words_TD.to(wide(words_TD.dtype)) + places_TD
         x_TD = self.norm(summed_TD).to(words_TD.dtype)
@@ -188,9 +193,9 @@ class BertAttention(nn.Module):
         self.o_proj = nn.Linear(D, D)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [T, H, K], ready for attention."""
-        made = together(x_TD, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (rearrange(x, "t (h k) -> t h k", k=self.head_dim) for x in made)
+        """Return q, k, v [T, H, K] for attention."""
+        outputs = together(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (rearrange(x, "t (h k) -> t h k", k=self.head_dim) for x in outputs)
         return q, k, v
 
 
@@ -201,13 +206,15 @@ class BertMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x_TD)))  # by erf, as BERT's
+        # The exact GELU with erf, like BERT's.
+        return self.down_proj(F.gelu(self.up_proj(x_TD)))
 
 
 class BertBlock(Layer):
     """x = norm(x + attention(x));  x = norm(x + mlp(x)).
 
-    Dropout is on what both add, not on attention's probabilities, which no packed kernel drops.
+    Dropout applies to both summands, not to attention's probabilities: packed kernels do not
+    support that.
     """
 
     def __init__(self, cfg: config.Model) -> None:
@@ -218,22 +225,22 @@ class BertBlock(Layer):
         self.output_norm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
     def before(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of the layer."""
+        """Return q, k, v of the layer."""
         return self.self_attn(x_TD)
 
     def after(self, x_TD: Tensor, out_THK: Tensor) -> Tensor:
-        """The layer's output, out_THK being what attention gave."""
-        added_TD = self.dropped(self.self_attn.o_proj(out_THK.flatten(1)))
+        """Return the layer's output; out_THK is attention's output."""
+        added_TD = self.drop(self.self_attn.o_proj(out_THK.flatten(1)))
         x_TD = self.attention_norm(x_TD + added_TD).to(x_TD.dtype)
-        return self.output_norm(x_TD + self.dropped(self.mlp(x_TD))).to(x_TD.dtype)
+        return self.output_norm(x_TD + self.drop(self.mlp(x_TD))).to(x_TD.dtype)
 
 
 class Pooler(nn.Linear):
-    """tanh(W x + b) of a text's first token, in fp32 at least, also under autocast: of N rows only,
-    and what comes out is a vector as users have it."""
+    """tanh(W x + b) of a text's first token, in fp32 at least, even under autocast: it has N rows
+    only, and its output is the final vector."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         dtype = wide(self.weight.dtype)
         with torch.autocast(x_ND.device.type, enabled=False):
-            made_ND = F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-        return made_ND.tanh()
+            out_ND = F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return out_ND.tanh()

@@ -1,7 +1,6 @@
-"""A window of texts to vectors, on one device.
+"""Encode one window of texts on one device, in packs of texts of similar length without padding.
 
-Its texts become tokens, sorted by length into packs without padding; on CUDA nothing is waited for
-before its end.
+On CUDA, the host waits for the device only at the end of a window.
 
 Letters: E exits, N texts, D width.
 """
@@ -25,17 +24,16 @@ from ..data.packing import PackedBatch, budgeted, pack
 from ..runtime.workers import ahead, device_of
 from .transformer import Transformer, mode
 
-# Tokens x width of a pack: what a layer makes of more leaves a CPU's caches (bench/LOG.md, encode).
+# Tokens x width of a pack on a CPU: larger activations leave its caches (bench/LOG.md, encode).
 CPU_NUMBERS = 2048 * 384
 
 
 @dataclass(frozen=True)
 class Window:
-    """Texts that are encoded together, prompts included, and of each its exit, and its rank, 0 for
-    the stored one.
+    """Texts to encode together, prompts included, with each one's exit and rank (0: stored rank).
 
-    first: number of the first text. dim: of all vectors, which are then of length one; None for raw
-    ones of the whole width.
+    first: index of the first text. dim: width of all vectors, which are then normalised; None for
+    raw vectors of full width.
     """
 
     texts: list[str]
@@ -49,9 +47,8 @@ class Window:
 class DeviceEncoder:
     """A model with its tokenizer.
 
-    max_length: tokens a text, EOS included. max_tokens: tokens in one packed batch, of which a CPU
-    takes fewer, by the model's width. bf16: autocast (training's precision, for scores during a
-    run); vectors stay fp32.
+    max_length: tokens per text, EOS included. max_tokens: tokens per packed batch; on a CPU fewer,
+    depending on the model's width. bf16: autocast, like in training; vectors stay fp32.
     """
 
     model: Transformer
@@ -61,38 +58,38 @@ class DeviceEncoder:
     bf16: bool = False
 
     def tokenised(self, window: Window) -> tuple[Window, list[np.ndarray]]:
-        """With the tokens of its texts. ValueError for a text that is none, by its number."""
-        try:
-            return window, tokenizer.tokenize(self.tokenizer, window.texts, self.max_length)
-        except ValueError:
-            for number, text in enumerate(window.texts, window.first):
-                if any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise ValueError(
-                        f"text {number}: expected Unicode, got a lone surrogate in {text[:40]!r}"
-                    ) from None
-            raise
+        """Return the window and its texts' tokens.
+
+        Raises ValueError, with the text's index, if a text is not valid Unicode.
+        """
+        texts, first = window.texts, window.first
+        return window, tokenizer.tokenize(self.tokenizer, texts, self.max_length, first)
 
     def vectors(self, window: Window, ids: list[np.ndarray], bar: tqdm) -> np.ndarray:
-        """Of a window's texts: each its own exit's, by the rank that it asks for."""
+        """Return fp32 [N, dim] of a window's texts, each at its own exit and rank."""
         width = self.model.cfg.hidden_size if window.dim is None else window.dim
         out = np.empty((len(ids), width), np.float32)
         for rank in np.unique(window.ranks_N).tolist():
-            there = np.flatnonzero(window.ranks_N == rank)
-            depths = window.exits_N[there]
-            exits = np.unique(depths)
-            place = torch.from_numpy(np.searchsorted(exits, depths))
+            rows_N = np.flatnonzero(window.ranks_N == rank)
+            depths = window.exits_N[rows_N]
+            exits, places = np.unique(depths, return_inverse=True)
 
-            def own(vectors_END: Tensor, rows: np.ndarray, place: Tensor = place) -> Tensor:
+            def select(
+                vectors_END: Tensor, rows: np.ndarray, places: np.ndarray = places
+            ) -> Tensor:
                 if len(vectors_END) > 1:
-                    at = place[torch.from_numpy(rows)].to(vectors_END.device)
-                    vectors_END = vectors_END[at, torch.arange(len(rows), device=at.device)][None]
+                    exit_N = torch.from_numpy(places[rows]).to(vectors_END.device)
+                    text_N = torch.arange(len(rows), device=exit_N.device)
+                    vectors_END = vectors_END[exit_N, text_N][None]
                 if window.dim is None:
                     return vectors_END
                 return F.normalize(vectors_END[..., : window.dim], dim=-1)
 
-            mine = ids if len(there) == len(ids) else [ids[row] for row in there]
+            some = [ids[row] for row in rows_N]
             mixed = depths if len(exits) > 1 else None
-            out[there] = self.run(mine, exits.tolist(), rank or None, own, bar, mixed)[0].numpy()
+            out[rows_N] = self.run(some, exits.tolist(), rank or None, select, bar, mixed)[
+                0
+            ].numpy()
         return out
 
     @torch.inference_mode()
@@ -101,15 +98,18 @@ class DeviceEncoder:
         ids: list[np.ndarray],
         exits: list[int],
         rank: int | None,
-        take: Callable[[Tensor, np.ndarray], Tensor],
+        select: Callable[[Tensor, np.ndarray], Tensor],
         bar: tqdm,
         depths: np.ndarray | None = None,
     ) -> Tensor:
-        """fp32 [K, n, d] on the CPU, in the order of ids: what `take` makes of a pack's vectors
-        [E, texts, D] and its rows. depths: the last layer of each text, where they differ.
+        """Return `select` of all packs, fp32 [K, n, d] on the CPU, in the order of ids.
 
-        On CUDA nothing is waited for before the end: packs are made and pinned in a thread, copies
-        back are of pinned memory, in the order of the packs.
+        On CUDA the host waits only at the end: a thread makes and pins packs, and results are
+        copied to pinned memory in the order of the packs.
+
+        Args:
+            select: called with a pack's vectors [E, n, D] and the indices of its texts.
+            depths: last layer of each text, if they differ.
         """
         device = self.model.device
         cuda = device.type == "cuda"
@@ -121,21 +121,21 @@ class DeviceEncoder:
         if depths is not None:
             packs = [rows[np.lexsort((lengths[rows], -depths[rows]))] for rows in packs]
 
-        def made(rows: np.ndarray) -> tuple[np.ndarray, PackedBatch]:
+        def packed(rows: np.ndarray) -> tuple[np.ndarray, PackedBatch]:
             batch = pack([ids[row] for row in rows], None if depths is None else depths[rows])
             return rows, _pinned(batch) if cuda else batch
 
         half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
         out, begin = torch.empty(0), 0
         with half, mode(self.model, training=False):
-            for rows, batch in ahead(made, packs) if cuda else map(made, packs):
+            for rows, batch in ahead(packed, packs) if cuda else map(packed, packs):
                 vectors_END = self.model(batch.to(device), exits=exits, rank=rank)
-                taken = take(vectors_END.float(), rows)
+                selected_KND = select(vectors_END.float(), rows)
                 if not begin:
-                    shape = len(taken), len(ids), taken.shape[-1]
+                    shape = len(selected_KND), len(ids), selected_KND.shape[-1]
                     out = torch.empty(shape, pin_memory=cuda)
-                for to, one in zip(out, taken, strict=True):
-                    to[begin : begin + len(rows)].copy_(one, non_blocking=True)
+                for target, vectors in zip(out, selected_KND, strict=True):
+                    target[begin : begin + len(rows)].copy_(vectors, non_blocking=True)
                 begin += len(rows)
                 bar.update(len(rows))
         if cuda:
@@ -146,13 +146,12 @@ class DeviceEncoder:
 
 
 def progress_bar(count: int | None, progress: bool) -> tqdm:
-    """Of so many texts, if known; drawn where `progress` says so."""
-    off = not progress
-    return tqdm(total=count, desc="encoding", unit=" texts", disable=off, leave=False)
+    """Return a bar for `count` texts, None if unknown, shown only if `progress`."""
+    return tqdm(total=count, desc="encoding", unit=" texts", disable=not progress, leave=False)
 
 
 def _pinned(batch: PackedBatch) -> PackedBatch:
-    """Copies of pinned memory do not wait for what the device is doing."""
+    """Return the batch in pinned memory, from which copies do not wait for the device's work."""
     live = tuple(
         (until, replace(plan, buffer=plan.buffer.pin_memory())) for until, plan in batch.live
     )
@@ -169,18 +168,19 @@ def process(
     threads: int,
     compile: bool,
 ) -> Callable[[Window], np.ndarray]:
-    """In a process of its own: tokens of one window are made while another is encoded."""
-    where = device_of(device)
-    if where.type == "cpu":
+    """Return a worker's encoder of windows, which tokenises one while it encodes another."""
+    target = device_of(device)
+    if target.type == "cpu":
         torch.set_num_threads(threads)
     with torch.device("meta"):
         model = Transformer(cfg)
     model.load_state_dict(weights, assign=True)
-    model = model.to(where).eval()
+    model = model.to(target).eval()
     if compile:
         model.compile_blocks()
     encoder = DeviceEncoder(**options | {"model": model})
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, left behind by who is made to end
+    # tqdm's default lock is a semaphore, which would leak when the process is killed.
+    tqdm.set_lock(threading.RLock())
     reading, encoding = threading.Lock(), threading.Lock()
     bar = progress_bar(None, False)
 

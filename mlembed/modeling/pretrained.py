@@ -1,10 +1,10 @@
-"""Models from and to directories that Hugging Face libraries read: safetensors, no remote code.
+"""Load and save models as directories for Hugging Face libraries: safetensors, no remote code.
 
-A directory holds `config.json` and `model.safetensors` as any Qwen3, BERT or XLM-R model has them,
-the vocabulary merged into one table, and beside these what keeps the nesting: `mlembed_config.json`
-(exits, prefixes, ranks) and `mlembed_factors.safetensors` (U and W), which other libraries ignore.
-A training checkpoint (checkpoint.py), which has the weights in shards under our own names and no
-merged table, is read as well.
+A directory holds `config.json` and `model.safetensors` in the format of Qwen3, BERT or XLM-R, with
+the vocabulary merged into one table, and two files that other libraries ignore:
+`mlembed_config.json` (exits, prefixes, ranks) and `mlembed_factors.safetensors` (U and W).
+Training checkpoints (checkpoint.py) can be loaded, too: they hold shards with our own names and the
+factors without a merged table.
 """
 
 import json
@@ -24,7 +24,7 @@ from .transformer import Transformer
 from .vocabulary import cached_factors
 
 FACTORS = "mlembed_factors.safetensors"
-# Modules of ours and of Hugging Face's BERT, XLM-R and RoBERTa: outside of layers, and in them.
+# Our modules and those of Hugging Face's BERT, XLM-R and RoBERTa, outside of and in layers.
 OUTSIDE = {
     "embed_tokens": "embeddings.word_embeddings",
     "embed_places.positions": "embeddings.position_embeddings",
@@ -43,21 +43,24 @@ INSIDE = {
     "output_norm": "output.LayerNorm",
 }
 OURS = {theirs: ours for ours, theirs in (OUTSIDE | INSIDE).items()}
-HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."  # of tasks: not the encoder's
+# Prefixes of task heads, which are not part of the encoder.
+HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of an encoder (one file, several, or a training checkpoint's shards) by our own
-    names. Heads of tasks and buffers of positions, which are no weights, are left out.
+    """Return an encoder's weights by our names, without task heads and buffers of positions.
+
+    Reads one file, several, or a training checkpoint's shards.
 
     Raises:
-        ValueError: none there; or only pickles, which run code when they are read.
+        ValueError: no weights, or only pickles, which run code when they are read.
     """
     if any(directory.glob(SHARDS)):
-        from ..runtime.checkpoint import read  # with all of torch.distributed: a second
+        # Importing torch.distributed takes a second.
+        from ..runtime.checkpoint import read
 
-        found = read(directory, "model.")
-        return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+        shards = read(directory, "model.")
+        return {name.removeprefix("model."): tensor for name, tensor in shards.items()}
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         pickled = next((p.name for p in sorted(directory.glob("*.bin"))), None)
@@ -75,14 +78,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def own_name(name: str) -> str | None:
-    """Our name of a weight in a Hugging Face file; None for what is no part of the encoder; what
-    no encoder of ours has keeps its name."""
+    """Return our name for a weight of a Hugging Face file, None if the encoder does not include it.
+
+    Unknown weights keep their names.
+    """
     for prefix in ("model.", "bert.", "roberta."):
         name = name.removeprefix(prefix)
     if name.startswith(HEADS) or name.endswith("position_ids"):
         return None
     module, _, kind = name.rpartition(".")
-    if module.endswith("LayerNorm"):  # as TensorFlow called them
+    if module.endswith("LayerNorm"):  # Files converted from TensorFlow have its names.
         kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
     if module.startswith("encoder.layer."):
         layer, _, part = module.removeprefix("encoder.layer.").partition(".")
@@ -91,7 +96,7 @@ def own_name(name: str) -> str | None:
 
 
 def hf_name(name: str, cfg: config.Model) -> str:
-    """The name of a weight of ours as Hugging Face's model of that style has it."""
+    """Return Hugging Face's name for a weight of ours."""
     if cfg.style == "qwen3":
         return name
     module, _, kind = name.rpartition(".")
@@ -110,23 +115,23 @@ def load(
     counts: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """A Transformer from a directory that mlembed saved, a training checkpoint included, or from
-    any Qwen3, BERT, RoBERTa or XLM-R checkpoint, as transformers or sentence-transformers saves it.
+    """Load a model from a directory that mlembed saved, a training checkpoint included, or from a
+    Qwen3, BERT, RoBERTa or XLM-R checkpoint of transformers or sentence-transformers.
 
-    Where the latter has a tanh Dense module behind [CLS], as LaBSE has, that is the pooler, and the
-    encoder's own is not read (`shapes.sentence_pooling`). A table that is to have ranks is
-    factorised, once (`cached_factors`); factors that mlembed saved are read as they are.
+    A tanh Dense module after [CLS] in the latter, like LaBSE's, replaces the encoder's own pooler
+    (`hf_config.sentence_pooling`). If `cfg` has ranks, a plain table is factorised once
+    (`cached_factors`); saved factors stay as they are.
 
     Args:
-        source: directory, a finished run's included, or hub id.
-        cfg: shape and nesting. By default what the directory's `mlembed_config.json` says, or else
+        source: directory, finished run, or hub id.
+        cfg: shape and nesting. By default those in the directory's `mlembed_config.json`, or else
             the checkpoint's shape with the default exits and prefixes and a plain vocabulary.
-        counts: [V], how often each token occurs in the text to come, where a table is factorised.
-        dtype: of the model's weights, which are then never all there in fp32.
+        counts: [V], how often each token occurs in the training text, to factorise a table.
+        dtype: dtype of the weights; they are never all in memory in fp32 if it is narrower.
 
     Raises:
-        ValueError: no such checkpoint, another architecture, missing or misshapen weights, pooling
-            "pooler" of a checkpoint that has none, counts of another vocabulary.
+        ValueError: not a checkpoint, another architecture, missing or misshapen weights, pooling
+            "pooler" without a pooler's weights, counts of another vocabulary.
     """
     directory = resolve(source)
     cfg = cfg or from_checkpoint(directory, config.Model())
@@ -136,7 +141,7 @@ def load(
     table = weights.pop("embed_tokens.weight", None)
     if table is None and "embed_tokens.U" not in weights:
         raise ValueError(f"{directory}: expected embed_tokens.weight, found none")
-    if table is None:  # a training checkpoint
+    if table is None:  # from a training checkpoint
         U, W = (weights.pop(f"embed_tokens.{name}") for name in "UW")
         if not cfg.ranks:
             weights["embed_tokens.weight"] = U.float() @ W.float()
@@ -150,40 +155,38 @@ def load(
         weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
         weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
     model = _empty(cfg)
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
+    state = model.state_dict()
+    for name in sorted(state.keys() | weights.keys()):
         got = list(weights[name].shape) if name in weights else "none"
-        want = list(own[name].shape) if name in own else "none"
+        want = list(state[name].shape) if name in state else "none"
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
-    return _filled(model, weights, dtype)
+    return _fill(model, weights, dtype)
 
 
 def _empty(cfg: config.Model) -> Transformer:
-    """One without weights: drawing random ones takes longer than reading those to come."""
+    """Return a model without weights: drawing random ones takes longer than reading others."""
     with torch.device("meta"):
         return Transformer(cfg)
 
 
-def _filled(
+def _fill(
     model: Transformer, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """With copies of `weights` on the CPU: what was read is the file itself, in memory."""
-    own = {
-        name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        for name, tensor in weights.items()
-    }
-    model.load_state_dict(own, assign=True)
+    """Give the model copies of `weights` on the CPU: tensors that were read are memory-mapped."""
+    copies = {n: x.detach().to("cpu", dtype, copy=True).contiguous() for n, x in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return model
 
 
 def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Model) -> None:
-    """Leave in `weights` the pooler that `cfg` has: the Dense module's, the encoder's, or none."""
+    """Set the pooler in `weights` for `cfg`: the Dense module's, the encoder's, or none."""
     if cfg.pooling != "pooler":
         weights.pop("pooler.weight", None)
         weights.pop("pooler.bias", None)
         return
-    ours = (directory / NESTING).is_file()  # its modules are written from its weights
+    # An export's Dense module repeats the weights of its encoder's pooler.
+    ours = (directory / NESTING).is_file()
     dense = None if ours else sentence_pooling(directory, cfg.hidden_size)[1]
     if dense is not None:
         file = dense / "model.safetensors"
@@ -200,22 +203,22 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
 
 
 def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
-    """U and W beside a merged table. ValueError where they give another."""
+    """Return the saved U and W. ValueError if their product is not the merged table."""
     with safe_open(directory / FACTORS, framework="pt") as tensors:
         U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
-    # Another library may have trained the table on since; a sample of its rows tells.
+    # Another library may have trained the table since; a sample of its rows shows that.
     fits = (len(U), W.shape[1]) == table.shape
-    some = slice(None, None, max(1, len(table) // 64))
-    if not fits or not torch.allclose(U[some] @ W, table[some].float(), rtol=1e-3, atol=1e-4):
+    rows = slice(None, None, max(1, len(table) // 64))
+    if not fits or not torch.allclose(U[rows] @ W, table[rows].float(), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{directory}: expected the factors of {FACTORS} to give embed_tokens.weight, they "
-            "do not: remove that file to factorise the table anew"
+            f"{directory}: expected the factors of {FACTORS} to give embed_tokens.weight, got "
+            "another table: remove that file to factorise the table again"
         )
     return U, W
 
 
 def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
-    """A copy that ends at layer `exit` with vocabulary rank `rank`: nesting makes both a slice."""
+    """Return a copy that ends at layer `exit` with vocabulary rank `rank`; both are slices."""
     cfg = model.cfg
     cfg.check(exit=exit, rank=rank)
     exits = (*(e for e in cfg.exits if e < exit), exit)
@@ -225,13 +228,12 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     if ranks:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]
         weights["embed_tokens.W"] = weights["embed_tokens.W"][: ranks[-1]]
-    small = _filled(small, {name: weights[name] for name in small.state_dict()})
+    small = _fill(small, {name: weights[name] for name in small.state_dict()})
     return small.train(model.training)
 
 
 def save(model: Transformer, directory: Path) -> None:
-    """Write config.json, model.safetensors (table merged, names of Hugging Face) and, beside them,
-    the nesting."""
+    """Write config.json, model.safetensors (merged table, Hugging Face's names) and the nesting."""
     cfg = model.cfg
     weights = {n: w.detach().float().cpu().contiguous() for n, w in model.state_dict().items()}
     if cfg.ranks:
@@ -244,10 +246,10 @@ def save(model: Transformer, directory: Path) -> None:
 
 
 def describe(cfg: config.Model, directory: Path) -> None:
-    """Write config.json and the nesting, which weights of this shape are beside."""
+    """Write config.json and the nesting, without weights."""
     hf = json.dumps(hf_config(cfg), indent=2) + "\n"
     (directory / "config.json").write_text(hf, encoding="utf-8")
-    # What computes attention is left out: a model trained by flash_attn also loads on a laptop.
+    # Without attention's implementation: a model trained with flash_attn also loads on a laptop.
     shape = {key: value for key, value in strict.to_dict(cfg).items() if key != "attention"}
     nesting = {"model": shape}
     (directory / NESTING).write_text(json.dumps(nesting, indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,16 @@
-"""Cut a smaller model out of a larger one: fewer layers, a narrower residual stream and MLP.
+"""Prune a model to fewer layers, a narrower residual stream and a narrower MLP.
 
 Attention heads, their width and the vocabulary stay, as in F2LLM-v2 (arXiv 2603.19223), whose 80M,
 160M and 330M are pruned from the 0.6B and then trained. How their layers, coordinates and units
-were chosen is not published; what is here is ours, in the manner of Minitron (arXiv 2407.14679):
-what a sample of text makes large is kept. The result is a start for training, not a model:
+were chosen is not published; the choice here is ours, similar to Minitron's (arXiv 2407.14679):
+those that are largest on a sample of text. The result has to be trained:
 
     python train.py RECIPE --init OUT
 
-Of the residual stream the same coordinates stay in every layer. RMSNorm then takes its mean over
-fewer of them, which keeps the scale where those that went were as large as those that stay. Nothing
-is rescaled: where they were all zero, what a norm gives is sqrt(kept / all) times what it was.
+Every layer keeps the same coordinates of the residual stream. RMSNorm then takes its mean over
+fewer of them, which keeps the scale if the removed ones were as large as the others. Nothing is
+rescaled: if the removed ones were all zero, a norm's output is sqrt(new / old width) times what it
+was.
 
 Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R rank.
 """
@@ -17,7 +18,7 @@ Letters: T packed tokens, D width, F inner width of the MLP, V vocabulary, R ran
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,23 +31,14 @@ from ..data import sources, tokenizer
 from ..data.packing import PackedBatch, budgeted, pack
 from .transformer import Transformer
 
-By = Literal["first", "magnitude", "activation"]
-
-# Along which axis a weight has the residual stream's coordinates, and the MLP's units.
-WIDTH = {
-    "embed_tokens.weight": 1,
-    "embed_tokens.W": 1,
-    "norm.weight": 0,
-    "input_layernorm.weight": 0,
-    "post_attention_layernorm.weight": 0,
-    "self_attn.q_proj.weight": 1,
-    "self_attn.k_proj.weight": 1,
-    "self_attn.v_proj.weight": 1,
-    "self_attn.o_proj.weight": 0,
-    "mlp.gate_proj.weight": 1,
-    "mlp.up_proj.weight": 1,
-    "mlp.down_proj.weight": 0,
-}
+# Axes of the weights along which the residual stream's coordinates lie, and the MLP's units.
+NORMS = ("norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight")
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+INPUTS = (
+    *("embed_tokens.weight", "embed_tokens.W", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    *(f"self_attn.{name}_proj.weight" for name in "qkv"),
+)
+WIDTH = dict.fromkeys(INPUTS, 1) | dict.fromkeys((*NORMS, *OUTPUTS), 0)
 UNITS = {
     "mlp.gate_proj.weight": 0,
     "mlp.up_proj.weight": 0,
@@ -57,39 +49,41 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays. layers: rising, from 1 on. width_D: int64, rising coordinates. units: int64,
-    rising, of each kept layer; as many in each."""
+    """Layers, coordinates and units to keep, each rising.
+
+    layers: from 1 on. width_D: int64 coordinates. units: int64 of each layer, equally many in each.
+    """
 
     layers: tuple[int, ...]
     width_D: Tensor
     units: tuple[Tensor, ...]
 
 
-def spread(layers: int, keep: int) -> tuple[int, ...]:
-    """`keep` of layers 1..`layers`, evenly spaced, the first and the last among them.
+def spread(layers: int, count: int) -> tuple[int, ...]:
+    """Return `count` of layers 1..`layers`, evenly spaced from the first to the last.
 
-    Layer 1 + round(i (L - 1) / (keep - 1)) for i = 0..keep - 1, halves up. Of one, the first: what
-    follows the embedding.
+    Layer 1 + round(i (L - 1) / (count - 1)) for i = 0..count - 1, halves up; for one, the first.
 
     Raises:
-        ValueError: keep outside 1..layers.
+        ValueError: count outside 1..layers.
     """
-    if not 1 <= keep <= layers:
-        raise ValueError(f"layers: expected 1..{layers} (the model's), got {keep}")
-    if keep == 1:
+    if not 1 <= count <= layers:
+        raise ValueError(f"layers: expected 1..{layers} (the model's), got {count}")
+    if count == 1:
         return (1,)
-    return tuple(1 + (2 * i * (layers - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))
+    return tuple(1 + (2 * i * (layers - 1) + count - 1) // (2 * (count - 1)) for i in range(count))
 
 
-def prune(model: Transformer, kept: Selection) -> Transformer:
-    """A copy with the kept layers, coordinates and units, fp32, on the CPU.
+def prune(model: Transformer, selection: Selection) -> Transformer:
+    """Return a copy with the selected layers, coordinates and units, fp32, on the CPU.
 
-    Exits: where the kept layers are the first ones, those among them and the last, as
-    `pretrained.cut` has them; otherwise the default ones of that depth, as no kept layer sees any
-    more what it was trained on. Prefixes: those below the new width, and it. Ranks: those that the
-    new width allows, W's columns being cut as any table's are; with none left, a plain table.
+    Exits: if the layers are the first ones, the exits among them and the last layer, as in
+    `pretrained.cut`; otherwise the default ones, since every layer gets other inputs than in
+    training. Prefixes: those below the new width, and the width. Ranks: those up to the new width
+    (W loses columns like any table); a plain table if none is left.
     """
-    cfg = pruned_config(model.cfg, kept.layers, len(kept.width_D), len(kept.units[0]))
+    width, ffn = len(selection.width_D), len(selection.units[0])
+    cfg = pruned_config(model.cfg, selection.layers, width, ffn)
     weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     if model.cfg.ranks:
         U, W = (weights.pop(f"embed_tokens.{name}") for name in "UW")
@@ -98,24 +92,24 @@ def prune(model: Transformer, kept: Selection) -> Transformer:
             weights |= {"embed_tokens.U": U[:, :most], "embed_tokens.W": W[:most]}
         else:
             weights["embed_tokens.weight"] = U.float() @ W.float()
-    small = Transformer(cfg)
-    places = {old: new for new, old in enumerate(kept.layers)}
+    places = {old: new for new, old in enumerate(selection.layers)}
     state = {}
     for name, weight in weights.items():
-        layer, part = _place(name)
+        layer, part = _split_name(name)
         if layer and layer not in places:
             continue
         if part in WIDTH:
-            weight = weight.index_select(WIDTH[part], kept.width_D)
+            weight = weight.index_select(WIDTH[part], selection.width_D)
         if layer and part in UNITS:
-            weight = weight.index_select(UNITS[part], kept.units[places[layer]])
+            weight = weight.index_select(UNITS[part], selection.units[places[layer]])
         state[f"layers.{places[layer]}.{part}" if layer else name] = weight.float()
+    small = Transformer(cfg)
     small.load_state_dict(state)
     return small.eval()
 
 
-def _place(name: str) -> tuple[int, str]:
-    """A weight's layer, from 1 on, 0 for none, and its name within."""
+def _split_name(name: str) -> tuple[int, str]:
+    """Return the layer of a weight, from 1 on or 0 outside of layers, and its name in the layer."""
     if not name.startswith("layers."):
         return 0, name
     _, layer, part = name.split(".", 2)
@@ -123,7 +117,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def pruned_config(cfg: config.Model, layers: Sequence[int], width: int, ffn: int) -> config.Model:
-    """The shape of what is left, see `prune`.
+    """Return the shape of a pruned model, see `prune`.
 
     Raises:
         ValueError: layers that do not rise in 1..depth, a width or an MLP beyond the model's, a
@@ -138,22 +132,23 @@ def pruned_config(cfg: config.Model, layers: Sequence[int], width: int, ffn: int
             raise ValueError(f"{name}: expected 1..{most} (the model's), got {got}")
     if cfg.style == "bert" and width != cfg.hidden_size:
         raise ValueError(
-            f"width: expected {cfg.hidden_size} of a BERT, whose heads together are as wide and "
-            f"stay, got {width}"
+            f"width: expected {cfg.hidden_size} of a BERT, whose heads together have that width "
+            f"and stay, got {width}"
         )
-    L, prefix = len(layers), list(layers) == list(range(1, len(layers) + 1))
+    L = len(layers)
+    first = list(layers) == list(range(1, L + 1))
     return replace(
         cfg,
         num_hidden_layers=L,
         hidden_size=width,
         intermediate_size=ffn,
-        exits=(*(e for e in cfg.exits if e < L), L) if prefix else (),
+        exits=(*(e for e in cfg.exits if e < L), L) if first else (),
         matryoshka_dims=(*(d for d in cfg.matryoshka_dims if d < width), width),
         ranks=tuple(rank for rank in cfg.ranks if rank <= width),
     )
 
 
-# ---- what is kept ----
+# ---- selection ----
 
 
 def choose(
@@ -161,73 +156,38 @@ def choose(
     layers: Sequence[int],
     width: int,
     ffn: int,
-    by: By = "first",
-    batches: Iterable[PackedBatch] = (),
+    batches: Iterable[PackedBatch] | None = None,
 ) -> Selection:
-    """The `width` coordinates and, in each kept layer, the `ffn` units that score highest.
+    """Return the `width` coordinates and, in each of `layers`, the `ffn` units to keep.
 
-    Scores by `by`, float64; of equal ones the first is kept.
+    Without text, the first ones: Matryoshka training makes them useful on their own. With text,
+    those that score highest (float64; the first of equal scores):
 
-    - first: falling from the first on. For models of Matryoshka training, whose first coordinates
-      are trained to do alone.
-    - magnitude: of a coordinate, its share of the squares of every matrix that reads or writes it,
-      summed over the matrices, each counting alike. Of a unit, the product of the norms of its
-      weights: what it can add at most.
-    - activation: of a coordinate, its share of the mean |x| of the residual stream before every
-      layer and behind the last one, these summed, each counting alike, as deeper ones are larger.
-      Of a unit, the mean |inner activation| times the norm of its column of down_proj: the size of
-      what it adds.
+    - a coordinate's score is its share of the mean |x| of the residual stream, summed over the
+      inputs of all layers and the output of the last one; shares, since deeper streams are larger.
+    - a unit's score is the mean |inner activation| times the norm of its column of down_proj: the
+      size of what it adds.
 
     Args:
-        batches: packed text, for activation. Every token counts once.
+        batches: packed text; every token counts once.
 
     Raises:
-        ValueError: as `pruned_config`; activation without text, or text without activation.
+        ValueError: see `pruned_config`; batches without text.
     """
-    cfg = model.cfg
-    pruned_config(cfg, layers, width, ffn)
-    D, inner = cfg.hidden_size, cfg.intermediate_size
-    if by == "activation":
-        of_width, of_units = _by_activation(model, batches)
-    elif any(True for _ in batches):
-        raise ValueError(f"data: expected none for pruning by {by}, got some")
-    elif by == "magnitude":
-        of_width, of_units = _by_magnitude(model)
-    else:
-        of_width = -torch.arange(D, dtype=torch.float64)
-        of_units = [-torch.arange(inner, dtype=torch.float64)] * cfg.num_hidden_layers
-    units = tuple(_highest(of_units[layer - 1], ffn) for layer in layers)
-    return Selection(tuple(layers), _highest(of_width, width), units)
+    pruned_config(model.cfg, layers, width, ffn)
+    if batches is None:
+        return Selection(tuple(layers), torch.arange(width), (torch.arange(ffn),) * len(layers))
+    width_D, units = _activation_scores(model, batches)
+    highest = tuple(_highest(units[layer - 1], ffn) for layer in layers)
+    return Selection(tuple(layers), _highest(width_D, width), highest)
 
 
-def _highest(scores: Tensor, keep: int) -> Tensor:
-    """Rising places of the `keep` highest scores."""
-    return scores.argsort(descending=True, stable=True)[:keep].sort().values
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Return the rising indices of the `count` highest scores."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _by_magnitude(model: Transformer) -> tuple[Tensor, list[Tensor]]:
-    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
-    of_width = torch.zeros(model.cfg.hidden_size, dtype=torch.float64)
-    of_units: list[Tensor] = [torch.ones(())] * model.cfg.num_hidden_layers
-    for name, weight in weights.items():
-        layer, part = _place(name)
-        if part in WIDTH and weight.ndim == 2:
-            squares_D = _squares(weight, WIDTH[part])
-            if part == "embed_tokens.W":  # of U W: column d is U W_d, so W_d^T (U^T U) W_d
-                U, W = weights["embed_tokens.U"].double(), weight.double()
-                squares_D = ((U.T @ U) @ W).mul_(W).sum(0)
-            of_width += squares_D / squares_D.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        if layer and part in UNITS and weight.ndim == 2:
-            of_units[layer - 1] = of_units[layer - 1] * _squares(weight, UNITS[part])
-    return of_width, of_units
-
-
-def _squares(weight: Tensor, axis: int) -> Tensor:
-    """Sums of squares of a matrix's rows (axis 0) or columns (1), float64."""
-    return weight.double().square().sum(1 - axis)
-
-
-def _by_activation(
+def _activation_scores(
     model: Transformer, batches: Iterable[PackedBatch]
 ) -> tuple[Tensor, list[Tensor]]:
     sums, units, tokens = _activations(model, batches)
@@ -235,21 +195,22 @@ def _by_activation(
         raise ValueError("data: expected text for pruning by activation, got none")
     shares = sums / sums.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     layers: Any = model.layers
-    down = [_squares(layer.mlp.down_proj.weight.detach().cpu(), 1).sqrt() for layer in layers]
-    return shares.sum(0), [of / tokens * norm for of, norm in zip(units, down, strict=True)]
+    down = [layer.mlp.down_proj.weight.detach().cpu().double() for layer in layers]
+    norms = [weight.square().sum(0).sqrt() for weight in down]
+    return shares.sum(0), [x / tokens * norm for x, norm in zip(units, norms, strict=True)]
 
 
 @torch.no_grad()
 def _activations(
     model: Transformer, batches: Iterable[PackedBatch]
 ) -> tuple[Tensor, list[Tensor], int]:
-    """Sums over tokens of |residual stream| [L + 1, D] and of |inner activation| [F] of each layer,
-    float64, and how many tokens there were."""
+    """Return sums over tokens of |residual stream| [L + 1, D] and, for each layer, of
+    |inner activation| [F], float64, and the number of tokens."""
     L, D = model.cfg.num_hidden_layers, model.cfg.hidden_size
     stream = torch.zeros(L + 1, D, dtype=torch.float64)
     units = [torch.zeros(model.cfg.intermediate_size, dtype=torch.float64) for _ in range(L)]
     tokens = 0
-    with _watched(model, stream, units):
+    with _add_activations(model, stream, units):
         for batch in batches:
             model(batch.to(model.device), exits=[L])
             tokens += batch.plan.tokens
@@ -257,23 +218,20 @@ def _activations(
 
 
 @contextmanager
-def _watched(model: Transformer, stream: Tensor, units: list[Tensor]) -> Iterator[None]:
-    """Inside, what passes through the model is added to these."""
+def _add_activations(model: Transformer, stream: Tensor, units: list[Tensor]) -> Iterator[None]:
+    """Add the absolute activations of forward passes inside the block to `stream` and `units`."""
 
     def add(x: Tensor, to: Tensor) -> None:
         to += x.abs().sum(0, dtype=torch.float64).cpu()
 
-    def before(to: Tensor) -> Any:
+    def add_input(to: Tensor) -> Any:
         return lambda module, args: add(args[0], to)
 
-    def behind(to: Tensor) -> Any:
-        return lambda module, args, out: add(out, to)
-
     layers: Any = model.layers
-    hooks = [layers[-1].register_forward_hook(behind(stream[-1]))]
+    hooks = [layers[-1].register_forward_hook(lambda module, args, out: add(out, stream[-1]))]
     for i, layer in enumerate(layers):
-        hooks.append(layer.register_forward_pre_hook(before(stream[i])))
-        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(before(units[i])))
+        hooks.append(layer.register_forward_pre_hook(add_input(stream[i])))
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(add_input(units[i])))
     try:
         yield
     finally:
@@ -292,7 +250,7 @@ def sample(
     texts: int,
     seed: int,
 ) -> Iterator[PackedBatch]:
-    """`texts` texts of the sources, all if there are fewer, drawn alike from all, packed.
+    """Return packs of `texts` texts of the sources (all if there are fewer), drawn uniformly.
 
     Prompts are left out.
 
@@ -303,22 +261,22 @@ def sample(
         raise ValueError(f"texts: expected 1 or more, got {texts}")
     tables = sources.tables_of(data)
     ends = np.cumsum([len(table.texts) for table in tables])
-    chosen = np.random.default_rng(seed).permutation(ends[-1])[:texts]
-    of = np.searchsorted(ends, chosen, side="right")
-    found = [
-        tables[table].texts[row - (ends[table - 1] if table else 0)]
-        for table, row in zip(of.tolist(), chosen.tolist(), strict=True)
+    rows = np.random.default_rng(seed).permutation(ends[-1])[:texts]
+    places = np.searchsorted(ends, rows, side="right")
+    drawn = [
+        tables[place].texts[row - (ends[place - 1] if place else 0)]
+        for place, row in zip(places.tolist(), rows.tolist(), strict=True)
     ]
-    ids = tokenizer.tokenize(tokens, found, max_length)
+    ids = tokenizer.tokenize(tokens, drawn, max_length)
     lengths = np.array([len(text) for text in ids], dtype=np.int64)
     return (pack([ids[row] for row in rows]) for rows in budgeted(lengths, max_tokens))
 
 
 def target(cfg: config.Model, shape: str) -> config.Model:
-    """A published shape that `cfg` can be pruned to.
+    """Return a published shape that `cfg` can be pruned to.
 
     Raises:
-        ValueError: no shape of that name (with near ones), one of other heads, vocabulary or style.
+        ValueError: an unknown name (with near ones), other heads, vocabulary or style.
     """
     if shape not in shapes.SHAPES:
         near = strict.near(shape, shapes.SHAPES)

@@ -1,22 +1,21 @@
-"""Cut a model to one (dim, exit, rank), as the libraries that people run read it.
+"""Cut a model to one (dim, exit, rank) and write it in the form that other libraries read.
 
 The directory is a plain Qwen3, BERT or XLM-R model of `exit` layers with the vocabulary merged at
-`rank`, and sentence-transformers modules under the names that every version from 5.0 on maps:
+`rank`, and sentence-transformers modules under names that every version from 5.0 on maps:
 
     Transformer -> Pooling -> (Dense: BERT's pooler) -> (Dense: the first `dim`) -> Normalize
 
-BERT's pooler is written twice: as the module, and as the model's own for transformers, which gives
-it as `pooler_output`. The last Dense module is a 0/1 matrix. `truncate_dim` would do less: readers
-before 5.4 ignore it, later ones apply it after Normalize, which leaves vectors shorter than one.
-Readers before 5.4 also take the space around a text away, after its prompt; we and later ones keep
-it.
+BERT's pooler is written twice: as the module, and as the model's own pooler, whose output
+transformers returns as `pooler_output`. The last Dense module is a 0/1 matrix. `truncate_dim` would
+do less: readers before 5.4 ignore it, later ones apply it after Normalize, which leaves vectors
+shorter than one. Readers before 5.4 also strip the space around a text, after its prompt; mlembed
+and later readers keep it.
 
-config.json has what text-embeddings-inference requires beside what transformers does: the id of
-EOS, `initializer_range`, and which way attention looks in its own word. That is by its source; it
-has not been run on such a directory.
+config.json also has what text-embeddings-inference requires: the id of EOS, `initializer_range`,
+and its own key for bidirectional attention. This follows its source; it has not been run.
 
-Format onnx adds onnx/model.onnx (to_onnx.py). There is no GGUF: PyPI's `gguf` writes such files,
-but what turns a model into one lives in llama.cpp's repository alone.
+Format onnx adds onnx/model.onnx (to_onnx.py). GGUF is left to llama.cpp, whose repository has the
+only converter.
 """
 
 import json
@@ -29,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import Model
@@ -38,15 +37,16 @@ from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained
 from ..modeling.transformer import Transformer
-from ..runtime.files import atomic_directory
+from ..runtime import files
 from . import model_card, to_onnx
 
 MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"
 TOLERANCE = 1e-5
-SHARD = 5_000_000_000  # bytes of the largest file of weights, as the hub's own libraries have it
-LONGEST = 512  # tokens of the longest probe: the 40,960 that Qwen3 allows take a CPU hours
-PROBES = (  # several scripts and lengths, an empty text, what is in no vocabulary
+SHARD = 5_000_000_000  # Bytes of the largest file of weights, like transformers.
+LONGEST = 512  # Tokens of the longest probe: Qwen3's 40,960 take hours on a CPU.
+# Several scripts and lengths, an empty text, a character in no vocabulary.
+PROBES = (
     "Wednesday, May 4, 2050",
     "2050 թ. մայիսի 4, չորեքշաբթի",
     "বুধবার, ৪ মে, ২০৫০ এবং আরও কয়েকটি শব্দ যা এই লেখাটিকে দীর্ঘ করে তোলে",
@@ -71,20 +71,20 @@ def export(
     license: str = "",
     repo: str = "",
 ) -> float:
-    """Write the cut model to `out`, once its vectors were checked; -> their largest difference.
+    """Write the cut model to `out` and check its vectors; return their largest difference.
 
     At most two copies of the model are in memory: its own, and the cut or one reader's.
 
     Args:
-        dim: 1..width; full by default. exit: 1..depth. rank: 1..stored.
+        dim, exit, rank: 1 to the width, depth and stored rank, which are the defaults.
         formats: of FORMATS; the directory is always one for sentence-transformers.
-        source: what the encoder was loaded from; of a run, the model card says how it came to be.
-        license: of the weights, as the hub spells it ("apache-2.0"), for the model card.
-        repo: of the hub ("me/small-model"), where the card's snippets are to find it.
+        source: path or hub id of the encoder; a run's model card says how the model was made.
+        license: of the weights, in the hub's spelling ("apache-2.0"), for the model card.
+        repo: on the hub ("me/small-model"), which the card's snippets then name.
 
     Raises:
-        ValueError: a dim, exit or rank that the model lacks, another format, `out` without a name
-            or not empty, vectors that differ, packages for onnx that are missing.
+        ValueError: a dim, exit, rank or format that does not exist, `out` without a name or not
+            empty, vectors that differ, missing packages for onnx.
     """
     if not out.name:
         raise ValueError(f"out: expected a new directory with a name of its own, got {out}")
@@ -93,8 +93,8 @@ def export(
     exit = cfg.num_hidden_layers if exit is None else exit
     cfg.check(dim, exit, rank)
     check_formats(formats, out)
-    of = model_card.origin(source)
-    with atomic_directory(out) as partial:
+    origin = model_card.find_origin(source)
+    with files.atomic_directory(out) as partial:
         pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
         split(partial, SHARD)
         tokenizer.save(encoder.tokenizer, partial, encoder.max_length)
@@ -104,14 +104,14 @@ def export(
             if "onnx" in formats:
                 to_onnx.write(partial)
             worst = check(partial, encoder, dim, exit, rank)
-        made = model_card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
-        text = model_card.write(encoder, made, of, license)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        cut = model_card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
+        card = model_card.write(encoder, cut, origin, license)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return worst
 
 
 def check_formats(formats: Sequence[str], out: Path) -> None:
-    """ValueError where one is not of FORMATS, or its packages are missing."""
+    """Raise ValueError if a format is not one of FORMATS, or a package for it is missing."""
     for name in formats:
         if name == "gguf":
             raise ValueError(
@@ -125,132 +125,120 @@ def check_formats(formats: Sequence[str], out: Path) -> None:
 
 
 def split(directory: Path, most: int) -> None:
-    """Where model.safetensors has more than `most` bytes, files of at most that many, or of one
-    tensor, and an index of them, as transformers reads it. One file's tensors are in memory."""
+    """Split model.safetensors into files of at most `most` bytes, with an index, if it is larger.
+
+    Its tensors are mapped, not read, so one file's tensors are in memory at a time.
+    """
     whole = directory / "model.safetensors"
-    if whole.stat().st_size <= most:
-        return
-    with safe_open(whole, framework="pt") as tensors:
-        shards: list[list[str]] = [[]]
-        room = total = 0
-        for name in tensors.keys():
-            size = 4 * int(np.prod(tensors.get_slice(name).get_shape()))  # pretrained.save: fp32
-            total += size
-            if shards[-1] and room < size:
-                shards.append([])
-            room = (room if shards[-1] else most) - size
-            shards[-1].append(name)
-        weight_map: dict[str, str] = {}
-        for i, names in enumerate(shards, 1):
-            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(names, file)
-            some = {name: tensors.get_tensor(name) for name in names}
-            save_file(some, directory / file, metadata={"format": "pt"})
-    whole.unlink()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(directory / f"{whole.name}.index.json", index)
+    if whole.stat().st_size > most:
+        weights = load_file(whole)
+        whole.unlink()
+        save_torch_state_dict(weights, directory, max_shard_size=most)
 
 
 def complete_config(directory: Path, encoder: Encoder) -> None:
-    """Add to config.json what text-embeddings-inference reads there, and transformers need not."""
+    """Add the keys to config.json that text-embeddings-inference requires."""
     cfg, path = encoder.model.cfg, directory / "config.json"
     eos = tokenizer.special_tokens(encoder.tokenizer)["eos_token"]
-    more: dict[str, Any] = {"eos_token_id": encoder.tokenizer.token_to_id(eos)}
+    keys: dict[str, Any] = {"eos_token_id": encoder.tokenizer.token_to_id(eos)}
     if cfg.style == "bert":
-        more["initializer_range"] = 0.02
+        keys["initializer_range"] = 0.02
     elif not cfg.causal:
-        more["use_bidirectional_attention"] = True
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | more)
+        keys["use_bidirectional_attention"] = True
+    write_json(path, files.read_json(path) | keys)
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, and the directory that it is in."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> None:
-    """modules.json and what it names. Keys and class names are those of 5.0, which later ones map;
-    text-embeddings-inference also needs `max_seq_length` and the two first pooling keys."""
-    cfg = encoder.model.cfg
-    D = cfg.hidden_size
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    layers = dense_layers(encoder, dim)
-    modules += [(f"{i}_Dense", "Dense") for i in range(2, 2 + len(layers))]
+    """Write modules.json and the modules that it names.
+
+    Keys and class names are those of 5.0, which later versions map. text-embeddings-inference also
+    requires `max_seq_length` and the first two pooling keys.
+    """
+    cfg, layers = encoder.model.cfg, dense_layers(encoder, dim)
+    dense = [f"{i}_Dense" for i in range(2, 2 + len(layers))]
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *((path, "Dense") for path in dense)]
     modules.append((f"{len(modules)}_Normalize", "Normalize"))
-    listed = [
-        {"idx": i, "name": str(i), "path": path, "type": f"{MODULES}.{name}"}
-        for i, (path, name) in enumerate(modules)
-    ]
     pooling = {
-        "word_embedding_dimension": D,
-        "pooling_mode_cls_token": cfg.pooling in ("cls", "pooler"),
-        "pooling_mode_mean_tokens": cfg.pooling == "mean",
-        "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_sqrt_len_tokens": False,
-        "pooling_mode_weightedmean_tokens": False,
-        "pooling_mode_lasttoken": cfg.pooling == "last",
-        "include_prompt": True,
+        "cls_token": cfg.pooling in ("cls", "pooler"),
+        "mean_tokens": cfg.pooling == "mean",
+        "max_tokens": False,
+        "mean_sqrt_len_tokens": False,
+        "weightedmean_tokens": False,
+        "lasttoken": cfg.pooling == "last",
     }
-    settings = {
-        "model_type": "SentenceTransformer",
-        "__version__": {
-            "sentence_transformers": "5.0.0",
-            "transformers": "4.57.0",
-            "pytorch": "2.11.0",
-        },
-        # MTEB asks for these two by name; text-embeddings-inference takes nothing but strings.
-        "prompts": {"query": "", "document": ""} | encoder.prompts,
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    }
-    files = {
-        "modules.json": listed,
+    versions = {"sentence_transformers": "5.0.0", "transformers": "4.57.0", "pytorch": "2.11.0"}
+    contents: dict[str, Any] = {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"{MODULES}.{name}"}
+            for i, (path, name) in enumerate(modules)
+        ],
         "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": settings,
-        "1_Pooling/config.json": pooling,
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "__version__": versions,
+            # MTEB asks for these two by name; text-embeddings-inference reads strings only.
+            "prompts": {"query": "", "document": ""} | encoder.prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": cfg.hidden_size,
+            **{f"pooling_mode_{mode}": on for mode, on in pooling.items()},
+            "include_prompt": True,
+        },
     }
-    for i, (weights, activation) in enumerate(layers, 2):
-        files[f"{i}_Dense/config.json"] = {
-            "in_features": D,
+    for path, (weights, activation) in zip(dense, layers, strict=True):
+        contents[f"{path}/config.json"] = {
+            "in_features": cfg.hidden_size,
             "out_features": len(weights["linear.weight"]),
             "bias": "linear.bias" in weights,
             "activation_function": activation,
         }
-    for name, content in files.items():
+    for name, content in contents.items():
         write_json(directory / name, content)
-    for i, (weights, _) in enumerate(layers, 2):
-        save_file(weights, directory / f"{i}_Dense" / "model.safetensors")
+    for path, (weights, _) in zip(dense, layers, strict=True):
+        save_file(weights, directory / path / "model.safetensors")
 
 
 def dense_layers(encoder: Encoder, dim: int) -> list[tuple[dict[str, Tensor], str]]:
-    """The Dense modules behind pooling, each its weights and its activation's class."""
-    model, D = encoder.model, encoder.model.cfg.hidden_size
-    layers: list[tuple[dict[str, Tensor], str]] = []
+    """Return the weights of each Dense module after pooling, and its activation's class."""
+    model, layers = encoder.model, list[tuple[dict[str, Tensor], str]]()
     if model.cfg.pooling == "pooler":
-        own = {name: x.detach().float().cpu() for name, x in model.pooler.named_parameters()}
-        named = {f"linear.{name}": x.contiguous() for name, x in own.items()}
-        layers.append((named, "torch.nn.modules.activation.Tanh"))
-    if dim < D:
-        cut = {"linear.weight": torch.eye(dim, D)}
-        layers.append((cut, "torch.nn.modules.linear.Identity"))
+        weights = {
+            f"linear.{name}": weight.detach().float().cpu().contiguous()
+            for name, weight in model.pooler.named_parameters()
+        }
+        layers.append((weights, "torch.nn.modules.activation.Tanh"))
+    if dim < model.cfg.hidden_size:
+        weights = {"linear.weight": torch.eye(dim, model.cfg.hidden_size)}
+        layers.append((weights, "torch.nn.modules.linear.Identity"))
     return layers
 
 
-# ---- as others read it ----
+# ---- other readers ----
 
 
 def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | None) -> float:
-    """Largest difference of any coordinate between our vectors, by the whole model stopped at
-    `exit`, and those of the written directory: read by sentence-transformers, by transformers alone
-    with pooling done here, and by onnxruntime where there is a graph.
+    """Return the largest difference between vectors of the whole model, stopped at `exit`, and of
+    the written directory.
+
+    Its readers are sentence-transformers, transformers with pooling done here, and onnxruntime if
+    there is a graph.
 
     Raises:
-        ValueError: a difference above 1e-5, or above what fp32 itself is off (`noise`), or
-            not-a-number; a reader that allows texts of another length.
+        ValueError: a difference that is NaN, or above 1e-5 and above fp32's own error (`noise`); a
+            reader that allows texts of another length, or has another prompt.
     """
     limit = min(encoder.max_length, LONGEST)
     ours = replace(encoder, model=plain(encoder.model), bf16=False, max_length=limit)
-    texts = [*PROBES, " ".join([PROBES[2]] * limit)]  # the last is longer than any may be
+    # The last text is longer than the limit.
+    texts = [*PROBES, " ".join([PROBES[2]] * limit)]
     expected = ours.encode(texts, dim, exit, rank)
     worst, allowed = 0.0, TOLERANCE
 
@@ -260,24 +248,25 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
             got = vectors.shape[-2:]
             raise ValueError(f"{reader}: expected vectors {expected.shape}, read {got}")
         difference = float(np.abs(vectors - expected).max())
+        # A NaN is not below anything.
         if not difference < allowed:
             allowed = max(allowed, noise(ours, texts, expected, dim, exit, rank))
-        if not difference < allowed:  # also when it is not a number, which max() would drop
+        if not difference < allowed:
             raise ValueError(
                 f"{reader}: expected the model's own vectors within {allowed:.1e}, got {difference}"
             )
         worst = max(worst, difference)
 
-    compare("sentence-transformers", by_sentence_transformers(directory, encoder, ours, texts))
-    compare("transformers", by_transformers(directory, ours, texts))
+    compare("sentence-transformers", read_by_sentence_transformers(directory, encoder, ours, texts))
+    compare("transformers", read_by_transformers(directory, ours, texts))
     if (directory / to_onnx.FILE).is_file():
-        compare("onnxruntime", by_onnxruntime(directory, ours, texts))
+        compare("onnxruntime", read_by_onnxruntime(directory, ours, texts))
     return worst
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers draws no bars and reports no weights that nothing reads: a pooler's."""
+    """Silence transformers' progress bars, and its reports of weights that no reader uses."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -292,36 +281,32 @@ def quiet() -> Iterator[None]:
 
 
 def plain(model: Transformer) -> Transformer:
-    """The same weights in fp32, eager, by an attention that has it; those that are fp32 already are
-    the model's own, not copies."""
+    """Return the model in fp32, eager, with an attention that supports it.
+
+    Weights that are fp32 already are shared with `model`.
+    """
     with torch.device("meta"):
         same = Transformer(replace(model.cfg, attention="auto"))
     same.load_state_dict({n: w.float() for n, w in model.state_dict().items()}, assign=True)
     return same.eval()
 
 
-def noise(
-    ours: Encoder,
-    texts: Sequence[str],
-    expected: np.ndarray,
-    dim: int,
-    exit: int,
-    rank: int | None,
-) -> float:
-    """What two readers may differ by in fp32: four times what ours is off from float64, as both err
-    and in another order of sums by more. 0 where that is so much, or not a number, that nothing
-    could be told. Only deep or badly conditioned models need it.
+def noise(ours: Encoder, texts: Sequence[str], expected: np.ndarray, *size: int | None) -> float:
+    """Return the difference that fp32 allows between two readers: four times our own error.
+
+    Our error is the distance to float64; a reader errs as well, and sums in another order. An error
+    that is NaN or above 1e-3 allows nothing, as it would hide a wrong reader. Only deep or badly
+    conditioned models need this allowance.
     """
-    exact = replace(ours, model=plain(ours.model).double()).encode(texts, dim, exit, rank)
-    off = float(np.abs(exact - expected).max())
-    return 4 * off if off < 1e-3 else 0.0
+    exact = replace(ours, model=plain(ours.model).double()).encode(texts, *size)
+    error = float(np.abs(exact - expected).max())
+    return 4 * error if error < 1e-3 else 0.0
 
 
-def by_sentence_transformers(
+def read_by_sentence_transformers(
     directory: Path, encoder: Encoder, ours: Encoder, texts: list[str]
 ) -> np.ndarray:
-    """-> [N, dim]. ValueError where it allows texts of another length than `encoder`, or puts
-    something else before a text than a prompt."""
+    """Return vectors [N, dim]. ValueError if the length limit or a prompt is not the encoder's."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
@@ -334,8 +319,8 @@ def by_sentence_transformers(
     vectors = model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
     for name, prompt in encoder.prompts.items():
         by_name = model.encode(texts[:2], prompt_name=name, show_progress_bar=False)
-        behind = model.encode([prompt + t for t in texts[:2]], show_progress_bar=False)
-        if not np.array_equal(by_name, behind):
+        prompted = model.encode([prompt + t for t in texts[:2]], show_progress_bar=False)
+        if not np.array_equal(by_name, prompted):
             raise ValueError(
                 f"sentence-transformers: expected prompt {name!r} to be {prompt!r}, got "
                 f"{model.prompts.get(name)!r}"
@@ -344,7 +329,7 @@ def by_sentence_transformers(
 
 
 def tokens_of(directory: Path, ours: Encoder, texts: list[str], kind: str) -> dict[str, Any]:
-    """input_ids and attention_mask by transformers' own tokenizer, padded as it pads."""
+    """Return input_ids and attention_mask of transformers' tokenizer, padded."""
     from transformers import AutoTokenizer
 
     reader = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -354,8 +339,8 @@ def tokens_of(directory: Path, ours: Encoder, texts: list[str], kind: str) -> di
     return {name: tokens[name] for name in to_onnx.INPUTS}
 
 
-def by_transformers(directory: Path, ours: Encoder, texts: list[str]) -> np.ndarray:
-    """As one would without sentence-transformers -> [N, dim]."""
+def read_by_transformers(directory: Path, ours: Encoder, texts: list[str]) -> np.ndarray:
+    """Return vectors [N, dim], pooled and cut here."""
     from transformers import AutoModel
 
     hf = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
@@ -373,38 +358,39 @@ def by_transformers(directory: Path, ours: Encoder, texts: list[str]) -> np.ndar
 
 
 def width(directory: Path, cfg: Model) -> int:
-    """Of the vectors of a written directory: its last Dense module's, or the model's."""
+    """Return the width of a written directory's vectors: the last Dense module's or the model's."""
     layers = sorted(directory.glob("*_Dense/config.json"))
-    return json.loads(layers[-1].read_text())["out_features"] if layers else cfg.hidden_size
+    return files.read_json(layers[-1])["out_features"] if layers else cfg.hidden_size
 
 
-def by_onnxruntime(directory: Path, ours: Encoder, texts: list[str]) -> np.ndarray:
-    """-> [2, N, dim]: in one padded batch, and one by one."""
+def read_by_onnxruntime(directory: Path, ours: Encoder, texts: list[str]) -> np.ndarray:
+    """Return vectors [2, N, dim]: of one padded batch, and of each text alone."""
     return to_onnx.read(directory, tokens_of(directory, ours, texts, "np"))
 
 
-# ---- the command ----
+# ---- the hub ----
 
 
 def push(directory: Path, repo: str, private: bool) -> str:
-    """Make a new repository of the hub and upload the directory, in one commit; -> its address.
+    """Create a repository on the hub and upload the directory in one commit; return its address.
 
     Raises:
-        ValueError: no token, no network, a repository of that name, a card that the hub refuses.
+        ValueError: a missing token or network, a repository that exists, a card that the hub
+            rejects.
     """
     from huggingface_hub import HfApi, ModelCard
 
     try:
-        # Asked first, as an upload asks it last: with a repository made, and left empty.
+        # An upload validates the card last, and would leave an empty repository.
         ModelCard.load(directory / "README.md").validate()
         api = HfApi()
         address = api.create_repo(repo, private=private)
         api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"mlembed {repo}")
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         again = f"hf upload {repo} {directory}{' --private' if private else ''}"
         raise ValueError(
-            f"push-to-hub: {repo} was not uploaded: {reason}; {directory} is complete, and goes "
-            f"there by `hf auth login`, then `{again}`"
+            f"push-to-hub: {repo} was not uploaded: {reason}; {directory} is complete: run "
+            f"`hf auth login`, then `{again}`"
         ) from None
     return str(address)

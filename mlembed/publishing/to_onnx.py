@@ -1,24 +1,22 @@
-"""An exported directory to one ONNX graph, from token ids to the unit vector.
+"""Convert an exported directory to one ONNX graph, from token ids to the unit vector.
 
     input_ids, attention_mask: int64 [batch, sequence], padded on the right
     last_hidden_state: fp32 [batch, sequence, D]; sentence_embedding: fp32 [batch, dim]
 
-The graph is the model as transformers reads it back, with pooling, Dense modules and Normalize as
-modules.json has them. File and names are those that readers look for: optimum, and through it
-sentence-transformers' onnx backend, and transformers.js take onnx/model.onnx, and of it
-last_hidden_state; what is behind it they compute themselves, or take sentence_embedding. Segments
-are no input, as a text has but one: readers feed what a graph asks for.
+The graph is the model that transformers reads back, then the pooling, Dense modules and Normalize
+of modules.json. Readers look for these names: optimum, and through it sentence-transformers' onnx
+backend, and transformers.js open onnx/model.onnx and use last_hidden_state, after which they pool
+themselves, or sentence_embedding. The graph has no segment ids as input, as a text has but one
+segment; readers feed the inputs that a graph names.
 
-A protobuf ends at 2 GiB: above it weights are beside the graph, in onnx/model.onnx_data, as
-transformers.js and text-embeddings-inference call it.
+A protobuf ends at 2 GiB. Larger weights go to onnx/model.onnx_data, the name that transformers.js
+and text-embeddings-inference use.
 """
 
 import importlib
-import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +24,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..runtime.files import read_json
+
 FILE = "onnx/model.onnx"
-OPSET = 18  # the oldest that torch's exporter writes without a conversion afterwards
-MOST_INLINE = 2_000_000_000  # bytes of weights; a protobuf holds 2^31, the graph included
+OPSET = 18  # The oldest version that torch's exporter writes without a conversion.
+MOST_INLINE = 2_000_000_000  # Bytes of weights; a protobuf holds 2^31 with the graph.
 INPUTS, OUTPUTS = ["input_ids", "attention_mask"], ["last_hidden_state", "sentence_embedding"]
 
 
 def require() -> None:
-    """ValueError where a package that writing or reading ONNX takes is missing."""
+    """Raise ValueError if a package that writes or reads ONNX is missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
@@ -45,7 +45,7 @@ def require() -> None:
 
 
 class Pipeline(nn.Module):
-    """A transformers model and what a directory's modules.json lists behind it."""
+    """A transformers model, and the modules that modules.json lists after it."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
@@ -54,18 +54,18 @@ class Pipeline(nn.Module):
         self.encoder = AutoModel.from_pretrained(
             directory, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
         )
-        pooling = _json(directory / "1_Pooling" / "config.json")
+        pooling = read_json(directory / "1_Pooling" / "config.json")
         self.pooling = next(k for k, on in pooling.items() if k.startswith("pooling_mode_") and on)
         self.dense = nn.ModuleList(
             _dense(directory / module["path"])
-            for module in _json(directory / "modules.json")
+            for module in read_json(directory / "modules.json")
             if module["type"].endswith(".Dense")
         )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """-> last_hidden_state [B, S, D], sentence_embedding [B, dim]."""
-        read = self.encoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = read.last_hidden_state
+        """Return last_hidden_state [B, S, D] and sentence_embedding [B, dim]."""
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = output.last_hidden_state
         if self.pooling == "pooling_mode_cls_token":
             pooled = hidden[:, 0]
         elif self.pooling == "pooling_mode_mean_tokens":
@@ -80,24 +80,20 @@ class Pipeline(nn.Module):
 
 
 def _dense(directory: Path) -> nn.Module:
-    """A Dense module of sentence-transformers: its layer, and tanh where it has that."""
+    """Return a Dense module of sentence-transformers: its layer, and its tanh if it has one."""
     weights = load_file(directory / "model.safetensors")
     weight, bias = weights["linear.weight"], weights.get("linear.bias")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-    activation = _json(directory / "config.json")["activation_function"].rpartition(".")[2]
+    activation = read_json(directory / "config.json")["activation_function"].rpartition(".")[2]
     return nn.Sequential(layer, nn.Tanh()) if activation == "Tanh" else layer
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def write(directory: Path, most_inline: int = MOST_INLINE) -> Path:
-    """Add `onnx/model.onnx` to an exported directory; -> its path. Whoever calls compares.
+    """Add onnx/model.onnx to an exported directory; return its path. The caller compares vectors.
 
     Args:
-        most_inline: bytes of weights up to which they are in the graph's own file.
+        most_inline: bytes of weights that still go into the graph's own file.
 
     Raises:
         ValueError: onnx, onnxscript or onnxruntime is not installed.
@@ -107,17 +103,18 @@ def write(directory: Path, most_inline: int = MOST_INLINE) -> Path:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     pipeline = Pipeline(directory).eval().requires_grad_(False)
-    # Batch and length are neither 1 nor equal, and some rows are padded: nothing is taken for
-    # constant that is not. Padding is what a tokenizer pads with, as XLM-R counts positions by it.
+    # Batch and length are neither 1 nor equal, and one row is padded, so that the exporter takes no
+    # size for a constant. The padding token is the true one, as XLM-R counts positions by it.
     pad = pipeline.encoder.config.pad_token_id or 0
     length = min(7, pipeline.encoder.config.max_position_embeddings - pad - 1)
     mask = torch.ones(3, length, dtype=torch.int64)
     mask[0, length // 2 :] = 0
     ids = torch.where(mask > 0, pad + 1, pad)
     axes = {0: "batch", 1: "sequence"}
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)  # it warns of packages that no model here uses
+    # Torch's exporter warns of packages that no model here uses.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -132,34 +129,35 @@ def write(directory: Path, most_inline: int = MOST_INLINE) -> Path:
                 verbose=False,
             )
     finally:
-        noisy.setLevel(level)
+        logger.setLevel(level)
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # stack traces, with paths of this machine
+    # The metadata has stack traces with paths of this machine.
+    ClearMetadataAndDocStringPass()(program.model)
     path = directory / FILE
     path.parent.mkdir()
     size = sum(w.numel() * w.element_size() for w in pipeline.parameters())
-    beside = f"{path.name}_data" if size > most_inline else None
-    onnx_ir.save(program.model, path, external_data=beside)
+    data = f"{path.name}_data" if size > most_inline else None
+    onnx_ir.save(program.model, path, external_data=data)
     return path
 
 
 def read(directory: Path, tokens: dict[str, np.ndarray]) -> np.ndarray:
-    """sentence_embedding of tokenised texts by onnxruntime -> fp32 [2, N, dim]: of all as one
-    padded batch, and of each alone, without padding.
+    """Return onnxruntime's sentence_embedding, fp32 [2, N, dim]: of all texts as one padded batch,
+    and of each text alone, without padding.
 
     Args:
         tokens: input_ids and attention_mask, int64 [N, S].
     """
     import onnxruntime
 
-    quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 3
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        directory / FILE, quiet, providers=["CPUExecutionProvider"]
+        directory / FILE, options, providers=["CPUExecutionProvider"]
     )
     (together,) = session.run(OUTPUTS[1:], {name: tokens[name] for name in INPUTS})
     alone = []
     for ids, mask in zip(*(tokens[name] for name in INPUTS), strict=True):
-        one = {"input_ids": ids[None, mask > 0], "attention_mask": mask[None, mask > 0]}
-        alone.append(session.run(OUTPUTS[1:], one)[0])
+        text = {"input_ids": ids[None, mask > 0], "attention_mask": mask[None, mask > 0]}
+        alone.append(session.run(OUTPUTS[1:], text)[0])
     return np.stack([together, np.concatenate(alone)])

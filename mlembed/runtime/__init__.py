@@ -1,1 +1,1 @@
-"""Files, caches, checkpoints, processes and logs."""
+"""Files, cache, checkpoints, processes, logs and errors."""

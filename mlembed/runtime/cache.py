@@ -1,169 +1,132 @@
-"""What is computed once and read from disk afterwards, memory-mapped: text and tokens.
+"""On-disk cache for results that are computed once: text, tokens, vocabulary factors.
 
-An entry is a directory $MLEMBED_CACHE/KIND/KEY (by default under ~/.cache/mlembed), the key a
-digest of all that it is made from. It is written beside its place and renamed when it is whole, so
-that of several processes each finds either nothing or all of it.
+An entry is a directory $MLEMBED_CACHE/KIND/KEY (by default under ~/.cache/mlembed); its key is a
+digest of everything that it is made from. It is built under another name and renamed once it is
+complete, so that a process sees all of an entry or nothing.
 """
 
 import atexit
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
-import pyarrow as pa
+from filelock import FileLock
 
 from .files import flush
 
 T = TypeVar("T")
-WHOLE = "whole.json"  # an entry's files and their sizes, written last
-CHUNK = 8192  # texts at once
+WHOLE = "whole.json"  # Sizes, or digests, of an entry's files; written last.
 
 
-def kept(kind: str, key: str, build: Callable[[Path], None], open: Callable[[Path], T]) -> T:
-    """`open(directory)` of an entry, which `build(directory)` writes where there is none.
+def cached(
+    kind: str,
+    key: str,
+    build: Callable[[Path], None],
+    open: Callable[[Path], T],
+    digests: bool = False,
+) -> T:
+    """Return `open(directory)` of an entry, which `build(directory)` writes if it is missing.
 
-    An entry whose files are missing or of other sizes is replaced. Where the cache cannot be
-    written, that is a warning, and the entry is made in a temporary directory that goes when the
-    process ends. Of processes on one machine one builds an entry and the others wait for it; on
-    several machines that share a cache two may build it at the same time: one's stays.
+    An entry whose files are missing or damaged is replaced. If the cache cannot be written, that is
+    a warning, and the entry is built in a temporary directory that is removed when the process
+    ends. On one machine one process builds an entry while others wait; two machines that share a
+    cache may build it at the same time, and the first to end wins.
+
+    Args:
+        digests: compare every byte of an entry with what was written, not only the sizes of files.
     """
     home = Path(os.path.expanduser(os.environ.get("MLEMBED_CACHE") or "~/.cache/mlembed"))
     place = home / kind / key
-    if _is_whole(place):
-        return open(place)
+    if _is_whole(place, digests):
+        with suppress(FileNotFoundError):  # Another process may delete it at any time.
+            return open(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place):
-            if not _is_whole(place):  # another process's by now
+        with _lock(home / "locks" / f"{kind}-{key}"):
+            if not _is_whole(place, digests):
                 with tempfile.TemporaryDirectory(prefix=".partial-", dir=place.parent) as partial:
-                    _build(Path(partial) / key, build)
-                    _put(Path(partial) / key, place)
+                    _build(Path(partial) / key, build, digests)
+                    _put(Path(partial) / key, place, digests)
+            with suppress(FileNotFoundError):
+                return open(place)
     except OSError as error:
         warnings.warn(
-            f"{place}: {kind} could not be kept there, and will be made again: {error}",
+            f"{place}: {kind} could not be stored, and will be computed again: {error}",
             stacklevel=2,
         )
-        place = Path(tempfile.mkdtemp(prefix="mlembed-")) / key
-        atexit.register(shutil.rmtree, place.parent, ignore_errors=True)
-        _build(place, build)
+    place = Path(tempfile.mkdtemp(prefix="mlembed-")) / key
+    atexit.register(shutil.rmtree, place.parent, ignore_errors=True)
+    _build(place, build, digests)
     return open(place)
 
 
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Of the processes of this machine one at a time is inside, for each place: eight that tokenise
-    the same text beside each other take eight times as long. The lock goes with its holder, however
-    that ends; where there are no locks, nobody waits."""
-    lock = place.with_name(f".lock-{place.name}")
-    with lock.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an entry's lock, so that only one process of this machine builds it.
+
+    The lock ends with its holder, however that ends. On file systems without locks nobody waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    with suppress(NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _build(directory: Path, build: Callable[[Path], None]) -> None:
+def _build(directory: Path, build: Callable[[Path], None], digests: bool) -> None:
     directory.mkdir()
     build(directory)
-    sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
-    (directory / WHOLE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    marks = {path.name: _mark(path, digests) for path in directory.iterdir()}
+    (directory / WHOLE).write_text(json.dumps(marks) + "\n", encoding="utf-8")
     for path in [*directory.iterdir(), directory]:
         flush(path)
 
 
-def _put(made: Path, place: Path) -> None:
-    """Rename a whole entry to its place, in place of a damaged one but not of another's."""
-    if place.exists() and not _is_whole(place):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            place.rename(made.with_name("damaged"))  # goes with the temporary directory
+def _put(made: Path, place: Path, digests: bool) -> None:
+    """Rename an entry to its place. It replaces a damaged entry, but not a complete one."""
+    if place.exists() and not _is_whole(place, digests):
+        with suppress(FileNotFoundError):  # Another process has replaced it.
+            place.rename(made.with_name("damaged"))  # Removed with the temporary directory.
     try:
         made.rename(place)
         flush(place.parent)
     except OSError:
-        if not _is_whole(place):  # whole: another process's, of the same key
+        if not _is_whole(place, digests):  # Otherwise another process has written the same entry.
             raise
 
 
-def _is_whole(place: Path) -> bool:
+def _is_whole(place: Path, digests: bool) -> bool:
     try:
-        sizes = json.loads((place / WHOLE).read_text(encoding="utf-8"))
-        return all((place / name).stat().st_size == size for name, size in sizes.items())
+        marks = json.loads((place / WHOLE).read_text(encoding="utf-8"))
+        return all(_mark(place / name, digests) == mark for name, mark in marks.items())
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def digest(*notes: Any, files: Iterable[Path] = ()) -> str:
-    """sha256 of values with a json form and of files' contents."""
+def _mark(path: Path, digests: bool) -> int | str:
+    """Return what an entry's list says of a file: its size, or a digest of its bytes."""
+    return digest(files=[path]) if digests else path.stat().st_size
+
+
+def digest(*notes: Any, files: Iterable[Path] = (), arrays: Iterable[Any] = ()) -> str:
+    """Return the sha256 of values with a json form, contents of files, and bytes of arrays."""
     total = hashlib.sha256(json.dumps(notes).encode())
     for path in files:
         with path.open("rb") as file:
             total.update(f"\n{path.stat().st_size}\n".encode())
             while block := file.read(2**22):
                 total.update(block)
+    for array in arrays:
+        total.update(f"\n{array.nbytes}\n".encode())
+        total.update(array.data)
     return total.hexdigest()
-
-
-# ---- texts ----
-
-
-class Texts(Sequence[str]):
-    """The texts of an Arrow file that `Writer` wrote, memory-mapped: read as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with pa.memory_map(str(path)) as file:
-            self.column = pa.ipc.open_file(file).read_all().column(0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Texts, (self.path,)  # another process maps the file itself
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return self.column[row].to_pylist()
-        return self.column[int(row)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        for begin in range(0, len(self), CHUNK):
-            yield from self[begin : begin + CHUNK]
-
-
-class Writer:
-    """Texts to an Arrow file, some thousand at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.waiting = path, list[str]()
-        schema = pa.schema([("text", pa.large_string())])
-        self.file = pa.ipc.new_file(str(path), schema)
-
-    def extend(self, texts: Iterable[str]) -> None:
-        self.waiting += texts
-        if len(self.waiting) >= CHUNK:
-            self._write()
-
-    def _write(self) -> None:
-        column = pa.array(self.waiting, pa.large_string())
-        self.file.write_batch(pa.record_batch([column], names=["text"]))
-        self.waiting = []
-
-    def close(self) -> Texts:
-        if self.waiting:
-            self._write()
-        self.file.close()
-        return Texts(self.path)

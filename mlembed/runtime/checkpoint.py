@@ -1,11 +1,11 @@
-"""Save and find training state. A checkpoint is complete or it is not there.
+"""Save, find and load checkpoints of training, atomically and with a hash of every file.
 
-`checkpoints/step_00000500/` holds safetensors that torch.distributed.checkpoint writes, of every
-process the shards that it has: `model.<name>`, `optimizer.<parameter>.<key>`, `rng.<device>.<rank>`
-and what else a run hands over. Beside them are the json files of a model directory, so that encode
-and export read it, and `state.json`: the step, how many processes there were, and size and sha256
-of every file. It is written under another name, flushed to disk, then renamed; only then are older
-ones deleted.
+`checkpoints/step_00000500/` holds safetensors, written by torch.distributed.checkpoint, with the
+shards of every process: `model.<name>`, `optimizer.<parameter>.<key>`, `rng.<device>.<rank>`, and
+further tensors of the run. Next to them are the json files of a model directory, so that encode and
+export read it, and `state.json`: the step, the number of processes, size and sha256 of every file.
+A checkpoint is written under another name, flushed to disk, then renamed; then older ones are
+deleted.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ from torch.distributed.fsdp import FSDPModule
 from .files import SHARDS, flush
 
 STATE = "state.json"
-FILE = 2**30  # bytes of a file, about: each is put together in memory before it is written
+FILE = 2**30  # Approximate bytes of a file, which is assembled in memory before it is written.
 
-# Alone, a process has no group, which is no mistake. Here, as filters are no thread's own.
+# A single process has no group. The filter is global, since filters of threads do not exist.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 T = TypeVar("T")
@@ -47,12 +47,13 @@ T = TypeVar("T")
 def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
 ) -> dict[str, Tensor]:
-    """What training goes on from: weights, the optimiser's moments and step counts, and the random
-    state of this process. Tensors are those in use; DTensors stay what they are.
+    """Return weights, the optimiser's moments and step counts, and this process's random state.
+
+    The tensors are not copies; DTensors stay DTensors.
 
     Args:
-        model: without DistributedDataParallel around it. What FSDP2 has gathered is divided again:
-            gathered parameters are other objects than those that the optimiser knows.
+        model: without DistributedDataParallel around it. Parameters that FSDP2 has gathered are
+            resharded, since the optimiser refers to the shards.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -68,24 +69,20 @@ def training_tensors(
 
 
 class Saver:
-    """Writes the checkpoints of a run, in the background if asked to, one at a time.
+    """Write the checkpoints of a run while training continues, one at a time.
 
-    Made, used and closed by all processes alike. As a context manager it waits at the end for what
-    is being written, which has to be before the process group ends: gloo aborts otherwise.
+    All processes construct, use and close it together. As a context manager it waits at its end for
+    the checkpoint being written: gloo aborts if the process group ends first.
 
     Args:
-        directory: `checkpoints`, one for all processes; no other run writes there.
-        rank, size: this process, and how many there are.
-        keep: how many checkpoints to keep, the new one included.
-        background: copy to host memory and write while training goes on; else write at once.
+        directory: `checkpoints`, shared by all processes; no other run writes there.
+        rank, size: this process, and the number of processes.
+        keep: number of checkpoints to keep, the new one included.
     """
 
-    def __init__(
-        self, directory: Path, rank: int, size: int, keep: int, background: bool = True
-    ) -> None:
-        self.directory, self.rank, self.size = directory, rank, size
-        self.keep, self.background = keep, background
-        # Its own, so that what the writing thread sends does not mix with training's collectives.
+    def __init__(self, directory: Path, rank: int, size: int, keep: int) -> None:
+        self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
+        # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo") if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -95,37 +92,36 @@ class Saver:
     ) -> None:
         """Write `step_<step>`, unless it is there already, and delete all but the `keep` newest.
 
-        Waits for the checkpoint before it. Once this returns, tensors may change.
+        Waits for the checkpoint before it, then copies the tensors to host memory; once this
+        returns, tensors may change.
 
         Args:
-            tensors: by name. A DTensor is written in shards; any other tensor that several
-                processes name is written once, by one of them, and has to be the same on all.
-            write_beside: writes config.json and the like into a directory, on the main process; in
-                the background if that is where checkpoints are written.
+            tensors: by name. A DTensor is written in shards. Another tensor that several processes
+                name must be equal on all of them; one process writes it.
+            write_beside: writes config.json and the like into a directory, in the background of
+                the main process.
 
         Raises:
-            ValueError: it, or the one before it, could not be written, on all processes alike;
-                earlier checkpoints are untouched.
+            ValueError: the checkpoint before it could not be written; raised on all processes.
+                Earlier checkpoints are untouched.
         """
         self.wait()
-        if not self.background:
-            now = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-            return self._write(step, now, write_beside)
         form = torch.contiguous_format
-        copies = {  # of DTensors, DTensors on the host
+        # Copies of DTensors are DTensors in host memory.
+        copies = {
             name: tensor.detach().to("cpu", copy=True, memory_format=form)
             for name, tensor in tensors.items()
         }
         self.writing = self.thread.submit(self._write, step, copies, write_beside)
 
     def wait(self) -> None:
-        """Until all is on disk.
+        """Wait until the checkpoint being written is on disk.
 
         Raises:
-            ValueError: it could not be written. Said once; the next call has nothing to wait for.
+            ValueError: it could not be written. Raised once; later calls return immediately.
         """
         if (writing := self.writing) is not None:
-            wait_for([writing])  # interrupted, it can be waited for again
+            wait_for([writing])  # A call that is interrupted here can be repeated.
             self.writing = None
             writing.result()
 
@@ -151,13 +147,13 @@ class Saver:
         try:
             self.close()
         except ValueError:
-            if error is None:  # else what ended the block is said
+            if error is None:  # An error that ended the block comes first.
                 raise
 
     def _write(
         self, step: int, tensors: dict[str, Tensor], write_beside: Callable[[Path], None]
     ) -> None:
-        """A checkpoint, by all processes together."""
+        """Write a checkpoint; all processes call it together."""
         target = self.directory / f"step_{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
         try:
@@ -175,15 +171,17 @@ class Saver:
                 files |= written
             state = {"step": step, "processes": self.size, "files": dict(sorted(files.items()))}
             self._on_main(lambda: _finish(state, partial, target))
-        except (ValueError, RuntimeError) as error:  # RuntimeError: gloo lost a process
+        except (ValueError, RuntimeError) as error:  # gloo raises RuntimeError if a process dies.
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"{target}: could not be written: {error}") from error
         self._on_main(lambda: _prune(self.directory, self.keep))
 
     def _written(self, partial: Path, write_beside: Callable[[Path], None]) -> dict[str, Any]:
-        """Size and sha256 of each file that this process wrote, flushed: its shards and, on the
-        main process, what is beside them."""
+        """Flush the files that this process wrote; return the size and sha256 of each.
+
+        The main process writes the files next to the shards as well.
+        """
         paths = list(partial.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
         if self.rank == 0:
             write_beside(partial)
@@ -198,10 +196,10 @@ class Saver:
         }
 
     def _everywhere(self, what: Callable[[], T]) -> list[T]:
-        """What `what` gives on every process, in rank order.
+        """Return the results of `what()` on every process, in rank order.
 
         Raises:
-            ValueError: it failed on one; raised by all, as others would wait for ever otherwise.
+            ValueError: it failed on one process; all processes raise it, so that none waits.
         """
         mine: tuple[T | None, str | None]
         cause = None
@@ -211,25 +209,25 @@ class Saver:
             known = isinstance(error, OSError | ValueError | SafetensorError)
             mine = None, str(error) if known else f"{type(error).__name__}: {error}"
             cause = error
-        found: list[Any] = [mine]
+        results: list[Any] = [mine]
         if self.group is not None:
-            found = [None] * self.size
-            dist.all_gather_object(found, mine, group=self.group)
-        for _, reason in found:
+            results = [None] * self.size
+            dist.all_gather_object(results, mine, group=self.group)
+        for _, reason in results:
             if reason is not None:
                 raise ValueError(reason) from cause
-        return [result for result, _ in found]
+        return [result for result, _ in results]
 
     def _on_main(self, what: Callable[[], T]) -> T | None:
-        """What `what` gives on the main process, to all; ValueErrors as `_everywhere`."""
+        """Return the result of the main process's `what()` on all. Raises like `_everywhere`."""
         return self._everywhere(lambda: what() if self.rank == 0 else None)[0]
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """Several files a process, each of one kind (model, optimizer, ..) and of about FILE bytes."""
+    """Writer of several files a process, each of about FILE bytes and one kind (model, rng, ..)."""
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Called by the main process with what each process is to write."""
+        """Assign tensors to files; the main process calls it with the plans of all processes."""
         sizes = {
             item.index.fqn: item.tensor_data.properties.dtype.itemsize
             * item.tensor_data.size.numel()
@@ -242,7 +240,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         for name in sorted(sizes):
             kind = name.partition(".")[0]
             new = kind != last or room < sizes[name]
-            # Processes share a tensor, or the tensors, so that each writes about its part.
+            # Processes share a tensor, or the tensors, so each writes about one part of FILE.
             room = (FILE * len(plans) if new else room) - sizes[name]
             files[name] = max(files.values(), default=0) + new
             last = kind
@@ -251,19 +249,19 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
 
 def _begin(target: Path, partial: Path) -> bool:
-    """Make way for a checkpoint; -> whether there is one to write."""
-    if (target / STATE).is_file():  # saved already, by the same step of the same run
+    """Prepare the directory of a checkpoint; return False if it has been saved before."""
+    if (target / STATE).is_file():
         return False
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError("expected nothing there yet, found something")
-    for left in target.parent.glob(".step_*.partial"):  # by a process that was killed
+        raise ValueError("expected a new directory, got one with other files")
+    for left in target.parent.glob(".step_*.partial"):  # Left by a process that was killed.
         shutil.rmtree(left)
     partial.mkdir(parents=True)
     return True
 
 
 def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
-    """Write `state.json`; everything is on disk before the name is."""
+    """Write `state.json`, flush everything to disk, and give the checkpoint its name."""
     for name, file in state["files"].items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
@@ -274,15 +272,15 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
     for path in (*partial.rglob("*"), partial):
         if path.is_dir():
             flush(path)
-    partial.rename(target)  # replaces an empty directory, never a full one
+    partial.rename(target)  # This replaces an empty directory, never a full one.
     flush(target.parent)
 
 
 def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints. ValueError where one cannot be deleted."""
+    """Delete all but the newest checkpoints. ValueError if one cannot be deleted."""
     for old in complete(directory)[:-keep]:
         try:
-            (old / STATE).unlink()  # first: a deletion that is interrupted leaves nothing complete
+            (old / STATE).unlink()  # First, so that an interrupted deletion leaves none complete.
             shutil.rmtree(old)
         except OSError as error:
             raise ValueError(f"{old}: could not be deleted: {error}") from None
@@ -290,34 +288,35 @@ def _prune(directory: Path, keep: int) -> None:
 
 @contextmanager
 def _one_line_failures() -> Iterator[None]:
-    """torch.distributed.checkpoint's exception, which is no Exception, as a ValueError."""
+    """Raise torch.distributed.checkpoint's exception, a BaseException, as a ValueError."""
     try:
         yield
     except dcp.CheckpointException as error:
-        of_all = [f"process {rank}: {one}" for rank, (one, _) in error.failures.items()]
-        raise ValueError("; ".join(of_all)) from error
+        failures = [f"process {rank}: {one}" for rank, (one, _) in error.failures.items()]
+        raise ValueError("; ".join(failures)) from error
 
 
 # ---- finding ----
 
 
 def complete(directory: Path) -> list[Path]:
-    """All checkpoints in a directory, oldest first."""
+    """Return all checkpoints in a directory, oldest first."""
     return sorted(path.parent for path in directory.glob(f"step_*/{STATE}"))
 
 
 def newest(
     directory: Path, say: Callable[[str], None] = print, set_aside: bool = False
 ) -> Path | None:
-    """The last checkpoint in which every file is what was written, None where there is none at all.
-    For the main process: every byte is read.
+    """Return the newest checkpoint whose files match their hashes, or None without a checkpoint.
+
+    It reads every byte, so only the main process should call it.
 
     Args:
-        say: told of each damaged one that is newer, in a line.
+        say: called with a line about each damaged checkpoint that is newer.
         set_aside: rename these to `damaged_step_..`, so that their steps can be saved again.
 
     Raises:
-        ValueError: there are some, all damaged; none is renamed.
+        ValueError: all checkpoints are damaged; none is renamed.
     """
     bad: list[tuple[Path, str]] = []
     good = None
@@ -328,10 +327,8 @@ def newest(
         bad.append((path, what))
     if good is None and complete(directory):
         lines = "; ".join(f"{path.name}/{what}" for path, what in bad)
-        raise ValueError(
-            f"{directory}: expected a checkpoint that is whole, all are damaged: {lines}"
-        )
-    if good is None:  # nothing but what was left of deletions
+        raise ValueError(f"{directory}: expected an intact checkpoint, all are damaged: {lines}")
+    if good is None:  # Only the remains of deletions.
         return None
     for path, what in bad:
         note = ""
@@ -345,42 +342,44 @@ def newest(
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint: `state.json` not as it was written, and each file that is
-    missing, surplus (a shard that would be read), of another size or of another content. None if
-    nothing is."""
+    """Return what is wrong with a checkpoint, or None.
+
+    Checked are the hash of `state.json`, and whether files are missing, surplus (shards that would
+    be read), or of another size or content.
+    """
     try:
         state = json.loads((path / STATE).read_bytes())
         seal = state.pop("sha256")
     except FileNotFoundError:
-        return f"{STATE}: expected a file, found none"
+        return f"{STATE}: no such file"
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        return f"{STATE}: expected the json that was written, found other text ({error})"
-    if seal != (found := _seal(state)):
-        return f"{STATE}: expected sha256 {seal} of its contents, found {found}"
+        return f"{STATE}: expected the json that was written, got other text ({error})"
+    if seal != (actual := _seal(state)):
+        return f"{STATE}: expected sha256 {seal} of its contents, got {actual}"
     wrong, whole = [], {}
     for name, file in state["files"].items():
         if not (path / name).is_file():
-            wrong.append(f"{name}: expected a file, found none")
+            wrong.append(f"{name}: no such file")
         elif (size := (path / name).stat().st_size) != file["bytes"]:
-            wrong.append(f"{name}: expected {file['bytes']} bytes, found {size}")
+            wrong.append(f"{name}: expected {file['bytes']} bytes, got {size}")
         else:
             whole[path / name] = file["sha256"]
     for file, sum in zip(whole, _sha256_of(whole), strict=True):
         if sum != whole[file]:
             name = file.relative_to(path).as_posix()
-            wrong.append(f"{name}: expected sha256 {whole[file]}, found {sum}")
+            wrong.append(f"{name}: expected sha256 {whole[file]}, got {sum}")
     surplus = {file.name for file in path.glob("*.safetensors")} - state["files"].keys()
-    wrong += [f"{name}: expected no such file, found one" for name in sorted(surplus)]
+    wrong += [f"{name}: not a file of this checkpoint" for name in sorted(surplus)]
     return "; ".join(wrong) or None
 
 
 def _seal(state: dict[str, Any]) -> str:
-    """sha256 of what `state.json` says."""
+    """Return the sha256 of the contents of `state.json`."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256_of(paths: Iterable[Path]) -> list[str]:
-    """Of every file, several at once."""
+    """Return the sha256 of every file, reading several at once."""
 
     def one(path: Path) -> str:
         with open(path, "rb") as file:
@@ -396,18 +395,21 @@ def _sha256_of(paths: Iterable[Path]) -> list[str]:
 def restore(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int
 ) -> dict[str, Any]:
-    """Give a model, its optimiser and this process's random generators their saved state, in
-    place; -> the contents of `state.json`. Every process reads what it holds, whatever the number
-    of processes that saved and however these had divided the parameters.
+    """Load a model, its optimiser and this process's random state in place.
 
-    Random generators stay as they are if a run of another number of processes saved.
+    Every process reads its own shards, independent of how many processes saved them. Random
+    generators stay unchanged if another number of processes saved.
 
     Args:
-        model: without DistributedDataParallel around it; values go over in its dtypes.
-        optimizer: of this model; gets state, in the dtypes saved, for the parameters that had some.
+        model: without DistributedDataParallel around it; values are converted to its dtypes.
+        optimizer: optimiser of this model; gets state, in the saved dtypes, for the parameters that
+            had state.
+
+    Returns:
+        the contents of `state.json`.
 
     Raises:
-        ValueError: other names or shapes than the model's; files that cannot be read.
+        ValueError: names or shapes differ from the model's; files that cannot be read.
     """
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     stored = _stored(path)
@@ -419,7 +421,8 @@ def restore(
     names = {p: name for name, p in model.named_parameters()}
     optimizer.state.clear()
     for group in optimizer.param_groups:
-        on_device = bool(group.get("fused") or group.get("capturable"))  # where they want `step`
+        # These optimisers expect `step` on the device.
+        on_device = bool(group.get("fused") or group.get("capturable"))
         for parameter in group["params"]:
             for name in moments.get(names[parameter], ()):
                 made = _empty_state(parameter, stored[name], on_device)
@@ -446,7 +449,7 @@ def restore(
 
 
 def _empty_state(parameter: Tensor, stored: TensorStorageMetadata, on_device: bool) -> Tensor:
-    """Room for a moment, divided as the parameter is, or for a step count."""
+    """Return an empty moment, sharded like the parameter, or an empty step count."""
     if not stored.size:
         device = parameter.device if on_device else torch.device("cpu")
         return torch.zeros((), dtype=stored.properties.dtype, device=device)
@@ -454,11 +457,10 @@ def _empty_state(parameter: Tensor, stored: TensorStorageMetadata, on_device: bo
 
 
 def read(path: Path, prefix: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint whose names begin with `prefix`, whole and on the CPU, in the
-    shapes and dtypes saved; no group of processes is needed.
+    """Return the full tensors whose names begin with `prefix`, on the CPU; needs no process group.
 
     Raises:
-        ValueError: files that cannot be read, or not all that were written.
+        ValueError: files that are missing or cannot be read.
     """
     tensors = {
         name: torch.empty(one.size, dtype=one.properties.dtype)
@@ -470,21 +472,23 @@ def read(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape, dtype and shards of every tensor. ValueError where a shard is missing: torch would
-    leave its elements as they are."""
+    """Return shape, dtype and shards of every tensor.
+
+    A missing shard is a ValueError: torch would leave its elements unwritten.
+    """
     try:
-        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        tensors = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: could not be read: {error}") from None
-    for name, one in found.items():
+    for name, one in tensors.items():
         assert isinstance(one, TensorStorageMetadata)
         if sum(chunk.sizes.numel() for chunk in one.chunks) != one.size.numel():
             raise ValueError(f"{path}: {name}: expected all of its shards, some are missing")
-    return found  # type: ignore[return-value]  # narrowed above
+    return tensors  # type: ignore[return-value]  # The loop has narrowed the type.
 
 
 def _load(path: Path, into: dict[str, Tensor]) -> None:
-    """Fill tensors in place. No process waits for another: each reads what it holds."""
+    """Fill tensors in place; each process reads its own shards and waits for no other."""
     if into:
         try:
             with _one_line_failures():

@@ -1,4 +1,4 @@
-"""One process or `torchrun`: who am I, gather with gradient, and a clean end."""
+"""One process or `torchrun`: rank and size, gather with gradient, and a clean end."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `rank` 0 writes and speaks."""
+    """Rank of a process among `size`, and its device; rank 0 writes and prints."""
 
     rank: int
     size: int
@@ -39,11 +39,10 @@ def world(device: str = "auto") -> Iterator[World]:
     """Join the group that torchrun's environment describes, if any, and leave it at the end.
 
     Keep models and losses local to a function called inside, and close savers there: gloo aborts
-    when graphs that used the group are still alive as it is destroyed. `_release` does what it can
-    for those that are.
+    if graphs that used the group are alive when it is destroyed. `_release` removes some of them.
 
     Raises:
-        ValueError: a CUDA device was asked for, and there is none.
+        ValueError: `device` is cuda, and there is no CUDA device.
     """
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -55,9 +54,9 @@ def world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(where)
     if size > 1:
         store, *_ = next(dist.rendezvous("env://"))
-        own = fresh(store, rank, size)
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size)
+        part = fresh(store, rank, size)
+        dist.init_process_group(backend, store=part, rank=rank, world_size=size)
     try:
         yield World(rank, size, where)
     except BaseException as error:
@@ -77,11 +76,11 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 def _release() -> None:
-    """Delete what holds the process group, so that `destroy_process_group` ends it.
+    """Delete references to the process group, so that `destroy_process_group` ends it.
 
     A DistributedDataParallel that outlives the group would end it in the destructor of its reducer,
-    which holds Python's lock while it joins gloo's thread; that thread waits for the lock as long
-    as it has a tensor to drop. So a replica that is still alive loses its reducer here.
+    which holds Python's lock while it joins gloo's thread, which waits for that lock to free a
+    tensor. So replicas that are still alive lose their reducer here.
     """
     gc.collect()
     for replica in gc.get_objects():
@@ -91,26 +90,25 @@ def _release() -> None:
 
 
 def gather(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Rows of every process, in rank order, with gradient to every one of them.
+    """Return the rows of every process, in rank order, with gradients to all of them.
 
     Args:
-        x: [E, n, D], n = sizes[own rank].
-        sizes: rows of each process, known to all (no extra communication).
+        x: [E, n, D], n = sizes[rank].
+        sizes: rows of each process, known to all processes (no extra communication).
 
     Returns:
-        [E, size, D] of each process. The backward sums, for each row, what all processes' losses
-        ask of it.
+        [E, size, D] of each process. The backward sums each row's gradients over processes.
     """
     if len(sizes) == 1:
         return [x]
-    # Collectives move equal shapes: shorter shards are filled up with rows that are cut off again.
+    # Collectives move equal shapes: shorter shards are padded with rows that are cut off again.
     filled = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
     shards = _Gather.apply(filled, len(sizes)).unbind()
     return [shard[:, :n] for shard, n in zip(shards, sizes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):
-    """[E, n, D] of one shape everywhere -> [processes, E, n, D]; gradients are summed by owner."""
+    """Gather [E, n, D] of equal shapes -> [processes, E, n, D]; reduce-scatter the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
@@ -127,7 +125,7 @@ class _Gather(torch.autograd.Function):
 
 
 def any_process(flag: bool, where: World) -> bool:
-    """Whether the flag is set on any process (a Ctrl-C may reach only one of them)."""
+    """Return whether the flag is set on any process; Ctrl-C may reach only one of them."""
     if where.size == 1:
         return flag
     shared = torch.tensor([float(flag)], device=where.device)
@@ -136,11 +134,11 @@ def any_process(flag: bool, where: World) -> bool:
 
 
 def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of the store, the same on all processes, that no earlier attempt wrote to.
+    """Return a part of the store, shared by all processes, that no earlier attempt wrote to.
 
-    torchrun keeps one store over restarts, in which a process may still find the addresses of those
-    that died. So the main process draws a name; an answer to a question that carries a name of its
-    own is new, and so is an acknowledgement of an answer.
+    torchrun keeps one store over restarts, which may hold addresses of processes that died. So the
+    main process draws a name and answers questions of the others; each question carries a random
+    name, so its answer is new, and so is the acknowledgement of that answer.
     """
     if rank:
         question = uuid.uuid4().hex
@@ -157,7 +155,7 @@ def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def broadcast(number: int, where: World) -> int:
-    """The main process's number (int64), on all."""
+    """Return the main process's number (int64) on all processes."""
     if where.size == 1:
         return number
     shared = torch.tensor([number], dtype=torch.int64, device=where.device)

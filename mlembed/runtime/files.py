@@ -1,27 +1,85 @@
-"""Files and directories that are there whole or not at all."""
+"""Atomic files and directories, and JSON files whose errors name the line.
 
+A file or directory is written under a name of this process's own next to its place, flushed to
+disk, and renamed: other processes, and the next one after a crash, see all of it or nothing.
+"""
+
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-SHARDS = "shard-*.safetensors"  # weights of a training checkpoint (checkpoint.py)
+SHARDS = "shard-*.safetensors"  # Weights of a training checkpoint (checkpoint.py).
+
+
+# ---- names that must be free ----
+
+
+def check_new(path: Path, kind: str = "file", key: str = "out") -> None:
+    """Check that `path` is free to be written.
+
+    Args:
+        kind: "file", or "directory", which may exist if it is empty.
+        key: the option that the error names.
+
+    Raises:
+        ValueError: `path` exists, or no directory can be made for it.
+    """
+    empty = kind == "directory" and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not empty:
+        raise ValueError(f"{key}: expected a new {kind}, got {path}, which exists")
+    parent = next(above for above in path.absolute().parents if above.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"{key}: cannot create {path}: {parent} is not a writable directory")
+
+
+# ---- atomic writes ----
+
+
+@contextmanager
+def atomic_file(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a name to write to, in a directory that goes; the file becomes `target` on success.
+
+    Missing parents are made. The file has the mode that the process's umask gives a new file.
+
+    Args:
+        replace: overwrite an existing `target`, which is an error otherwise.
+
+    Raises:
+        ValueError: `target` exists, before or after the block; writing failed (disk full).
+    """
+    if not replace:
+        check_new(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            partial = Path(folder) / target.name
+            yield partial
+            flush(partial)
+            if not replace:
+                check_new(target)
+            partial.replace(target)
+        flush(target.parent)
+    except ChildProcessError:  # An OSError, but of a worker that computes, not of writing.
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{target}: could not be written: {error}") from None
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into that appears as `target` only if the block succeeds.
+    """Yield a directory to write into, which becomes `target` if the block succeeds.
 
     Raises:
         ValueError: `target` exists and is not an empty directory; writing failed (disk full).
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(
-            f"{target}: expected nothing there yet, found something; nothing was written"
-        )
+    check_new(target, "directory")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     missing = [path for path in target.parents if not path.exists()]
@@ -30,15 +88,21 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*")):
             flush(path)
-        partial.rename(target)  # replaces an empty directory, never a full one
+        partial.rename(target)  # This replaces an empty directory, never a full one.
         flush(target.parent)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{target}: could not be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for path in missing:  # made on the way; those that now hold something stay
+        for path in missing:  # Parents made here go again, unless they hold something by now.
             with suppress(OSError):
                 path.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file atomically. ValueError if it could not be written."""
+    with atomic_file(path, replace=True) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
@@ -50,13 +114,20 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+# ---- JSON ----
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file.
+
+    Raises:
+        ValueError: no such file, invalid UTF-8 or invalid JSON, with its place.
+    """
     try:
-        partial.write_text(text, encoding="utf-8")
-        flush(partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written: {error}") from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from None

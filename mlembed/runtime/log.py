@@ -1,7 +1,6 @@
-"""What a run says: header, progress bar, metrics.jsonl, a tracker, and one-line errors."""
+"""Output of a run: header, lines above the progress bar, metrics.jsonl, a tracker, stage times."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import files
@@ -20,25 +18,8 @@ from . import files
 METRICS = "metrics.jsonl"
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can cause ends in one clear line and exit status 1, without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:
-        if os.environ.get("MLEMBED_TRACEBACK"):
-            raise
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            reason = f"{error.filename}: {error.strerror}"
-        tqdm.write(f"error: {' '.join(reason.split())}", file=sys.stderr)
-        sys.exit(1)
-
-
 def header(device: torch.device) -> str:
-    """Commit, versions and device: what a result must be read with."""
+    """Return commit, versions and device, for the first line of a run."""
     return (
         f"mlembed {commit()} | python {platform.python_version()} | torch {torch.__version__} | "
         f"{device_name(device)}"
@@ -46,7 +27,7 @@ def header(device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU by its name, a CPU by the threads in use."""
+    """Return a GPU's name, or a CPU's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -54,8 +35,10 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, `+` when it has changes; `unknown` outside one."""
-    where = Path(__file__).parent
+    """Return the checkout's commit, with `+` if it has changes, or `unknown` outside of one."""
+    where = Path(__file__).parents[2]
+    if not (where / "train.py").is_file():  # Installed, maybe into another project's checkout.
+        return "unknown"
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=where, capture_output=True, text=True, check=True)
@@ -69,7 +52,7 @@ def commit() -> str:
 
 
 class Log:
-    """Metrics of one run, on the main process only: `metrics.jsonl` and, by name, a tracker."""
+    """Metrics of a run in `metrics.jsonl` and a tracker; only the main process writes."""
 
     def __init__(self, directory: Path, main: bool) -> None:
         self.path, self.main = directory / METRICS, main
@@ -77,7 +60,7 @@ class Log:
         self.close: Callable[[], None] = lambda: None
 
     def open(self, tracker: str, step: int) -> None:
-        """Begin to write after `step`: lines that the run will write again go, at 0 all of them.
+        """Begin to write after `step`; drop later lines, which the run will write again.
 
         Raises:
             ValueError: the tracker's package is not installed.
@@ -85,30 +68,29 @@ class Log:
         if not self.main:
             return
         if self.path.exists():
-            kept = [line for line in self.lines() if step and line["step"] <= step]
-            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            earlier = [line for line in self.lines() if step and line["step"] <= step]
+            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
         if tracker != "none":
             self.track, self.close = _tracker(tracker, self.path.parent, step)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was logged so far; a last line that was cut off by a crash is left out.
+        """Return the logged lines, without a last line that a crash cut off.
 
         Raises:
-            ValueError: another line that is none of ours.
+            ValueError: another line is not JSON.
         """
         if not self.path.exists():
             return []
-        found = []
-        whole = self.path.read_bytes().split(b"\n")[:-1]
-        for number, line in enumerate(whole, 1):
+        values = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
             try:
-                found.append(json.loads(line))
+                values.append(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"{self.path}:{number}: expected json, got {error}") from None
-        return found
+                raise ValueError(f"{self.path}:{number}: invalid JSON: {error}") from None
+        return values
 
     def metrics(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One line {"step", "kind", **values}; numbers, also nested ones, go to the tracker."""
+        """Write a line {"step", "kind", **values}; the tracker gets numbers, nested ones too."""
         if not self.main:
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -123,16 +105,18 @@ class Log:
 
 
 class Stages:
-    """Milliseconds of a step by stage. On CUDA they are the device's, between what it had been
-    given before and after: nothing waits for it until `take`. A stage inside another is not also
-    counted as that one's; what no stage took is `other`."""
+    """Milliseconds of a step by stage.
+
+    On CUDA the device's events are timed, so nothing waits for it until `take`. The time of an
+    inner stage does not count for the outer stage; the rest of the step is `other`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._open, self._spans = device, list[str](), list[tuple[Any, ...]]()
         self.begin()
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Start counting now."""
         self._spans.clear()
         self._since = time.perf_counter()
 
@@ -145,7 +129,7 @@ class Stages:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """What runs inside is that stage."""
+        """Count the block as the stage `name`."""
         outer = self._open[-1] if self._open else None
         self._open.append(name)
         begin = self._now()
@@ -156,7 +140,7 @@ class Stages:
             self._spans.append((name, outer, begin, self._now()))
 
     def take(self, steps: int) -> dict[str, float]:
-        """Of each stage, a step's mean since `begin`, which this is as well."""
+        """Return the mean per step of each stage since `begin`, and begin again."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         total: dict[str, float] = {}
@@ -173,7 +157,7 @@ class Stages:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a nested mapping, with slashed names."""
+    """Yield numbers of a nested mapping with slashed names."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}/")
@@ -182,26 +166,24 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def check_tracker(name: str) -> None:
-    """ValueError where the package of a tracker is not installed."""
+    """Raise ValueError if the package of a tracker is not installed."""
     try:
         if name not in ("tensorboard", "none"):
             __import__(name)
     except ImportError:
-        raise ValueError(
-            f"tracker: expected {name} to be installed, it is not: pip install {name}"
-        ) from None
+        raise ValueError(f"tracker: {name} is not installed: pip install {name}") from None
 
 
 def _tracker(
     name: str, directory: Path, step: int
 ) -> tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]:
-    """TensorBoard event files in the run's directory, or wandb / trackio under the run's name."""
+    """Return functions that write and close: TensorBoard's files, or wandb or trackio."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier file says of later steps is written again, and not to be shown.
-        again = step + 1 if step else 0
-        writer = SummaryWriter(str(directory / "tensorboard"), purge_step=again)
+        # The steps after `step` are written again, so TensorBoard hides those of earlier files.
+        purge = step + 1 if step else 0
+        writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
         def write(values: Mapping[str, float], step: int) -> None:
             for key, value in values.items():

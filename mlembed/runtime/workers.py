@@ -1,6 +1,6 @@
-"""Work beside: a thread one ahead, and processes that each keep what they were made with.
+"""Concurrent work in order: a thread one item ahead, and processes that keep their own state.
 
-Both keep the order of what they are given, and hold no more than what is under way.
+Both return results in the order of the items, and hold only the items in progress.
 """
 
 import contextlib
@@ -18,39 +18,42 @@ import torch
 
 A = TypeVar("A")
 B = TypeVar("B")
-LANES = 2  # jobs at once in a process: while one is on the device the other is made ready
-STARTING = 600.0  # seconds that a process has to say that it is there
-ENDING = 10.0  # and to end by itself, before it is made to
+# Jobs at once in a process: one runs on the device while the next one is prepared.
+LANES = 2
+# Seconds in which a process has to answer after its start, and to end before it is terminated.
+STARTING = 600.0
+ENDING = 10.0
 
 
 def ahead(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """function of each item, in order, the next one in a thread while the last is worked with.
+    """Yield `function(item)` in order, computing the next one in a thread.
 
-    Items are drawn by the caller's thread: what waits for input is not left behind in a thread.
+    The caller's thread iterates over `items`, so that no thread is left waiting for input.
     """
-    coming: Future[B] | None = None
+    future: Future[B] | None = None
     with ThreadPoolExecutor(1) as thread:
         for item in items:
-            last, coming = coming, thread.submit(function, item)
-            if last is not None:
-                yield last.result()
-        if coming is not None:
-            yield coming.result()
+            previous, future = future, thread.submit(function, item)
+            if previous is not None:
+                yield previous.result()
+        if future is not None:
+            yield future.result()
 
 
 class Workers:
-    """Processes, each with a function of its own: make(*arguments). They are spawned, so what makes
-    the function, its arguments, items and results are pickled, and a script that starts them guards
-    what it runs by its `__name__`, as such scripts do.
+    """Processes, each with a function of its own, `make(*arguments)`.
+
+    They are spawned, so `make`, arguments, items and results are pickled, and a script that starts
+    them runs its code under `if __name__ == "__main__":`.
 
     with Workers(make, [("cuda:0",), ("cuda:1",)], ["cuda:0", "cuda:1"]) as workers:
         for result in workers.map(items): ...
 
-    Up to LANES threads of a process are in its function at once: it has its own locks.
+    Up to LANES threads of a process call its function at once, which has to lock what they share.
 
     Raises:
-        ValueError: as a function raised it.
-        ChildProcessError: anything else that it raised, or a process that died; by name.
+        ValueError: raised by a function.
+        ChildProcessError: a function raised another error, or a process died; names the process.
     """
 
     def __init__(
@@ -62,21 +65,23 @@ class Workers:
         self.make, self.arguments, self.names = make, arguments, names
         self.processes: list[Any] = []
         self._lanes: list[tuple[int, Connection]] = []
-        self._burial = threading.Lock()  # of two who wait for a process one would hear nothing
+        # Serialises `join`: only one waiter is notified when a process dies.
+        self._join_lock = threading.Lock()
         self._free: queue.Queue[tuple[int, Connection]] = queue.Queue()
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
         try:
-            for number, own in enumerate(self.arguments):
+            for number, arguments in enumerate(self.arguments):
                 pipes = [context.Pipe() for _ in range(LANES)]
-                theirs = [there for _, there in pipes]
-                process = context.Process(target=_serve, args=(self.make, own, theirs), daemon=True)
+                ends = [child for _, child in pipes]
+                work = (self.make, arguments, ends)
+                process = context.Process(target=_serve, args=work, daemon=True)
                 self.processes.append(process)
-                self._lanes += [(number, here) for here, _ in pipes]
+                self._lanes += [(number, parent) for parent, _ in pipes]
                 process.start()
-                for there in theirs:  # the process's alone, so that its death is heard of
-                    there.close()
+                for end in ends:  # Only the child holds them, so that a crash is detected.
+                    end.close()
             for lane in self._lanes:
                 self._answer(lane, STARTING)
                 self._free.put(lane)
@@ -86,12 +91,13 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        begun = [process for process in self.processes if process.pid is not None]
         idle = self._free.qsize() == len(self._lanes)
-        if idle:  # they end when they hear that nothing comes any more
+        if idle:  # Processes end when their pipes are closed.
             for _number, lane in self._lanes:
                 lane.close()
-        for process in begun:
+        for process in self.processes:
+            if process.pid is None:
+                continue
             process.join(ENDING if idle else 0)
             if process.is_alive():
                 process.terminate()
@@ -102,24 +108,26 @@ class Workers:
         self.processes, self._lanes, self._free = [], [], queue.Queue()
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What the processes make of the items, in order. Ctrl-C, or an exit by a signal, while it
-        waits ends the processes, and with them what is under way."""
+        """Yield the results of the items, in order.
+
+        Ctrl-C, or an exit by a signal, terminates the processes and the items in progress.
+        """
         if not self._lanes:
-            raise ValueError("workers: expected `with`, got a call outside of it")
-        under_way: deque[Future[Any]] = deque()
+            raise ValueError("workers: expected a call inside `with`, got one outside")
+        pending: deque[Future[Any]] = deque()
         threads = ThreadPoolExecutor(len(self._lanes))
         try:
             for item in items:
-                under_way.append(threads.submit(self._ask, item))
-                if len(under_way) > len(self._lanes):
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                pending.append(threads.submit(self._ask, item))
+                if len(pending) > len(self._lanes):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except (KeyboardInterrupt, SystemExit):
             for process in self.processes:
                 process.terminate()
             raise
-        finally:  # what is under way is waited for, so that the lanes are free again
+        finally:  # Waits for items in progress, so that all lanes are free again.
             threads.shutdown(cancel_futures=True)
 
     def _ask(self, item: Any) -> Any:
@@ -132,23 +140,23 @@ class Workers:
             self._free.put(lane)
 
     def _answer(self, lane: tuple[int, Connection], seconds: float | None) -> Any:
-        number, here = lane
+        number, connection = lane
         name = self.names[number]
         try:
-            if seconds is not None and not here.poll(seconds):
-                raise ChildProcessError(f"worker {name}: not there after {seconds:.0f} s")
-            good, answer = here.recv()
+            if seconds is not None and not connection.poll(seconds):
+                raise ChildProcessError(f"worker {name}: no answer after {seconds:.0f} s")
+            good, answer = connection.recv()
         except (EOFError, ConnectionResetError):
-            with self._burial:
+            with self._join_lock:
                 self.processes[number].join(ENDING)
                 status = self.processes[number].exitcode
-            what = f"worker {name}: it died, exit status {status}"
+            reason = f"worker {name}: it died, exit status {status}"
             if seconds is not None:
-                what += (
-                    "; what starts processes is to be a file, which guards what it runs by "
+                reason += (
+                    "; start processes from a file that runs its code under "
                     'if __name__ == "__main__":'
                 )
-            raise ChildProcessError(what) from None
+            raise ChildProcessError(reason) from None
         if good:
             return answer
         kind, reason = answer
@@ -158,7 +166,7 @@ class Workers:
 
 
 def device_of(name: str) -> torch.device:
-    """auto (CUDA where there is one), cpu, cuda or cuda:0 .. ValueError for what is not there."""
+    """Return the device auto (CUDA if available), cpu, cuda or cuda:0 .. ValueError otherwise."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -180,8 +188,8 @@ def _serve(
     arguments: tuple[Any, ...],
     lanes: list[Connection],
 ) -> None:
-    """Answers until the other end is gone, also where it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this
+    """Answer until the parent closes its end, or is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
     try:
         function = make(*arguments)
     except Exception as error:

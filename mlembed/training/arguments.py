@@ -1,4 +1,4 @@
-"""What users write on the command line, read strictly: a recipe or a file, then overrides.
+"""Command lines of a training run: a recipe or a file, then overrides. Imports no torch.
 
 `python train.py RECIPE --optim.lr 1e-3` starts from a recipe and overrides it field by field.
 """
@@ -13,15 +13,14 @@ from collections.abc import Iterator, Sequence
 
 from .. import config
 from ..config import recipes, strict
-from ..data import sources
 from ..modeling import hf_config
 
 
 def parse(args: Sequence[str]) -> config.Run:
-    """`RECIPE | config.json` and overrides (`--optim.lr 1e-3` or `optim.lr=1e-3`) -> Run.
+    """Return the run of `RECIPE | config.json` and overrides `--optim.lr 1e-3` or `optim.lr=1e-3`.
 
     Raises:
-        ValueError: an unknown recipe or key (with near names), a value that does not fit.
+        ValueError: an unknown recipe or key (with near names), or a wrong value.
     """
     usage = "python train.py RECIPE | FILE [--help] [--key value ..]"
     if not args or args[0] in ("-h", "--help"):
@@ -39,27 +38,36 @@ def parse(args: Sequence[str]) -> config.Run:
         )
     known = [*strict.flat_keys(config.Run), "help"]
     rest = [f"--{arg}" if _is_override(arg, known) else arg for arg in rest]
-    helping = {"-h", "--help"} & set(rest)
     for arg in rest:
         key = arg[2:].split("=")[0].replace("-", "_")
         negated = key.rpartition(".")[2].startswith("no_")
         if arg.startswith("--") and key not in known and not negated:
             raise ValueError(f"--{key}: no such key{strict.near(key, known)}")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--init", default=base.init if name in recipes.RECIPES else "")
-    init = finder.parse_known_args(rest)[0].init
-    if init and not helping:  # the checkpoint's shape is what further keys override
-        model = hf_config.from_checkpoint(hf_config.resolve(init), base.model)
-        longest = min(base.max_length, model.max_position_embeddings)
-        base = dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
-    said = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}
-    if "steps" in said and "epochs" not in said:
+    if not {"-h", "--help"} & set(rest):
+        base = _from_init(base, rest, base.init if name in recipes.RECIPES else "")
+    keys = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}
+    if "steps" in keys and "epochs" not in keys:
         base = dataclasses.replace(base, epochs=0.0)
-    return sources.expand(_override(base, rest, f"train.py {name}"))
+    run = _override(base, rest, f"train.py {name}")
+    from ..data import sources  # Arrow and numpy load only once the arguments are read.
+
+    return sources.expand(run)
+
+
+def _from_init(base: config.Run, args: Sequence[str], default: str) -> config.Run:
+    """Return `base` with the shape of the checkpoint that --init names, for args to override."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--init", default=default)
+    init = finder.parse_known_args(args)[0].init
+    if not init:
+        return base
+    model = hf_config.from_checkpoint(hf_config.resolve(init), base.model)
+    longest = min(base.max_length, model.max_position_embeddings)
+    return dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
 
 
 def _listed() -> Iterator[str]:
-    """Recipes by what they are: names, then the first line of the docstring they share."""
+    """Yield lines of recipes: those that share a docstring, then its first line."""
     by_doc: dict[str, list[str]] = {}
     for name, make in recipes.RECIPES.items():
         by_doc.setdefault((make.__doc__ or "").splitlines()[0], []).append(name)
@@ -69,24 +77,24 @@ def _listed() -> Iterator[str]:
 
 
 def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
-    """tyro's reading of the arguments, with its errors as one-line ValueErrors."""
-    import tyro  # here, as benches read shapes where it is not installed
+    """Read the arguments with tyro, whose errors become ValueErrors of one line."""
+    import tyro  # Benches read shapes where tyro is not installed.
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(config.Run, default=base, args=args, prog=prog)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
-        # tyro draws a box around what was wrong, a ValueError of ours included: one line of it.
-        words = re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()
+        # tyro draws a box around an error, our own ValueErrors included; keep its text.
+        words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue()).split()
         reason = " ".join(words).split(" For full helptext")[0]
-        raise ValueError(reason.removeprefix("Value error ")) from None
+        raise ValueError(re.sub(r"^(Value error |Error parsing \w+: )*", "", reason)) from None
 
 
 def _is_override(arg: str, known: Sequence[str]) -> bool:
-    """`optim.lr=1e-3`; other words with an equals sign are paths, as partitioned data has them."""
+    """Return whether `arg` sets a key, as `lang=en/part.parquet` does not."""
     key, equals, _ = arg.partition("=")
     ours = key.startswith(("model.", "loss.", "depth.", "optim.")) or key.replace("-", "_") in known
     return bool(equals) and ours

@@ -1,13 +1,13 @@
-"""How one or several processes hold a model, and when they talk about its gradients.
+"""Model wrappers for one process, DDP and FSDP2, and when gradients are reduced.
 
     engine.begin()
-    any number of  forward(.., sync=False), backward(.., sync=False)    each process its own number
-    one last       forward(.., sync=True),  backward(.., sync=True)     reduces, once a step
-    engine.clip(engine.norm(), most);  optimizer.step();  engine.zero()
+    forward(.., sync=False), backward(.., sync=False)    any number, each process its own
+    forward(.., sync=True),  backward(.., sync=True)     once, the last: reduces the gradients
+    engine.clip(engine.norm(), max_norm);  optimizer.step();  engine.zero()
 
-Processes may differ in how many packs they have and in which of them they keep graphs, so nothing
-in between may communicate: weights are gathered in `begin`, gradients are averaged over processes
-in the last backward, which has to reach every layer.
+Processes may differ in how many packs they have and in which graphs they keep, so nothing between
+`begin` and the last backward communicates: `begin` gathers weights, and the last backward, which
+has to reach every layer, averages gradients over processes.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -34,7 +34,7 @@ from ..runtime.distributed import World
 
 
 class Engine:
-    """One process with the whole model; what several do otherwise is in the classes below.
+    """One process with the whole model; the base of the engines of several processes.
 
     model: the model, in training mode. Its parameters are what to optimise.
     """
@@ -44,12 +44,10 @@ class Engine:
 
     @staticmethod
     def of(model: Transformer, run: config.Run, where: World, half: bool) -> "Engine":
-        """The configured one. All processes call it, with a model of equal shape on their device;
-        the weights become those of the main process (ddp), or each keeps a shard of its own, which
-        have to be equal (fsdp).
+        """Wrap the model as configured; all processes call it with a model of equal shape.
 
-        Args:
-            half: whether forwards run under bf16 autocast.
+        With ddp all weights become those of the main process. With fsdp each process keeps its
+        shard of its own weights, so these have to be equal. half: run under bf16 autocast.
 
         Raises:
             ValueError: fsdp with one process.
@@ -59,87 +57,77 @@ class Engine:
         return Replicated(model, where) if where.size > 1 else Engine(model, where)
 
     def begin(self) -> None:
-        """Before the first forward of a step; all processes call it."""
+        """Prepare a step, before its first forward; all processes call it."""
 
-    def forward(
-        self,
-        pack: PackedBatch,
-        *,
-        exits: Sequence[int] | None,
-        rank: int | None,
-        recompute: int,
-        sync: bool,
-    ) -> Tensor:
-        """exits_END as of Transformer.forward, with or without a graph.
+    def forward(self, pack: PackedBatch, *, rank: int | None, recompute: int, sync: bool) -> Tensor:
+        """Return exits_END as Transformer.forward does, with or without a graph.
 
-        Args:
-            sync: whether the backward of this forward is this process's last in the step.
+        sync: the backward of this forward is this process's last in the step.
         """
-        return self.model(pack, exits=exits, rank=rank, recompute=recompute)
+        return self.model(pack, rank=rank, recompute=recompute)
 
     def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], *, sync: bool) -> None:
-        """Add the gradients of sum(outputs * grads) to the parameters'.
+        """Add the gradients of sum(outputs * grads) to the parameters' gradients.
 
-        Args:
-            outputs: what `forward` gave. The last one's pack has a text of full depth if `sync`.
-            sync: average what the step has accumulated over processes. Then all outputs are of
-                forwards with sync, and it is the last backward of the step.
+        sync: average the step's gradients over processes. It is then the last backward of the step,
+        all outputs are of forwards with sync, and a text of the last one runs to full depth.
         """
         torch.autograd.backward(outputs, grads)
 
     def norm(self) -> Tensor:
-        """Norm of the gradients of all parameters: a plain 0-dim tensor, equal on all processes,
-        which all call it."""
+        """Return the norm of all gradients, 0-dim and equal on all processes; all call it."""
         return torch.nn.utils.get_total_norm(self._grads())
 
     @torch.no_grad()
     def clip(self, norm: Tensor, max_norm: float) -> None:
-        """Scale the gradients in place to a norm of at most `max_norm`, `norm` being theirs."""
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # torch's clip_grads_with_norm_
+        """Scale the gradients, whose norm is `norm`, in place to a norm of at most `max_norm`."""
+        # torch.nn.utils.clip_grads_with_norm_ computes the same factor.
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         if grads := self._grads():
             torch._foreach_mul_(grads, factor.to(grads[0].device))
 
     def zero(self) -> None:
-        """Drop the gradients, after the last backward, whether or not the optimiser used them."""
+        """Drop the gradients at the end of a step."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def whole(self) -> Transformer | None:
-        """On the main process, between steps, the model with all of its weights, for evaluation and
-        export; all processes call it."""
+    def full_model(self) -> Transformer | None:
+        """Return the model with all its weights, on the main process and between steps.
+
+        All processes call it; all but the main one get None.
+        """
         return self.model if self.where.main else None
 
     def _grads(self) -> list[Tensor]:
-        """What this process holds of them, as plain tensors."""
-        found = (parameter.grad for parameter in self.model.parameters())
-        return [local(grad) for grad in found if grad is not None]
+        """Return this process's part of every gradient as a plain tensor."""
+        return [local(p.grad) for p in self.model.parameters() if p.grad is not None]
 
 
 class Replicated(Engine):
-    """DistributedDataParallel: each process has all weights, and gradients meet in all-reduces."""
+    """DistributedDataParallel: each process has all weights, gradients are all-reduced."""
 
     def __init__(self, model: Transformer, where: World) -> None:
         super().__init__(model, where)
         self.replica = DistributedDataParallel(model)
 
     def begin(self) -> None:
-        # After the first step buckets follow the order of its gradients, and processes agree on it
-        # in their next forward with a graph: which may come before the loss communicates on one and
-        # after it on another. So here.
+        # After the first step DDP orders its buckets by that step's gradients, and processes agree
+        # on the order in their next forward with a graph. That forward may come before the loss
+        # communicates on one process and after it on another, so they agree here.
         self.replica.reducer._rebuild_buckets()
 
     def forward(self, pack: PackedBatch, *, sync: bool, **options: Any) -> Tensor:
-        # Whether a backward reduces is decided in its forward.
+        # DDP decides in a forward whether its backward reduces.
         self.replica.require_backward_grad_sync = sync
         return self.replica(pack, **options)
 
 
 class Sharded(Engine):
-    """FSDP2: each process has a shard of every parameter, gradient and moment, in fp32.
+    """FSDP2: each process has an fp32 shard of every parameter, gradient and moment.
 
-    For a step all have all weights, in bf16 under autocast, and their gradients until the last
-    backward has reduced them layer by layer. Freeing weights between layers would gather them anew
-    in every forward, and processes have different numbers of these.
+    During a step all processes hold all weights, in bf16 under autocast, and all gradients, until
+    the last backward has reduced them layer by layer. Freeing weights between layers would gather
+    them again in every forward, and processes differ in how many forwards they run.
     """
 
     def __init__(self, model: Transformer, where: World, half: bool, offload: bool) -> None:
@@ -148,10 +136,12 @@ class Sharded(Engine):
         super().__init__(model, where)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None,
-            reduce_dtype=torch.float32 if half else None,  # where gradients accumulate as well
-            cast_forward_inputs=False,  # rotations stay fp32
+            # Gradients also accumulate in this dtype.
+            reduce_dtype=torch.float32 if half else None,
+            # The tables of rotations stay fp32.
+            cast_forward_inputs=False,
         )
-        # Without a device beside it the host's memory is where shards are anyway.
+        # On the CPU the shards are in host memory already.
         on_host = offload and where.device.type != "cpu"
         options: dict[str, Any] = dict(
             mesh=init_device_mesh(where.device.type, (where.size,)),
@@ -171,7 +161,8 @@ class Sharded(Engine):
             part.unshard()
 
     def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], *, sync: bool) -> None:
-        # A layer reduces once for each of its forwards in a backward: here it may be one alone.
+        # In one backward FSDP2 reduces a layer once for each of its forwards, so the backward that
+        # reduces takes one output alone.
         first = len(outputs) - 1 if sync else len(outputs)
         if first:
             self._communicate(False)
@@ -181,7 +172,7 @@ class Sharded(Engine):
             torch.autograd.backward(outputs[first:], grads[first:])
 
     def _communicate(self, last: bool) -> None:
-        """Whether the next backward reduces gradients, and frees weights and buffers."""
+        """Set whether the next backward reduces gradients, and frees weights and buffers."""
         self.root.set_requires_gradient_sync(last)
         self.root.set_reshard_after_backward(last)
         self.root.set_is_last_backward(last)
@@ -192,11 +183,12 @@ class Sharded(Engine):
         dist.all_reduce(square)
         return square.sqrt().to(grads[0].dtype)
 
-    def whole(self) -> Transformer | None:
+    def full_model(self) -> Transformer | None:
         weights: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            shard = parameter.detach().to(self.where.device)  # where collectives are
-            assert isinstance(shard, DTensor), "expected shards: between steps"
+            # Collectives need the shard on the device of the process group.
+            shard = parameter.detach().to(self.where.device)
+            assert isinstance(shard, DTensor), "expected sharded weights, as between steps"
             full = shard.full_tensor()
             if self.where.main:
                 weights[name] = full
@@ -209,22 +201,5 @@ class Sharded(Engine):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: the same memory."""
+    """Return this process's part of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def first_bad(model: nn.Module) -> str | None:
-    """The first parameter, in the model's order, with a gradient that is not finite on any process.
-
-    All processes call it.
-    """
-    named = list(model.named_parameters())
-    grads = [local(p.grad) for _, p in named if p.grad is not None]
-    names = [name for name, p in named if p.grad is not None]
-    bad = (i for i, grad in enumerate(grads) if not grad.isfinite().all())
-    first = torch.tensor(next(bad, len(names)))
-    if dist.is_initialized():
-        if dist.get_backend() == "nccl":  # gradients may be in host memory
-            first = first.cuda()
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    return [*names, None][int(first)]

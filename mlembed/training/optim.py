@@ -1,4 +1,4 @@
-"""AdamW, with fp32 weights or with bf16 ones rounded stochastically, and its schedule."""
+"""AdamW with fp32 weights, or with bf16 weights rounded stochastically, and its schedule."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .. import config
 
-CHUNK = 2**24  # elements updated at once: three fp32 copies of so many take 192 MiB
+CHUNK = 2**24  # elements updated at once, whose three fp32 copies take 192 MiB
 
 
 def to_weights(model: nn.Module, cfg: config.Optim) -> None:
-    """With `weights` bf16, cast matrices to it in place (norms stay fp32); else do nothing."""
+    """Cast matrices to bf16 in place if `weights` is bf16; norms stay fp32."""
     if cfg.weights == "bf16":
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -21,13 +21,12 @@ def to_weights(model: nn.Module, cfg: config.Optim) -> None:
 
 
 def adamw(model: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
-    """Weight decay on matrices, none on norms. fp32 weights, shards of them (FSDP2) as well:
-    torch's, fused on every device; bf16 ones (what `to_weights` made): StochasticAdamW."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    """Return torch's fused AdamW, for bf16 weights StochasticAdamW; norms have no weight decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
     ]
     if cfg.weights == "bf16":
         return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
@@ -37,14 +36,13 @@ def adamw(model: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) as torch computes it, for bf16 parameters without fp32 masters.
 
-    Moments are fp32, the update is computed in fp32 from the bf16 weight, and the new weight is
-    rounded stochastically: a bf16 step is at least 2^-8 of a weight, and rounding to nearest would
-    lose every update below half of it. fp32 parameters get what torch.optim.AdamW gives them.
+    Moments and update are fp32, and the new bf16 weight is rounded stochastically: a bf16 step is
+    at least 2^-8 of a weight, and rounding to nearest would lose every update below half of that.
+    fp32 parameters are updated like torch.optim.AdamW's.
 
-    State as torch's: `exp_avg`, `exp_avg_sq` and `step`, which stays on the host, where reading it
-    waits for nothing. Random numbers are those of the device's default generator: replicas of a
-    distributed run stay equal as long as they draw alike from generators that were seeded alike.
-    State goes on by checkpoint.restore; load_state_dict would cast moments to the weights' dtype.
+    The state has torch's names; `step` stays on the host, so that reading it never waits. Rounding
+    draws from the device's default generator, so replicas with equal seeds stay equal. Restore the
+    state with checkpoint.restore: load_state_dict would cast moments to the weights' dtype.
 
     Raises:
         ValueError: parameters that are neither fp32 nor bf16.
@@ -59,15 +57,15 @@ class StochasticAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        found = {p.dtype for group in self.param_groups for p in group["params"]}
-        if odd := sorted(map(str, found - {torch.float32, torch.bfloat16})):
-            raise ValueError(f"weights: expected fp32 or bf16 parameters, got {', '.join(odd)}")
+        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
+        if others := sorted(map(str, dtypes - {torch.float32, torch.bfloat16})):
+            raise ValueError(f"weights: expected fp32 or bf16 parameters, got {', '.join(others)}")
 
     @torch.no_grad()
-    def step(  # type: ignore[override]  # declared there as two overloads
+    def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        """One step for every parameter that has a gradient; -> what `closure` gave."""
+        """Step every parameter that has a gradient, and return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,9 +84,11 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         assert state["exp_avg"].dtype == torch.float32, "expected fp32 moments: load_state_dict?"
-        state["step"] = state["step"].cpu() + 1  # where load_state_dict may put it elsewhere
+        # load_state_dict may put it on the device.
+        state["step"] = state["step"].cpu() + 1
         step = state["step"].item()
-        weights, grads = parameter.view(-1), parameter.grad.reshape(-1)  # which may be strided
+        # A gradient may be strided.
+        weights, grads = parameter.view(-1), parameter.grad.reshape(-1)
         firsts, seconds = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         for i in range(0, len(weights), CHUNK):
             piece = slice(i, i + CHUNK)
@@ -103,35 +103,38 @@ def _adamw(
     step: float,
     group: dict[str, Any],
 ) -> None:
-    """One piece [n] of a parameter, in place, with torch's operations in torch's order."""
+    """Update a piece [n] of a parameter in place, with torch's operations in torch's order."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    wide, grad = weight.float(), grad.float()  # an fp32 weight is `wide` itself
+    # An fp32 weight is not copied.
+    wide, grad = weight.float(), grad.float()
     wide.mul_(1 - lr * group["weight_decay"])
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     wide.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
-    del grad, denominator  # rounding needs as much again
+    # Rounding needs their memory.
+    del grad, denominator
     if wide is not weight:
         weight.copy_(rounded(wide))
 
 
 def rounded(x: Tensor) -> Tensor:
-    """fp32 -> bf16 of the same shape, one of the two neighbours of x, drawn so that E = x.
+    """Round fp32 to one of the two neighbouring bf16, drawn so that the expectation is x.
 
     A bf16 is the upper half of an fp32. Adding 16 random bits to the lower half carries into the
-    upper one with probability (lower half) / 2^16, which is how far x is on the way to the next
-    bf16, for either sign and for subnormals; then the lower half is cut. Beyond the largest finite
-    bf16 (infinities and NaN too) it is rounding to nearest.
+    upper half with probability (lower half) / 2^16, the position of x between its neighbours, for
+    both signs and for subnormals. Beyond the largest finite bf16, infinities and NaN included, it
+    rounds to nearest.
     """
     noise = torch.randint_like(x, 1 << 16, dtype=torch.int32)
     drawn = noise.add_(x.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
-    inside = x.abs() <= torch.finfo(torch.bfloat16).max  # no NaN is
+    # The comparison is false for NaN.
+    inside = x.abs() <= torch.finfo(torch.bfloat16).max
     return torch.where(inside, drawn, x).bfloat16()
 
 
 def learning_rate(step: int, run: config.Run) -> float:
-    """Rate of step 0..steps-1: linear warm-up, then a cosine or a line, lr to lr * min_lr_ratio."""
+    """Return the rate of step 0..steps-1: linear warm-up, then cosine or linear to the minimum."""
     cfg = run.optim
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * run.steps)
     if step < warmup:

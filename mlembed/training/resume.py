@@ -1,4 +1,4 @@
-"""A run's directory: new, or one to go on with, from the newest checkpoint that is whole."""
+"""The directory of a run, and the checkpoint that it resumes from."""
 
 import json
 import os
@@ -13,9 +13,13 @@ from ..runtime.distributed import World, broadcast
 
 
 def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None]:
-    """-> (directory, checkpoint to go on from). A directory that holds another run is refused.
+    """Return the run's directory, and the newest intact checkpoint if it resumes.
 
-    A restart by torchrun (`--max-restarts`) or SLURM goes on with what there is, as `resume` does.
+    A restart by torchrun (`--max-restarts`) or SLURM resumes a run that exists, like `--resume`.
+
+    Raises:
+        ValueError: the directory holds a run and `resume` is off; it holds none and `resume` is on;
+            keys differ from the saved configuration that neither fit a machine nor are allowed to.
     """
     directory = Path(run.output_dir) / run.name
     saved = directory / "config.json"
@@ -26,19 +30,18 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
     if not run.resume and not restarted:
         if directory.exists() and any(path.name[0] != "." for path in directory.iterdir()):
             raise ValueError(
-                f"{directory}: expected no run there yet, found one; "
-                "go on with it by --resume, or choose another --name"
+                f"{directory}: expected a new directory, found files in it; "
+                "resume its run with --resume, or choose another --name"
             )
         return directory, None
     if not saved.is_file():
-        raise ValueError(f"{directory}: expected a run to resume, found none")
-    before, now = (fields_to_match(r) for r in (config.load(saved), run))
-    differing = set(strict.differences(before, now)) - set(run.allow_changed)
-    if differing:
+        raise ValueError(f"{directory}: expected a run to resume, got no config.json")
+    before, now = (strict.without_machine(r) for r in (config.load(saved), run))
+    changed = set(strict.differences(before, now)) - set(run.allow_changed)
+    if changed:
         raise ValueError(
             f"--resume: expected the configuration of {saved}, got other values for "
-            + ", ".join(sorted(differing))
-            + "; --allow-changed KEY .. takes them"
+            f"{', '.join(sorted(changed))}; --allow-changed KEY .. accepts them"
         )
     checkpoints = directory / "checkpoints"
     newest = checkpoint.newest(checkpoints, say, set_aside=True) if where.main else None
@@ -46,32 +49,13 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
     return directory, None if step < 0 else checkpoints / f"step_{step:08d}"
 
 
-def step_of(found: Path | None) -> int:
-    """Steps that are done in a checkpoint `step_00000500`; 0 without one."""
-    return int(found.name.removeprefix("step_")) if found else 0
-
-
-def fields_to_match(run: config.Run) -> dict[str, Any]:
-    """What has to be the same to go on with a run. What fits a machine has not: the next one may
-    lack an attention or a compiler, have less memory, or be more of them."""
-    plain = config.Run()
-    machine = (
-        *("compile", "activation_checkpointing", "activation_gib", "gradient_cache", "engine"),
-        *("cpu_offload", "save_async", "non_finite", "allow_changed", "resume"),
-        "loader_workers",
-    )
-    return strict.to_dict(
-        replace(
-            run,
-            model=replace(run.model, attention="auto"),
-            loss=replace(run.loss, negatives_across="gather", bank_on="device"),
-            **{name: getattr(plain, name) for name in machine},
-        )
-    )
+def step_of(path: Path | None) -> int:
+    """Return 500 for a checkpoint `step_00000500`, 0 for None."""
+    return int(path.name.removeprefix("step_")) if path else 0
 
 
 def write_config(run: config.Run, directory: Path, start: int) -> None:
-    """The run's config.json; one that said otherwise until `start` is kept beside it."""
+    """Write the run's config.json; keep one that differs as `config_until_<start>.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
     plain = replace(run, resume=False, allow_changed=())

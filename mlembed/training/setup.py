@@ -1,6 +1,6 @@
-"""What a run is built from: text, tokenizer, model, teacher. `train.py` begins here.
+"""Build a run for `train.py`: read its text, load or make tokenizer, model and teacher.
 
-Every function is called by all processes of a run, with the same arguments.
+All processes of a run call every function, with the same arguments.
 """
 
 import math
@@ -38,25 +38,32 @@ from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
 from .objective.distill import Distiller
-from .objective.teacher import Stored, Teacher
+from .objective.teacher import StoredVectors, Teacher
 from .optim import adamw, to_weights
 
-SAMPLE = 8192  # texts, and at least 8 a coordinate, whose vectors say where a teacher's lie
+SAMPLE = 8192  # texts whose teacher's vectors give the principal axes; at least 8 a coordinate
+BANK, DISTILLER = "bank.", "distiller."  # prefixes of their tensors' names in a checkpoint
+
+# ---- text ----
 
 
 @dataclass(frozen=True)
 class Text:
-    """Training text, without any text of the evaluation, and what to score."""
+    """Training text, which shares no text with the evaluation, and the evaluation's tasks.
+
+    held_out: texts of the evaluation, normalised. languages: texts by language, of the tables whose
+    rows name theirs.
+    """
 
     tables: list[Table]
     streams: list[config.Source]
     tasks: list[Any]
-    held_out: frozenset[str]  # texts of the evaluation, normalised
-    languages: dict[str, int]  # texts by language, of the tables whose rows name theirs
+    held_out: frozenset[str]
+    languages: dict[str, int]
 
 
 def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
-    """All sources of a run, each said with what was left out of it, and why.
+    """Read all sources of a run, and `say` for each how many rows were left out, and why.
 
     Raises:
         ValueError: text that cannot be read, or that leaves nothing to train on; two sources of one
@@ -65,23 +72,23 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     tasks = read_all(run.eval)
     held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
     tables, streams, languages = [], [], Counter[str]()
-    for source in (*map(sources.of, run.data), *run.sources):
+    for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
-            say(f"train  {name_of(source)}: as it streams")
+            say(f"train  {name_of(source)}: streamed")
             continue
         for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
             tables.append(table)
             languages.update(report.languages)
             kind = "n-way ids" if table.nway else "pairs"
-            of = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
-            say(f"train  {table.name}: {of}{left_out(report)}")
+            items = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
+            say(f"train  {table.name}: {items}{left_out(report)}")
             for bad in report.bad_rows:
                 say(f"       bad row {bad}")
     names = [table.name for table in tables] + [name_of(source) for source in streams]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"data: expected sources of different names (a mixture can give them), got several "
+            "data: expected sources of different names (a mixture can name them), got several "
             f"{', '.join(twice)}"
         )
     for task in tasks:
@@ -90,7 +97,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
 
 
 def left_out(report: layouts.Report) -> str:
-    """What became of the rows of a source that are not trained on."""
+    """Return how many rows of a source are not trained on, by reason; "" for none."""
     counts = {
         "bad rows": report.bad,
         "texts of the evaluation": report.held_out,
@@ -99,48 +106,56 @@ def left_out(report: layouts.Report) -> str:
         "without a translation": report.alone,
         "beyond the cap": report.by_cap,
     }
-    said = [f"{count} {what}" for what, count in counts.items() if count]
-    return f"; left out: {', '.join(said)}" if said else ""
+    parts = [f"{count} {reason}" for reason, count in counts.items() if count]
+    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def prompts(run: config.Run) -> dict[str, str]:
-    """Prompts by name, as an encoder has them: of every source that has one before its queries, by
-    its name; `query` and `document` where all sources have the same, otherwise empty."""
-    every = [*map(sources.of, run.data), *run.sources]
-    found = {name_of(source): source.prompt for source in every if source.prompt}
+    """Return the prompts of an encoder by name.
+
+    Each source that has a prompt for its queries names it. `query` and `document` are the prompts
+    that all sources share, "" if they differ.
+    """
+    every = sources.all_of(run)
+    by_name = {name_of(source): source.prompt for source in every if source.prompt}
     for name, kinds in (
         ("query", {source.prompt for source in every}),
         ("document", {source.document_prompt for source in every}),
     ):
-        found[name] = kinds.pop() if len(kinds) == 1 else ""
-    return found
+        by_name[name] = kinds.pop() if len(kinds) == 1 else ""
+    return by_name
 
 
-def text_to_ids(run: config.Run, found: Path | None, text: Text) -> Tokenizer:
-    """The tokenizer of a checkpoint of this run, of `init`, a named one, or one learnt."""
-    if given := found or run.init or run.tokenizer:
-        return tokenizer.load(hf_config.resolve(str(given)))
+# ---- tokenizer, model, teacher ----
+
+
+def load_tokenizer(run: config.Run, resume_from: Path | None, text: Text) -> Tokenizer:
+    """Load the tokenizer of a checkpoint, of `init` or by name, or train one on the text."""
+    if source := resume_from or run.init or run.tokenizer:
+        return tokenizer.load(hf_config.resolve(str(source)))
     if not text.tables:
         raise ValueError("tokenizer: expected one, or init, where all text is streamed, got none")
     return tokenizer.train((t for table in text.tables for t in table.texts), run.model.vocab_size)
 
 
 def build(
-    run: config.Run, found: Path | None, learnt: Tokenizer, batches: Batches, where: World
+    run: config.Run, resume_from: Path | None, tokens: Tokenizer, batches: Batches, where: World
 ) -> Transformer:
-    """The model of a checkpoint of this run, of `init`, or with random weights."""
+    """Load the model of a checkpoint or of `init`, or make one with random weights."""
     torch.manual_seed(run.seed)
-    if found:
-        return pretrained.load(str(found), hf_config.from_checkpoint(found, run.model))
+    if resume_from:
+        shape = hf_config.from_checkpoint(resume_from, run.model)
+        return pretrained.load(str(resume_from), shape)
     if not run.init:
-        size = learnt.get_vocab_size()
-        if run.tokenizer:  # a checkpoint's table may have more rows than its tokenizer has tokens
-            size = max(size, run.model.vocab_size)
+        size = tokens.get_vocab_size()
+        # A published table may have more rows than its tokenizer has tokens.
+        size = max(size, run.model.vocab_size) if run.tokenizer else size
         return Transformer(replace(run.model, vocab_size=size))
     counts = None
     if run.init_factors == "frequency":
         counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
-    if not where.main:  # a table is factorised once, and found in the cache by the others
+    # The main process factorises the table; the others wait and read it from the cache.
+    if not where.main:
         any_process(False, where)
     model = pretrained.load(run.init, run.model, counts)
     if where.main:
@@ -149,47 +164,52 @@ def build(
 
 
 def teachers(
-    run: config.Run, text: Text, found: Path | None, where: World
-) -> tuple[Teacher | None, Stored | None, Distiller | None]:
-    """A teacher that encodes, or one whose vectors are stored, and what learns from either."""
+    run: config.Run, text: Text, resume_from: Path | None, where: World
+) -> tuple[Teacher | None, StoredVectors | None, Distiller | None]:
+    """Load the teacher, or open its stored vectors, and make the distiller."""
     cfg = run.distill
-    live = stored = sample_ND = None
-    if cfg.teacher:
-        live = Teacher.load(cfg.teacher, cfg.prompt, cfg.batch_tokens, where.device)
-    if cfg.embeddings:
-        stored = Stored.open(cfg.embeddings)
-    either = live or stored
-    if either and cfg.features and cfg.align == "pca" and not found:  # a checkpoint has it
-        texts = sample(text, max(SAMPLE, 8 * either.width), run.seed)
+    live = Teacher.load(cfg.teacher, cfg.prompt, where.device) if cfg.teacher else None
+    stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
+    source = live or stored
+    width, sample_ND = source.width if source else 0, None
+    # A checkpoint holds the rotation, so a resumed run needs no sample.
+    if width and cfg.features and cfg.align == "pca" and not resume_from:
+        texts = sample(text, max(SAMPLE, 8 * width), run.seed)
         if live:
             sample_ND = live.encode(texts)
         elif stored:
             sample_ND = torch.from_numpy(stored.vectors(texts))
-    return live, stored, Distiller.of(run, either.width if either else 0, sample_ND, where)
+    return live, stored, Distiller.of(run, width, sample_ND, where)
 
 
 def sample(text: Text, most: int, seed: int) -> list[str]:
-    """About so many training texts, of all tables in proportion, as a function of the seed.
+    """Draw about `most` training texts from all tables in proportion, as a function of the seed.
 
     Raises:
-        ValueError: no tables, as all text is streamed.
+        ValueError: all text is streamed.
     """
     if not text.tables:
         raise ValueError(
-            "distill.align: expected truncate or projection where all text is streamed"
+            "distill.align: expected truncate or projection where all text is streamed, got pca"
         )
     rng = np.random.default_rng([seed, 7])
+    total = max(1, sum(len(table.texts) for table in text.tables))
     texts: list[str] = []
     for table in text.tables:
-        share = max(1, most * len(table.texts) // max(1, sum(len(t.texts) for t in text.tables)))
-        rows = rng.choice(len(table.texts), size=min(share, len(table.texts)), replace=False)
+        share = min(max(1, most * len(table.texts) // total), len(table.texts))
+        rows = rng.choice(len(table.texts), size=share, replace=False)
         texts += [table.texts[int(row)] for row in np.sort(rows)]
     return texts
 
 
+# ---- precision and attention ----
+
+
 def bf16(run: config.Run, device: torch.device) -> bool:
-    """Whether to autocast: on request, where the device multiplies bf16 natively, and always where
-    the weights are bf16, which no fp32 vector can be multiplied with."""
+    """Return whether to autocast to bf16: as configured, or if the device multiplies it natively.
+
+    bf16 weights always need it, as they cannot be multiplied with fp32 vectors.
+    """
     if run.optim.weights == "bf16":
         return True
     if run.precision != "auto":
@@ -200,108 +220,110 @@ def bf16(run: config.Run, device: torch.device) -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
+def try_attention(run: config.Run, model: Transformer, tokens: Tokenizer, half: bool) -> None:
+    """Encode one text, so that an attention that this machine lacks fails before the run starts."""
+    encoder = DeviceEncoder(model, tokens, run.max_length, bf16=half)
+    ids = tokenizer.tokenize(tokens, ["a text"], run.max_length)
+    encoder.run(ids, list(run.model.exits), None, lambda v, _: v, progress_bar(None, False))
+
+
 def describe_run(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
-    """Processes, precision, and by what each expensive operation is computed."""
+    """Describe processes, precision, and the implementation of each expensive operation."""
     cuda = where.device.type == "cuda"
     attention = run.model.attention
     if attention == "auto":
         attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
-    weights = " of bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
-    again = {
+    weights = ", bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
+    recomputed = {
         "none": "nothing",
         "block": "all blocks",
         "selective": f"blocks beyond {budget / 2**30:.3g} GiB"
-        + (" and what is element-wise" if compiled else ""),
+        + (" and element-wise operations" if compiled else ""),
     }[run.activation_checkpointing]
     if run.gradient_cache:
-        again += f", encoded again: packs beyond {budget / 2**30:.3g} GiB of graphs"
-    spread = {1: ""}.get(where.size, f" by {run.engine}{', offloaded' if run.cpu_offload else ''}")
+        recomputed += f", encoded again: packs beyond {budget / 2**30:.3g} GiB of graphs"
+    engine = f" by {run.engine}{', offloaded' if run.cpu_offload else ''}" * (where.size > 1)
     return (
-        f"{where.size} x {where.device.type}{spread}, "
-        f"{'bf16 autocast' if half else 'fp32'}{weights}; "
-        f"attention by {attention}, "
+        f"{where.size} x {where.device.type}{engine}, "
+        f"{'bf16 autocast' if half else 'fp32'}{weights}; attention by {attention}, "
         "loss (pairwise_lse, cosine) and embed by "
         f"{'triton' if cuda else 'their PyTorch references'}, "
-        f"blocks {'compiled' if compiled else 'eager'}, recomputed: {again}"
+        f"blocks {'compiled' if compiled else 'eager'}, recomputed: {recomputed}"
     )
 
-
-BANK, DISTILLER = "bank.", "distiller."  # before the names of their tensors in a checkpoint
 
 # ---- one run ----
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run with everything it was built into. budget: bytes for graphs, inf where none is set."""
+    """A run and everything that it was built into.
+
+    out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
+    name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
+    without a limit).
+    """
 
     run: config.Run
     where: World
     directory: Path
     out: log.Log
+    stages: log.Stages
+    saver: checkpoint.Saver
     tasks: list[Any]
+    languages: dict[str, int]
     batches: Batches
     tokenizer: Tokenizer
-    bf16: bool  # autocast
     engine: Engine
     optimizer: torch.optim.Optimizer
-    kept: ActivationCost | None
+    bf16: bool
+    cost: ActivationCost | None
     budget: float
     bank: Bank | None
     teacher: Teacher | None
     distiller: Distiller | None
-    saver: checkpoint.Saver
-    stages: log.Stages
-    languages: dict[str, int]  # training texts of each, where rows name theirs
 
     @property
     def model(self) -> Transformer:
+        """The engine's model, whose parameters are trained."""
         return self.engine.model
 
 
-def set_up(run: config.Run, where: World, directory: Path, found: Path | None, out: log.Log) -> Job:
-    """Read the text, build or load the model, restore what a checkpoint holds; say what runs."""
+def set_up(
+    run: config.Run, where: World, directory: Path, resume_from: Path | None, out: log.Log
+) -> Job:
+    """Read the text, build or load the model, restore a checkpoint, and print what runs."""
     text = read_text(run, out.say)
-    learnt = text_to_ids(run, found, text)
+    tokens = load_tokenizer(run, resume_from, text)
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
-    teacher, stored, distiller = teachers(run, text, found, where)
+    teacher, stored, distiller = teachers(run, text, resume_from, where)
     batches = Batches(
-        text.tables,
-        learnt,
-        run,
-        where,
-        streams=text.streams,
-        teacher=stored,
-        held_out=text.held_out,
-    )
-    model = build(run, found, learnt, batches, where).to(where.device)
+        text.tables, tokens, run, where,
+        streams=text.streams, teacher=stored, held_out=text.held_out,
+    )  # fmt: skip
+    model = build(run, resume_from, tokens, batches, where).to(where.device)
     to_weights(model, run.optim)
     if where.main:
         vocabulary.warn_beyond_break_even(model.cfg)
-    run = replace(run, model=model.cfg)
-    half = bf16(run, where.device)
+    run, half = replace(run, model=model.cfg), bf16(run, where.device)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
-    if run.model.attention != "auto":  # one that is not to be had says so before the run begins
-        encoder = DeviceEncoder(model, learnt, run.max_length, bf16=half)
-        ids = tokenizer.tokenize(learnt, ["a text"], run.max_length)
-        encoder.run(ids, list(run.model.exits), None, lambda v, _: v, progress_bar(None, False))
+    if run.model.attention != "auto":
+        try_attention(run, model, tokens, half)
     limited = run.gradient_cache or run.activation_checkpointing == "selective"
-    kept = ActivationCost.by(model, half) if limited else None
+    cost = ActivationCost.measure(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
     engine = Engine.of(model, run, where, half)
     optimizer = adamw(model, run.optim)
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
-    if found:
-        checkpoint.restore(found, model, optimizer, where.rank, where.size)
+    if resume_from:
+        checkpoint.restore(resume_from, model, optimizer, where.rank, where.size)
         if bank is not None:
-            held = checkpoint.read(found, BANK)
-            bank.load({n.removeprefix(BANK): x for n, x in held.items()}, where.device)
+            bank.load(_tensors(resume_from, BANK), where.device)
         if distiller is not None:
-            held = checkpoint.read(found, DISTILLER)
-            distiller.load({n.removeprefix(DISTILLER): x for n, x in held.items()})
+            distiller.load(_tensors(resume_from, DISTILLER))
     for name, count in zip(batches.names, batches.truncated, strict=False):
         if count:
             out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
@@ -310,41 +332,51 @@ def set_up(run: config.Run, where: World, directory: Path, found: Path | None, o
         f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
     )
     if teacher is not None:
-        out.say(f"taught by {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
+        out.say(f"teach  {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     saver = checkpoint.Saver(
-        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, run.save_async
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
     )
-    stages = log.Stages(where.device)
-    built = learnt, half, engine, optimizer, kept, budget, bank, teacher, distiller, saver, stages
-    return Job(run, where, directory, out, text.tasks, batches, *built, text.languages)
+    return Job(
+        run, where, directory, out, log.Stages(where.device), saver,
+        text.tasks, text.languages, batches, tokens,
+        engine, optimizer, half, cost, budget, bank, teacher, distiller,
+    )  # fmt: skip
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): x for name, x in checkpoint.read(path, prefix).items()}
 
 
 def loader(job: Job, start: int) -> DataLoader:
-    """The micro-batches from step `start` on, made ready by as many processes as configured."""
+    """Return a loader of the micro-batches from step `start` on, with the configured workers."""
     run, workers = job.run, job.run.loader_workers
     if workers < 0:
         workers = 2 if job.where.device.type == "cuda" else 0
-    if workers:  # a tensor on its way is an open file, and a batch has dozens of them
+    if workers:
+        # A tensor on its way between processes is an open file, and a batch has dozens of them.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not fork
+        # The tokenizer's threads do not survive a fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         Subset(job.batches, range(batches_of(run, start)[0], batches_of(run, run.steps)[0])),
         batch_size=None,
-        generator=torch.Generator(),  # a resumed run makes it anew: it may draw from no other
+        # A generator of its own: a resumed run makes it again and may draw from no other.
+        generator=torch.Generator(),
         num_workers=workers,
         worker_init_fn=ignore_signals,
     )
 
 
 def batches_of(run: config.Run, step: int) -> range:
-    """Numbers of a step's micro-batches."""
+    """Return the numbers of a step's micro-batches."""
     count = run.gradient_accumulation_steps
     return range(step * count, (step + 1) * count)
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C, and SLURM's SIGTERM, reach every process; the run decides when its loaders end."""
+    """Ignore Ctrl-C and SIGTERM, which reach loader workers, too: the run ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""One optimiser step: its terms, its result, and the update of the weights."""
+"""Parts of one optimiser step: the weighted loss, the update of the weights, the result."""
 
 from dataclasses import dataclass
 
@@ -8,87 +8,120 @@ from torch import Tensor
 from .. import config
 from ..runtime.distributed import any_process
 from . import guards
-from .engine import first_bad as first_bad_gradient
 from .objective.distill import rows_of
+from .objective.loss import ranks_of, weights
 from .optim import learning_rate
 from .setup import Job, batches_of
 
-Terms = dict[str, Tensor]  # loss_EM by name: contrastive, and what is distilled
+Terms = dict[str, Tensor]  # loss_EM by term: contrastive, features, logits, between_exits
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One forward and backward of a micro-batch: its rank and the weights of its loss.
+
+    rank: vocabulary rank, None for the whole table. weight_EM: weights of the exits and prefixes.
+    share: this pass's part of the step's loss. seed: numbers that dropout is drawn from, to which
+    each process and pack adds its own.
+    """
+
+    rank: int | None
+    weight_EM: Tensor
+    share: float
+    seed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gave: the exits that had a loss, by term loss_EM of this process at them and what
-    each entry weighs, the queries of all processes at each, gradient norm, tokens of all processes,
-    and the first tensor that was not finite, if any; then the step was left out."""
+    """Result of one optimiser step.
 
-    exits: tuple[int, ...]
+    losses: loss_EM of each term, of this process. queries: queries of all processes at each exit.
+    norm: gradient norm. tokens: tokens of all processes. bad: name of the first tensor that is not
+    finite, in which case the weights stayed as they were; None if all are finite.
+    """
+
     losses: Terms
-    weight_EM: Tensor
     queries: list[int]
     norm: Tensor
     tokens: int
     bad: str | None
 
 
-def update(job: Job, step: int, losses: Terms, exits: tuple[int, ...]) -> tuple[Tensor, str | None]:
-    """Clip and step, unless something is not finite; -> gradient norm, and what that was."""
-    run, where, engine = job.run, job.where, job.engine
+def total_loss(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
+    """Return the weighted sum of all loss terms.
+
+    If a term exists only at some exits, their weights are scaled up to the sum of all weights.
+    """
+    total = weight_EM.new_zeros(())
+    for name, loss_EM in terms.items():
+        rows_E = rows_of(run.distill, name, len(weight_EM)).to(weight_EM)
+        term_EM = weight_EM * rows_E[:, None]
+        term_EM = term_EM * (weight_EM.sum() / term_EM.sum().clamp(min=1e-30))
+        total = total + getattr(run.distill, name) * (term_EM * loss_EM).sum()
+    return total
+
+
+def update(job: Job, step: int, losses: Terms) -> tuple[Tensor, str | None]:
+    """Clip the gradients and step the optimisers, or do neither if a number is not finite.
+
+    Returns:
+        The gradient norm before clipping, and the name of the first tensor that is not finite.
+    """
+    run, where, engine, distiller = job.run, job.where, job.engine, job.distiller
     norm = engine.norm()
     finite = bool(norm.isfinite() & torch.stack(list(losses.values())).isfinite().all())
-    finite = finite and (job.distiller is None or job.distiller.finite())
+    finite = finite and (distiller is None or distiller.finite())
     bad = None
     if any_process(not finite, where):
-        bad = first_bad(job, losses, exits)
+        bad = guards.non_finite(job.model, where, losses)
     else:
         engine.clip(norm, run.optim.max_grad_norm)
         job.optimizer.step()
-    if job.distiller is not None:
+    if distiller is not None:
         if bad is None:
-            job.distiller.step(learning_rate(step, run), run.optim.max_grad_norm)
+            distiller.step(learning_rate(step, run), run.optim.max_grad_norm)
         else:
-            job.distiller.discard()
+            distiller.discard()
     engine.zero()
     return norm, bad
 
 
 def source_of(job: Job, step: int) -> str:
-    """Where a step's texts are from."""
+    """Return the names of the sources that a step's texts come from."""
     numbers = (job.batches.order[number] for number in batches_of(job.run, step))
     return ", ".join(sorted({job.batches.names[number] for number in numbers}))
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a pass of a step is about: exits with a loss, vocabulary rank, weights of the loss."""
-
-    step: int
-    exits: tuple[int, ...]
-    rank: int | None
-    weight_EM: Tensor
-    share: float
-
-
-def weighted(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
-    """The loss: terms by their weights, entries by theirs, which a term that only some exits have
-    shares out among these."""
-    total = weight_EM.new_zeros(())
-    for name, loss_EM in terms.items():
-        here_EM = weight_EM * rows_of(run.distill, name, len(weight_EM)).to(weight_EM)[:, None]
-        here_EM = here_EM * (weight_EM.sum() / here_EM.sum().clamp(min=1e-30))
-        total = total + getattr(run.distill, name) * (here_EM * loss_EM).sum()
-    return total
-
-
-def first_bad(job: Job, losses: Terms, exits: tuple[int, ...]) -> str:
-    """What was not finite, in the order in which it was computed: weights, losses, gradients. All
-    processes call it, and agree on whether it is weights; of these and of losses each sees its own.
-    """
-    gradient = first_bad_gradient(job.model)
-    weight = guards.bad_weight(job.model)
-    if any_process(weight is not None, job.where):
-        return weight or "weight that another process holds"
-    dims = job.run.model.matryoshka_dims
-    named = ((name, guards.bad_loss(table, exits, dims)) for name, table in losses.items())
-    loss = next((f"{bad} ({name})" for name, bad in named if bad), None)
-    return loss or f"gradient of {gradient or 'nothing by itself, but their norm'}"
+def record(job: Job, step: int, result: Step, rate: float, stage_ms: dict[str, float]) -> float:
+    """Log the losses of a step, averaged over processes, and return the weighted loss."""
+    losses, run = result.losses, job.run
+    if job.where.size > 1:
+        stacked = torch.stack(list(losses.values()))
+        torch.distributed.all_reduce(stacked)
+        losses = dict(zip(losses, stacked / job.where.size, strict=True))
+    weight_EM = weights(run).to(job.where.device)
+    loss, gradient = total_loss(run, weight_EM, losses).item(), result.norm.item()
+    exits, dims = run.model.exits, run.model.matryoshka_dims
+    by_term = {
+        name: {
+            f"exit_{exit}": {f"dim_{dim}": x for dim, x in zip(dims, row, strict=True)}
+            for exit, row in zip(exits, loss_EM.tolist(), strict=True)
+        }
+        for name, loss_EM in losses.items()
+    }
+    contrastive = by_term.pop("contrastive", {})
+    values = {
+        "loss": loss,
+        "grad_norm": gradient,
+        "lr": learning_rate(step - 1, run),
+        "rank": ranks_of(run, step - 1)[-1][0],
+        "source": source_of(job, step - 1),
+        "tokens_per_second": rate,
+        "stage_ms": stage_ms,
+        # Only queries that run as deep as an exit are candidates of each other there.
+        "queries": {f"exit_{e}": n for e, n in zip(exits, result.queries, strict=True)},
+        "losses": contrastive,
+        **({"distilled": by_term} if by_term else {}),
+    }
+    job.out.metrics(step, "train", values)
+    return loss

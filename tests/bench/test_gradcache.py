@@ -75,7 +75,7 @@ def test_budgets_keep_what_the_cases_say():
         _, some = case.inputs(CPU, 0).packs(False)
         run = replace(case.run, gradient_cache=True)
         budget = bench.budget_of(keep, kept, some, run)
-        keeps, again, _ = bench.gradcache.keeping(run, kept, some, budget)
+        keeps, again, _ = bench.gradcache.choose_graphs(run, kept, some, budget)
         assert (len(keeps), sum(keeps), sum(again)) == (packs, graphs, 0), name
 
 
@@ -158,7 +158,7 @@ def test_gate_fails(wrong, monkeypatch, eager, assert_verdicts):
 
 def test_gate_sees_dropout_that_is_not_repeated(monkeypatch, eager):
     few(monkeypatch)
-    monkeypatch.setattr(bench.gradcache, "drawing", lambda *args: nullcontext())
+    monkeypatch.setattr(bench.gradcache, "seeded_dropout", lambda *args: nullcontext())
     verdicts = {v["check"]: v["ok"] for v in bench.gate(CPU, True)}
     assert {check for check, ok in verdicts.items() if not ok} == {"dropout, drawn again"}
 

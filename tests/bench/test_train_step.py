@@ -233,7 +233,7 @@ def test_selective_recomputes_some():
     step = bench.ours(TOYS["step"], CPU, True, keep="selective", compiled=False)
     run, kept = step.loss.keywords["run"], step.loss.keywords["kept"]
     budget = run.activation_gib * 2**30
-    assert 0 < bench.recomputed(run, kept, inputs.packs(False)[1], budget) < 7
+    assert 0 < bench.layers_to_recompute(run, kept, inputs.packs(False)[1], budget) < 7
 
 
 @pytest.mark.parametrize("name", ["step", "step_nested", "lealla"])

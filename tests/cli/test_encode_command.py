@@ -1,5 +1,4 @@
-"""python -m mlembed encode as a user runs it: what goes in and out, what is refused, processes, and
-memory."""
+"""`mlembed encode` as a user runs it: input and output, errors, processes and memory."""
 
 import contextlib
 import json
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tyro
 
-from mlembed.cli.encode import main
+from mlembed.cli import encode
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import WINDOW, Encoder
 from mlembed.inference.vector_files import Quantiser
@@ -70,7 +69,7 @@ def good(*arguments: str | Path | bytes, stdin: bytes = b"") -> subprocess.Compl
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
-    """The error of a failed command: one line, status 1, nothing on standard output."""
+    """Return the error of a failed command: one line, status 1, no standard output."""
     message = done.stderr.decode()
     assert done.returncode == 1, message
     assert message.startswith("error: ") and message.count("\n") == 1, message
@@ -87,8 +86,8 @@ def test_prints_vectors_of_its_arguments(encoder, directory):
     assert done.stderr == b""
 
 
-def test_who_reads_no_more_ends_it(directory):
-    """As `| head -1` does, of lines that never end."""
+def test_closed_pipe_ends_the_command(directory):
+    """`| head -1` closes it; the input here never ends."""
     with start(directory, "--exit", "1", "--dim", "2", stdout=PIPE) as process:
         process.stdout.close()
         with contextlib.suppress(BrokenPipeError):
@@ -99,7 +98,7 @@ def test_who_reads_no_more_ends_it(directory):
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):
-    # An empty line is a text; the last line has no end; a name without .npy stays as it is.
+    # An empty line is a text; the last line ends without \\n; a name without .npy stays unchanged.
     out = tmp_path / "vectors.bin"
     done = good(directory, "--out", out, "--prompt-name", "query", stdin="\n".join(TEXTS).encode())
     assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.bin"]
@@ -109,16 +108,15 @@ def test_lines_to_npy(encoder, directory, tmp_path):
     np.testing.assert_allclose(vectors, encoder.encode_query(TEXTS), rtol=0, atol=1e-6)
 
 
-def test_parquet_to_parquet_on_two_devices_and_later_by_its_ranges(encoder, directory, tmp_path):
+def test_parquet_on_two_devices_and_reused_ranges(encoder, directory, tmp_path):
     source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
     pq.write_table(pa.table({"id": range(4), "body": TEXTS}), source)
-    options = ("--column", "body", "--precision", "int8", "--keep-text")
+    options = ("--column", "body", "--precision", "int8")
     good(directory, "--input", source, *options, "--out", out, "--device", "cpu", "cpu")
     plain = encoder.encode(TEXTS)
     ranges = np.load(tmp_path / "out.parquet.ranges.npy")
     np.testing.assert_allclose(ranges, [plain.min(0), plain.max(0)], rtol=0, atol=1e-6)
     table = pq.read_table(out)
-    assert table["text"].to_pylist() == TEXTS
     assert table.schema.field("embedding").type == pa.list_(pa.int8(), 24)
     # A number on a step's edge may fall to either side of it.
     want = Quantiser("int8", ranges)(plain).astype(int)
@@ -128,68 +126,82 @@ def test_parquet_to_parquet_on_two_devices_and_later_by_its_ranges(encoder, dire
     assert np.abs(np.array(later, dtype=int) - want[3]).max() <= 1
 
 
-def test_json_lines_to_json_lines(encoder, directory, tmp_path):
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+def test_json_lines_to_npy(encoder, directory, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.npy"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     good(directory, "--input", source, "--out", out, "--dtype", "bfloat16", "--max-tokens", "9")
-    rows = [json.loads(line)["embedding"] for line in out.read_text().splitlines()]
-    vectors = np.array(rows, np.float32)
+    vectors = np.load(out)
     wanted = encoder.encode(TEXTS)
     assert (vectors * wanted).sum(1).min() > 0.99 and np.abs(vectors - wanted).max() > 1e-4
 
 
-def refused(*arguments: str | Path | bytes) -> str:
-    """What the command raises, in this process: starting one takes seconds."""
+def error_of(*arguments: str | Path | bytes) -> str:
+    """Return the error of the command in this process: starting another takes seconds."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(ValueError) as caught:
-            tyro.cli(main, args=[os.fsdecode(one) for one in arguments])
+            tyro.cli(encode.main, args=[os.fsdecode(one) for one in arguments])
     finally:
         signal.signal(signal.SIGTERM, before)
     return str(caught.value)
 
 
-def test_bytes_that_are_no_text(encoder, directory, tmp_path):
+def test_invalid_utf8(encoder, directory, tmp_path):
     source, out = tmp_path / "a.txt", tmp_path / "out.npy"
     source.write_bytes(b"fine\r\n\xff\xfe broken\n")
-    message = refused(directory, "--input", source, "--out", out)
-    assert f"{source}:2: expected UTF-8, got byte 0xff at 0 of the line" in message
+    message = error_of(directory, "--input", source, "--out", out)
+    assert f"{source}:2: expected UTF-8, got byte 0xff at 0" in message
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     done = good(directory, "--input", source, "--out", out, "--invalid", "replace")
-    assert "no UTF-8: 2 replaced by U+FFFD" in done.stderr.decode()
+    assert "invalid UTF-8: 2 bytes replaced by U+FFFD" in done.stderr.decode()
     want = encoder.encode(["fine", "\ufffd\ufffd broken"])
     np.testing.assert_allclose(np.load(out), want, rtol=0, atol=1e-6)
     assert "standard input:1: expected UTF-8" in one_line(command(directory, stdin=b"\xc3"))
     # Python hands arguments on as lone surrogates.
-    assert "text 0: expected Unicode" in refused(directory, b"\xff\xfe")
+    assert "text 0: expected Unicode" in error_of(directory, b"\xff\xfe")
 
 
-def test_what_is_wrong_is_one_line_before_any_work(directory, tmp_path):
+def test_mistakes_are_errors_before_any_work(directory, tmp_path):
     out, text, new = tmp_path / "vectors.npy", tmp_path / "a.txt", tmp_path / "new.npy"
     out.write_bytes(b"precious")
     text.write_bytes(b"a\n")
-    nowhere = tmp_path / "nowhere"  # the model is not looked for yet, let alone read
+    nowhere = tmp_path / "nowhere"  # The model is not read yet.
     message = f"out: expected a new file, got {out}, which exists"
     assert message in one_line(command(nowhere, "a", "--out", out))
     cases = [
         ([nowhere, "a", "--input", text], "texts: expected some or --input, got both"),
         ([nowhere, "a", "--precision", "int8"], "expected --ranges or --out for int8, got neither"),
-        ([nowhere, "a", "--keep-text"], "keep-text: expected --out, got none"),
         ([nowhere, "a", "--max-tokens", "0"], "max-tokens: expected 1 or more, got 0"),
         ([nowhere, "--input", tmp_path / "x"], "input: expected a file, got "),
         ([nowhere, "a"], "expected a directory or a hub id"),
         ([directory, "a", "--dim", "99", "--out", new], "dim: expected 1..24 (the width), got 99"),
         ([directory, "a", "--device", "cuda:99"], "device: expected one of "),
         ([directory, "a", "--prompt-name", "x"], "prompt_name: expected one of query, got 'x'"),
-        ([directory, "a", "--keep-text", "--out", new], "expected .parquet or .jsonl to keep"),
     ]
     for arguments, message in cases:
-        assert message in refused(*arguments)
+        assert message in error_of(*arguments)
     assert out.read_bytes() == b"precious" and not new.exists()
 
 
+class Loaded(Exception):
+    """Ends the command once it has passed on the arguments of the load."""
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("device", [("cpu",), ("cpu", "cpu")], ids=len)
+def test_command_compiles_in_the_process_that_encodes(device, compile, monkeypatch):
+    def load(model, where, dtype, compile):
+        raise Loaded(compile)
+
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(Encoder, "load", load)
+    with pytest.raises(Loaded) as loaded:
+        encode.main("model", ("a text",), device=device, compile=compile)
+    assert loaded.value.args == (compile and len(device) == 1,)
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
+def test_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
     with start(directory, "--out", tmp_path / "out.npy") as process:
         process.stdin.write(b"a line\n" * 100)
         process.stdin.flush()
@@ -207,8 +219,7 @@ def test_an_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
 # ---- several devices ----
 
 
-def test_two_processes_give_the_same_in_order(encoder):
-    """One start for all of it: it takes seconds."""
+def test_two_processes_equal_one(encoder):
     several = replace(encoder, max_tokens=40).on(["cpu", "cpu"])
     with pytest.raises(ValueError, match=r"expected `with encoder.on\(devices\)`"):
         several.encode(TEXTS)
@@ -237,7 +248,7 @@ def test_two_processes_give_the_same_in_order(encoder):
 
 
 def peak_mib(directory: Path, lines: Path, out: Path) -> float:
-    """The most that the command had resident, encoding lines to out."""
+    """Return the peak resident memory of the command, encoding lines to out."""
     process = subprocess.Popen(
         [*HEAD, directory, "--input", lines, "--out", out, "--exit", "1"], env=ENVIRONMENT
     )
@@ -249,8 +260,8 @@ def peak_mib(directory: Path, lines: Path, out: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is of other units elsewhere")
-def test_a_million_lines_take_no_more_memory_than_some_windows(encoder, directory, tmp_path):
-    """A list of a million lines takes 90 MiB, all vectors 92: both would show."""
+def test_memory_does_not_grow_with_lines(encoder, directory, tmp_path):
+    """A list of a million lines would take 90 MiB, all vectors 92."""
     counts = 150_000, 1_000_000
     peaks = []
     for count in counts:
@@ -262,7 +273,7 @@ def test_a_million_lines_take_no_more_memory_than_some_windows(encoder, director
     assert peaks[1] < peaks[0] + 50
     vectors = np.load(out, mmap_mode="r")
     assert vectors.shape == (1_000_000, 24)
-    # Rows at both sides of windows' bounds, and the last.
+    # Rows on both sides of the windows' bounds, and the last one.
     for i in (0, 32_767, 32_768, 500_000, 999_999):
         want = encoder.encode([f"line {i} of them, {i * 7919 % 10007}"], exit=1)[0]
         np.testing.assert_allclose(vectors[i], want, rtol=0, atol=1e-5)

@@ -1,9 +1,8 @@
-"""What a user may write and what each mistake says: recipes, keys, config.json, checkpoints."""
+"""Command lines, config.json and shapes of checkpoints, and the errors of each mistake."""
 
 import dataclasses
 import json
 import re
-import shlex
 
 import pytest
 from transformers import Qwen3Config
@@ -22,44 +21,49 @@ def test_recipes_parse_to_themselves():
 
 
 @pytest.mark.parametrize(
-    "args, dotted, value",
+    "line, dotted, value",
     [
-        (["--optim.lr", "1e-3"], "optim.lr", 1e-3),
-        (["--optim.lr=1e-3"], "optim.lr", 1e-3),
-        (["--model.exits", "1", "2", "4"], "model.exits", (1, 2, 4)),
-        (["--model.exits", "2", "4"], "model.exits", (2, 4)),
-        (["--data", "a", "b"], "data", ("a", "b")),
-        (["--eval"], "eval", ()),
-        (["--model.no-causal"], "model.causal", False),
-        (["--model.ranks"], "model.ranks", ()),
-        (["--model.matryoshka-dims", "8", "192"], "model.matryoshka_dims", (8, 192)),
-        (["--model.matryoshka_dims", "8", "192"], "model.matryoshka_dims", (8, 192)),
-        (["--optim.betas", "0.8", "0.9"], "optim.betas", (0.8, 0.9)),
-        (["--loss.directions", "query_to_doc"], "loss.directions", "query_to_doc"),
-        (["--loss.matryoshka-weights", "ml-embed"], "loss.matryoshka_weights", "ml-embed"),
-        (["--resume"], "resume", True),
-        (["--steps", "3"], "steps", 3),
-        (["--name", "x.y"], "name", "x.y"),
+        ("--optim.lr 1e-3", "optim.lr", 1e-3),
+        ("--optim.lr=1e-3", "optim.lr", 1e-3),
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("batch-size=8", "batch_size", 8),
+        ("name=x", "name", "x"),
+        ("--model.exits 1 2 4", "model.exits", (1, 2, 4)),
+        ("--model.exits 2 4", "model.exits", (2, 4)),
+        ("--data a b", "data", ("a", "b")),
+        ("--eval", "eval", ()),
+        ("--model.no-causal", "model.causal", False),
+        ("--model.ranks", "model.ranks", ()),
+        ("--model.matryoshka-dims 8 192", "model.matryoshka_dims", (8, 192)),
+        ("--model.matryoshka_dims 8 192", "model.matryoshka_dims", (8, 192)),
+        ("--optim.betas 0.8 0.9", "optim.betas", (0.8, 0.9)),
+        ("--loss.directions query_to_doc", "loss.directions", "query_to_doc"),
+        ("--loss.matryoshka-weights ml-embed", "loss.matryoshka_weights", "ml-embed"),
+        ("--resume", "resume", True),
+        ("--steps 3", "steps", 3),
+        ("--name x.y", "name", "x.y"),
     ],
 )
-def test_an_override_changes_its_field_and_no_other(args, dotted, value):
-    run = arguments.parse(["tiny", *args])
-    found = run
+def test_override_changes_only_its_field(line, dotted, value):
+    run = arguments.parse(["tiny", *line.split()])
+    actual = run
     for part in dotted.split("."):
-        found = getattr(found, part)
-    assert found == value and type(found) is type(value)
+        actual = getattr(actual, part)
+    assert actual == value and type(actual) is type(value)
     before, after = strict.to_dict(recipes.tiny()), strict.to_dict(run)
     assert set(strict.differences(before, after)) <= {dotted}
 
 
 def test_many_overrides_at_once():
     line = (
-        "tiny --steps 7 --data a.jsonl b --model.num-hidden-layers 2 --model.exits 1 2 "
-        "--optim.warmup-ratio 0 --model.no-causal --model.pooling mean"
+        "tiny --steps 7 --data lang=en/part.parquet b --model.num-hidden-layers 2 --model.exits 1 2"
+        " --optim.warmup-ratio 0 --model.no-causal --model.pooling mean"
     )
-    run = arguments.parse(shlex.split(line))
-    assert (run.steps, run.data, run.optim.warmup_ratio) == (7, ("a.jsonl", "b"), 0.0)
-    assert (run.model.exits, run.model.causal, run.model.pooling) == ((1, 2), False, "mean")
+    run = arguments.parse(line.split())
+    # A path with an equals sign, as in partitioned data, is not an override.
+    assert (run.steps, run.data) == (7, ("lang=en/part.parquet", "b"))
+    assert (run.optim.warmup_ratio, run.model.exits) == (0.0, (1, 2))
+    assert (run.model.causal, run.model.pooling) == (False, "mean")
 
 
 def test_unknown_recipe_names_the_near_one():
@@ -76,73 +80,50 @@ def test_unknown_recipe_names_the_near_one():
         ("--matryoshka_dims", "model.matryoshka_dims"),
         ("--step", "steps"),
         ("--model.matryoshka-dim=8", "model.matryoshka_dims"),
+        ("optim.lrr=1", "optim.lr"),
     ],
 )
 def test_unknown_key_names_near_ones(key, near):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"no such key.*near: .*{re.escape(near)}"):
         arguments.parse(["tiny", key, "1"])
-    assert "no such key" in str(caught.value)
-    assert "near: " in str(caught.value) and near in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "args",
+    "line, word",
     [
-        ["--optim.lr", "fast"],
-        ["--steps", "1.5"],
-        ["--steps"],
-        ["--optim.betas", "0.9"],
-        ["--loss.exit-weights", "heavy"],
-        ["--model.pooling", "max"],
-        ["--model.no-such"],
-        ["stray"],
+        ("--optim.lr fast", "optim.lr"),
+        ("--steps 1.5", "steps"),
+        ("--steps", "steps"),
+        ("--optim.betas 0.9", "optim.betas"),
+        ("--loss.exit-weights heavy", "loss.exit-weights"),
+        ("--model.pooling max", "model.pooling"),
+        ("--model.no-such", "model.no-such"),
+        ("stray", "stray"),
+        ("--steps 0", "^steps: expected"),
+        ("--model.exits 1 2", "^model.exits: expected"),
+        ("--data", "data: expected"),
     ],
 )
-def test_wrong_values_are_refused(args, capsys):
-    assert args[0].lstrip("-") in refusal(["tiny", *args], capsys)
+def test_wrong_values_are_errors(line, word, capsys):
+    with pytest.raises(ValueError, match=word):
+        arguments.parse(["tiny", *line.split()])
+    assert tuple(capsys.readouterr()) == ("", "")
 
 
-@pytest.mark.parametrize("args", [["--steps", "0"], ["--model.exits", "1", "2"], ["--data"]])
-def test_impossible_values_are_refused_from_the_command_line_too(args, capsys):
-    said = refusal(["tiny", *args], capsys)
-    assert args[0].lstrip("-") in said and "expected" in said
-
-
-def refusal(args, capsys):
-    """What the command line says as it refuses: a ValueError (exit status 1) or an exit."""
-    with pytest.raises((ValueError, SystemExit)) as caught:
-        arguments.parse(args)
-    assert getattr(caught.value, "code", 1) not in (0, None)
-    return str(caught.value) + "".join(capsys.readouterr())
-
-
-def test_a_path_with_an_equals_sign_is_a_path():
-    """As partitioned data sets are laid out."""
-    run = arguments.parse(["tiny", "--data", "lang=en/part.parquet", "model.jsonl", "--steps", "3"])
-    assert run.data == ("lang=en/part.parquet", "model.jsonl") and run.steps == 3
-
-
-def test_keys_without_dashes():
-    run = arguments.parse(["tiny", "optim.lr=1e-3", "batch-size=8", "name=x"])
-    assert (run.optim.lr, run.batch_size, run.name) == (1e-3, 8, "x")
-    with pytest.raises(ValueError, match=r"no such key.*near: .*optim\.lr"):
-        arguments.parse(["tiny", "optim.lrr=1"])
-
-
-def test_help_lists_the_recipes(capsys):
-    for args, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
-        with pytest.raises(SystemExit) as caught:
-            arguments.parse(args)
-        assert caught.value.code == code
-        printed = capsys.readouterr().out
-        assert all(name in printed for name in recipes.RECIPES)
-
-
-def test_help_of_a_recipe_needs_no_checkpoint(capsys):
-    with pytest.raises(SystemExit) as caught:
-        arguments.parse(["qwen3", "--help"])
-    assert caught.value.code == 0
-    assert "--optim.lr" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "line, code, words",
+    [
+        ("--help", 0, recipes.RECIPES),
+        ("-h", 0, recipes.RECIPES),
+        ("", 2, recipes.RECIPES),
+        ("qwen3 --help", 0, ["--optim.lr"]),  # needs no checkpoint
+    ],
+)
+def test_help(line, code, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        arguments.parse(line.split())
+    printed = capsys.readouterr().out
+    assert exit.value.code == code and all(word in printed for word in words)
 
 
 def test_flat_keys_are_exactly_the_fields():
@@ -162,31 +143,20 @@ def test_flat_keys_are_exactly_the_fields():
         recipes.qwen3(),
         Run(),
         Run(model=Model(causal=False, pooling="mean"), optim=Optim(betas=(0.5, 0.6)), eval=()),
+        # The checkpoint may be gone; the resolved shape is in the file.
+        dataclasses.replace(recipes.tiny(), init="./gone"),
     ],
 )
 def test_config_json_round_trip(run, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(strict.to_dict(run)))
-    assert config.load(path) == run
-    assert hash(config.load(path)) == hash(run)  # tuples came back as tuples
+    assert config.load(path) == run == arguments.parse([str(path)])
+    assert hash(config.load(path)) == hash(run)  # Tuples are tuples again.
+    again = arguments.parse([str(path), "--name", "again", "--steps", "9"])
+    assert again == dataclasses.replace(run, name="again", steps=9)
 
 
-def test_a_saved_config_can_be_parsed_and_overridden(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(strict.to_dict(arguments.parse(["tiny", "--steps", "9"]))))
-    run = arguments.parse([str(path), "--name", "again"])
-    assert run == dataclasses.replace(recipes.tiny(), steps=9, name="again")
-
-
-def test_a_saved_config_with_init_keeps_its_own_shape(tmp_path):
-    """The checkpoint it started from may be gone; the resolved shape is in the file."""
-    run = dataclasses.replace(recipes.tiny(), init=str(tmp_path / "gone"))
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(strict.to_dict(run)))
-    assert arguments.parse([str(path)]) == run
-
-
-def test_an_integer_stands_for_a_float(tmp_path):
+def test_integer_is_read_as_a_float():
     stored = strict.to_dict(recipes.tiny())
     stored["optim"]["lr"] = 1
     run = strict.from_dict(Run, stored, "here")
@@ -194,55 +164,73 @@ def test_an_integer_stands_for_a_float(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place, key, value, words",
+    "dotted, value, words",
     [
-        ((), "stepz", 3, ["stepz", "near", "steps"]),
-        (("optim",), "lrr", 3, ["optim", "lrr", "near", "lr"]),
-        (("model",), "exit", 3, ["model", "exit", "near", "exits"]),
-        ((), "steps", "3", ["steps", "expected int", "'3'"]),
-        ((), "steps", True, ["steps", "expected int", "True"]),
-        ((), "steps", 3.0, ["steps", "expected int", "3.0"]),
-        ((), "resume", 1, ["resume", "expected bool"]),
-        ((), "name", None, ["name", "expected str", "None"]),
-        ((), "data", "cldr", ["data", "expected tuple", "cldr"]),
-        ((), "data", [1], ["data", "expected str", "1"]),
-        ((), "model", 3, ["model", "expected an object", "int"]),
-        (("optim",), "lr", True, ["lr", "expected float"]),
-        (("optim",), "betas", [0.9], ["betas", "expected 2 values", "got 1"]),
-        (("loss",), "exit_weights", "heavy", ["exit_weights", "uniform", "depth", "heavy"]),
-        (("model",), "attention", "flash", ["attention", "flash_attn", "'flash'"]),
-        (("model",), "exits", [1, "4"], ["exits", "expected int", "'4'"]),
-        (("model",), "exits", [1, 5], ["exits", "depth", "4", "5"]),
+        ("stepz", 3, ["stepz", "near", "steps"]),
+        ("optim.lrr", 3, ["optim", "lrr", "near", "lr"]),
+        ("model.exit", 3, ["model", "exit", "near", "exits"]),
+        ("steps", "3", ["steps", "expected int", "'3'"]),
+        ("steps", True, ["steps", "expected int", "True"]),
+        ("steps", 3.0, ["steps", "expected int", "3.0"]),
+        ("resume", 1, ["resume", "expected bool"]),
+        ("name", None, ["name", "expected str", "None"]),
+        ("data", "cldr", ["data", "expected tuple", "cldr"]),
+        ("data", [1], ["data", "expected str", "1"]),
+        ("model", 3, ["model", "expected an object", "int"]),
+        ("optim.lr", True, ["lr", "expected float"]),
+        ("optim.betas", [0.9], ["betas", "expected 2 values", "got 1"]),
+        ("loss.exit_weights", "heavy", ["exit_weights", "uniform", "depth", "heavy"]),
+        ("model.attention", "flash", ["attention", "flash_attn", "'flash'"]),
+        ("model.exits", [1, "4"], ["exits", "expected int", "'4'"]),
+        ("model.exits", [1, 5], ["exits", "depth", "4", "5"]),
     ],
 )
-def test_load_is_strict(place, key, value, words, tmp_path):
-    stored = strict.to_dict(recipes.tiny())
-    inner = stored
-    for part in place:
+def test_load_is_strict(dotted, value, words, tmp_path):
+    stored = inner = strict.to_dict(recipes.tiny())
+    *parts, key = dotted.split(".")
+    for part in parts:
         inner = inner[part]
     inner[key] = value
     path = tmp_path / "config.json"
     path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         config.load(path)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_load_names_a_missing_file_and_the_line_of_bad_json(tmp_path):
-    with pytest.raises(ValueError, match="none.json, which does not exist"):
-        config.load(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="none.json, which does not exist"):
-        arguments.parse([str(tmp_path / "none.json")])
+    for load in (config.load, lambda path: arguments.parse([str(path)])):
+        with pytest.raises(ValueError, match=r"none\.json: no such file"):
+            load(tmp_path / "none.json")
     path = tmp_path / "config.json"
     path.write_text('{\n"steps": 3,\n"name" "x"\n}')
-    with pytest.raises(ValueError, match=r"config\.json:3: not json"):
+    with pytest.raises(ValueError, match=r"config\.json:3: invalid JSON"):
         config.load(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"config\.json: expected an object, got list"):
         config.load(path)
 
 
-# ---- default rules ----
+def test_differences_name_dotted_keys():
+    a = strict.to_dict(recipes.tiny())
+    b = strict.to_dict(arguments.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
+    assert sorted(strict.differences(a, b)) == ["data", "optim.lr", "steps"]
+    assert list(strict.differences(a, a)) == []
+    a, b = {"a": {"b": 1}, "c": 1}, {"a": {"b": 1, "d": 2}}
+    assert sorted(strict.differences(a, b)) == ["a.d", "c"]
+
+
+def test_fields_of_a_machine():
+    """A resumed run may change these keys, and no other."""
+    run = strict.to_dict(Run())
+    assert set(strict.differences(run, strict.without_machine(Run()))) == {
+        *("compile", "activation_checkpointing", "activation_gib", "gradient_cache", "engine"),
+        *("cpu_offload", "non_finite", "allow_changed", "resume", "loader_workers"),
+        *("model.attention", "loss.negatives_across", "loss.bank_on"),
+    }
+
+
+# ---- defaults and limits ----
 
 
 @pytest.mark.parametrize(
@@ -250,10 +238,8 @@ def test_load_names_a_missing_file_and_the_line_of_bad_json(tmp_path):
     [
         (1, (1,)),
         (2, (1, 2)),
-        (4, (1, 2, 4)),
         (5, (1, 2, 4, 5)),
         (28, (1, 2, 4, 8, 16, 24, 28)),
-        (36, (1, 2, 4, 8, 16, 24, 32, 36)),
         (48, (1, 2, 4, 8, 16, 24, 32, 40, 48)),
         (60, (1, 2, 4, 8, 16, 24, 32, 40, 48, 60)),
     ],
@@ -269,71 +255,43 @@ def test_default_exits(depth, exits):
         (8, (8,)),
         (9, (8, 9)),
         (192, (8, 16, 32, 64, 128, 192)),
-        (256, (8, 16, 32, 64, 128, 256)),
         (1024, (8, 16, 32, 64, 128, 256, 512, 1024)),
     ],
 )
 def test_default_prefixes(width, dims):
-    assert Model(hidden_size=width).matryoshka_dims == dims
+    assert Model(hidden_size=width).matryoshka_dims == dims and Model().ranks == ()
 
 
-def test_ranks_are_a_plain_table_by_default():
-    assert Model().ranks == ()
-
-
-# ---- what cannot be ----
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(matryoshka_dims=(8, 512)), "model.matryoshka_dims: .*width hidden_size 256, got 512"),
-        (dict(matryoshka_dims=(8, 128)), "model.matryoshka_dims: .*end at hidden_size 256"),
-        (dict(matryoshka_dims=(16, 8, 256)), "model.matryoshka_dims: expected rising"),
-        (dict(matryoshka_dims=(8, 8, 256)), "model.matryoshka_dims: expected rising"),
-        (dict(matryoshka_dims=(0, 256)), "model.matryoshka_dims: expected rising .* from 1"),
-        (dict(exits=(1, 5)), "model.exits: .*depth num_hidden_layers 4, got 5"),
-        (dict(exits=(1, 2)), "model.exits: .*end at the last layer 4"),
-        (dict(exits=(2, 1, 4)), "model.exits: expected rising"),
-        (dict(exits=(1, 1, 4)), "model.exits: expected rising"),
-        (dict(exits=(-1, 4)), "model.exits: expected rising"),
-        (dict(ranks=(8, 257)), "model.ranks: .*256, got 257"),
-        (dict(ranks=(8, 128), vocab_size=100), "model.ranks: .*100, got 128"),
-        (dict(ranks=(16, 8)), "model.ranks: expected rising"),
-        (dict(ranks=(0,)), "model.ranks: expected rising"),
-        (dict(num_key_value_heads=3), "num_key_value_heads: expected a divisor .* 4, got 3"),
-        (dict(head_dim=63), "model.head_dim: expected an even number, got 63"),
-    ],
-)
-def test_model_refuses(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Model(**fields)
-
-
-@pytest.mark.parametrize("size", [0, -2])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-    ],
-)
-def test_model_refuses_sizes_below_one(name, size):
-    with pytest.raises(ValueError, match="expected"):
-        Model(**{name: size})
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
 
 
 @pytest.mark.parametrize(
     "cls, fields, message",
     [
+        *((Model, {name: size}, "expected") for name in SIZES for size in (0, -2)),
+        (Model, dict(matryoshka_dims=(8, 512)), "matryoshka_dims: .*hidden_size 256, got 512"),
+        (Model, dict(matryoshka_dims=(8, 128)), "matryoshka_dims: .*end at hidden_size 256"),
+        (Model, dict(matryoshka_dims=(16, 8, 256)), "model.matryoshka_dims: expected rising"),
+        (Model, dict(matryoshka_dims=(8, 8, 256)), "model.matryoshka_dims: expected rising"),
+        (Model, dict(matryoshka_dims=(0, 256)), "matryoshka_dims: expected rising .* from 1"),
+        (Model, dict(exits=(1, 5)), "model.exits: .*depth num_hidden_layers 4, got 5"),
+        (Model, dict(exits=(1, 2)), "model.exits: .*end at the last layer 4"),
+        (Model, dict(exits=(2, 1, 4)), "model.exits: expected rising"),
+        (Model, dict(exits=(1, 1, 4)), "model.exits: expected rising"),
+        (Model, dict(exits=(-1, 4)), "model.exits: expected rising"),
+        (Model, dict(ranks=(8, 257)), "model.ranks: .*256, got 257"),
+        (Model, dict(ranks=(8, 128), vocab_size=100), "model.ranks: .*100, got 128"),
+        (Model, dict(ranks=(16, 8)), "model.ranks: expected rising"),
+        (Model, dict(ranks=(0,)), "model.ranks: expected rising"),
+        (Model, dict(num_key_value_heads=3), "num_key_value_heads: expected a divisor .* 4, got 3"),
+        (Model, dict(head_dim=63), "model.head_dim: expected an even number, got 63"),
+        (Model, dict(dropout=1.0), r"model.dropout: expected 0\.\.1"),
         (Loss, dict(temperature=0.0), "loss.temperature: expected more than 0"),
         (Loss, dict(temperature=float("nan")), "loss.temperature: expected more than 0, got nan"),
         (Loss, dict(num_negatives=-1), "loss.num_negatives: expected 0 or more, got -1"),
+        (Loss, dict(memory_bank=-1), "loss.memory_bank: expected 0 or more, got -1"),
+        (Loss, dict(memory_bank=512, ranks="all"), "loss.ranks: expected sampled with a memory"),
         (Optim, dict(lr=0.0), "optim.lr: expected more than 0"),
         (Optim, dict(lr=-1.0), "optim.lr: expected more than 0, got -1"),
         (Optim, dict(max_grad_norm=0.0), "optim.max_grad_norm: expected more than 0"),
@@ -348,43 +306,29 @@ def test_model_refuses_sizes_below_one(name, size):
         (Run, dict(max_length=1), "max_length: expected 2 or more tokens, got 1"),
         (Run, dict(max_length=513), "max_length: .*max_position_embeddings 512, got 513"),
         (Run, dict(data=()), "data: expected at least one source"),
-        (Run, dict(name=""), "name: expected a plain directory name"),
-        (Run, dict(name="a/b"), "name: expected a plain directory name"),
-        (Run, dict(name="."), "name: expected a plain directory name"),
-        (Run, dict(name=".."), "name: expected a plain directory name"),
+        *((Run, dict(name=name), "name: expected a plain") for name in ("", "a/b", ".", "..")),
+        (Run, dict(optim=Optim(weights="bf16"), engine="fsdp"), "optim.weights: expected fp32"),
+        (Run, dict(cpu_offload=True), "engine: expected fsdp with cpu_offload, got ddp"),
+        (Run, dict(loss=Loss(memory_bank=1023)), "at least the 1024 documents .*, got 1023"),
+        (Run, dict(allow_changed=("steps", "optim.lrr")), "allow_changed: no such key optim.lrr"),
+        (Run, dict(activation_gib=-1.0), "activation_gib: expected 0 or more, got -1.0"),
     ],
 )
-def test_run_refuses(cls, fields, message):
+def test_impossible_values_are_errors(cls, fields, message):
     with pytest.raises(ValueError, match=message):
         cls(**fields)
 
 
-def test_the_edges_are_allowed():
+def test_limits_are_allowed():
     model = Model(exits=(4,), matryoshka_dims=(256,), ranks=(256,))
     assert (model.exits, model.matryoshka_dims, model.ranks) == ((4,), (256,), (256,))
     optim = Optim(min_lr_ratio=0.0, warmup_ratio=1.0)
     assert (optim.min_lr_ratio, optim.warmup_ratio) == (0.0, 1.0)
     assert Loss(num_negatives=0).num_negatives == 0
     assert [Run(max_length=length).max_length for length in (2, 512)] == [2, 512]
-
-
-def test_configurations_are_frozen():
+    assert Run(loss=Loss(memory_bank=1024), engine="fsdp", cpu_offload=True).activation_gib == 0
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipes.tiny().steps = 3
-
-
-# ---- differences ----
-
-
-def test_differences_name_dotted_keys():
-    a = strict.to_dict(recipes.tiny())
-    b = strict.to_dict(arguments.parse(["tiny", "--optim.lr", "1", "--steps", "3", "--data", "x"]))
-    assert sorted(strict.differences(a, b)) == ["data", "optim.lr", "steps"]
-    assert list(strict.differences(a, a)) == []
-    assert sorted(strict.differences({"a": {"b": 1}, "c": 1}, {"a": {"b": 1, "d": 2}})) == [
-        "a.d",
-        "c",
-    ]
 
 
 # ---- checkpoints ----
@@ -402,38 +346,40 @@ SHAPE = dict(
 )
 
 
-def qwen3_directory(path, style, theta=1_000_000.0, **changes):
-    """A config.json as transformers writes it: 5 nests rope_theta, 4 has it at the top."""
+def qwen3_directory(path, version=5, theta=1_000_000.0, **changes):
+    """Write a config.json like transformers 5, which nests rope_theta, or 4, which does not."""
     rope = {"rope_type": "default", "rope_theta": theta}
     Qwen3Config(**SHAPE, rope_parameters=rope).save_pretrained(path)
     stored = json.loads((path / "config.json").read_text())
     assert stored["model_type"] == "qwen3" and stored["rope_parameters"]["rope_theta"] == theta
-    if style == 4:
+    if version == 4:
         del stored["rope_parameters"]
         stored |= {"rope_theta": theta, "rope_scaling": None, "torch_dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(stored | changes))
     return path
 
 
-@pytest.mark.parametrize("style", [4, 5])
-def test_shape_of_a_transformers_checkpoint(style, tmp_path):
-    directory = qwen3_directory(tmp_path, style)
+def our_directory(path, stored):
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (path / hf_config.NESTING).write_text(json.dumps(stored))
+    return path
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_shape_of_a_transformers_checkpoint(version, tmp_path):
+    directory = qwen3_directory(tmp_path, version)
     model = hf_config.from_checkpoint(directory, Model(ranks=(8, 16), pooling="mean"))
     for name, value in SHAPE.items():
         assert getattr(model, name) == value, name
     assert model.rope_theta == 1_000_000.0 and type(model.rope_theta) is float
     assert model.causal and model.pooling == "mean" and model.ranks == (8, 16)
     assert model.exits == (1, 2, 3) and model.matryoshka_dims == (8, 16, 32, 64)
-
-
-@pytest.mark.parametrize("style", [4, 5])
-def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
-    directory = qwen3_directory(tmp_path, style, is_causal=False)
+    qwen3_directory(tmp_path, version, is_causal=False)
     assert hf_config.from_checkpoint(directory, Model()).causal is False
 
 
 @pytest.mark.parametrize(
-    "style, changes, words",
+    "version, changes, words",
     [
         (5, {"model_type": "llama"}, ["model_type 'qwen3'", "'llama'"]),
         (4, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
@@ -443,15 +389,14 @@ def test_a_bidirectional_checkpoint_stays_so(style, tmp_path):
         (5, {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding windows True"]),
     ],
 )
-def test_variants_that_the_model_has_not_are_refused(style, changes, words, tmp_path):
-    directory = qwen3_directory(tmp_path, style, **changes)
-    with pytest.raises(ValueError) as caught:
+def test_unsupported_variants_are_errors(version, changes, words, tmp_path):
+    directory = qwen3_directory(tmp_path, version, **changes)
+    with pytest.raises(ValueError, match=re.escape(str(directory))) as error:
         hf_config.from_checkpoint(directory, Model())
-    assert str(directory) in str(caught.value)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_no_checkpoint_there(tmp_path):
+def test_missing_checkpoints_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"expected a checkpoint directory with config\.json"):
         hf_config.from_checkpoint(tmp_path, Model())
     for source in (str(tmp_path / "none"), "./none", "just_a_name", "a/b/c"):
@@ -459,34 +404,31 @@ def test_no_checkpoint_there(tmp_path):
             hf_config.resolve(source)
 
 
-def test_a_directory_of_ours_gives_back_exactly_what_was_saved(tmp_path):
+def test_our_directory_gives_what_was_saved(tmp_path):
     saved = Model(exits=(3, 4), matryoshka_dims=(5, 256), ranks=(7, 9), pooling="cls")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": strict.to_dict(saved)}))
+    our_directory(tmp_path, {"model": strict.to_dict(saved)})
     assert hf_config.from_checkpoint(tmp_path, Model()) == saved
-    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": {"exitz": [1]}}))
+    our_directory(tmp_path, {"model": {"exitz": [1]}})
     with pytest.raises(ValueError, match=f"{hf_config.NESTING}.*exitz.*near.*exits"):
         hf_config.from_checkpoint(tmp_path, Model())
-    (tmp_path / hf_config.NESTING).write_text("{}")
+    our_directory(tmp_path, {})
     with pytest.raises(ValueError, match=hf_config.NESTING):
         hf_config.from_checkpoint(tmp_path, Model())
 
 
-@pytest.mark.parametrize("stored", ["flash_attn", None])
-def test_what_computes_attention_is_not_the_checkpoints(stored, tmp_path):
-    """It belongs to a machine: what was trained by a package loads where that is missing."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    model = {"attention": stored} if stored else {}
-    (tmp_path / hf_config.NESTING).write_text(json.dumps({"model": model}))
+@pytest.mark.parametrize("stored", [{"attention": "flash_attn"}, {}])
+def test_attention_backend_is_not_the_checkpoints(stored, tmp_path):
+    """It belongs to a machine: a model loads where the package that trained it is missing."""
+    our_directory(tmp_path, {"model": stored})
     assert hf_config.from_checkpoint(tmp_path, Model()).attention == "auto"
     assert hf_config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
     run = arguments.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
     assert run.model.attention == "varlen"
 
 
-def test_init_takes_the_checkpoints_shape_and_keys_override_it(tmp_path):
+def test_keys_override_the_shape_of_init(tmp_path):
     wide = dict(hidden_size=1024, vocab_size=2000, max_position_embeddings=4096)
-    directory = qwen3_directory(tmp_path, 5, **wide)
+    directory = qwen3_directory(tmp_path, **wide)
     run = arguments.parse(["qwen3", "--init", str(directory), "--model.exits", "1", "3"])
     assert run.init == str(directory)
     assert run.model.hidden_size == 1024 and run.model.num_hidden_layers == 3
@@ -495,45 +437,9 @@ def test_init_takes_the_checkpoints_shape_and_keys_override_it(tmp_path):
     assert run.optim == recipes.qwen3().optim
 
 
-def test_init_from_a_checkpoint_smaller_than_the_recipe(tmp_path):
-    """Its width is below the recipe's ranks, its positions below the recipe's max_length; both
-    are overridden, so nothing is wrong with this command."""
-    directory = qwen3_directory(tmp_path, 5)
+def test_init_may_be_smaller_than_the_recipe(tmp_path):
+    """Its width is below the recipe's ranks, and its positions are below the max_length."""
+    directory = qwen3_directory(tmp_path)
     keys = ["--model.ranks", "8", "16", "--max_length", "32"]
     run = arguments.parse(["qwen3", "--init", str(directory), *keys])
     assert (run.model.ranks, run.max_length, run.model.hidden_size) == ((8, 16), 32, 64)
-
-
-# ---- big batches, many processes ----
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"optim": Optim(weights="bf16"), "engine": "fsdp"}, "optim.weights: expected fp32"),
-        ({"cpu_offload": True}, "engine: expected fsdp with cpu_offload, got ddp"),
-        (
-            {"loss": Loss(memory_bank=1023)},
-            "at least the 1024 documents of a micro-batch, got 1023",
-        ),
-        (
-            {"loss": Loss(memory_bank=1024), "depth": config.Depth(curriculum="gradual")},
-            "depth.curriculum: expected none with loss.memory_bank",
-        ),
-        ({"allow_changed": ("steps", "optim.lrr")}, "allow_changed: no such key optim.lrr"),
-        ({"activation_gib": -1.0}, "activation_gib: expected 0 or more, got -1.0"),
-    ],
-)
-def test_runs_that_cannot_be(change, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
-        Run(**change)
-
-
-def test_losses_and_models_that_cannot_be():
-    with pytest.raises(ValueError, match="loss.memory_bank: expected 0 or more, got -1"):
-        Loss(memory_bank=-1)
-    with pytest.raises(ValueError, match="loss.ranks: expected sampled with a memory bank"):
-        Loss(memory_bank=512, ranks="all")
-    with pytest.raises(ValueError, match="model.dropout: expected 0..1"):
-        Model(dropout=1.0)
-    assert Run(loss=Loss(memory_bank=1024), engine="fsdp", cpu_offload=True).activation_gib == 0

@@ -1,4 +1,4 @@
-"""Every recipe, from tiny local checkpoints: it trains, and its loss falls."""
+"""Every recipe trains from small local checkpoints, and its loss falls."""
 
 import json
 import math
@@ -10,14 +10,12 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from factories import randomise
+from factories import tiny_model
 
-from mlembed import config
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
 from mlembed.config.shapes import SHAPES
 from mlembed.data import tokenizer
 from mlembed.modeling import pretrained
-from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training.arguments import parse
 from train import train
@@ -32,28 +30,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Checkpoints of both styles, a teacher, pairs with negatives, an n-way table, a mixture."""
+    """Write checkpoints of both styles, a teacher, pairs, an n-way table and a mixture."""
     folder = tmp_path_factory.mktemp("recipes")
-    learnt = tokenizer.train(TEXTS, 300)
-    for name, style in (("qwen3", "qwen3"), ("bert", "bert"), ("teacher", "bert")):
-        shape = config.Model(
-            style=style,
-            causal=style == "qwen3",
-            pooling="last" if style == "qwen3" else "mean",
-            vocab_size=learnt.get_vocab_size(),
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=8,
-            intermediate_size=48,
-            max_position_embeddings=1024,
-        )
-        model = randomise(Transformer(shape), seed=len(name))
-        where = folder / name
-        where.mkdir()
-        pretrained.save(model, where)
-        tokenizer.save(learnt, where, 64)
+    tokens = tokenizer.train(TEXTS, 300)
+    shape = {"vocab_size": tokens.get_vocab_size(), "num_hidden_layers": 3, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+    bert = {"style": "bert", "causal": False, "pooling": "mean"}
+    for name, style in (("qwen3", {}), ("bert", bert), ("teacher", bert)):
+        (folder / name).mkdir()
+        pretrained.save(tiny_model(len(name), **shape | style), folder / name)
+        tokenizer.save(tokens, folder / name, 64)
     pairs = [
         {
             "query": text,
@@ -81,7 +67,7 @@ def folder(tmp_path_factory):
 
 
 def arguments(name, folder, out):
-    """A recipe on our checkpoints, with a step that shows in a few of them."""
+    """Return a command line of a recipe on our checkpoints, whose loss falls within STEPS."""
     style = "qwen3" if name.startswith(("ml-embed", "qwen3")) else "bert"
     data = "mixture.json" if name.endswith("stage2") else "pairs.jsonl"
     args = [name, "--name", name, "--output-dir", str(out), "--eval", "--tracker", "none"]
@@ -97,7 +83,7 @@ def arguments(name, folder, out):
 
 
 def families():
-    """Return all recipes; of those that differ by size alone all but one are slow."""
+    """Return all recipes; those that differ from an earlier one only by size are slow."""
     seen, params = set(), []
     for name in RECIPES:
         family = re.sub(r"-(small|base|large|[\d.]+[mb])", "", name)
@@ -109,13 +95,12 @@ def families():
 # The models are so narrow that a recipe's ranks hold more than a plain table.
 @pytest.mark.filterwarnings("ignore:model.ranks. expected at most the break-even")
 @pytest.mark.parametrize("name", families())
-def test_a_recipe_trains(name, folder, tmp_path):
+def test_recipe_trains(name, folder, tmp_path):
     run = parse(arguments(name, folder, tmp_path))
     assert run.steps == STEPS and run.epochs == 0
     assert train(run, ALONE) == 0
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    found = [line for line in map(json.loads, lines) if line["kind"] == "train"]
-    losses = [line["loss"] for line in found]
+    losses = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
     assert len(losses) == STEPS and all(map(math.isfinite, losses))
     assert sum(losses[-2:]) < sum(losses[:2])
     assert (tmp_path / name / "model" / "model.safetensors").is_file()
@@ -124,8 +109,8 @@ def test_a_recipe_trains(name, folder, tmp_path):
 # ---- recipes as configurations ----
 
 
-def test_two_stages_chain_by_a_directory(folder, tmp_path):
-    """The second begins with what the first ended with: weights, factors, tokenizer, prompts."""
+def test_second_stage_starts_from_the_first(folder, tmp_path):
+    """It loads weights, factors, tokenizer and prompts of the first."""
     first = parse(arguments("ml-embed-80m-stage1", folder, tmp_path))
     assert train(first, ALONE) == 0
     args = arguments("ml-embed-80m-stage2", folder, tmp_path)
@@ -143,7 +128,7 @@ def test_two_stages_chain_by_a_directory(folder, tmp_path):
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_recipes_without_a_checkpoint_have_the_published_shapes():
+def test_recipes_have_the_published_numbers():
     for size in ("small", "base", "large"):
         run = RECIPES[f"lealla-{size}"]()
         assert replace(run.model, dropout=0.0, exits=(), matryoshka_dims=()) == replace(
@@ -164,7 +149,7 @@ def test_recipes_without_a_checkpoint_have_the_published_shapes():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_where_its_numbers_are_from(name):
+def test_docstrings_tell_the_origin_of_numbers(name):
     doc = " ".join((RECIPES[name].__doc__ or "").split())
     assert "ours" in doc.lower()
     assert name == "tiny" or "arXiv" in doc
@@ -206,22 +191,16 @@ def whole(folder, tmp_path_factory):
     return out / "mixed"
 
 
-def test_distillation_stopped_and_resumed_equals_uninterrupted(whole, folder, tmp_path):
-    """The projection, its moments, and the order of three sources are as they were."""
+def test_resumed_distillation_equals_uninterrupted(whole, folder, tmp_path):
+    """The projection, its moments, and the order of three sources are restored."""
     want = trace(whole)
-    assert {name for line in want for name in line["distilled"]} == {
-        "features",
-        "logits",
-        "between_exits",
-    }
+    terms = {name for line in want for name in line["distilled"]}
+    assert terms == {"features", "logits", "between_exits"}
     shutil.copytree(whole, tmp_path / "mixed")
     shutil.rmtree(tmp_path / "mixed" / "model")
     shutil.rmtree(tmp_path / "mixed" / "checkpoints" / "step_00000008")
-    launched(
-        mixed(
-            folder, tmp_path, "--resume", "--loader-workers", "2", "--allow-changed", "output_dir"
-        )
-    )
+    options = ["--resume", "--loader-workers", "2", "--allow-changed", "output_dir"]
+    launched(mixed(folder, tmp_path, *options))
     assert trace(tmp_path / "mixed") == want
     mine, theirs = (d / "model" / "model.safetensors" for d in (tmp_path / "mixed", whole))
     assert mine.read_bytes() == theirs.read_bytes()

@@ -1,9 +1,10 @@
-"""Real builds, no mocks: the split is worth nothing if it holds only for invented locales."""
+"""Real builds: the split has to hold for the locales that Babel ships."""
 
 import calendar
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -14,8 +15,7 @@ import pytest
 
 from mlembed.data import cldr
 
-MONTHS = set(calendar.month_name[1:])
-WEEKDAYS = set(calendar.day_name)
+NAMES = {*calendar.month_name[1:], *calendar.day_name}
 
 
 def digest(tables: tuple[pa.Table, pa.Table]) -> str:
@@ -81,23 +81,21 @@ def test_training_mix(train):
             assert min(counts) >= 0.8 * full, kind
 
 
-def test_no_pair_twice_and_none_untranslated(train):
+def test_pairs_are_distinct_and_translated(train):
     assert len({(row["query"], row["positive"]) for row in train}) == len(train)
     assert all(cldr.normalise(row["query"]) != cldr.normalise(row["positive"]) for row in train)
 
 
-def test_every_locale_sees_all_months_and_weekdays(train):
+def test_every_locale_has_all_months_and_weekdays(train):
     seen = defaultdict(set)
     for row in train:
         if row["kind"] in ("date", "datetime"):
-            words = set(row["query"].replace(",", "").split())
-            seen[row["positive_lang"]] |= words & (MONTHS | WEEKDAYS)
-    for key, words in seen.items():
-        assert words == MONTHS | WEEKDAYS, (key, (MONTHS | WEEKDAYS) - words)
+            seen[row["positive_lang"]] |= NAMES & set(row["query"].replace(",", "").split())
+    assert [lang for lang, names in seen.items() if names != NAMES] == []
 
 
-def test_nothing_from_babel_s_fallbacks(train, held_out):
-    """Where CLDR has no words, Babel prints the root's patterns or the unit's identifier."""
+def test_no_text_is_a_fallback_of_babel(train, held_out):
+    """Babel prints the root's patterns or the unit's identifier where CLDR has no words."""
     units = set(cldr._UNITS)
     texts = [(row["kind"], row["positive"]) for row in train]
     texts += [(row["kind"], row["text"]) for row in held_out if row["lang"] != "en"]
@@ -105,19 +103,23 @@ def test_nothing_from_babel_s_fallbacks(train, held_out):
         assert text and "{" not in text, (kind, text)
         if kind == "unit":
             assert units.isdisjoint(text.split()), text
-        if kind == "duration":
-            ascii_root = text[1:].replace(" ", "")
-            assert not (text[0] in "+-" and ascii_root.strip("0123456789") in set("yqmwdhs")), text
+        if kind == "duration":  # such as "+5 h"
+            letters = text[1:].replace(" ", "").strip("0123456789")
+            assert not (text[0] in "+-" and letters in set("yqmwdhs")), text
         if kind in ("date", "datetime"):
             assert any(map(str.isalpha, text)) and " M0" not in text, text
 
 
-def test_units_whose_long_form_is_their_short_one(train):
-    """CLDR states them once, as short; without care they are lost in most East Asian locales."""
-    chinese = [r for r in train if r["positive_lang"] == "zh" and r["kind"] == "unit"]
-    miles = [row for row in chinese if row["query"].endswith(" miles")]
-    assert miles
-    assert all(row["positive"].endswith("英里") for row in miles), miles
+def test_units_whose_long_form_is_the_short_form(train):
+    """CLDR states such a unit once, as short, which most East Asian locales rely on."""
+    miles = [
+        row["positive"]
+        for row in train
+        if row["positive_lang"] == "zh"
+        and row["kind"] == "unit"
+        and row["query"].endswith(" miles")
+    ]
+    assert miles and all(text.endswith("英里") for text in miles), miles
 
 
 def test_held_out_sizes(held_out):
@@ -139,8 +141,8 @@ def test_held_out_sizes(held_out):
             assert min(counts) == size
 
 
-def test_held_out_is_answerable(held_out):
-    """In a locale and kind, no two ids share a text, and none repeats the English of its id."""
+def test_held_out_texts_are_distinct(held_out):
+    """No two ids of a locale and kind share a text, and none repeats the English of its id."""
     assert len({(row["id"], row["lang"]) for row in held_out}) == len(held_out)
     keys = [(row["kind"], row["lang"], cldr.normalise(row["text"])) for row in held_out]
     assert len(set(keys)) == len(keys)
@@ -150,13 +152,13 @@ def test_held_out_is_answerable(held_out):
             assert cldr.normalise(row["text"]) != english[row["id"]]
 
 
-def test_no_held_out_text_in_training(train, held_out):
+def test_held_out_texts_are_not_in_training(train, held_out):
     shown = {cldr.normalise(row[side]) for row in train for side in ("query", "positive")}
     leaks = [row for row in held_out if cldr.normalise(row["text"]) in shown]
     assert leaks == []
 
 
-def test_held_out_days_are_new_in_every_kind(train, held_out):
+def test_held_out_days(train, held_out):
     """A day asked for in `date` is not in training with a time attached, nor the reverse."""
 
     def day(text: str) -> str:
@@ -168,7 +170,7 @@ def test_held_out_days_are_new_in_every_kind(train, held_out):
     assert asked.isdisjoint(day(row["query"]) for row in train if row["kind"] in dated)
 
 
-def test_zero_shot_names_are_in_no_training_list_or_amount(train, held_out):
+def test_zero_shot_names_in_lists_and_amounts(train, held_out):
     names = defaultdict(set)
     for row in held_out:
         if row["kind"] in cldr.ZERO_SHOT and row["lang"] == "en":
@@ -195,19 +197,13 @@ def test_zero_shot_names_are_in_no_training_list_or_amount(train, held_out):
     assert amounts.isdisjoint(plurals)
 
 
-def test_other_languages_lists_have_no_zero_shot_item(train, held_out):
-    """Same check on the other side, for languages whose lists split at one sign."""
+def test_zero_shot_names_in_lists_of_other_languages(train, held_out):
+    """The same in languages whose lists split at one sign."""
     names = {(row["lang"], row["text"]) for row in held_out if row["kind"] == "territory"}
-    for lang, signs in {"ja": ("、", "または"), "zh": ("、", "和", "或")}.items():
-        shown = set()
-        for row in train:
-            if row["kind"] == "list" and row["positive_lang"] == lang:
-                text = row["positive"]
-                for sign in signs:
-                    text = text.replace(sign, "\n")
-                shown |= {(lang, item) for item in text.split("\n")}
-        assert len(shown) > 50
-        assert shown.isdisjoint(names)
+    for lang, signs in {"ja": "、|または", "zh": "、|和|或"}.items():
+        texts = [r["positive"] for r in train if (r["kind"], r["positive_lang"]) == ("list", lang)]
+        shown = {(lang, item) for text in texts for item in re.split(signs, text)}
+        assert len(shown) > 50 and shown.isdisjoint(names)
 
 
 def test_lists_have_two_to_four_items():
@@ -218,7 +214,7 @@ def test_lists_have_two_to_four_items():
     assert all(len(set(items)) == len(items) for _, *items in drawn)
 
 
-def test_composed_wholes_have_known_parts(train, held_out):
+def test_parts_of_held_out_texts_are_in_training(train, held_out):
     """Held-out lists name countries, and amounts name units, that training shows in English."""
     shown = {kind: set() for kind in ("unit", "money", "territory")}
     for row in train:
@@ -233,12 +229,11 @@ def test_composed_wholes_have_known_parts(train, held_out):
             assert sum(name in row["text"] for name in shown["territory"]) >= 2, row
 
 
-def test_same_tables_again_and_in_a_fresh_process(tables):
+def test_builds_are_repeatable(tables):
     small = cldr.build(seed=1, pairs=cldr.MIN_PAIRS)
     assert 0.9 * cldr.MIN_PAIRS <= small[0].num_rows <= 1.1 * cldr.MIN_PAIRS
     assert set(small[0]["kind"].to_pylist()) == set(cldr.MIX)
     assert small[1]["text"].to_pylist() != tables[1]["text"].to_pylist()  # another seed
-    assert digest(cldr.build(seed=1, pairs=cldr.MIN_PAIRS)) == digest(small)
     command = (
         "import hashlib; from mlembed.data import cldr; tables = cldr.build(1, cldr.MIN_PAIRS);"
         "print(hashlib.sha256(repr([t.to_pydict() for t in tables]).encode()).hexdigest())"

@@ -1,5 +1,4 @@
-"""The grid against each cell alone, search in chunks, what is shown, and the command as users run
-it."""
+"""The grid against each cell alone, search in chunks, printed tables, and the command."""
 
 import json
 import sys
@@ -8,17 +7,17 @@ import numpy as np
 import processes
 import pytest
 import torch
-from factories import randomise
+from factories import tiny_encoder, tiny_tokenizer
 from PIL import Image
 
-from mlembed import config
 from mlembed.cli import evaluate
 from mlembed.data import eval_sets, tokenizer
 from mlembed.data.eval_sets import STS, Bitext
 from mlembed.evaluation import grid, scores, tables
+from mlembed.evaluation.charts import mean_score
+from mlembed.evaluation.grid import Grid, score_grid
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
-from mlembed.modeling.transformer import Transformer
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 LANGS = {"deu": "x{}x", "fra": "le {} {}"}
@@ -50,7 +49,7 @@ def beir_directory(path):
 
 
 def nearly(n, seed):
-    """n texts of eight words, and the same with one word or two replaced."""
+    """Return n texts of eight words, and the same texts with one or two words replaced."""
     rng = np.random.default_rng(seed)
     texts = rng.choice(WORDS, (n, 8))
     others = texts.copy()
@@ -83,23 +82,16 @@ def bucc_directory(path):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A small random model, saved as training saves it."""
     path = tmp_path_factory.mktemp("model")
-    learnt = tokenizer.train(WORDS * 5, 300)
-    cfg = config.Model(
-        vocab_size=learnt.get_vocab_size(),
-        hidden_size=32,
+    encoder = tiny_encoder(
+        tiny_tokenizer(WORDS * 5),
         num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=48,
         exits=(1, 3),
         matryoshka_dims=(4, 8, 32),
         ranks=(4, 8),
     )
-    pretrained.save(randomise(Transformer(cfg)), path)
-    tokenizer.save(learnt, path, 32)
+    pretrained.save(encoder.model, path)
+    tokenizer.save(encoder.tokenizer, path, 32)
     return path
 
 
@@ -109,7 +101,7 @@ def encoder(directory):
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory):
+def tasks(tmp_path_factory):
     path = tatoeba_directory(tmp_path_factory.mktemp("tasks") / "tat")
     texts = [f"{a} {b}" for a in WORDS for b in WORDS[:4]]
     gold = np.random.default_rng(0).normal(size=len(texts) // 2)
@@ -117,79 +109,67 @@ def wanted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cells(encoder, wanted):
-    return grid.grid(encoder, wanted)
+def cells(encoder, tasks):
+    return score_grid(encoder, tasks).cells
+
+
+def score_cells(*args, **options):
+    return score_grid(*args, **options, costs=False).cells
 
 
 def without_price(cells):
-    """What does not change from one run to the next."""
+    """Leave out the measured costs, which differ between runs."""
     return [{k: v for k, v in cell.items() if k not in PRICE} for cell in cells]
 
 
-def alone(encoder, wanted, cell):
-    found = {}
-    for task in wanted:
-        unit = encoder.encode(task.texts, cell["dim"], cell["exit"], cell["rank"])
-        assert unit.shape == (len(task.texts), cell["dim"])
-        score = scores.score_bitext if isinstance(task, Bitext) else scores.score_sts
-        found[task.name] = score(task, torch.from_numpy(unit))
-    return found
+def size(cell):
+    return cell["dim"], cell["exit"], cell["rank"]
 
 
-def test_grid_is_each_cell_alone(encoder, wanted, cells):
-    keys = [(cell["rank"], cell["exit"], cell["dim"]) for cell in cells]
-    assert keys == [(r, e, d) for r in (4, 8) for e in (1, 3) for d in (4, 8, 32)]
+def score_alone(encoder, task, *size):
+    unit = torch.from_numpy(encoder.encode(task.texts, *size))
+    return (scores.score_bitext if isinstance(task, Bitext) else scores.score_sts)(task, unit)
+
+
+def test_grid_is_each_cell_alone(encoder, tasks, cells):
+    assert [size(c) for c in cells] == [
+        (d, e, r) for r in (4, 8) for e in (1, 3) for d in (4, 8, 32)
+    ]
     for cell in cells:
-        for name, want in alone(encoder, wanted, cell).items():
-            got = cell["scores"][name]
+        for task in tasks:
+            got, want = cell["scores"][task.name], score_alone(encoder, task, *size(cell))
             assert got["score"] == pytest.approx(want["score"], abs=1e-6)
             assert got.get("by_language") == pytest.approx(want.get("by_language"))
     assert len({cell["scores"]["sts"]["score"] for cell in cells}) == len(cells)
 
 
-def test_grid_of_chosen_sizes(encoder, wanted, cells):
-    """Also ones that were never trained, in any order; the largest is the last."""
-    chosen = grid.grid(encoder, wanted, [32, 5, 32], [3, 2], [8, 3], costs=False)
-    assert len(chosen) == 8
+def test_grid_of_chosen_sizes(encoder, tasks, cells):
+    """Sizes have any order, also those that were never trained; the largest is the last."""
+    chosen = score_cells(encoder, tasks, [32, 5, 32], [3, 2], [8, 3])
+    assert [size(c) for c in chosen] == [(d, e, r) for r in (3, 8) for e in (2, 3) for d in (5, 32)]
     for cell in chosen:
-        want = alone(encoder, wanted, cell)["sts"]["score"]
+        want = score_alone(encoder, tasks[1], *size(cell))["score"]
         assert cell["scores"]["sts"]["score"] == pytest.approx(want, abs=1e-6)
-    (full,) = (c for c in chosen if (c["rank"], c["exit"], c["dim"]) == (8, 3, 32))
-    assert full == without_price(cells)[-1]
+    assert chosen[-1] == without_price(cells)[-1]
 
 
 def test_costs(encoder, cells):
     for cell in cells:
         small = pretrained.cut(encoder.model, cell["exit"], cell["rank"])
         assert cell["parameters"] == sum(p.numel() for p in small.parameters())
-        vector = encoder.encode(["sea"], cell["dim"], cell["exit"], cell["rank"])[0]
-        assert cell["bytes_per_vector"] == vector.nbytes
-    by_size = {}
-    for cell in cells:
-        by_size.setdefault((cell["exit"], cell["rank"]), set()).add(
-            tuple(cell[name] for name in PRICE)
-        )
-    assert len(by_size) == 4 and all(len(prices) == 1 for prices in by_size.values())
+        assert cell["bytes_per_vector"] == encoder.encode(["sea"], *size(cell))[0].nbytes
+    for row in Grid(cells).rows():  # measured once for all widths
+        assert len({tuple(cell[name] for name in PRICE) for cell in row.values()}) == 1
 
 
-def test_grid_of_a_plain_vocabulary(wanted):
-    learnt = tokenizer.train(WORDS, 300)
-    cfg = config.Model(
-        vocab_size=learnt.get_vocab_size(),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=16,
-    )
-    encoder = Encoder(Transformer(cfg).eval(), learnt, 16)
-    cells = grid.grid(encoder, wanted[:1])
-    assert [(c["rank"], c["exit"], c["dim"]) for c in cells] == [(None, 1, 8), (None, 1, 16)]
-    assert cells[0]["parameters"] == sum(p.numel() for p in encoder.model.parameters())
-    assert "table" in tables.table(cells)
+def test_grid_of_a_plain_vocabulary(tasks):
+    encoder = tiny_encoder(tiny_tokenizer(WORDS), hidden_size=16, num_hidden_layers=1)
+    plain = score_grid(encoder, tasks[:1])
+    assert [size(c) for c in plain.cells] == [(8, 1, None), (16, 1, None)]
+    assert plain.cells[0]["parameters"] == sum(p.numel() for p in encoder.model.parameters())
+    assert "table" in plain.table() and "| table | 1 |" in plain.markdown()
     with pytest.raises(ValueError, match="rank: expected none"):
-        grid.grid(encoder, wanted[:1], ranks=[4])
+        score_grid(encoder, tasks[:1], ranks=[4])
 
 
 @pytest.mark.parametrize(
@@ -203,28 +183,28 @@ def test_grid_of_a_plain_vocabulary(wanted):
         (dict(ranks=[0]), r"rank: expected 1\.\.8"),
     ],
 )
-def test_sizes_that_the_model_lacks(encoder, wanted, sizes, message):
+def test_sizes_that_the_model_lacks(encoder, tasks, sizes, message):
     with pytest.raises(ValueError, match=message):
-        grid.grid(encoder, wanted, **sizes)
+        score_grid(encoder, tasks, **sizes)
 
 
-def test_vectors_that_are_no_numbers(directory, searched, wanted, tmp_path):
-    """No score at that depth, and said; other depths are as they were, and the file is JSON."""
+def test_vectors_that_are_not_finite(directory, searched, tasks, tmp_path):
+    """They have no score; other depths keep theirs, and the file is JSON."""
     encoder = Encoder.load(str(directory), "cpu")
-    every = [*searched, *wanted]
-    before = grid.grid(encoder, every, [8], costs=False)
+    every = [*searched, *tasks]
+    before = score_cells(encoder, every, [8])
     with torch.no_grad():
         next(encoder.model.layers[2].parameters()).fill_(torch.nan)
-    cells = grid.grid(encoder, every, [8], costs=False)
-    tables.write_report(tmp_path, cells, {})
+    cells = score_cells(encoder, every, [8])
+    tables.write_report(tmp_path, Grid(cells), {})
     text = (tmp_path / "grid.json").read_text()
     stored = json.loads(text, parse_constant=pytest.fail)["cells"]
-    for cell, kept, old in zip(cells, stored, before, strict=True):
+    for cell, written, old in zip(cells, stored, before, strict=True):
         if cell["exit"] == 1:
-            assert cell == kept == old
+            assert cell == written == old
         else:
-            assert all(task["score"] is None for task in kept["scores"].values())
-            assert "b: no score, as 132 vectors are no numbers" in tables.details(cell["scores"])
+            assert all(task["score"] is None for task in written["scores"].values())
+            assert "b: no score: 132 vectors contain NaN or Inf" in tables.details(cell["scores"])
 
 
 # ---- search ----
@@ -232,94 +212,118 @@ def test_vectors_that_are_no_numbers(directory, searched, wanted, tmp_path):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """One of each kind that is searched or mined."""
+    """A task of each kind that is searched or mined."""
     path = tmp_path_factory.mktemp("searched")
     directories = (beir_directory(path / "b"), un_directory(path / "u"), bucc_directory(path / "m"))
     return [task for directory in directories for task in eval_sets.read(str(directory))]
 
 
-def test_search_is_that_of_all_at_once(encoder, searched, monkeypatch):
-    """In chunks of any size, at every exit and dim of one pass; each alone, from full matrices."""
-    beir, un, bucc = searched
-    want = {}
-    for exit in (1, 3):
-        for dim in (4, 32):
-            documents = encoder.encode(list(beir.documents()), dim, exit, 8)
-            cosines = encoder.encode(beir.queries, dim, exit, 8) @ documents.T
-            rows = np.argsort(-cosines, axis=1)[:, :100]
-            near = np.take_along_axis(cosines, rows, 1)
-            ndcg = scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
-            side = un.sides["de"]
-            among = encoder.encode([*side.answers, *side.others()], dim, exit, 8)
-            best = (encoder.encode(side.queries, dim, exit, 8) @ among.T).argmax(1)
-            mined = scores.score_mining(
-                bucc, torch.tensor(encoder.encode(bucc.texts, dim, exit, 8))
-            )
-            p1 = scores.precision_at_1(best, side.answers)
-            want[exit, dim] = ndcg, p1, mined["score"]
-    assert all(len({column[i] for column in want.values()}) > 1 for i in range(3))
-    for chunk in (16_384, 7):
-        monkeypatch.setattr(grid, "DOCUMENTS", chunk)
-        for cell in grid.grid(encoder, searched, [4, 32], [1, 3], [8], costs=False):
-            got = [task["score"] for task in cell["scores"].values()]
-            assert got == pytest.approx(want[cell["exit"], cell["dim"]], abs=1e-6)
-    assert cell["scores"]["u"]["by_language"].keys() == {"de"}
-
-
-def test_vectors_of_many_texts_lie_in_a_file(encoder, searched, wanted, monkeypatch):
-    every = [searched[2], *wanted]
-    usual = grid.grid(encoder, every, costs=False)
-    monkeypatch.setattr(grid, "IN_MEMORY", 0)
-    monkeypatch.setattr(grid, "DOCUMENTS", 6)
-    for cell, other in zip(grid.grid(encoder, every, costs=False), usual, strict=True):
-        for name, result in cell["scores"].items():
-            assert result["score"] == pytest.approx(other["scores"][name]["score"], abs=1e-6)
-
-
-def test_prompts_go_before_queries_and_documents(encoder, searched):
-    """The encoder's own, or others; not before pairs of translations."""
-    beir, un, _ = searched
-    sizes = [32], [3], [8]
-
-    def ndcg(encoder, **options):
-        (cell,) = grid.grid(encoder, [beir, un], *sizes, costs=False, **options)
-        return cell["scores"]["b"]["score"], cell["scores"]["u"]["score"]
-
-    plain = ndcg(encoder)
-    prompts = {"query": "sun sun sun ", "document": "tree "}
-    own = Encoder(encoder.model, encoder.tokenizer, 32, prompts=prompts)
-    queries = encoder.encode([f"sun sun sun {text}" for text in beir.queries], *(32, 3, 8))
-    documents = encoder.encode([f"tree {text}" for text in beir.documents()], *(32, 3, 8))
+def ndcg(beir, queries, documents):
+    """Score a search with full matrices."""
     cosines = queries @ documents.T
     rows = np.argsort(-cosines, axis=1)[:, :100]
     near = np.take_along_axis(cosines, rows, 1)
-    want = scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
-    assert ndcg(own) == (pytest.approx(want, abs=1e-6), plain[1]) and want != plain[0]
-    assert ndcg(encoder, prompts=prompts) == ndcg(own)
-    assert ndcg(own, prompts={}) == plain
+    return scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
 
 
-# ---- showing ----
+def test_search_in_chunks(encoder, searched, monkeypatch):
+    """Chunks of any size, at every exit and dim of one pass, equal each size alone."""
+    beir, un, bucc = searched
+    side = un.sides["de"]
+    want = {}
+    for cut in ((4, 1, 8), (32, 1, 8), (4, 3, 8), (32, 3, 8)):
+        pool = encoder.encode([*side.answers, *side.others()], *cut)
+        best = (encoder.encode(side.queries, *cut) @ pool.T).argmax(1)
+        mined = scores.score_mining(bucc, torch.tensor(encoder.encode(bucc.texts, *cut)))
+        documents = encoder.encode(list(beir.documents()), *cut)
+        want[cut] = (
+            ndcg(beir, encoder.encode(beir.queries, *cut), documents),
+            scores.precision_at_1(best, side.answers),
+            mined["score"],
+        )
+    assert all(len({column[i] for column in want.values()}) > 1 for i in range(3))
+    for chunk in (16_384, 7):
+        monkeypatch.setattr(grid, "DOCUMENTS", chunk)
+        for cell in score_cells(encoder, searched, [4, 32], [1, 3], [8]):
+            got = [task["score"] for task in cell["scores"].values()]
+            assert got == pytest.approx(want[size(cell)], abs=1e-6)
+    assert cell["scores"]["u"]["by_language"].keys() == {"de"}
+
+
+def test_vectors_of_many_texts_lie_in_a_file(encoder, searched, tasks, monkeypatch):
+    every, encode_grid, on_disk = [searched[2], *tasks], Encoder.encode_grid, []
+    usual = score_cells(encoder, every)
+
+    def spy(*args, **options):
+        on_disk.append(options.get("on_disk"))
+        return encode_grid(*args, **options)
+
+    monkeypatch.setattr(Encoder, "encode_grid", spy)
+    monkeypatch.setattr(grid, "IN_MEMORY", 0)
+    assert score_cells(encoder, every) == usual and on_disk == [True] * 6
+
+
+def test_prompts(encoder, searched):
+    """The encoder's own by default, before queries and documents, not before bitext."""
+    beir, un, _ = searched
+    cut = 32, 3, 8
+
+    def score(encoder, **options):
+        (cell,) = score_cells(encoder, [beir, un], *([one] for one in cut), **options)
+        return cell["scores"]["b"]["score"], cell["scores"]["u"]["score"]
+
+    plain = score(encoder)
+    prompts = {"query": "sun sun sun ", "document": "tree "}
+    prompted = Encoder(encoder.model, encoder.tokenizer, 32, prompts=prompts)
+    queries = encoder.encode([f"sun sun sun {text}" for text in beir.queries], *cut)
+    want = ndcg(beir, queries, encoder.encode([f"tree {text}" for text in beir.documents()], *cut))
+    assert score(prompted) == (pytest.approx(want, abs=1e-6), plain[1]) and want != plain[0]
+    assert score(encoder, prompts=prompts) == score(prompted)
+    assert score(prompted, prompts={}) == plain
+
+
+# ---- tables ----
 
 
 def test_mean_score_is_over_tasks(cells):
     for cell in cells:
         first, second = (task["score"] for task in cell["scores"].values())
-        assert tables.mean_score(cell) == pytest.approx(100 * (first + second) / 2)
+        assert mean_score(cell) == pytest.approx(100 * (first + second) / 2)
 
 
 def test_table(cells):
-    head, columns, sizes, *rows = tables.table(cells).splitlines()
+    head, columns, sizes, *rows = Grid(cells).table().splitlines()
     assert "score (%)" in head and columns.split() == ["rank", "exit", "params", "4", "8", "32"]
     assert sizes.split() == ["16B", "32B", "128B"]
-    assert len(rows) == 4
     for row, begin in zip(rows, range(0, 12, 3), strict=True):
         rank, exit, parameters, *shown = row.split()
         group = cells[begin : begin + 3]
         assert (int(rank), int(exit)) == (group[0]["rank"], group[0]["exit"])
         assert parameters == f"{group[0]['parameters'] / 1e6:.2f}M"
-        assert shown == [f"{tables.mean_score(cell):.1f}" for cell in group]
-    assert len({len(row) for row in (columns, sizes, *rows)}) == 1  # columns stand under each other
+        assert shown == [f"{mean_score(cell):.1f}" for cell in group]
+    assert len({len(row) for row in (columns, sizes, *rows)}) == 1  # columns are aligned
+
+
+def test_markdown(cells):
+    head, rule, *rows = (
+        [word.strip() for word in line.strip("|").split("|")]
+        for line in Grid(cells).markdown((8, 1, 8)).splitlines()
+    )
+    assert head[:3] == ["rank", "exit", "parameters"] and head[-3:] == [
+        "4 wide",
+        "8 wide",
+        "32 wide",
+    ]
+    assert head[3:-3] == ["ms a text", "texts/s", "MiB"] and set(rule) == {"---:"}
+    assert [row[:2] for row in rows] == [["4", "1"], ["4", "3"], ["8", "1"], ["8", "3"]]
+    assert rows[2][-2] == f"**{mean_score(cells[7]):.1f}**"
+    assert rows[2][3:6] == [f"{cells[6][name]:.4g}" for name in PRICE]
+    some = Grid(without_price(cells[1:])).markdown().splitlines()
+    assert some[2].split(" | ")[3] == "" and "ms" not in some[0] and "**" not in "".join(some)
+
+
+def test_figure(cells):
+    assert len(Grid(cells).figure("title").axes) == 2  # a heat map a rank
 
 
 def test_by_kind():
@@ -333,56 +337,45 @@ def test_by_kind():
     assert len(tables.by_kind(now, {}).splitlines()) == 4
 
 
-def test_report(cells, tmp_path):
+@pytest.mark.parametrize("zero", [False, True])
+def test_report(cells, tmp_path, zero):
+    if zero:  # a heat map of one colour
+        cells = [{**cell, "scores": {"t": {"score": 0.0}}} for cell in cells]
     out = tmp_path / "deep" / "report"
-    tables.write_report(out, cells, {"commit": "abc"})
+    tables.write_report(out, Grid(cells), {"commit": "abc"})
     assert sorted(p.name for p in out.iterdir()) == ["grid.json", "grid.png"]
     assert json.loads((out / "grid.json").read_text()) == {"commit": "abc", "cells": cells}
     with Image.open(out / "grid.png") as image:
         image.load()
         assert image.format == "PNG" and image.width > 300 and image.height > 300
         colours = image.convert("RGB").getcolors(1 << 24)
-    assert len(colours) > 50  # a heat map, not an empty page
-
-
-def test_report_of_scores_that_are_all_zero(cells, tmp_path):
-    none = [{**cell, "scores": {"t": {"score": 0.0}}} for cell in cells]
-    tables.write_report(tmp_path, none, {})
-    assert json.loads((tmp_path / "grid.json").read_text()) == {"cells": none}
-    with Image.open(tmp_path / "grid.png") as image:
-        image.load()
-        assert image.format == "PNG" and image.width > 300
+    assert zero or len(colours) > 50
 
 
 def test_prices(cells):
-    head, *rows = tables.prices(cells).splitlines()
+    head, *rows = tables.prices(Grid(cells)).splitlines()
     assert len(rows) == 4 and "ms a short text" in head
     rank, exit, latency, rate, memory = rows[1].split()
     cell = cells[3]
     assert (int(rank), int(exit)) == (cell["rank"], cell["exit"])
     assert latency == f"{cell['latency_ms']:.2f}" and memory == f"{cell['memory_mib']:.1f}"
     assert rate == f"{cell['texts_per_second']:.0f}"
-    assert tables.prices(without_price(cells)) == ""
+    assert tables.prices(Grid(without_price(cells))) == ""
 
 
 def test_details():
-    found = {
+    by_task = {
         "t": {
             "score": 0.5,
             "to_pivot": 0.25,
             "by_language": {"de": 1.0},
             "means": {"14": {"languages": 14, "accuracy": 0.75}, "36": {"languages": 30}},
         },
-        "m": {
-            "score": 0.5,
-            "by_margin": {"ratio": {"fwd": 0.125, "max": 0.5}},
-            "splits": {"de": "threshold of dev, scores of dev"},
-        },
+        "m": {"score": 0.5, "splits": {"de": "threshold of dev, scores of dev"}},
     }
-    assert tables.details(found, "width 8").splitlines() == [
-        "  other measures at width 8 (%)",
-        "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: 30 of them are here",
-        "    F1 by ratio: fwd 12.5, max 50.0",
+    assert tables.details(by_task, "width 8").splitlines() == [
+        "  other metrics at width 8 (%)",
+        "  t: to_pivot 25.0, mean of 14 languages 75.0, mean of 36 languages: only 30 present",
         "    de: threshold of dev, scores of dev",
     ]
     assert tables.details({"t": {"score": 0.5}}) == ""
@@ -402,9 +395,9 @@ def test_command(directory, tmp_path):
     done = command(directory, "--data", data, *sizes, "--out", out)
     assert done.returncode == 0, done.stderr
     half = Encoder.load(str(directory), "cpu", "bfloat16")
-    want = grid.grid(half, eval_sets.read(str(data)), [8, 32], [1], [8], costs=False)
-    assert done.stdout.startswith(tables.table(want) + "\n\n")
-    assert "to_pivot" in done.stdout and "mean of 36 languages: 2 of them" in done.stdout
+    want = score_cells(half, eval_sets.read(str(data)), [8, 32], [1], [8])
+    assert done.stdout.startswith(Grid(want).table() + "\n\n")
+    assert "to_pivot" in done.stdout and "mean of 36 languages: only 2" in done.stdout
     stored = json.loads((out / "grid.json").read_text())
     assert without_price(stored.pop("cells")) == want
     assert (stored["model"], stored["data"]) == (str(directory), [str(data)])
@@ -415,16 +408,16 @@ def test_command(directory, tmp_path):
         image.verify()
 
 
-def test_command_refuses_sizes_that_the_model_lacks(directory, tmp_path):
+def test_command_rejects_sizes_that_the_model_lacks(directory, tmp_path):
     data = tatoeba_directory(tmp_path / "tat")
     done = command(directory, "--data", data, "--dim", "64", "--out", tmp_path / "report")
     assert (done.returncode, done.stdout) == (1, "")
-    # And no progress bar, as nobody looks.
+    # There is no progress bar outside a terminal.
     assert done.stderr == "error: dim: expected 1..32 (the width), got 64\n"
     assert not (tmp_path / "report").exists()
 
 
-def test_command_refuses_an_existing_out(directory, tmp_path):
+def test_command_rejects_an_existing_out(directory, tmp_path):
     out = tmp_path / "report"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
@@ -458,12 +451,12 @@ def test_command_with_a_funnel(directory, tmp_path, encoder):
     [
         (dict(funnel="4:1"), "funnel: expected retrieval among --data, got none"),
         (dict(funnel="4:1:2:3"), "funnel: expected DIM:EXIT:RANK, as 48:2:64 or 48::, got '4:1:2:"),
-        (dict(out="{}/tat/tatoeba.deu-eng.deu/report"), "out: expected a new directory, got .*deu"),
-        (dict(mteb=("tat",)), "mteb: expected other names than --data has, got tat"),
+        (dict(out="{}/tat/tatoeba.deu-eng.deu/report"), "out: cannot create .*deu"),
+        (dict(mteb=("tat",)), "mteb: expected names that differ from --data, got tat"),
     ],
 )
-def test_command_refuses_before_any_work(given, message, tmp_path):
-    """Also before a model is looked for."""
+def test_command_rejects_before_any_work(given, message, tmp_path):
+    """Even before it looks for a model."""
     data = tatoeba_directory(tmp_path / "tat")
     if "out" in given:
         given = {"out": given["out"].format(tmp_path)}
@@ -471,14 +464,13 @@ def test_command_refuses_before_any_work(given, message, tmp_path):
         evaluate.main("no such model", data=(str(data),), **given)
 
 
-def test_a_funnel_takes_the_grids_scores(encoder, searched):
-    """And without them scores in one pass what is of one rank: the same."""
-    cells = grid.grid(encoder, searched[:1], [4, 32], [1, 3], [8], costs=False)
+def test_funnel_uses_scores_of_the_grid(encoder, searched):
+    cells = score_cells(encoder, searched[:1], [4, 32], [1, 3], [8])
     alone = grid.score_funnel(encoder, searched[0], (4, 1, 8), 20)
     assert alone == grid.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)
     (small,) = (c for c in cells if (c["dim"], c["exit"]) == (4, 1))
     assert alone["small"] == pytest.approx(small["scores"]["b"]["score"], abs=1e-6)
-    small["scores"]["b"]["score"] = 7.0  # it is not made again
+    small["scores"]["b"]["score"] = 7.0  # it is not computed again
     assert grid.score_funnel(encoder, searched[0], (4, 1, 8), 20, cells=cells)["small"] == 7
 
 
@@ -486,9 +478,9 @@ def test_a_funnel_takes_the_grids_scores(encoder, searched):
     ("missing", "error", "says"),
     [("mteb", ValueError, "pip install mlembed"), ("torch", ModuleNotFoundError, "torch")],
 )
-def test_only_a_missing_mteb_is_blamed_on_mteb(missing, error, says, monkeypatch):
+def test_missing_mteb_is_named(missing, error, says, monkeypatch):
     monkeypatch.delitem(sys.modules, "mlembed.evaluation.mteb_model", raising=False)
     monkeypatch.delattr("mlembed.evaluation.mteb_model", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(error, match=says):
-        grid._mteb()
+        grid.load_mteb()

@@ -1,8 +1,8 @@
-"""Codes of every usual kind to one name and script, nothing guessed; levels of training text."""
+"""Names and scripts of every usual kind of code, nothing guessed; levels of training text."""
 
 import pytest
 
-from mlembed.evaluation.languages import language, levels
+from mlembed.evaluation.languages import Language, language, levels
 
 # ---- names and scripts ----
 
@@ -31,8 +31,7 @@ from mlembed.evaluation.languages import language, levels
     ],
 )
 def test_names_and_scripts(code, name, script):
-    found = language(code)
-    assert (found.code, found.name, found.script) == (code, name, script)
+    assert language(code) == Language(code, language(code).key, name, script)
 
 
 @pytest.mark.parametrize(
@@ -43,17 +42,16 @@ def test_names_and_scripts(code, name, script):
         ("und", "unknown"),  # which CLDR would have in Latin
         ("und_FR", "unknown"),
         ("qqq_Foob", "unknown"),
-        ("qqq_Cyrl", "Cyrillic"),  # said, not guessed
+        ("qqq_Cyrl", "Cyrillic"),  # named, not guessed
         ("<b>", "unknown"),
         ("", "unknown"),
     ],
 )
-def test_what_cldr_does_not_know_keeps_its_code(code, script):
-    found = language(code)
-    assert (found.name, found.script) == (code, script)
+def test_unknown_codes_stay(code, script):
+    assert (language(code).name, language(code).script) == (code, script)
 
 
-def test_codes_of_one_language_are_one():
+def test_keys():
     same = ["de", "deu", "deu_Latn", "de-DE"]
     assert len({language(code).key for code in same}) == 1
     assert language("sr").key == language("srp_Cyrl").key != language("sr_Latn").key
@@ -67,30 +65,30 @@ def keys(*codes):
     return [language(code).key for code in codes]
 
 
-def test_levels_are_thirds_of_the_seen():
+def test_levels_are_thirds():
     texts = {"deu": 10, "fra": 20, "rus": 30, "jpn": 40, "ell": 50, "heb": 60, "vie": 10**6}
     codes = ["el", "he", "ja", "ru", "de", "fr", "sw"]  # not vie, which is not evaluated
-    found, said = levels(keys(*codes), texts)
-    assert found == dict(
+    by_key, sentence = levels(keys(*codes), texts)
+    assert by_key == dict(
         zip(keys(*codes), ["high", "high", "mid", "mid", "low", "low", "unseen"], strict=True)
     )
-    assert "low, 1 to 20;" in said and "mid, to 40;" in said and "high, to 60 " in said
+    assert "low, 1 to 20;" in sentence and "mid, to 40;" in sentence and "high, to 60 " in sentence
 
 
-def test_levels_add_what_two_codes_have():
-    found, _ = levels(keys("pt", "de", "fr"), {"pt_BR": 60, "por-PT": 50, "de": 70, "fra": 80})
-    assert found == dict(zip(keys("pt", "de", "fr"), ["high", "low", "mid"], strict=True))
+def test_levels_add_codes_of_one_language():
+    by_key, _ = levels(keys("pt", "de", "fr"), {"pt_BR": 60, "por-PT": 50, "de": 70, "fra": 80})
+    assert by_key == dict(zip(keys("pt", "de", "fr"), ["high", "low", "mid"], strict=True))
 
 
-def test_levels_that_are_none():
+def test_levels_without_thirds():
     assert levels(keys("de"), None) == (
         {},
         "Training texts by language: not recorded, so there are no resource levels.",
     )
-    found, said = levels(keys("de", "fr"), {"it": 3})
-    assert set(found.values()) == {"unseen"} and "No evaluated language" in said
-    found, said = levels(keys("de", "fr", "sw"), {"de": 7, "fr": 7, "sw": None})
-    assert list(found.values()) == ["seen", "seen", "unseen"] and "has 7 texts" in said
+    by_key, sentence = levels(keys("de", "fr"), {"it": 3})
+    assert set(by_key.values()) == {"unseen"} and "No evaluated language" in sentence
+    by_key, sentence = levels(keys("de", "fr", "sw"), {"de": 7, "fr": 7, "sw": None})
+    assert list(by_key.values()) == ["seen", "seen", "unseen"] and "has 7 texts" in sentence
     # One that has fewer makes no thirds of the others.
-    found, said = levels(keys("de", "fr", "it", "sw"), {"de": 7, "fr": 7, "it": 7, "sw": 5})
-    assert set(found.values()) == {"seen"} and "has 5 to 7 texts" in said
+    by_key, sentence = levels(keys("de", "fr", "it", "sw"), {"de": 7, "fr": 7, "it": 7, "sw": 5})
+    assert set(by_key.values()) == {"seen"} and "has 5 to 7 texts" in sentence

@@ -1,6 +1,6 @@
-"""Our scores beside those of mteb's own task code on the same vectors, our encoder as its model.
+"""Our scores against mteb's own on the same vectors, and our encoder as its model.
 
-The only file that imports mteb, which takes seconds."""
+No other test imports mteb, which takes seconds."""
 
 import csv
 import json
@@ -14,14 +14,12 @@ import processes
 import pytest
 import torch
 from datasets import Dataset
-from factories import randomise
+from factories import tiny_encoder, tiny_tokenizer
 
-from mlembed import config
 from mlembed.data import eval_sets, tokenizer
 from mlembed.evaluation import grid, scores
-from mlembed.inference.encoder import Encoder
+from mlembed.inference.encoder import Encoder, GridVectors
 from mlembed.modeling import pretrained
-from mlembed.modeling.transformer import Transformer
 
 mteb = pytest.importorskip("mteb")
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
@@ -40,7 +38,7 @@ AGREE = 1e-6
 
 
 def vector(text):
-    """Sums of vectors of the text's trigrams, so that texts alike are near."""
+    """Return the sum of the vectors of a text's trigrams, so that similar texts are near."""
     text = f" {text} "
     rows = [zlib.crc32(text[i : i + 3].encode()) % len(TABLE) for i in range(len(text) - 2)]
     return TABLE[rows].sum(0)
@@ -55,18 +53,18 @@ def unit(texts):
 
 
 class Vectors:
-    """To our evaluation what an `Encoder` is, with one exit; in any order of calls one text has one
-    vector."""
+    """An `Encoder` to our evaluation, with one exit and a fixed vector for each text."""
 
     model = SimpleNamespace(device=torch.device("cpu"), cfg=SimpleNamespace(hidden_size=WIDTH))
     prompts: dict[str, str] = {}
 
-    def exits(self, texts, exits, rank=None, progress=False, prompt=""):
-        return torch.from_numpy(unit(texts)).repeat(len(exits), 1, 1)
+    def encode_grid(self, texts, sizes, progress=False, prompt="", on_disk=False):
+        raw = torch.from_numpy(unit(texts))[None]
+        return GridVectors({None: raw}, {None: [1]})
 
 
-class Looked(mteb_model.MTEBEncoder):
-    """To mteb a model of the same vectors."""
+class SameVectors(mteb_model.MTEBEncoder):
+    """The model of these vectors for mteb."""
 
     def __init__(self):
         self.mteb_model_meta = mteb.models.ModelMeta.create_empty(
@@ -92,20 +90,36 @@ def metadata(kind, name, main_score, langs, split="test"):
 def by_mteb(task, out=None):
     cache = mteb.ResultCache(out) if out else None
     (result,) = mteb.evaluate(
-        Looked(), [task], cache=cache, co2_tracker=False, show_progress_bar=False
+        SameVectors(), [task], cache=cache, co2_tracker=False, show_progress_bar=False
     ).task_results
     return result
 
 
 def ours(task):
-    return grid.score(Vectors(), task, [WIDTH], [1], None, {})[1, WIDTH]
+    return grid.score(Vectors(), task, [(WIDTH, 1, None)], {})[WIDTH, 1, None]
 
 
 # ---- bitext ----
 
 
+def bitext_task(name, sides):
+    """Return a task of mteb of two lists of texts for each subset."""
+
+    class Local(AbsTaskBitextMining):
+        metadata = metadata("BitextMining", name, "f1", {subset: ["eng-Latn"] for subset in sides})
+
+        def load_data(self, **options):
+            self.dataset = {
+                subset: {"test": Dataset.from_dict({"sentence1": a, "sentence2": b})}
+                for subset, (a, b) in sides.items()
+            }
+            self.data_loaded = True
+
+    return Local()
+
+
 def tatoeba_files(path):
-    """English sentences that repeat, and one language in which most words are near."""
+    """Write English sentences that repeat, and a language in which most words are near."""
     rng = np.random.default_rng(0)
     path.mkdir()
     for lang, form in (("deu", "x{}x"), ("nld", "{} de {}")):
@@ -132,30 +146,18 @@ def test_bitext(tatoeba):
         path = directory / f"tatoeba.{lang}-eng.{end}"
         return path.read_bytes().decode().removesuffix("\n").split("\n")
 
-    class Local(AbsTaskBitextMining):
-        metadata = metadata(
-            "BitextMining",
-            "LocalTatoeba",
-            "f1",
-            {f"{lang}-{way}": ["eng-Latn"] for lang in langs for way in ("to", "from")},
-        )
-
-        def load_data(self, **options):
-            self.dataset = {
-                f"{lang}-{way}": {
-                    "test": Dataset.from_dict(
-                        {"sentence1": lines(lang, one), "sentence2": lines(lang, two)}
-                    )
-                }
-                for lang in langs
-                for way, one, two in (("to", lang, "eng"), ("from", "eng", lang))
-            }
-            self.data_loaded = True
-
-    found = {row["hf_subset"]: row for row in by_mteb(Local()).scores["test"]}
-    (task,) = eval_sets.read(str(directory))
-    task.groups = {(lang, ""): task.groups[lang, ""] for lang in langs}
-    got = ours(task)
+    task = bitext_task(
+        "LocalTatoeba",
+        {
+            f"{lang}-{way}": (lines(lang, one), lines(lang, two))
+            for lang in langs
+            for way, one, two in (("to", lang, "eng"), ("from", "eng", lang))
+        },
+    )
+    found = {row["hf_subset"]: row for row in by_mteb(task).scores["test"]}
+    (data,) = eval_sets.read(str(directory))
+    data.groups = {(lang, ""): data.groups[lang, ""] for lang in langs}
+    got = ours(data)
     for metric, name in (("accuracy", "{}_pivot"), ("f1", "f1_{}_pivot")):
         for way in ("to", "from"):
             want = np.mean([found[f"{lang}-{way}"][metric] for lang in langs])
@@ -163,7 +165,7 @@ def test_bitext(tatoeba):
     for lang in langs:
         both = [found[f"{lang}-{way}"]["accuracy"] for way in ("to", "from")]
         assert got["by_language"][lang] == pytest.approx(np.mean(both), abs=AGREE)
-    assert 0 < got["f1_to_pivot"] < got["to_pivot"] < 1  # neither trivial nor one thing twice
+    assert 0 < got["f1_to_pivot"] < got["to_pivot"] < 1
 
 
 # ---- scored pairs ----
@@ -212,8 +214,8 @@ def test_sts(pairs):
 
 
 def beir_files(path):
-    """Documents that repeat (equal scores), grades, a query whose judgements are all 0, and one
-    without any; queries that are documents too, and a judged document that is not there."""
+    """Write documents that repeat (equal scores), grades, a query whose judgements are all 0, one
+    without any, queries that are documents, and a judged document that the corpus lacks."""
     rng = np.random.default_rng(1)
     (path / "qrels").mkdir(parents=True)
     documents = [" ".join(rng.choice(WORDS, 5)) for _ in range(150)]
@@ -279,7 +281,7 @@ def test_retrieval(beir, monkeypatch):
             self.data_loaded = True
 
         def task_specific_scores(self, scores, *args, **options):
-            """What mteb's table rounds to five places."""
+            """Return what mteb's table rounds to five places."""
             names = ("ndcg_cut_10", "recall_10", "recall_100", "map_cut_100")
             return {n: float(np.mean([row[n] for row in scores.values()])) for n in names}
 
@@ -307,21 +309,9 @@ def test_retrieval(beir, monkeypatch):
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small"
     path.mkdir()
-    learnt = tokenizer.train(WORDS * 5, 300)
-    cfg = config.Model(
-        vocab_size=learnt.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=48,
-        exits=(1, 2),
-        matryoshka_dims=(8, 32),
-        ranks=(4, 8),
-    )
-    pretrained.save(randomise(Transformer(cfg)), path)
-    tokenizer.save(learnt, path, 32)
+    encoder = tiny_encoder(tiny_tokenizer(WORDS * 5), exits=(1, 2), ranks=(4, 8))
+    pretrained.save(encoder.model, path)
+    tokenizer.save(encoder.tokenizer, path, 32)
     return path
 
 
@@ -361,7 +351,7 @@ def test_vectors_and_prompts(directory, prompts, kind, used):
     assert got.shape == (10, 8)
 
 
-def test_what_mteb_says_of_it(directory):
+def test_model_meta(directory):
     encoder = Encoder.load(str(directory), "cpu")
     meta = mteb_model.MTEBEncoder(encoder, "made/up", 8, 1, 4).mteb_model_meta
     small = pretrained.cut(encoder.model, 1, 4)
@@ -377,7 +367,7 @@ def test_what_mteb_says_of_it(directory):
         mteb_model.MTEBEncoder(encoder, "made/up", exit=3)
 
 
-def test_names_of_tasks():
+def test_tasks():
     (task,) = mteb_model.tasks(["STS12"])
     assert task.metadata.name == "STS12"
     with pytest.raises(ValueError, match=r"mteb: expected a task .*near:.*NFCorpus.*got 'NFCorpu'"):
@@ -387,12 +377,12 @@ def test_names_of_tasks():
     assert len(mteb_model.tasks(["STS12", "STS12"])) == 1
 
 
-def test_names_of_models(directory):
+def test_model_name(directory):
     assert mteb_model.model_name("Qwen/Qwen3-Embedding-0.6B") == "Qwen/Qwen3-Embedding-0.6B"
     assert mteb_model.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
 
 
-def test_a_directory_of_two_names_is_no_hub_id(tmp_path, monkeypatch):
+def test_model_name_of_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/tiny").mkdir(parents=True)
     assert mteb_model.model_name("runs/tiny") == "mlembed/runs-tiny"
@@ -400,31 +390,16 @@ def test_a_directory_of_two_names_is_no_hub_id(tmp_path, monkeypatch):
 
 
 def local_run(task, langs):
-    class Local(AbsTaskBitextMining):
-        metadata = metadata(
-            "BitextMining", "LocalRun", "f1", {f"{x}-eng": ["eng-Latn"] for x in langs}
-        )
+    def texts(rows):
+        return [task.texts[i] for i in rows]
 
-        def load_data(self, **options):
-            sides = {lang: task.groups[lang, ""] for lang in langs}
-            self.dataset = {
-                f"{lang}-eng": {
-                    "test": Dataset.from_dict(
-                        {
-                            "sentence1": [task.texts[i] for i in a],
-                            "sentence2": [task.texts[i] for i in b],
-                        }
-                    )
-                }
-                for lang, (a, b) in sides.items()
-            }
-            self.data_loaded = True
-
-    return Local()
+    groups = {lang: task.groups[lang, ""] for lang in langs}
+    sides = {f"{lang}-eng": (texts(a), texts(b)) for lang, (a, b) in groups.items()}
+    return bitext_task("LocalRun", sides)
 
 
-def test_a_run_by_mteb(directory, tmp_path):
-    """Its results in its own layout, and in our cells, as our scores of the same text."""
+def test_run_by_mteb(directory, tmp_path):
+    """It writes results in its own layout; its scores equal ours on the same text."""
     encoder = Encoder.load(str(directory), "cpu")
     path, langs = tatoeba_files(tmp_path / "tat")
     (task,) = eval_sets.read(str(path))
@@ -451,28 +426,30 @@ class Counting(Encoder):
         return super().run(ids, *args, **options)
 
 
-def test_one_pass_of_the_trunk_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
-    """In bf16, each size as if it were alone."""
+def test_one_pass_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
+    """Each size equals the size alone, in bf16."""
     path, langs = tatoeba_files(tmp_path / "tat")
     (task,) = eval_sets.read(str(path))
     monkeypatch.setattr(mteb_model, "tasks", lambda names: [local_run(task, langs)])
     plain = Encoder.load(str(directory), "cpu", "bfloat16")
     encoder = Counting(plain.model, plain.tokenizer, plain.max_length)
     sizes = {"dims": [8, 32], "exits": [1, 2], "ranks": [8]}
-    cells = grid.grid(encoder, [], **sizes, costs=False)
-    grid.add_mteb(encoder, str(directory), ["LocalRun"], cells, {}, tmp_path / "out")
+    scored = grid.score_grid(encoder, [], **sizes, costs=False)
+    cells = scored.cells
+    grid.add_mteb(encoder, str(directory), ["LocalRun"], scored, {}, tmp_path / "out")
     assert encoder.encoded == len(task.texts)
-    for cell, one in zip(cells, grid.grid(plain, [task], **sizes, costs=False), strict=True):
+    for cell, one in zip(
+        cells, grid.score_grid(plain, [task], **sizes, costs=False).cells, strict=True
+    ):
         want = one["scores"]["tat"]["f1_to_pivot"]
         assert cell["scores"]["LocalRun"]["score"] == pytest.approx(want, abs=AGREE)
         assert cell["parameter_bytes"] == 2 * cell["parameters"]
-    whole = [cell["scores"]["LocalRun"]["score"] for cell in cells]
-    assert len(set(whole)) > 1
+    assert len({cell["scores"]["LocalRun"]["score"] for cell in cells}) > 1
     stored = list((tmp_path / "out").rglob("LocalRun.json"))
     assert len(stored) == 4 and all(mteb_model.digest(plain) in file.parts for file in stored)
 
 
-def test_command_refuses_an_unknown_task(directory, tmp_path):
+def test_command_rejects_an_unknown_task(directory, tmp_path):
     out = tmp_path / "report"
     done = processes.run("-m", "mlembed", "evaluate", directory, "--mteb", "STS21", "--out", out)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,16 +1,17 @@
-"""Every measure against plain Python in float64, and against what the papers say by hand."""
+"""Every metric against plain Python in float64, and the papers' formulas by hand."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
-import pytrec_eval
 import torch
 
 from mlembed.data.eval_sets import STS, Bitext, Mining, Part
 from mlembed.evaluation import scores
-from mlembed.inference import search
+
+
+def unit(vectors):
+    return torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
 def test_accuracy_by_hand():
@@ -25,14 +26,13 @@ def test_accuracy_by_hand():
             [[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees]
         )
 
-    there, back = scores.accuracy(at(0, 10, 20), at(4, 6, 90))
+    there, back = map(scores.accuracy, scores.nearest_rows(at(0, 10, 20), at(4, 6, 90)))
     assert (there, back) == (pytest.approx(2 / 3), 1.0)
-    assert scores.accuracy(at(4, 6, 90), at(0, 10, 20)) == (back, there)
-    assert scores.accuracy(at(0, 90), at(90, 0)) == (0.0, 0.0)
+    assert [*map(scores.accuracy, scores.nearest_rows(at(0, 90), at(90, 0)))] == [0, 0]
 
 
 def nearest(vectors, a, b):
-    """Share of rows a whose nearest among rows b is their own, in Python floats."""
+    """Return the share of rows a whose nearest row of b is their translation, in Python."""
     right = 0
     for i, row in enumerate(a):
         cosines = [
@@ -45,8 +45,8 @@ def nearest(vectors, a, b):
     return right / len(a)
 
 
-def test_bitext_means_over_languages_then_kinds():
-    """A language that lacks a kind counts in the others only, and every kind weighs the same."""
+def test_bitext_means():
+    """Means over languages, then over kinds; a language that lacks a kind counts in the others."""
     rng = np.random.default_rng(0)
     task = Bitext("t", [], {})
     groups = {("de", "date"): 7, ("fr", "date"): 3, ("de", "name"): 5}
@@ -63,7 +63,7 @@ def test_bitext_means_over_languages_then_kinds():
     assert len(set(both.values())) == 3 and there != back  # else the means could be mixed up
     date = (both["de", "date"] + both["fr", "date"]) / 2
     name = both["de", "name"]
-    got = scores.score_bitext(task, torch.from_numpy(vectors * 3))
+    got = scores.score_bitext(task, unit(vectors))
     assert got["score"] == pytest.approx((date + name) / 2)
     assert got["by_kind"] == pytest.approx({"date": date, "name": name})
     assert got["by_language"] == pytest.approx(
@@ -93,12 +93,12 @@ def test_sts_is_spearman():
     gaps = np.argsort(np.argsort(cosines)) - np.argsort(np.argsort(gold))
     want = 1 - 6 * (gaps**2).sum() / (n * (n**2 - 1))
     task = STS("s", ["x"] * 2 * n, gold)
-    got = scores.score_sts(task, torch.from_numpy(vectors))
+    got = scores.score_sts(task, unit(vectors))
     assert got["score"] == pytest.approx(want)
     assert got["pearson"] == pytest.approx(np.corrcoef(cosines, gold)[0, 1])
     assert abs(want) < 0.9
     order = np.sort(gold)[np.argsort(np.argsort(cosines))]
-    perfect = scores.score_sts(STS("s", task.texts, order), torch.from_numpy(vectors))
+    perfect = scores.score_sts(STS("s", task.texts, order), unit(vectors))
     assert perfect["score"] == pytest.approx(1.0)
 
 
@@ -106,8 +106,7 @@ def test_sts_is_spearman():
 @pytest.mark.parametrize(
     "texts, gold", [([0, 1, 2, 3], [1, 1]), ([0, 0, 1, 1], [1, 2]), ([0, 1], [1])]
 )
-def test_sts_of_what_does_not_vary(texts, gold):
-    """There is no correlation then, which is neither an error nor a number."""
+def test_sts_without_variation(texts, gold):
     got = scores.score_sts(STS("s", ["x"] * len(texts), np.array(gold)), torch.eye(4)[texts])
     assert math.isnan(got["score"]) and math.isnan(got["pearson"])
 
@@ -116,7 +115,7 @@ def test_sts_of_what_does_not_vary(texts, gold):
 
 
 def f1_by_hand(found):
-    """Of each class, from its own counts."""
+    """Return the mean of each class's F1, from its counts."""
     total = 0.0
     for label in range(len(found)):
         right = int(found[label] == label)
@@ -133,33 +132,20 @@ def test_weighted_f1():
     assert scores.weighted_f1(np.arange(5)) == 1.0
 
 
-@pytest.mark.parametrize("block", [1, 7, 30, 2**26])
-def test_nearest_in_blocks(block, monkeypatch):
-    """Of equal ones the first, whichever block they are in."""
-    monkeypatch.setattr(search, "BLOCK", block)
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(-1, 2, (9, 3)), rng.integers(-1, 2, (7, 3))  # many are equal
-    there, back = search.nearest(torch.tensor(a).float(), torch.tensor(b).float())
-    products = a @ b.T
-    assert there.tolist() == [row.tolist().index(row.max()) for row in products]
-    assert back.tolist() == [column.tolist().index(column.max()) for column in products.T]
-
-
-def test_f1_of_bitext_is_of_one_direction():
+def test_f1_of_bitext_per_direction():
     rng = np.random.default_rng(2)
     vectors = rng.normal(size=(20, 3))
     vectors[:10] = vectors[10:] + 0.8 * rng.normal(size=(10, 3))
     task = Bitext("t", [], {("de", ""): (np.arange(10), np.arange(10, 20))})
-    got = scores.score_bitext(task, torch.from_numpy(vectors))
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosine = unit[:10] @ unit[10:].T
+    got = scores.score_bitext(task, unit(vectors))
+    rows = unit(vectors).numpy()
+    cosine = rows[:10] @ rows[10:].T
     assert got["f1_to_pivot"] == pytest.approx(f1_by_hand(cosine.argmax(1).tolist()))
     assert got["f1_from_pivot"] == pytest.approx(f1_by_hand(cosine.argmax(0).tolist()))
     assert got["f1_to_pivot"] != got["f1_from_pivot"] and "means" not in got
 
 
 def test_means_over_sets_of_languages():
-    """Given where a whole set is there, of accuracies into English."""
     assert {n: len(set(codes.split())) for n, codes in scores.LANGUAGES.items()} == {
         n: n for n in (14, 36, 112)
     }
@@ -185,18 +171,12 @@ def test_means_over_sets_of_languages():
 # ---- mining ----
 
 
-def margins_by_hand(a, b, k, margin):
-    """[n, m] margins of all pairs, though only neighbours are candidates."""
+def best_by_hand(a, b, k=4):
+    """Return (margin, row, neighbour) for each row of a: the neighbour of the highest margin."""
     cosine = a @ b.T
     forward = np.sort(cosine, axis=1)[:, ::-1][:, :k].mean(1)
     backward = np.sort(cosine, axis=0)[::-1][:k].mean(0)
-    mean = (forward[:, None] + backward[None]) / 2
-    return {"ratio": cosine / mean, "distance": cosine - mean, "absolute": cosine}[margin]
-
-
-def best_by_hand(a, b, k, margin):
-    """For each row of a the neighbour of the best margin."""
-    cosine, margins = a @ b.T, margins_by_hand(a, b, k, margin)
+    margins = cosine / ((forward[:, None] + backward[None]) / 2)
     found = []
     for i in range(len(a)):
         near = sorted(range(len(b)), key=lambda j, i=i: -cosine[i, j])[:k]
@@ -206,7 +186,7 @@ def best_by_hand(a, b, k, margin):
 
 
 def corpora(n=30, m=40, planted=12, seed=0):
-    """Two sides of unit rows, and which rows are translations: a shuffled few, with noise."""
+    """Return two sides of unit rows and the pairs that are translations, with noise."""
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(n, 8)), rng.normal(size=(m, 8))
     gold = np.stack([rng.permutation(n)[:planted], rng.permutation(m)[:planted]], axis=1)
@@ -214,45 +194,34 @@ def corpora(n=30, m=40, planted=12, seed=0):
     return *(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)), gold
 
 
-@pytest.mark.parametrize("margin", scores.MARGINS)
-def test_candidates(margin):
+def test_candidates():
     a, b, _ = corpora()
-    fwd = best_by_hand(a, b, 4, margin)
-    bwd = [(x, i, j) for x, j, i in best_by_hand(b, a, 4, margin)]
-    want = {
-        "fwd": fwd,
-        "bwd": bwd,
-        "intersect": [pair for pair in fwd if any(pair[1:] == other[1:] for other in bwd)],
-        "max": [],
-    }
-    for candidate in sorted([*fwd, *bwd], reverse=True):
-        taken = want["max"]
-        if not any(candidate[1] == t[1] or candidate[2] == t[2] for t in taken):
-            taken.append(candidate)
-    sides = scores.Sides.of(a.astype(np.float32), b.astype(np.float32))
-    for kind in scores.CANDIDATES:
-        margins, pairs = sides.candidates(margin, kind)
-        assert (np.diff(margins) <= 0).all()
-        assert sorted(map(tuple, pairs.tolist())) == sorted(pair[1:] for pair in want[kind]), kind
-        at = {tuple(pair): x for pair, x in zip(pairs.tolist(), margins, strict=True)}
-        for x, *pair in want[kind]:
-            assert at[tuple(pair)] == pytest.approx(x, abs=1e-5)
-    assert len(want["intersect"]) < len(want["max"]) < len(want["fwd"]) + len(want["bwd"])
+    forward = best_by_hand(a, b)
+    backward = [(x, i, j) for x, j, i in best_by_hand(b, a)]
+    want = []
+    for candidate in sorted([*forward, *backward], reverse=True):
+        if not any(candidate[1] == t[1] or candidate[2] == t[2] for t in want):
+            want.append(candidate)
+    margins, pairs = scores.candidates(a.astype(np.float32), b.astype(np.float32))
+    assert pairs.tolist() == [[i, j] for _, i, j in want]  # best first
+    np.testing.assert_allclose(margins, [x for x, *_ in want], atol=1e-5)
+    mutual = {pair[1:] for pair in forward} & {pair[1:] for pair in backward}
+    assert len(mutual) < len(want) < len(forward)
 
 
-def test_sides_that_are_smaller_than_k():
+def test_candidates_of_fewer_texts_than_neighbours():
     a, b, _ = corpora(3, 2, 1)
-    margins, pairs = scores.Sides.of(a, b).candidates("ratio", "max")
+    margins, pairs = scores.candidates(a, b)
     assert 1 <= len(pairs) <= 2 and np.isfinite(margins).all()
 
 
 @pytest.mark.parametrize(
     "margins, right, gold, want",
     [
-        ([0.9, 0.8, 0.7, 0.1], [1, 1, 0, 0], 2, 0.75),  # between the last taken and the next
+        ([0.9, 0.8, 0.7, 0.1], [1, 1, 0, 0], 2, 0.75),  # between the last chosen and the next
         ([0.9, 0.8, 0.7, 0.1], [1, 1, 0, 1], 3, 0.1),  # all: F1 6/7 against 4/5
         ([0.9, 0.8, 0.7], [0, 1, 1], 2, 0.7),
-        ([0.9, 0.8, 0.8, 0.4], [1, 1, 0, 0], 2, 0.6),  # equal ones are taken together: 4/5
+        ([0.9, 0.8, 0.8, 0.4], [1, 1, 0, 0], 2, 0.6),  # equal ones are chosen together: 4/5
         ([0.9, 0.8, 0.8, 0.4], [1, 0, 0, 0], 1, 0.85),
         ([0.5], [1], 1, 0.5),
     ],
@@ -269,8 +238,8 @@ def test_no_threshold_is_better():
         right, gold = rng.random(15) < 0.5, 9
 
         def f1(at, margins=margins, right=right, gold=gold):
-            taken = margins >= at
-            return scores.precision_recall_f1((taken & right).sum(), taken.sum(), gold)[2]
+            chosen = margins >= at
+            return scores.precision_recall_f1((chosen & right).sum(), chosen.sum(), gold)[2]
 
         at = scores.threshold(margins, right, gold)
         assert f1(at) == pytest.approx(max(f1(x) for x in np.unique(margins)))
@@ -281,7 +250,7 @@ def test_precision_recall_f1():
     assert scores.precision_recall_f1(0, 0, 6) == (0, 0, 0)
 
 
-def test_mining_tunes_on_one_part_and_scores_the_other():
+def test_mining_tunes_one_part_and_scores_the_other():
     sets = {seed: corpora(seed=seed) for seed in (1, 2)}
     vectors, parts = [], []
     for a, b, gold in sets.values():
@@ -290,33 +259,26 @@ def test_mining_tunes_on_one_part_and_scores_the_other():
         parts.append(Part(slice(first, first + 30), slice(first + 30, first + 70), gold))
     texts = [f"text {i}" for i in range(140)]
     task = Mining("m", texts, {"de": tuple(parts)}, {"de": ("dev", "test")})
-    got = scores.score_mining(task, torch.tensor(np.array(vectors)).float() * 3)
+    got = scores.score_mining(task, torch.tensor(np.array(vectors)).float())
 
-    def by_hand(margin, kind):
-        found = []
-        for a, b, gold in sets.values():
-            margins, pairs = scores.Sides.of(a, b).candidates(margin, kind)
-            pairs = list(map(tuple, pairs.tolist()))
-            right = np.array([pair in set(map(tuple, gold.tolist())) for pair in pairs])
-            found.append((margins, right, len(gold)))
-        (at, test) = scores.threshold(*found[0]), found[1]
-        taken = test[0] >= at
-        return scores.precision_recall_f1((taken & test[1]).sum(), taken.sum(), test[2])
-
-    precision, recall, f1 = by_hand("ratio", "max")
-    assert (got["precision"], got["recall"], got["score"]) == pytest.approx((precision, recall, f1))
-    assert got["by_language"] == {"de": pytest.approx(f1)} and 0.3 < f1 < 1
-    for margin, kind in itertools.product(scores.MARGINS, scores.CANDIDATES):
-        assert got["by_margin"][margin][kind] == pytest.approx(by_hand(margin, kind)[2])
+    found = []
+    for a, b, gold in sets.values():
+        margins, pairs = scores.candidates(a, b)
+        right = np.array([pair in gold.tolist() for pair in pairs.tolist()])
+        found.append((margins, right, len(gold)))
+    (margins, right, count), at = found[1], scores.threshold(*found[0])
+    chosen = margins >= at
+    want = scores.precision_recall_f1((chosen & right).sum(), chosen.sum(), count)
+    assert (got["precision"], got["recall"], got["score"]) == pytest.approx(want)
+    assert got["by_language"] == {"de": pytest.approx(want[2])} and 0.3 < want[2] < 1
     assert got["splits"] == {"de": "threshold of dev, scores of test"}
     # Tuned on what is reported, it cannot be worse.
     task.parts["de"] = parts[1], parts[1]
-    assert scores.score_mining(task, torch.tensor(np.array(vectors)).float())["score"] >= f1
+    assert scores.score_mining(task, torch.tensor(np.array(vectors)).float())["score"] >= want[2]
 
 
 def test_mining_of_texts_that_repeat():
-    """As LASER's mine_bitexts.py --unify and its bucc.py: they are searched once, and are in no
-    pair that is taken."""
+    """Like LASER's mine_bitexts.py --unify and bucc.py: they are searched once and in no pair."""
     a, b, gold = corpora()
     again = gold[:3, 1]
     vectors = torch.tensor(np.concatenate([a, b, b[again]])).float()
@@ -325,39 +287,20 @@ def test_mining_of_texts_that_repeat():
     part = Part(slice(0, 30), slice(30, 73), gold)
     task = Mining("m", texts, {"de": (part, part)}, {"de": ("dev", "dev")})
     got = scores.score_mining(task, vectors)
-    margins, pairs = scores.Sides.of(a, b).candidates("ratio", "max")
+    margins, pairs = scores.candidates(a, b)
     kept = ~np.isin(pairs[:, 1], again)
     right = np.array([pair in gold.tolist() for pair in pairs[kept].tolist()])
-    taken = margins[kept] >= scores.threshold(margins[kept], right, 12)
-    want = scores.precision_recall_f1((taken & right).sum(), taken.sum(), 12)
+    chosen = margins[kept] >= scores.threshold(margins[kept], right, 12)
+    want = scores.precision_recall_f1((chosen & right).sum(), chosen.sum(), 12)
     assert (got["precision"], got["recall"], got["score"]) == pytest.approx(want)
     assert 0 < got["recall"] <= 9 / 12
 
 
-# ---- search ----
+# ---- retrieval ----
 
 
-@pytest.mark.parametrize("chunk, block", [(100, 2**26), (7, 2**26), (1, 2**26), (13, 40)])
-def test_nearest_so_far(chunk, block, monkeypatch):
-    """The same however documents come, and never more than k are kept."""
-    monkeypatch.setattr(search, "BLOCK", block)
-    rng = np.random.default_rng(0)
-    queries, documents = (
-        torch.tensor(rng.normal(size=(6, 5))),
-        torch.tensor(rng.normal(size=(50, 5))),
-    )
-    found = search.Nearest(6, 8)
-    for first in range(0, 50, chunk):
-        found.add(queries.float(), documents[first : first + chunk].float(), first)
-        assert found.rows.shape == (6, min(8, first + chunk, 50))
-    products = (queries @ documents.T).numpy()
-    want = np.argsort(-products, axis=1)[:, :8]
-    assert found.rows.tolist() == want.tolist()
-    np.testing.assert_allclose(found.scores, np.take_along_axis(products, want, 1), atol=1e-5)
-
-
-def measures_by_hand(ranking, grades):
-    """One query: documents' grades down its ranking, and all that were given."""
+def metrics_by_hand(ranking, grades):
+    """Return one query's metrics from the grades down its ranking and all of its grades."""
     discount = [1 / math.log2(rank + 2) for rank in range(10)]
     ideal = sorted((g for g in grades if g > 0), reverse=True)
     best = sum(g * d for g, d in zip(ideal, discount, strict=False))
@@ -378,63 +321,43 @@ def measures_by_hand(ranking, grades):
 
 
 def test_retrieval_by_hand():
-    """Equal scores, graded and negative relevance, queries without any that is relevant."""
+    """Data have equal scores, graded and negative relevance, queries without a relevant document,
+    and one with more relevant documents than are searched."""
     rng = np.random.default_rng(0)
     Q, N = 12, 160
-    cosines = rng.integers(0, 40, (Q, N)) / 40  # many are equal
+    cosines = rng.integers(0, 40, (Q, N)) / 40
     order = rng.permutation(N)  # of the ids
     grades = {(q, d): int(rng.integers(-1, 4)) for q in range(Q) for d in rng.choice(N, 20, False)}
     grades |= {key: 0 for key in grades if key[0] == 3}
-    want = []
-    kept = np.empty((Q, 100), dtype=np.int64)
+    grades |= {(5, d): 1 for d in range(130)}
+    want, found = [], np.empty((Q, 100), dtype=np.int64)
     for q in range(Q):
         ranking = sorted(range(N), key=lambda d, q=q: (cosines[q, d], order[d]), reverse=True)
-        kept[q] = rng.permutation(ranking[:100])
-        own = [g for (of, _), g in grades.items() if of == q]
-        want.append(measures_by_hand([grades.get((q, d), 0) for d in ranking], own))
-    assert want[3]["ndcg_at_10"] == 0
+        found[q] = rng.permutation(ranking[:100])
+        judged = [g for (of, _), g in grades.items() if of == q]
+        want.append(metrics_by_hand([grades.get((q, d), 0) for d in ranking], judged))
+    assert want[3]["ndcg_at_10"] == 0 and want[5]["recall_at_100"] < 100 / 130
     judged = np.array([[q, d, g] for (q, d), g in sorted(grades.items())])
-    near = np.take_along_axis(cosines, kept, axis=1).astype(np.float32)
-    got = scores.retrieval(near, kept, judged, order)
-    for name in want[0]:
-        assert got[name] == pytest.approx(np.mean([row[name] for row in want])), name
+    near = np.take_along_axis(cosines, found, axis=1).astype(np.float32)
+    got = scores.retrieval(near, found, judged, order)
+    assert got == pytest.approx(
+        {name: np.mean([row[name] for row in want]) for name in want[0]} | {"score": got["score"]}
+    )
     assert got["score"] == got["ndcg_at_10"]
+    for q in (3, 5, 7):  # a mean could hide two faults
+        alone = judged[judged[:, 0] == q] * [0, 1, 1]
+        got = scores.retrieval(near[q : q + 1], found[q : q + 1], alone, order)
+        assert got == pytest.approx(want[q] | {"score": want[q]["ndcg_at_10"]})
 
 
-def test_retrieval_agrees_with_trec_eval():
-    """Recall and MAP are shares of all relevant documents, also where a query has more of them than
-    the 100 documents that are searched."""
-    rng = np.random.default_rng(1)
-    Q, N = 6, 300
-    ids = [f"d{i:03}" for i in rng.permutation(N)]
-    cosines = (rng.integers(0, 90, (Q, N)) / 90).astype(np.float32)
-    judged = [250, 101, 100, 99, 20, 1]
-    grades = {(q, d): 1 for q in range(Q) for d in rng.choice(N, judged[q], False)}
-    grades |= {(4, d): int(rng.integers(-1, 4)) for q, d in grades if q == 4}
-
-    runs = {f"q{q}": {ids[d]: float(cosines[q, d]) for d in range(N)} for q in range(Q)}
-    relevance = {f"q{q}": {ids[d]: g for (of, d), g in grades.items() if of == q} for q in range(Q)}
-    names = {
-        "ndcg_at_10": "ndcg_cut_10",
-        "recall_at_10": "recall_10",
-        "recall_at_100": "recall_100",
-        "map_at_100": "map_cut_100",
-    }
-    want = pytrec_eval.RelevanceEvaluator(relevance, set(names.values())).evaluate(runs)
-
-    order = np.argsort(np.argsort(ids))
-    rows = np.stack([np.lexsort((-order, -row))[:100] for row in cosines])
-    near = np.take_along_axis(cosines, rows, axis=1)
-    for q in range(Q):  # one at a time: a mean could hide two faults
-        own = np.array([[0, d, g] for (of, d), g in sorted(grades.items()) if of == q])
-        got = scores.retrieval(near[q : q + 1], rows[q : q + 1], own, order)
-        for name, theirs in names.items():
-            assert got[name] == pytest.approx(want[f"q{q}"][theirs], abs=1e-6), (q, name)
-    assert want["q0"]["recall_100"] <= 100 / 250
+def test_mrr_is_cut_at_10():
+    rows, judged = np.arange(12)[None], np.array([[0, 9, 1], [0, 10, 1]])
+    near = np.linspace(1, 0, 12, dtype=np.float32)[None]
+    got = [scores.retrieval(near, rows, judged[some], np.arange(12)) for some in ([0], [1])]
+    assert [one["mrr_at_10"] for one in got] == [0.1, 0]
 
 
-def test_retrieval_of_fewer_documents_than_ten():
-    """Also where a query's only judgement is of the last document, and none of the first."""
+def test_retrieval_of_three_documents():
     rows = np.array([[0, 1, 2], [2, 1, 0]])
     near = np.array([[0.9, 0.8, 0.7]] * 2, np.float32)
     got = scores.retrieval(near, rows, np.array([[0, 2, 1], [1, 2, 1]]), np.arange(3))
@@ -443,8 +366,8 @@ def test_retrieval_of_fewer_documents_than_ten():
     assert got["recall_at_10"] == got["recall_at_100"] == 1
 
 
-def test_retrieval_passes_over_a_querys_own_document():
-    """And counts judged documents that are not there (3, of 3 documents) as not found."""
+def test_retrieval_leaves_out_the_query():
+    """A judged document that the corpus lacks (3, of 3 documents) counts as not found."""
     rows = np.array([[2, 1, 0]])
     near = np.array([[0.9, 0.8, 0.7]], np.float32)
     judged = np.array([[0, 1, 1], [0, 3, 1]])
@@ -457,7 +380,7 @@ def test_retrieval_passes_over_a_querys_own_document():
 
 
 def test_precision_at_1():
-    """An answer counts by its text; what stands behind the answers is a pool's."""
+    """An answer counts by its text; rows after the answers belong to the pool."""
     answers = ["a", "b", "a", "c"]
     assert scores.precision_at_1(np.array([0, 1, 2, 3]), answers) == 1
     assert scores.precision_at_1(np.array([2, 1, 0, 3]), answers) == 1

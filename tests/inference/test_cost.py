@@ -1,4 +1,4 @@
-"""What is measured is what is said: known allocations, known times, known sizes."""
+"""Costs against known allocations, known times and known sizes."""
 
 import subprocess
 import sys
@@ -6,24 +6,22 @@ import time
 
 import pytest
 import torch
-from factories import randomise
+from factories import tiny_encoder
 
 from mlembed.inference import cost
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
-from mlembed.modeling.transformer import Transformer
-from tests.inference.test_funnel import build
 
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return build(depth=4)
+    return tiny_encoder(num_hidden_layers=4, exits=(1, 4), ranks=(4, 8))
 
 
-def test_peak_is_of_what_is_alive_at_one_time(encoder):
-    """1 and 2 MiB, then 2 and 4: also when the process has had more memory before."""
+def test_peak_counts_what_lives_at_once(encoder):
+    """1 and 2 MiB live at once, then 2 and 4; memory of earlier calls does not count."""
     del [torch.ones(64 * MIB, dtype=torch.uint8)][0]
 
     def encode(texts):
@@ -38,8 +36,8 @@ def test_peak_is_of_what_is_alive_at_one_time(encoder):
     assert peak == pytest.approx(6 * MIB, rel=0.01)
 
 
-def test_the_profiler_says_nothing():
-    """In a process that has not had it before: it reads how much to say once."""
+def test_profiler_prints_nothing():
+    """Run in a new process, as the profiler reads its log level once."""
     script = (
         "import torch; from mlembed.inference import cost; from types import SimpleNamespace as S;"
         "encoder = S(model=S(device=torch.device('cpu')));"
@@ -49,50 +47,56 @@ def test_the_profiler_says_nothing():
     assert done.stderr == "" and int(done.stdout) == 2**20
 
 
-def test_memory_holds_the_weights_of_that_size(encoder):
-    for exit, rank in ((1, 4), (4, 8)):
-        weights = cost._weights(encoder, exit, rank)
-        small = pretrained.cut(encoder.model, exit, rank)
-        assert weights == sum(p.nbytes for p in small.parameters())
-        measured = cost.measure(encoder, exit, rank)["memory_mib"] * MIB
-        # Beyond them at least the tokens' vectors of one layer: 32 texts of 12 words or more.
-        assert measured > weights + 32 * 12 * 32 * 4
-        assert measured < weights + 64 * MIB
-    half = Encoder(randomise(Transformer(encoder.model.cfg)).bfloat16(), encoder.tokenizer, 32)
-    assert cost._weights(half, 4, 8) * 2 == cost._weights(encoder, 4, 8)
+@pytest.mark.parametrize(("exit", "rank"), [(1, 4), (4, 8)])
+def test_memory_of_a_size(encoder, exit, rank):
+    small = pretrained.cut(encoder.model, exit, rank)
+    weights = sum(p.nbytes for p in small.parameters())
+    measured = cost.measure(encoder, exit, rank)["memory_mib"] * MIB
+    # At least the vectors of one layer: 32 texts of 12 words or more.
+    assert weights + 32 * 12 * 32 * 4 < measured < weights + 64 * MIB
+    expected = {
+        "parameters": sum(p.numel() for p in small.parameters()),
+        "parameter_bytes": weights,
+        "bytes_per_vector": 32,
+    }
+    assert cost.sizes(encoder, 8, exit, rank) == expected
+
+
+def test_bytes_of_half_weights(encoder):
+    half = tiny_encoder(num_hidden_layers=4, exits=(1, 4), ranks=(4, 8))
+    half.model.bfloat16()
+    full = cost.sizes(encoder, 8, 4, 8)
+    assert cost.sizes(half, 8, 4, 8) == full | {"parameter_bytes": full["parameter_bytes"] // 2}
 
 
 def test_latency_is_a_median():
-    taken = iter([0.2, *[0.001] * 10_000])
-    assert 0.001 <= cost._median_seconds(lambda: time.sleep(next(taken))) < 0.1
-    counted = []
-    cost._median_seconds(lambda: counted.append(time.sleep(0.06)))
-    assert len(counted) == 3  # however slow
-    counted.clear()
-    cost._median_seconds(lambda: counted.append(None))
-    assert len(counted) == 100  # however fast
+    seconds = iter([0.2, *[0.001] * 10_000])
+    assert 0.001 <= cost._median_seconds(lambda: time.sleep(next(seconds))) < 0.1
+    calls = []
+    cost._median_seconds(lambda: calls.append(time.sleep(0.06)))
+    assert len(calls) == 3  # the fewest, of slow calls
+    calls.clear()
+    cost._median_seconds(lambda: calls.append(None))
+    assert len(calls) == 100  # the most, of fast calls
 
 
-def test_packs_grow_until_they_take_long_enough():
-    seen = []
+def test_rate_grows_packs_until_long_enough():
+    counts = []
 
     def encode(texts):
         assert len(set(texts)) == len(texts)
-        seen.append(len(texts))
+        counts.append(len(texts))
         time.sleep(0.0005 * len(texts))
 
     rate = cost._texts_per_second(encode)
-    assert seen == [32, 128, 512] and 500 < rate < 2100
-    seen.clear()
-    cost._texts_per_second(lambda texts: seen.append(len(texts)))
-    assert seen == [32, 128, 512, 2048, 4096]
+    assert counts == [32, 128, 512] and 500 < rate < 2100
+    counts.clear()
+    cost._texts_per_second(lambda texts: counts.append(len(texts)))
+    assert counts == [32, 128, 512, 2048, 4096]
 
 
-def test_measured(encoder):
-    found = cost.measure(encoder, 4, 8)
-    assert found.keys() == {"latency_ms", "texts_per_second", "memory_mib"}
+def test_measure(encoder):
+    measured = cost.measure(encoder, 4, 8)
+    assert measured.keys() == {"latency_ms", "texts_per_second", "memory_mib"}
     # A text alone takes longer than its share of a pack.
-    assert found["latency_ms"] > 1000 / found["texts_per_second"] > 0
-    count = sum(p.numel() for p in pretrained.cut(encoder.model, 1, 4).parameters())
-    want = {"parameters": count, "parameter_bytes": 4 * count, "bytes_per_vector": 32}
-    assert cost.sizes(encoder, 8, 1, 4) == want
+    assert measured["latency_ms"] > 1000 / measured["texts_per_second"] > 0

@@ -1,23 +1,19 @@
-"""Texts to vectors: order, prefixes, cuts, sizes by text, prompts, windows, hostile texts."""
+"""Encoding: order, prefixes, cuts, sizes by text, prompts, windows, hostile texts."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import randomise
+from factories import tiny_encoder, tiny_tokenizer
 
-from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.data.packing import budgeted
-from mlembed.inference import encoder as encode
+from mlembed.inference import encoder as module
 from mlembed.inference.encoder import Encoder
 from mlembed.inference.vector_files import Quantiser
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
-from mlembed.publishing.export import export
 
 TEXTS = [
     "Wednesday, May 4, 2050",
@@ -50,9 +46,9 @@ MAX_LENGTH = 24
 
 
 def build(prompts: dict[str, str] | None = None) -> Encoder:
-    tokens = tokenizer.train(TEXTS * 2, 300)
-    cfg = config.Model(
-        vocab_size=tokens.get_vocab_size(),
+    encoder = tiny_encoder(
+        tiny_tokenizer(TEXTS * 2),
+        MAX_LENGTH,
         hidden_size=24,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -65,7 +61,7 @@ def build(prompts: dict[str, str] | None = None) -> Encoder:
         matryoshka_dims=(5, 12, 24),
         ranks=(3, 11),
     )
-    return Encoder(randomise(Transformer(cfg)), tokens, MAX_LENGTH, prompts=prompts or {})
+    return replace(encoder, prompts=prompts or {})
 
 
 @pytest.fixture(scope="module")
@@ -73,90 +69,104 @@ def encoder() -> Encoder:
     return build()
 
 
-@pytest.fixture(scope="module")
-def directory(encoder, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    pretrained.save(encoder.model, path)
-    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
-    return path
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
+def assert_near(ours, theirs, atol=1e-5):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+
 # Packs of one text each, of two or three, and one pack for all.
 @pytest.mark.parametrize("max_tokens", [1, 40, 16_384])
-def test_order_is_the_input_order(encoder, max_tokens):
+def test_order(encoder, max_tokens):
     texts = TEXTS + HOSTILE
-    together = replace(encoder, max_tokens=max_tokens).encode(texts)
-    alone = np.concatenate([encoder.encode([text]) for text in texts])
-    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    packed = replace(encoder, max_tokens=max_tokens)
+    together = packed.encode(texts)
+    assert_near(together, np.concatenate([encoder.encode([text]) for text in texts]))
     # All are distinct, so a wrong order would show; and turning the input turns the output.
     similarity = together @ together.T - 2 * np.eye(len(texts))
     assert similarity.max() < 0.9999
-    turned = replace(encoder, max_tokens=max_tokens).encode(texts[::-1])
-    np.testing.assert_allclose(turned[::-1], together, rtol=0, atol=1e-5)
+    assert_near(packed.encode(texts[::-1])[::-1], together)
+    # Equal texts have equal vectors.
+    vectors = packed.encode(["a b c", *TEXTS, "a b c"])
+    assert_near(vectors[0], vectors[-1], 1e-6)
 
 
-def test_the_small_budget_really_makes_several_packs(encoder):
-    # 40 tokens and texts of up to 24: fewer packs than texts, more than one.
+def test_small_budget_makes_several_packs(encoder):
+    """40 tokens and texts of up to 24: fewer packs than texts, more than one."""
     ids = tokenizer.tokenize(encoder.tokenizer, TEXTS + HOSTILE, MAX_LENGTH)
     lengths = np.array([len(text) for text in ids])
     packs = budgeted(lengths, 40)
     assert 1 < len(packs) < len(ids)
     assert sorted(np.concatenate(packs).tolist()) == list(range(len(ids)))
     assert all(lengths[rows].sum() <= 40 for rows in packs)
-    assert len({len(text) for text in ids}) >= 6 and lengths.max() == MAX_LENGTH
+    assert len(set(lengths.tolist())) >= 6 and lengths.max() == MAX_LENGTH
 
 
 @pytest.mark.parametrize(("dim", "exit", "rank"), CUTS)
-def test_unit_norm_and_prefix(encoder, dim, exit, rank):
+def test_cuts(encoder, dim, exit, rank):
+    """Unit norm, nested prefixes, and equality with the cut model."""
     vectors = encoder.encode(TEXTS, dim, exit, rank)
-    assert isinstance(vectors, np.ndarray) and vectors.dtype == np.float32
-    assert vectors.shape == (len(TEXTS), dim or 24)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
+    assert vectors.dtype == np.float32 and vectors.shape == (len(TEXTS), dim or 24)
+    assert_near(np.linalg.norm(vectors, axis=1), 1, 1e-6)
     for d in (1, 5, 12):
-        prefix = encoder.encode(TEXTS, d, exit, rank)
         if d <= vectors.shape[1]:
-            np.testing.assert_allclose(prefix, unit(vectors[:, :d]), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("dim", "exit", "rank"), CUTS)
-def test_arguments_equal_the_cut_model(encoder, dim, exit, rank):
+            assert_near(encoder.encode(TEXTS, d, exit, rank), unit(vectors[:, :d]))
     small = replace(encoder, model=pretrained.cut(encoder.model, exit or 3, rank))
-    ours = encoder.encode(TEXTS, dim, exit, rank)
-    np.testing.assert_array_equal(ours, small.encode(TEXTS, dim))
+    np.testing.assert_array_equal(vectors, small.encode(TEXTS, dim))
     if (dim, exit, rank) != (None, None, None):
-        assert np.abs(ours - encoder.encode(TEXTS)[:, :dim]).max() > 0.01  # the cut is one
+        assert np.abs(vectors - encoder.encode(TEXTS)[:, :dim]).max() > 0.01
 
 
-def test_raw_exits_of_one_pass(encoder):
-    with_default = encoder.exits(TEXTS)
-    assert with_default.shape == (2, len(TEXTS), 24) and with_default.dtype == torch.float32
-    every = encoder.exits(TEXTS, [1, 2, 3], rank=3)
+def test_encode_exits(encoder):
+    trained = encoder.encode_exits(TEXTS)
+    assert trained.shape == (2, len(TEXTS), 24) and trained.dtype == torch.float32
+    every = encoder.encode_exits(TEXTS, [1, 2, 3], rank=3)
     for exit in (1, 2, 3):
-        np.testing.assert_allclose(
-            unit(every[exit - 1].numpy()), encoder.encode(TEXTS, None, exit, 3), rtol=0, atol=1e-6
-        )
-    torch.testing.assert_close(with_default, encoder.exits(TEXTS, [1, 3]), rtol=0, atol=0)
+        assert_near(unit(every[exit - 1].numpy()), encoder.encode(TEXTS, None, exit, 3), 1e-6)
+    assert torch.equal(trained, encoder.encode_exits(TEXTS, [1, 3]))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_encode_grid(encoder, on_disk, hooked, monkeypatch):
+    """Each size alone, from one pass a rank."""
+    files, disk_array = [], module.disk_array
+    monkeypatch.setattr(module, "disk_array", lambda s: [files.append(s), disk_array(s)][1])
+    counts = texts_of_forwards(hooked.model)
+    sizes = [(5, 1, 3), (24, 1, 3), (12, 2, 3), (24, 3, 11)]
+    vectors = hooked.encode_grid(TEXTS, sizes, prompt="x ", on_disk=on_disk)
+    assert sum(counts) == 2 * len(TEXTS)
+    for size in sizes:
+        assert vectors[size].dtype == torch.float32
+        assert_near(vectors[size], encoder.encode(TEXTS, *size, prompt="x "), 1e-6)
+    assert files == ([(2, 9, 24), (1, 9, 24)] if on_disk else [])
+    assert hooked.encode_grid([], sizes, on_disk=on_disk)[24, 1, 3].shape == (0, 24)
+    with pytest.raises(ValueError, match=r"exit: expected 1\.\.3"):
+        encoder.encode_grid(TEXTS, [(5, 4, 3)])
+
+
+def test_full_size(encoder):
+    assert encoder.full_size() == (24, 3, 11)
+    assert encoder.full_size((5, None, 2)) == (5, 3, 2)
+    plain = replace(encoder, model=Transformer(replace(encoder.model.cfg, ranks=())))
+    assert plain.full_size() == (24, 3, None)
 
 
 def test_any_unicode(encoder):
     vectors = encoder.encode(HOSTILE)
-    assert np.isfinite(vectors).all()
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
+    assert_near(np.linalg.norm(vectors, axis=1), 1, 1e-6)
     # Composed and decomposed spellings are one text (NFC).
     composed, decomposed = encoder.encode(["caf\u00e9", "cafe\u0301"])
-    np.testing.assert_allclose(composed, decomposed, rtol=0, atol=1e-6)
+    assert_near(composed, decomposed, 1e-6)
     # The name of a special token in a text ends nothing: what follows still counts.
     before, after = encoder.encode(["<|endoftext|> one", "<|endoftext|> two"])
     assert np.abs(before - after).max() > 0.01
 
 
+# JSON's "\\ud83d" gives such a string, which no encoding holds.
 @pytest.mark.parametrize("broken", ["\ud83d", "half an emoji \ude00 here"])
-def test_half_a_character_is_refused(encoder, broken):
-    # Json's "\\ud83d" gives such a string: no text, and no encoding holds it.
+def test_lone_surrogate(encoder, broken):
     with pytest.raises(ValueError, match="surrogate"):
         encoder.encode(["fine", broken])
 
@@ -170,58 +180,54 @@ def test_empty_text_is_its_eos(encoder):
 def test_no_texts(encoder):
     assert encoder.encode([]).shape == (0, 24)
     assert encoder.encode([], dim=5).shape == (0, 5)
-    assert encoder.exits([]).shape == (2, 0, 24)
+    assert encoder.encode_exits([]).shape == (2, 0, 24)
+    assert encoder.encode_widths([], []) == [] == list(encoder.stream([]))
 
 
-# One word, many words, one emoji over and over: what tokenizers find hard, at 100,000 characters.
-@pytest.mark.parametrize("unit_", ["a", "many words ", "🙂"])
-def test_a_line_of_100k_characters(encoder, unit_):
-    line = (unit_ * 100_000)[:100_000]
+# One word, many words, one emoji again and again: hard for tokenizers at 100,000 characters.
+@pytest.mark.parametrize("word", ["a", "many words ", "🙂"])
+def test_line_of_100k_characters(encoder, word):
+    line = (word * 100_000)[:100_000]
     ids = tokenizer.tokenize(encoder.tokenizer, [line], MAX_LENGTH)[0]
     assert len(ids) == MAX_LENGTH
     assert ids[-1] == encoder.tokenizer.token_to_id(tokenizer.EOS)
-    # A neighbour in the same call neither suffers nor is cut.
+    # Texts of the same call are as they are without it.
     vectors = encoder.encode(["a", line, TEXTS[0]])
     assert np.isfinite(vectors).all()
     np.testing.assert_allclose(vectors[[0, 2]], encoder.encode(["a", TEXTS[0]]), atol=1e-5)
 
 
-def test_longer_texts_are_cut_keeping_eos(encoder):
+def test_longer_texts_are_cut_before_eos(encoder):
     words = " ".join(str(i) for i in range(50))
-    whole = replace(encoder, max_length=64)
-    long_ids = tokenizer.tokenize(whole.tokenizer, [words], 64)[0]
+    longer = replace(encoder, max_length=64)
+    long_ids = tokenizer.tokenize(encoder.tokenizer, [words], 64)[0]
     cut_ids = tokenizer.tokenize(encoder.tokenizer, [words], MAX_LENGTH)[0]
     assert cut_ids[:-1].tolist() == long_ids[: MAX_LENGTH - 1].tolist()
-    assert np.abs(encoder.encode([words]) - whole.encode([words])).max() > 1e-3
-    # The other length was this call's alone.
+    assert np.abs(encoder.encode([words]) - longer.encode([words])).max() > 1e-3
+    # A call's length does not stay with the tokenizer.
     assert len(tokenizer.tokenize(encoder.tokenizer, [words], MAX_LENGTH)[0]) == MAX_LENGTH
 
 
-def test_equal_texts_get_equal_vectors(encoder):
-    vectors = replace(encoder, max_tokens=40).encode(["a b c", *TEXTS, "a b c"])
-    np.testing.assert_allclose(vectors[0], vectors[-1], rtol=0, atol=1e-6)
-
-
-def test_bf16_stays_near_and_returns_fp32(encoder):
+def test_bf16_returns_fp32(encoder):
     half = replace(encoder, bf16=True).encode(TEXTS)
     assert half.dtype == np.float32
     assert (half * encoder.encode(TEXTS)).sum(1).min() > 0.99
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_model_under_training_drops_nothing_and_goes_on_training(encoder, fails, monkeypatch):
+def test_encoding_suspends_training(encoder, fails, monkeypatch):
     model = Transformer(replace(encoder.model.cfg, dropout=0.5))
     model.load_state_dict(encoder.model.state_dict())
     training = Encoder(model.train(), encoder.tokenizer, MAX_LENGTH)
     for mode in (True, False):
         model.train(mode)
-        assert torch.equal(training.exits(TEXTS), encoder.exits(TEXTS))
+        assert torch.equal(training.encode_exits(TEXTS), encoder.encode_exits(TEXTS))
         assert {module.training for module in model.modules()} == {mode}
     if fails:
         monkeypatch.setattr(model, "rotation", None)
         model.train()
         with pytest.raises(TypeError):
-            training.exits(TEXTS)
+            training.encode_exits(TEXTS)
         assert all(module.training for module in model.modules())
 
 
@@ -234,232 +240,97 @@ def test_encoding_leaves_the_model_alone(encoder):
     assert all(p.grad is None for p in encoder.model.parameters())
 
 
-WRONG = [
-    ((0, None, None), r"dim: expected 1\.\.24 \(the width\), got 0"),
-    ((25, None, None), r"dim: expected 1\.\.24 \(the width\), got 25"),
-    ((-1, None, None), "dim: expected"),
-    ((None, 4, None), r"exit: expected 1\.\.3 \(the depth\), got 4"),
-    ((None, 0, None), "exit: expected"),
-    ((None, None, 12), r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
-    ((None, None, 0), "rank: expected"),
-]
-
-
-@pytest.mark.parametrize(("cut", "message"), WRONG)
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ((0, None, None), r"dim: expected 1\.\.24 \(the width\), got 0"),
+        ((25, None, None), r"dim: expected 1\.\.24 \(the width\), got 25"),
+        ((-1, None, None), "dim: expected"),
+        ((None, 4, None), r"exit: expected 1\.\.3 \(the depth\), got 4"),
+        ((None, 0, None), "exit: expected"),
+        ((None, None, 12), r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
+        ((None, None, 0), "rank: expected"),
+    ],
+)
 def test_cuts_that_the_model_lacks(encoder, cut, message):
     with pytest.raises(ValueError, match=message):
         encoder.encode(TEXTS, *cut)
 
 
 def test_rank_of_a_plain_table(encoder):
-    cfg = replace(encoder.model.cfg, ranks=())
+    plain = Transformer(replace(encoder.model.cfg, ranks=()))
     with pytest.raises(ValueError, match="rank: expected none"):
-        replace(encoder, model=Transformer(cfg)).encode(TEXTS, rank=3)
-
-
-# ---- directories ----
-
-
-def test_load(encoder, directory):
-    loaded = Encoder.load(str(directory), "cpu")
-    assert loaded.max_length == MAX_LENGTH and loaded.model.cfg == encoder.model.cfg
-    assert not loaded.model.training
-    texts = TEXTS + HOSTILE
-    for cut in CUTS:
-        np.testing.assert_array_equal(loaded.encode(texts, *cut), encoder.encode(texts, *cut))
-
-
-def test_a_run_stands_for_its_model(encoder, directory, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="expected a finished run with model/, found none"):
-        Encoder.load(str(tmp_path), "cpu")
-    (tmp_path / "model").symlink_to(directory)
-    np.testing.assert_array_equal(
-        Encoder.load(str(tmp_path), "cpu").encode(TEXTS), encoder.encode(TEXTS)
-    )
-
-
-def test_directories_without_a_tokenizer(encoder, tmp_path):
-    pretrained.save(encoder.model, tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer: expected .*tokenizer.json"):
-        Encoder.load(str(tmp_path), "cpu")
-
-
-def test_a_checkpoint_tokenizer_without_eos_gets_one(encoder, directory, tmp_path):
-    # As Qwen3's own tokenizer.json, which appends nothing.
-    pretrained.save(encoder.model, tmp_path)
-    tokenizer.save(encoder.tokenizer, tmp_path, MAX_LENGTH)
-    stored = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    stored["post_processor"] = None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
-    loaded = Encoder.load(str(tmp_path), "cpu")
-    np.testing.assert_array_equal(loaded.encode(TEXTS), encoder.encode(TEXTS))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(ValueError, match="expected a known eos_token, got '</s>'"):
-        Encoder.load(str(tmp_path), "cpu")
+        replace(encoder, model=plain).encode(TEXTS, rank=3)
 
 
 # ---- sizes by text ----
 
 
-def passes(model) -> list[int]:
-    """How many texts each forward has, from now on."""
-    found = []
-    model.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
-    return found
+def texts_of_forwards(model) -> list[int]:
+    """Return a list to which each forward from now on appends its number of texts."""
+    counts = []
+    model.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    return counts
 
 
 @pytest.fixture
-def own(encoder):
-    """One whose model may be hooked."""
+def hooked(encoder):
+    """An encoder of the same weights whose model may be hooked."""
     model = Transformer(encoder.model.cfg)
     model.load_state_dict(encoder.model.state_dict())
     return replace(encoder, model=model.eval())
 
 
-EXITS = [1, 3, None, 2, 1, 3, 2, 2, 1]  # of TEXTS
+# Of TEXTS.
+EXITS = [1, 3, None, 2, 1, 3, 2, 2, 1]
 RANKS = [None, 3, 11, 3, None, 7, 3, None, 7]
 
 
 # All in one pack; several packs, of which some have texts of one exit only.
 @pytest.mark.parametrize("max_tokens", [16_384, 40])
-def test_exits_by_text_share_a_pack(own, max_tokens):
-    own.max_tokens = max_tokens
-    seen = passes(own.model)
-    vectors = own.encode(TEXTS, 12, EXITS)
-    assert sum(seen) == len(TEXTS) and (len(seen) == 1) == (max_tokens > 40)
+def test_exits_by_text_share_packs(hooked, max_tokens):
+    hooked.max_tokens = max_tokens
+    counts = texts_of_forwards(hooked.model)
+    vectors = hooked.encode(TEXTS, 12, EXITS)
+    assert sum(counts) == len(TEXTS) and (len(counts) == 1) == (max_tokens > 40)
     for vector, text, exit in zip(vectors, TEXTS, EXITS, strict=True):
-        np.testing.assert_allclose(vector, own.encode([text], 12, exit)[0], rtol=0, atol=1e-5)
+        assert_near(vector, hooked.encode([text], 12, exit)[0])
 
 
-def test_ranks_by_text_are_a_pack_each(own):
-    seen = passes(own.model)
-    vectors = own.encode(TEXTS, None, np.array([3] * len(TEXTS)), RANKS)
-    assert sorted(seen) == [1, 2, 3, 3]  # 0, the stored one, and 11 are told apart
+def test_ranks_by_text_are_a_pack_each(hooked):
+    counts = texts_of_forwards(hooked.model)
+    vectors = hooked.encode(TEXTS, None, np.array([3] * len(TEXTS)), RANKS)
+    assert sorted(counts) == [1, 2, 3, 3]  # None, the stored rank, and 11 have packs of their own
     for vector, text, rank in zip(vectors, TEXTS, RANKS, strict=True):
-        np.testing.assert_allclose(vector, own.encode([text], rank=rank)[0], rtol=0, atol=1e-5)
+        assert_near(vector, hooked.encode([text], rank=rank)[0])
 
 
 def test_widths_by_text_are_a_list(encoder):
     dims = [1, 24, None, 5, 12, 5, 7, 24, 3]
-    vectors = encoder.encode(TEXTS, dims, EXITS, RANKS)
+    vectors = encoder.encode_widths(TEXTS, dims, EXITS, RANKS)
     assert [len(v) for v in vectors] == [d or 24 for d in dims]
-    for vector, *one in zip(vectors, TEXTS, dims, EXITS, RANKS, strict=True):
-        text, dim, exit, rank = one
-        alone = encoder.encode([text], dim, exit, rank)[0]
+    for vector, text, *size in zip(vectors, TEXTS, dims, EXITS, RANKS, strict=True):
         assert vector.dtype == np.float32
-        np.testing.assert_allclose(vector, alone, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="precision: expected float32 of several dims, got int8"):
-        encoder.encode(TEXTS, dims, precision="int8")
-    assert encoder.encode([], []) == []
+        assert_near(vector, encoder.encode([text], *size)[0])
+    with pytest.raises(ValueError, match="dim: expected a whole number, got"):
+        encoder.encode(TEXTS, dims)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"exit": [1, 2]}, "exit: expected one a text, 9, got 2"),
-        ({"dim": [5] * 10}, "dim: expected one a text, 9, got 10"),
+        ({"exit": [1, 2]}, "exit: expected one per text, 9, got 2"),
+        ({"dims": [5] * 10}, "dim: expected one per text, 9, got 10"),
         ({"rank": [3] * 8 + [12]}, r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
         ({"exit": [1] * 8 + [0]}, r"exit: expected 1\.\.3 \(the depth\), got 0"),
     ],
 )
-def test_sizes_by_text_that_are_wrong(encoder, sizes, message):
+def test_wrong_sizes_by_text(encoder, sizes, message):
     with pytest.raises(ValueError, match=message):
-        encoder.encode(TEXTS, **sizes)
+        encoder.encode_widths(TEXTS, **{"dims": [None] * 9} | sizes)
 
 
-# ---- prompts ----
-
-
-@pytest.fixture(scope="module")
-def prompted(encoder, tmp_path_factory) -> Path:
-    """A directory as sentence-transformers reads it, with prompts."""
-    path = tmp_path_factory.mktemp("prompted") / "model"
-    export(encoder, path)
-    settings = json.loads((path / "config_sentence_transformers.json").read_text())
-    settings["prompts"] = {"query": "Instruct: find.\nQuery: ", "document": "text: ", "none": None}
-    (path / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    return path
-
-
-def test_prompts_are_those_of_sentence_transformers(prompted):
-    from sentence_transformers import SentenceTransformer
-
-    encoder = Encoder.load(str(prompted), "cpu")
-    assert encoder.prompts["query"] == "Instruct: find.\nQuery: " and encoder.prompts["none"] == ""
-    sentence = SentenceTransformer(str(prompted), device="cpu", local_files_only=True)
-    plain = encoder.encode(TEXTS)
-    pairs = [
-        (encoder.encode_query(TEXTS), sentence.encode_query(TEXTS)),
-        (encoder.encode_document(TEXTS), sentence.encode_document(TEXTS)),
-        (encoder.encode(TEXTS, prompt="x y"), sentence.encode(TEXTS, prompt="x y")),
-        (encoder.encode(TEXTS, prompt_name="none"), plain),
-    ]
-    for ours, theirs in pairs:
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    for ours, _ in pairs[:3]:
-        assert np.abs(ours - plain).max() > 0.01
-    raw = encoder.exits(TEXTS, [3], prompt="x y")[0].numpy()
-    np.testing.assert_allclose(unit(raw), pairs[2][0], rtol=0, atol=1e-5)
-    asked = encoder.encode_query(TEXTS, prompt_name="document")
-    np.testing.assert_array_equal(asked, encoder.encode_document(TEXTS))
-
-
-def test_prompts_that_there_are_not(encoder):
-    own = replace(encoder, prompts={"query": "q: ", "title": ""})
-    with pytest.raises(ValueError, match="expected one of query, title, got 'querry'"):
-        own.encode(TEXTS, prompt_name="querry")
-    with pytest.raises(ValueError, match="prompt: expected it or prompt_name, got both"):
-        own.encode(TEXTS, prompt_name="query", prompt="x")
-    with pytest.raises(ValueError, match="expected one of none, as the model has no prompts"):
-        encoder.encode(TEXTS, prompt_name="query")
-    # Without prompts of their own, queries and documents are texts.
-    np.testing.assert_array_equal(encoder.encode_query(TEXTS, 5), encoder.encode(TEXTS, 5))
-    np.testing.assert_array_equal(own.encode_document(TEXTS), encoder.encode(TEXTS))
-
-
-def test_a_prompts_file_of_another_form(directory, tmp_path):
-    (tmp_path / "m").symlink_to(directory)
-    for prompts in (["a"], {"query": 3}):
-        settings = directory / "config_sentence_transformers.json"
-        settings.write_text(json.dumps({"prompts": prompts}))
-        try:
-            with pytest.raises(ValueError, match="prompts: expected texts by name"):
-                Encoder.load(str(directory), "cpu")
-        finally:
-            settings.unlink()
-
-
-# ---- weights, devices, precisions ----
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_weights_give_vectors_in_fp32(encoder, directory, dtype):
-    half = Encoder.load(str(directory), "cpu", dtype)
-    assert {w.dtype for w in half.model.parameters()} == {getattr(torch, dtype)}
-    for cut in CUTS:
-        vectors = half.encode(TEXTS, *cut)
-        assert vectors.dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
-        assert (vectors * encoder.encode(TEXTS, *cut)).sum(1).min() > 0.99
-    assert half.exits(TEXTS).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("tpu",), "device: expected auto, cpu, cuda or cuda:0 .., got 'tpu'"),
-        (("meta",), "device: expected auto"),
-        (("cuda:99",), r"device: expected one of \d+ GPUs, got cuda:99"),
-        (("cpu", "int8"), "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
-    ],
-)
-def test_devices_and_dtypes_that_there_are_not(directory, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Encoder.load(str(directory), *arguments)
-    if arguments[0] != "cpu":
-        with pytest.raises(ValueError, match=message):
-            Encoder.load(str(directory), "cpu").on(["cpu", arguments[0]])
+# ---- precisions ----
 
 
 def test_precisions(encoder):
@@ -476,40 +347,36 @@ def test_precisions(encoder):
 # ---- windows ----
 
 
-def test_a_stream_is_drawn_as_it_is_encoded(encoder, monkeypatch):
-    monkeypatch.setattr(encode, "WINDOW", 4)
-    drawn = []
+def test_stream_reads_as_it_encodes(encoder, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 4)
+    read = []
 
     def source():
         for text in TEXTS * 4:
-            drawn.append(text)
+            read.append(text)
             yield text
 
-    want = encoder.encode(TEXTS * 4, 12, 2, 3)
     parts, most = [], 0
     for part in encoder.stream(source(), 12, 2, 3):
         parts.append(part)
-        most = max(most, len(drawn) - sum(map(len, parts)))
-    assert [len(part) for part in parts] == [4] * 9 and most <= 8  # the next window, and its next
-    np.testing.assert_allclose(np.concatenate(parts), want, rtol=0, atol=1e-6)
+        most = max(most, len(read) - sum(map(len, parts)))
+    assert [len(part) for part in parts] == [4] * 9 and most <= 8  # at most two windows ahead
     # Sizes by text, and exits, go by windows too.
-    exits = encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2)
-    raw = encoder.exits(TEXTS * 2, [1, 3])
+    by_text = encoder.encode_widths(TEXTS * 2, [5] * 18, EXITS * 2, RANKS * 2)
+    raw = encoder.encode_exits(TEXTS * 2, [1, 3])
     monkeypatch.undo()
-    np.testing.assert_allclose(
-        exits, encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2), rtol=0, atol=1e-5
-    )
-    np.testing.assert_allclose(raw, encoder.exits(TEXTS * 2, [1, 3]), rtol=1e-4, atol=1e-4)
+    assert_near(np.concatenate(parts), encoder.encode(TEXTS * 4, 12, 2, 3), 1e-6)
+    assert_near(by_text, encoder.encode(TEXTS * 2, 5, EXITS * 2, RANKS * 2))
+    np.testing.assert_allclose(raw, encoder.encode_exits(TEXTS * 2, [1, 3]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_stream_of_long_texts_has_smaller_windows(encoder, monkeypatch):
-    monkeypatch.setattr(encode, "CHARACTERS", 100)
+def test_stream_of_long_texts_has_smaller_windows(encoder, monkeypatch):
+    monkeypatch.setattr(module, "CHARACTERS", 100)
     parts = list(encoder.stream(["a" * 60] * 5 + ["b"], 5))
     assert [len(part) for part in parts] == [2, 2, 2]
-    assert list(encoder.stream([])) == []
 
 
-def test_a_stream_checks_before_it_reads(encoder):
+def test_stream_checks_before_it_reads(encoder):
     def source():
         raise AssertionError("read")
         yield
@@ -520,19 +387,19 @@ def test_a_stream_checks_before_it_reads(encoder):
             encoder.stream(source(), **options)
 
 
-def test_int8_of_a_stream_keeps_the_first_windows_ranges(encoder, monkeypatch):
-    monkeypatch.setattr(encode, "WINDOW", 4)
+def test_stream_keeps_the_first_ranges(encoder, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 4)
     quantiser = Quantiser("int8")
     parts = np.concatenate(list(encoder.stream(TEXTS, precision=quantiser)))
     plain = encoder.encode(TEXTS)
     ranges = np.stack([plain[:4].min(0), plain[:4].max(0)])
-    np.testing.assert_allclose(quantiser.ranges, ranges, rtol=0, atol=1e-6)
-    # A number that is on a step's edge may fall to either side of it.
+    assert_near(quantiser.ranges, ranges, 1e-6)
+    # A number on a step's edge may fall to either side of it.
     assert np.abs(parts.astype(int) - Quantiser("int8", ranges)(plain)).max() <= 1
 
 
-def test_what_is_no_text_is_named_by_its_number(encoder, monkeypatch):
-    monkeypatch.setattr(encode, "WINDOW", 4)
+def test_errors_give_the_text_number(encoder, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 4)
     with pytest.raises(ValueError, match="text 6: expected Unicode, got a lone surrogate"):
         encoder.encode([*TEXTS[:6], "\ud800"])
     with pytest.raises(ValueError, match="text 5: expected a string, got NoneType"):
@@ -544,7 +411,7 @@ def test_what_is_no_text_is_named_by_its_number(encoder, monkeypatch):
 
 def test_progress_counts_texts(encoder, capsys):
     encoder.encode(TEXTS, progress=True)
-    said = capsys.readouterr()
-    assert "encoding" in said.err and "texts/s" in said.err and said.out == ""
+    printed = capsys.readouterr()
+    assert "encoding" in printed.err and "texts/s" in printed.err and printed.out == ""
     encoder.encode(TEXTS)
     assert capsys.readouterr().err == ""

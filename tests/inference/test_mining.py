@@ -1,5 +1,4 @@
-"""Mining: the negatives of sentence-transformers' own miner on an exported model, and of a loop
-over all pairs of texts in float64."""
+"""Mining against sentence-transformers on an exported model, and a loop over all pairs."""
 
 import json
 from dataclasses import replace
@@ -7,7 +6,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from factories import randomise
+from factories import tiny_encoder, tiny_tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
@@ -20,7 +19,6 @@ from mlembed.inference import mining
 from mlembed.inference.encoder import Encoder
 from mlembed.inference.mining import Column, Options, gather, write
 from mlembed.modeling import pretrained
-from mlembed.modeling.transformer import Transformer
 from mlembed.publishing.export import export
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "один", "два", "три", "四", "五"]
@@ -32,8 +30,8 @@ def text(rng) -> str:
 
 
 def pairs(count: int = 60, seed: int = 0, several: bool = True) -> list[dict]:
-    """Positives are their queries but for a word. With `several`, some queries have two or three;
-    no positive has two queries, and no other text is there twice."""
+    """Return pairs that differ by a word, all texts distinct; with `several`, some queries have two
+    or three positives."""
     rng = np.random.default_rng(seed)
     rows: dict[str, str] = {}
     while len(rows) < count:
@@ -59,22 +57,20 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def encoder():
-    tokens = tokenizer.train([" ".join(WORDS)] * 3, 280)
-    cfg = config.Model(
-        vocab_size=tokens.get_vocab_size(),
+    return tiny_encoder(
+        tiny_tokenizer([" ".join(WORDS)] * 3, 280),
+        48,
         hidden_size=24,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=10,
         intermediate_size=37,
-        max_position_embeddings=64,
         exits=(1, 3),
         matryoshka_dims=(5, 12, 24),
         ranks=(3, 11),
         pooling="mean",
     )
-    return Encoder(randomise(Transformer(cfg)), tokens, 48)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +80,8 @@ def exported(encoder, tmp_path_factory):
     return SentenceTransformer(str(out), device="cpu", local_files_only=True)
 
 
-def mined(encoder, rows, options, tmp_path, corpus=None):
-    """-> report, and the written rows."""
+def run(encoder, rows, options, tmp_path, corpus=None):
+    """Return the report and the written rows."""
     data = written(tmp_path / "pairs.jsonl", rows)
     out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
     report = write(encoder, gather(tables_of([data]), corpus), options, out)
@@ -137,9 +133,9 @@ def by_sentence_transformers(model, rows, options, corpus=None):
     ids=["margin", "wide", "absolute", "most", "few", "all", "all wide", "all absolute"],
 )
 @pytest.mark.parametrize("with_corpus", [False, True])
-def test_as_sentence_transformers_mines(encoder, exported, options, with_corpus, tmp_path):
-    """It takes `range_max` candidates and as many more as a query can have positives, and then
-    leaves these out: with queries of several, it has some more for the others."""
+def test_sentence_transformers_agrees(encoder, exported, options, with_corpus, tmp_path):
+    """It searches `range_max` candidates and as many more as any query has positives, so with
+    several positives only `top=200`, all documents, is comparable."""
     several = options.top == 200
     rows = pairs(several=several)
     rng = np.random.default_rng(1)
@@ -148,7 +144,7 @@ def test_as_sentence_transformers_mines(encoder, exported, options, with_corpus,
         corpus = sorted({text(rng) for _ in range(50)} - {row["query"] for row in rows})
         corpus.append(rows[0]["positive"])
     want, scores = by_sentence_transformers(exported, rows, options, corpus)
-    report, got = mined(encoder, rows, options, tmp_path, corpus)
+    report, got = run(encoder, rows, options, tmp_path, corpus)
     assert sum(len(negatives) for negatives in want.values()) > 50
     assert len(got) == report.pairs == len(rows)
     for row in got:
@@ -164,20 +160,20 @@ def test_as_sentence_transformers_mines(encoder, exported, options, with_corpus,
 
 
 @pytest.mark.parametrize("skip", [1, 4])
-def test_skipped_ranks_as_sentence_transformers_skips_them(encoder, exported, skip, tmp_path):
-    """Where no margin bites, as with a positive that is the query: it skips what margins leave."""
+def test_sentence_transformers_agrees_on_skips(encoder, exported, skip, tmp_path):
+    """If no margin applies, as with a positive that is the query: it skips after the margins."""
     rows = [{"query": row["query"], "positive": row["query"]} for row in pairs()]
     rows = list({row["query"]: row for row in rows}.values())
     options = replace(MARGINS, skip=skip, relative_margin=0.0)
     want, _ = by_sentence_transformers(exported, rows, options)
-    assert by_pair(mined(encoder, rows, options, tmp_path)[1]) == want
+    assert by_pair(run(encoder, rows, options, tmp_path)[1]) == want
 
 
 # ---- a loop over all pairs ----
 
 
 def linked_groups(rows):
-    """Which texts pairs link, by setting one text's group to another's until nothing changes."""
+    """Return each text's group: groups of linked texts are merged until nothing changes."""
     group = {}
     for row in rows:
         for name in ("query", "positive"):
@@ -201,7 +197,7 @@ def brute(encoder, rows, options, corpus=None):
     queries = list(dict.fromkeys(row["query"] for row in rows))
 
     def vectors(texts, *size):
-        raw = encoder.exits(texts, [size[1] or 3], size[2])[0].double().numpy()
+        raw = encoder.encode_exits(texts, [size[1] or 3], size[2])[0].double().numpy()
         raw = raw[:, : size[0] or 24]
         return dict(zip(texts, raw / np.linalg.norm(raw, axis=1, keepdims=True), strict=True))
 
@@ -246,10 +242,10 @@ def brute(encoder, rows, options, corpus=None):
     ids=["plain", "skip", "discard", "shallow", "rescored", "both", "default", "one"],
 )
 @pytest.mark.parametrize("block", [10**6, 90])
-def test_as_a_loop_over_all_pairs_mines(encoder, options, block, tmp_path, monkeypatch):
-    """Rows that link in chains, stored negatives, queries that are documents as well."""
-    monkeypatch.setattr(mining, "BLOCK", block)  # 90 candidates: some queries at a time, or one
-    monkeypatch.setattr(mining, "DOCUMENTS", 32)
+def test_loop_over_all_pairs_agrees(encoder, options, block, tmp_path, monkeypatch):
+    """Rows may link in chains, have stored negatives, and queries may be documents."""
+    monkeypatch.setattr(mining, "BLOCK", block)
+    monkeypatch.setattr(mining, "CHUNK", 32)
     rows = pairs(90, seed=2)
     for i in range(0, 20, 2):
         rows[i]["positive"] = rows[i + 2]["positive"]  # a chain of queries
@@ -259,7 +255,7 @@ def test_as_a_loop_over_all_pairs_mines(encoder, options, block, tmp_path, monke
         row["negatives"] = [text(rng), row["query"], rows[7]["positive"], rows[60]["query"]]
     rows = list({(row["query"], row["positive"]): row for row in rows}.values())
     want, short = brute(encoder, rows, options)
-    report, got = mined(encoder, rows, options, tmp_path)
+    report, got = run(encoder, rows, options, tmp_path)
     assert by_pair(got) == want
     assert report.discarded == short
     assert (short > 0) == (options.short == "discard")
@@ -269,8 +265,8 @@ def test_as_a_loop_over_all_pairs_mines(encoder, options, block, tmp_path, monke
         assert row["query"] not in row["negatives"]
 
 
-def test_the_shortlist_is_shallow_and_documents_go_deep_once(encoder, tmp_path, monkeypatch):
-    """And only those that are on a shortlist, or positives."""
+def test_rescoring_encodes_shortlisted_documents_once(encoder, tmp_path, monkeypatch):
+    """Only documents on a shortlist and positives are encoded at full size."""
     calls = []
 
     def encode(self, texts, *size):
@@ -282,7 +278,7 @@ def test_the_shortlist_is_shallow_and_documents_go_deep_once(encoder, tmp_path, 
     monkeypatch.setattr(mining, "BLOCK", 50)
     rows = pairs()
     options = Options(top=2, negatives=1, exit=1, dim=5, rescore=True)
-    mined(encoder, rows, options, tmp_path, corpus=[f"{i} один" for i in range(200)])
+    run(encoder, rows, options, tmp_path, corpus=[f"{i} один" for i in range(200)])
     deep = [text for size, texts in calls if size == () for text in texts]
     queries = {row["query"] for row in rows}
     documents = [text for text in deep if text not in queries]
@@ -291,8 +287,7 @@ def test_the_shortlist_is_shallow_and_documents_go_deep_once(encoder, tmp_path, 
     assert all(size == (5, 1, None) for size, _ in calls if size != ())
 
 
-def test_a_corpus_is_where_it_looks(encoder, tmp_path):
-    """Its texts and the positives; stored negatives are not asked for."""
+def test_corpus_replaces_stored_negatives(encoder, tmp_path):
     rng = np.random.default_rng(4)
     documents = [{"_id": str(i), "title": "t", "text": text(rng)} for i in range(40)]
     path = written(tmp_path / "corpus.jsonl", documents)
@@ -300,17 +295,17 @@ def test_a_corpus_is_where_it_looks(encoder, tmp_path):
     rows[0]["negatives"] = ["stored here alone"]
     corpus = [f"t {row['text']}" for row in documents]
     want, _ = brute(encoder, rows, MARGINS, corpus)
-    report, got = mined(encoder, rows, MARGINS, tmp_path, Column(layouts.Corpus(path)))
+    report, got = run(encoder, rows, MARGINS, tmp_path, Column(layouts.Corpus(path)))
     assert by_pair(got) == want
     assert report.documents == len({*corpus, *(row["positive"] for row in rows)})
     assert any(n in corpus for row in got for n in row["negatives"])
 
 
-def test_ranks_and_counts_are_said(encoder, tmp_path):
+def test_report_counts(encoder, tmp_path):
     rows = pairs()
     options = replace(MARGINS, skip=2, relative_margin=0.2)
-    report, got = mined(encoder, rows, options, tmp_path)
-    # Ranks by hand: the place among all candidates of each negative that was taken.
+    report, got = run(encoder, rows, options, tmp_path)
+    # Ranks by hand: each negative's place among all candidates.
     everything, _ = brute(encoder, rows, replace(options, relative_margin=-9.0, skip=0, max_score=2,
                                                  absolute_margin=-9.0, negatives=20))  # fmt: skip
     by_query = {row["query"]: row for row in got}
@@ -322,19 +317,19 @@ def test_ranks_and_counts_are_said(encoder, tmp_path):
     assert report.negatives == len(ranks) and report.ranks == sum(ranks) and min(ranks) > 2
     assert report.left_out["skip"] == 2 * report.queries
     assert report.left_out["relative_margin"] > 0
-    said = str(report)
-    assert f"{report.queries} queries of {len(rows)} pairs, {report.documents} documents" in said
-    assert f"mean rank {np.mean(ranks):.1f}" in said
-    assert f"{report.full} got all their negatives, {report.none} none, 0 discarded" in said
+    printed = str(report)
+    assert f"{report.queries} queries of {len(rows)} pairs, {report.documents} documents" in printed
+    assert f"mean rank {np.mean(ranks):.1f}" in printed
+    assert f"{report.full} with all negatives, {report.none} with none, 0 discarded" in printed
 
 
-def test_random_picks_are_of_what_is_left_and_the_same_again(encoder, tmp_path, monkeypatch):
+def test_random_picks_depend_on_seed_and_query(encoder, tmp_path, monkeypatch):
     rows = pairs()
     options = replace(MARGINS, pick="random", negatives=4)
-    _, got = mined(encoder, rows, options, tmp_path)
+    _, got = run(encoder, rows, options, tmp_path)
     monkeypatch.setattr(mining, "BLOCK", 50)
-    assert by_pair(mined(encoder, rows, options, tmp_path)[1]) == by_pair(got)
-    other = mined(encoder, rows, replace(options, seed=1), tmp_path)[1]
+    assert by_pair(run(encoder, rows, options, tmp_path)[1]) == by_pair(got)
+    other = run(encoder, rows, replace(options, seed=1), tmp_path)[1]
     assert by_pair(other) != by_pair(got)
     everything, _ = brute(encoder, rows, replace(options, negatives=20))
     left = [(len(everything[key]), set(n) - set(everything[key][:4])) for key, n in
@@ -342,7 +337,7 @@ def test_random_picks_are_of_what_is_left_and_the_same_again(encoder, tmp_path, 
     for key, negatives in by_pair(got).items():
         assert set(negatives) <= set(everything[key]) and len(set(negatives)) == len(negatives)
         assert len(negatives) == min(4, len(everything[key]))
-    # Each query draws anew: of equally many, not the same places for all.
+    # Queries with equally many candidates get different places.
     drawn = {
         tuple(everything[key].index(n) for n in negatives)
         for key, negatives in by_pair(got).items()
@@ -355,7 +350,7 @@ def test_random_picks_are_of_what_is_left_and_the_same_again(encoder, tmp_path, 
 # ---- files ----
 
 
-def test_the_command_writes_what_our_reader_and_datasets_read(encoder, tmp_path, capsys):
+def test_command_writes_rows_for_our_reader_and_datasets(encoder, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     pretrained.save(encoder.model, tmp_path / "model")
     tokenizer.save(encoder.tokenizer, tmp_path / "model", 48)
@@ -367,11 +362,11 @@ def test_the_command_writes_what_our_reader_and_datasets_read(encoder, tmp_path,
     assert "queries of 60 pairs" in capsys.readouterr().out
     want, _ = brute(encoder, rows, MARGINS)
     assert by_pair(lines(out)) == want
-    ((table, report),) = sources.read(sources.of(str(out)))
+    ((table, report),) = sources.read(config.Source(path=str(out)))
     assert report.items == len(rows) and report.bad == 0 and table.task == "retrieval"
     items = [table.texts[slice(*table.starts[i : i + 2])] for i in range(len(table))]
     assert {(q, p): negatives for q, p, *negatives in items} == want
-    # No negative is one that training would leave out again.
+    # Training would leave out none of the negatives.
     for i in range(len(table)):
         ids = table.ids[slice(*table.starts[i : i + 2])]
         assert ids[1] == ids[0] and not (ids[2:] == ids[0]).any()
@@ -382,7 +377,7 @@ def test_the_command_writes_what_our_reader_and_datasets_read(encoder, tmp_path,
         main(str(tmp_path / "model"), out, data=(data,), options=MARGINS, device="cpu")
 
 
-def test_prompts_are_before_what_is_encoded_and_not_in_the_file(encoder, tmp_path):
+def test_prompts_are_encoded_and_not_written(encoder, tmp_path):
     rows = pairs()
     data = written(tmp_path / "pairs.jsonl", rows)
     source = {"path": data, "prompt": "one two: ", "document_prompt": "три "}
@@ -405,7 +400,6 @@ def test_prompts_are_before_what_is_encoded_and_not_in_the_file(encoder, tmp_pat
 
 
 def test_positives_of_all_files_count(encoder, tmp_path):
-    """A query that is in two files has the positives of both, and the same negatives in both."""
     rows = pairs()
     half = [*rows[:30], {"query": rows[40]["query"], "positive": rows[2]["positive"]}]
     data = [written(tmp_path / "a.jsonl", half), written(tmp_path / "b.jsonl", rows[30:])]
@@ -416,7 +410,7 @@ def test_positives_of_all_files_count(encoder, tmp_path):
     assert got[key, rows[2]["positive"]] == got[key, rows[40]["positive"]]
 
 
-def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing(encoder, tmp_path, monkeypatch):
     texts = gather(tables_of([written(tmp_path / "pairs.jsonl", pairs())]))
     done = []
 
@@ -426,14 +420,14 @@ def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(scores, *args)
 
-    real = mining.taken
-    monkeypatch.setattr(mining, "taken", breaks)
+    real = mining.select_negatives
+    monkeypatch.setattr(mining, "select_negatives", breaks)
     with pytest.raises(ValueError, match="out.jsonl: could not be written: .*No space left"):
         write(encoder, texts, MARGINS, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
-# ---- what cannot be ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -451,14 +445,14 @@ def test_a_broken_off_run_leaves_nothing(encoder, tmp_path, monkeypatch):
         (Options(rank=12), "rank: expected 1..11"),
     ],
 )
-def test_options_out_of_range_are_refused(encoder, options, reason, tmp_path):
+def test_options_out_of_range(encoder, options, reason, tmp_path):
     texts = gather(tables_of([written(tmp_path / "pairs.jsonl", pairs())]))
     with pytest.raises(ValueError, match=reason):
         write(encoder, texts, options, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_what_has_no_queries_is_refused(encoder, tmp_path):
+def test_unusable_data(encoder, tmp_path):
     nway = [{"id": str(i % 3), "lang": "ab"[i // 3], "text": f"{i} one"} for i in range(6)]
     path = written(tmp_path / "nway.jsonl", nway)
     with pytest.raises(ValueError, match="expected pairs .* an n-way table of translations, nway"):
@@ -481,8 +475,8 @@ def test_what_has_no_queries_is_refused(encoder, tmp_path):
         write(encoder, gather(tables_of([data])), MARGINS, tmp_path / "out.json")
 
 
-def test_one_pair_alone_has_no_negatives(encoder, tmp_path):
-    report, got = mined(encoder, pairs()[:1], MARGINS, tmp_path)
+def test_one_pair_has_no_negatives(encoder, tmp_path):
+    report, got = run(encoder, pairs()[:1], MARGINS, tmp_path)
     assert [row["negatives"] for row in got] == [[]] and report.none == 1 and report.documents == 1
-    report, got = mined(encoder, pairs()[:1], replace(MARGINS, short="discard"), tmp_path)
+    report, got = run(encoder, pairs()[:1], replace(MARGINS, short="discard"), tmp_path)
     assert got == [] and report.discarded == 1

@@ -1,5 +1,4 @@
-"""Triton's interpreter at less cost: its time is that of Python around each operation, whatever the
-operation's size."""
+"""Triton's interpreter at less cost: Python takes the same time around operations of any size."""
 
 import importlib.util
 from collections.abc import Callable, Iterator

@@ -45,7 +45,7 @@ cases["batches"] = batches
 for name in sys.argv[1:]:
     for launch in launches.collect({name: cases[name]}):
         found = {"case": name, "kernel": launch.name, "grid": launch.grid}
-        print(json.dumps(found | {"key": launch.key(), "work": launch.key(addresses=False)}))
+        print(json.dumps(found | {"key": launch.key(), "layout": launch.key(addresses=False)}))
 """
 
 
@@ -69,7 +69,7 @@ def rows() -> list[dict]:
 def test_nothing_is_compiled_twice_for_its_addresses(rows):
     """Exits are slices at any multiple of 4 bytes, as are a batch's lists of tokens."""
     assert len({row["kernel"] for row in rows}) >= 19
-    times = Counter((row["case"], row["work"]) for row in rows)
+    times = Counter((row["case"], row["layout"]) for row in rows)
     assert not {key: count for key, count in times.items() if count > 1}
 
 

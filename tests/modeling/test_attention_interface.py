@@ -1,4 +1,4 @@
-"""Models of transformers by our packed attention against their own: padded, packed, trained."""
+"""Models of transformers with our packed attention against their own: padded, packed, trained."""
 
 import inspect
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from mlembed.modeling import attention_interface
 
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
-# transformers 5.24 has another name for it, and warns of the old one.
+# transformers 5.24 renamed it, and warns about the old name.
 NO_CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
@@ -33,7 +33,7 @@ MODELS = {
     "bert": lambda: BertModel(BertConfig(**SHAPE, num_attention_heads=4)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-# A whole row, a single token, a prime, two alike; and a batch that is one text.
+# A full row, a single token, a prime, two equal ones.
 LENGTHS = (9, 1, 7, 4, 4)
 
 
@@ -49,12 +49,17 @@ def saved(tmp_path_factory):
     for name, make in MODELS.items():
         model = make()
         randomise(model)
-        with torch.no_grad():  # a factor on scores, or a bias, that is lost has to show
+        with torch.no_grad():  # so that a lost bias or factor on scores shows
             for key, bias in model.named_parameters():
                 if key.endswith("bias"):
                     bias.normal_(std=0.3, generator=generator)
         model.save_pretrained(folder / name)
     return folder
+
+
+def compare(saved, name: str, batch: dict[str, Tensor], keep: Tensor, other: str = "sdpa") -> None:
+    """Compare hidden states and gradients by our attention with those by another."""
+    assert_same(*(outcome(load(saved, name, a), batch, keep) for a in ("mlembed", other)))
 
 
 def load(saved, name: str, attention: str, **changes):
@@ -71,7 +76,7 @@ def tokens(lengths=LENGTHS, side: str = "right") -> dict[str, Tensor]:
 
 
 def outcome(model, batch: dict[str, Tensor], keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states of what is kept, and all gradients of a loss on them."""
+    """Return the hidden states of the tokens `keep`, and all gradients of a loss on them."""
     hidden = model(**batch).last_hidden_state[keep]
     model.zero_grad()
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
@@ -100,20 +105,18 @@ def test_padded_batches(saved, name, side, other):
     keep = batch["attention_mask"].bool()
     if side == "no mask":
         batch.pop("attention_mask")
-    mine, theirs = (outcome(load(saved, name, a), batch, keep) for a in ("mlembed", other))
-    assert_same(mine, theirs)
+    compare(saved, name, batch, keep, other)
 
 
 @every_model
 def test_masks_with_holes_and_masked_rows(saved, name):
-    """Any mask is one of keys; what masked tokens and rows give is for nobody to read."""
+    """Masks hide keys; outputs of masked tokens and rows are unspecified."""
     batch = tokens((9, 9, 9, 9))
     batch["attention_mask"][0, 2:4] = 0
     batch["attention_mask"][1, ::2] = 0
     batch["attention_mask"][2] = 0
     keep = batch["attention_mask"].bool()
-    mine, theirs = (outcome(load(saved, name, a), batch, keep) for a in ("mlembed", "eager"))
-    assert_same(mine, theirs)
+    compare(saved, name, batch, keep, "eager")
 
 
 def test_rows_of_padding_are_zero(saved):
@@ -129,7 +132,7 @@ def test_rows_of_padding_are_zero(saved):
         assert (out[padding] == 0).all() and (out[~padding].abs().amax(-1) > 0).all()
 
 
-def test_nothing_but_padding(saved):
+def test_only_padding(saved):
     batch = tokens((3, 2))
     batch["attention_mask"][:] = 0
     for name in MODELS:
@@ -151,7 +154,7 @@ def flattened(lengths, **options) -> dict:
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("bounds", [False, True], ids=["positions", "cu_seq_lens"])
 def test_flattened_batches(saved, name, bounds, use_cache):
-    """As many texts in a row as a collator puts there, each as if alone."""
+    """Each text of a collator's row equals the text alone."""
     batch = flattened(LENGTHS, return_flash_attn_kwargs=bounds)
     model = load(saved, name, "mlembed")
     packed = model(**batch, use_cache=use_cache).last_hidden_state[0]
@@ -161,11 +164,10 @@ def test_flattened_batches(saved, name, bounds, use_cache):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
 
 
-def test_flattened_batches_train_as_transformers_own(saved):
+def test_flattened_batches_train(saved):
     batch = flattened(LENGTHS) | {"use_cache": False}
     keep = torch.ones(1, sum(LENGTHS), dtype=torch.bool)
-    mine, theirs = (outcome(load(saved, "qwen3", a), batch, keep) for a in ("mlembed", "sdpa"))
-    assert_same(mine, theirs)
+    compare(saved, "qwen3", batch, keep)
 
 
 def test_positions_that_restart_in_several_rows(saved):
@@ -173,17 +175,18 @@ def test_positions_that_restart_in_several_rows(saved):
     ids = torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     keep = torch.ones(3, 5, dtype=torch.bool)
-    mine, theirs = (outcome(load(saved, "qwen3", a), batch, keep) for a in ("mlembed", "sdpa"))
-    assert_same(mine, theirs)
+    compare(saved, "qwen3", batch, keep)
 
 
-def test_bounds_that_contradict_the_mask_or_the_batch(saved):
+def test_contradicting_bounds(saved):
     model = load(saved, "qwen3", "mlembed")
     batch = flattened(LENGTHS, return_flash_attn_kwargs=True)
     wrong = torch.tensor([0, 9, 10, 25], dtype=torch.int32)
-    with pytest.raises(ValueError, match="cu_seq_lens: expected the same for queries and keys"):
+    with pytest.raises(ValueError, match="cu_seq_lens: expected equal bounds for queries and keys"):
         model(**{**batch, "cu_seq_lens_k": wrong})
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected the mask's \[0, 9, 10, 17, 21"):
+    with pytest.raises(
+        ValueError, match=r"cu_seq_lens_q: expected the mask's bounds \[0, 9, 10, 17, 21"
+    ):
         model(**{**batch, "cu_seq_lens_q": wrong, "cu_seq_lens_k": wrong}, use_cache=False)
     bounds = torch.tensor([0, 9, 10])
     short = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
@@ -215,9 +218,9 @@ def test_under_autocast(saved, name):
     assert torch.nn.functional.cosine_similarity(*hidden, dim=-1).min() > 0.995
 
 
-def test_a_mask_changed_in_place_is_read_anew(saved):
+def test_mask_changed_in_place_is_read_again(saved):
     model, batch = load(saved, "bert", "mlembed"), tokens()
-    batch["attention_mask"] = batch["attention_mask"].bool()  # handed on as it is, not copied
+    batch["attention_mask"] = batch["attention_mask"].bool()  # a bool mask is not copied on its way
     before = model(**batch).last_hidden_state
     batch["attention_mask"][0, 5:] = False
     after = model(**batch).last_hidden_state
@@ -227,7 +230,7 @@ def test_a_mask_changed_in_place_is_read_anew(saved):
 
 @every_model
 @pytest.mark.parametrize("given", ["attention_mask", "nothing", "position_ids", "cu_seq_lens"])
-def test_the_mask_is_read_once_a_pass(saved, name, given, monkeypatch):
+def test_mask_is_read_once_per_pass(saved, name, given, monkeypatch):
     calls = []
     layout = attention_interface._layout
     monkeypatch.setattr(attention_interface, "_layout", lambda *x: calls.append(x) or layout(*x))
@@ -273,29 +276,33 @@ def test_sentence_transformers(saved, tmp_path):
         torch.testing.assert_close(*vectors, rtol=1e-5, atol=2e-5)
 
 
-# ---- what the kernels have not ----
+# ---- unsupported features ----
 
 
 def test_keys_of_a_cache(saved):
     model = load(saved, "qwen3", "mlembed")
     ids = tokens((5, 5))["input_ids"]
-    cache = model(input_ids=ids, use_cache=True).past_key_values  # a first pass is like any other
+    cache = model(
+        input_ids=ids, use_cache=True
+    ).past_key_values  # the first pass has no keys before it
     with pytest.raises(ValueError, match="as many queries as keys, got 1 and 6.*use_cache=False"):
         model(input_ids=ids[:, :1], past_key_values=cache)
 
 
-def test_dropout_of_weights(saved):
+def test_dropout_of_attention_weights(saved):
     batch = tokens()
     model = load(saved, "bert", "mlembed")  # 0.1 of them in training
     model(**batch)
-    with pytest.raises(ValueError, match="no dropout.*got 0.1.*attention_probs_dropout_prob=0.0"):
+    with pytest.raises(
+        ValueError, match="expected dropout 0 .*got 0.1.*attention_probs_dropout_prob=0.0"
+    ):
         model.train()(**batch)
     load(saved, "bert", "mlembed", attention_probs_dropout_prob=0.0).train()(**batch)
 
 
 def test_windows():
     config = MistralConfig(**DECODER, sliding_window=4, attn_implementation="mlembed")
-    with pytest.raises(ValueError, match="expected no window, got one of 4 tokens"):
+    with pytest.raises(ValueError, match="expected full attention, got a window of 4"):
         MistralModel(config)(**tokens())
     config = MistralConfig(**DECODER, sliding_window=None, attn_implementation="mlembed")
     MistralModel(config)(**tokens())
@@ -308,11 +315,7 @@ def test_masks_of_other_kinds(saved):
     dense = torch.ones(B, 1, S, S, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"expected .*\[5, 9\].*got torch.bool \[5, 1, 9, 9\]"):
         model(input_ids=batch["input_ids"], attention_mask=dense)
-    common = {
-        "config": model.config,
-        "inputs_embeds": torch.zeros(B, S, 1),
-        NO_CACHE: None,
-    }
+    common = {"config": model.config, "inputs_embeds": torch.zeros(B, S, 1), NO_CACHE: None}
 
     def near(batch, head, q, k):
         return q - k < 3
@@ -329,8 +332,8 @@ def test_masks_of_other_kinds(saved):
                 create_causal_mask(**common, attention_mask=mask, **changed)
 
 
-def test_one_mask_of_two_kinds(saved):
-    """As a model with causal and other layers asks for it: what is shared is not between kinds."""
+def test_one_mask_for_two_kinds_of_layers(saved):
+    """Causal and bidirectional layers of one model do not share a mask's state."""
     config = load(saved, "qwen3", "mlembed").config
     given = torch.ones(2, 9, dtype=torch.bool)
     common = {"config": config, "inputs_embeds": torch.zeros(2, 9, 1), NO_CACHE: None}
@@ -350,81 +353,59 @@ def test_scale_dtype_and_heads():
     )
     assert weights is None
     torch.testing.assert_close(got, want.transpose(1, 2))
-    # As under autocast, where norms leave queries and keys in fp32.
+    # Like under autocast, where norms leave queries and keys in fp32.
     half, _ = attention_interface.attend(module, q, k, v.bfloat16(), None, scaling=0.7)
     assert half.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(half.float(), got, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "value", "message"),
     [
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(4)},
-        {"position_bias": torch.zeros(1, 4, 9, 9)},
-        {"sliding_window": 4},
-        {"output_attentions": True},
+        ("softcap", 30.0, "softcap: expected None, got 30"),
+        ("s_aux", torch.zeros(4), "s_aux: expected None, got"),
+        ("position_bias", torch.zeros(1, 4, 9, 9), "position_bias: expected None, got"),
+        ("sliding_window", 4, "sliding_window: expected None, got 4"),
+        ("output_attentions", True, "output_attentions: expected None, got True"),
+        # Zeros of an additive mask are visible: the opposite of ours.
+        ("attention_mask", torch.zeros(2, 9), r"expected bools or integers \[2, 9\].*float32"),
+        ("position_ids", torch.zeros(3, 2, 9), r"position_ids: expected \[2, 9\], got \[3, 2, 9\]"),
     ],
-    ids=lambda options: next(iter(options)),
 )
-def test_options_that_change_the_result(options):
+def test_errors_of_attend(name, value, message):
     q = torch.zeros(2, 4, 9, 8)
-    with pytest.raises(ValueError, match=f"expected no {next(iter(options))}, got"):
-        attention_interface.attend(torch.nn.Module(), q, q, q, None, **options)
-    off = dict.fromkeys(options) | {"output_attentions": False}
-    assert attention_interface.attend(torch.nn.Module(), q, q, q, None, **off)[0].shape == (
-        2,
-        9,
-        4,
-        8,
-    )
+    base = {"attention_mask": None}
+    with pytest.raises(ValueError, match=message):
+        attention_interface.attend(torch.nn.Module(), q, q, q, **base | {name: value})
+    off = base | {name: None, "output_attentions": False}
+    out, _ = attention_interface.attend(torch.nn.Module(), q, q, q, **off)
+    assert out.shape == (2, 9, 4, 8)
 
 
-def test_attention_to_another_text():
-    config = BertConfig(
-        **SHAPE,
-        num_attention_heads=4,
-        is_decoder=True,
-        add_cross_attention=True,
-        attn_implementation="mlembed",
-    )
-    model = BertModel(config).eval()
-    with pytest.raises(ValueError, match="expected self-attention only, got add_cross_attention"):
+def test_cross_attention():
+    options = {"is_decoder": True, "add_cross_attention": True, "attn_implementation": "mlembed"}
+    model = BertModel(BertConfig(**SHAPE, num_attention_heads=4, **options)).eval()
+    with pytest.raises(ValueError, match="expected only self-attention, got add_cross_attention"):
         model(**tokens(), encoder_hidden_states=torch.zeros(5, 9, 32), use_cache=False)
 
 
-def test_a_layer_and_its_mask_agree(saved):
+def test_layer_that_contradicts_its_mask(saved):
     model = load(saved, "bert", "mlembed")
     for layer in model.encoder.layer:
         layer.attention.self.is_causal = True
-    with pytest.raises(ValueError, match="is_causal: expected False, as the mask is, got True"):
+    with pytest.raises(ValueError, match="is_causal: expected False like the mask, got True"):
         model(**tokens())
 
 
-def test_a_mask_to_add():
-    """Nought there is what to see: the opposite of ours."""
-    q = torch.zeros(2, 4, 9, 8)
-    with pytest.raises(ValueError, match=r"expected bools or integers \[2, 9\].*torch.float32"):
-        attention_interface.attend(torch.nn.Module(), q, q, q, torch.zeros(2, 9))
-
-
 def test_compiled(saved):
-    """What is data stays out of the graph; the rest of the model is in it."""
+    """The graph holds all but what depends on data."""
     model, batch = load(saved, "bert", "mlembed"), tokens()
     want = model(**batch).last_hidden_state
     got = torch.compile(model, backend="eager")(**batch).last_hidden_state
     torch.testing.assert_close(got, want)
 
 
-def test_positions_of_another_shape():
-    q = torch.zeros(2, 4, 9, 8)
-    with pytest.raises(ValueError, match=r"position_ids: expected \[2, 9\], got \[3, 2, 9\]"):
-        attention_interface.attend(
-            torch.nn.Module(), q, q, q, None, position_ids=torch.zeros(3, 2, 9)
-        )
-
-
-def test_a_transformers_that_is_too_old(monkeypatch):
+def test_old_transformers(monkeypatch):
     def flash_attention_mask(batch_size, cache_position, kv_length, kv_offset=0, **kwargs):
         raise AssertionError
 

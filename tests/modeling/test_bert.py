@@ -1,5 +1,4 @@
-"""BERT in the one transformer: against transformers' BertModel and XLMRobertaModel at every exit,
-and through directories both ways. test_bert_trunk.py has what training does with it."""
+"""BERT's directories: those of transformers and sentence-transformers, read and written."""
 
 import json
 from dataclasses import replace
@@ -8,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import randomise
+from factories import assert_same_model, odd_shape, random_model, randomise
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from transformer_truth import POOLINGS, assert_equals_transformers
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -26,34 +26,12 @@ from transformers import (
 )
 
 from mlembed import config
-from mlembed.data.packing import pack
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
-from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed.publishing.export import export
 
-# A prime vocabulary, heads of width 6, an MLP of a prime width, an epsilon that counts.
-CFG = config.Model(
-    style="bert",
-    vocab_size=101,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=6,
-    intermediate_size=37,
-    layer_norm_eps=1e-3,
-    max_position_embeddings=31,
-    type_vocab_size=3,
-    causal=False,
-    pooling="pooler",
-    exits=(1, 3),
-    matryoshka_dims=(5, 24),
-)
+CFG = odd_shape("bert", max_position_embeddings=31, exits=(1, 3), matryoshka_dims=(5, 24))
 NESTED = replace(CFG, ranks=(3, 11))
-ALL_EXITS = (1, 2, 3)
-LENGTHS = (17, 1, 31, 2, 5)  # the longest fills the position table
-POOLINGS = "pooler", "cls", "mean", "last"
 BERT = {
     "vocab_size": 101,
     "hidden_size": 24,
@@ -73,64 +51,17 @@ HF = {
 }
 
 
-def texts(lengths=LENGTHS, seed=0) -> list[np.ndarray]:
-    """Without tokens 0 and 1, which are padding for one model or the other."""
-    generator = np.random.default_rng(seed)
-    return [generator.integers(2, 101, n) for n in lengths]
-
-
-@torch.no_grad()
-def hf_exits(hf, ids, pooling) -> Tensor:
-    """Every layer's pooled output of a batch padded on the right -> [L, N, D]."""
-    longest = max(map(len, ids))
-    tokens = torch.full((len(ids), longest), hf.config.pad_token_id)
-    mask = torch.zeros(len(ids), longest, dtype=torch.int64)
-    for row, text in enumerate(ids):
-        tokens[row, : len(text)] = torch.from_numpy(text)
-        mask[row, : len(text)] = 1
-    out = hf(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-    pooled = []
-    for x in out.hidden_states[1:]:
-        rows = [x[i, : len(text)] for i, text in enumerate(ids)]
-        pick = {
-            "last": lambda r: r[-1],
-            "cls": lambda r: r[0],
-            "mean": lambda r: r.mean(0),
-            "pooler": lambda r: hf.pooler(r[None])[0],
-        }
-        pooled.append(torch.stack([pick[pooling](r) for r in rows]))
-    if pooling == "pooler":
-        torch.testing.assert_close(out.pooler_output, pooled[-1], rtol=0, atol=1e-6)
-    return torch.stack(pooled)
-
-
-def build(cfg=NESTED, backend=None, dtype=torch.float32, lean=False) -> Transformer:
-    model = randomise(Transformer(cfg)).to(dtype)
-    if backend is not None:
-        torch._dynamo.reset()
-        model.compile_blocks(backend, lean=lean)
-    return model
-
-
 def edit(directory: Path, name="config.json", **changes) -> None:
     path = directory / name
     stored = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     path.write_text(json.dumps(stored), encoding="utf-8")
 
 
-def equal(model: Transformer, hf, pooling: str, rank=None) -> None:
-    with torch.no_grad():
-        ours = model(pack(texts()), exits=ALL_EXITS, rank=rank)
-    assert ours.shape == (3, len(LENGTHS), 24) and ours.dtype == torch.float32
-    torch.testing.assert_close(ours, hf_exits(hf, texts(), pooling), rtol=0, atol=1e-5)
-    assert (ours[1:] - ours[:-1]).abs().amax((1, 2)).min() > 0.1  # exits are different things
-
-
 # ---- from and to transformers ----
 
 
 @pytest.mark.parametrize("kind", HF)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS["bert"])
 def test_reads_what_transformers_writes(kind, pooling, tmp_path):
     hf = randomise(HF[kind]())
     hf.save_pretrained(tmp_path)
@@ -139,32 +70,30 @@ def test_reads_what_transformers_writes(kind, pooling, tmp_path):
     assert cfg.max_position_embeddings == 31 and cfg.layer_norm_eps == 1e-3 and not cfg.causal
     model = pretrained.load(str(tmp_path), replace(cfg, pooling=pooling))
     assert hasattr(model, "pooler") == (pooling == "pooler")
-    equal(model, hf, pooling)
+    assert_equals_transformers(model, hf)
 
 
 @pytest.mark.parametrize("cfg", [CFG, NESTED], ids=["table", "factors"])
 @pytest.mark.parametrize("offset", [0, 2])
 @pytest.mark.parametrize("pooling", ["pooler", "mean"])
 def test_transformers_reads_what_we_write(pooling, offset, cfg, tmp_path):
-    model = build(replace(cfg, pooling=pooling, position_offset=offset))
+    model = random_model(replace(cfg, pooling=pooling, position_offset=offset))
     pretrained.save(model, tmp_path)
     hf, how = AutoModel.from_pretrained(tmp_path, local_files_only=True, output_loading_info=True)
     assert type(hf) is (XLMRobertaModel if offset else BertModel)
     missing = {"pooler.dense.weight", "pooler.dense.bias"} if pooling == "mean" else set()
     assert set(how["missing_keys"]) == missing and not how["unexpected_keys"]
-    equal(model, hf.eval(), pooling)
-    # And back, to the bit; and written again, the same bytes.
+    assert_equals_transformers(model, hf.eval())
+    # Loading is exact, and saving again gives the same bytes.
     again = pretrained.load(str(tmp_path))
-    assert again.cfg == model.cfg
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
+    assert_same_model(again, model)
     (tmp_path / "b").mkdir()
     pretrained.save(again, tmp_path / "b")
     for path in (tmp_path / "b").iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-def test_reads_what_transformers_writes_and_transformers_reads_it_again(tmp_path):
+def test_xlm_roberta_round_trip(tmp_path):
     hf = randomise(HF["xlm-roberta"]())
     hf.save_pretrained(tmp_path / "theirs")
     cfg = hf_config.from_checkpoint(tmp_path / "theirs", CFG)
@@ -190,13 +119,13 @@ def test_prefixes_heads_and_old_names(tmp_path):
     }
     old["bert.embeddings.position_ids"] = torch.arange(31)[None]
     save_file(old, path, metadata={"format": "pt"})
-    equal(pretrained.load(str(tmp_path / "bert"), CFG), bert.bert, "pooler")
+    assert_equals_transformers(pretrained.load(str(tmp_path / "bert"), CFG), bert.bert)
     roberta = RobertaConfig(**BERT, max_position_embeddings=33, pad_token_id=1)
     masked = randomise(RobertaForMaskedLM(roberta))
     masked.save_pretrained(tmp_path / "roberta")
     model = pretrained.load(str(tmp_path / "roberta"))
     assert model.cfg.pooling == "mean" and model.cfg.position_offset == 2
-    equal(model, masked.roberta, "mean")
+    assert_equals_transformers(model, masked.roberta)
     with pytest.raises(ValueError, match="pooler's weights .* choose model.pooling cls or mean"):
         pretrained.load(str(tmp_path / "roberta"), replace(model.cfg, pooling="pooler"))
 
@@ -223,38 +152,22 @@ def test_pooling_of_a_plain_checkpoint(asked, given, tmp_path):
         ({"num_hidden_layers": 4}, r"layers.3.\S+: expected shape \[.*\], got none"),
     ],
 )
-def test_variants_that_the_model_lacks(change, message, tmp_path):
+def test_unsupported_variants(change, message, tmp_path):
     HF["bert"]().save_pretrained(tmp_path)
     edit(tmp_path, **change)
     with pytest.raises(ValueError, match=message):
         pretrained.load(str(tmp_path))
 
 
-def test_a_table_that_is_factorised_is_the_words_alone(tmp_path):
+def test_factorisation_is_of_the_words_alone(tmp_path):
     hf = randomise(HF["bert"]())
     hf.save_pretrained(tmp_path)
-    model = pretrained.load(str(tmp_path), NESTED)
+    model = pretrained.load(str(tmp_path), replace(NESTED, ranks=(3, 24)))
+    assert_equals_transformers(model, hf)
     words = hf.embeddings.word_embeddings.weight
     U, s, Vh = torch.linalg.svd(words.detach().double(), full_matrices=False)
-    for rank in (3, 11):
-        words.data = ((U[:, :rank] * s[:rank]) @ Vh[:rank]).float()
-        with torch.no_grad():
-            ours = model(pack(texts()), exits=ALL_EXITS, rank=rank)
-        torch.testing.assert_close(ours, hf_exits(hf, texts(), "pooler"), rtol=0, atol=1e-4)
-
-
-def test_a_cut_ends_at_its_exit():
-    model = build()
-    small = pretrained.cut(model, 2, 3)
-    with torch.no_grad():
-        want = model(pack(texts()), exits=(2,), rank=3)
-        torch.testing.assert_close(small(pack(texts()), exits=(2,)), want, rtol=0, atol=1e-6)
-    assert sum(p.numel() for p in small.parameters()) == num_parameters(model.cfg, 2, 3)
-
-
-def test_texts_beyond_the_position_table():
-    with pytest.raises(ValueError, match="at most 31 tokens .*got 32"):
-        build()(pack(texts((4, 32))))
+    words.data = ((U[:, :3] * s[:3]) @ Vh[:3]).float()
+    assert_equals_transformers(model, hf, rank=3)
 
 
 # ---- tokenizers, sentence-transformers, exports ----
@@ -264,30 +177,30 @@ SENTENCES = ["one two", "", "three threes 2050", "a b " * 40, "May 2050, май"
 
 
 def wordpiece(kind="bert") -> tuple[Tokenizer, dict[str, str]]:
-    """As BERT's files have it, and as XLM-R's, whose padding is token 1."""
+    """Return a tokenizer like BERT's or XLM-R's, whose padding is token 1, and its roles."""
     roles, tokens = {
         "bert": ("pad unk cls sep mask", "[PAD] [UNK] [CLS] [SEP] [MASK]"),
         "xlm-roberta": ("cls pad sep unk mask", "<s> <pad> </s> <unk> <mask>"),
     }[kind]
     special = dict(zip(roles.split(), tokens.split(), strict=True))
     ids = {token: i for i, token in enumerate([*special.values(), *WORDS])}
-    made = Tokenizer(models.WordPiece(ids, unk_token=special["unk"]))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.add_special_tokens(list(special.values()))
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=special["unk"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(special.values()))
     cls, sep = special["cls"], special["sep"]
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}", special_tokens=[(cls, ids[cls]), (sep, ids[sep])]
     )
-    return made, special
+    return tokenizer, special
 
 
-def as_sentence_transformers(path: Path, pooling: str, dense=None, kind="bert", old=True):
-    """A directory as the library's users publish one: LaBSE's modules where there is `dense`."""
+def write_sentence_transformers(path: Path, pooling: str, dense=None, kind="bert", old=True):
+    """Write a directory like published ones, with LaBSE's modules if there is a `dense`."""
     hf = randomise(HF[kind]())
     hf.save_pretrained(path)
-    made, special = wordpiece(kind)
-    made.save(str(path / "tokenizer.json"))
+    tokenizer, special = wordpiece(kind)
+    tokenizer.save(str(path / "tokenizer.json"))
     names = {f"{role}_token": token for role, token in special.items()}
     (path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names})
@@ -329,7 +242,7 @@ def dense_module() -> dict[str, Tensor]:
     }
 
 
-def by_sentence_transformers(path: Path) -> np.ndarray:
+def read_by_sentence_transformers(path: Path) -> np.ndarray:
     model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
     return model.encode(SENTENCES, batch_size=4, show_progress_bar=False)
 
@@ -347,21 +260,21 @@ def by_sentence_transformers(path: Path) -> np.ndarray:
 )
 def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, tmp_path):
     dense = dense_module() if has_dense else None
-    as_sentence_transformers(tmp_path / "st", pooling, dense, kind, old)
+    write_sentence_transformers(tmp_path / "st", pooling, dense, kind, old)
     encoder = Encoder.load(str(tmp_path / "st"), "cpu")
     assert encoder.model.cfg.pooling == ours and encoder.max_length == 19
-    theirs = by_sentence_transformers(tmp_path / "st")
+    theirs = read_by_sentence_transformers(tmp_path / "st")
     np.testing.assert_allclose(encoder.encode(SENTENCES), theirs, rtol=0, atol=1e-5)
-    # Out again, whole and cut: the two readers' vectors were compared on the way.
+    # The export compares the vectors of both readers, whole and cut.
     assert export(encoder, tmp_path / "whole") < 1e-5
     np.testing.assert_allclose(
-        by_sentence_transformers(tmp_path / "whole"), theirs, rtol=0, atol=1e-5
+        read_by_sentence_transformers(tmp_path / "whole"), theirs, rtol=0, atol=1e-5
     )
     assert export(encoder, tmp_path / "cut", 7, 2) < 1e-5
-    assert by_sentence_transformers(tmp_path / "cut").shape == (len(SENTENCES), 7)
+    assert read_by_sentence_transformers(tmp_path / "cut").shape == (len(SENTENCES), 7)
     again = Encoder.load(str(tmp_path / "whole"), "cpu").encode(SENTENCES)
     np.testing.assert_allclose(again, theirs, rtol=0, atol=1e-6)
-    # The tokenizer that went out pads by the right token.
+    # The exported tokenizer pads with the right token.
     reader = AutoTokenizer.from_pretrained(tmp_path / "whole", local_files_only=True)
     _, special = wordpiece(kind)
     for role, token in special.items():
@@ -378,17 +291,16 @@ def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, 
         ("2_Dense/config.json", {"bias": False}, "bias False"),
     ],
 )
-def test_modules_that_we_have_not(name, change, message, tmp_path):
-    as_sentence_transformers(tmp_path, "cls_token", dense_module())
+def test_unsupported_modules(name, change, message, tmp_path):
+    write_sentence_transformers(tmp_path, "cls_token", dense_module())
     edit(tmp_path, name, **change)
     with pytest.raises(ValueError, match=message):
         pretrained.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["cls", "mean"])
-def test_a_nested_vocabulary_is_merged_on_the_way_out(kind, tmp_path):
-    made, _ = wordpiece()
-    encoder = Encoder(build(replace(NESTED, pooling=kind, vocab_size=101)), made, 20)
+def test_export_merges_the_vocabulary(kind, tmp_path):
+    encoder = Encoder(random_model(replace(NESTED, pooling=kind)), wordpiece()[0], 20)
     assert export(encoder, tmp_path / "out", 5, 1, 3) < 1e-5
-    theirs = by_sentence_transformers(tmp_path / "out")
+    theirs = read_by_sentence_transformers(tmp_path / "out")
     np.testing.assert_allclose(theirs, encoder.encode(SENTENCES, 5, 1, 3), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Named shapes have the published numbers of parameters, counted on models without memory."""
+"""Numbers of parameters of the named shapes, against published ones and counts of models."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from mlembed.config.shapes import SHAPES
 from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed_kernels.attention.attention import WIDTHS
 
-# Published totals; GTE's are those of BERT with its pooler, which its mean pooling does without.
+# Published totals.
 TOTALS = {
     "ml-embed-80m": 80_084_288,
     "ml-embed-160m": 159_185_024,
@@ -23,7 +23,7 @@ TOTALS = {
     "lealla-large": 147_447_296,
     "labse": 470_926_848,
 }
-# Millions, a vocabulary of rank r in place of the table.
+# Millions, with a vocabulary of rank r instead of the table.
 NESTED = [
     ("lealla-small", 64, 36.9),
     ("lealla-small", 32, 20.9),
@@ -37,13 +37,13 @@ GRID = {(1, None): 171.3, (1, 512): 94.0, (8, 256): 165.0, (16, 128): 271.3, (28
 
 
 def counted(model) -> int:
-    """Of a model that takes no memory."""
+    """Return the number of parameters of a model without memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(model).parameters())
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_models_have_as_many_as_the_formula_says(name):
+def test_formula_equals_count(name):
     assert counted(SHAPES[name]) == num_parameters(SHAPES[name])
 
 
@@ -52,8 +52,8 @@ def test_published_totals(name):
     assert num_parameters(SHAPES[name]) == TOTALS[name]
 
 
-def test_fields_that_no_count_sees():
-    """Equal to those in config.json of Qwen3-0.6B, and of LaBSE."""
+def test_fields_without_parameters():
+    """Fields from the config.json of Qwen3-0.6B and of LaBSE."""
     qwen3, labse = SHAPES["ml-embed-0.6b"], SHAPES["labse"]
     assert (qwen3.rope_theta, qwen3.max_position_embeddings, qwen3.causal) == (1e6, 40_960, True)
     heads = [(s.num_attention_heads, s.num_key_value_heads, s.head_dim) for s in (qwen3, labse)]
@@ -64,9 +64,9 @@ def test_fields_that_no_count_sees():
 @pytest.mark.parametrize(
     ("name", "millions"), [("gte-small", 33.4), ("gte-base", 109.5), ("gte-large", 335.1)]
 )
-def test_gte_pools_by_mean_so_it_has_no_pooler(name, millions):
-    """33.4 million is what BERT's formula gives for the small one, published as 30; the others are
-    bert-base and bert-large, published as 110 and 330."""
+def test_gte_has_no_pooler(name, millions):
+    """Its totals are BERT's: 33.4 million by BERT's formula for the small one, published as 30; the
+    others are bert-base and bert-large, published as 110 and 330."""
     model, D = SHAPES[name], SHAPES[name].hidden_size
     with_pooler = replace(model, pooling="pooler")
     assert round(num_parameters(with_pooler) / 1e6, 1) == millions
@@ -90,24 +90,23 @@ def test_grid_of_exits_and_ranks():
     assert num_parameters(deep, 8, 64) == num_parameters(replace(model, ranks=(64,)), 8)
 
 
-def test_ours_of_140_million():
-    """Rank 512 of the 160m's table: (V + D) R in place of V D."""
+def test_140_million_parameters():
+    """The 160m with rank 512: (V + D) R instead of V D, the nearest to 140 million."""
     model, table = SHAPES["ml-embed-140m"], SHAPES["ml-embed-160m"]
     assert model == replace(table, ranks=(64, 128, 256, 512))
     without = num_parameters(table) - 151_936 * 640
     assert num_parameters(model) == without + (151_936 + 640) * 512 == 140_064_896
-    others = [
-        (s, r) for s in ("80m", "160m") for r in (64, 128, 256, 512) if r <= 320 or s != "80m"
-    ]
-    off = {
+    distances = {
         (s, r): abs(num_parameters(replace(SHAPES[f"ml-embed-{s}"], ranks=(r,))) - 140e6)
-        for s, r in others
+        for s in ("80m", "160m")
+        for r in (64, 128, 256, 512)
+        if r <= 320 or s != "80m"
     }
-    assert min(off, key=off.get) == ("160m", 512)
+    assert min(distances, key=distances.get) == ("160m", 512)
 
 
-def test_our_kernel_has_every_head_width():
-    """So "auto" is Triton on CUDA for all of them; for other widths it is sdpa."""
+def test_kernel_supports_every_head_width():
+    """Attention "auto" is Triton on CUDA for all named shapes; it is sdpa for other widths."""
     assert {model.head_dim for model in SHAPES.values()} <= set(WIDTHS)
     assert SHAPES["lealla-small"].head_dim == SHAPES["lealla-base"].head_dim == 16
     assert SHAPES["lealla-large"].head_dim == 32

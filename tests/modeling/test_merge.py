@@ -1,4 +1,4 @@
-"""Merging: against plain loops over whole tables, which the code never builds."""
+"""Merging against plain loops over whole tables, which the code never builds."""
 
 import json
 import math
@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import randomise
+from factories import assert_same_model, odd_shape, random_model
 from transformers import AutoModel, AutoTokenizer
 
-from mlembed import config
 from mlembed.cli.merge import main, shares
 from mlembed.data import tokenizer
 from mlembed.data.packing import pack
@@ -19,62 +18,28 @@ from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.merge import merge
 from mlembed.modeling.transformer import Transformer
-from mlembed.modeling.vocabulary import Tables, between
+from mlembed.modeling.vocabulary import Tables, coefficients
 from mlembed.runtime import checkpoint
 
-CFG = config.Model(
-    vocab_size=101,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=10,
-    intermediate_size=37,
-    max_position_embeddings=64,
-    exits=(1, 2),
-    matryoshka_dims=(5, 12, 24),
-)
+SIZES = {"num_hidden_layers": 2, "exits": (1, 2), "matryoshka_dims": (5, 12, 24)}
+CFG = odd_shape(**SIZES)
 NESTED = replace(CFG, ranks=(1, 3, 7))
-BERT = config.Model(
-    style="bert",
-    vocab_size=101,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=6,
-    intermediate_size=37,
-    max_position_embeddings=64,
-    causal=False,
-    pooling="pooler",
-    ranks=(3, 7),
-)
+BERT = odd_shape("bert", num_hidden_layers=2, ranks=(3, 7))
 IDS = [np.arange(n) * 7 % 101 for n in (1, 5, 23)]
 SHAPES = pytest.mark.parametrize("cfg", [CFG, NESTED, BERT], ids=["table", "factors", "bert"])
 
 
-def random(cfg, seed=0) -> Transformer:
-    return randomise(Transformer(cfg), seed)
-
-
 def state(model) -> dict[str, np.ndarray]:
-    """Weights in float64, a nested vocabulary as its table."""
-    found = {name: x.detach().double().numpy() for name, x in model.state_dict().items()}
-    if "embed_tokens.U" in found:
-        U, W = found.pop("embed_tokens.U"), found.pop("embed_tokens.W")
-        found["embed_tokens.weight"] = U @ W
-    return found
-
-
-def same(one: Transformer, other: Transformer) -> None:
-    a, b = one.state_dict(), other.state_dict()
-    assert one.cfg == other.cfg and a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+    """Return weights in float64, a nested vocabulary as its table."""
+    weights = {name: x.detach().double().numpy() for name, x in model.state_dict().items()}
+    if "embed_tokens.U" in weights:
+        U, W = weights.pop("embed_tokens.U"), weights.pop("embed_tokens.W")
+        weights["embed_tokens.weight"] = U @ W
+    return weights
 
 
 def low_rank(table: np.ndarray, rank: int) -> np.ndarray:
-    """The best approximation, by LAPACK's SVD of the whole table."""
+    """Return the best approximation, by LAPACK's SVD of the whole table."""
     X, S, Y = np.linalg.svd(table, full_matrices=False)
     return X[:, :rank] * S[:rank] @ Y[:rank]
 
@@ -98,19 +63,19 @@ def agrees(merged: Transformer, want: dict[str, np.ndarray]) -> None:
 @SHAPES
 @pytest.mark.parametrize("method", ["soup", "slerp"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_of_one_model_or_of_equal_ones_it_is_that_model(cfg, method, count):
-    model = random(cfg)
+def test_merge_of_equal_models_is_that_model(cfg, method, count):
+    model = random_model(cfg)
     merged, fits = merge([model] * count, [2.0] * count, method)
-    same(merged, model)
+    assert_same_model(merged, model)
     assert [fit.rank for fit in fits] == list(cfg.ranks)
-    assert all(fit.of_rank < 1e-6 for fit in fits) and (not fits or fits[-1].of_table < 1e-6)
+    assert all(fit.rank_error < 1e-6 for fit in fits) and (not fits or fits[-1].table_error < 1e-6)
 
 
 @SHAPES
 @pytest.mark.parametrize("weights", [(1, 1), (1, 1, 1), (3, 1), (0.2, 0.5, 0.1), (0, 1, 1), (1, 0)])
-def test_a_soup_is_the_weighted_mean(cfg, weights):
-    models = [random(cfg, seed) for seed in range(len(weights))]
-    merged, _ = merge(iter(models), weights, "weighted")
+def test_soup_is_the_weighted_mean(cfg, weights):
+    models = [random_model(cfg, seed) for seed in range(len(weights))]
+    merged, _ = merge(iter(models), weights)
     want = {}
     for name in state(models[0]):
         total = 0
@@ -121,7 +86,7 @@ def test_a_soup_is_the_weighted_mean(cfg, weights):
 
 
 def test_models_stay_as_they_are():
-    models = [random(NESTED, seed) for seed in range(2)]
+    models = [random_model(NESTED, seed) for seed in range(2)]
     before = [{name: x.clone() for name, x in m.state_dict().items()} for m in models]
     merge(models, [1, 1])
     for model, was in zip(models, before, strict=True):
@@ -133,7 +98,7 @@ def test_models_stay_as_they_are():
 
 
 def slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
-    """By rotating a towards b in the plane of both, lengths by the two sides of the triangle."""
+    """Rotate a to b in the plane of both, with lengths from the two sides of the triangle."""
     cosine = (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())
     angle = math.atan2(math.sqrt(1 - cosine * cosine), cosine)
     return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
@@ -142,18 +107,18 @@ def slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
 @SHAPES
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
 def test_slerp_of_two(cfg, t):
-    one, other = random(cfg, 0), random(cfg, 1)
+    one, other = random_model(cfg, 0), random_model(cfg, 1)
     merged, _ = merge([one, other], [1 - t, t], "slerp")
     a, b = state(one), state(other)
     agrees(merged, {name: slerp(a[name], b[name], t) for name in a})
     if t in (0.0, 1.0):  # factors too, to the bit
-        same(merged, other if t else one)
+        assert_same_model(merged, other if t else one)
 
 
 @SHAPES
 def test_slerp_of_several_is_a_chain(cfg):
-    """Of a nested vocabulary the tables in between have full rank: only the end is cut."""
-    models = [random(cfg, seed) for seed in range(4)]
+    """The intermediate tables of a nested vocabulary have full rank: only the last is cut."""
+    models = [random_model(cfg, seed) for seed in range(4)]
     weights = (1, 3, 0.5, 2)
     merged, _ = merge(models, weights, "slerp")
     want = state(models[0])
@@ -164,8 +129,8 @@ def test_slerp_of_several_is_a_chain(cfg):
     agrees(merged, want)
 
 
-def test_halfway_slerp_stays_on_the_sphere_and_a_soup_does_not():
-    one, other = random(CFG, 0), random(CFG, 1)
+def test_slerp_keeps_lengths_and_soup_does_not():
+    one, other = random_model(CFG, 0), random_model(CFG, 1)
     with torch.no_grad():
         for p in (*one.parameters(), *other.parameters()):
             p /= p.norm()
@@ -174,7 +139,7 @@ def test_halfway_slerp_stays_on_the_sphere_and_a_soup_does_not():
     for name, x in on.state_dict().items():
         assert abs(x.norm() - 1) < 1e-5, name
         a, b = one.state_dict()[name], other.state_dict()[name]
-        assert abs((a * x).sum() - (b * x).sum()) < 1e-5, name  # as far from either
+        assert abs((a * x).sum() - (b * x).sum()) < 1e-5, name  # equally far from both
         if x.ndim == 2:
             assert inside.state_dict()[name].norm() < 0.8, name
 
@@ -184,13 +149,13 @@ def test_halfway_slerp_stays_on_the_sphere_and_a_soup_does_not():
     [(1.0, 1.0, 1.0), (-6.0, 2.0, 3.0), (0.0, 0.0, 2.0), (1 - 1e-14, 1.0, 1.0), (6.0000001, 2, 3)],
     ids=["parallel", "opposite", "zero", "nearly", "rounded"],
 )
-def test_without_a_plane_between_them_slerp_is_linear(inner, m, x):
-    assert between(inner, m, x, 0.25, "slerp") == (0.75, 0.25)
+def test_slerp_of_parallel_vectors_is_linear(inner, m, x):
+    assert coefficients(inner, m, x, 0.25, "slerp") == (0.75, 0.25)
 
 
-def test_slerp_and_linear_meet_where_one_becomes_the_other():
+def test_slerp_is_continuous_at_the_linear_limit():
     angle = 2e-6
-    a, b = between(math.cos(angle), 1.0, 1.0, 0.25, "slerp")
+    a, b = coefficients(math.cos(angle), 1.0, 1.0, 0.25, "slerp")
     assert (a, b) != (0.75, 0.25)
     np.testing.assert_allclose([a, b], [0.75, 0.25], rtol=0, atol=1e-9)
 
@@ -198,10 +163,10 @@ def test_slerp_and_linear_meet_where_one_becomes_the_other():
 # ---- a nested vocabulary ----
 
 
-def test_factors_that_differ_by_a_change_of_basis_are_one_table():
-    """(U G)(G^-1 W): the merge of the table with itself; factors averaged one by one are not."""
-    one = random(NESTED)
-    other = random(NESTED)
+def test_basis_of_the_factors_does_not_matter():
+    """U G and G^-1 W merge with U and W to the same table; the averages of the factors do not."""
+    one = random_model(NESTED)
+    other = random_model(NESTED)
     G = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(3)))[0]
     with torch.no_grad():
         other.embed_tokens.U.copy_(one.embed_tokens.U @ G)
@@ -214,15 +179,15 @@ def test_factors_that_differ_by_a_change_of_basis_are_one_table():
     W = (one.embed_tokens.W + other.embed_tokens.W) / 2
     table = one.embed_tokens.table()
     assert (U @ W - table).norm() / table.norm() > 0.5
-    assert fits[-1].of_table < 1e-6 and fits[-1].of_rank < 1e-6
-    assert fits[0].of_rank > 0.1  # rank 1 of either basis is another matrix
+    assert fits[-1].table_error < 1e-6 and fits[-1].rank_error < 1e-6
+    assert fits[0].rank_error > 0.1  # rank 1 of either basis is another matrix
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])  # 5 x 7 > 24: more directions than the width has
 def test_each_rank_is_the_best_of_the_merged_table(count):
-    """And what is said of each rank is what whole tables say. Best for the merged table is not
-    nearest to the merge of the rank's own tables, but no matrix of rank R is that for all ranks."""
-    models = [random(NESTED, seed) for seed in range(count)]
+    """Errors agree with whole tables. The best for the merged table is not nearest to the merge of
+    the rank's own tables, but no matrix of rank R is that for all ranks."""
+    models = [random_model(NESTED, seed) for seed in range(count)]
     merged, fits = merge(models, [1] * count)
     U, W = (merged.state_dict()[f"embed_tokens.{name}"].double().numpy() for name in "UW")
     parts = [
@@ -231,31 +196,30 @@ def test_each_rank_is_the_best_of_the_merged_table(count):
     ]
     table = sum(u @ w for u, w in parts) / count
     np.testing.assert_allclose(W @ W.T, np.eye(7), rtol=0, atol=1e-5)
-    assert all(w[np.abs(w).argmax()] > 0 for w in W)  # signs, too, are the same everywhere
+    assert all(w[np.abs(w).argmax()] > 0 for w in W)
     for fit, rank in zip(fits, (1, 3, 7), strict=True):
         stored = U[:, :rank] @ W[:rank]
         close(stored, low_rank(table, rank))
-        own = sum(u[:, :rank] @ w[:rank] for u, w in parts) / count
+        by_rank = sum(u[:, :rank] @ w[:rank] for u, w in parts) / count
         assert fit.rank == rank
-        for got, want in ((fit.of_table, table), (fit.of_rank, own)):
+        for got, want in ((fit.table_error, table), (fit.rank_error, by_rank)):
             error = np.linalg.norm(stored - want) / np.linalg.norm(want)
             np.testing.assert_allclose(got, error, rtol=1e-5)
-        # Small ranks: nearer to the merged table than the merge of the rank's tables is, even when
-        # that has count x rank directions at its disposal only if these are few.
-        cut = low_rank(own, rank)
+        # Nearer to the merged table than the best of this rank for the merge of the rank's tables.
+        cut = low_rank(by_rank, rank)
         assert np.linalg.norm(stored - table) <= np.linalg.norm(cut - table) + 1e-9
-        assert np.linalg.norm(cut - own) <= np.linalg.norm(stored - own) + 1e-9
-    assert fits[0].of_table > fits[1].of_table > fits[2].of_table > 0.1
-    assert fits[0].of_rank > 0.1
+        assert np.linalg.norm(cut - by_rank) <= np.linalg.norm(stored - by_rank) + 1e-9
+    assert fits[0].table_error > fits[1].table_error > fits[2].table_error > 0.1
+    assert fits[0].rank_error > 0.1
 
 
-def test_models_with_one_basis_are_merged_rank_by_rank():
-    """Where all have the same W, nesting stays: rank r is the merge of the tables of rank r."""
-    models = [random(NESTED, seed) for seed in range(3)]
+def test_models_with_one_basis_merge_rank_by_rank():
+    """If all have the same W, rank r is the merge of the tables of rank r."""
+    models = [random_model(NESTED, seed) for seed in range(3)]
     with torch.no_grad():
         for model in models[1:]:
             model.embed_tokens.W.copy_(models[0].embed_tokens.W)
-    merged, fits = merge(models, [1, 2, 1], "weighted")
+    merged, fits = merge(models, [1, 2, 1])
     assert torch.equal(merged.embed_tokens.W, models[0].embed_tokens.W)
     for rank in range(1, 8):
         parts = [
@@ -266,13 +230,13 @@ def test_models_with_one_basis_are_merged_rank_by_rank():
             merged.embed_tokens.table(rank).detach().double().numpy(),
             (parts[0] + 2 * parts[1] + parts[2]) / 4,
         )
-    assert all(fit.of_rank < 1e-6 for fit in fits)
-    assert fits[0].of_table > 0.1
+    assert all(fit.rank_error < 1e-6 for fit in fits)
+    assert fits[0].table_error > 0.1
 
 
-def test_inner_products_of_tables_in_chunks(monkeypatch):
+def test_inner_products_table_errors_in_chunks(monkeypatch):
     monkeypatch.setattr("mlembed.modeling.vocabulary.ROWS", 13)
-    models = [random(NESTED, seed) for seed in range(3)]
+    models = [random_model(NESTED, seed) for seed in range(3)]
     tables = Tables()
     for t, model in zip((1.0, 0.4, 0.3), models, strict=True):
         e = model.embed_tokens
@@ -283,37 +247,35 @@ def test_inner_products_of_tables_in_chunks(monkeypatch):
     U, W = tables.factors(7)
     close((U.double() @ W.double()).numpy(), low_rank(want, 7))
     error = np.linalg.norm(low_rank(want, 7) - want) / np.linalg.norm(want)
-    np.testing.assert_allclose(tables.fit(U, W, 7).of_table, error, rtol=1e-5)
+    np.testing.assert_allclose(tables.fit(U, W, 7).table_error, error, rtol=1e-5)
 
 
-# ---- what cannot be merged ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize("weights", [(), (0, 0), (1, -1), (1, math.nan), (1, math.inf)])
-def test_weights_are_shares(weights):
-    models = [random(CFG, seed) for seed in range(len(weights))]
+def test_weights_that_are_not_shares(weights):
+    models = [random_model(CFG, seed) for seed in range(len(weights))]
     with pytest.raises(ValueError, match="weights: expected numbers of 0 or more, one above 0"):
-        merge(models, weights, "weighted")
+        merge(models, weights)
 
 
-def test_models_of_another_configuration_are_refused_by_key():
-    other = random(replace(CFG, intermediate_size=38, exits=(2,)))
+def test_error_names_the_keys_that_differ():
+    other = random_model(replace(CFG, intermediate_size=38, exits=(2,)))
     with pytest.raises(ValueError, match=r"intermediate_size 37 and 38; model.exits \(1, 2\) and"):
-        merge([random(CFG), other], [1, 1])
-    merged, _ = merge([random(CFG), random(replace(CFG, dropout=0.1))], [1, 1])
-    assert merged.cfg == CFG  # what is dropped in training is no matter of the weights
+        merge([random_model(CFG), other], [1, 1])
+    merged, _ = merge([random_model(CFG), random_model(replace(CFG, dropout=0.1))], [1, 1])
+    assert merged.cfg == CFG  # weights do not depend on dropout
 
 
 def test_shares_of_the_command():
     assert shares("soup", 3, (), None) == [1, 1, 1]
-    assert shares("weighted", 2, (1, 3), None) == [1, 3]
+    assert shares("soup", 2, (1, 3), None) == [1, 3]
     assert shares("slerp", 2, (), None) == [1, 1]
     assert shares("slerp", 2, (), 0.25) == [0.75, 0.25]
     assert shares("slerp", 3, (1, 2, 3), None) == [1, 2, 3]
     for args, reason in {
-        ("soup", 2, (1, 1), None): "weights: expected some with weighted, none with soup",
-        ("weighted", 2, (), None): "weights: expected some with weighted",
-        ("weighted", 3, (1, 1), None): "weights: expected one for each of 3 models, got 2",
+        ("soup", 3, (1, 1), None): "weights: expected one for each of 3 models, got 2",
         ("soup", 2, (), 0.5): "t: expected only with slerp of two",
         ("slerp", 3, (), 0.5): "t: expected only with slerp of two.* got slerp of 3",
         ("slerp", 2, (1, 1), 0.5): "without weights.* with weights",
@@ -334,29 +296,29 @@ def tokens():
     return tokenizer.train(TEXTS * 2, 290)
 
 
-def written(directory, cfg, tokens, seed=0, length=24) -> str:
+def write_model(directory, cfg, tokens, seed=0, length=24) -> str:
     directory.mkdir(parents=True)
     cfg = replace(cfg, vocab_size=tokens.get_vocab_size())
-    pretrained.save(random(cfg, seed), directory)
+    pretrained.save(random_model(cfg, seed), directory)
     tokenizer.save(tokens, directory, length)
     return str(directory)
 
 
 @SHAPES
-def test_the_command_merges_and_others_read_it(cfg, tokens, tmp_path, capsys):
+def test_command_writes_what_others_read(cfg, tokens, tmp_path, capsys):
     paths = [
-        written(tmp_path / name, cfg, tokens, seed, length)
+        write_model(tmp_path / name, cfg, tokens, seed, length)
         for seed, (name, length) in enumerate([("a", 24), ("b", 20), ("c", 30)])
     ]
     out = tmp_path / "deep" / "out"
     main(out, tuple(paths), method="slerp", weights=(2, 1, 1))
-    said = capsys.readouterr().out
-    assert "slerp of 3 models, weights 0.5 0.25 0.25" in said
-    assert len(re.findall(r"rank \d+: [\d.]+% off the merged table", said)) == len(cfg.ranks)
+    printed = capsys.readouterr().out
+    assert "slerp of 3 models, weights 0.5 0.25 0.25" in printed
+    assert len(re.findall(r"rank \d+: [\d.]+% from the merged table", printed)) == len(cfg.ranks)
     merged = Encoder.load(str(out), "cpu")
     assert merged.max_length == 20
     want, _ = merge([pretrained.load(path) for path in paths], (2, 1, 1), "slerp")
-    same(merged.model, want)
+    assert_same_model(merged.model, want)
     hf = AutoModel.from_pretrained(out, local_files_only=True).eval()
     reader = AutoTokenizer.from_pretrained(out, local_files_only=True)
     for text, ours in zip(TEXTS, merged.encode(TEXTS), strict=True):
@@ -366,41 +328,41 @@ def test_the_command_merges_and_others_read_it(cfg, tokens, tmp_path, capsys):
         np.testing.assert_allclose((last / last.norm()).numpy(), ours, rtol=0, atol=1e-5)
 
 
-def test_runs_and_training_checkpoints_are_models_too(tokens, tmp_path):
-    """A run's last checkpoints, as a shell's `step_*` names them, and its finished model."""
+def test_runs_and_training_checkpoints(tokens, tmp_path):
+    """Merge a run's last checkpoints, which a shell's `step_*` lists, and its finished model."""
     run = tmp_path / "run"
     cfg = replace(NESTED, vocab_size=tokens.get_vocab_size())
 
-    def beside(path):
+    def write_shape(path):
         pretrained.describe(cfg, path)
         tokenizer.save(tokens, path, 24)
 
-    models = [random(cfg, seed) for seed in range(3)]
+    models = [random_model(cfg, seed) for seed in range(3)]
     for step, model in enumerate(models[:2], 1):
         optimizer = torch.optim.AdamW(model.parameters())
-        with checkpoint.Saver(run / "checkpoints", 0, 1, keep=2, background=False) as saver:
-            saver.save(step, checkpoint.training_tensors(model, optimizer, 0), beside)
-    written(run / "model", NESTED, tokens, 2)
+        with checkpoint.Saver(run / "checkpoints", 0, 1, keep=2) as saver:
+            saver.save(step, checkpoint.training_tensors(model, optimizer, 0), write_shape)
+    write_model(run / "model", NESTED, tokens, 2)
     (run / "metrics.jsonl").write_text("")
     steps = tuple(map(str, sorted((run / "checkpoints").glob("step_*"))))
     assert len(steps) == 2
     main(tmp_path / "out", (*steps, str(run)))
     want, _ = merge(models, [1, 1, 1])
-    same(pretrained.load(str(tmp_path / "out")), want)
+    assert_same_model(pretrained.load(str(tmp_path / "out")), want)
 
 
-def test_another_tokenizer_is_refused_and_nothing_written(tokens, tmp_path):
+def test_other_tokenizer_writes_nothing(tokens, tmp_path):
     other = tokenizer.train([*TEXTS, "something else altogether, else something"] * 2, 290)
-    a = written(tmp_path / "a", CFG, tokens)
-    b = written(tmp_path / "b", replace(CFG, vocab_size=290), other)
+    a = write_model(tmp_path / "a", CFG, tokens)
+    b = write_model(tmp_path / "b", replace(CFG, vocab_size=290), other)
     with pytest.raises(ValueError, match="same tokenizer, got another model in .*b than in .*a"):
         main(tmp_path / "out", (a, b))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_what_cannot_be_is_refused(tokens, tmp_path):
-    a = written(tmp_path / "a", CFG, tokens)
-    b = written(tmp_path / "b", replace(CFG, exits=(2,)), tokens)
+def test_errors_write_nothing(tokens, tmp_path):
+    a = write_model(tmp_path / "a", CFG, tokens)
+    b = write_model(tmp_path / "b", replace(CFG, exits=(2,)), tokens)
     with pytest.raises(ValueError, match="models: expected two or more, got 1"):
         main(tmp_path / "out", (a,))
     with pytest.raises(ValueError, match="same configuration, got model.exits"):

@@ -1,4 +1,4 @@
-"""Directories: what mlembed writes it reads back to the bit; and what transformers writes."""
+"""Model directories: exact round trips, training checkpoints, and transformers' Qwen3."""
 
 import json
 import pickle
@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import randomise
+from factories import assert_same_model, odd_shape, random_model, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformer_truth import hf_exits
 from transformers import (
     AutoModel,
-    Qwen2Config,
-    Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -26,51 +25,18 @@ from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.modeling import pretrained
 from mlembed.modeling.hf_config import NESTING, from_checkpoint, resolve
+from mlembed.modeling.hf_config import hf_config as write_config
 from mlembed.modeling.transformer import Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-# As in test_model.py: prime vocabulary, heads x head_dim unlike the width, an odd theta.
-CFG = config.Model(
-    vocab_size=101,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=10,
-    intermediate_size=37,
-    rope_theta=700.0,
-    max_position_embeddings=64,
-    exits=(1, 3),
-    matryoshka_dims=(5, 12, 24),
-)
+CFG = odd_shape(exits=(1, 3), matryoshka_dims=(5, 12, 24))
 NESTED = replace(CFG, ranks=(3, 11), causal=False, pooling="mean")
 IDS = [np.arange(n) * 7 % 101 for n in (1, 5, 23)]
 ALL_EXITS = (1, 2, 3)
 
 
 def hf_config(**changes) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=101,
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        intermediate_size=37,
-        max_position_embeddings=64,
-        **{"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, **changes},
-    )
-
-
-@torch.no_grad()
-def hf_exits(hf: Qwen3Model) -> Tensor:
-    """Last token of every layer, one text at a time -> [L, N, D]."""
-    texts = []
-    for ids in IDS:
-        out = hf(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True)
-        layers = [*(hf.norm(x) for x in out.hidden_states[1:-1]), out.last_hidden_state]
-        texts.append(torch.stack([x[0, -1] for x in layers]))
-    return torch.stack(texts, dim=1)
+    return Qwen3Config(**write_config(CFG) | {"use_cache": True} | changes)
 
 
 @torch.no_grad()
@@ -79,7 +45,7 @@ def our_exits(model: Transformer, rank: int | None = None) -> Tensor:
 
 
 def edit(directory: Path, **changes) -> None:
-    """Change keys of a config.json; None removes one."""
+    """Change keys of a config.json; None removes a key."""
     path = directory / "config.json"
     stored = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     stored = {key: value for key, value in stored.items() if value is not None}
@@ -91,61 +57,59 @@ def edit(directory: Path, **changes) -> None:
 
 @pytest.mark.parametrize("cfg", [CFG, NESTED], ids=["table", "factors"])
 def test_round_trip_is_exact(cfg, tmp_path):
-    model = randomise(Transformer(cfg))
+    model = random_model(cfg)
     pretrained.save(model, tmp_path)
     again = pretrained.load(str(tmp_path))
-    assert again.cfg == cfg
-    before, after = model.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        assert after[name].dtype == torch.float32 and torch.equal(after[name], weight), name
-    # And a second trip writes the same bytes.
+    assert_same_model(again, model)
+    assert again.dtype == torch.float32
+    # Saving again writes the same bytes.
     (tmp_path / "b").mkdir()
     pretrained.save(again, tmp_path / "b")
     for path in (tmp_path / "b").iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-def test_weights_are_copies_and_none_are_drawn(tmp_path):
-    model = randomise(Transformer(NESTED))
+def test_loading_copies_and_draws_nothing(tmp_path):
+    model = random_model(NESTED)
     pretrained.save(model, tmp_path)
     before = torch.get_rng_state()
     again = pretrained.load(str(tmp_path))
     small = pretrained.cut(again, 1, 3)
-    assert torch.equal(torch.get_rng_state(), before)  # random weights take longer than reading
+    assert torch.equal(
+        torch.get_rng_state(), before
+    )  # drawing random weights would take longer than reading
     with torch.no_grad():
         for weight in small.parameters():
             assert weight.requires_grad and weight.is_contiguous()
             weight.zero_()
-        for file in tmp_path.glob("*.safetensors"):  # mapped to memory while it is read
+        for file in tmp_path.glob("*.safetensors"):  # reading maps it to memory
             file.write_bytes(bytes(file.stat().st_size))
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
+    assert_same_model(again, model)
 
 
 def test_weights_in_half_precision(tmp_path):
-    model = randomise(Transformer(NESTED))
+    model = random_model(NESTED)
     pretrained.save(model, tmp_path)
     half = pretrained.load(str(tmp_path), dtype=torch.bfloat16).state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(half[name], weight.bfloat16()), name
 
 
-def test_what_computes_attention_is_not_saved(tmp_path):
+def test_attention_is_not_saved(tmp_path):
     pretrained.save(Transformer(replace(CFG, attention="flash_attn")), tmp_path)
     assert "attention" not in json.loads((tmp_path / NESTING).read_text())["model"]
     assert pretrained.load(str(tmp_path)).cfg == CFG
 
 
 def rewrite(path, weights):
-    """Write weights that are mapped from the same file, which safetensors before 0.8 would cut."""
+    """Replace a file by weights that are mapped from it; safetensors before 0.8 would cut it."""
     path.unlink()
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_factors_of_another_table_are_refused(tmp_path):
-    """As when another library trained the merged table on and saved it in place."""
-    pretrained.save(randomise(Transformer(NESTED)), tmp_path)
+def test_factors_of_another_table(tmp_path):
+    """Another library may train the merged table and save it in place."""
+    pretrained.save(random_model(NESTED), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["embed_tokens.weight"] += 0.01
     rewrite(tmp_path / "model.safetensors", weights)
@@ -158,8 +122,8 @@ def test_factors_of_another_table_are_refused(tmp_path):
     assert (table - weights["embed_tokens.weight"]).norm() <= 1.01 * best + 1e-5
 
 
-def test_a_float64_model_is_saved_in_fp32(tmp_path):
-    model = randomise(Transformer(NESTED))
+def test_float64_is_saved_as_fp32(tmp_path):
+    model = random_model(NESTED)
     pretrained.save(model.double(), tmp_path)
     again = pretrained.load(str(tmp_path)).state_dict()
     assert all(torch.equal(again[n], w.float()) for n, w in model.state_dict().items())
@@ -167,15 +131,15 @@ def test_a_float64_model_is_saved_in_fp32(tmp_path):
 
 @pytest.mark.parametrize("cfg", [CFG, replace(NESTED, causal=True)], ids=["table", "factors"])
 def test_transformers_reads_what_we_write(cfg, tmp_path):
-    model = randomise(Transformer(replace(cfg, pooling="last")))
+    model = random_model(replace(cfg, pooling="last"))
     pretrained.save(model, tmp_path)
     hf = AutoModel.from_pretrained(tmp_path, local_files_only=True).eval()
     assert isinstance(hf, Qwen3Model) and next(hf.parameters()).dtype == torch.float32
-    torch.testing.assert_close(our_exits(model), hf_exits(hf), rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_exits(model), hf_exits(hf, IDS, "last"), rtol=0, atol=1e-5)
 
 
 def test_files_and_keys(tmp_path):
-    model = randomise(Transformer(NESTED))
+    model = random_model(NESTED)
     pretrained.save(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json",
@@ -201,67 +165,52 @@ def test_files_and_keys(tmp_path):
     torch.testing.assert_close(merged, factors["U"] @ factors["W"], rtol=1e-6, atol=1e-6)
 
 
-def test_stored_factors_keep_their_order(tmp_path):
-    # A new SVD of the merged table would give other factors at a lower rank: the learnt ones stay.
-    model = randomise(Transformer(NESTED))
-    pretrained.save(model, tmp_path)
-    again = pretrained.load(str(tmp_path))
-    for rank in (1, 3, 11):
-        assert torch.equal(our_exits(again, rank), our_exits(model, rank))
-    lower = pretrained.load(str(tmp_path), replace(NESTED, ranks=(3,)))
-    assert torch.equal(our_exits(lower), our_exits(model, 3))
-    # And a plain table can be asked for.
-    plain = pretrained.load(str(tmp_path), replace(NESTED, ranks=()))
-    torch.testing.assert_close(our_exits(plain), our_exits(model), rtol=0, atol=1e-5)
-
-
 # ---- training checkpoints ----
 
 
 def in_shards(model: Transformer, directory: Path, monkeypatch) -> Path:
-    """A checkpoint of several files, with more in it than weights."""
+    """Write a checkpoint of several files, with more than weights."""
     monkeypatch.setattr(mlembed.runtime.checkpoint, "FILE", 1000)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     tensors = mlembed.runtime.checkpoint.training_tensors(model, optimizer, 0)
-    with mlembed.runtime.checkpoint.Saver(directory, 0, 1, 1, background=False) as saver:
+    with mlembed.runtime.checkpoint.Saver(directory, 0, 1, 1) as saver:
         saver.save(7, tensors, lambda path: pretrained.describe(model.cfg, path))
     return directory / "step_00000007"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cfg", [CFG, NESTED], ids=["table", "factors"])
-def test_a_training_checkpoint_is_read_exactly(cfg, dtype, tmp_path, monkeypatch):
-    model = randomise(Transformer(cfg)).to(dtype)
+def test_training_checkpoint_is_exact(cfg, dtype, tmp_path, monkeypatch):
+    model = random_model(cfg).to(dtype)
     path = in_shards(model, tmp_path, monkeypatch)
     assert len(list(path.glob("shard-*.safetensors"))) > 9
     assert not list(path.glob("model*.safetensors"))
     again = pretrained.load(str(path))
-    assert again.cfg == cfg
-    before, after = model.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        assert after[name].dtype == torch.float32 and torch.equal(after[name], weight.float()), name
+    assert_same_model(again, model.float())
+    assert again.dtype == torch.float32
     next(path.glob("shard-00001-model-00003-*")).unlink()
-    refused(path, "expected")
+    raises(path, "expected")
 
 
-def test_a_training_checkpoint_at_other_ranks(tmp_path, monkeypatch):
-    path = in_shards(model := randomise(Transformer(NESTED)), tmp_path / "factors", monkeypatch)
+def test_training_checkpoint_at_other_ranks(tmp_path, monkeypatch):
+    path = in_shards(model := random_model(NESTED), tmp_path / "factors", monkeypatch)
     lower = pretrained.load(str(path), replace(NESTED, ranks=(3,)))
     assert torch.equal(our_exits(lower), our_exits(model, 3))
     plain = pretrained.load(str(path), replace(NESTED, ranks=()))
     torch.testing.assert_close(our_exits(plain), our_exits(model), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"embed_tokens.U: expected shape \[101, 20\]"):
-        pretrained.load(str(path), replace(NESTED, ranks=(3, 20)))
-    path = in_shards(model := randomise(Transformer(CFG)), tmp_path / "table", monkeypatch)
+    pretrained.save(model, tmp_path / "factors")
+    for where in (path, tmp_path / "factors"):
+        with pytest.raises(ValueError, match=r"embed_tokens.U: expected shape \[101, 20\]"):
+            pretrained.load(str(where), replace(NESTED, ranks=(3, 20)))
+    path = in_shards(model := random_model(CFG), tmp_path / "table", monkeypatch)
     factors = pretrained.load(str(path), replace(CFG, ranks=(3, 24)))
     torch.testing.assert_close(our_exits(factors), our_exits(model), rtol=0, atol=1e-4)
 
 
-# ---- transformers' directories ----
+# ---- directories of transformers ----
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one_file", "sharded"])
@@ -275,15 +224,15 @@ def test_reads_what_transformers_writes(kind, tied, shards, tmp_path):
     body = hf.model if kind is Qwen3ForCausalLM else hf
     assert model.cfg.rope_theta == 700.0 and model.cfg.ranks == () and model.cfg.causal
     assert model.cfg.exits == (1, 2, 3)  # the default rule: 1, 2, 4, .. and the last layer
-    torch.testing.assert_close(our_exits(model), hf_exits(body), rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_exits(model), hf_exits(body, IDS, "last"), rtol=0, atol=1e-5)
 
 
-def test_reads_a_bidirectional_checkpoint(tmp_path):
+def test_reads_bidirectional_checkpoints(tmp_path):
     hf = randomise(Qwen3Model(hf_config(is_causal=False)))
     hf.save_pretrained(tmp_path)
     model = pretrained.load(str(tmp_path))
     assert not model.cfg.causal
-    torch.testing.assert_close(our_exits(model), hf_exits(hf), rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_exits(model), hf_exits(hf, IDS, "last"), rtol=0, atol=1e-5)
 
 
 def test_reads_bf16_as_fp32(tmp_path):
@@ -301,22 +250,7 @@ def test_reads_the_keys_of_transformers_4(tmp_path):
     edit(tmp_path, rope_parameters=None, rope_theta=700)
     model = pretrained.load(str(tmp_path))
     assert model.cfg.rope_theta == 700.0
-    torch.testing.assert_close(our_exits(model), hf_exits(hf), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [24, 11])
-def test_a_plain_checkpoint_is_factorised_on_request(rank, tmp_path):
-    hf = randomise(Qwen3Model(hf_config()))
-    hf.save_pretrained(tmp_path)
-    model = pretrained.load(str(tmp_path), replace(CFG, ranks=(3, rank)))
-    U, s, Vh = torch.linalg.svd(hf.embed_tokens.weight.detach().double(), full_matrices=False)
-    for r in (3, rank):
-        best = (U[:, :r] * s[:r]) @ Vh[:r]
-        with torch.no_grad():
-            got = model.embed_tokens.table(r)
-        torch.testing.assert_close(got.double(), best, rtol=0, atol=1e-5)
-        hf.embed_tokens.weight.data = best.float()
-        torch.testing.assert_close(our_exits(model, r), hf_exits(hf), rtol=0, atol=1e-4)
+    torch.testing.assert_close(our_exits(model), hf_exits(hf, IDS, "last"), rtol=0, atol=1e-5)
 
 
 # ---- errors ----
@@ -328,42 +262,34 @@ def checkpoint(tmp_path) -> Path:
     return tmp_path
 
 
-def refused(directory: Path | str, message: str) -> None:
+def raises(directory: Path | str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pretrained.load(str(directory))
 
 
 def test_no_directory(tmp_path):
-    refused(tmp_path / "nowhere", "expected a directory or a hub id")
-    refused("./nowhere", "expected a directory or a hub id")
-    refused(tmp_path, "expected a checkpoint directory with config.json")
+    raises(tmp_path / "nowhere", "expected a directory or a hub id")
+    raises("./nowhere", "expected a directory or a hub id")
+    raises(tmp_path, "expected a checkpoint directory with config.json")
 
 
-def test_another_architecture(tmp_path):
-    qwen2 = Qwen2Config(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    Qwen2Model(qwen2).save_pretrained(tmp_path)
-    refused(tmp_path, "expected model_type 'qwen3', 'bert', .* got 'qwen2'")
-
-
-def test_a_run_stands_for_its_finished_model(tmp_path):
+def test_run_is_its_finished_model(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    refused(tmp_path, "expected a finished run with model/")
+    raises(tmp_path, "expected a finished run with model/")
     (tmp_path / "model").mkdir()
-    pretrained.save(model := randomise(Transformer(NESTED)), tmp_path / "model")
+    pretrained.save(model := random_model(NESTED), tmp_path / "model")
     assert torch.equal(our_exits(pretrained.load(str(tmp_path))), our_exits(model))
     assert from_checkpoint(resolve(str(tmp_path)), config.Model()) == NESTED
 
 
 @pytest.mark.parametrize(("mode", "pooling"), [("lasttoken", "last"), ("mean", "mean")])
-def test_a_decoder_pools_as_its_sentence_transformers_modules_say(mode, pooling, checkpoint):
+def test_pooling_of_sentence_transformers_modules(mode, pooling, checkpoint):
     (checkpoint / "1_Pooling").mkdir()
     (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
     assert pretrained.load(str(checkpoint)).cfg.pooling == pooling
     types = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "LSTM")]
     (checkpoint / "modules.json").write_text(json.dumps([{"path": "", "type": t} for t in types]))
-    refused(checkpoint, "expected Transformer, Pooling, at most one Dense and Normalize, .*LSTM")
+    raises(checkpoint, "expected Transformer, Pooling, at most one Dense and Normalize, .*LSTM")
 
 
 @pytest.mark.parametrize(
@@ -373,51 +299,18 @@ def test_a_decoder_pools_as_its_sentence_transformers_modules_say(mode, pooling,
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},  # the key of older files
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        # transformers 4 wrote no layer_types: windows begin at layer 1.
+        {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1},
         {"attention_bias": True},
     ],
-    ids=["yarn_5", "yarn_4", "linear_old", "sliding", "bias"],
+    ids=["yarn_5", "yarn_4", "linear_old", "sliding", "sliding_4", "bias"],
 )
-def test_variants_that_the_model_lacks(change, checkpoint):
+def test_unsupported_variants(change, checkpoint):
     edit(checkpoint, **change)
-    refused(checkpoint, "expected plain rotary positions, full attention and no attention bias")
+    raises(checkpoint, "expected plain rotary positions, full attention and no attention bias")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        # transformers 4 wrote no layer_types: from layer 1 on, these windows are in force.
-        {
-            "layer_types": None,
-            "use_sliding_window": True,
-            "sliding_window": 4,
-            "max_window_layers": 1,
-        },
-        {"hidden_act": "gelu"},
-    ],
-    ids=["sliding_4", "activation"],
-)
-def test_variants_that_would_pass_unnoticed(change, checkpoint):
-    edit(checkpoint, **change)
-    refused(checkpoint, "expected")
-
-
-def test_yarn_as_transformers_writes_it(tmp_path):
-    yarn = {
-        "rope_type": "yarn",
-        "rope_theta": 700.0,
-        "factor": 2.0,
-        "original_max_position_embeddings": 32,
-    }
-    Qwen3Model(hf_config(rope_parameters=yarn)).save_pretrained(tmp_path)
-    refused(tmp_path, "rope_type 'yarn'")
-
-
-def test_no_weights(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    refused(checkpoint, "expected model.safetensors, found none")
-
-
-def test_missing_surplus_and_misshapen_weights(checkpoint):
+def test_wrong_weights(checkpoint):
     path = checkpoint / "model.safetensors"
     whole = load_file(path)
     gate = "layers.1.mlp.gate_proj.weight"
@@ -432,7 +325,7 @@ def test_missing_surplus_and_misshapen_weights(checkpoint):
     ]
     for weights, message in variants:
         rewrite(path, weights)
-        refused(checkpoint, message)
+        raises(checkpoint, message)
 
 
 @pytest.mark.parametrize(
@@ -443,23 +336,17 @@ def test_missing_surplus_and_misshapen_weights(checkpoint):
         ({"num_hidden_layers": 2}, r"layers.2.\S+: expected shape none, got"),
         ({"head_dim": 12}, r"layers.0.self_attn.\S+: expected shape"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor"),
+        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
     ],
 )
-def test_a_config_that_does_not_fit_the_weights(change, message, checkpoint):
+def test_config_of_other_weights(change, message, checkpoint):
     edit(checkpoint, **change)
-    refused(checkpoint, message)
+    raises(checkpoint, message)
 
 
-def test_stored_rank_too_small(tmp_path):
-    pretrained.save(randomise(Transformer(NESTED)), tmp_path)
-    with pytest.raises(ValueError, match=r"embed_tokens.U: expected shape \[101, 20\]"):
-        pretrained.load(str(tmp_path), replace(NESTED, ranks=(3, 20)))
-
-
-def test_config_that_is_no_json(checkpoint):
+def test_malformed_config(checkpoint):
     (checkpoint / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError):
-        pretrained.load(str(checkpoint))
+    raises(checkpoint, r"config\.json:1: invalid JSON")
 
 
 class Trap:
@@ -475,10 +362,11 @@ class Trap:
 def test_pickles_are_never_read(checkpoint, tmp_path):
     sprung = tmp_path / "sprung"
     (checkpoint / "model.safetensors").unlink()
+    raises(checkpoint, "expected model.safetensors, found none$")
     for name in ("pytorch_model.bin", "model.pt", "model.bin"):
         (checkpoint / name).write_bytes(pickle.dumps(Trap(sprung)))
-    refused(checkpoint, "expected model.safetensors, found none but model.bin, a pickle")
-    # Under the right name it is still no safetensors file.
+    raises(checkpoint, "expected model.safetensors, found none but model.bin, a pickle")
+    # With the right name it is still not a safetensors file.
     (checkpoint / "model.safetensors").write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(Exception, match="(?i)header"):
         pretrained.load(str(checkpoint))

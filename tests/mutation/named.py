@@ -43,22 +43,15 @@ NAMED = {
     # All processes drop the same units.
     "train-seedrank": Named(
         "train.py",
-        "seed = run.seed, 6, one.step, *draw, where.rank, i",
-        "seed = run.seed, 6, one.step, *draw, i",
+        "seed = *spec.seed, where.rank, i",
+        "seed = *spec.seed, i",
         ("test_gradcache",),
     ),
-    # The schedule of layer dropout runs on micro-batches instead of steps.
-    "data-depthstep": Named(
-        "mlembed/data/batches.py",
-        "run.model.num_hidden_layers, number // run.gradient_accumulation_steps",
-        "run.model.num_hidden_layers, number",
-        ("test_batches", "test_depth"),
-    ),
-    # Recall and MAP are of at most 100 relevant documents.
-    "map-denominator": Named(
+    # trec_eval's reciprocal rank has no cut.
+    "mrr-cut": Named(
         "mlembed/evaluation/scores.py",
-        "minlength=Q).clip(min=1)\n    hits",
-        "minlength=Q).clip(min=1, max=100)\n    hits",
+        "if rank >= 1 / 10)",
+        "if rank >= 0)",
         ("test_scores",),
     ),
 }
@@ -68,8 +61,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     (
         "train.py",
         "train",
-        "any_process(False, where) # all have looked at the directory before one writes to it",
-        "any_process(True, where) # all have looked at the directory before one writes to it",
+        "any_process(False, where)",
+        "any_process(True, where)",
     ): "processes wait for each other here, and nothing reads the result",
 }
 

@@ -1,7 +1,4 @@
-"""An export that goes on to the hub: the real client, and of the hub what one upload asks for.
-
-The hub itself has not been asked: tests have no network.
-"""
+"""Upload of an export: the hub's real client, and a stand-in for the hub, as tests are offline."""
 
 import base64
 import http.server
@@ -14,12 +11,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from export_models import MAX_LENGTH, build
+from export_models import build, files_below, write_model
 from packaging.version import Version
 
 from mlembed.cli import export as export_command
-from mlembed.data import tokenizer
-from mlembed.modeling import pretrained
 from mlembed.publishing import export as exporting
 
 cards_at_the_endpoint = pytest.mark.skipif(
@@ -29,16 +24,19 @@ cards_at_the_endpoint = pytest.mark.skipif(
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Of the hub's interface what one upload takes: repositories, and files in one commit."""
+    """The part of the hub's interface that an upload uses: repositories, and files in one commit.
 
-    asked: list[tuple[str, str | None, bytes]] = []
+    requests: path, authorization and body of each.
+    """
+
+    requests: list[tuple[str, str | None, bytes]] = []
 
     def do_GET(self) -> None:  # noqa: N802
         self.do_POST()
 
     def do_POST(self) -> None:  # noqa: N802
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        self.asked.append((self.path, self.headers.get("authorization"), body))
+        self.requests.append((self.path, self.headers.get("authorization"), body))
         status, answer = 200, {}
         if self.path == "/api/repos/create":
             status = 409 if b"taken" in body else 200
@@ -46,15 +44,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml" and b"license: mine" in body:
             status, answer = 400, {"errors": [{"message": '"license" must be one of ...'}]}
         elif "/preupload/" in self.path:
-            listed = [
-                {"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]
-            ]
-            answer = {"files": [{**one, "shouldIgnore": False, "oid": None} for one in listed]}
+            how = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": path, **how} for path in paths]}
         elif "/commit/" in self.path:
-            answer = {
-                "commitUrl": f"http://{self.headers['host']}/me/small/commit/1",
-                "commitOid": "1",
-            }
+            address = f"http://{self.headers['host']}/me/small/commit/1"
+            answer = {"commitUrl": address, "commitOid": "1"}
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
@@ -68,7 +63,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    Hub.asked.clear()
+    Hub.requests.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {
@@ -81,11 +76,7 @@ def hub():
 
 @pytest.fixture
 def model_directory(tmp_path) -> Path:
-    path, encoder = tmp_path / "model", build()
-    path.mkdir()
-    pretrained.save(encoder.model, path)
-    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
-    return path
+    return write_model(build(), tmp_path / "model")
 
 
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
@@ -98,10 +89,6 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
     )
 
 
-def files(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
 @cards_at_the_endpoint
 def test_push(model_directory, hub, tmp_path):
     out = tmp_path / "small"
@@ -109,52 +96,53 @@ def test_push(model_directory, hub, tmp_path):
     done = command(model_directory, out, *arguments, **hub)
     assert done.returncode == 0, done.stderr
     assert "pushed to http" in done.stdout and "me/small" in done.stdout
-    asked = {path.split("?")[0]: (token, body) for path, token, body in Hub.asked}
-    token, body = asked["/api/repos/create"]
+    requests = {path.split("?")[0]: (token, body) for path, token, body in Hub.requests}
+    token, body = requests["/api/repos/create"]
     assert token == "Bearer hf_of_a_test"
-    made = json.loads(body)
-    assert made["name"] == "small" and made["organization"] == "me"
-    assert made.get("visibility") == "private" or made.get("private") is True
-    lines = [json.loads(line) for line in asked["/api/models/me/small/commit/main"][1].splitlines()]
+    created = json.loads(body)
+    assert created["name"] == "small" and created["organization"] == "me"
+    assert created.get("visibility") == "private" or created.get("private") is True
+    _, body = requests["/api/models/me/small/commit/main"]
+    lines = [json.loads(line) for line in body.splitlines()]
     sent = {
         line["value"]["path"]: base64.b64decode(line["value"]["content"])
         for line in lines
         if line["key"] == "file"
     }
-    assert sent == files(out)
-    snippets = (out / "README.md").read_text().split("## How")[0]  # run as they stand on the hub
+    assert sent == {name: data for name, data in files_below(out).items() if data is not None}
+    snippets = (out / "README.md").read_text().split("## How")[0]
     assert 'SentenceTransformer("me/small")' in snippets and '"small"' not in snippets
 
 
 @cards_at_the_endpoint
-def test_a_card_that_the_hub_refuses(model_directory, hub, tmp_path):
+def test_card_that_the_hub_rejects(model_directory, hub, tmp_path):
     out = tmp_path / "small"
     arguments = ("--push-to-hub", "me/small", "--license", "mine")
     done = command(model_directory, out, *arguments, **hub)
     assert done.returncode == 1 and '"license\\" must be one of' in done.stderr
     assert done.stderr.count("\n") == 1 and (out / "modules.json").is_file()
-    assert not any("create" in path for path, _, _ in Hub.asked)  # no empty repository is left
+    assert not any("create" in path for path, _, _ in Hub.requests)  # no empty repository is left
 
 
 @pytest.mark.parametrize("name", ["small", "me/../small"])
-def test_names_that_no_repository_has(name, tmp_path):
+def test_invalid_repository_name(name, tmp_path):
     with pytest.raises(ValueError, match="small"):  # before anything is read
         export_command.main(str(tmp_path / "none"), tmp_path / "out", push_to_hub=name)
 
 
 @cards_at_the_endpoint
-def test_a_push_that_fails_keeps_the_directory(model_directory, hub, tmp_path):
-    # Offline, as all tests are: in this process, by the hub's own client.
+def test_failed_push_keeps_the_directory(model_directory, hub, tmp_path):
+    # This process is offline, so the client fails by itself.
     exporting.export(build(), tmp_path / "out", 5, 1, 3)
-    before = files(tmp_path / "out")
+    before = files_below(tmp_path / "out")
     with pytest.raises(
         ValueError, match=r"me/small was not uploaded: .*offline.* `hf upload me/small"
     ):
         exporting.push(tmp_path / "out", "me/small", private=False)
-    assert files(tmp_path / "out") == before
+    assert files_below(tmp_path / "out") == before
     done = command(model_directory, tmp_path / "small", "--push-to-hub", "me/taken", **hub)
     assert done.returncode == 1 and "vectors within" in done.stdout
     assert done.stderr.startswith("error: push-to-hub: me/taken") and "409" in done.stderr
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "small" / "modules.json").is_file()
-    assert not any("commit" in path for path, _, _ in Hub.asked)
+    assert not any("commit" in path for path, _, _ in Hub.requests)

@@ -1,4 +1,4 @@
-"""Model cards: what the hub reads, what a run recorded and nothing else, and snippets that run."""
+"""Model cards: front matter for the hub, what a run recorded and nothing else, and snippets."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ RUN = config.Run(
 )
 
 
-def a_run(directory: Path, run: config.Run = RUN, grid: dict | None = GRID) -> Path:
+def write_run(directory: Path, run: config.Run = RUN, grid: dict | None = GRID) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(strict.to_dict(run)), encoding="utf-8")
     if grid is not None:
@@ -56,10 +56,10 @@ def a_run(directory: Path, run: config.Run = RUN, grid: dict | None = GRID) -> P
     return directory
 
 
-def made(encoder, source: Path | str, cut=(5, 1, 3), **options) -> ModelCard:
-    of = model_card.origin(str(source))
+def card(encoder, source: Path | str, cut=(5, 1, 3), **options) -> ModelCard:
+    origin = model_card.find_origin(str(source))
     formats = options.pop("formats", ("sentence-transformers",))
-    text = model_card.write(encoder, model_card.Cut("small", *cut, formats), of, **options)
+    text = model_card.write(encoder, model_card.Cut("small", *cut, formats), origin, **options)
     return ModelCard(text)
 
 
@@ -69,19 +69,19 @@ def encoder():
 
 
 def test_front_matter(encoder, tmp_path):
-    read = made(encoder, a_run(tmp_path / "run"), license="apache-2.0").data.to_dict()
+    read = card(encoder, write_run(tmp_path / "run"), license="apache-2.0").data.to_dict()
     assert read["library_name"] == "sentence-transformers"
     assert read["pipeline_tag"] == "sentence-similarity"
-    assert {"sentence-transformers", "matryoshka", "multilingual"} <= set(read["tags"])
+    assert {*model_card.TAGS, "multilingual", "mlembed"} == set(read["tags"])
     assert read["license"] == "apache-2.0" and read["base_model"] == "owner/base-model"
-    # Codes as the hub has them, without scripts: of training texts and of evaluations.
+    # The hub's codes have no scripts; they are those of training texts and of evaluations.
     assert read["language"] == ["multilingual", "am", "de", "hy", "zh"]
 
 
-def test_nothing_is_made_up(encoder, tmp_path):
+def test_unknown_origin(encoder, tmp_path):
     (tmp_path / "model").mkdir()
     for source in ("", tmp_path / "model", "owner/some-model"):
-        read = made(encoder, source)
+        read = card(encoder, source)
         matter = read.data.to_dict()
         for key in ("license", "language", "base_model", "datasets"):
             assert matter.get(key) is None, key
@@ -100,27 +100,27 @@ def rows(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_grid_marks_what_was_exported(encoder, tmp_path):
-    run = a_run(tmp_path / "run")
-    head, _, *table = rows(made(encoder, run).text, "Scores")
+def test_scores_mark_the_cut(encoder, tmp_path):
+    run = write_run(tmp_path / "run")
+    head, _, *table = rows(card(encoder, run).text, "Scores")
     assert head == ["rank", "exit", "parameters", "ms a text", "5 wide", "24 wide"]
     assert table[0] == ["3", "1", "0.00 M", "1.25", "**9.0**", "28.0"]
     assert [row[:2] for row in table] == [["3", "1"], ["3", "3"], ["11", "1"], ["11", "3"]]
     assert table[-1][3:] == ["3.75", "19.0", "38.0"]
     # The stored rank is the highest.
-    text = made(encoder, run, (24, 3, None)).text
+    text = card(encoder, run, (24, 3, None)).text
     assert (
         rows(text, "Scores")[-1][-1] == "**38.0**" and len(re.findall(r"\*\*[\d.]+\*\*", text)) == 1
     )
-    text = made(encoder, run, (6, 1, 3)).text  # a width between those scored
+    text = card(encoder, run, (6, 1, 3)).text  # a width between those scored
     assert "was not scored" in text and "**" not in text.split("## Scores")[1].split("## How")[0]
 
 
-def test_a_plain_table_and_an_older_report(tmp_path):
+def test_scores_of_a_plain_table_and_an_older_report(tmp_path):
     encoder = build(ranks=())
     cells = [{**one, "rank": None} for one in GRID["cells"][:4]]
     cells = [{k: v for k, v in one.items() if k != "latency_ms"} for one in cells]
-    text = made(encoder, a_run(tmp_path / "run", grid={"cells": cells}), (24, 1, None)).text
+    text = card(encoder, write_run(tmp_path / "run", grid={"cells": cells}), (24, 1, None)).text
     head, _, *table = rows(text, "Scores")
     assert head == ["rank", "exit", "parameters", "5 wide", "24 wide"]
     assert table[0][0] == "table" and table[0][-1] == "**28.0**"
@@ -129,13 +129,13 @@ def test_a_plain_table_and_an_older_report(tmp_path):
 
 
 def test_how_it_was_made(encoder, tmp_path):
-    run = a_run(tmp_path / "run")
-    text = made(encoder, run, (5, 1, 3), formats=("sentence-transformers", "onnx")).text
+    run = write_run(tmp_path / "run")
+    text = card(encoder, run, (5, 1, 3), formats=("sentence-transformers", "onnx")).text
     command = "python -m mlembed export runs/second small --dim 5 --exit 1 --rank 3"
     assert f"{command} --format sentence-transformers onnx\n" in text
     assert "training run: abc1234" in text and re.search(r"torch 2\.\d", text)
     assert "Began from owner/base-model." in text
-    # The configuration in the card is the run's, without where it was on that machine.
+    # The configuration in the card is the run's, without its place on that machine.
     (written,) = re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)
     (tmp_path / "again.json").write_text(written, encoding="utf-8")
     again = config.load(tmp_path / "again.json")
@@ -147,33 +147,34 @@ def test_how_it_was_made(encoder, tmp_path):
 
 
 def test_languages_by_name(encoder, tmp_path):
-    text = made(encoder, a_run(tmp_path / "run")).text
+    text = card(encoder, write_run(tmp_path / "run")).text
     part = text.split("## Languages\n")[1]
     assert "(3): German 1,200, Chinese (Traditional) 30, Armenian 4." in part
     assert "Scored in 1: Amharic." in part
 
 
-def test_where_a_run_is_found(tmp_path, monkeypatch):
-    run = a_run(tmp_path / "runs" / "second")
+def test_find_origin(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "runs" / "second")
     for part in ("model", "checkpoints/step_00000077"):
         (run / part).mkdir(parents=True)
         (run / part / "config.json").write_text('{"model_type": "qwen3"}')
     monkeypatch.chdir(tmp_path)
     for source in ("runs/second", "runs/second/model"):
         for path in (source, str(tmp_path / source)):
-            assert model_card.origin(path).name == "second" and model_card.origin(path).grid == GRID
-    exported = tmp_path / "runs" / "second" / "cut"  # some model that lies beside, of elsewhere
+            origin = model_card.find_origin(path)
+            assert origin.name == "second" and origin.grid == GRID
+    exported = tmp_path / "runs" / "second" / "cut"  # a model from elsewhere
     exported.mkdir()
-    assert model_card.origin(str(exported)).run == {}
+    assert model_card.find_origin(str(exported)).run == {}
     (run / "report" / "grid.json").write_text("{")
-    with pytest.raises(ValueError, match=r"grid\.json:1: not json"):
-        model_card.origin(str(run))
+    with pytest.raises(ValueError, match=r"grid\.json:1: invalid JSON"):
+        model_card.find_origin(str(run))
 
 
-def test_a_checkpoint_has_no_scores_of_the_finished_model(encoder, tmp_path):
-    step = a_run(tmp_path / "second") / "checkpoints" / "step_00000040"
+def test_checkpoint_has_no_scores(encoder, tmp_path):
+    step = write_run(tmp_path / "second") / "checkpoints" / "step_00000040"
     step.mkdir(parents=True)
-    text = made(encoder, step).text
+    text = card(encoder, step).text
     assert "## Scores\n\nNot recorded." in text and "Scored in" not in text
     assert "mlembed export runs/second/checkpoints/step_00000040 small --dim" in text
     assert "training run: abc1234" in text and "German 1,200" in text
@@ -183,8 +184,8 @@ def test_odd_names_prompts_and_licences(encoder, tmp_path):
     prompts = {"query": "<query>: ", "tick": "a `b` "}
     cut = model_card.Cut('it"s \\ mine', 5, 1, 3, ("sentence-transformers",))
     licence = "my own: [all]"
-    of = model_card.origin(str(a_run(tmp_path / "run")))
-    read = ModelCard(model_card.write(replace(encoder, prompts=prompts), cut, of, licence))
+    origin = model_card.find_origin(str(write_run(tmp_path / "run")))
+    read = ModelCard(model_card.write(replace(encoder, prompts=prompts), cut, origin, licence))
     assert read.data.license == licence
     assert '- `query`: `"<query>: "`\n- `tick`: `` "a `b` " ``\n' in read.text
     (command,) = re.findall("python -m mlembed export (.*)", read.text)
@@ -194,23 +195,23 @@ def test_odd_names_prompts_and_licences(encoder, tmp_path):
         assert cut.name in strings
 
 
-def test_the_base_model_of_a_second_stage(encoder, tmp_path):
-    first = a_run(tmp_path / "first")
-    second = a_run(tmp_path / "second", replace(RUN, init=str(first)))
-    assert made(encoder, second).data.base_model == "owner/base-model"
-    third = a_run(tmp_path / "third", replace(RUN, init=str(tmp_path / "first" / "report")))
-    assert made(encoder, third).data.base_model is None  # a directory, of which nothing is known
+def test_base_model_of_a_second_stage(encoder, tmp_path):
+    first = write_run(tmp_path / "first")
+    second = write_run(tmp_path / "second", replace(RUN, init=str(first)))
+    assert card(encoder, second).data.base_model == "owner/base-model"
+    third = write_run(tmp_path / "third", replace(RUN, init=str(tmp_path / "first" / "report")))
+    assert card(encoder, third).data.base_model is None  # an unknown directory
 
 
-def run(text: str, count: int) -> list[np.ndarray]:
+def run_snippets(text: str, count: int) -> list[np.ndarray]:
     snippets = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert len(snippets) == count
-    found = []
+    results = []
     for snippet in snippets:
         space: dict = {}
         exec(snippet, space)
-        found.append(np.asarray(space["vectors"]))
-    return found
+        results.append(np.asarray(space["vectors"]))
+    return results
 
 
 @pytest.mark.parametrize("prompt", ["", 'Instruct: "find"\nQuery: '])
@@ -222,20 +223,19 @@ def test_snippets_run_and_agree(kind, prompt, tmp_path, monkeypatch):
     formats = ("sentence-transformers", "onnx") if prompt else ("sentence-transformers",)
     export(encoder, tmp_path / "small", 5, 1, 3, formats=formats)
     monkeypatch.chdir(tmp_path)
-    found = run(Path("small/README.md").read_text(), 4 if prompt else 3)
+    results = run_snippets(Path("small/README.md").read_text(), 4 if prompt else 3)
     texts = json.loads(f"[{model_card.TEXTS}]")
     ours = encoder.encode([prompt + text for text in texts], 5, 1, 3)
-    for vectors in found:
+    for vectors in results:
         np.testing.assert_allclose(vectors, ours, rtol=0, atol=1e-5)
 
 
-def test_snippets_of_what_goes_to_the_hub_name_it_there(encoder):
-    """Run as the hub's client has kept such a repository, by hand: tests have no network."""
-    made = model_card.Cut("small", 5, 1, 3, ("onnx",), "me/small")
-    text = model_card.write(encoder, made, model_card.Origin())
+def test_snippets_name_the_hub_repository(encoder):
+    cut = model_card.Cut("small", 5, 1, 3, ("onnx",), "me/small")
+    text = model_card.write(encoder, cut, model_card.Origin())
     snippets = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert len(snippets) == 4
     for snippet in snippets:
         assert snippet.count('"me/small"') == 1 and '"small"' not in snippet
-    assert 'name = snapshot_download("me/small")\n' in snippets[2]  # its files, by their path
+    assert 'name = snapshot_download("me/small")\n' in snippets[2]
     assert "mlembed export MODEL small --dim 5" in text

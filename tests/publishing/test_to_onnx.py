@@ -1,4 +1,4 @@
-"""The ONNX graph as onnxruntime runs it: every kind of model, shapes it was not traced with."""
+"""The ONNX graph in onnxruntime: every kind of model, shapes that the trace did not have."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def feed(out: Path, texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def agree(encoder, out: Path, corner) -> None:
-    """Batches of one, of one token, of more than were traced, padded and not."""
+    """Compare batches of one text, of one token, of more than the trace had, padded and not."""
     graph = session(out)
     ours = encoder.encode(TEXTS, *corner)
     for rows in ([0], [1], [12], [0, 13], range(len(TEXTS)), [0, 0, 0, 0]):
@@ -69,7 +69,7 @@ def test_onnxruntime_agrees(kind, tmp_path):
         "last_hidden_state": ("tensor(float)", ["batch", "sequence", 24]),
         "sentence_embedding": ("tensor(float)", ["batch", 5]),
     }
-    # What other readers pool themselves: the states of texts, whatever padding's are.
+    # Other readers pool the states of texts themselves.
     tokens = feed(out, TEXTS)
     hidden, vectors = graph.run(None, tokens)
     lengths = tokens["attention_mask"].sum(1)
@@ -97,31 +97,31 @@ def test_corners(corner, smallest, tmp_path):
     agree(encoder, out, corner)
 
 
-def test_the_file_is_plain_onnx_and_says_nothing_of_this_machine(smallest):
+def test_file_is_plain_onnx_without_local_paths(smallest):
     path = smallest / "onnx" / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
     stored = onnx.load(path)
     opsets = {one.domain: one.version for one in stored.opset_import}
     assert opsets[""] == to_onnx.OPSET >= 17
-    assert {node.domain for node in stored.graph.node} == {""}  # no functions of some package
+    assert {node.domain for node in stored.graph.node} == {""}  # no functions of a package
     here = str(Path(__file__).parents[2]).encode()
     assert b"site-packages" not in path.read_bytes() and here not in path.read_bytes()
     assert [one.name for one in path.parent.iterdir()] == ["model.onnx"]
 
 
-def test_weights_go_beside_what_a_protobuf_cannot_hold(smallest, tmp_path):
+def test_large_weights_go_to_their_own_file(smallest, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(smallest, out, ignore=shutil.ignore_patterns("onnx"))
     to_onnx.write(out, most_inline=1000)
     files = {path.name: path.stat().st_size for path in (out / "onnx").iterdir()}
-    assert files.keys() == {"model.onnx", "model.onnx_data"}  # as transformers.js and TEI name it
+    assert files.keys() == {"model.onnx", "model.onnx_data"}
     weights = sum(w.nbytes for w in load_file(out / "model.safetensors").values())
     assert files["model.onnx_data"] > 0.9 * weights
-    moved = out.rename(tmp_path / "moved")  # found beside the graph, wherever that is
+    moved = out.rename(tmp_path / "moved")
     agree(build(), moved, (5, 1, 3))
 
 
-def test_the_check_sees_a_wrong_graph(smallest, tmp_path):
+def test_check_detects_a_wrong_graph(smallest, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(smallest, out)
     stored = onnx.load(out / "onnx" / "model.onnx")
@@ -134,15 +134,15 @@ def test_the_check_sees_a_wrong_graph(smallest, tmp_path):
         exporting.check(out, build(), 5, 1, 3)
 
 
-def test_without_its_packages(tmp_path):
-    # As in an environment that lacks one: in a process of its own, where its import fails.
+def test_missing_package(tmp_path):
+    # A process of its own, in which the import fails.
     script = (
         "import sys; sys.modules['onnxscript'] = None\n"
         "sys.path.insert(0, 'tests')\n"
         "from pathlib import Path\n"
         "from export_models import build\n"
         "from mlembed.publishing.export import export\n"
-        "from mlembed.log import one_line_errors\n"
+        "from mlembed.runtime.errors import one_line_errors\n"
         "with one_line_errors():\n"
         f"    export(build(), Path({str(tmp_path / 'out')!r}), formats=['onnx'])"
     )

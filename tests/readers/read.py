@@ -1,9 +1,10 @@
-"""Vectors of exported directories by whatever sentence-transformers and transformers this Python
-has: python read.py TEXTS.json OUT.npz DIRECTORY ..; it knows nothing of mlembed.
+"""Read exported directories by the sentence-transformers and transformers of this Python.
 
-OUT.npz: of directory i `st_i` and `query_i`, by sentence-transformers with and without the prompt
-"query", and `tf_i`, the states of every text by transformers, padding left out, one after another.
-On standard output the versions, as json.
+    python read.py TEXTS.json OUT.npz DIRECTORY ...
+
+OUT.npz has, of directory i, `st_i` and `query_i`, vectors of sentence-transformers without and with
+the prompt "query", and `tf_i`, transformers' states of every text in a row, without padding. The
+versions are printed as JSON. The script does not use mlembed.
 """
 
 import json
@@ -18,20 +19,20 @@ import transformers
 def main(texts_file: str, out: str, directories: list[str]) -> None:
     with open(texts_file, encoding="utf-8") as file:
         texts = json.load(file)
-    found = {}
+    arrays = {}
     for i, directory in enumerate(directories):
         model = sentence_transformers.SentenceTransformer(directory, device="cpu")
         options = {"batch_size": 3, "show_progress_bar": False}
-        found[f"st_{i}"] = model.encode(texts, **options)
-        found[f"query_{i}"] = model.encode_query(texts, **options)
+        arrays[f"st_{i}"] = model.encode(texts, **options)
+        arrays[f"query_{i}"] = model.encode_query(texts, **options)
         encoder = transformers.AutoModel.from_pretrained(directory).eval()
         tokens = transformers.AutoTokenizer.from_pretrained(directory)(
             texts, padding=True, truncation=True, return_tensors="pt"
         )
         with torch.no_grad():
             hidden = encoder(**tokens).last_hidden_state
-        found[f"tf_{i}"] = hidden[tokens["attention_mask"].bool()].numpy()
-    np.savez(out, **found)
+        arrays[f"tf_{i}"] = hidden[tokens["attention_mask"].bool()].numpy()
+    np.savez(out, **arrays)
     packages = sentence_transformers, transformers, torch
     print(json.dumps({package.__name__: package.__version__ for package in packages}))
 

@@ -1,20 +1,18 @@
-"""Entries are whole or not there, whoever writes them; texts come back from files as from lists."""
+"""Entries of the disk cache are complete or absent, and built once."""
 
 import contextlib
-import pickle
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 
-from mlembed.runtime import cache as stored
-
-TEXTS = [f"text {i} ü 海" if i % 3 else "" for i in range(50)]
+from mlembed.runtime import cache
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MLEMBED_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -31,22 +29,22 @@ def content(directory):
     return (directory / "a").read_text()
 
 
-def refuse(directory):
+def fails(directory):
     raise AssertionError("built again")
 
 
-def test_an_entry_is_built_once(cache):
-    assert stored.kept("kind", "key", writes("one"), content) == "one"
-    assert stored.kept("kind", "key", refuse, content) == "one"
-    assert stored.kept("kind", "other", writes("two"), content) == "two"
-    assert stored.kept("else", "key", writes("three"), content) == "three"
-    assert sorted(p.name for p in (cache / "kind").iterdir()) == ["key", "other"]
+def test_entry_is_built_once(home):
+    assert cache.cached("kind", "key", writes("one"), content) == "one"
+    assert cache.cached("kind", "key", fails, content) == "one"
+    assert cache.cached("kind", "other", writes("two"), content) == "two"
+    assert cache.cached("else", "key", writes("three"), content) == "three"
+    assert sorted(p.name for p in (home / "kind").iterdir()) == ["key", "other"]
 
 
 BUILDER = """
 import sys, time
 from pathlib import Path
-from mlembed.runtime import cache as stored
+from mlembed.runtime import cache
 
 def build(directory):
     with open(sys.argv[1], "a") as log:
@@ -56,11 +54,11 @@ def build(directory):
 
 print("ready", flush=True)
 sys.stdin.readline()
-print(stored.kept("kind", "key", build, lambda d: (d / "a").read_text()))
+print(cache.cached("kind", "key", build, lambda d: (d / "a").read_text()))
 """
 
 
-def test_processes_of_a_machine_build_an_entry_once(cache, tmp_path):
+def test_processes_build_an_entry_once(home, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "-c", BUILDER, str(log)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -71,39 +69,61 @@ def test_processes_of_a_machine_build_an_entry_once(cache, tmp_path):
         one.stdin.flush()
     assert [one.communicate()[0] for one in three] == ["one\n"] * 3
     assert log.read_text() == "built\n"
-    assert [p.name for p in (cache / "kind").iterdir()] == ["key"]
+    assert [p.name for p in (home / "kind").iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_of_two_writers_the_first_to_end_stays(damaged, cache, monkeypatch):
-    """What another one, on a machine that knows no lock of ours, wrote meanwhile is what both
-    open."""
-    monkeypatch.setattr(stored, "_alone", lambda place: contextlib.nullcontext())
+def test_first_of_two_writers_wins(damaged, home, monkeypatch):
+    """Another machine does not see the lock; both open what it wrote."""
+    monkeypatch.setattr(cache, "_lock", lambda path: contextlib.nullcontext())
     if damaged:
-        stored.kept("kind", "key", writes("zero"), content)
-        (cache / "kind" / "key" / "a").write_text("longer than it was")
+        cache.cached("kind", "key", writes("zero"), content)
+        (home / "kind" / "key" / "a").write_text("longer than it was")
 
     def other():
-        assert stored.kept("kind", "key", writes("theirs"), content) == "theirs"
+        assert cache.cached("kind", "key", writes("theirs"), content) == "theirs"
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert stored.kept("kind", "key", writes("mine", other), content) == "theirs"
-    assert [p.name for p in (cache / "kind").iterdir()] == ["key"]
+        assert cache.cached("kind", "key", writes("mine", other), content) == "theirs"
+    assert [p.name for p in (home / "kind").iterdir()] == ["key"]
 
 
-def test_a_failed_build_leaves_nothing(cache):
-    def fails(directory):
+@pytest.mark.parametrize("digests", [False, True])
+def test_damage_is_found_by_sizes_or_digests(digests, home):
+    cache.cached("kind", "key", writes("one"), content, digests)
+    file = home / "kind" / "key" / "a"
+    file.write_text("oNe")
+    want = "new" if digests else "oNe"
+    assert cache.cached("kind", "key", writes("new"), content, digests) == want
+    file.unlink()
+    assert cache.cached("kind", "key", writes("two"), content, digests) == "two"
+
+
+def test_entry_deleted_before_it_is_opened_is_built_again(home):
+    cache.cached("kind", "key", writes("one"), content)
+    calls = []
+
+    def deleted_at_first(directory):
+        if not calls:
+            calls.append((directory / "a").unlink())
+        return content(directory)
+
+    assert cache.cached("kind", "key", writes("two"), deleted_at_first) == "two"
+
+
+def test_failed_build_leaves_nothing(home):
+    def half(directory):
         (directory / "a").write_text("half")
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        stored.kept("kind", "key", fails, content)
-    assert not list((cache / "kind").iterdir())
+        cache.cached("kind", "key", half, content)
+    assert not list((home / "kind").iterdir())
 
 
-def test_a_disk_that_is_full_is_a_warning(cache):
-    """The second attempt is elsewhere, whatever failed in the first."""
+def test_full_disk_is_a_warning(home):
+    """The second attempt is in a temporary directory."""
     tries = []
 
     def fails_once():
@@ -111,39 +131,20 @@ def test_a_disk_that_is_full_is_a_warning(cache):
         if len(tries) == 1:
             raise OSError(28, "No space left on device")
 
-    with pytest.warns(UserWarning, match="kind could not be kept there, .* No space left"):
-        assert stored.kept("kind", "key", writes("a", fails_once), content) == "a"
-    assert not list((cache / "kind").iterdir())
+    with pytest.warns(UserWarning, match="kind could not be stored, .* No space left"):
+        assert cache.cached("kind", "key", writes("a", fails_once), content) == "a"
+    assert not list((home / "kind").iterdir())
 
 
-def test_the_digest_is_of_values_and_contents(tmp_path):
+def test_digest_depends_on_values_and_contents(tmp_path):
     for name, text in (("a", "xy"), ("b", "z"), ("c", "x"), ("d", "yz")):
         (tmp_path / name).write_text(text)
     a, b, c, d = (tmp_path / name for name in "abcd")
-    made = [stored.digest(1), stored.digest(1, "2"), stored.digest(1, 2), stored.digest("12")]
-    made += [stored.digest(1, files=files) for files in ([a], [a, b], [b, a], [c, d], [a, b, b])]
+    made = [cache.digest(1), cache.digest(1, "2"), cache.digest(1, 2), cache.digest("12")]
+    made += [cache.digest(1, files=files) for files in ([a], [a, b], [b, a], [c, d], [a, b, b])]
     assert len(set(made)) == len(made)
     a.rename(tmp_path / "e")
-    assert stored.digest(1, files=[tmp_path / "e"]) == made[4]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 50, 8192])
-def test_texts_are_a_list_in_a_file(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "CHUNK", chunk)
-    writer = stored.Writer(tmp_path / "texts.arrow")
-    for begin in range(0, 50, 4):
-        writer.extend(TEXTS[begin : begin + 4])
-    texts = writer.close()
-    assert len(texts) == 50 and list(texts) == TEXTS
-    assert [texts[i] for i in range(-50, 50)] == TEXTS + TEXTS
-    for some in (slice(3, 17), slice(None), slice(40, 99), slice(7, 7), slice(None, None, 9)):
-        assert texts[some] == TEXTS[some]
-    with pytest.raises(IndexError):
-        texts[50]
-    sent = pickle.dumps(texts)
-    assert len(sent) < 500 and list(pickle.loads(sent)) == TEXTS
-
-
-def test_no_texts(tmp_path):
-    texts = stored.Writer(tmp_path / "texts.arrow").close()
-    assert len(texts) == 0 and list(texts) == []
+    assert cache.digest(1, files=[tmp_path / "e"]) == made[4]
+    one, two = np.arange(3, dtype=np.int8), np.arange(2, dtype=np.int8)
+    made = [cache.digest(1, arrays=arrays) for arrays in ([one], [two], [one, two], [two, one], [])]
+    assert len(set(made)) == 5 and made[0] == cache.digest(1, arrays=[one.copy()])

@@ -1,5 +1,5 @@
-"""Checkpoints of real gloo processes: shards of FSDP2 that any number of processes goes on
-from, and processes that are killed. Run as a script, this file is one that is to be killed."""
+"""Checkpoints of real gloo processes: shards of FSDP2 that any number of processes can load, and
+processes that are killed. As a script, this file is one of these."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from subprocess import PIPE
 import pytest
 import torch
 import torch.distributed as dist
+from factories import tiny_shape
 from processes import gloo, started
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,23 +30,14 @@ from mlembed.runtime.distributed import World, world
 from mlembed.training.optim import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-# Of four processes, some have less of 50 tokens, and one has nothing of W's 5 rows.
-SHAPE = config.Model(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=24,
-    ranks=(2, 5),
-)
+# Of four processes, some hold fewer of the 50 tokens, and one holds none of W's 5 rows.
+SHAPE = tiny_shape(vocab_size=50, hidden_size=16, head_dim=8, intermediate_size=24, ranks=(2, 5))
 ALONE = World(0, 1, torch.device("cpu"))
 BANK = {"bank.rows": torch.arange(12.0).view(4, 3).bfloat16(), "bank.ids": torch.arange(4)}
 
 
 def build(where, sharded=True):
-    """Model and optimiser, each parameter divided among all processes."""
+    """Return a model and its optimiser, each parameter sharded over all processes."""
     torch.manual_seed(7)
     model = Transformer(SHAPE)
     if where.size > 1 and sharded:
@@ -59,14 +51,14 @@ def advance(model, optimizer, seed):
     """Two steps, and random states that differ between processes."""
     for step in (1, 2):
         for name, parameter in model.named_parameters():
-            if name != "norm.weight" or step == 2:  # another count of steps
+            if name != "norm.weight" or step == 2:  # It counts fewer steps than the others.
                 parameter.grad = parameter.detach() * (seed + step)
         optimizer.step()
     torch.manual_seed(seed + (dist.get_rank() if dist.is_initialized() else 0))
 
 
 def whole(model, optimizer, rank):
-    """What would be saved, undivided. Asks all processes."""
+    """Return full tensors of the state to save; all processes call it."""
     tensors = checkpoint.training_tensors(model, optimizer, rank)
     return {
         name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
@@ -74,46 +66,45 @@ def whole(model, optimizer, rank):
     }
 
 
-def save(where, directory, sharded=True, background=True):
-    """-> what was saved, as this process has it."""
+def save(where, directory, sharded=True):
+    """Save a checkpoint; return what this process saved."""
     model, optimizer = build(where, sharded)
     advance(model, optimizer, 100 * where.size)
     before = whole(model, optimizer, where.rank)
     assert len(before) == 4 * len(list(model.parameters())) + 1
     if where.size > 1 and sharded:
-        model.unshard()  # as the root is after a forward without a backward
+        model.unshard()  # The root's state after a forward without a backward.
     tensors = checkpoint.training_tensors(model, optimizer, where.rank)
     tensors["bank.of." + str(where.rank)] = torch.full((where.rank, 2), float(where.rank))
     describe = partial(pretrained.describe, SHAPE)
-    with checkpoint.Saver(directory, where.rank, where.size, 2, background) as saver:
+    with checkpoint.Saver(directory, where.rank, where.size, 2) as saver:
         saver.save(5, {**tensors, **BANK}, describe)
-        if background:  # training goes on
-            advance(model, optimizer, 1)
-            ones = torch.ones(1)
-            for _ in range(20 if where.size > 1 else 0):
-                dist.all_reduce(ones)
-            assert ones == where.size**20 or where.size == 1
+        advance(model, optimizer, 1)  # Training continues meanwhile.
+        ones = torch.ones(1)
+        for _ in range(20 if where.size > 1 else 0):
+            dist.all_reduce(ones)
+        assert ones == where.size**20 or where.size == 1
         saver.wait()
-        saver.save(5, tensors, describe)  # there already
+        saver.save(5, tensors, describe)  # Does nothing: it exists.
     return before
 
 
 def load(where, path, sharded=True):
-    """-> (what a fresh process has after restoring, state.json's contents)."""
+    """Restore into a new model; return its state and the contents of state.json."""
     model, optimizer = build(where, sharded)
     torch.manual_seed(3)
     state = checkpoint.restore(path, model, optimizer, where.rank, where.size)
     found = whole(model, optimizer, where.rank)
     assert all(isinstance(p, DTensor) for p in model.parameters()) == (where.size > 1 and sharded)
-    optimizer.state[model.norm.weight]["step"] += 1  # and it can go on
+    optimizer.state[model.norm.weight]["step"] += 1  # Training can continue.
     advance(model, optimizer, 2)
     return found, state
 
 
 def fail(where, directory):
-    """-> what each process is told when one cannot write: its shard, then what is beside them."""
+    """Return each process's errors and files after one cannot write shards, or json files."""
     told = []
-    for who, culprit in ((where.size - 1, "shard"), (0, "beside")):
+    for who, culprit in ((where.size - 1, "shard"), (0, "json")):
 
         def broken(*args):
             raise OSError("no room")
@@ -126,22 +117,21 @@ def fail(where, directory):
             checkpoint._Writer = Broken
         with checkpoint.Saver(directory, where.rank, where.size, 2) as saver:
             tensors = {f"a.{where.rank}": torch.ones(3)}
-            saver.save(6, tensors, broken if culprit == "beside" else lambda path: None)
+            saver.save(6, tensors, broken if culprit == "json" else lambda path: None)
             try:
                 saver.wait()
                 told.append("")
             except ValueError as error:
                 told.append(str(error))
         checkpoint._Writer = good
-        dist.barrier()  # the main process deletes what there was
+        dist.barrier()  # The main process deletes the partial directory.
         told.append(sorted(path.name for path in directory.iterdir()))
         dist.barrier()
     return told
 
 
 def process(where, root):
-    """Return what one process of the group saved and loaded, with what groups before it saved. A
-    group of a size that has been here before only loads."""
+    """Return what this process loaded of earlier groups, and saved if its size is new."""
     found = {"loaded": {}}
     for path in sorted(root.glob("saved_*/step_00000005")):
         found["loaded"][path.parent.name] = load(where, path)
@@ -150,7 +140,7 @@ def process(where, root):
     if not own.exists():
         found["plain"] = load(where, root / "saved_1" / "step_00000005", sharded=False)
         found["saved"] = save(where, own)
-        found["replicated"] = save(where, root / f"replicated_{where.size}", False, False)
+        found["replicated"] = save(where, root / f"replicated_{where.size}", False)
         found["failed"] = fail(where, own)
     return found
 
@@ -165,7 +155,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(root):
-    """One process saves, then two, then four, each loading what is there; then two load again."""
+    """Let one process save, then two and four load and save, then two load again."""
     found = {(1, ""): [{"saved": save(ALONE, root / "saved_1")}]}
     for size, again in ((2, ""), (4, ""), (2, "_again")):
         found[size, again] = gloo(size, process, root)
@@ -173,7 +163,7 @@ def results(root):
 
 
 def equal(a, b):
-    """Bit for bit, and neither has more."""
+    """Assert that tensors have equal names, dtypes and bits."""
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
@@ -184,7 +174,7 @@ def without_rng(tensors):
 
 
 @pytest.mark.parametrize("saved, loaded", [(1, 2), (1, 4), (2, 4), (4, 2), (2, 2)])
-def test_processes_go_on_from_what_others_saved(saved, loaded, results):
+def test_processes_load_what_others_saved(saved, loaded, results):
     wanted = results(saved)
     again = "_again" if loaded == 2 and saved > 1 else ""
     torch.manual_seed(3)
@@ -192,27 +182,26 @@ def test_processes_go_on_from_what_others_saved(saved, loaded, results):
         found, state = process["loaded"][f"saved_{saved}"]
         equal(without_rng(found), without_rng(wanted[0]["saved"]))
         assert (state["step"], state["processes"]) == (5, saved)
-        rng = f"rng.cpu.{rank}"  # of another number of processes: left alone
+        rng = f"rng.cpu.{rank}"  # Unchanged if another number of processes saved.
         want = wanted[rank]["saved"][rng] if saved == loaded else torch.get_rng_state()
         assert torch.equal(found[rng], want)
 
 
 @pytest.mark.parametrize("kind", ["saved", "replicated"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_one_process_goes_on_from_what_several_saved(size, kind, root, results):
+def test_one_process_loads_what_several_saved(size, kind, root, results):
     path = root / f"{kind}_{size}" / "step_00000005"
     found, state = load(ALONE, path)
     equal(without_rng(found), without_rng(results(size)[0][kind]))
     assert state["processes"] == size
     assert checkpoint.damage(path) is None
-    model = pretrained.load(str(path))  # encode and export do so
+    model = pretrained.load(str(path))
     assert model.cfg == SHAPE
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     equal(weights, {n: x for n, x in found.items() if n.startswith("model.")})
 
 
-def test_replicas_go_on_from_what_one_saved(results):
-    """As under DistributedDataParallel."""
+def test_replicas_load_what_one_saved(results):
     want = results(1)[0]["saved"]
     for size in (2, 4):
         for process in results(size):
@@ -238,14 +227,14 @@ def test_random_state_of_every_process(size, kind, root, results):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_tensors_of_one_process_and_of_all(size, root, results):
+def test_tensors_of_one_process_and_of_all_are_saved(size, root, results):
     want = BANK | {f"bank.of.{rank}": torch.full((rank, 2), float(rank)) for rank in range(size)}
     equal(checkpoint.read(root / f"saved_{size}" / "step_00000005", "bank."), want)
 
 
 @pytest.mark.parametrize("kind", ["saved", "replicated"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_nothing_is_written_twice_and_all_write(size, kind, root, results):
+def test_processes_share_the_writing(size, kind, root, results):
     path = root / f"{kind}_{size}" / "step_00000005"
     whole = {n: x for r in results(size) for n, x in r[kind].items()}
     bytes_of = [0] * size
@@ -256,15 +245,15 @@ def test_nothing_is_written_twice_and_all_write(size, kind, root, results):
         bytes_of[int(file.name.split("-")[1]) - 1] += sum(x.nbytes for x in of.values())
     total = sum(x.nbytes for x in whole.values())
     assert sum(bytes_of) == total and min(bytes_of) > total / size / 2
-    for file in path.rglob("*"):  # and no file is a pickle
+    for file in path.rglob("*"):  # No file is a pickle.
         assert file.suffix == ".safetensors" or json.loads(file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_failure_of_one_is_said_by_all(size, results):
+def test_failure_of_one_is_raised_by_all(size, results):
     for process in results(size):
-        shard, left, beside, left_again = process["failed"]
-        for told in (shard, beside):
+        shard, left, json_file, left_again = process["failed"]
+        for told in (shard, json_file):
             assert "step_00000006: could not be written: " in told and "no room" in told
         assert left == left_again == ["step_00000005"]
         assert f"process {size - 1}: no room" in shard
@@ -274,7 +263,7 @@ def test_a_failure_of_one_is_said_by_all(size, results):
 
 
 def killed(where, directory):
-    """Saves step 1; says in the middle of saving step 2 that it is there, and stays."""
+    """Save step 1, then wait in the middle of saving step 2 and create the file `middle`."""
     tensors = {f"model.{where.rank}": torch.ones(1000), "model.both": torch.ones(1000)}
     with checkpoint.Saver(directory, where.rank, where.size, 1) as saver:
         saver.save(1, tensors, lambda path: None)
@@ -292,7 +281,7 @@ def killed(where, directory):
 
 
 @pytest.mark.parametrize("victims", [(0,), (0, 1), (1,)], ids=["alone", "both", "one"])
-def test_killed_while_saving(victims, tmp_path):
+def test_kill_while_saving(victims, tmp_path):
     size = max(2, len(victims)) if victims != (0,) else 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -314,7 +303,7 @@ def test_killed_while_saving(victims, tmp_path):
         assert (directory / ".step_00000002.partial").is_dir()
         for rank in victims:
             processes[rank].send_signal(signal.SIGKILL)
-        errors = [p.communicate(timeout=60)[1] for p in processes]  # nobody waits for ever
+        errors = [p.communicate(timeout=60)[1] for p in processes]
     for rank, p in enumerate(processes):
         assert p.returncode == (-signal.SIGKILL if rank in victims else 1)
         if rank not in victims:

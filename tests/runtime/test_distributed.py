@@ -3,25 +3,29 @@ whole step, every objective."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from objective_truth import HARD, OBJECTIVES, assert_close, ragged, run_of, table, texts
+from objective_truth import (
+    ALONE,
+    HARD,
+    OBJECTIVES,
+    assert_close,
+    ragged,
+    run_of,
+    table,
+    texts,
+    training,
+)
 from processes import gloo_once
 from torch.nn.parallel import DistributedDataParallel
 
-from mlembed import config
-from mlembed.data import batches, tokenizer
-from mlembed.data.tables import Table, text_id
-from mlembed.modeling.transformer import Transformer
-from mlembed.runtime.distributed import World, any_process, broadcast, fresh, gather, world
+from mlembed.data import batches
+from mlembed.runtime.distributed import any_process, broadcast, fresh, gather, world
 from mlembed.training.objective.bank import Bank
 from mlembed.training.objective.loss import loss_table, weights
 
-ALONE = World(0, 1, torch.device("cpu"))
 SIZES = {2: [3, 1], 4: [2, 5, 1, 3]}  # rows of each process: unequal, one alone, the longest inside
 GATHERED = (torch.float64, torch.float32, torch.bfloat16)
 BATCHES = (0, 1, 2, 3)
@@ -35,7 +39,7 @@ OBJECTIVE_CASES = [
 
 
 def rows_and_weights(size):
-    """What all processes hold together, and how each one's loss weighs what it gathered."""
+    """Return the rows of all processes, and the weights of each process's loss."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, sum(SIZES[size]), 4, generator=generator, dtype=torch.float64)
     return rows, torch.randn(size, *rows.shape, generator=generator, dtype=torch.float64)
@@ -52,54 +56,11 @@ def gathered(where, dtype):
     return whole.detach(), own.grad
 
 
-@cache
-def text():
-    """Pairs with 0 to 3 hard negatives, n-way ids, and a tokenizer of both."""
-    texts, starts, ids = [], [0], []
-    for i in range(24):
-        texts += [f"query {i}", f"positive {i % 20}", *(f"negative {i} {j}" for j in range(i % 4))]
-        starts.append(len(texts))
-        ids += [text_id(f"positive {i % 20}")] * 2
-        ids += [text_id(text) for text in texts[len(ids) :]]
-    pairs = Table("pairs", False, texts, np.array(ids), np.array(starts))
-    texts = [f"id {i} in {j}" for i in range(20) for j in range(3)]
-    groups = np.array([text_id("nway", text.split()[1]) for text in texts])
-    nway = Table("nway", True, texts, groups, np.arange(0, 61, 3))
-    return [pairs, nway], tokenizer.train([*pairs.texts, *nway.texts], 300)
-
-
-def training(dtype, symmetric, skip):
-    """A run with every nesting, its text, tokenizer and model.
-
-    skip: some groups leave after the first layer, and texts are in more packs than two.
-    """
-    tables, learnt = text()
-    run = config.Run(
-        model=config.Model(
-            vocab_size=learnt.get_vocab_size(),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            intermediate_size=48,
-            ranks=(4, 8),
-        ),
-        loss=config.Loss(num_negatives=2, directions="symmetric" if symmetric else "query_to_doc"),
-        depth=config.Depth(exits=(1, 2), shares=(0.3, 0.7)) if skip else config.Depth(),
-        steps=len(BATCHES),
-        batch_size=8,
-        pack_tokens=20 if skip else 131_072,
-    )
-    torch.manual_seed(0)
-    return run, tables, learnt, Transformer(run.model).to(dtype)
-
-
 def step(where, number, dtype, symmetric, skip):
     """-> (loss_EM, gradients, (source, documents of each process, queries of all that leave early,
     own packs)) of a batch, as train.py does."""
-    run, tables, learnt, model = training(dtype, symmetric, skip)
-    batch = batches.Batches(tables, learnt, run, where)[number]
+    run, tables, tokens, model = training(dtype, symmetric, skip)
+    batch = batches.Batches(tables, tokens, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model
     exits_END = torch.cat([wrapped(pack, rank=4) for pack in batch.packs], dim=1)
     loss_EM = loss_table(exits_END, batch, run, where)
@@ -116,7 +77,7 @@ def objective(where, name, skip, across):
 
 
 def with_bank(where, hard, across):
-    """As `objective`, of the second of two batches of both directions."""
+    """Return `objective` of the second of two batches of both directions."""
     run, bank = run_of(negatives_across=across, hard_negatives=hard), Bank(100, host=False)
     table(texts((2, 0, 1, 3), seed=1), "bitext", run, where, bank=bank)
     bank.commit()
@@ -229,7 +190,7 @@ def test_batches_are_of_both_kinds_and_unequal_shares(found):
 
 
 def of_all(found, case):
-    """What the mean over processes gives: of losses, and of gradients by text."""
+    """Return the means over processes of losses and of gradients by text."""
     loss, gradient = (
         torch.stack(parts).mean(0) for parts in zip(*(p[case] for p in found), strict=True)
     )
@@ -238,7 +199,7 @@ def of_all(found, case):
 
 @pytest.mark.parametrize("name, skip, across", OBJECTIVE_CASES)
 def test_an_objective_is_the_single_process_one(found, name, skip, across):
-    """Of groups with 0 to 4 hard negatives, so that processes have unlike numbers of them."""
+    """Groups have 0 to 4 hard negatives, so that processes hold different numbers of them."""
     assert_close(of_all(found, (name, skip, across)), objective(ALONE, name, skip, across))
 
 

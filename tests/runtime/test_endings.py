@@ -1,5 +1,4 @@
-"""How processes of a group end: every start of two is followed by two ends, whatever is still alive
-then, and however one of them fails."""
+"""Two processes of a group both end, with objects that are still alive, and if one fails."""
 
 import gc
 import os
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlembed.runtime.checkpoint import Saver
 from mlembed.runtime.distributed import gather, world
 
-alive = []  # outlives the group, and ends with the interpreter
+alive = []  # Outlives the group and ends with the interpreter.
 
 
 def replica():
@@ -44,7 +43,7 @@ def graph_outlives(where, folder):
 
 
 def work_is_under_way(where, folder):
-    """Leave a reduction that the other process never joins: its end is what ends the work."""
+    """Leave a reduction that the other process never joins, until it ends."""
     alive.append(replica())
     if where.rank:
         time.sleep(0.2)
@@ -86,7 +85,7 @@ def end(way, rank, port, folder):
 
 
 def rounds(number):
-    """Fork two processes at a time, `number` times in all ways; print what did not end well."""
+    """Fork two processes at a time, `number` times in all ways; print their exit statuses."""
     for i in range(number):
         for way in WAYS:
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -94,7 +93,7 @@ def rounds(number):
             folder, children = tempfile.mkdtemp(), []
             for rank in range(2):
                 if not (child := os.fork()):
-                    # Returns from here on, so that this interpreter ends as any other does.
+                    # Return, so that this interpreter ends like any other.
                     return end(way, rank, port, folder)
                 children.append(child)
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -1,4 +1,7 @@
-"""What is written is there whole or not at all."""
+"""Atomic files and directories, names that must be free, and JSON."""
+
+import os
+import stat
 
 import pytest
 
@@ -9,46 +12,150 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
+# ---- names that must be free ----
+
+
+def test_check_new(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    files.check_new(tmp_path / "new" / "er")
+    files.check_new(tmp_path / "empty", "directory")
+    for name, kind in [("file", "file"), ("file", "directory"), ("full", "directory")] + [
+        ("empty", "file"),
+        ("link", "file"),
+        ("link", "directory"),
+    ]:
+        message = f"to: expected a new {kind}, got {tmp_path / name}, which exists"
+        with pytest.raises(ValueError, match=message):
+            files.check_new(tmp_path / name, kind, "to")
+    with pytest.raises(ValueError, match="out: cannot create .*new: .*file is not a writable"):
+        files.check_new(tmp_path / "file" / "new")
+
+
+# ---- atomic_file ----
+
+
+def write(target, text="new", error=None, **options):
+    with files.atomic_file(target, **options) as partial:
+        partial.write_text(text)
+        assert not target.exists() or target.read_text() != text
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_file_appears_complete_with_the_mode_of_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "deep" / "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "deep" / "a").read_text() == "new"
+    assert names(tmp_path / "deep") == ["a"]
+    assert stat.S_IMODE((tmp_path / "deep" / "a").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (KeyboardInterrupt("half way"), "^half way"),
+        (ChildProcessError("half way"), "^half way"),
+        (ValueError("half way"), "^half way"),
+        (OSError("disk full"), "a: could not be written: disk full"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize("replace", [False, True])
+def test_failed_file_leaves_nothing(error, message, replace, tmp_path):
+    kind = ValueError if type(error) is OSError else type(error)
+    with pytest.raises(kind, match=message):
+        write(tmp_path / "a", error=error, replace=replace)
+    assert names(tmp_path) == []
+
+
+def test_file_replaces_only_on_request(tmp_path):
+    target = tmp_path / "a"
+    target.write_text("old")
+    with pytest.raises(ValueError, match="expected a new file"):
+        write(target)
+    assert target.read_text() == "old"
+    write(target, replace=True)
+    assert target.read_text() == "new" and names(tmp_path) == ["a"]
+
+
+def test_file_that_appears_meanwhile_stays(tmp_path):
+    target = tmp_path / "a"
+    with pytest.raises(ValueError, match="expected a new file"), files.atomic_file(target) as path:
+        path.write_text("ours")
+        target.write_text("theirs")
+    assert target.read_text() == "theirs" and names(tmp_path) == ["a"]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    target = tmp_path / "a"
+    with files.atomic_file(target, replace=True) as first:
+        write(target, "second", replace=True)
+        first.write_text("first")
+    assert target.read_text() == "first"
+
+
+def test_file_and_its_name_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append((path.name, path.exists())))
+    write(tmp_path / "a")
+    with files.atomic_directory(tmp_path / "d") as partial:
+        (partial / "b").touch()
+    assert flushed == [("a", True), (tmp_path.name, True), ("b", True), (tmp_path.name, True)]
+
+
+def test_write_text_replaces_or_keeps(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("one é\n", "two é\n"):
+        files.write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match="d: could not be written"):
+        files.write_text(tmp_path / "d", "x")
+    assert names(tmp_path) == ["a.json", "d"]
+
+
 # ---- atomic_directory ----
 
 
-def test_success_appears_whole(tmp_path):
+def test_directory_appears_complete(tmp_path):
     target = tmp_path / "deep" / "target"
     with files.atomic_directory(target) as partial:
         (partial / "sub").mkdir()
         (partial / "sub" / "a.txt").write_text("a")
-        (partial / "b.txt").write_text("b")
         assert not target.exists()
-    assert names(target) == ["b.txt", "sub"] and (target / "sub" / "a.txt").read_text() == "a"
-    assert names(target.parent) == ["target"]
+    assert (target / "sub" / "a.txt").read_text() == "a" and names(target.parent) == ["target"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ValueError])
-def test_an_exception_inside_leaves_nothing(error, tmp_path):
-    with pytest.raises(error, match="half way"), files.atomic_directory(tmp_path / "t") as p:
+def test_failed_directory_leaves_nothing(error, tmp_path):
+    with pytest.raises(error, match="half way"), files.atomic_directory(tmp_path / "x" / "t") as p:
         (p / "a.txt").write_text("a")
         raise error("half way")
     assert names(tmp_path) == []
 
 
-def test_an_existing_target_is_refused_and_untouched(tmp_path):
-    full, file = tmp_path / "full", tmp_path / "file"
-    full.mkdir()
-    (full / "mine.txt").write_text("precious")
-    file.write_text("precious")
-    for target in (full, file):
-        entered = False
+def test_full_directory_is_an_error(tmp_path):
+    for name in ("full", "file"):
+        (tmp_path / name).mkdir() if name == "full" else (tmp_path / name).write_text("precious")
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    for name in ("full", "file"):
         with (
-            pytest.raises(ValueError, match="expected nothing there yet, found something"),
-            files.atomic_directory(target),
+            pytest.raises(ValueError, match="expected a new directory"),
+            files.atomic_directory(tmp_path / name),
         ):
-            entered = True
-        assert not entered
-    assert names(tmp_path) == ["file", "full"] and names(full) == ["mine.txt"]
-    assert file.read_text() == (full / "mine.txt").read_text() == "precious"
+            raise AssertionError("entered")
+    assert names(tmp_path) == ["file", "full"] and names(tmp_path / "full") == ["mine.txt"]
+    assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
+def test_directory_that_appears_meanwhile_stays(tmp_path):
     target = tmp_path / "t"
     with (
         pytest.raises(ValueError, match="could not be written"),
@@ -60,53 +167,43 @@ def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
     assert names(tmp_path) == ["t"] and names(target) == ["theirs.txt"]
 
 
-def test_an_empty_target_is_filled(tmp_path):
+def test_empty_directory_is_filled_and_a_killed_run_replaced(tmp_path):
     (tmp_path / "t").mkdir()
-    with files.atomic_directory(tmp_path / "t") as partial:
-        (partial / "a.txt").write_text("a")
-    assert names(tmp_path / "t") == ["a.txt"]
-
-
-def test_what_a_killed_run_left_is_replaced(tmp_path):
-    left = tmp_path / ".t.partial"
-    left.mkdir()
-    (left / "old.txt").write_text("old")
+    (tmp_path / ".t.partial").mkdir()
+    (tmp_path / ".t.partial" / "old.txt").write_text("old")
     with files.atomic_directory(tmp_path / "t") as partial:
         (partial / "new.txt").write_text("new")
     assert names(tmp_path) == ["t"] and names(tmp_path / "t") == ["new.txt"]
 
 
-def test_an_os_error_becomes_one_about_the_target(tmp_path):
+def test_failed_write_names_the_directory(tmp_path):
     with (
         pytest.raises(ValueError, match=r"t: could not be written: .*No such file"),
         files.atomic_directory(tmp_path / "t") as partial,
     ):
         (partial / "none" / "a.txt").write_text("a")
     assert names(tmp_path) == []
-    (tmp_path / "file").write_text("a file where a directory is needed")
-    with (
-        pytest.raises(ValueError, match="could not be written"),
-        files.atomic_directory(tmp_path / "file" / "t"),
-    ):
-        pass
-    assert names(tmp_path) == ["file"]
 
 
-# ---- write_text ----
+# ---- JSON ----
 
 
-def test_write_text(tmp_path):
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (None, r"a\.json: no such file"),
+        (b'{\n"steps": 3,\n"name" "x"\n}', r"a\.json:3: invalid JSON: Expecting ':'"),
+        (b'{"a": "\xff"}', r"a\.json: invalid UTF-8 at byte 7"),
+    ],
+)
+def test_read_json_names_the_place(data, message, tmp_path):
     path = tmp_path / "a.json"
-    files.write_text(path, "one é\n")
-    files.write_text(path, "two é\n")
-    assert path.read_bytes() == "two é\n".encode() and names(tmp_path) == ["a.json"]
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        files.read_json(path)
 
 
-def test_write_text_that_fails_keeps_the_old_file(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json: could not be written"):
-        files.write_text(tmp_path / "none" / "a.json", "x")
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "in.txt").write_text("old")
-    with pytest.raises(ValueError, match="d: could not be written"):
-        files.write_text(tmp_path / "d", "x")
-    assert names(tmp_path) == ["d"] and (tmp_path / "d" / "in.txt").read_text() == "old"
+def test_read_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"é": [1]}', encoding="utf-8")
+    assert files.read_json(tmp_path / "a.json") == {"é": [1]}

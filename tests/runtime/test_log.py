@@ -1,16 +1,15 @@
-"""What a run writes down: metrics that survive a crash, TensorBoard, and one-line errors."""
+"""Logs of a run: metrics.jsonl, which survives crashes, TensorBoard, header and stage times."""
 
 import json
-from pathlib import Path
 
-import processes
 import pytest
 import torch
-from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlembed.runtime import log
 from mlembed.runtime.log import Log
+
+NESTED = {"loss": 2.5, "losses": {"exit_1": {"dim_8": 3}}, "rank": None}
 
 
 def lines_of(directory):
@@ -23,95 +22,69 @@ def begin(directory, tracker="none", step=0):
     return out
 
 
+def logged(directory, steps, tracker="none", step=0, scale=1.0):
+    """Log the loss `scale * step` of some steps, and close."""
+    out = begin(directory, tracker, step)
+    for step in steps:
+        out.metrics(step, "train", {"loss": scale * step})
+    out.close()
+
+
 # ---- metrics.jsonl ----
 
 
-def test_metrics_lines(tmp_path):
+def test_metrics_are_written_at_once(tmp_path):
     out = begin(tmp_path)
     assert out.lines() == []
-    out.metrics(1, "train", {"loss": 2.5, "losses": {"exit_1": {"dim_8": 3}}, "rank": None})
+    out.metrics(1, "train", NESTED)
+    assert len(lines_of(tmp_path)) == 1
     out.metrics(2, "eval", {"score": 50.0, "note": "a\nb"})
     want = [
-        {
-            "step": 1,
-            "kind": "train",
-            "loss": 2.5,
-            "losses": {"exit_1": {"dim_8": 3}},
-            "rank": None,
-        },
+        {"step": 1, "kind": "train", **NESTED},
         {"step": 2, "kind": "eval", "score": 50.0, "note": "a\nb"},
     ]
     assert out.lines() == lines_of(tmp_path) == want
 
 
-def test_each_line_is_there_at_once(tmp_path):
-    """A run that is killed has logged what it said."""
-    out = begin(tmp_path)
-    for step in range(3):
-        out.metrics(step, "train", {"loss": 1.0})
-        assert len(lines_of(tmp_path)) == step + 1
-
-
-def test_resuming_removes_later_steps(tmp_path):
-    out = begin(tmp_path)
-    for step in (0, 5, 10, 15):
-        out.metrics(step, "train", {"loss": float(step)})
-    out.metrics(10, "eval", {"score": 1.0})
-    resumed = begin(tmp_path, step=10)
-    assert [(x["step"], x["kind"]) for x in lines_of(tmp_path)] == [
-        (0, "train"),
-        (5, "train"),
-        (10, "train"),
-        (10, "eval"),
-    ]
-    resumed.metrics(15, "train", {"loss": 7.0})
-    assert lines_of(tmp_path)[-1]["loss"] == 7.0 and len(lines_of(tmp_path)) == 5
-
-
-def test_starting_over_removes_every_step(tmp_path):
-    """A run that was stopped before its first checkpoint begins again from nothing."""
-    out = begin(tmp_path)
-    out.metrics(0, "eval", {"score": 1.0})
-    out.metrics(5, "train", {"loss": 1.0})
-    assert begin(tmp_path).lines() == lines_of(tmp_path) == []
-
-
-def test_looking_does_not_write(tmp_path):
-    begin(tmp_path).metrics(5, "train", {"loss": 1.0})
+@pytest.mark.parametrize("step, left", [(10, [0, 5, 10]), (0, [])])
+def test_resuming_removes_later_steps(step, left, tmp_path):
+    """A run that was stopped before its first checkpoint starts from nothing."""
+    logged(tmp_path, (0, 5, 10, 15))
     before = (tmp_path / log.METRICS).read_bytes()
-    assert [x["step"] for x in Log(tmp_path, main=True).lines()] == [5]
-    assert (tmp_path / log.METRICS).read_bytes() == before
+    assert len(Log(tmp_path, main=True).lines()) == 4
+    assert (tmp_path / log.METRICS).read_bytes() == before  # Reading does not write.
+    logged(tmp_path, [15], step=step, scale=2)
+    assert [line["step"] for line in lines_of(tmp_path)] == [*left, 15]
+    assert lines_of(tmp_path)[-1]["loss"] == 30
 
 
-def test_a_line_that_is_not_ours_is_named(tmp_path):
-    """As where power was lost: a block of zeros."""
-    begin(tmp_path).metrics(1, "train", {"loss": 1.0})
+def test_bad_line_is_named(tmp_path):
+    """Power failures leave blocks of zeros."""
+    logged(tmp_path, [1])
     with (tmp_path / log.METRICS).open("ab") as file:
         file.write(b"\0" * 64 + b"\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected json"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: invalid JSON"):
         begin(tmp_path, step=1)
 
 
-def test_a_half_written_last_line_is_ignored(tmp_path):
-    out = begin(tmp_path)
-    out.metrics(1, "train", {"loss": 1.0})
+def test_half_written_last_line_is_ignored(tmp_path):
+    logged(tmp_path, [1])
     with (tmp_path / log.METRICS).open("a") as file:
         file.write('{"step": 2, "kind": "tra')
-    assert [x["step"] for x in out.lines()] == [1]
-    resumed = begin(tmp_path, step=2)
-    resumed.metrics(2, "train", {"loss": 2.0})
-    assert [x["step"] for x in lines_of(tmp_path)] == [1, 2]
+    assert [line["step"] for line in Log(tmp_path, main=True).lines()] == [1]
+    logged(tmp_path, [2], step=2)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
 
 
-def test_other_processes_are_silent(tmp_path, capsys):
-    begin(tmp_path).metrics(9, "train", {"loss": 1.0})
+def test_other_processes_write_nothing(tmp_path, capsys):
+    logged(tmp_path, [9])
     out = Log(tmp_path, main=False)
     out.open("tensorboard", 0)
     out.metrics(10, "train", {"loss": 1.0})
     out.say("hello")
     out.close()
-    assert [x["step"] for x in lines_of(tmp_path)] == [9]
-    assert [p.name for p in tmp_path.iterdir()] == [log.METRICS]
+    assert [line["step"] for line in lines_of(tmp_path)] == [9]
+    assert [path.name for path in tmp_path.iterdir()] == [log.METRICS]
     assert capsys.readouterr().out == ""
 
 
@@ -142,7 +115,7 @@ def scalars(directory):
 
 def test_tensorboard_has_the_scalars(tmp_path):
     out = begin(tmp_path, "tensorboard")
-    out.metrics(1, "train", {"loss": 2.5, "losses": {"exit_1": {"dim_8": 3}}, "rank": None})
+    out.metrics(1, "train", NESTED)
     out.metrics(2, "train", {"loss": 1.5, "name": "x"})
     out.metrics(2, "eval", {"score": 50.0})
     out.close()
@@ -153,114 +126,30 @@ def test_tensorboard_has_the_scalars(tmp_path):
     }
 
 
-def test_tensorboard_goes_on_after_resuming(tmp_path):
-    first = begin(tmp_path, "tensorboard")
-    first.metrics(1, "train", {"loss": 3.0})
-    first.metrics(2, "train", {"loss": 2.0})
-    first.close()
-    second = begin(tmp_path, "tensorboard", 2)
-    second.metrics(3, "train", {"loss": 1.0})
-    second.close()
-    assert scalars(tmp_path)["train/loss"] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+@pytest.mark.parametrize("step, left", [(2, [0, 1, 2]), (0, [])])
+def test_tensorboard_hides_steps_that_are_written_again(step, left, tmp_path):
+    logged(tmp_path, range(5), "tensorboard")
+    logged(tmp_path, [3], "tensorboard", step, scale=10)
+    assert scalars(tmp_path)["train/loss"] == [*((s, float(s)) for s in left), (3, 30.0)]
 
 
-@pytest.mark.parametrize(
-    "step, kept", [(2, [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]), (0, [(3, 30.0)])]
-)
-def test_tensorboard_forgets_what_is_written_again(step, kept, tmp_path):
-    """Steps after the checkpoint are in the first file and again in the second."""
-    first = begin(tmp_path, "tensorboard")
-    for done in range(5):
-        first.metrics(done, "train", {"loss": float(done)})
-    first.close()
-    second = begin(tmp_path, "tensorboard", step)
-    second.metrics(3, "train", {"loss": 30.0})
-    second.close()
-    assert scalars(tmp_path)["train/loss"] == kept
-
-
-def test_no_tracker_writes_nothing_else(tmp_path):
-    out = begin(tmp_path)
-    out.metrics(1, "train", {"loss": 1.0})
-    out.close()
-    assert [p.name for p in tmp_path.iterdir()] == [log.METRICS]
-
-
-def test_a_tracker_that_is_not_installed(tmp_path):
-    with pytest.raises(ValueError, match="expected no_such_tracker to be installed.*pip install"):
+def test_missing_tracker_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="tracker: no_such_tracker is not installed: pip install"):
         begin(tmp_path, "no_such_tracker")
 
 
-# ---- header and errors ----
+# ---- header and stages ----
 
 
-def test_header_names_commit_versions_and_device():
+def test_header_names_commit_versions_and_device(monkeypatch):
     header = log.header(torch.device("cpu"))
     assert torch.__version__ in header and "python 3." in header and "cpu" in header
     assert log.commit().rstrip("+") in header
+    monkeypatch.setattr(log, "__file__", "/usr/lib/python3/mlembed/runtime/log.py")
+    assert log.commit() == "unknown"
 
 
-def safetensors_error():
-    safe_open("/dev/null", "pt")
-
-
-def os_error():
-    Path("/no/such/file").read_text()
-
-
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (ValueError("steps: expected\n  more"), "error: steps: expected more"),
-        (OSError("disk is gone"), "error: disk is gone"),
-        (os_error, "error: /no/such/file: No such file or directory"),
-        (safetensors_error, "error: "),
-    ],
-)
-def test_what_a_user_can_cause_is_one_line(error, message, capsys, monkeypatch):
-    monkeypatch.delenv("MLEMBED_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as caught, log.one_line_errors():
-        if callable(error):
-            error()
-        raise error
-    assert caught.value.code == 1
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert printed.out == "" and line.startswith(message) and len(line) > len("error: ")
-
-
-def test_other_errors_pass_through(monkeypatch):
-    """What only we can cause keeps its traceback; so does everything on request."""
-    with pytest.raises(AssertionError, match="ours"), log.one_line_errors():
-        raise AssertionError("ours")
-    monkeypatch.setenv("MLEMBED_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="theirs"), log.one_line_errors():
-        raise ValueError("theirs")
-
-
-def test_ctrl_c_is_no_traceback(capsys):
-    with pytest.raises(SystemExit) as caught, log.one_line_errors():
-        raise KeyboardInterrupt
-    assert caught.value.code == 130 and capsys.readouterr().err == ""
-
-
-def test_no_error_no_word(capsys):
-    with log.one_line_errors():
-        pass
-    assert tuple(capsys.readouterr()) == ("", "")
-
-
-def test_exit_status_of_a_process():
-    code = "from mlembed import log\nwith log.one_line_errors(): raise ValueError('a ሰላም\\nb')"
-    done = processes.run("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: a ሰላም b\n")
-
-
-# ---- where a step's time goes ----
-
-
-def test_stages_share_out_the_time_between_them(monkeypatch):
-    """What runs inside another stage is not that one's as well; a mean over the steps asked for."""
+def test_stages_share_the_time_of_a_step(monkeypatch):
     now = iter([0, 1, 2, 4, 8, 11, 13, 25, 26, 26, 27, 40, 41, 41, 41])
     monkeypatch.setattr(log.time, "perf_counter", lambda: float(next(now)))
     stages = log.Stages(torch.device("cpu"))  # 0
@@ -269,8 +158,8 @@ def test_stages_share_out_the_time_between_them(monkeypatch):
     with stages.of("data"):  # 11 .. 13
         pass
     want = {"backward": 2500.0, "data": 1000.0, "forward": 1000.0, "other": 8000.0}
-    assert stages.take(2) == want  # until 25; from 26
-    with pytest.raises(KeyError), stages.of("data"):  # 26 .. 27: what fails took its time too
+    assert stages.take(2) == want  # Until 25; the next begins at 26.
+    with pytest.raises(KeyError), stages.of("data"):  # 26 .. 27: failures take time as well.
         raise KeyError
-    assert stages.take(1) == {"data": 1000.0, "other": 13000.0}  # until 40; from 41
+    assert stages.take(1) == {"data": 1000.0, "other": 13000.0}  # Until 40.
     assert stages.take(1) == {"other": 0.0}

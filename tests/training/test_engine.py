@@ -1,5 +1,5 @@
-"""Real gloo processes against one: gradients, norms and weights of two steps, and how often they
-talk, however many packs each process has."""
+"""Real gloo processes against one: gradients, norms and weights of two steps, and the number of
+collectives, which does not depend on the number of packs."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from factories import randomise
+from factories import randomise, tiny_shape
 from processes import gloo_once
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -18,28 +18,22 @@ from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
-from mlembed.training.engine import Engine, first_bad, local
+from mlembed.training.engine import Engine, local
+from mlembed.training.guards import bad_gradient
 from mlembed.training.optim import adamw
 
-# Widths, heads and a vocabulary that neither two nor four processes share evenly.
-MODEL = config.Model(
-    vocab_size=101,
-    hidden_size=22,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=10,
-    intermediate_size=37,
-    max_position_embeddings=64,
-    exits=(1, 3),
-    matryoshka_dims=(5, 22),
-    ranks=(3, 11),
-)
+# Neither two nor four processes share these widths, heads and vocabulary evenly.
+MODEL = tiny_shape(
+    vocab_size=101, hidden_size=22, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=10, intermediate_size=37, max_position_embeddings=64,
+    exits=(1, 3), matryoshka_dims=(5, 22), ranks=(3, 11),
+)  # fmt: skip
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS, MAX_NORM = 2, 0.7
-DEEP, SHALLOW = (3, 3, 2, 1), (2, 1, 1)  # depths of the texts of a pack
+# Depths of the texts of a pack.
+DEEP, SHALLOW = (3, 3, 2, 1), (2, 1, 1)
 LAYERS_AND_ROOT = MODEL.num_hidden_layers + 1
-# torch's functions for each, by version.
+# The names that versions of torch have for each.
 COLLECTIVES = {
     "gathers": ("all_gather_single", "all_gather_into_tensor"),
     "scatters": ("reduce_scatter_single", "reduce_scatter_tensor"),
@@ -69,15 +63,15 @@ OF_FOUR = "ddp", "fsdp dropout"
 
 
 def packs(rank):
-    """Of a process: two to four, unlike the next one's; the last has a text of full depth."""
+    """Return a process's two to four packs; a text of the last one runs to full depth."""
     generator = np.random.default_rng(rank)
     count = 2 + rank % 3
-    found = []
+    made = []
     for i in range(count):
         depths = DEEP if i in (0, count - 1) else SHALLOW
         texts = [generator.integers(0, 101, generator.integers(1, 9)) for _ in depths]
-        found.append(pack(texts, np.array(depths)))
-    return found
+        made.append(pack(texts, np.array(depths)))
+    return made
 
 
 def cotangent(step, rank, i, like):
@@ -95,16 +89,16 @@ def configured(case):
 
 
 def forward(engine, case, one, step, rank, i, sync):
-    """Of process `rank`'s pack i; what is dropped is the pack's own."""
+    """Encode pack i of process `rank`, with dropout of the pack's own."""
     autocast = torch.autocast("cpu", torch.bfloat16) if case.half else nullcontext()
     with torch.random.fork_rng([]), autocast:
         torch.manual_seed(1000 * step + 10 * rank + i)
-        return engine.forward(one, exits=None, rank=None, recompute=case.recompute, sync=sync)
+        return engine.forward(one, rank=None, recompute=case.recompute, sync=sync)
 
 
 def add_gradients(engine, case, step, where):
-    """Of a step, by this process: all packs at once, or as the gradient cache does it with every
-    other graph kept. Processes differ in which, and, as in a loss, they communicate in between."""
+    """Add this process's gradients of a step: all packs at once, or as the gradient cache does with
+    every other graph kept. Processes differ in that, and communicate in between like a loss."""
     own, rank = packs(where.rank), where.rank
     at_once, last = (step + rank) % 2 == 0, len(own) - 1
     keeps = [at_once or ((i + rank + step) % 2 == 0 and i != last) for i in range(len(own))]
@@ -116,8 +110,8 @@ def add_gradients(engine, case, step, where):
     dist.all_reduce(ones)
     assert ones.item() == where.size
     grads = [cotangent(step, rank, i, out) for i, out in enumerate(outputs)]
-    if held := [i for i in range(len(own)) if keeps[i]]:
-        engine.backward([outputs[i] for i in held], [grads[i] for i in held], sync=at_once)
+    if kept := [i for i in range(len(own)) if keeps[i]]:
+        engine.backward([outputs[i] for i in kept], [grads[i] for i in kept], sync=at_once)
     for i, one in enumerate(own):
         if not keeps[i]:
             again = forward(engine, case, one, step, rank, i, i == last)
@@ -126,7 +120,7 @@ def add_gradients(engine, case, step, where):
 
 
 def add_gradients_alone(engine, case, step, size):
-    """The same of all `size` processes, by one."""
+    """Add the gradients of all `size` processes on one."""
     for rank in range(size):
         for i, one in enumerate(packs(rank)):
             out = forward(engine, case, one, step, rank, i, True)
@@ -138,7 +132,7 @@ def full(x):
 
 
 def train(case, where, size):
-    """-> of two steps: gradients, norms before and after clipping, collectives, weights."""
+    """Return gradients, norms around clipping and collectives of two steps, and the weights."""
     run, called, graphs = configured(case), Counter(), []
     model = randomise(Transformer(run.model))
     if case.compiled:
@@ -154,7 +148,7 @@ def train(case, where, size):
 
         engine.replica.register_comm_hook(None, hook)
     optimizer = adamw(model, run.optim)
-    found = {"grads": [], "norms": [], "called": [], "graphs": [], "bad": []}
+    result = {"grads": [], "norms": [], "called": [], "graphs": [], "bad": []}
     for step in range(STEPS):
         called.clear()
         with pytest.MonkeyPatch.context() as patch:
@@ -167,23 +161,23 @@ def train(case, where, size):
                 add_gradients(engine, case, step, where)
             else:
                 add_gradients_alone(engine, case, step, size)
-        found["called"].append(dict(called))
-        found["grads"].append({name: full(p.grad) for name, p in model.named_parameters()})
+        result["called"].append(dict(called))
+        result["grads"].append({name: full(p.grad) for name, p in model.named_parameters()})
         norm = engine.norm()
         engine.clip(norm, MAX_NORM)
-        found["norms"].append((norm, engine.norm()))
+        result["norms"].append((norm, engine.norm()))
         optimizer.step()
         if step == STEPS - 1 and where.size > 1:
-            found["bad"] = spoilt(model, where)
+            result["bad"] = bad_gradients(model, where)
         engine.zero()
         assert all(p.grad is None for p in model.parameters())
-        found["graphs"].append(len(graphs))
+        result["graphs"].append(len(graphs))
     assert {local(p).dtype for p in model.parameters()} == {torch.float32}
-    found["weights"] = {name: full(p) for name, p in model.named_parameters()}
-    whole = engine.whole()
+    result["weights"] = {name: full(p) for name, p in model.named_parameters()}
+    whole = engine.full_model()
     assert (whole is None) == (where.rank > 0)
-    found["whole"] = whole and {name: w.detach() for name, w in whole.state_dict().items()}
-    return found
+    result["whole"] = whole and {name: w.detach() for name, w in whole.state_dict().items()}
+    return result
 
 
 def counted(function, called, kind):
@@ -195,59 +189,58 @@ def counted(function, called, kind):
     return count
 
 
-def spoilt(model, where):
-    """What is said to be the first bad gradient: of good ones, of one bad one on the last process,
-    and of an earlier one on the first process as well."""
-    said = [first_bad(model)]
+def bad_gradients(model, where):
+    """Name the first bad gradient of good ones, with one bad one on the last process, and with an
+    earlier one on the first process as well."""
+    names = [bad_gradient(model)]
     for rank, name in ((where.size - 1, "layers.1.mlp.up_proj"), (0, "layers.0.mlp.down_proj")):
         if where.rank == rank:
             local(model.get_submodule(name).weight.grad)[0, 0] = torch.inf if rank else torch.nan
-        said.append(first_bad(model))
-    return said
+        names.append(bad_gradient(model))
+    return names
 
 
 def process(where, names):
-    """Return what this process got by case and, on the main process, what one alone gets."""
-    everything, wanted = {}, {}
+    """Return this process's result by case and, on the main process, that of one process alone."""
+    results, alone = {}, {}
     for name in names:
         case = CASES[name]
-        found = {"got": train(case, where, where.size)}
+        results[name] = {"got": train(case, where, where.size)}
         key = case.dropout
         if where.main:
-            if key not in wanted:
-                wanted[key] = train(Case("ddp", dropout=key), ALONE, where.size)
-            found["want"] = wanted[key]
-        everything[name] = found
-    return everything
+            if key not in alone:
+                alone[key] = train(Case("ddp", dropout=key), ALONE, where.size)
+            results[name]["want"] = alone[key]
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request):
-    """Return what each of 2 or 4 processes found, by case."""
+def results(request):
+    """Return the results of each of 2 or 4 processes by case."""
     names = tuple(CASES) if request.param == 2 else OF_FOUR
     results = gloo_once(request.param, process, names)
     return {name: [result[name] for result in results] for name in names}
 
 
-def of_each(found):
-    """(case, what one process got, what one process alone got) of all cases and processes."""
-    for name, processes in found.items():
+def of_each(results):
+    """Yield case, result and the result of one process alone, for all cases and processes."""
+    for name, processes in results.items():
         for process in processes:
             yield CASES[name], process["got"], processes[0]["want"]
 
 
 def test_packs_differ():
     """Otherwise equality below would say little."""
-    of = [packs(rank) for rank in range(4)]
-    assert [len(own) for own in of] == [2, 3, 4, 2]
-    for own in of:
+    packs_of = [packs(rank) for rank in range(4)]
+    assert [len(own) for own in packs_of] == [2, 3, 4, 2]
+    for own in packs_of:
         assert own[-1].work_at(MODEL.num_hidden_layers) is not None
         assert len({one.plan.tokens for one in own}) > 1
-    assert any(one.work_at(MODEL.num_hidden_layers) is None for own in of for one in own)
+    assert any(one.work_at(MODEL.num_hidden_layers) is None for own in packs_of for one in own)
 
 
-def test_gradients_are_the_single_process_gradients(found):
-    for case, got, want in of_each(found):
+def test_gradients_equal_one_process(results):
+    for case, got, want in of_each(results):
         for mine, theirs in zip(got["grads"], want["grads"], strict=True):
             assert mine.keys() == theirs.keys()
             for name, gradient in theirs.items():
@@ -257,31 +250,31 @@ def test_gradients_are_the_single_process_gradients(found):
                 assert error < (0.06 if case.half else 3e-6), (case, name, error)
 
 
-def test_norms_and_clipping(found):
-    for case, got, want in of_each(found):
+def test_norms_and_clipping(results):
+    for case, got, want in of_each(results):
         for (before, after), (want_before, _) in zip(got["norms"], want["norms"], strict=True):
             assert type(before) is torch.Tensor and before.shape == () and before > 10
             assert before.item() == pytest.approx(
                 want_before.item(), rel=0.01 if case.half else 2e-6
             )
             assert after.item() == pytest.approx(MAX_NORM, rel=1e-5)
-    for processes in found.values():
+    for processes in results.values():
         assert len({str(process["got"]["norms"]) for process in processes}) == 1
 
 
-def test_weights_after_two_steps(found):
-    for case, got, want in of_each(found):
+def test_weights_after_two_steps(results):
+    for case, got, want in of_each(results):
         for name, weight in want["weights"].items():
             error = (got["weights"][name] - weight).norm() / weight.norm()
             assert error < (0.03 if case.half else 1e-5), (case, name, error)
-    for processes in found.values():
+    for processes in results.values():
         for process in processes[1:]:
             for name, weight in process["got"]["weights"].items():
                 assert torch.equal(weight, processes[0]["got"]["weights"][name]), name
 
 
-def test_the_whole_model_is_on_the_main_process(found):
-    for processes in found.values():
+def test_full_model_is_on_the_main_process(results):
+    for processes in results.values():
         first, *others = (process["got"] for process in processes)
         assert all(other["whole"] is None for other in others)
         assert first["whole"].keys() == first["weights"].keys()
@@ -289,10 +282,10 @@ def test_the_whole_model_is_on_the_main_process(found):
             assert torch.equal(first["whole"][name], weight), name
 
 
-def test_they_talk_once_a_step(found):
-    """Besides the one time in between, whatever the number of packs: gradients in fp32."""
+def test_collectives_of_a_step(results):
+    """Gradients are reduced once, in fp32; the other all-reduce is the loss's."""
     wide = torch.float32
-    for case, got, _ in of_each(found):
+    for case, got, _ in of_each(results):
         once = {("reduces", wide): 2, ("bucket", 0): 1}
         if case.engine == "fsdp":
             gathered = torch.bfloat16 if case.half else wide
@@ -301,26 +294,27 @@ def test_they_talk_once_a_step(found):
         assert got["called"] == [once] * STEPS, case
 
 
-def test_the_first_bad_gradient_of_any_process(found):
-    names = [None, "layers.1.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"]
-    for _, got, _ in of_each(found):
+def test_first_bad_gradient_of_any_process(results):
+    weights = "layers.1.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"
+    names = [None, *(f"gradient of {name}" for name in weights)]
+    for _, got, _ in of_each(results):
         assert got["bad"] == names
 
 
-def test_shards_are_compiled_for_all_layers_at_once(found):
-    """Two halves, with and without a graph, and anew where FSDP2's view is one of a longer base."""
-    for process in found.get("fsdp compiled", ()):
+def test_sharded_layers_share_compiled_graphs(results):
+    """Two halves, with and without a graph, again where FSDP2's view has a longer base."""
+    for process in results.get("fsdp compiled", ()):
         assert 4 <= max(process["got"]["graphs"]) <= 6
 
 
 # ---- one process ----
 
 
-def test_alone_it_is_torch():
+def test_one_process_equals_torch():
     run, (one, *_) = configured(Case("ddp")), packs(0)
     engine = Engine.of(randomise(Transformer(run.model)), run, ALONE, False)
     plain = randomise(Transformer(run.model))
-    options = dict(exits=(1, 3), rank=3, recompute=0)
+    options = dict(rank=3, recompute=0)
     out = engine.forward(one, **options, sync=True)
     assert torch.equal(out, plain(one, **options))
     grads = torch.ones_like(out)
@@ -329,27 +323,26 @@ def test_alone_it_is_torch():
     plain(one, **options).backward(grads)
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
     assert torch.equal(engine.norm(), norm) and norm > MAX_NORM
-    assert first_bad(engine.model) is None
+    assert bad_gradient(engine.model) is None
     engine.clip(norm, MAX_NORM)
     for a, b in zip(engine.model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
     engine.model.norm.weight.grad[0] = torch.nan
-    assert first_bad(engine.model) == "norm.weight"
+    assert bad_gradient(engine.model) == "gradient of norm.weight"
     engine.zero()
     assert all(p.grad is None for p in engine.model.parameters())
-    assert engine.whole() is engine.model
+    assert engine.full_model() is engine.model
 
 
 def test_small_gradients_are_not_scaled():
     run, (one, *_) = configured(Case("ddp")), packs(0)
     engine = Engine.of(randomise(Transformer(run.model)), run, ALONE, False)
-    out = engine.forward(one, exits=None, rank=None, recompute=0, sync=True)
+    out = engine.forward(one, rank=None, recompute=0, sync=True)
     engine.backward([out], [torch.ones_like(out)], sync=True)
     before = [p.grad.clone() for p in engine.model.parameters()]
     engine.clip(engine.norm(), 1e4)
-    assert all(
-        torch.equal(p.grad, b) for p, b in zip(engine.model.parameters(), before, strict=True)
-    )
+    pairs = zip(engine.model.parameters(), before, strict=True)
+    assert all(torch.equal(p.grad, grad) for p, grad in pairs)
 
 
 def test_fsdp_needs_several_processes():

@@ -1,198 +1,173 @@
-"""Numbers that are not finite and memory that is not there: found before they do harm, and said."""
+"""Steps with NaN or infinity are skipped or stop the run; out-of-memory errors come with advice."""
 
-import json
 import math
 import resource
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from factories import metrics, small_job, write_jsonl
 
+import train
 from mlembed import config
-from mlembed.runtime.distributed import World
-from mlembed.runtime.log import Log
 from mlembed.training import guards
-from mlembed.training.arguments import parse
-from mlembed.training.setup import set_up
 from train import guarded
 
-ALONE = World(0, 1, torch.device("cpu"))
-SMALL = [
-    *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.head-dim", "8"),
-    *("--model.intermediate-size", "48", "--model.vocab-size", "400", "--model.exits", "1", "2"),
-    *("--model.matryoshka-dims", "8", "32", "--model.ranks", "8", "16", "--batch-size", "8"),
-    *("--precision", "fp32"),
-    *("--max-length", "32", "--compile", "off", "--steps", "4", "--tracker", "none"),
-]
+NAME = "layers.1.mlp.down_proj.weight"
 
 
-def job_of(folder, *options):
-    rows = [{"query": f"{i} cats", "positive": f"{i} dogs"} for i in range(40)]
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    args = ["tiny", *SMALL, "--data", str(folder / "pairs.jsonl"), *map(str, options)]
-    run = replace(parse(args), eval=())
-    (folder / "run").mkdir(exist_ok=True)
-    job = set_up(run, ALONE, folder / "run", None, Log(folder / "run", main=True))
-    return job, iter([job.batches[i] for i in range(4)])
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that sets up a run of four steps and its batches; close the run's saver."""
+    jobs = []
+
+    def make(*options):
+        rows = [{"query": f"{i} cats", "positive": f"{i} dogs"} for i in range(40)]
+        data = [write_jsonl(tmp_path / "pairs.jsonl", rows)]
+        jobs.append(small_job(tmp_path, data, "--steps", 4, *options))
+        return jobs[0], iter([jobs[0].batches[i] for i in range(4)])
+
+    yield make
+    for job in jobs:
+        job.saver.close()
 
 
 def snapshot(job):
-    """Weights and moments."""
+    """Return copies of weights and moments by name."""
     tensors = {name: p.detach().clone() for name, p in job.model.named_parameters()}
     for i, state in enumerate(job.optimizer.state.values()):
         tensors |= {f"{i}.{key}": value.clone() for key, value in state.items()}
     return tensors
 
 
-def poisoned(job, name):
-    """From now on the gradient of one parameter holds a NaN."""
-    parameter = dict(job.model.named_parameters())[name]
+def poison(job):
+    """Put a NaN into the gradient of one parameter from now on, and return the hook."""
 
     def hook(grad):
         return torch.where(torch.arange(grad.numel()).view_as(grad) == 3, math.nan, grad)
 
-    return parameter.register_hook(hook)
+    return dict(job.model.named_parameters())[NAME].register_hook(hook)
 
 
-NAME = "layers.1.mlp.down_proj.weight"
-
-
-def test_a_bad_gradient_is_skipped_and_harms_nothing(tmp_path, capsys):
-    job, feed = job_of(tmp_path, "--non-finite", "skip", "--loss.memory-bank", 64)
+def test_bad_gradient_is_skipped(make, tmp_path, capsys):
+    job, feed = make("--non-finite", "skip", "--loss.memory-bank", 64)
     assert guarded(job, 0, feed).bad is None
-    before, held = snapshot(job), job.bank.state()
-    hook = poisoned(job, NAME)
-    result = guarded(job, 1, feed)
-    assert result.bad == f"gradient of {NAME}"
+    before, bank = snapshot(job), job.bank.state()
+    hook = poison(job)
+    assert guarded(job, 1, feed).bad == f"gradient of {NAME}"
     after = snapshot(job)
     assert before.keys() == after.keys() and len(before) > 40
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert job.bank.state().keys() == held.keys()  # nor are its documents negatives of others
-    assert f"skipped step 2, source pairs: gradient of {NAME}" in capsys.readouterr().out
+    assert job.bank.state().keys() == bank.keys()
+    printed = capsys.readouterr().out
+    assert f"skipped step 2, source pairs: non-finite gradient of {NAME}" in printed
     hook.remove()
     assert guarded(job, 2, feed).bad is None
-    assert len(job.bank.state()) > len(held) > 0
+    assert len(job.bank.state()) > len(bank) > 0
     assert all(x.isfinite().all() for x in snapshot(job).values())
     assert not torch.equal(before[NAME], snapshot(job)[NAME])
-    (line,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (line,) = metrics(tmp_path / "run", "skipped")
     assert line == {"step": 2, "kind": "skipped", "source": "pairs", "bad": f"gradient of {NAME}"}
-    job.saver.close()
 
 
-def test_a_bad_gradient_stops_the_run_with_what_was_before_saved(tmp_path):
-    job, feed = job_of(tmp_path)
+def test_bad_gradient_stops_and_saves(make, tmp_path):
+    job, feed = make()
     guarded(job, 0, feed)
     before = snapshot(job)
-    poisoned(job, NAME)
-    with pytest.raises(ValueError, match=rf"step 2, source pairs: gradient of {NAME}"):
+    poison(job)
+    with pytest.raises(ValueError, match=rf"non-finite gradient of {NAME} at step 2, source pairs"):
         guarded(job, 1, feed)
     job.saver.wait()
     after = snapshot(job)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
-    job.saver.close()
 
 
-def test_a_bad_loss_is_named_by_exit_and_width(tmp_path, monkeypatch):
-    job, feed = job_of(tmp_path, "--non-finite", "skip")
-    import train
-
-    real = train.loss_table
-
-    def bad(*args):
-        table = real(*args)
-        return table * torch.tensor([[1.0, 1.0], [math.inf, 1.0]])
-
-    monkeypatch.setattr(train, "loss_table", bad)
-    assert guarded(job, 0, feed).bad == "loss of exit 2 at width 8 is inf (contrastive)"
-    job.saver.close()
+def test_bad_loss_is_named_by_exit_and_width(make, monkeypatch):
+    job, feed = make("--non-finite", "skip")
+    real, factor = train.loss_table, torch.tensor([[1.0, 1.0], [math.inf, 1.0]])
+    monkeypatch.setattr(train, "loss_table", lambda *args: real(*args) * factor)
+    assert guarded(job, 0, feed).bad == "contrastive loss of exit 2 at width 8 (inf)"
 
 
-def test_bad_weights_always_stop(tmp_path):
-    job, feed = job_of(tmp_path, "--non-finite", "skip")
+def test_bad_weights_always_stop(make, tmp_path):
+    job, feed = make("--non-finite", "skip")
     with torch.no_grad():
         job.model.layers[0].mlp.up_proj.weight[2, 3] = math.inf
-    with pytest.raises(ValueError, match="weight layers.0.mlp.up_proj.weight"):
+    with pytest.raises(ValueError, match="non-finite weight layers.0.mlp.up_proj.weight at step 1"):
         guarded(job, 0, feed)
     job.saver.wait()
     assert not (tmp_path / "run" / "checkpoints").exists()
-    job.saver.close()
-
-
-# ---- memory ----
-
-
-def test_the_hosts_allocator_is_recognised(tmp_path):
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(2**58, dtype=torch.uint8)
-    assert guards.out_of_memory(error.value)
-    assert not guards.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    oom_advice = guards.oom_advice(error.value, config.Run(), 3, 1000, math.inf, 0.0)
-    assert "at step 3" in oom_advice and f"expected {2**28:.3g} GiB more" in oom_advice
-    assert "--gradient-cache" in oom_advice and "--pack-tokens 500" in oom_advice
-
-
-CUDA = "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 79 GiB"
-
-
-@pytest.mark.parametrize(
-    ("cached", "graphs", "says"),
-    [
-        (False, math.inf, "--gradient-cache, whose graphs take one pack of 4096 tokens"),
-        (True, 20.0, "--activation-gib 17.8 (it was 20)"),
-        (True, 1.0, "--pack-tokens 2048 (the largest pack had 4096)"),
-    ],
-)
-def test_advice_by_numbers(cached, graphs, says):
-    """3 GiB were asked for and 1 was free: 2 are missing, 2.2 with the margin."""
-    run = config.Run(gradient_cache=cached)
-    error = torch.OutOfMemoryError(CUDA)
-    assert guards.out_of_memory(error)
-    oom_advice = guards.oom_advice(error, run, 7, 4096, graphs * 2**30, 2.0**30)
-    assert says in oom_advice and "short by at least 2 GiB" in oom_advice and "step 7" in oom_advice
-
-
-def test_a_step_beyond_memory_says_which_knob(tmp_path, monkeypatch):
-    """The real allocator gives up, within a real step."""
-    job, feed = job_of(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    real = type(job.engine).forward
-
-    def large(self, pack, **options):
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
-        torch.empty(2**31, dtype=torch.uint8)
-        return real(self, pack, **options)
-
-    monkeypatch.setattr(type(job.engine), "forward", large)
-    try:
-        with pytest.raises(ValueError, match=r"memory: expected 2 GiB more at step 1.*pack-tokens"):
-            guarded(job, 0, feed)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    job.saver.close()
-
-
-def test_only_memory_errors_are_translated(tmp_path, monkeypatch):
-    job, feed = job_of(tmp_path)
-    error = RuntimeError("something else")
-    monkeypatch.setattr(
-        type(job.engine), "forward", lambda *args, **options: (_ for _ in ()).throw(error)
-    )
-    with pytest.raises(RuntimeError, match="something else"):
-        guarded(job, 0, feed)
-    job.saver.close()
 
 
 def test_bad_loss_and_bad_weight():
     table = torch.ones(2, 3)
     assert guards.bad_loss(table, (1, 2), (8, 16, 32)) is None
     table[1, 2] = math.nan
-    assert guards.bad_loss(table, (1, 2), (8, 16, 32)) == "loss of exit 2 at width 32 is nan"
+    assert guards.bad_loss(table, (1, 2), (8, 16, 32)) == "loss of exit 2 at width 32 (nan)"
     model = torch.nn.Linear(2, 2)
     assert guards.bad_weight(model) is None
     model.bias.data[0] = math.nan
     assert guards.bad_weight(model) == "weight bias"
-    assert guards.bad_weight(SimpleNamespace(named_parameters=lambda: [])) is None
+
+
+# ---- memory ----
+
+
+def test_host_allocator_is_recognised():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**58, dtype=torch.uint8)
+    assert guards.out_of_memory(error.value)
+    assert not guards.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    advice = guards.oom_advice(error.value, config.Run(), 3, 1000, math.inf, 0.0)
+    assert "at step 3" in advice and f"asked for {2**28:.3g} GiB" in advice
+    assert "--gradient-cache" in advice and "--pack-tokens 500" in advice
+
+
+CUDA = "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 79 GiB"
+
+
+@pytest.mark.parametrize(
+    ("cached", "graphs", "option"),
+    [
+        (False, math.inf, "--gradient-cache, whose graphs take one pack of 4096 tokens"),
+        (True, 20.0, "--activation-gib 17.8 (was 20)"),
+        (True, 1.0, "--pack-tokens 2048 (the largest pack had 4096)"),
+    ],
+)
+def test_advice_by_numbers(cached, graphs, option):
+    """A request of 3 GiB with 1 free lacks 2, or 2.2 with the margin."""
+    error = torch.OutOfMemoryError(CUDA)
+    assert guards.out_of_memory(error)
+    run = config.Run(gradient_cache=cached)
+    advice = guards.oom_advice(error, run, 7, 4096, graphs * 2**30, 2.0**30)
+    assert option in advice and "short by at least 2 GiB" in advice and "step 7" in advice
+
+
+def test_step_beyond_memory_has_advice(make, monkeypatch):
+    """The real allocator fails within a real step."""
+    job, feed = make()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    def allocate(*args, **options):
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
+        torch.empty(2**31, dtype=torch.uint8)
+
+    monkeypatch.setattr(type(job.engine), "forward", allocate)
+    try:
+        with pytest.raises(ValueError, match=r"memory: .*step 1.*asked for 2 GiB.*pack-tokens"):
+            guarded(job, 0, feed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_other_errors_pass_unchanged(make, monkeypatch):
+    job, feed = make()
+
+    def fail(*args, **options):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(type(job.engine), "forward", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        guarded(job, 0, feed)

@@ -1,41 +1,39 @@
-"""What a run is built from, beyond what runs as a whole show."""
+"""Prompts and languages of a run, which the tests of whole runs do not show."""
 
-import json
+import pytest
+from factories import write_jsonl
 
-from mlembed import config
 from mlembed.config import Run, Source
 from mlembed.training import setup
 
+ASK = Source(path="a.jsonl", prompt="ask: ")
 
-def test_prompts_by_name():
-    ask, other = Source(path="a.jsonl", prompt="ask: "), Source(path="b.jsonl", name="bee")
-    run = Run(data=(), sources=(ask,))
-    assert setup.prompts(run) == {"a": "ask: ", "query": "ask: ", "document": ""}
-    # Which of two a query should have is not known.
-    run = Run(data=(), sources=(ask, other))
-    assert setup.prompts(run) == {"a": "ask: ", "query": "", "document": ""}
-    bee = Source(path="b.jsonl", name="bee", prompt="ask: ", document_prompt="text: ")
-    run = Run(data=(), sources=(ask, bee))
-    want = {"a": "ask: ", "bee": "ask: ", "query": "ask: ", "document": ""}
-    assert setup.prompts(run) == want
-    run = Run(data=("cldr",), sources=(ask,))  # plain data have none
-    assert setup.prompts(run) == {"a": "ask: ", "query": "", "document": ""}
-    assert setup.prompts(Run()) == {"query": "", "document": ""}
+
+@pytest.mark.parametrize(
+    ("data", "sources", "want"),
+    [
+        ((), (ASK,), {"a": "ask: ", "query": "ask: ", "document": ""}),
+        # Sources that differ have no common prompt.
+        ((), (ASK, Source(path="b.jsonl")), {"a": "ask: ", "query": "", "document": ""}),
+        (
+            (),
+            (ASK, Source(path="b.jsonl", name="b", prompt="ask: ", document_prompt="text: ")),
+            {"a": "ask: ", "b": "ask: ", "query": "ask: ", "document": ""},
+        ),
+        # Plain data have no prompt.
+        (("cldr",), (ASK,), {"a": "ask: ", "query": "", "document": ""}),
+        (("cldr",), (), {"query": "", "document": ""}),
+    ],
+)
+def test_prompts_by_name(data, sources, want):
+    assert setup.prompts(Run(data=data, sources=sources)) == want
 
 
 def test_languages_of_all_tables(tmp_path):
-    for name, langs in (("one", "ab"), ("two", "bc")):
-        rows = [
-            {"id": i, "lang": lang, "text": f"{name} {i} {lang}"}
-            for i in range(3)
-            for lang in langs
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "dev.jsonl").write_text(
-        "\n".join(
-            json.dumps({"id": 1, "lang": lang, "text": f"dev {lang}"}) for lang in ("eng", "deu")
-        )
-    )
-    data = tuple(str(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
-    run = config.Run(data=data, eval=(str(tmp_path / "dev.jsonl"),))
+    def nway(name, langs, ids):
+        rows = [{"id": i, "lang": x, "text": f"{name} {i} {x}"} for i in range(ids) for x in langs]
+        return write_jsonl(tmp_path / f"{name}.jsonl", rows)
+
+    data, dev = (nway("one", "ab", 3), nway("two", "bc", 3)), nway("dev", ("eng", "deu"), 1)
+    run = Run(data=data, eval=(dev,))
     assert setup.read_text(run, lambda line: None).languages == {"a": 3, "b": 6, "c": 3}

@@ -1,48 +1,28 @@
-"""Times and learning rates that a run logs with its steps, and the time of scores between them."""
+"""Times and learning rates that a run logs with its steps, and the scores between them."""
 
-import json
 import time
 from dataclasses import replace
 
 import pytest
-import torch
+from factories import metrics, small_job, write_jsonl
 
 import train
 from mlembed.data.eval_sets import nway
 from mlembed.inference import cost
-from mlembed.runtime.distributed import World
-from mlembed.runtime.log import Log
-from mlembed.training.arguments import parse
 from mlembed.training.optim import learning_rate
 
-SMALL = [
-    *("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.head-dim", "8"),
-    *("--model.intermediate-size", "16", "--model.vocab-size", "300", "--model.exits", "1"),
-    *("--model.matryoshka-dims", "16", "--model.ranks", "8", "--batch-size", "4"),
-    *("--precision", "fp32", "--compile", "off", "--tracker", "none", "--steps", "3"),
-    *("--log-every", "1", "--eval-every", "1"),
-]
 
-
-def job_of(folder):
+@pytest.fixture
+def job(tmp_path):
     rows = [{"query": f"{i} cats", "positive": f"{i} dogs"} for i in range(8)]
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    run = replace(parse(["tiny", *SMALL, "--data", str(folder / "pairs.jsonl")]), eval=())
-    where = World(0, 1, torch.device("cpu"))
-    return train.set_up(run, where, folder, None, Log(folder, main=True))
-
-
-def steps(job):
-    """Optimise to the end; -> the lines of metrics.jsonl about steps."""
-    train.optimise(job, 0)
+    data = [write_jsonl(tmp_path / "pairs.jsonl", rows)]
+    job = small_job(tmp_path, data, "--steps", 3, "--eval-every", 1, "--batch-size", 4)
+    yield job
     job.saver.close()
-    lines = (job.directory / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["kind"] == "train"]
 
 
-def test_times_are_those_of_the_steps(tmp_path, monkeypatch):
+def test_times_are_those_of_the_steps(job, monkeypatch):
     """A step takes a hundred seconds; set-up and evaluation take an hour each."""
-    job = job_of(tmp_path)
     real, guarded, passed = time.perf_counter, train.guarded, [3600.0]
 
     def step(*args):
@@ -55,7 +35,8 @@ def test_times_are_those_of_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: real() + passed[0])
     monkeypatch.setattr(train, "guarded", step)
     monkeypatch.setattr(train, "score", score)
-    lines = steps(job)
+    train.optimise(job, 0)
+    lines = metrics(job.directory, "train")
     assert [line["step"] for line in lines] == [1, 2, 3]
     for i, line in enumerate(lines):
         # What the machine really takes comes on top.
@@ -63,24 +44,18 @@ def test_times_are_those_of_the_steps(tmp_path, monkeypatch):
         assert 1 / 1.3 < line["tokens_per_second"] * 100 / job.batches[i].tokens <= 1
 
 
-def test_learning_rates_are_those_of_the_steps(tmp_path):
-    job = job_of(tmp_path)
-    rates = [line["lr"] for line in steps(job)]
+def test_learning_rates_are_those_of_the_steps(job):
+    train.optimise(job, 0)
+    rates = [line["lr"] for line in metrics(job.directory, "train")]
     assert rates == [learning_rate(step, job.run) for step in range(3)]
     assert len(set(rates)) == 3
 
 
-def test_scores_between_steps_measure_no_costs(tmp_path, monkeypatch):
+def test_scores_between_steps_measure_no_costs(job, monkeypatch):
     """Costs are those of the final grid: they would take longer than the score."""
-    rows = [
-        {"id": word, "lang": lang, "text": word + mark}
-        for word in ("cat", "dog", "owl")
-        for lang, mark in (("eng", "."), ("deu", "!"))
-    ]
-    job = replace(job_of(tmp_path), tasks=[nway("dev", rows)])
+    words = [(word, mark) for word in ("cat", "dog", "owl") for mark in (".", "!")]
+    rows = [{"id": w, "lang": {".": "eng", "!": "deu"}[m], "text": w + m} for w, m in words]
     monkeypatch.setattr(cost, "measure", lambda *args: pytest.fail("costs were measured"))
-    train.score(job, 1)
-    job.saver.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    (line,) = map(json.loads, lines)
-    assert line["kind"] == "eval" and 0 <= line["score"] <= 100
+    train.score(replace(job, tasks=[nway("dev", rows)]), 1)
+    (line,) = metrics(job.directory, "eval")
+    assert 0 <= line["score"] <= 100

@@ -1,5 +1,4 @@
-"""What `make train` runs, on the built-in text at full size, in a third of its steps or fewer: what
-the README promises of the result must hold already."""
+"""The tiny recipe of `make train` on the built-in text, in a third of its steps or fewer."""
 
 import json
 
@@ -40,10 +39,11 @@ def test_dates_are_found(score):
 def test_well_above_the_untrained_model(report, score):
     untrained = report["untrained"]["cldr"]
     assert score()["score"] >= 1.5 * untrained["score"]
-    assert untrained["by_kind"]["date"] < 0.2  # digits alone do not give the dates away
+    # Digits alone do not find the dates.
+    assert untrained["by_kind"]["date"] < 0.2
 
 
-def test_half_the_width_and_half_the_depth_keep_most_of_it(score):
+def test_half_sizes_keep_most_of_the_score(score):
     assert score(dim=96)["score"] >= 0.8 * score()["score"]
     assert score(exit=2)["score"] >= 0.8 * score()["score"]
 

@@ -1,7 +1,11 @@
-"""Files to rows: each row as it comes, with where it stands, or the reason why it is none.
+"""Read text files: lines, rows of jsonl, csv, tsv and parquet, parallel files, data sets.
 
-Rows are dictionaries of columns to values, whatever the columns are called (layouts.py knows). A
-file is read as a stream: a line, a record or a batch of parquet's at a time.
+Every reader is a stream of (location, value) or (location, ValueError), where the location is
+file:line or, for parquet, file:row, both from 1; `strict` raises the errors. layouts.py knows what
+the columns of a row mean.
+
+A line ends at a line feed, alone or after a carriage return, as Unicode's other separators occur
+inside sentences. A byte order mark at the beginning of a file is not part of its text.
 """
 
 import contextlib
@@ -13,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,44 +25,111 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     import datasets
 
+T = TypeVar("T")
+Line = tuple[str, str | ValueError]
+Row = tuple[str, dict[str, Any] | ValueError]
+"""A location, and either a row by column name or the error that makes it malformed."""
+Columns = Callable[[list[str]], list[str]]
+"""Picks, of a file's column names, those to read."""
 
-Row = tuple[str, dict[str, Any] | str]  # where; the row, or what is wrong with it
-Names = Callable[[list[str]], list[str]]  # which of these columns are worth reading
-
-# Of a directory the first of these kinds that is there. A csv beside parquet describes it.
+# A directory is read as the first of these kinds that it holds. A csv next to parquet describes it.
 KINDS = ((".jsonl", ".parquet"), (".csv", ".tsv"), (".json",))
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind)
 SCORES = ("score", "scores", "similarity_score", "label", "labels")
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*")
 SURROGATE = re.compile("[\ud800-\udfff]")
-MANY = 4096  # rows of parquet or Arrow at once as Python objects
+BOM = b"\xef\xbb\xbf"
+UNKNOWN = "\ufffd"
+MANY = 4096  # rows of parquet or Arrow that become Python objects at once
+BUFFER = 2**20  # bytes of parquet in memory; without it a whole row group is
+
+
+# ---- valid text ----
 
 
 def is_text(value: Any) -> bool:
-    """A string with something in it, all of it Unicode (json may hold half a surrogate pair)."""
+    """Return whether `value` is a string of valid Unicode that holds more than white space."""
     return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
-# ---- what is where ----
+def id_text(value: Any) -> Any:
+    """Return an integer id as its digits, and other values as they are."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+@dataclass
+class Decoder:
+    """Decodes text and treats invalid bytes and characters.
+
+    invalid: "error" raises ValueError, "replace" puts U+FFFD instead. hint: end of the error's
+    message. replaced: number of U+FFFD put in so far.
+    """
+
+    invalid: str = "error"
+    hint: str = ""
+    replaced: int = 0
+
+    def decode(self, data: bytes) -> str:
+        """Decode UTF-8."""
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            if self.invalid != "replace":
+                byte = f"byte 0x{data[error.start]:02x} at {error.start}"
+                raise ValueError(f"expected UTF-8, got {byte}{self.hint}") from None
+        text = data.decode("utf-8", "replace")
+        # UTF-8 synchronises itself, so a U+FFFD of the text itself is still there as bytes.
+        self.replaced += text.count(UNKNOWN) - data.count(UNKNOWN.encode())
+        return text
+
+    def check(self, text: str, where: str) -> str:
+        """Return `text` without lone surrogates, which json can hold ("\\ud83d"), UTF-8 not."""
+        if not SURROGATE.search(text):
+            return text
+        if self.invalid != "replace":
+            got = f"a lone surrogate in {text[:40]!r}"
+            raise ValueError(f"{where}: expected Unicode, got {got}{self.hint}")
+        text, count = SURROGATE.subn(UNKNOWN, text)
+        self.replaced += count
+        return text
+
+
+def strict(stream: Iterable[tuple[str, T | ValueError]]) -> Iterator[tuple[str, T]]:
+    """Yield a reader's values and raise its first error, with the location in front."""
+    for where, value in stream:
+        if isinstance(value, ValueError):
+            raise ValueError(f"{where}: {value}")
+        yield where, value
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return error
+
+
+# ---- files by name ----
 
 
 def files_of(source: str) -> list[Path]:
-    """The data files of a path: itself, or what a directory holds, sorted.
+    """Return the data files of a path: the file itself, or the files of a directory, sorted.
 
-    Of a directory these are its .jsonl and .parquet files; without any, its .csv and .tsv; without
-    any, its .json (an object a line). Data files of the other kinds are left out with a warning.
+    A directory's files are its .jsonl and .parquet files; without any, its .csv and .tsv files;
+    without any, its .json files (an object a line). Data files of the other kinds are left out with
+    a warning.
 
     Raises:
-        ValueError: nothing there, or nothing of these kinds.
+        ValueError: the path does not exist, or holds no data files.
     """
     path = Path(source)
     listed = ", ".join(SUFFIXES)
     if path.is_dir():
-        there = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        data = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
         for kind in KINDS:
-            files = [p for p in there if p.suffix in kind]
+            files = [p for p in data if p.suffix in kind]
             if files:
-                others = [p.name for p in there if p not in files and p.suffix != ".json"]
+                others = [p.name for p in data if p not in files and p.suffix != ".json"]
                 if others:
                     warnings.warn(
                         f"{source}: {', '.join(others)} left out, beside {' and '.join(kind)}: "
@@ -75,58 +146,107 @@ def files_of(source: str) -> list[Path]:
 
 
 def parallel_files(source: str) -> dict[str, Path]:
-    """Language code -> file, of two or more files name.xx, name.yy; else nothing."""
+    """Return {language code: file} of two or more files name.xx, name.yy, else {}."""
     path = Path(source)
     if not path.parent.is_dir() or path.exists() or not path.name:
         return {}
-    found = {}
+    files = {}
     for other in sorted(path.parent.iterdir()):
         code = other.name.removeprefix(f"{path.name}.")
         plain = code != other.name and LANGUAGE.fullmatch(code) and other.is_file()
         if plain and f".{code}" not in SUFFIXES:
-            found[code] = other
-    return found if len(found) > 1 else {}
+            files[code] = other
+    return files if len(files) > 1 else {}
 
 
-# ---- files ----
+# ---- lines ----
 
 
-def of_file(path: Path, names: Names = list) -> Iterator[Row]:
-    """Rows of a .jsonl, .json (lines), .csv, .tsv or .parquet file; `where` is file:line, of
-    parquet file:row, both from 1.
+def lines(path: Path | str, decoder: Decoder | None = None) -> Iterator[Line]:
+    """Yield the lines of a file without their ends; a line of invalid UTF-8 is an error."""
+    with open(path, "rb") as file:
+        yield from _lines(file, str(path), decoder or Decoder())
+
+
+def _lines(file: BinaryIO, name: str, decoder: Decoder) -> Iterator[Line]:
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.endswith(b"\n"):
+            line = line[:-1].removesuffix(b"\r")
+        yield f"{name}:{number}", _attempt(decoder.decode, line)
+
+
+def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
+    """Yield rows of files whose lines are translations of each other.
+
+    Of two files a row is a line of both, by language code; of more files it is one text, {id, lang,
+    text} with the line's number as its id, language by language.
 
     Raises:
-        ValueError: a file that is not what its suffix says, as far as it is no matter of a row.
+        ValueError: files of different numbers of lines.
     """
-    if path.suffix == ".parquet":
-        return _parquet(path, names)
-    if path.suffix in (".csv", ".tsv"):
-        return _csv(path)
-    return _jsonl(path)
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield where, f"not UTF-8: {error.reason}"
-            except (ValueError, RecursionError) as error:  # also numbers too long for Python
-                yield where, f"not json: {error}"
+    counts = {code: sum(1 for _ in lines(path)) for code, path in files.items()}
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{n} in {files[code].name}" for code, n in counts.items())
+        raise ValueError(f"{name}: expected as many lines in each file, got {got}")
+    if len(files) == 2:
+        for number, pair in enumerate(zip(*map(lines, files.values()), strict=True), 1):
+            row = {code: text for code, (_, text) in zip(files, pair, strict=True)}
+            bad = [code for code, text in row.items() if isinstance(text, ValueError)]
+            yield f"{name}:{number}", ValueError(f"{bad[0]}: {row[bad[0]]}") if bad else row
+        return
+    for code, path in files.items():
+        for number, (where, text) in enumerate(lines(path), 1):
+            if isinstance(text, ValueError):
+                yield where, ValueError(f"text: {text}")
             else:
-                got = f"expected an object, got {type(row).__name__}"
-                yield where, row if isinstance(row, dict) else got
+                yield where, {"id": str(number), "lang": code, "text": text}
+
+
+# ---- rows ----
+
+
+def of_file(path: Path, columns: Columns = list, decoder: Decoder | None = None) -> Iterator[Row]:
+    """Yield the rows of a .jsonl, .json (an object a line), .csv, .tsv or .parquet file.
+
+    Args:
+        columns: picks the columns of parquet. decoder: for json and parquet.
+
+    Raises:
+        ValueError: the file's content does not match its suffix, or a header has no names.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(path, columns, decoder or Decoder())
+    if suffix in (".csv", ".tsv"):
+        return _csv(path)
+    return _jsonl(path, decoder)
+
+
+def _jsonl(path: Path, decoder: Decoder | None) -> Iterator[Row]:
+    for where, line in lines(path, decoder):
+        if isinstance(line, ValueError):
+            yield where, line
+        elif line.strip():
+            yield where, _attempt(_object, line)
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    # A number of more than 4300 digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    return row
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """RFC 4180 with a header; .tsv the same with tabs. An empty cell is None."""
-    csv.field_size_limit(2**31 - 1)  # by default, documents over 128 Ki characters are errors
+    """Yield rows of RFC 4180 with a header, or of the same with tabs. An empty cell is None."""
+    # Documents over 128 Ki characters are errors by default.
+    csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if path.suffix == ".tsv" else ","
     # Bytes that are not UTF-8 come as lone surrogates, which UTF-8 itself cannot hold.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -139,306 +259,195 @@ def _csv(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield where, f"not {path.suffix[1:]}: {error}"
+                yield where, ValueError(f"not {path.suffix[1:]}: {error}")
                 continue
-            if not header:
-                header = _header(cells, where)
+            if header and cells:
+                yield where, _attempt(_record, header, cells)
             elif cells:
-                yield where, _record(header, cells)
+                header = cells
+                if not all(map(is_text, header)) or len(set(header)) < len(header):
+                    raise ValueError(f"{where}: header: expected distinct names, got {header}")
 
 
-def _header(cells: list[str], where: str) -> list[str]:
-    if not all(map(is_text, cells)) or len(set(cells)) < len(cells):
-        raise ValueError(f"{where}: header: expected distinct names of columns, got {cells}")
-    return cells
-
-
-def _record(header: list[str], cells: list[str]) -> dict[str, Any] | str:
+def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
-        return f"expected {len(header)} cells ({', '.join(header)}), got {len(cells)}"
+        raise ValueError(f"expected {len(header)} cells ({', '.join(header)}), got {len(cells)}")
     row: dict[str, Any] = {}
     for name, cell in zip(header, cells, strict=True):
         if SURROGATE.search(cell):
-            return f"{name}: not UTF-8"
+            raise ValueError(f"{name}: expected UTF-8, got {cell[:40]!r}")
         row[name] = cell or None
         if cell and name in SCORES:
-            with contextlib.suppress(ValueError):  # it stays a text, which is no score
+            # A score that is not a number stays text, which is an error later.
+            with contextlib.suppress(ValueError):
                 row[name] = float(cell)
     return row
 
 
-def _parquet(path: Path, names: Names) -> Iterator[Row]:
+def _parquet(path: Path, columns: Columns, decoder: Decoder) -> Iterator[Row]:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            columns = names(file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=MANY, columns=columns):
-                for row in _python(batch):
+        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+            names = columns(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=MANY, columns=names):
+                for row in _python(batch, decoder):
                     number += 1
                     yield f"{path}:{number}", row
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not parquet: {str(error).splitlines()[0]}") from None
+        where = f"{path}: after row {number}" if number else path
+        raise ValueError(f"{where}: not parquet: {str(error).splitlines()[0]}") from None
 
 
-def _python(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any] | str]:
+def _python(
+    batch: pa.RecordBatch | pa.Table, decoder: Decoder
+) -> Iterator[dict[str, Any] | ValueError]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # Arrow does not look: row by row
+    # Arrow does not check UTF-8, so the invalid row has to be searched.
+    except UnicodeDecodeError:
         for i in range(batch.num_rows):
-            try:
-                yield batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield f"not UTF-8: {error.reason}"
+            yield _attempt(_arrow_row, batch.slice(i, 1), decoder)
 
 
-# ---- parallel files ----
-
-
-def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
-    """Lines of files that are each other's translations.
-
-    Of two files a row is a line of both, by language code; of more it is one text, {id, lang,
-    text} with the line's number as its id, language by language.
-
-    Raises:
-        ValueError: files of different numbers of lines.
-    """
-    counts = {code: sum(1 for _ in _lines(path)) for code, path in files.items()}
-    if len(set(counts.values())) > 1:
-        got = ", ".join(f"{n} in {files[code].name}" for code, n in counts.items())
-        raise ValueError(f"{name}: expected as many lines in each file, got {got}")
-    if len(files) == 2:
-        sides = zip(*map(_lines, files.values()), strict=True)
-        for number, texts in enumerate(sides, 1):
-            odd = [c for c, text in zip(files, texts, strict=True) if SURROGATE.search(text)]
-            row = dict(zip(files, texts, strict=True))
-            yield f"{name}:{number}", f"{odd[0]}: not UTF-8" if odd else row
-        return
-    for code, path in files.items():
-        for number, text in enumerate(_lines(path), 1):
-            odd_text = SURROGATE.search(text) is not None
-            row = {"id": str(number), "lang": code, "text": text}
-            yield f"{path}:{number}", "text: not UTF-8" if odd_text else row
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Not splitlines: Unicode's other separators occur inside sentences."""
-    with path.open("rb") as file:
-        for line in file:
-            text = line.removesuffix(b"\n").removesuffix(b"\r")
-            yield text.decode("utf-8", "surrogateescape")
+def _arrow_row(row: pa.RecordBatch | pa.Table, decoder: Decoder) -> dict[str, Any]:
+    values = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            values[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            values[name] = decoder.decode(error.object)
+    return values
 
 
 # ---- data sets of the library `datasets` ----
 
 
 def is_data_set(path: Path) -> bool:
-    """A directory that `save_to_disk` wrote."""
+    """Return whether `save_to_disk` wrote the directory."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def data_set(
     path: str, subset: str, split: str, streaming: bool
 ) -> "datasets.Dataset | datasets.IterableDataset":
-    """A directory of `save_to_disk`, memory-mapped, or what `load_dataset` finds: a hub id, or a
-    directory laid out as one. No code of a data set's own is run.
+    """Open a directory of `save_to_disk`, memory-mapped, or call `load_dataset` with a hub id or a
+    directory in its layout. A data set's own code never runs.
 
     Raises:
-        ValueError: nothing of that name, another subset or split, in one line.
+        ValueError: the data set, subset or split does not exist, in one line.
     """
-    import datasets  # seconds
+    import datasets  # The import takes seconds.
 
     try:
         if not is_data_set(Path(path)):
             return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
-        found = datasets.load_from_disk(path)
-    except Exception as error:  # many kinds, of several libraries
+        data = datasets.load_from_disk(path)
+    # Several libraries raise exceptions of many kinds.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data: expected a file, a directory or a data set that can be loaded, got {path} "
             f"(subset {subset or 'none'}, split {split}): {reason}"
         ) from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ValueError(f"{path}: split: expected one of {', '.join(found)}, got {split}")
-        found = found[split]
-    return found.to_iterable_dataset() if streaming else found
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{path}: split: expected one of {', '.join(data)}, got {split}")
+        data = data[split]
+    return data.to_iterable_dataset() if streaming else data
 
 
 def of_data_set(
-    data: "datasets.Dataset | datasets.IterableDataset", name: str, names: Names = list
+    data: "datasets.Dataset | datasets.IterableDataset", name: str, columns: Columns = list
 ) -> Iterator[Row]:
-    """Rows of a data set, `where` being name:row from 1."""
-    if data.column_names:  # a stream may not know
-        data = data.select_columns(names(list(data.column_names)))
-    number = 0
+    """Yield the rows of a data set, at name:row from 1."""
+    # A stream may not know its columns.
+    if data.column_names:
+        data = data.select_columns(columns(list(data.column_names)))
+    number, decoder = 0, Decoder()
     for batch in data.with_format("arrow").iter(batch_size=MANY):
-        for row in _python(batch):
+        for row in _python(batch, decoder):
             number += 1
             yield f"{name}:{number}", row
 
 
-MANY = 4096  # rows of parquet at once as Python objects
-BUFFER = 2**20  # bytes of parquet at once; else a row group is, which may be the whole file
-UNKNOWN = "\ufffd"
-
-
-# ---- texts ----
+# ---- texts to encode ----
 
 
 @dataclass
-class Texts:
-    """The texts of a file, in order, as they are read: lines, or a column of .jsonl or .parquet.
+class TextReader:
+    """Texts of a file in order: its lines, or a column of .jsonl or .parquet, read as a stream.
 
-    path: "-" is standard input, of lines. column: of .jsonl and .parquet. invalid: of bytes that
-    are no UTF-8 "replace" makes U+FFFD, "refuse" an error. replaced: how many it has made so far.
+    path: "-" is standard input, read as lines. column: of .jsonl and .parquet. invalid: as in
+    `Decoder`. An empty line is a text, but is skipped in .jsonl.
 
-    A byte order mark at the beginning of a file is no part of its text. An empty line is a text; in
-    .jsonl it is none.
-
-    Raises, as it is read:
-        ValueError: what is no UTF-8, no json or no text, by file, line and reason.
+    Raises, while it is read:
+        ValueError: invalid UTF-8, json or parquet, or a value that is not a string, by file, line
+            and reason.
     """
 
     path: str = "-"
     column: str = "text"
-    invalid: str = "refuse"
-    replaced: int = 0
+    invalid: str = "error"
+
+    def __post_init__(self) -> None:
+        self._decoder = Decoder(self.invalid, "; --invalid replace puts U+FFFD there")
+
+    @property
+    def replaced(self) -> int:
+        """Number of U+FFFD put in place of invalid text so far."""
+        return self._decoder.replaced
 
     def __iter__(self) -> Iterator[str]:
+        if Path(self.path).suffix.lower() in (".jsonl", ".parquet"):
+            rows = of_file(Path(self.path), lambda _: [self.column], self._decoder)
+            return (self._text(row.get(self.column), where) for where, row in strict(rows))
         if self.path == "-":
-            return (text for _, text in self._lines(sys.stdin.buffer, "standard input"))
-        kinds = {".jsonl": self._jsonl, ".parquet": self._parquet}
-        return kinds.get(_kind(Path(self.path)), self._plain)()
+            source = _lines(sys.stdin.buffer, "standard input", self._decoder)
+        else:
+            source = lines(self.path, self._decoder)
+        return (text for _, text in strict(source))
 
     def check(self) -> None:
-        """ValueError where there is no such file, or it has no such column, before any work."""
+        """Raise ValueError if the file or its column does not exist."""
+        path = Path(self.path)
         if self.path == "-":
             return
-        path = Path(self.path)
-        if not path.exists() or path.is_dir():  # a named pipe, or a shell's <(..), is as good
-            raise ValueError(f"input: expected a file, got {self.path}, which is none")
-        if _kind(path) == ".parquet":
-            with self._open() as file:
-                names = file.schema_arrow.names
-            if self.column not in names:
-                found = ", ".join(names)
-                raise ValueError(f"{self.path}: expected a column {self.column!r}, got {found}")
-
-    def _plain(self) -> Iterator[str]:
-        with open(self.path, "rb") as file:
-            for _, text in self._lines(file, self.path):
-                yield text
-
-    def _lines(self, file: BinaryIO, name: str) -> Iterator[tuple[str, str]]:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.endswith(b"\n"):
-                line = line[:-1].removesuffix(b"\r")
-            where = f"{name}:{number}"
+        # A named pipe, like a shell's <(..), exists but is not a regular file.
+        if not path.exists() or path.is_dir():
+            problem = "a directory" if path.is_dir() else "which does not exist"
+            raise ValueError(f"input: expected a file, got {self.path}, {problem}")
+        if path.suffix.lower() == ".parquet":
             try:
-                yield where, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if self.invalid != "replace":
-                    raise ValueError(
-                        f"{where}: expected UTF-8, got byte 0x{line[error.start]:02x} at "
-                        f"{error.start} of the line; --invalid replace puts U+FFFD there"
-                    ) from None
-                text = line.decode("utf-8", "replace")
-                # UTF-8 synchronises itself: those that were there before are found as bytes.
-                self.replaced += text.count(UNKNOWN) - line.count(UNKNOWN.encode())
-                yield where, text
-
-    def _jsonl(self) -> Iterator[str]:
-        with open(self.path, "rb") as file:
-            for where, line in self._lines(file, self.path):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: expected json, got {error}") from None
-                if not isinstance(row, dict):
-                    got = type(row).__name__
-                    raise ValueError(f"{where}: expected an object, got {got}")
-                yield self._text(row.get(self.column), where)
-
-    def _parquet(self) -> Iterator[str]:
-        number = 0
-        with self._open() as file:
-            batches = file.iter_batches(batch_size=MANY, columns=[self.column])
-            while True:
-                try:
-                    batch = next(batches, None)
-                except (pa.ArrowException, OSError) as error:
-                    reason = str(error).splitlines()[0]
-                    where = f"{self.path}: after row {number}"
-                    raise ValueError(f"{where}: not parquet: {reason}") from None
-                if batch is None:
-                    return
-                for value in batch.column(0):
-                    number += 1
-                    where = f"{self.path}:{number}"
-                    try:
-                        found = value.as_py()
-                    except UnicodeDecodeError as error:  # Arrow does not look
-                        found = bytes(value.as_buffer())
-                        if self.invalid != "replace":
-                            raise ValueError(
-                                f"{where}: expected UTF-8, got byte 0x{found[error.start]:02x} at "
-                                f"{error.start}; --invalid replace puts U+FFFD there"
-                            ) from None
-                        text = found.decode("utf-8", "replace")
-                        self.replaced += text.count(UNKNOWN) - found.count(UNKNOWN.encode())
-                        found = text
-                    yield self._text(found, where)
-
-    def _open(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{self.path}: not parquet: {reason}") from None
+                names = pq.read_schema(path).names
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{self.path}: not parquet: {reason}") from None
+            if self.column not in names:
+                got = ", ".join(names)
+                raise ValueError(f"{self.path}: expected a column {self.column!r}, got {got}")
 
     def _text(self, value: Any, where: str) -> str:
-        """json's "\\ud83d" is half a character, which no encoding holds."""
         if not isinstance(value, str):
             got = "none" if value is None else type(value).__name__
-            raise ValueError(f"{where}: {self.column}: expected a text, got {got}")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            if self.invalid != "replace":
-                raise ValueError(
-                    f"{where}: {self.column}: expected Unicode, got a lone surrogate in "
-                    f"{value[:40]!r}; --invalid replace puts U+FFFD there"
-                ) from None
-            half = [UNKNOWN if "\ud800" <= letter <= "\udfff" else letter for letter in value]
-            self.replaced += sum(a != b for a, b in zip(half, value, strict=True))
-            return "".join(half)
-        return value
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.lower()
+            raise ValueError(f"{where}: {self.column}: expected a string, got {got}")
+        return self._decoder.check(value, f"{where}: {self.column}")
 
 
 def windows(texts: Iterable[str], most: int, characters: int) -> Iterator[list[str]]:
-    """Texts as they come, `most` at a time, or fewer, once they have so many characters.
+    """Group texts as they come: `most` a window, or fewer if together they exceed `characters`.
 
     Raises:
-        ValueError: what is no string, by its number from 0.
+        ValueError: a text that is not a string, by its number from 0.
     """
-    some, first, room = list[str](), 0, characters
+    window, first, room = list[str](), 0, characters
     for text in texts:
         if not isinstance(text, str):
             got = type(text).__name__
-            raise ValueError(f"text {first + len(some)}: expected a string, got {got}")
-        some.append(text)
+            raise ValueError(f"text {first + len(window)}: expected a string, got {got}")
+        window.append(text)
         room -= len(text)
-        if len(some) == most or room < 0:
-            yield some
-            some, first, room = [], first + len(some), characters
-    if some:
-        yield some
+        if len(window) == most or room < 0:
+            yield window
+            window, first, room = [], first + len(window), characters
+    if window:
+        yield window

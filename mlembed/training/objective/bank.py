@@ -1,7 +1,7 @@
-"""Documents of earlier batches, kept as further negatives (MoCo's queue, arXiv 1911.05722).
+"""Memory bank: documents of earlier batches as further negatives (MoCo's queue, arXiv 1911.05722).
 
-A bank is replicated: all processes hold the same bits in the same order, so that a checkpoint of
-one is a checkpoint of all, whatever their number.
+All processes hold the same bits in the same order, so the checkpoint of one process restores any
+number of processes.
 
 Letters: E exits, n documents, D width.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 class Shard:
     """One process's documents in one micro-batch, deepest first.
 
-    vectors_EnD: [E, n, D] raw, without a graph. ids_n: int64 [n]. counts_E: int64 [E], how many
-    of them are present at each exit; None: all.
+    vectors_EnD: [E, n, D] raw, without a graph. ids_n: int64 [n]. counts_E: int64 [E], how many of
+    them run to each exit; None: all.
     """
 
     vectors_EnD: Tensor
@@ -29,7 +29,7 @@ class Shard:
         return len(self.ids_n)
 
     def to(self, like: Tensor) -> "Shard":
-        """On another tensor's device, vectors in its dtype."""
+        """Copy to another tensor's device, vectors in its dtype."""
         device, counts = like.device, self.counts_E
         return Shard(
             self.vectors_EnD.to(device, like.dtype, non_blocking=True),
@@ -40,26 +40,26 @@ class Shard:
 
 @dataclass
 class Bank:
-    """Per source the newest whole micro-batches of at most `capacity` documents together.
+    """The newest micro-batches of each source, with at most `capacity` documents together.
 
-    Older ones are dropped as a whole, first in, first out; one that alone has more than `capacity`
-    documents leaves nothing, neither itself nor what was there.
+    Micro-batches leave as a whole, first in, first out. One of more than `capacity` documents
+    leaves the bank of its source empty.
 
-    capacity: documents, of each source. host: keep them in host memory (pinned, where there is a
-    CUDA device) instead of where they come from.
+    capacity: documents of each source. host: store them in host memory (pinned if there is a CUDA
+    device) instead of on their own device.
     """
 
     capacity: int
     host: bool
-    _held: dict[str, list[tuple[Shard, ...]]] = field(default_factory=dict)
+    _batches: dict[str, list[tuple[Shard, ...]]] = field(default_factory=dict)
     _pending: list[tuple[str, tuple[Shard, ...]]] = field(default_factory=list)
 
     def shards(self, source: str) -> list[Shard]:
-        """Of all committed micro-batches of a source, oldest first, processes in rank order."""
-        return [shard for batch in self._held.get(source, ()) for shard in batch]
+        """Return the committed shards of a source, oldest first, processes in rank order."""
+        return [shard for batch in self._batches.get(source, ()) for shard in batch]
 
     def copied(self, shard: Shard) -> Shard:
-        """A copy that shares no memory with the batch's tensors, where this bank keeps its own."""
+        """Copy a shard to where the bank stores it, into memory of its own."""
         counts = None if shard.counts_E is None else self._copied(shard.counts_E)
         return Shard(self._copied(shard.vectors_EnD), self._copied(shard.ids_n), counts)
 
@@ -70,28 +70,29 @@ class Bank:
         return out.copy_(x.detach(), non_blocking=True)
 
     def add(self, source: str, shards: Sequence[Shard]) -> None:
-        """One micro-batch, as `copied` returned it, in rank order; not seen before `commit`."""
+        """Add one micro-batch, `copied` and in rank order; it is visible after `commit`."""
         self._pending.append((source, tuple(shards)))
 
     def commit(self) -> None:
-        """From now on what was added is seen: the step was taken."""
+        """Make the added micro-batches visible: the step was taken."""
         for source, batch in self._pending:
-            held = self._held.setdefault(source, [])
-            held.append(batch)
-            while sum(len(shard) for old in held for shard in old) > self.capacity:
-                held.pop(0)
+            batches = self._batches.setdefault(source, [])
+            batches.append(batch)
+            while sum(len(shard) for old in batches for shard in old) > self.capacity:
+                batches.pop(0)
         self._pending.clear()
 
     def discard(self) -> None:
-        """Forget what was added: the step was skipped."""
+        """Drop the added micro-batches: the step was skipped."""
         self._pending.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """What is committed: `<source>.<micro-batch>.<process>.vectors`, `.ids` and `.counts`."""
+        """Return committed tensors: <source>.<micro-batch>.<process>.vectors, .ids and .counts."""
         if self.host and torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to pinned memory may be under way
+            # Copies to pinned memory may still run.
+            torch.cuda.synchronize()
         tensors: dict[str, Tensor] = {}
-        for source, batches in self._held.items():
+        for source, batches in self._batches.items():
             for number, batch in enumerate(batches):
                 for process, shard in enumerate(batch):
                     name = f"{source}.{number}.{process}"
@@ -102,26 +103,31 @@ class Bank:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], device: torch.device | None = None) -> None:
-        """Hold what `state` returned and nothing else.
+        """Replace all shards by those that `state` returned.
 
         Args:
-            device: where a bank that is not on the host keeps it; by default where it is.
+            device: where a bank that is not on the host stores them; by default where they are.
+
+        Raises:
+            ValueError: vectors without ids.
         """
-        found: dict[str, dict[int, dict[int, Shard]]] = {}
-        for name, vectors in tensors.items():
-            source, number, process, kind = name.rsplit(".", 3)  # sources may have dots as well
-            if kind != "vectors":
-                continue
-            rest = [tensors.get(f"{source}.{number}.{process}.{key}") for key in ("ids", "counts")]
-            if rest[0] is None:
-                raise ValueError(f"{name}: expected its ids beside it, got none")
-            parts = [x if x is None or self.host else x.to(device) for x in (vectors, *rest)]
-            batch = found.setdefault(source, {}).setdefault(int(number), {})
-            batch[int(process)] = self.copied(Shard(*parts))  # type: ignore[arg-type]
+        batches: dict[str, dict[int, list[Shard]]] = {}
+        for source, number, process in sorted({_place(name) for name in tensors}):
+            name = f"{source}.{number}.{process}"
+            parts = [tensors.get(f"{name}.{part}") for part in ("vectors", "ids", "counts")]
+            if parts[1] is None:
+                raise ValueError(f"{name}.vectors: expected its ids in the checkpoint, got none")
+            parts = [x if x is None or self.host else x.to(device) for x in parts]
+            shard = self.copied(Shard(*parts))  # type: ignore[arg-type]
+            batches.setdefault(source, {}).setdefault(number, []).append(shard)
         self._pending.clear()
-        self._held = {
-            source: [
-                tuple(shard for _, shard in sorted(b.items())) for _, b in sorted(all_.items())
-            ]
-            for source, all_ in found.items()
+        self._batches = {
+            source: [tuple(shards) for shards in numbered.values()]
+            for source, numbered in batches.items()
         }
+
+
+def _place(name: str) -> tuple[str, int, int]:
+    """Split the name of a tensor into source, which may contain dots, micro-batch and process."""
+    source, number, process, _ = name.rsplit(".", 3)
+    return source, int(number), int(process)

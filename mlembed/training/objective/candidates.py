@@ -1,14 +1,21 @@
-"""Log-partitions whose candidates are never all on the device: they come shard by shard.
+"""Sources of a query's candidates, and the log-sum-exps over them that a softmax needs.
 
-In a ring each process hands the shard of documents that it has worked with on to the next, while
-the one before hands over another: after `size` rounds all queries have met all documents, and no
-process has held more than two shards besides its own documents. Logarithms of sums merge by
-logaddexp. What is summed by document, columns in forward and gradients in backward, travels behind
-its shard, grows at every process and is home after the last round.
+    in batch   documents of all processes; with a symmetric loss each document's candidates are the
+               queries of all processes
+    joint      GTE's one softmax over both, pairs of queries and pairs of documents
+    bank       documents of earlier batches, which get no gradient
 
-The backward goes around once more instead of keeping what has passed. With part k of
-log N = log sum_k exp(log N_k), dL/dlog N_k = dL/dlog N exp(log N_k - log N), so that it needs the
-small logarithms alone.
+`gather` brings all processes' texts at once. In a ring each process passes the shard of documents
+that it has worked with on to the next one and receives that of the one before: after `size` rounds
+all queries have met all documents, and no process has held more than its own shard and two others.
+Sums by document, columns in forward and gradients in backward, travel one hop behind their shard,
+grow on every process and arrive at its owner after the last round.
+
+Log-sum-exps of parts merge by logaddexp. With part k of lse = log sum_k exp(lse_k),
+
+    dL/dlse_k = dL/dlse exp(lse_k - lse)
+
+so a backward that visits the shards once more needs only the lse_k, not the cosines.
 
 Letters: E exits, M prefixes, Q queries of this process, n documents of one shard, D width.
 """
@@ -27,19 +34,23 @@ from ... import config
 from ...runtime.distributed import World, gather
 from .bank import Bank, Shard
 
-Options = dict[str, Any]
+Options = dict[str, Any]  # keyword arguments of pairwise_lse
+Sums = list[list[Tensor]]  # of each softmax: log-sum-exps [E, M, Q] of parts of its candidates
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """This process's queries and everyone's texts, as `pairwise_lse` has to know them.
+    """This process's queries [E, Q, D] and documents [E, n, D], and what it knows of all texts.
 
     target: int64 [Q], each query's positive among this process's documents. query_ids, doc_ids:
-    int64, of each process. query_counts, doc_counts: int64 [E] of each process, so many are
-    present at each exit, None: all. common: what goes with all (dims, scale).
+    int64, of each process. query_counts, doc_counts: int64 [E] of each process, how many of its
+    texts run to each exit, None: all. common: arguments of all calls of `pairwise_lse` (dims,
+    scale), the other arguments of which the methods return.
     """
 
     where: World
+    queries: Tensor
+    docs: Tensor
     target: Tensor
     query_ids: Sequence[Tensor]
     query_counts: Sequence[Tensor | None]
@@ -48,31 +59,30 @@ class Pairs:
     common: Options
 
     def with_documents(self, process: int) -> Options:
-        """Queries as rows, a process's documents as columns."""
+        """Return arguments for queries as rows and a process's documents as columns."""
         positive = self.target if process == self.where.rank else None
-        columns = self.doc_ids[process], self.doc_counts[process]
-        return {"positive": positive, **self._rows_with(*columns)}
+        return self._with(self.doc_ids[process], self.doc_counts[process], positive)
 
     def with_queries(self, process: int) -> Options:
-        """The queries' positives as rows, which share their ids, a process's queries as columns."""
-        ids = self.query_ids[process]
-        positive = torch.arange(len(ids), device=ids.device)
-        return {
-            "positive": positive if process == self.where.rank else None,
-            **self._rows_with(ids, self.query_counts[process]),
-        }
-
-    def of_positives(self) -> "Pairs":
-        """The same where documents are the queries' positives alone, in the queries' order."""
-        everyone = torch.arange(len(self.target), device=self.target.device)
-        return replace(self, target=everyone, doc_ids=self.query_ids, doc_counts=self.query_counts)
+        """Return arguments for positives, under their queries' ids, and a process's queries."""
+        ids, mine = self.query_ids[process], process == self.where.rank
+        positive = torch.arange(len(ids), device=ids.device) if mine else None
+        return self._with(ids, self.query_counts[process], positive)
 
     def with_shard(self, shard: Shard) -> Options:
-        """Queries as rows, earlier documents as columns."""
-        return self._rows_with(shard.ids_n, shard.counts_E)
+        """Return arguments for queries as rows and earlier documents as columns."""
+        return self._with(shard.ids_n, shard.counts_E, None)
 
-    def _rows_with(self, ids: Tensor, counts: Tensor | None) -> Options:
+    def of_positives(self) -> "Pairs":
+        """Return pairs whose documents are the positives alone, in the order of the queries."""
+        target = torch.arange(len(self.target), device=self.target.device)
+        ids, counts = self.query_ids, self.query_counts
+        docs = self.docs[:, self.target]
+        return replace(self, docs=docs, target=target, doc_ids=ids, doc_counts=counts)
+
+    def _with(self, ids: Tensor, counts: Tensor | None, positive: Tensor | None) -> Options:
         return {
+            "positive": positive,
             "row_keys": (self.query_ids[self.where.rank],),
             "row_counts": self.query_counts[self.where.rank],
             "col_keys": (ids,),
@@ -81,159 +91,236 @@ class Pairs:
         }
 
 
-# ---- earlier documents ----
+# ---- in batch ----
 
 
-def bank_lse(queries: Tensor, shards: Sequence[Shard], pairs: Pairs) -> Tensor:
-    """Log-partitions [E, M, Q] of queries [E, Q, D] over shards of one or more, with gradient to
-    the queries alone. One shard at a time is on the queries' device, in backward as well."""
-    return _Streamed.apply(queries, shards, pairs)
+def in_batch(
+    pairs: Pairs, source: str, run: config.Run, symmetric: bool, bank: Bank | None
+) -> tuple[Sums, Tensor]:
+    """Return the sums over documents and, if symmetric, over queries, and the positives' cosines.
+
+    Documents are those of all processes, which are added to the bank, and the bank's; queries are
+    those of all processes. The cosines are [E, M, Q].
+    """
+    earlier = [] if bank is None else bank.shards(source)
+    size = pairs.where.size
+    copies: dict[int, Shard] = {}
+
+    def keep(process: int, vectors_EnD: Tensor) -> None:
+        if bank is not None:
+            ids, counts = pairs.doc_ids[process], pairs.doc_counts[process]
+            copies[process] = bank.copied(Shard(vectors_EnD, ids, counts))
+
+    if run.loss.negatives_across == "ring" and size > 1:
+        sums, cos_EMQ = ring_lse(pairs, symmetric, keep)
+    else:
+        shards = gather(pairs.docs, [len(ids) for ids in pairs.doc_ids])
+        for process, shard in enumerate(shards):
+            keep(process, shard)
+        query_shards = gather(pairs.queries, [len(pairs.target)] * size) if symmetric else None
+        sums, cos_EMQ = _gathered(pairs, shards, query_shards)
+    if earlier:
+        sums[0].append(bank_lse(pairs, earlier))
+    if bank is not None:
+        bank.add(source, [copies[process] for process in range(size)])
+    return sums, cos_EMQ
 
 
-class _Streamed(torch.autograd.Function):
+def _gathered(
+    pairs: Pairs, doc_shards: list[Tensor], query_shards: list[Tensor] | None
+) -> tuple[Sums, Tensor]:
+    """Sum over gathered shards [E, n, D]; without `query_shards` in one direction only."""
+    # On one process a single pass over the pairs serves both directions.
+    both = query_shards is not None and len(query_shards) == 1
+    forward, backward = [], []
+    cos_EMQ = pairs.queries.new_zeros(())
+    for process, shard in enumerate(doc_shards):
+        options = pairs.with_documents(process)
+        rows, columns, positives = pairwise_lse(pairs.queries, shard, columns=both, **options)
+        forward.append(rows)
+        cos_EMQ = cos_EMQ if positives is None else positives
+        backward += [] if columns is None else [columns[:, :, pairs.target]]
+    if query_shards is None:
+        return [forward], cos_EMQ
+    if not both:
+        anchors = pairs.docs[:, pairs.target]
+        for process, shard in enumerate(query_shards):
+            backward.append(pairwise_lse(anchors, shard, **pairs.with_queries(process))[0])
+    return [forward, backward], cos_EMQ
+
+
+# ---- joint ----
+
+
+def joint(pairs: Pairs, owner: Tensor) -> tuple[Sums, Tensor]:
+    """Return GTE's four sums as one softmax's, and the positives' cosines [E, M, Q].
+
+    To those of `in_batch` come q_i with the queries of all processes but itself, and d_i with all
+    documents but those drawn for q_i. owner: int64 [own documents], the query each was drawn for.
+    """
+    doc_shards = gather(pairs.docs, [len(ids) for ids in pairs.doc_ids])
+    query_shards = gather(pairs.queries, [len(pairs.target)] * pairs.where.size)
+    sums, cos_EMQ = _gathered(pairs, doc_shards, query_shards)
+    parts = [part for direction in sums for part in direction]
+    anchors = pairs.docs[:, pairs.target]
+    numbers = torch.arange(len(pairs.target), device=owner.device)
+    for process, (query_shard, doc_shard) in enumerate(zip(query_shards, doc_shards, strict=True)):
+        parts.append(pairwise_lse(pairs.queries, query_shard, **pairs.with_queries(process))[0])
+        options = pairs.with_documents(process)
+        # Only this process has documents that were drawn for its queries.
+        if process == pairs.where.rank:
+            options["row_keys"] += (numbers,)
+            options["col_keys"] += (owner,)
+        parts.append(pairwise_lse(anchors, doc_shard, **options)[0])
+    return [parts], cos_EMQ
+
+
+# ---- bank ----
+
+
+def bank_lse(pairs: Pairs, shards: Sequence[Shard]) -> Tensor:
+    """Return the log-sum-exp [E, M, Q] of the queries over shards, at least one.
+
+    Only queries get a gradient. One shard at a time is on their device, in backward, too.
+    """
+    return _BankLse.apply(pairs.queries, shards, pairs)
+
+
+class _BankLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, shards: Sequence[Shard], pairs: Pairs) -> Tensor:
         parts = []
-        for kept in shards:
-            shard = kept.to(queries)
+        for stored in shards:
+            shard = stored.to(queries)
             parts.append(pairwise_lse(queries, shard.vectors_EnD, **pairs.with_shard(shard))[0])
-            del shard  # before the next one is brought
-        logs = torch.stack(parts)
-        whole = _merged(logs)
-        ctx.save_for_backward(queries, logs, whole)
+            # Free it before the next one is copied.
+            del shard
+        stacked = torch.stack(parts)
+        lse = _merged(stacked)
+        ctx.save_for_backward(queries, stacked, lse)
         ctx.shards, ctx.pairs = shards, pairs
-        return whole
+        return lse
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        queries, logs, whole = ctx.saved_tensors
-        dqueries = torch.zeros_like(queries, dtype=whole.dtype)
-        for kept, part in zip(ctx.shards, logs, strict=True):
-            shard = kept.to(queries)
+        queries, parts, lse = ctx.saved_tensors
+        dqueries = torch.zeros_like(queries, dtype=lse.dtype)
+        for stored, part in zip(ctx.shards, parts, strict=True):
+            shard = stored.to(queries)
             dqueries += pairwise_lse_backward(
                 queries,
                 shard.vectors_EnD,
                 (part, None, None),
-                (slopes[0] * _share(part, whole), None, None),
+                (slopes[0] * _share(part, lse), None, None),
                 **ctx.pairs.with_shard(shard),
             )[0]
             del shard
         return dqueries.to(queries.dtype), None, None
 
 
-def _merged(logs: Tensor) -> Tensor:
-    """log sum exp over the first axis, pair by pair: -inf where all are."""
-    whole = logs[0]
-    for part in logs[1:]:
-        whole = torch.logaddexp(whole, part)
-    return whole
+def _merged(parts: Tensor) -> Tensor:
+    """Return log sum exp over the first axis, by pairs: -inf where all parts are."""
+    lse = parts[0]
+    for part in parts[1:]:
+        lse = torch.logaddexp(lse, part)
+    return lse
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """exp(part - whole): how much of a sum is one part of it. Where all are empty, no matter."""
-    return (part.clamp(min=NOTHING) - whole.clamp(min=NOTHING)).exp()
+def _share(part: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(part - lse), a part's share of a sum; of an empty sum any finite number."""
+    return (part.clamp(min=NOTHING) - lse.clamp(min=NOTHING)).exp()
 
 
-# ---- the ring ----
+# ---- ring ----
 
 
 def ring_lse(
-    queries: Tensor,
-    docs: Tensor,
-    pairs: Pairs,
-    columns: bool,
-    keep: Callable[[int, Tensor], None],
-) -> tuple[list[list[Tensor]], Tensor]:
-    """Of this process's queries and all processes' documents, which are passed around
-    -> (log-partitions [E, M, Q] by direction, each in one part; the positives' cosines [E, M, Q]).
+    pairs: Pairs, columns: bool, keep: Callable[[int, Tensor], None]
+) -> tuple[Sums, Tensor]:
+    """Return what `in_batch` does, with documents that are passed around.
 
-    Args:
-        queries, docs: [E, Q, D], [E, n, D] of this process.
-        columns: whether the positives' partitions over all processes' queries are wanted as well.
-        keep: is shown every process's documents as they pass, and has to copy what it keeps.
-
-    Gradients are those of the sum of all processes' losses, as `gather`'s are.
+    columns: also sum over all processes' queries. keep: is called with each process's documents as
+    they pass, and has to copy them. Gradients are those of the sum of all processes' losses, as
+    `gather`'s are.
     """
-    rows, columns_EMn, own = _Ring.apply(queries, docs, pairs, columns, keep)
-    return [[rows], *([[columns_EMn[:, :, pairs.target]]] if columns else [])], own
+    rows, columns_EMn, cos_EMQ = _RingLse.apply(pairs.queries, pairs.docs, pairs, columns, keep)
+    return [[rows], *([[columns_EMn[:, :, pairs.target]]] if columns else [])], cos_EMQ
 
 
-class _Ring(torch.autograd.Function):
+class _RingLse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        queries: Tensor,
-        docs: Tensor,
-        pairs: Pairs,
-        columns: bool,
-        keep: Callable[[int, Tensor], None],
+        ctx: Any, queries: Tensor, docs: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        pairs, columns, keep = options
         where, sizes = pairs.where, [len(ids) for ids in pairs.doc_ids]
         by_row, by_column, positives = [], [], None
-        sums = _Travelling(where, sizes, torch.logaddexp)
+        sums = _TravellingSums(where, sizes, torch.logaddexp)
         for process, (shard,) in _passed_around(where, sizes, docs):
             keep(process, shard)
-            rows, cols, own = pairwise_lse(
-                queries, shard, columns=columns, **pairs.with_documents(process)
-            )
-            positives = own if own is not None else positives
+            arguments = pairs.with_documents(process)
+            rows, cols, cosines = pairwise_lse(queries, shard, columns=columns, **arguments)
+            positives = cosines if cosines is not None else positives
             by_row.append(rows)
             by_column.append(cols)
             if cols is not None:
                 sums.add(process, cols.transpose(1, 2))
         assert positives is not None
-        whole = _merged(torch.stack(by_row))
-        columns_EMn = sums.home().transpose(1, 2).contiguous() if columns else None
-        ctx.save_for_backward(queries, docs, whole, columns_EMn, positives, *by_row, *by_column)
+        lse = _merged(torch.stack(by_row))
+        columns_EMn = sums.received().transpose(1, 2).contiguous() if columns else None
+        ctx.save_for_backward(queries, docs, lse, columns_EMn, positives, *by_row, *by_column)
         ctx.pairs = pairs
-        return whole, columns_EMn, positives
+        return lse, columns_EMn, positives
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         pairs, where = ctx.pairs, ctx.pairs.where
-        queries, docs, whole, columns_EMn, positives, *logs = ctx.saved_tensors
+        queries, docs, lse, columns_EMn, positives, *parts = ctx.saved_tensors
         drows, dcolumns, dpositives = slopes
         parcel = [docs]
-        if columns_EMn is not None:  # what a process's loss asks of its documents' columns
+        # The columns of a process's documents and their slopes travel with the documents.
+        if columns_EMn is not None:
             parcel.append(torch.cat([columns_EMn, dcolumns], dim=1).transpose(1, 2))
         sizes = [len(ids) for ids in pairs.doc_ids]
-        dqueries = torch.zeros_like(queries, dtype=whole.dtype)
-        sums = _Travelling(where, sizes, torch.Tensor.add_)
+        dqueries = torch.zeros_like(queries, dtype=lse.dtype)
+        sums = _TravellingSums(where, sizes, torch.Tensor.add_)
         rounds = _passed_around(where, sizes, *parcel)
-        for (process, (shard, *asked)), rows, cols in zip(
-            rounds, logs[: where.size], logs[where.size :], strict=True
+        for (process, (shard, *slope)), rows, cols in zip(
+            rounds, parts[: where.size], parts[where.size :], strict=True
         ):
             dcols = None
-            if asked:
-                all_cols, dcols = asked[0].transpose(1, 2).chunk(2, dim=1)
+            if slope:
+                all_cols, dcols = slope[0].transpose(1, 2).chunk(2, dim=1)
                 dcols = dcols * _share(cols, all_cols)
             mine = process == where.rank
             dx, dy, _ = pairwise_lse_backward(
                 queries,
                 shard,
                 (rows, cols, positives if mine else None),
-                (drows * _share(rows, whole), dcols, dpositives if mine else None),
+                (drows * _share(rows, lse), dcols, dpositives if mine else None),
                 columns=columns_EMn is not None,
                 **pairs.with_documents(process),
             )
             dqueries += dx
-            sums.add(process, dy.to(whole.dtype))
-            del dx, dy  # not beside the next round's
-        return dqueries.to(queries.dtype), sums.home().to(docs.dtype), None, None, None
+            sums.add(process, dy.to(lse.dtype))
+            # Free both before the next round computes its own.
+            del dx, dy
+        return dqueries.to(queries.dtype), sums.received().to(docs.dtype), None, None, None
 
 
 def _passed_around(
-    where: World, sizes: Sequence[int], *own: Tensor
+    where: World, sizes: Sequence[int], *mine: Tensor
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """(process, its tensors), this one's first, then those of the one before, and so on.
+    """Yield (process, its tensors): this process's, then those of the one before, and so on.
 
-    While the caller works with some, the next are under way: into one of two buffers, which it may
-    not hold on to. own: each [E, n, K], n = sizes[rank], of one E, K and dtype everywhere.
+    While the caller works with one process's tensors, the next ones arrive in the other of two
+    buffers, so the caller must not keep them. mine: each [E, sizes[rank], K], with equal E, K and
+    dtype on all processes.
     """
-    parcel = [x.detach().contiguous() for x in own]
+    parcel = [x.detach().contiguous() for x in mine]
     longest = max(sizes)
     buffers = [
-        [x.new_empty(x.shape[0] * longest * x.shape[2]) for x in own]
+        [x.new_empty(x.shape[0] * longest * x.shape[2]) for x in mine]
         for _ in range(min(2, where.size - 1))
     ]
     for hop in range(where.size):
@@ -252,7 +339,7 @@ def _passed_around(
         parcel = arriving
 
 
-class _Travelling:
+class _TravellingSums:
     """Sums [E, n, K] by document that follow their shard, one hop behind it."""
 
     def __init__(
@@ -264,16 +351,16 @@ class _Travelling:
         self.transfers: list[dist.Work] = []
 
     def add(self, process: int, part: Tensor) -> None:
-        """This process's share of the sum that belongs to the shard in hand; sends it on."""
+        """Add this process's part to the sum of the current shard, and send the sum on."""
         if self.arriving is not None:
-            part = self.plus(self.home(), part)
+            part = self.plus(self.received(), part)
         self.sent = part.contiguous()
         E, _, K = part.shape
         self.arriving = self.sent.new_empty(E, self.sizes[process - 1], K)
         self.transfers = _exchange(self.where, self.sent, self.arriving)
 
-    def home(self) -> Tensor:
-        """What has arrived: after the last round, the sum of this process's own documents."""
+    def received(self) -> Tensor:
+        """Wait for the last sum: after the last round, that of this process's own documents."""
         for transfer in self.transfers:
             transfer.wait()
         assert self.arriving is not None
@@ -281,98 +368,12 @@ class _Travelling:
 
 
 def _exchange(where: World, mine: Tensor, theirs: Tensor) -> list[dist.Work]:
-    """Begin to send to the next process and to receive from the one before.
+    """Begin to send `mine` to the next process and to receive `theirs` from the one before.
 
-    As one group, or NCCL would wait for a send that no one receives yet. All processes exchange in
-    the same order, which is what tells messages apart.
+    The two form one group, because NCCL would wait for a send that no process receives yet. All
+    processes exchange in the same order, which tells messages apart.
     """
     after, before = (where.rank + 1) % where.size, (where.rank - 1) % where.size
     return dist.batch_isend_irecv(
         [dist.P2POp(dist.isend, mine, after), dist.P2POp(dist.irecv, theirs, before)]
     )
-
-
-Logs = list[list[Tensor]]  # log-partitions [E, M, Q] by softmax, each in parts
-
-
-def _in_batch(
-    queries: Tensor,
-    docs: Tensor,
-    source: str,
-    run: config.Run,
-    pairs: Pairs,
-    symmetric: bool,
-    bank: Bank | None,
-) -> tuple[Logs, Tensor]:
-    """Log-partitions over all processes' documents and the bank's and, if symmetric, over all
-    processes' queries; and the positives' cosines [E, M, Q]."""
-    held = [] if bank is None else bank.shards(source)
-    size = pairs.where.size
-    passing: dict[int, Shard] = {}
-
-    def keep(process: int, vectors_EnD: Tensor) -> None:
-        if bank is not None:
-            ids, counts = pairs.doc_ids[process], pairs.doc_counts[process]
-            passing[process] = bank.copied(Shard(vectors_EnD, ids, counts))
-
-    if run.loss.negatives_across == "ring" and size > 1:
-        logs, cos_EMQ = ring_lse(queries, docs, pairs, symmetric, keep)
-    else:
-        shards = gather(docs, [len(ids) for ids in pairs.doc_ids])
-        for process, shard in enumerate(shards):
-            keep(process, shard)
-        others = gather(queries, [len(pairs.target)] * size) if symmetric else None
-        logs, cos_EMQ = _gathered(queries, docs, shards, others, pairs)
-    if held:
-        logs[0].append(bank_lse(queries, held, pairs))
-    if bank is not None:
-        bank.add(source, [passing[process] for process in range(size)])
-    return logs, cos_EMQ
-
-
-def _gathered(
-    queries: Tensor,
-    docs: Tensor,
-    doc_shards: list[Tensor],
-    query_shards: list[Tensor] | None,
-    pairs: Pairs,
-) -> tuple[Logs, Tensor]:
-    """`_in_batch` of what is here of all processes, [E, n, D] of each; without queries only one
-    direction."""
-    # Where all queries are here, one pass over the pairs serves both directions.
-    both = query_shards is not None and len(query_shards) == 1
-    forward, backward = [], []
-    cos_EMQ = queries.new_zeros(())
-    for process, shard in enumerate(doc_shards):
-        rows, columns, own = pairwise_lse(
-            queries, shard, columns=both, **pairs.with_documents(process)
-        )
-        forward.append(rows)
-        cos_EMQ = cos_EMQ if own is None else own
-        backward += [] if columns is None else [columns[:, :, pairs.target]]
-    if query_shards is None:
-        return [forward], cos_EMQ
-    if not both:
-        anchors = docs[:, pairs.target]
-        for process, shard in enumerate(query_shards):
-            backward.append(pairwise_lse(anchors, shard, **pairs.with_queries(process))[0])
-    return [forward, backward], cos_EMQ
-
-
-def _joint(queries: Tensor, docs: Tensor, owner: Tensor, pairs: Pairs) -> tuple[Logs, Tensor]:
-    """GTE's four sums as one softmax: beside those of `_gathered`, of q_i over the queries of all
-    processes but itself, and of d_i over all documents but those that were drawn for q_i."""
-    doc_shards = gather(docs, [len(ids) for ids in pairs.doc_ids])
-    query_shards = gather(queries, [len(pairs.target)] * pairs.where.size)
-    logs, cos_EMQ = _gathered(queries, docs, doc_shards, query_shards, pairs)
-    parts = [part for direction in logs for part in direction]
-    anchors = docs[:, pairs.target]
-    everyone = torch.arange(len(pairs.target), device=owner.device)
-    for process, (query_shard, doc_shard) in enumerate(zip(query_shards, doc_shards, strict=True)):
-        parts.append(pairwise_lse(queries, query_shard, **pairs.with_queries(process))[0])
-        options = pairs.with_documents(process)
-        if process == pairs.where.rank:  # others have no documents of its queries
-            options["row_keys"] += (everyone,)
-            options["col_keys"] += (owner,)
-        parts.append(pairwise_lse(anchors, doc_shard, **options)[0])
-    return [parts], cos_EMQ

@@ -1,15 +1,17 @@
-"""What is learnt from a teacher's vectors, and by inner exits from the last one.
+"""Distillation losses: from a teacher's vectors, and from the last exit to inner exits.
 
-Each term is a table loss_EM, as the contrastive loss is. With student vectors s cut to a prefix d,
-and teacher vectors t,
+Each term is a table loss_EM, like the contrastive loss. With student vectors s cut to a prefix d,
+and teacher vectors t, which get no gradient,
 
-    features       mean over texts and coordinates of (s - t_d)^2
+    features       mean over texts and coordinates of (s - t_d)^2; t_d: see `Distiller`
     logits         mean over queries and documents of (cos(s_q, s_c) - cos(t_q, t_c))^2, or KL
-    between_exits  the same, of the inner exits, t being the last exit's whole vectors
+    between_exits  logits of each inner exit, t being the last exit's full-width vectors
 
-Without alignment `features` at the whole width is sentence-transformers' MSELoss, and what
-ML-Embed's released code calls kd (arXiv 2605.15081); LEALLA distils both (2302.08387; its formulas
-are not published, these are the usual ones). What t_d is, see `Distiller`. No gradient reaches t.
+Without alignment `features` at the full width is sentence-transformers' MSELoss. With
+`feature_form` ml-embed it is the `kd` of ML-Embed's released code (arXiv 2605.15081): at every exit
+and the full width alone, MSE(queries) + MSE(positives) + MSE(hard negatives) of raw vectors. LEALLA
+distils features and logits (arXiv 2302.08387; its formulas are not published, these are the usual
+ones).
 
 Letters: E exits, M prefixes, N own texts, Q own queries, C all documents, D width, Dt teacher's.
 """
@@ -25,39 +27,40 @@ from mlembed_kernels import distill
 
 from ... import config
 from ...data.collate import Batch
+from ...modeling.vocabulary import principal_directions
 from ...runtime.distributed import World, gather
 
 TERMS = ("features", "logits", "between_exits")
 
 
 def rows_of(cfg: config.Distill, term: str, exits: int) -> Tensor:
-    """bool [E], the exits at which a term, or the contrastive loss, has a value."""
+    """Return the exits, bool [E], at which a term or the contrastive loss has a value."""
     last = torch.arange(exits) == exits - 1
     if term == "between_exits":
         return ~last
-    if term in TERMS and cfg.exits == "last":
-        return last
-    return torch.ones(exits, dtype=torch.bool)
+    at_last = cfg.exits == "last" and not (term == "features" and cfg.feature_form == "ml-embed")
+    return last if term in TERMS and at_last else torch.ones(exits, dtype=torch.bool)
 
 
 def principal(sample_ND: Tensor) -> Tensor:
-    """The rotation R [Dt, Dt] after which the first d coordinates of t R are, for every d, the best
-    rank-d approximation of the sample (Eckart and Young): eigenvectors of sum t t^T, the largest
-    first. Nothing is subtracted, so that whole vectors keep their cosines. Of the two signs an
-    eigenvector has, the one with a positive largest component."""
+    """Return the rotation R [Dt, Dt] onto the principal directions of a sample.
+
+    For every d the first d coordinates of t R are the best rank-d approximation of the sample
+    (Eckart and Young). Nothing is subtracted, so full-width vectors keep their cosines.
+    """
     t = sample_ND.double()
-    R = torch.linalg.eigh(t.T @ t)[1].flip(-1)
-    return (R * R.gather(0, R.abs().argmax(0, keepdim=True)).sign()).float()
+    return principal_directions(t.T @ t).T.float()
 
 
 class Distiller:
-    """The terms of `config.Distill`, and what they need besides a teacher's vectors.
+    """The terms of `config.Distill` and their parameters.
 
-    rotation: [Dt, Dt] of align "pca". projection: P [Dt, D] of align "projection", a parameter that
-    is no part of the model; `step` trains it. At prefix d the first d coordinates of t R stand for
-    the teacher, or s P[:, :d]^T for the student. With "truncate" the teacher's own first d
-    coordinates do: prefixes wider than the teacher have no such loss, a zero in the table; those of
-    t R end in zeros.
+    rotation: R [Dt, Dt] of align "pca". projection: P [Dt, D] of align "projection", a parameter
+    outside of the model, which `step` trains.
+
+    At prefix d, "pca" compares s with the first d coordinates of t R (zeros beyond Dt), and
+    "projection" compares s P[:, :d]^T with t. "truncate" compares s with the first d coordinates of
+    t; a prefix wider than the teacher has no such loss, a zero in the table.
     """
 
     def __init__(
@@ -71,114 +74,124 @@ class Distiller:
     def of(
         run: config.Run, width: int, sample_ND: Tensor | None, where: World
     ) -> "Distiller | None":
-        """None where nothing is distilled.
+        """Return the run's distiller, None if it distils nothing.
 
-        Args:
-            width: of the teacher's vectors, 0 without a teacher.
-            sample_ND: some of them, for "pca"; None where `load` will bring the rotation.
+        width: width of the teacher's vectors, 0 without a teacher. sample_ND: some teacher vectors,
+        for "pca"; None if `load` will bring the rotation.
 
         Raises:
-            ValueError: no prefix that the teacher is wide enough for.
+            ValueError: the teacher is narrower than every prefix, or with `feature_form` ml-embed
+                than the full width.
         """
-        cfg, shape = run.distill, run.model
+        cfg, D, dims = run.distill, run.model.hidden_size, run.model.matryoshka_dims
         if not any(getattr(cfg, term) for term in TERMS):
             return None
-        rotation = projection = None
-        if cfg.features and cfg.align == "pca":
-            rotation = torch.zeros(width, width) if sample_ND is None else principal(sample_ND)
-            rotation = rotation.to(where.device)
-            if where.size > 1:  # devices may round the sample unlike each other
-                dist.broadcast(rotation, src=0)
-        if cfg.features and cfg.align == "projection":
-            rng = torch.Generator().manual_seed(run.seed)  # equal on all processes
-            D = shape.hidden_size
-            tall = torch.linalg.qr(torch.randn(max(width, D), min(width, D), generator=rng))[0]
-            projection = (tall if width >= D else tall.T).contiguous().to(where.device)
-        if cfg.features and cfg.align == "truncate" and width < shape.matryoshka_dims[0]:
+        align = cfg.align if cfg.features else ""
+        if align == "truncate" and width < dims[0]:
             raise ValueError(
                 f"distill.align: expected pca or projection for a teacher of width {width}, which "
-                f"is below all of model.matryoshka_dims {shape.matryoshka_dims}, got truncate"
+                f"is below all of model.matryoshka_dims {dims}, got truncate"
             )
-        made = Distiller(cfg, rotation, projection, where)
-        if made.projection is not None:
-            made.optimizer = torch.optim.AdamW(
-                [made.projection], betas=run.optim.betas, eps=run.optim.eps, weight_decay=0.0
+        if align and cfg.feature_form == "ml-embed" and width < D:
+            raise ValueError(
+                f"distill.feature_form: expected a teacher at least as wide as the model, {D}, for "
+                f"ml-embed, got width {width}"
             )
-        return made
+        rotation = projection = None
+        if align == "pca":
+            rotation = torch.zeros(width, width) if sample_ND is None else principal(sample_ND)
+            rotation = rotation.to(where.device)
+            # Devices may round the sample differently.
+            if where.size > 1:
+                dist.broadcast(rotation, src=0)
+        if align == "projection":
+            # The seed makes it equal on all processes.
+            rng = torch.Generator().manual_seed(run.seed)
+            tall = torch.linalg.qr(torch.randn(max(width, D), min(width, D), generator=rng))[0]
+            projection = (tall if width >= D else tall.T).contiguous().to(where.device)
+        distiller = Distiller(cfg, rotation, projection, where)
+        if distiller.projection is not None:
+            distiller.optimizer = torch.optim.AdamW(
+                [distiller.projection], betas=run.optim.betas, eps=run.optim.eps, weight_decay=0.0
+            )
+        return distiller
 
     # ---- the loss ----
 
     def tables(
-        self, exits_END: Tensor, batch: Batch, run: config.Run, where: World, exits: Sequence[int]
+        self, exits_END: Tensor, batch: Batch, run: config.Run, where: World
     ) -> dict[str, Tensor]:
-        """loss_EM (fp32; float64 for float64) of each term with a weight, zero where it has none.
+        """Return loss_EM of each term with a weight, fp32 (float64 of float64).
 
-        The mean over processes is the loss of the whole batch on one, and so are gradients.
-
-        Args:
-            exits_END: this process's texts, in the order of `batch.packs`.
-            batch: with `teacher_ND`, where there is a teacher.
-            exits: their depths.
+        exits_END: this process's texts, in the order of `batch.packs`. Entries at which a term has
+        no value are 0. The mean over processes is the loss of the whole batch on one process, and
+        so are gradients.
         """
         exits_END = exits_END[:, batch.place.to(exits_END.device)]
         t_ND = batch.teacher_ND
-        found = {}
+        tables = {}
         if self.cfg.features:
             assert t_ND is not None
-            found["features"] = self._features(
-                exits_END, t_ND.to(exits_END.device), batch, run, exits
-            )
-        between = self.cfg.between_exits > 0 and len(exits) > 1
+            tables["features"] = self._features(exits_END, t_ND.to(exits_END.device), batch, run)
+        E = len(exits_END)
+        between = self.cfg.between_exits > 0 and E > 1
         if self.cfg.logits or between:
-            pairs = _Pairs.of(exits_END, batch, run, where, exits)
+            pairs = _Pairs(exits_END, batch, run, where)
         if self.cfg.logits:
             assert t_ND is not None
-            first = len(exits) - 1 if self.cfg.exits == "last" else 0
+            first = E - 1 if self.cfg.exits == "last" else 0
             teacher = _split(t_ND.to(exits_END)[None], batch, where)
-            found["logits"] = pairs.table(slice(first, None), teacher, range(first, len(exits)))
+            tables["logits"] = pairs.table(teacher, first, range(first, E))
         if between:
-            inner = range(len(exits) - 1)
             teacher = pairs.queries[-1:].detach(), pairs.docs[-1:].detach()
-            there = [len(exits) - 1] * len(inner)  # who is at the last exit is at all of them
-            found["between_exits"] = pairs.table(slice(0, -1), teacher, there)
-        return found
+            # Only texts that run to the last exit have a teacher, at every inner exit.
+            tables["between_exits"] = pairs.table(teacher, 0, [E - 1] * (E - 1))
+        return tables
 
-    def _features(
-        self,
-        exits_END: Tensor,
-        t_ND: Tensor,
-        batch: Batch,
-        run: config.Run,
-        exits: Sequence[int],
-    ) -> Tensor:
+    def _features(self, exits_END: Tensor, t_ND: Tensor, batch: Batch, run: config.Run) -> Tensor:
         x_END = exits_END.to(torch.promote_types(exits_END.dtype, torch.float32))
         t_ND = t_ND.detach().to(x_END.dtype)
-        D, dims = x_END.shape[-1], run.model.matryoshka_dims
+        D, dims, exits = x_END.shape[-1], run.model.matryoshka_dims, run.model.exits
         if self.rotation is not None:
             t_ND = t_ND @ self.rotation.to(t_ND)
             t_ND = F.pad(t_ND, (0, max(0, D - t_ND.shape[1])))
-        own, all_ = _depths(batch, self.where)
-        wanted = rows_of(self.cfg, "features", len(exits)).tolist()
+        rows_E = rows_of(self.cfg, "features", len(exits)).tolist()
         rows = []
-        for x, exit, here in zip(x_END, exits, wanted, strict=True):
-            if not here:
-                rows.append(x.new_zeros(len(dims)))
-                continue
-            t = t_ND
-            if int(own.min()) < exit:  # who is there is known on the host: nothing waits
-                there = (own >= exit).nonzero()[:, 0].to(x.device, non_blocking=True)
-                x, t = x[there], t[there]
-            # Processes differ in how many texts they have there: each counts by its share of them.
-            count = max(1, int((all_ >= exit).sum())) / self.where.size
-            rows.append(torch.stack([self._square(x, t, d) for d in dims]) / count)
+        for x_ND, exit, has_value in zip(x_END, exits, rows_E, strict=True):
+            row = x_ND.new_zeros(len(dims))
+            for mask, count in self._means(batch, exit) if has_value else ():
+                x, t = x_ND, t_ND
+                # Depths are known on the host, so choosing texts does not wait for the device.
+                if not mask.all():
+                    places = mask.nonzero()[:, 0].to(x.device, non_blocking=True)
+                    x, t = x[places], t[places]
+                row = row + torch.stack([self._square(x, t, d) for d in dims]) / count
+            rows.append(row)
         return torch.stack(rows)
 
+    def _means(self, batch: Batch, exit: int) -> list[tuple[Tensor, float]]:
+        """Return for each mean its texts of this process, bool [N], and its texts per process.
+
+        Processes differ in how many texts run to an exit, so each counts by its share of all.
+        """
+        present = _own_depths(batch, self.where) >= exit
+        queries, docs = (int((x >= exit).sum()) for x in (batch.query_depths, batch.doc_depths))
+        means, size = [(present, queries + docs)], self.where.size
+        if self.cfg.feature_form == "ml-embed":
+            kind = torch.full(present.shape, 2)
+            kind[: len(batch.target)] = 0
+            kind[len(batch.target) + batch.target] = 1
+            counts = queries, queries, docs - queries
+            means = [(present & (kind == i), n) for i, n in enumerate(counts)]
+        return [(texts, max(1, n) / size) for texts, n in means]
+
     def _square(self, x_ND: Tensor, t_ND: Tensor, d: int) -> Tensor:
-        """Sum over texts of the mean over coordinates of (s - t_d)^2."""
+        """Return the sum over texts of the mean over coordinates of (s - t_d)^2."""
+        full_only = self.cfg.feature_form == "ml-embed" and d < x_ND.shape[1]
         if self.projection is not None:
             P = self.projection.to(x_ND.dtype)
             s, t = x_ND[:, :d] @ P[:, :d].T, t_ND
-        elif d <= t_ND.shape[1]:
+        elif d <= t_ND.shape[1] and not full_only:
             s, t = x_ND[:, :d], t_ND[:, :d]
         else:
             return x_ND.new_zeros(())
@@ -189,7 +202,7 @@ class Distiller:
     # ---- the projection's steps ----
 
     def step(self, lr: float, max_norm: float) -> None:
-        """One step of the projection, with gradients averaged over processes; all call it."""
+        """Step the projection with gradients averaged over processes; all processes call it."""
         P = self.projection
         if P is None or P.grad is None:
             return
@@ -203,17 +216,17 @@ class Distiller:
         P.grad = None
 
     def finite(self) -> bool:
-        """Whether the projection's gradient, if there is one, is."""
+        """Return whether the projection's gradient, if any, is finite."""
         P = self.projection
         return P is None or P.grad is None or bool(P.grad.isfinite().all())
 
     def discard(self) -> None:
-        """Forget the gradients of a step that is left out."""
+        """Drop the gradient of a step that is skipped."""
         if self.projection is not None:
             self.projection.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold: equal on all processes."""
+        """Return the tensors of a checkpoint, equal on all processes."""
         tensors = {} if self.rotation is None else {"rotation": self.rotation}
         if self.projection is not None:
             assert self.optimizer is not None
@@ -224,42 +237,43 @@ class Distiller:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned.
+        """Continue from what `state` returned.
 
         Raises:
             ValueError: tensors of another distillation.
         """
-        own = {n for n in ("rotation", "projection") if getattr(self, n) is not None}
-        for name in sorted(own):
-            want, got = list(getattr(self, name).shape), tensors.get(name)
-            if got is None or list(got.shape) != want:
-                said = "none" if got is None else list(got.shape)
-                raise ValueError(f"distill: expected {name} {want} in the checkpoint, got {said}")
-        if self.rotation is not None:
-            self.rotation.copy_(tensors["rotation"])
-        if self.projection is not None:
+        for name in ("projection", "rotation"):
+            if (tensor := getattr(self, name)) is None:
+                continue
+            shape, got = list(tensor.shape), tensors.get(name)
+            if got is None or list(got.shape) != shape:
+                reason = "none" if got is None else list(got.shape)
+                raise ValueError(
+                    f"distill: expected {name} {shape} in the checkpoint, got {reason}"
+                )
+            tensor.copy_(got)
+        if "step" in tensors and self.projection is not None:
             assert self.optimizer is not None
-            self.projection.copy_(tensors["projection"])
-            if "step" in tensors:
-                state = {n: tensors[n].to(self.projection) for n in ("exp_avg", "exp_avg_sq")}
-                step = tensors["step"].reshape(()).float().cpu()
-                self.optimizer.state[self.projection] = {"step": step, **state}
+            state = {n: tensors[n].to(self.projection) for n in ("exp_avg", "exp_avg_sq")}
+            step = tensors["step"].reshape(()).float().cpu()
+            self.optimizer.state[self.projection] = {"step": step, **state}
 
 
 # ---- similarities ----
 
 
-def _depths(batch: Batch, where: World) -> tuple[Tensor, Tensor]:
-    """int64: depths of this process's texts, queries then documents, and of all processes'."""
-    n = len(batch.target)
-    queries = batch.query_depths.split([n] * where.size)[where.rank]
+def _own_depths(batch: Batch, where: World) -> Tensor:
+    """Return the depths of this process's texts, int64 [N], queries then documents."""
+    queries = batch.query_depths.split([len(batch.target)] * where.size)[where.rank]
     docs = batch.doc_depths.split(list(batch.doc_sizes))[where.rank]
-    return torch.cat([queries, docs]), torch.cat([batch.query_depths, batch.doc_depths])
+    return torch.cat([queries, docs])
 
 
 def _split(x_END: Tensor, batch: Batch, where: World) -> tuple[Tensor, Tensor]:
-    """[E, Q, D] of this process's queries and [E, C, D] of all processes' documents, deepest
-    first, with gradient to every one of them."""
+    """Return this process's queries [E, Q, D] and all processes' documents [E, C, D].
+
+    Both are ordered deepest first, and all documents get a gradient.
+    """
     n = len(batch.target)
     docs = torch.cat(gather(x_END[:, n:], batch.doc_sizes), dim=1)
     if where.size > 1 and int(batch.doc_depths.min()) < int(batch.doc_depths.max()):
@@ -269,55 +283,39 @@ def _split(x_END: Tensor, batch: Batch, where: World) -> tuple[Tensor, Tensor]:
 
 
 class _Pairs:
-    """This process's queries with all documents, and how many of either are there at each exit."""
+    """This process's queries with all documents, and how many of each run to each exit.
 
-    def __init__(
-        self,
-        split: tuple[Tensor, Tensor],
-        counts: tuple[list[int], list[int]],
-        share_E: list[float],
-        batch: Batch,
-        run: config.Run,
-    ) -> None:
-        self.queries, self.docs = split
-        self.query_counts, self.doc_counts = counts
-        self.share_E, self.run = share_E, run
-        self.temperature = batch.temperature or run.loss.temperature
+    Processes differ in how many of their queries run to an exit: each counts by its share of all.
+    """
 
-    @staticmethod
-    def of(
-        exits_END: Tensor, batch: Batch, run: config.Run, where: World, exits: Sequence[int]
-    ) -> "_Pairs":
-        own = _depths(batch, where)[0][: len(batch.target)]
-        queries = [int((own >= exit).sum()) for exit in exits]
-        docs = [int((batch.doc_depths >= exit).sum()) for exit in exits]
-        # Processes differ in how many of their queries are there: each counts by its share of them.
-        total = [max(1, int((batch.query_depths >= exit).sum())) for exit in exits]
-        share = [n * where.size / all_ for n, all_ in zip(queries, total, strict=True)]
-        return _Pairs(_split(exits_END, batch, where), (queries, docs), share, batch, run)
+    def __init__(self, exits_END: Tensor, batch: Batch, run: config.Run, where: World) -> None:
+        self.queries, self.docs = _split(exits_END, batch, where)
+        self.run, self.temperature = run, batch.temperature or run.loss.temperature
+        depths = batch.query_depths.split([len(batch.target)] * where.size)[where.rank]
+        exits_E1 = torch.tensor(run.model.exits)[:, None]
+        self.query_counts, self.doc_counts, total = (
+            (x >= exits_E1).sum(1) for x in (depths, batch.doc_depths, batch.query_depths)
+        )
+        self.share_E = self.query_counts.double() * where.size / total.clamp(min=1)
 
-    def table(self, which: slice, teacher: tuple[Tensor, Tensor], there: Sequence[int]) -> Tensor:
-        """loss_EM with the exits `which`, zero elsewhere, for pairs that are there at the exits of
-        the places `there`, one for each."""
-        cfg, device = self.run.distill, self.queries.device
-        dims = self.run.model.matryoshka_dims
+    def table(self, teacher: tuple[Tensor, Tensor], first: int, at: Sequence[int]) -> Tensor:
+        """Return loss_EM of the exits from place `first` on, zero at others.
 
-        def counts(values: Sequence[int]) -> Tensor:
-            return torch.tensor([values[e] for e in there], device=device)
-
+        at: for each of these exits, the place of the exit to which texts have to run.
+        """
+        cfg, device, stop = self.run.distill, self.queries.device, first + len(at)
+        places = torch.tensor(at)
         loss_EM = distill(
-            self.queries[which],
-            self.docs[which],
+            self.queries[first:stop],
+            self.docs[first:stop],
             teacher[0][0],
             teacher[1][0],
-            dims=dims,
+            dims=self.run.model.matryoshka_dims,
             kind=cfg.logit_form,
             temperature=self.temperature,
             teacher_temperature=cfg.teacher_temperature,
-            query_counts=counts(self.query_counts),
-            cand_counts=counts(self.doc_counts),
+            query_counts=self.query_counts[places].to(device),
+            cand_counts=self.doc_counts[places].to(device),
         )
-        loss_EM = loss_EM * loss_EM.new_tensor([[self.share_E[e]] for e in there])
-        whole = loss_EM.new_zeros(self.queries.shape[0], len(dims))
-        places = torch.arange(len(whole), device=device)[which]
-        return whole.index_copy(0, places, loss_EM)
+        loss_EM = loss_EM * self.share_E[places][:, None].to(loss_EM)
+        return F.pad(loss_EM, (0, 0, first, len(self.queries) - stop))

@@ -1,4 +1,4 @@
-"""What is optimised: the 3D Matryoshka objective, one number per exit and prefix, weighted.
+"""The 3D Matryoshka objective: one loss per exit and prefix, and their weights.
 
     loss = sum_e sum_m w_e w_m loss_em,  loss_em of the batch's task at exit e and prefix m
 
@@ -15,14 +15,14 @@ and by task:
                     queries, N_i = sum_j exp(s(q_j, d_i) / t); with gte one L of both sums and of
                     those over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)
     bitext          the mean of both directions, a = loss.margin (LaBSE, arXiv 2007.01852)
-    clustering,     L over the query's hard negatives alone, as ML-Embed's released code
-    classification  (arXiv 2605.15081) has it: others of a batch may be of its class
+    clustering,     L over the query's hard negatives alone, as in ML-Embed's released code
+    classification  (arXiv 2605.15081): other texts of the batch may be of the query's class
     sts             log(1 + sum over pairs with y_i > y_j of exp((s_j - s_i) / t)), s_i of the pair
-                    that is scored y_i (CoSENT, doi 10.1109/TASLP.2024.3402087)
+                    with score y_i (CoSENT, doi 10.1109/TASLP.2024.3402087)
 
-`loss.hard_negatives`: n_ik are documents like others, N_i = sum over all (shared); only positives
-are, and n_ik join N_i of their own query (own); or they have a softmax of their own, whose loss is
-added (separate: ML-Embed's `inbatch` + `hard`).
+`loss.hard_negatives`: shared, the n_ik are documents like others; own, only positives are, and the
+n_ik join N_i of their own query; separate, the n_ik have a softmax of their own, whose loss is
+added (ML-Embed's `inbatch` + `hard`).
 
 Letters: E exits, M prefixes, N texts, D width, Q queries of this process, K hard negatives.
 """
@@ -43,7 +43,7 @@ from ... import config
 from ...data.collate import Batch
 from ...runtime.distributed import World, gather
 from .bank import Bank
-from .candidates import Pairs, _in_batch, _joint
+from .candidates import Pairs, in_batch, joint
 
 
 def loss_table(
@@ -51,56 +51,48 @@ def loss_table(
     batch: Batch,
     run: config.Run,
     world: World,
-    exits: Sequence[int] | None = None,
     bank: Bank | None = None,
 ) -> Tensor:
-    """loss_EM [E, M] of this process's texts, fp32 (float64 of float64), by the batch's task.
+    """Return loss_EM [E, M] of this process's texts by the batch's task, fp32 (float64 of float64).
 
-    Candidates are those of all processes. At an exit only groups that run as deep take part.
-    Queries without hard negatives have no part in a softmax over these alone: it is a mean over the
-    queries that have any, all others' loss is 0.
+    Candidates are those of all processes. At an exit only groups that run as deep take part. The
+    hard-negative softmax averages over queries that have hard negatives; other queries contribute
+    0. The mean over processes is the loss of the whole batch on one process, and so, as gathering
+    and the ring carry gradients, is the mean of their gradients.
 
     Args:
         exits_END: this process's texts, in the order of `batch.packs`.
-        batch: whose ids (for all processes) tell false negatives apart.
-        exits: their depths; the configured ones by default.
-        bank: whose documents of the batch's source are negatives of its queries as well (retrieval
-            and bitext). Those of all processes are added to it, for the caller to commit or to
-            discard: with hard negatives of one's own only positives, as these alone are candidates
-            of other queries. Batches of other tasks neither read it nor add to it.
-
-    The mean over processes is the loss of the whole batch on one process, and so, as gathering and
-    passing around carry gradients, is the mean of their gradients.
+        batch: its ids, of all processes, tell which candidates are false negatives.
+        bank: for retrieval and bitext, its documents of the batch's source are negatives, and the
+            candidates of all processes are added to it, for the caller to commit or discard.
 
     Raises:
         ValueError: a clustering or classification batch without hard negatives, an sts batch
             without scores.
     """
-    exits = run.model.exits if exits is None else exits
-    exits_END = exits_END[:, batch.place.to(exits_END.device)]
-    queries, docs = exits_END[:, : len(batch.target)], exits_END[:, len(batch.target) :]
-    pairs = _pairs(batch, run, world, exits, exits_END)
+    pairs = _pairs(exits_END, batch, run, world)
     if batch.task == "sts":
-        return _cosent(queries, docs[:, pairs.target], batch, pairs, exits)
+        return _cosent(batch, pairs, run)
     if batch.task in ("clustering", "classification"):
-        return _own_negatives_only(queries, docs, batch, pairs, exits)
-    return _contrastive(queries, docs, batch, run, pairs, exits, bank)
+        return _own_negatives_only(batch, pairs, run)
+    return _contrastive(batch, pairs, run, bank)
 
 
-def _pairs(
-    batch: Batch, run: config.Run, world: World, exits: Sequence[int], like: Tensor
-) -> Pairs:
-    """What the batch says of all texts, on the vectors' device."""
-    device, dims = like.device, run.model.matryoshka_dims
+def _pairs(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -> Pairs:
+    """Split texts into queries and documents, with ids and counts on their device."""
+    device, dims, exits = exits_END.device, run.model.matryoshka_dims, run.model.exits
+    exits_END = exits_END[:, batch.place.to(device)]
     query_sizes, doc_sizes = [len(batch.target)] * world.size, list(batch.doc_sizes)
     scale_EM = torch.full(
         (len(exits), len(dims)),
         1 / (batch.temperature or run.loss.temperature),
-        dtype=torch.promote_types(like.dtype, torch.float32),
+        dtype=torch.promote_types(exits_END.dtype, torch.float32),
         device=device,
     )
     return Pairs(
         world,
+        exits_END[:, : len(batch.target)],
+        exits_END[:, len(batch.target) :],
         batch.target.to(device),
         batch.query_ids.to(device).split(query_sizes),
         _counts(batch.query_depths, query_sizes, exits, device),
@@ -113,7 +105,7 @@ def _pairs(
 def _counts(
     depths: Tensor, sizes: Sequence[int], exits: Sequence[int], device: torch.device
 ) -> list[Tensor | None]:
-    """How many of each process's texts, deepest first, are there at each exit; None: all."""
+    """Return how many of each process's texts run to each exit [E]; None: all to the last."""
     if int(depths.min()) >= exits[-1]:
         return [None] * len(sizes)
     at = torch.tensor(exits)
@@ -123,35 +115,39 @@ def _counts(
 # ---- one softmax ----
 
 
-def _softmax(parts: list[Tensor], z_EMQ: Tensor, share_EQ: Tensor, times: float = 1.0) -> Tensor:
-    """loss_EM = sum_i share_i (log(k exp(z_i) + N_i) - z_i), log N [E, M, Q] in parts.
+def _softmax(sums: list[Tensor], z_EMQ: Tensor, share_EQ: Tensor, times: float = 1.0) -> Tensor:
+    """Return loss_EM = sum_i share_i (log(k exp(z_i) + N_i) - z_i).
 
-    share_EQ: see `_shares`. times: k, how often the sums contain the positive.
+    sums: log-sum-exps [E, M, Q], whose exponentials add up to N. times: k, how often the softmax
+    counts the positive.
     """
-    loss_EMQ, there_EQ = softmax_loss(parts, z_EMQ, times), share_EQ > 0
-    return (loss_EMQ.where(there_EQ[:, None], 0.0) * share_EQ[:, None]).sum(-1)
+    loss_EMQ = softmax_loss(sums, z_EMQ, times)
+    return (loss_EMQ.where(share_EQ[:, None] > 0, 0.0) * share_EQ[:, None]).sum(-1)
 
 
-def _shares(batch: Batch, pairs: Pairs, exits: Sequence[int], only: Tensor | None = None) -> Tensor:
-    """[E, Q], what each query of this process weighs, so that the mean over processes is the mean
-    over the queries of all processes that are there at the exit (0: it is not).
+def _shares(batch: Batch, pairs: Pairs, run: config.Run, only: Tensor | None = None) -> Tensor:
+    """Return the weights [E, Q] of this process's queries, 0 where a query has left.
 
+    With them the mean over processes is the mean over all queries that run to the exit.
     only: bool [queries of all processes], which of them count at all.
     """
-    there_EQ = batch.query_depths[None] >= torch.tensor(exits)[:, None]
-    there_EQ = there_EQ if only is None else there_EQ & only
-    share_EQ = pairs.where.size * there_EQ / there_EQ.double().sum(1, keepdim=True).clamp(min=1)
-    own = share_EQ.split(len(batch.target), dim=1)[pairs.where.rank]
-    return own.to(pairs.common["scale"])
+    runs_EQ = batch.query_depths[None] >= torch.tensor(run.model.exits)[:, None]
+    runs_EQ = runs_EQ if only is None else runs_EQ & only
+    share_EQ = pairs.where.size * runs_EQ / runs_EQ.double().sum(1, keepdim=True).clamp(min=1)
+    share_EQ = share_EQ.split(len(batch.target), dim=1)[pairs.where.rank]
+    return share_EQ.to(pairs.common["scale"])
 
 
-def _hard(queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs) -> Tensor | None:
-    """Log-partition [E, M, Q] of each query's own hard negatives; None where this process has none.
-    They run as deep as their query: where that is, they are."""
+def _hard(batch: Batch, pairs: Pairs) -> Tensor | None:
+    """Return the log-sum-exp [E, M, Q] of each query's hard negatives; None if the batch has none.
+
+    Hard negatives exit at the same depth as their query.
+    """
     if not batch.negatives.shape[1]:
         return None
-    negatives = batch.negatives.to(queries.device)
-    cos_EMQK = cosine(queries, docs[:, negatives.clamp(min=0)], dims=pairs.common["dims"])
+    negatives = batch.negatives.to(pairs.docs.device)
+    hard = pairs.docs[:, negatives.clamp(min=0)]
+    cos_EMQK = cosine(pairs.queries, hard, dims=pairs.common["dims"])
     z_EMQK = cos_EMQK * pairs.common["scale"][..., None, None]
     return z_EMQK.masked_fill(negatives < 0, NOTHING).logsumexp(-1)
 
@@ -159,64 +155,53 @@ def _hard(queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs) -> Tensor |
 # ---- clustering, classification ----
 
 
-def _own_negatives_only(
-    queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs, exits: Sequence[int]
-) -> Tensor:
-    """One softmax over the positive and the query's own hard negatives. Nothing is gathered."""
+def _own_negatives_only(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
+    """Return the softmax over the positive and the query's own hard negatives; gathers nothing."""
     if not batch.has_negatives.any():
         raise ValueError(
-            f"{batch.source or 'batch'}: expected hard negatives, which are all that a query of "
-            f"task {batch.task} is told apart from, got a batch without any"
+            f"{batch.source or 'batch'}: expected hard negatives, the only negatives of task "
+            f"{batch.task}, got a batch without any"
         )
     dims, scale_EM = pairs.common["dims"], pairs.common["scale"]
-    cos_EMQ = cosine(queries, docs[:, pairs.target, None], dims=dims)[..., 0]
-    hard_EMQ = _hard(queries, docs, batch, pairs)
-    parts = [torch.full_like(cos_EMQ, NOTHING) if hard_EMQ is None else hard_EMQ]
-    share_EQ = _shares(batch, pairs, exits, batch.has_negatives)
-    return _softmax(parts, cos_EMQ * scale_EM[..., None], share_EQ)
+    cos_EMQ = cosine(pairs.queries, pairs.docs[:, pairs.target, None], dims=dims)[..., 0]
+    hard_EMQ = _hard(batch, pairs)
+    sums = [torch.full_like(cos_EMQ, NOTHING) if hard_EMQ is None else hard_EMQ]
+    share_EQ = _shares(batch, pairs, run, batch.has_negatives)
+    return _softmax(sums, cos_EMQ * scale_EM[..., None], share_EQ)
 
 
 # ---- retrieval, bitext ----
 
 
-def _contrastive(
-    queries: Tensor,
-    docs: Tensor,
-    batch: Batch,
-    run: config.Run,
-    pairs: Pairs,
-    exits: Sequence[int],
-    bank: Bank | None,
-) -> Tensor:
-    """In-batch softmaxes, and what hard negatives of one's own add to them or have beside them.
+def _contrastive(batch: Batch, pairs: Pairs, run: config.Run, bank: Bank | None) -> Tensor:
+    """Return the in-batch softmaxes, with a query's own hard negatives in them or added.
 
-    LaBSE's code adds up its two directions: with `normalise_weights` False, which is for the
-    published losses' scale, bitext is the sum and not the mean.
+    LaBSE's code adds up its two directions: without `normalise_weights`, which asks for the
+    published losses' scale, bitext is the sum instead of the mean.
     """
     bitext, loss = batch.task == "bitext", run.loss
     symmetric = bitext or loss.directions != "query_to_doc"
-    share_EQ = _shares(batch, pairs, exits)
-    hard_EMQ, owner = None, batch.owner.to(queries.device)
+    share_EQ = _shares(batch, pairs, run)
+    hard_EMQ, owner = None, batch.owner.to(pairs.docs.device)
     if loss.hard_negatives != "shared":
-        hard_EMQ = _hard(queries, docs, batch, pairs)
-        docs, pairs = docs[:, pairs.target], pairs.of_positives()
+        hard_EMQ, pairs = _hard(batch, pairs), pairs.of_positives()
         owner = pairs.target
     times = 1.0
     if loss.directions == "gte" and not bitext:
-        logs, cos_EMQ = _joint(queries, docs, owner, pairs)
+        sums, cos_EMQ = joint(pairs, owner)
         times = 2.0 if loss.count_positive_twice else 1.0
     else:
-        logs, cos_EMQ = _in_batch(queries, docs, batch.source, run, pairs, symmetric, bank)
+        sums, cos_EMQ = in_batch(pairs, batch.source, run, symmetric, bank)
     margin = loss.margin if bitext else 0.0
     z_EMQ = (cos_EMQ - margin) * pairs.common["scale"][..., None]
-    beside = loss.hard_negatives == "separate" and not bitext
-    if hard_EMQ is not None and not beside:
-        logs[0].append(hard_EMQ)
-    loss_EM = torch.stack([_softmax(parts, z_EMQ, share_EQ, times) for parts in logs]).sum(0)
+    separate = loss.hard_negatives == "separate" and not bitext
+    if hard_EMQ is not None and not separate:
+        sums[0].append(hard_EMQ)
+    loss_EM = torch.stack([_softmax(parts, z_EMQ, share_EQ, times) for parts in sums]).sum(0)
     if loss.normalise_weights or not bitext:
-        loss_EM = loss_EM / len(logs)
-    if hard_EMQ is not None and beside:
-        share_EQ = _shares(batch, pairs, exits, batch.has_negatives)
+        loss_EM = loss_EM / len(sums)
+    if hard_EMQ is not None and separate:
+        share_EQ = _shares(batch, pairs, run, batch.has_negatives)
         loss_EM = loss_EM + _softmax([hard_EMQ], z_EMQ, share_EQ)
     return loss_EM
 
@@ -224,25 +209,23 @@ def _contrastive(
 # ---- sts ----
 
 
-def _cosent(
-    queries: Tensor, docs: Tensor, batch: Batch, pairs: Pairs, exits: Sequence[int]
-) -> Tensor:
-    """CoSENT over the scored pairs of all processes, the same number on each of them.
+def _cosent(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
+    """Return CoSENT over the scored pairs of all processes, equal on all of them.
 
-    In the order of scores the sum is sum_i exp(-z_i) sum_j exp(z_j) over the j that come before all
-    that are scored as i is: cumulative sums, no matrix of pairs.
+    In the order of scores the sum is sum_i exp(-z_i) sum_j exp(z_j) over the j with lower scores
+    than i, which cumulative sums give without a matrix of pairs.
     """
     if batch.scores is None:
         raise ValueError(f"{batch.source or 'batch'}: expected scores for task sts, got none")
     dims, scale_EM = pairs.common["dims"], pairs.common["scale"]
-    cos_EMQ = cosine(queries, docs[:, :, None], dims=dims)[..., 0]
-    scores_E1Q = batch.scores.to(cos_EMQ).expand(len(exits), 1, -1)
+    cos_EMQ = cosine(pairs.queries, pairs.docs[:, pairs.target, None], dims=dims)[..., 0]
+    scores_E1Q = batch.scores.to(cos_EMQ).expand(len(cos_EMQ), 1, -1)
     mine = torch.cat([cos_EMQ, scores_E1Q], dim=1).transpose(1, 2)
-    told = torch.cat(gather(mine, [len(batch.target)] * pairs.where.size), dim=1)
+    gathered = torch.cat(gather(mine, [len(batch.target)] * pairs.where.size), dim=1)
     losses = []
-    for e, depth in enumerate(exits):
-        there = (batch.query_depths >= depth).nonzero()[:, 0].to(told.device)
-        cos_nM, scores = told[e, there, :-1], told[e, there, -1].detach()
+    for e, depth in enumerate(run.model.exits):
+        rows = (batch.query_depths >= depth).nonzero()[:, 0].to(gathered.device)
+        cos_nM, scores = gathered[e, rows, :-1], gathered[e, rows, -1].detach()
         scores, order = scores.sort(stable=True)
         z_Mn = cos_nM[order].T * scale_EM[e][:, None]
         before = F.pad(z_Mn.logcumsumexp(1), (1, 0), value=NOTHING)
@@ -255,23 +238,14 @@ def _cosent(
 # ---- weights and ranks ----
 
 
-def weights(run: config.Run, exits: Sequence[int] | None = None) -> Tensor:
-    """w_e w_m as fp32 [E, M] of the exits that have a loss (by default all).
+def weights(run: config.Run) -> Tensor:
+    """Return w_e w_m, fp32 [E, M].
 
-    They sum to one, or with `normalise_weights` False are as their rules have them, which makes the
-    loss's scale depend on how many prefixes are listed, as published losses' does; `uniform` is a
-    mean over exits even so, as in ML-Embed's released code (arXiv 2605.15081).
-
-    Raises:
-        ValueError: custom weights that are all 0 at these exits.
+    They sum to one. Without `normalise_weights` they are what their rules give, as in published
+    losses, whose scale grows with the number of prefixes; `uniform` is a mean over exits even then,
+    as in ML-Embed's released code (arXiv 2605.15081).
     """
-    exits = run.model.exits if exits is None else exits
-    w_E, w_M = torch.tensor(_exit_weights(run, exits)), torch.tensor(_prefix_weights(run))
-    if not w_E.sum() > 0:
-        raise ValueError(
-            f"loss.custom_exit_weights: expected one above 0 among the exits {tuple(exits)} that "
-            f"have a loss, got {w_E.tolist()}"
-        )
+    w_E, w_M = torch.tensor(_exit_weights(run)), torch.tensor(_prefix_weights(run))
     if run.loss.normalise_weights or run.loss.exit_weights == "uniform":
         w_E = w_E / w_E.sum()
     if run.loss.normalise_weights:
@@ -279,12 +253,11 @@ def weights(run: config.Run, exits: Sequence[int] | None = None) -> Tensor:
     return torch.outer(w_E, w_M)
 
 
-def _exit_weights(run: config.Run, exits: Sequence[int]) -> list[float]:
-    """Before they are normalised. The last layer's is 1 where others' fall with their depth l."""
-    rule, last = run.loss.exit_weights, run.model.exits[-1]
+def _exit_weights(run: config.Run) -> list[float]:
+    """Return w_e before normalisation, as `config.Loss.exit_weights` defines them."""
+    rule, exits, last = run.loss.exit_weights, run.model.exits, run.model.exits[-1]
     if rule == "custom":
-        given = dict(zip(run.model.exits, run.loss.custom_exit_weights, strict=True))
-        return [given[depth] for depth in exits]
+        return list(run.loss.custom_exit_weights)
     if rule == "depth":
         return [float(depth) for depth in exits]
     if rule == "inverse":
@@ -295,8 +268,7 @@ def _exit_weights(run: config.Run, exits: Sequence[int]) -> list[float]:
 
 
 def _prefix_weights(run: config.Run) -> list[float]:
-    """Before they are normalised. ML-Embed's: w_m = 1 / (n sqrt(D / d)), n = 1 for the full width D
-    and counting up towards the smallest prefix."""
+    """Return w_m before normalisation, as `config.Loss.matryoshka_weights` defines them."""
     dims = run.model.matryoshka_dims
     if run.loss.matryoshka_weights == "custom":
         return list(run.loss.custom_matryoshka_weights)
@@ -307,7 +279,7 @@ def _prefix_weights(run: config.Run) -> list[float]:
 
 
 def ranks_of(run: config.Run, step: int) -> list[tuple[int | None, float]]:
-    """The step's vocabulary ranks, and what the loss at each of them weighs."""
+    """Return the step's vocabulary ranks, each with the weight of its loss."""
     ranks = run.model.ranks
     if run.loss.ranks == "all" and ranks:
         return [(rank, rank / sum(ranks)) for rank in ranks]
@@ -315,7 +287,7 @@ def ranks_of(run: config.Run, step: int) -> list[tuple[int | None, float]]:
 
 
 def sample_rank(ranks: tuple[int, ...], seed: int, step: int) -> int | None:
-    """The step's vocabulary rank, drawn in proportion to itself (ML-Embed); None without ranks.
+    """Draw the step's vocabulary rank in proportion to itself (ML-Embed); None without ranks.
 
     A function of seed and step alone, so it is equal on all processes and after a resume.
     """

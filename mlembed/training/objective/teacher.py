@@ -1,8 +1,8 @@
-"""A teacher's vectors: of another model, with its own tokenizer, as they are needed or stored.
+"""Teacher vectors: encoded by another model during training, or stored before it.
 
-Stored vectors are found by their text: keys.npy has 128 bits of each text's hash, sorted, as two
-rows of uint64, and vectors.npy, memory-mapped, the vectors in the same order. Where queries have a
-prompt, the same text as a query and as a document are two.
+Stored vectors are looked up by their text: keys.npy has 128 bits of each text's hash, sorted, as
+two rows of uint64, and vectors.npy, memory-mapped, the vectors in the same order. If queries have a
+prompt, a text has one vector as a query and another as a document.
 """
 
 import hashlib
@@ -24,30 +24,30 @@ from ...data.tables import Table
 from ...modeling import hf_config
 from ...runtime import files
 
-SLICE = 8192  # texts between two movements of the progress bar
+SLICE = 8192  # texts per update of the progress bar
+MAX_TOKENS = 16_384  # encoded at once, padding included
 
 
 @dataclass
 class Teacher:
-    """A sentence-transformers model, or any that transformers opens, which then pools as
-    sentence-transformers chooses (`pipeline` says how): the last token of a causal language model,
-    the mean of others.
+    """A sentence-transformers model, or a transformers model pooled as sentence-transformers does.
 
-    width: of its vectors. prompt: before each query. max_tokens: encoded at once, with padding.
+    That is the last token of a causal language model and the mean of others; see `pipeline`.
+    width: of its vectors. prompt: text before each query.
     """
 
     model: Any
     width: int
     prompt: str
-    max_tokens: int
 
     @staticmethod
-    def load(source: str, prompt: str, max_tokens: int, device: torch.device) -> "Teacher":
-        """From a run, a directory or a hub id; weights in safetensors, and no code of theirs. A
-        prompt that the model has by default is not used: documents have none.
+    def load(source: str, prompt: str, device: torch.device) -> "Teacher":
+        """Load a run, a directory or a hub id, from safetensors and without code of its own.
+
+        A default prompt of the model is not used, because documents have none.
 
         Raises:
-            ValueError: nothing that can be opened so.
+            ValueError: the model cannot be opened so.
         """
         from sentence_transformers import SentenceTransformer
 
@@ -59,17 +59,18 @@ class Teacher:
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
             )
-        except Exception as error:  # the libraries raise many kinds for what cannot be opened
+        # The libraries raise many kinds of errors for a model that they cannot open.
+        except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"teacher: {source} could not be opened: {reason}") from None
+            raise ValueError(f"teacher: cannot open {source}: {reason}") from None
         model.eval().requires_grad_(False)
         model.default_prompt_name = None
         width = model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1]
-        return Teacher(model, int(width), prompt, max_tokens)
+        return Teacher(model, int(width), prompt)
 
     @property
     def pipeline(self) -> str:
-        """Its modules in order, with what Pooling takes: "Transformer, Pooling (mean)"."""
+        """The model's modules in order, with the pooling: "Transformer, Pooling (mean)"."""
         names = []
         for module in self.model:
             mode = getattr(module, "pooling_mode", "")
@@ -77,16 +78,16 @@ class Teacher:
             names.append(type(module).__name__ + (f" ({mode})" if mode else ""))
         return ", ".join(names)
 
-    @torch.no_grad()  # not inference_mode: losses may keep these vectors for their backward
+    # Not inference_mode, because losses may keep these vectors for their backward.
+    @torch.no_grad()
     def encode(self, texts: Sequence[str], queries: int = 0, progress: bool = False) -> Tensor:
-        """Raw vectors -> fp32 [N, width] on the model's device: as the model's own modules leave
-        them, of length one only where these normalise. bf16 autocast on CUDA.
+        """Encode texts to fp32 [N, width] on the model's device, under bf16 autocast on CUDA.
 
-        Args:
-            queries: so many texts, the first ones, have the prompt in front.
+        Vectors are what the model's modules return, normalised only if a module normalises. The
+        first `queries` texts get the prompt. Each distinct text is encoded once.
         """
-        read = [self.prompt + text for text in texts[:queries]] + list(texts[queries:])
-        place = {text: i for i, text in enumerate(dict.fromkeys(read))}  # each is encoded once
+        inputs = [self.prompt + text for text in texts[:queries]] + list(texts[queries:])
+        place = {text: i for i, text in enumerate(dict.fromkeys(inputs))}
         distinct = list(place)
         device = self.model.device
         out = torch.empty(len(distinct), self.width, device=device)
@@ -100,23 +101,25 @@ class Teacher:
                     show_progress_bar=False,
                 ).to(out)
                 bar.update(len(rows))
-        return out[torch.tensor([place[text] for text in read], dtype=torch.long, device=device)]
+        rows_N = [place[text] for text in inputs]
+        return out[torch.tensor(rows_N, dtype=torch.long, device=device)]
 
     def _lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each, before any are cut off."""
-        read = self.model.tokenizer
-        if hasattr(read, "encode_batch"):  # a static model has a bare one
-            return [len(text.ids) for text in read.encode_batch(texts)]
-        return [len(ids) for ids in read(texts, verbose=False)["input_ids"]]
+        """Return the tokens of each text before truncation."""
+        tokenizer = self.model.tokenizer
+        # A static model has a tokenizer of the tokenizers library.
+        if hasattr(tokenizer, "encode_batch"):
+            return [len(text.ids) for text in tokenizer.encode_batch(texts)]
+        return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
     def _batches(self, texts: list[str]) -> Iterator[list[int]]:
-        """Rows by length, so many that, padded to the longest, they have `max_tokens` tokens."""
+        """Yield rows by falling length, at most MAX_TOKENS tokens when padded to the longest."""
         limit = self.model.max_seq_length or 2**31
         slices = (texts[i : i + SLICE] for i in range(0, len(texts), SLICE))
         lengths = [min(n, limit) for some in slices for n in self._lengths(some)]
         batch: list[int] = []
         for row in sorted(range(len(texts)), key=lengths.__getitem__, reverse=True):
-            if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > self.max_tokens:
+            if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > MAX_TOKENS:
                 yield batch
                 batch = []
             batch.append(row)
@@ -125,8 +128,12 @@ class Teacher:
 
 
 def _weights(source: str) -> str:
-    """What sentence-transformers is to open. ValueError for nothing there, and for pickled weights:
-    of the whole model, or of one of its modules, for which it would open them."""
+    """Return the directory of a model whose weights are all in safetensors.
+
+    Raises:
+        ValueError: the model is not found, or it or one of its modules has pickled weights, which
+            sentence-transformers would open.
+    """
     try:
         directory = hf_config.resolve(source)
     except ValueError as error:
@@ -135,7 +142,7 @@ def _weights(source: str) -> str:
     pickled = {path.parent for path in directory.rglob("*.bin")} - folders
     if not folders or pickled:
         where = min(pickled, default=directory)
-        raise ValueError(f"teacher: expected weights in safetensors in {where}, found none")
+        raise ValueError(f"teacher: expected weights in safetensors in {where}, got none")
     return str(directory)
 
 
@@ -143,9 +150,11 @@ def _weights(source: str) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Vectors of a directory, memory-mapped. keys: uint64 [2, n], rising. prompted: queries are
-    apart."""
+class StoredVectors:
+    """A directory of a teacher's vectors, memory-mapped.
+
+    keys: uint64 [2, n], rising. prompted: queries have vectors of their own.
+    """
 
     directory: str
     vectors_ND: np.ndarray
@@ -153,48 +162,53 @@ class Stored:
     prompted: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stored.open, (self.directory,)  # another process maps the files itself
+        # Another process maps the files itself.
+        return StoredVectors.open, (self.directory,)
 
     @property
     def width(self) -> int:
+        """Width of the vectors."""
         return self.vectors_ND.shape[1]
 
     @staticmethod
-    def open(directory: str) -> "Stored":
-        """ValueError for a directory that `python -m mlembed teacher` did not write."""
+    def open(directory: str) -> "StoredVectors":
+        """Map a directory that `mlembed teacher` wrote.
+
+        Raises:
+            ValueError: the directory was not written by it, or is damaged.
+        """
         path = Path(directory)
         names = ("teacher.json", "vectors.npy", "keys.npy")
         if missing := [name for name in names if not (path / name).is_file()]:
-            raise ValueError(f"teacher: expected {', '.join(missing)} in {directory}, found none")
+            raise ValueError(f"teacher: expected {', '.join(missing)} in {directory}, got none")
         try:
-            about = json.loads((path / "teacher.json").read_text(encoding="utf-8"))
-            prompted = bool(about["prompt"])
+            prompted = bool(files.read_json(path / "teacher.json")["prompt"])
             vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
             keys = np.load(path / "keys.npy", mmap_mode="r", allow_pickle=False)
         except (ValueError, KeyError, TypeError, EOFError) as error:
-            raise ValueError(f"teacher: {directory} could not be read: {error}") from None
-        whole = keys.dtype == np.uint64 and vectors.ndim == 2 and vectors.dtype.kind == "f"
-        if not whole or keys.shape != (2, len(vectors)) or not len(vectors):
+            raise ValueError(f"teacher: cannot read {directory}: {error}") from None
+        right = keys.dtype == np.uint64 and vectors.ndim == 2 and vectors.dtype.kind == "f"
+        if not right or keys.shape != (2, len(vectors)) or not len(vectors):
             raise ValueError(
                 f"teacher: expected a vector for each key in {directory}, got {vectors.dtype} "
                 f"{list(vectors.shape)} for {keys.dtype} {list(keys.shape)}"
             )
-        return Stored(directory, vectors, keys, prompted)
+        return StoredVectors(directory, vectors, keys, prompted)
 
     def vectors(self, texts: Sequence[str], queries: int = 0) -> np.ndarray:
-        """-> fp32 [N, width], the first `queries` texts as queries.
+        """Look up fp32 [N, width]; the first `queries` texts are queries.
 
         Raises:
-            ValueError: a text that is not there.
+            ValueError: a text has no vector.
         """
-        asked = [_key(text, self.prompted and i < queries) for i, text in enumerate(texts)]
-        wanted = np.array(asked, dtype=np.uint64).reshape(-1, 2).T
-        # Two texts with the first half in common do not happen; the second is for certainty.
-        at = np.searchsorted(self.keys[0], wanted[0]).clip(max=self.keys.shape[1] - 1)
-        if (lost := np.flatnonzero((self.keys[:, at] != wanted).any(0))).size:
+        keys = [_key(text, self.prompted and i < queries) for i, text in enumerate(texts)]
+        keys_2N = np.array(keys, dtype=np.uint64).reshape(-1, 2).T
+        # The first 64 bits find the row, and all 128 confirm it.
+        at = np.searchsorted(self.keys[0], keys_2N[0]).clip(max=self.keys.shape[1] - 1)
+        if (lost := np.flatnonzero((self.keys[:, at] != keys_2N).any(0))).size:
             role = "query" if lost[0] < queries else "document"
             raise ValueError(
-                f"teacher: expected the vector of every text, found none of the {role} "
+                f"teacher: expected the vector of every text, got none of the {role} "
                 f"{texts[int(lost[0])][:60]!r}"
             )
         return np.asarray(self.vectors_ND[at], dtype=np.float32)
@@ -202,8 +216,8 @@ class Stored:
 
 def _key(text: str, query: bool) -> tuple[int, int]:
     person = b"query" if query else b"document"
-    said = text.encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(said, digest_size=16, person=person).digest()
+    content = text.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(content, digest_size=16, person=person).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
@@ -215,12 +229,12 @@ def store(
     about: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> int:
-    """Encode every distinct text of the tables, once in each role it has, into `out`, which
-    appears when it is complete; -> how many. Of each text some 80 bytes are held at most, and no
-    vectors.
+    """Encode every distinct text of the tables, once in each role, and return their number.
+
+    The directory `out` appears when it is complete. Memory holds some 80 bytes of each text.
 
     Raises:
-        ValueError: `out` is not empty; vectors that fp16 cannot hold.
+        ValueError: `out` is not empty; vectors beyond the range of fp16.
     """
     prompted = bool(teacher.prompt)
     halves = array("Q")
@@ -235,10 +249,11 @@ def store(
             partial / "vectors.npy", "w+", dtype=kind, shape=(count, teacher.width)
         )
         each = zip(_roles(tables, prompted), row_of, new, strict=True)
-        wanted = ((query, row, text) for (text, query), row, is_new in each if is_new)
+        distinct = ((query, row, text) for (text, query), row, is_new in each if is_new)
         with tqdm(total=count, disable=not progress, desc="teacher", file=sys.stderr) as bar:
-            while some := list(itertools.islice(wanted, SLICE)):
-                some.sort(reverse=True)  # queries first
+            while some := list(itertools.islice(distinct, SLICE)):
+                # Queries come first.
+                some.sort(reverse=True)
                 roles, rows, texts = zip(*some, strict=True)
                 encoded = teacher.encode(texts, queries=sum(roles)).cpu().numpy()
                 if np.abs(encoded).max() > np.finfo(kind).max:
@@ -246,7 +261,7 @@ def store(
                 vectors[list(rows)] = encoded
                 bar.update(len(some))
         vectors.flush()
-        said = {
+        content = {
             **(about or {}),
             "pipeline": teacher.pipeline,
             "prompt": teacher.prompt,
@@ -254,14 +269,14 @@ def store(
             "width": teacher.width,
             "count": count,
         }
-        files.write_text(partial / "teacher.json", json.dumps(said, indent=2) + "\n")
+        files.write_text(partial / "teacher.json", json.dumps(content, indent=2) + "\n")
     return count
 
 
 def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """uint64 [n, 2] -> the distinct pairs, rising, as [2, distinct]; the place of each of n among
-    them; and whether it is the first of its kind."""
-    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable
+    """Sort uint64 [n, 2] -> distinct pairs, rising, [2, distinct]; the place of each of n among
+    them; whether it is the first of its kind."""
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     rising = pairs[order]
     first = np.ones(len(pairs), dtype=bool)
     first[1:] = (rising[1:] != rising[:-1]).any(1)
@@ -271,7 +286,7 @@ def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _roles(tables: Sequence[Table], prompted: bool) -> Iterator[tuple[str, bool]]:
-    """(text, whether as a query): any text of an n-way table may be drawn as either."""
+    """Yield (text, whether as a query); any text of an n-way table may be drawn as either."""
     for table in tables:
         query = np.zeros(len(table.texts), dtype=bool)
         query[table.starts[:-1]] = prompted and not table.nway

@@ -1,9 +1,10 @@
-"""Formats of files, what is wrong with them by line, parallel files and data sets, whole or as
-streams."""
+"""Formats of files, their mistakes by line, parallel files, data sets, texts to encode."""
 
-import itertools
+import io
 import json
 import os
+import sys
+import threading
 
 import datasets
 import numpy as np
@@ -11,46 +12,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlembed import config
 from mlembed.data import sources
-from mlembed.data.formats import layouts, readers
+from mlembed.data.formats import readers
+from mlembed.data.formats.readers import TextReader
+from tests.data.samples import items, jsonl, parquet, read, reports, source, table_of
 
 
-def source(path, **fields):
-    return config.Source(path=str(path), **fields)
-
-
-def read(path, bad_rows="refuse", **fields):
-    ((table, report),) = sources.read(source(path, **fields), bad_rows=bad_rows)
-    return items(table), report
-
-
-def items(table):
-    bounds = itertools.pairwise(table.starts.tolist())
-    return [table.texts[begin:end] for begin, end in bounds]
+def test_is_text():
+    assert readers.is_text("a") and readers.is_text(" \U0001f44b ")
+    for odd in ("", " \t\n\u3000", "\ud83d", "a\udc00", None, 3, b"a", ["a"], np.str_("")):
+        assert not readers.is_text(odd)
 
 
 # ---- csv, tsv ----
 
 
-def test_csv_as_rfc_4180_has_it(tmp_path):
-    """Quotes, line ends in cells, CRLF, a byte order mark, blank lines, other separators."""
+def test_csv(tmp_path):
+    """RFC 4180: quotes, line ends in cells, CRLF; a byte order mark, blank lines, separators."""
     content = '\ufeffquery,positive,x\r\n"a\r\nb","c ""d"", e",\r\n\r\nf\u2028g,h\x0ci,3'
     (tmp_path / "p.csv").write_bytes(content.encode())
     assert read(tmp_path / "p.csv")[0] == [["a\r\nb", 'c "d", e'], ["f\u2028g", "h\x0ci"]]
     (tmp_path / "p.tsv").write_text('query\tpositive\na,b\t"c\td"\n')
     assert read(tmp_path / "p.tsv")[0] == [["a,b", "c\td"]]
-
-
-def test_csv_holds_long_documents(tmp_path):
-    long = "x" * 300_000
+    long = "x" * 300_000  # more than the csv module takes by default
     (tmp_path / "p.csv").write_text(f"query,positive\na,{long}\n")
     assert read(tmp_path / "p.csv")[0] == [["a", long]]
-
-
-def test_csv_nway(tmp_path):
     (tmp_path / "n.csv").write_text("id,lang,text\n1,en,a\n2,en,b\n1,de,c\n")
-    ((table, report),) = sources.read(source(tmp_path / "n.csv"))
+    ((table, report),) = reports(tmp_path / "n.csv")
     assert table.nway and items(table) == [["a", "c"]] and report.alone == 1
 
 
@@ -62,11 +50,11 @@ def test_csv_nway(tmp_path):
         (b"a,", "positive: expected text, got None"),
         (b"a, ", "positive: expected text, got ' '"),
         (b'"a"b,c', "not csv: "),
-        (b"a,\xff\xfe", "positive: not UTF-8"),
-        (b"a,\xed\xa0\xbd", "positive: not UTF-8"),  # half a surrogate pair as bytes
+        (b"a,\xff\xfe", "positive: expected UTF-8, got "),
+        (b"a,\xed\xa0\xbd", "positive: expected UTF-8, got "),  # half a surrogate pair as bytes
     ],
 )
-def test_malformed_csv_rows_are_named_by_line(line, words, tmp_path):
+def test_malformed_csv_rows(line, words, tmp_path):
     path = tmp_path / "p.csv"
     path.write_bytes(b'query,positive\n"q\n1",p\n' + line + b"\nq2,p\n")
     with pytest.raises(ValueError) as caught:
@@ -77,15 +65,15 @@ def test_malformed_csv_rows_are_named_by_line(line, words, tmp_path):
     assert report.bad_rows[0].startswith(f"{path}:4: {words}")
 
 
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
 @pytest.mark.parametrize("header", ["query,query,positive", "query,,positive", " ,b"])
-def test_malformed_headers(header, tmp_path):
+def test_malformed_headers(header, bad_rows, tmp_path):
     (tmp_path / "p.csv").write_text(header + "\na,b,c\n")
-    for bad_rows in ("refuse", "skip"):
-        with pytest.raises(ValueError, match=r"p\.csv:1: header: expected distinct names"):
-            read(tmp_path / "p.csv", bad_rows)
+    with pytest.raises(ValueError, match=r"p\.csv:1: header: expected distinct names"):
+        read(tmp_path / "p.csv", bad_rows)
 
 
-def test_an_open_quote_takes_the_rest(tmp_path):
+def test_open_quote_takes_the_rest(tmp_path):
     (tmp_path / "p.csv").write_text('query,positive\na,b\n"c,d\ne,f\n')
     with pytest.raises(ValueError, match=r"p\.csv:3: not csv: "):
         read(tmp_path / "p.csv")
@@ -94,10 +82,10 @@ def test_an_open_quote_takes_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "query,positive\n", "\n\n"])
-@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
 def test_empty_csv(content, bad_rows, tmp_path):
     (tmp_path / "p.csv").write_text(content)
-    with pytest.raises(ValueError, match=r"p\.csv"):
+    with pytest.raises(ValueError, match=r"p\.csv: expected rows, found none"):
         read(tmp_path / "p.csv", bad_rows)
 
 
@@ -112,34 +100,28 @@ def test_json_has_an_object_a_line(tmp_path):
         read(tmp_path / "q.json")
 
 
-@pytest.mark.parametrize("line", [b"{", b'"\xff"', b"[]", b"[" * 100_000])
-def test_bad_lines_of_jsonl_are_skipped(line, tmp_path):
-    good = [b'{"query": "a", "positive": "b"}', b'{"query": "c", "positive": "d"}']
-    (tmp_path / "p.jsonl").write_bytes(b"\n".join([good[0], line, good[1]]))
-    found, report = read(tmp_path / "p.jsonl", "skip")
-    assert found == [["a", "b"], ["c", "d"]] and report.bad == 1
-    assert report.bad_rows[0].startswith(f"{tmp_path}/p.jsonl:2: ")
-
-
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), "str")])
 def test_parquet_by_row_groups(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MANY", 7)
     texts = {name: pa.array([f"{name}{i}" for i in range(50)]).cast(kind) for name in "qp"}
     table = pa.table({"query": texts["q"], "positive": texts["p"], "other": [b"\xff"] * 50})
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=11)
-    want = [[f"q{i}", f"p{i}"] for i in range(50)]
-    assert read(tmp_path / "p.parquet")[0] == want
+    assert read(tmp_path / "p.parquet")[0] == [[f"q{i}", f"p{i}"] for i in range(50)]
 
 
-def test_parquet_that_is_not_utf8(tmp_path, monkeypatch):
-    """Arrow takes any bytes as text when it is told to."""
+@pytest.mark.parametrize("nested", [False, True])
+def test_invalid_utf8_in_parquet(nested, tmp_path):
+    """Arrow takes any bytes as text when a caller asks for it."""
     odd = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
-    table = pa.table({"query": odd, "positive": ["x", "y", "z"]})
-    pq.write_table(table, tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match=r"p\.parquet:2: not UTF-8"):
-        read(tmp_path / "p.parquet")
-    found, report = read(tmp_path / "p.parquet", "skip")
-    assert found == [["a", "x"], ["c", "z"]] and report.bad == 1
+    columns = {"query": odd, "positive": ["x", "y", "z"]}
+    if nested:
+        negatives = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), odd)
+        columns = {"query": ["a", "b", "c"], "positive": ["x", "y", "z"], "negatives": negatives}
+    path = parquet(tmp_path / "p.parquet", **columns)
+    with pytest.raises(ValueError, match=r"p\.parquet:2: expected UTF-8, got byte 0xff at 0"):
+        read(path)
+    found, report = read(path, "skip")
+    assert [item[:2] for item in found] == [["a", "x"], ["c", "z"]] and report.bad == 1
 
 
 # ---- parallel files ----
@@ -152,25 +134,26 @@ def parallel(path, **texts):
 
 
 def test_two_parallel_files_are_pairs(tmp_path):
-    """Of any languages, Indonesian too, whose code is the name of a column."""
-    name = parallel(tmp_path, id=b"laut\r\nsatu\n", en="sea\none\u2028 \n".encode())
-    ((table, report),) = sources.read(source(name))
+    """Any languages, also Indonesian, whose code `id` is the name of a column."""
+    english = "\ufeffsea\none\u2028 \n".encode()
+    name = parallel(tmp_path, id=b"laut\r\nsatu\n", en=english)
+    ((table, report),) = reports(name)
     assert items(table) == [["sea", "laut"], ["one\u2028 ", "satu"]]
     assert (table.name, table.nway, table.task, report.rows) == ("talk", False, "bitext", 2)
-    assert sources.read(source(name, task="retrieval"))[0][0].task == "retrieval"
+    assert table_of(name, task="retrieval").task == "retrieval"
 
 
 def test_more_parallel_files_are_an_nway_table(tmp_path):
     name = parallel(tmp_path, en=b"sea\none", de=b"Meer\neins\n", sr_Latn=b"more\njedan\n")
-    for suffix in ("csv", "jsonl"):  # beside them, and none of them
+    for suffix in ("csv", "jsonl"):  # other files next to them
         (tmp_path / f"talk.{suffix}").write_text("{}")
     (tmp_path / "talk.longer").write_text("x")
-    ((table, report),) = sources.read(source(name))
+    ((table, report),) = reports(name)
     assert table.nway and table.task == "bitext" and report.rows == 6
     assert items(table) == [["Meer", "sea", "more"], ["eins", "one", "jedan"]]
 
 
-@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
 def test_parallel_files_of_unequal_length(bad_rows, tmp_path):
     name = parallel(tmp_path, en=b"sea\none\n", de=b"Meer\neins\nzwei\n")
     words = r"talk: expected as many lines in each file, got 3 in talk\.de, 2 in talk\.en"
@@ -182,7 +165,11 @@ def test_parallel_files_of_unequal_length(bad_rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, words", [(b"", "de: expected text, got ''"), (b"\xff", "de: not UTF-8")]
+    "line, words",
+    [
+        (b"", "de: expected text, got ''"),
+        (b"\xff", "de: expected UTF-8, got byte 0xff at 0"),
+    ],
 )
 def test_bad_lines_of_parallel_files(line, words, tmp_path):
     name = parallel(tmp_path, en=b"sea\none\ntwo\n", de=b"Meer\n" + line + b"\nzwei\n")
@@ -194,14 +181,13 @@ def test_bad_lines_of_parallel_files(line, words, tmp_path):
     parallel(tmp_path, fr=b"mer\nun\ndeux\n")
     with pytest.raises(ValueError, match=r"talk\.de:2: text: "):
         read(name)
-    found, report = read(name, "skip")  # here only the text goes
+    found, report = read(name, "skip")  # Only the bad text is left out.
     assert found == [["Meer", "sea", "mer"], ["zwei", "two", "deux"], ["one", "un"]]
 
 
 def test_one_file_is_not_parallel(tmp_path):
-    name = parallel(tmp_path, en=b"sea\n")
     with pytest.raises(ValueError, match=r"talk, which does not exist"):
-        read(name)
+        read(parallel(tmp_path, en=b"sea\n"))
 
 
 # ---- data sets ----
@@ -211,7 +197,7 @@ WANT = [list(pair) for pair in zip(*ROWS.values(), strict=True)]
 
 
 @pytest.mark.parametrize("big", [False, True])
-def test_a_saved_data_set(big, tmp_path, monkeypatch):
+def test_saved_data_set(big, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MANY", 7)
     monkeypatch.setenv("MLEMBED_CACHE", str(tmp_path / "cache"))
     if big:
@@ -219,8 +205,8 @@ def test_a_saved_data_set(big, tmp_path, monkeypatch):
     datasets.Dataset.from_dict(ROWS | {"id": list(range(30))}).save_to_disk(tmp_path / "one")
     found, report = read(tmp_path / "one")
     assert found == WANT and report.name == "one"
-    two = {"train": datasets.Dataset.from_dict(ROWS), "dev": datasets.Dataset.from_dict(ROWS)}
-    two["dev"] = two["dev"].select(range(3, 9))
+    whole = datasets.Dataset.from_dict(ROWS)
+    two = {"train": whole, "dev": whole.select(range(3, 9))}
     datasets.DatasetDict(two).save_to_disk(tmp_path / "two")
     assert read(tmp_path / "two")[0] == WANT
     assert read(tmp_path / "two", split="dev")[0] == WANT[3:9]
@@ -228,13 +214,16 @@ def test_a_saved_data_set(big, tmp_path, monkeypatch):
         read(tmp_path / "two", split="test")
 
 
-def test_a_saved_data_set_names_bad_rows(tmp_path):
+def test_bad_rows_and_stream_of_a_saved_data_set(tmp_path):
     texts = ROWS["anchor"][:3] + [None, *ROWS["anchor"][4:]]
     datasets.Dataset.from_dict(ROWS | {"anchor": texts}).save_to_disk(tmp_path / "one")
     with pytest.raises(ValueError, match=r"one:4: anchor: expected text, got None"):
         read(tmp_path / "one")
     found, report = read(tmp_path / "one", "skip")
     assert len(found) == 29 and report.bad == 1
+    stream = list(sources.items(source(tmp_path / "one", streaming=True), bad_rows="skip"))
+    assert [[item.query, item.positive] for item in stream] == found
+    assert stream[4].where == f"{tmp_path}/one:6"
 
 
 @pytest.fixture
@@ -244,9 +233,9 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     home = tmp_path / "laid_out"
     home.mkdir()
-    lines = [json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(20)]
-    (home / "a.jsonl").write_text("".join(lines[:12]))
-    (home / "b.jsonl").write_text("".join(lines[12:]))
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)]
+    jsonl(home / "a.jsonl", rows[:12])
+    jsonl(home / "b.jsonl", rows[12:])
     (home / "README.md").write_text(
         "---\nconfigs:\n- config_name: first\n  data_files:\n  - split: train\n    path: a.jsonl\n"
         "- config_name: second\n  data_files:\n  - split: dev\n    path: b.jsonl\n---\n"
@@ -255,20 +244,23 @@ def repository(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_load_dataset(streaming, repository):
-    want = [[f"q{i}", f"a{i}"] for i in range(20)]
-    one = source(repository, subset="first", streaming=streaming)
-    two = source(repository, subset="second", split="dev", streaming=streaming)
-    for some, right, name in ((one, want[:12], "first"), (two, want[12:], "second")):
-        if streaming:
-            assert [[item.query, item.positive] for item in sources.items(some)] == right
-        else:
-            ((table, report),) = sources.read(some)
-            assert items(table) == right and table.name == f"laid_out-{name}"
+@pytest.mark.parametrize(
+    "fields, rows", [({"subset": "first"}, range(12)), ({"subset": "second"}, range(12, 20))]
+)
+def test_load_dataset(streaming, fields, rows, repository):
+    split = "train" if fields["subset"] == "first" else "dev"
+    some = source(repository, split=split, streaming=streaming, **fields)
+    if streaming:
+        found = [[item.query, item.positive] for item in sources.items(some)]
+    else:
+        ((table, _),) = sources.read(some)
+        found = items(table)
+        assert table.name == f"laid_out-{fields['subset']}"
+    assert found == [[f"q{i}", f"a{i}"] for i in rows]
 
 
 @pytest.mark.parametrize("fields", [{"subset": "third"}, {"subset": "first", "split": "dev"}])
-def test_load_dataset_says_what_is_wrong_in_a_line(fields, repository):
+def test_load_dataset_errors(fields, repository):
     with pytest.raises(ValueError, match=r"^data: expected .* got .*laid_out \(subset ") as caught:
         read(repository, **fields)
     assert "\n" not in str(caught.value)
@@ -276,7 +268,7 @@ def test_load_dataset_says_what_is_wrong_in_a_line(fields, repository):
 
 @pytest.mark.skipif(not os.environ.get("HF_HUB_OFFLINE"), reason="asks the hub")
 @pytest.mark.parametrize("path", ["nobody/nothing", "nothing-of-that-name"])
-def test_a_hub_id_that_is_not_there(path):
+def test_unknown_hub_ids(path):
     with pytest.raises(ValueError, match=rf"^data: .* that can be loaded, got {path} \(") as caught:
         read(path)
     assert "\n" not in str(caught.value)
@@ -288,72 +280,148 @@ def test_paths_that_cannot_be_hub_ids(path):
         read(path)
 
 
-# ---- streams ----
+# ---- texts to encode ----
 
 
-def stream(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return source(path, streaming=True)
+def written(path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
 
 
-def test_a_stream_comes_row_by_row(tmp_path, monkeypatch):
-    """The second row is not looked at before it is asked for, so its mistake comes then."""
-    some = stream(tmp_path / "p.jsonl", [{"query": "a", "pos": ["b", "c"], "neg": ["d"]}, {}])
-    found = sources.items(some)
-    assert next(found) == layouts.Item("a", "b", ["d"], None, f"{tmp_path}/p.jsonl:1")
-    assert next(found).positive == "c"
-    with pytest.raises(ValueError, match=r"p\.jsonl:2: query: expected text"):
-        next(found)
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"", []),
+        (b"\n", [""]),
+        (b"one\n\nthree", ["one", "", "three"]),
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"a\rb\n\r\n", ["a\rb", ""]),  # a carriage return alone does not end a line
+        (
+            b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n",
+            ["one", "\ufefftwo"],
+        ),  # a mark at the beginning only
+        ("a\u2028b\x85c\x0bd\x0ce\x1df\n".encode(), ["a\u2028b\x85c\x0bd\x0ce\x1df"]),
+        (b"\x00\x01\n \t \n", ["\x00\x01", " \t "]),
+        ("👩‍👩‍👧\n\ufffd\n".encode(), ["👩‍👩‍👧", "\ufffd"]),
+    ],
+    ids=range(9),
+)
+def test_lines(tmp_path, monkeypatch, content, texts):
+    reader = TextReader(written(tmp_path / "a.txt", content), invalid="replace")
+    assert list(reader) == texts and reader.replaced == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
+    assert list(TextReader()) == texts
 
 
-def test_a_stream_leaves_out_what_a_table_does(tmp_path):
-    lines = [{"query": f"q{i}", "positive": f"p{i}", "score": i / 10} for i in range(11)]
-    some = stream(tmp_path / "p.jsonl", [*lines, {"query": ""}])
-    report = layouts.Report("p")
-    found = sources.items(some, bad_rows="skip", held_out={"p9"}, report=report)
-    assert [item.query for item in found] == ["q8", "q10"]
-    assert (report.rows, report.items, report.bad) == (12, 2, 1)
-    assert (report.held_out, report.by_score) == (2, 8)
-    ((table, whole),) = sources.read(some, bad_rows="skip", held_out={"p9"})
-    assert items(table) == [["q8", "p8"], ["q10", "p10"]]
-    assert (whole.held_out, whole.by_score, whole.bad) == (2, 8, 1)
+# Bytes, the first invalid one and its place in the line, the text with U+FFFD, their number.
+@pytest.mark.parametrize(
+    ("bad", "where", "text", "count"),
+    [
+        (b"\xff", "0xff at 0", "\ufffd", 1),
+        (b"ab\xc3", "0xc3 at 2", "ab\ufffd", 1),
+        (b"\xe2\x80 x \xe2\x80", "0xe2 at 0", "\ufffd x \ufffd", 2),
+        ("\ufffd".encode() + b"\x80", "0x80 at 3", "\ufffd\ufffd", 1),  # one was there before
+        (b"\xed\xa0\xbd", "0xed at 0", "\ufffd\ufffd\ufffd", 3),  # half a surrogate pair
+    ],
+)
+def test_invalid_utf8(tmp_path, bad, where, text, count):
+    path = written(tmp_path / "a.txt", b"fine\n" + bad + b"\nfine too\n")
+    texts = iter(TextReader(path))
+    assert next(texts) == "fine"
+    with pytest.raises(ValueError, match=rf"a\.txt:2: expected UTF-8, got byte {where}; --invalid"):
+        next(texts)
+    reader = TextReader(path, invalid="replace")
+    assert list(reader) == ["fine", text, "fine too"] and reader.replaced == count
 
 
-def test_a_stream_of_sts_keeps_its_scores(tmp_path):
-    lines = [{"sentence1": f"{i}", "sentence2": "b", "score": i / 4} for i in range(6)]
-    some = config.Source(path=stream(tmp_path / "p.jsonl", lines).path, task="sts", streaming=True)
-    found = sources.items(some)
-    assert [next(found).score for _ in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-    with pytest.raises(ValueError, match=r":6: score: expected a number 0\.\.1, got 1\.25"):
-        next(found)
+def test_json_column(tmp_path):
+    rows = [{"text": "a", "title": "A"}, {"text": "", "title": "\u2028"}]
+    content = "\n\n".join(json.dumps(row) for row in rows).encode()
+    path = written(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + content)
+    assert list(TextReader(path)) == ["a", ""]
+    assert list(TextReader(path, "title")) == ["A", "\u2028"]
 
 
-def test_streams_of_directories_and_data_sets(tmp_path):
-    (tmp_path / "d").mkdir()
-    for name in "ba":
-        stream(tmp_path / "d" / f"{name}.jsonl", [{"query": name, "positive": "x"}])
-    assert [item.query for item in sources.items(source(tmp_path / "d"))] == ["a", "b"]
-    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "one")
-    found = list(sources.items(source(tmp_path / "one", streaming=True)))
-    assert [[item.query, item.positive] for item in found] == WANT
-    assert found[4].where == f"{tmp_path}/one:5"
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[1]", "expected an object, got list"),
+        (b'{"text": null}', "text: expected a string, got none"),
+        (b'{"text": 3}', "text: expected a string, got int"),
+        (b'{"text": "\\ud83d"}', "text: expected Unicode, got a lone surrogate in '"),
+        (b'{"text": "\xff"}', "expected UTF-8, got byte 0xff at 10"),
+    ],
+)
+def test_malformed_json_column(tmp_path, line, message):
+    path = written(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + line)
+    with pytest.raises(ValueError) as caught:
+        list(TextReader(path))
+    assert f"a.jsonl:3: {message}" in str(caught.value)
 
 
-def test_what_cannot_be_a_stream(tmp_path):
-    some = stream(tmp_path / "n.jsonl", [{"id": "1", "lang": "en", "text": "a"}])
-    with pytest.raises(ValueError, match=r"n\.jsonl: expected pairs for a stream, got an n-way"):
-        list(sources.items(some))
-    pairs = stream(tmp_path / "p.jsonl", [{"query": "a", "positive": "b"}])
-    with pytest.raises(ValueError, match=r"p\.jsonl: cap: expected 0 of a stream, got 3"):
-        list(sources.items(source(pairs.path, cap=3)))
-    with pytest.raises(ValueError, match=r"p\.jsonl: expected pairs without .*, found none"):
-        list(sources.items(pairs, held_out={"a"}))
-    (tmp_path / "e.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"e\.jsonl: expected rows, found none"):
-        list(sources.items(source(tmp_path / "e.jsonl")))
+def test_replaced_surrogates_of_json(tmp_path):
+    path = written(tmp_path / "a.jsonl", b'{"text": "a\\ud83d\\ude00b\\ude00"}\n{"text": "\xff"}')
+    reader = TextReader(path, invalid="replace")
+    assert list(reader) == ["a😀b\ufffd", "\ufffd"] and reader.replaced == 2
 
 
-def test_text_of_any_kind_of_file_is_checked():
-    assert readers.is_text("a") and readers.is_text(" \U0001f44b ")
-    for odd in ("", " \t\n\u3000", "\ud83d", "a\udc00", None, 3, b"a", ["a"], np.str_("")):
-        assert not readers.is_text(odd)
+def test_parquet_column(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MANY", 3)
+    path = tmp_path / "a.parquet"
+    texts = [f"text {i}\n" for i in range(10)]
+    table = pa.table({"text": texts, "n": list(range(10)), "null": ["a", None] * 5})
+    pq.write_table(table, path, row_group_size=4)
+    reader = TextReader(str(path))
+    reader.check()
+    assert list(reader) == texts
+    for column, message in (("n", "1: n: expected a string, got int"),
+                            ("null", "2: null: expected a string, got none")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"a.parquet:{message}"):
+            list(TextReader(str(path), column))
+    with pytest.raises(ValueError, match="expected a column 'txt', got text, n, null"):
+        TextReader(str(path), "txt").check()
+    bad = written(tmp_path / "bad.parquet", b"PAR1, or not")
+    with pytest.raises(ValueError, match="bad.parquet: not parquet: "):
+        TextReader(bad).check()
+
+
+def test_replaced_bytes_of_parquet(tmp_path):
+    odd = pa.array([b"fine", b"a\xff"]).view(pa.string())
+    path = parquet(tmp_path / "a.parquet", text=odd)
+    with pytest.raises(ValueError, match="a.parquet:2: expected UTF-8, got byte 0xff at 1"):
+        list(TextReader(path))
+    reader = TextReader(path, invalid="replace")
+    assert list(reader) == ["fine", "a\ufffd"] and reader.replaced == 1
+
+
+def test_memory_of_parquet(tmp_path):
+    texts = [f"{i:06d}" * 50 for i in range(60_000)]
+    path = tmp_path / "a.PARQUET"  # the suffix in capitals is the same kind
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, compression="none")
+    size, before = path.stat().st_size, pa.total_allocated_bytes()
+    for i, text in enumerate(TextReader(str(path))):
+        assert text == texts[i]
+        if i % 5000 == 0:
+            assert pa.total_allocated_bytes() - before < size / 2
+    assert i == 59_999
+
+
+def test_input_files(tmp_path):
+    """A named pipe is a file, a directory is not."""
+    os.mkfifo(tmp_path / "a")
+    reader = TextReader(str(tmp_path / "a"))
+    reader.check()
+    threading.Thread(target=(tmp_path / "a").write_bytes, args=(b"one\ntwo\n",)).start()
+    assert list(reader) == ["one", "two"]
+    with pytest.raises(ValueError, match="input: expected a file, got .*, a directory"):
+        TextReader(str(tmp_path)).check()
+    with pytest.raises(ValueError, match="input: expected a file, got .*nowhere.txt, which does"):
+        TextReader(str(tmp_path / "nowhere.txt")).check()
+
+
+def test_windows():
+    texts = ["a" * n for n in (3, 3, 3, 9, 1)]
+    assert [len(some) for some in readers.windows(texts, 2, 100)] == [2, 2, 1]
+    assert [len(some) for some in readers.windows(texts, 9, 7)] == [3, 1, 1]
+    with pytest.raises(ValueError, match="text 2: expected a string, got int"):
+        list(readers.windows(["a", "b", 3], 2, 9))

@@ -1,5 +1,5 @@
-"""Attention by libraries. What is not installed, or has no CUDA here, says so; how each library is
-called is held to the reference on the CPU, through stand-ins with the libraries' own signatures."""
+"""Attention by libraries: errors for missing ones, and calls compared with the reference on CPUs,
+through stand-ins with the libraries' own signatures."""
 
 import importlib.util
 import sys
@@ -43,11 +43,11 @@ def test_sdpa_of_active_sequences(active, heads, causal):
         torch.testing.assert_close(got[name], want, rtol=1e-10, atol=1e-12)
 
 
-# ---- what is missing is said ----
+# ---- missing libraries ----
 
 
 @pytest.mark.parametrize("impl", NAMED)
-def test_no_cuda_is_an_error(impl):
+def test_library_needs_cuda(impl):
     q, k, v = (x.bfloat16() for x in inputs(LENGTHS))
     with pytest.raises(ValueError, match=f"impl: {impl} needs CUDA, got cpu"):
         attention(q, k, v, cu_seqlens=bounds(LENGTHS), causal=True, impl=impl)
@@ -60,7 +60,7 @@ def test_no_cuda_is_an_error(impl):
         ("xformers", "pip install 'mlembed[xformers]'"),
     ],
 )
-def test_a_package_that_is_not_installed(impl, line, monkeypatch):
+def test_missing_package(impl, line, monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGES[impl], None)
     monkeypatch.setitem(sys.modules, f"{PACKAGES[impl]}.ops", None)
     with pytest.raises(ValueError, match=f"impl: {impl} needs the package") as caught:
@@ -68,7 +68,7 @@ def test_a_package_that_is_not_installed(impl, line, monkeypatch):
     assert line in str(caught.value)
 
 
-def test_a_torch_that_is_too_old(monkeypatch):
+def test_old_torch(monkeypatch):
     # torch 2.10: the module is there, without a factor on the scores.
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
         raise AssertionError
@@ -86,24 +86,30 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.mark.parametrize("impl", NAMED)
-def test_what_a_library_has_not(impl):
+def test_unsupported_inputs(impl):
     def call(dtype: torch.dtype, K: int, lengths: list[int]) -> None:
         q, k, v = (x.to(dtype).as_subclass(OnCuda) for x in inputs(lengths, K=K))
         getattr(_backends, impl)(q, k, v, AttentionPlan.of(bounds(lengths)), 1.0, True)
 
-    with pytest.raises(ValueError, match=f"impl: {impl} has torch.bfloat16.*, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=f"impl: {impl} supports torch.bfloat16.*, got torch.float64"
+    ):
         call(torch.float64, 64, LENGTHS)
     if impl != "xformers":
-        with pytest.raises(ValueError, match=f"impl: {impl} has torch.bf?.*, got torch.float32"):
+        with pytest.raises(
+            ValueError, match=f"impl: {impl} supports torch.bf?.*, got torch.float32"
+        ):
             call(torch.float32, 64, LENGTHS)
     for K in (12, 264):
-        with pytest.raises(ValueError, match=f"impl: {impl} has heads of 8 to 256.* got K = {K}"):
+        with pytest.raises(
+            ValueError, match=f"impl: {impl} supports heads of 8 to 256.* got K = {K}"
+        ):
             call(torch.float16, K, LENGTHS)
     with pytest.raises(ValueError, match=f"impl: {impl} needs one or more sequences, got none"):
         call(torch.float16, 64, [])
 
 
-# ---- how they are called ----
+# ---- calls ----
 
 
 def same(causal: bool, heads: tuple[int, int], impl: str) -> None:

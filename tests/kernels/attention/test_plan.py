@@ -1,4 +1,4 @@
-"""Work lists of packed attention: every token once, nothing besides, in an order that is said."""
+"""Work lists of packed attention: every token once, in the documented order."""
 
 import random
 from itertools import pairwise
@@ -91,7 +91,7 @@ def test_longest_first_each_from_its_end(size):
         assert keys == sorted(keys), lengths
 
 
-def test_what_it_says_of_the_batch():
+def test_numbers_of_the_batch():
     for lengths in ALL:
         cu = bounds(lengths)
         plan = AttentionPlan.of(cu)
@@ -108,7 +108,7 @@ def test_what_it_says_of_the_batch():
 
 
 def test_lists_of_a_prefix():
-    """What layer-skip attention relies on: nothing of those that left, the others as they were."""
+    """Layer-skip attention relies on it: nothing of sequences that left, the others unchanged."""
     for lengths in ALL[:60]:
         cu = bounds(lengths)
         whole = AttentionPlan.of(cu)
@@ -150,7 +150,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("cu_seqlens", "message"), WRONG.values(), ids=WRONG)
-def test_boundaries_that_are_none(cu_seqlens, message):
+def test_wrong_boundaries(cu_seqlens, message):
     with pytest.raises(ValueError, match="cu_seqlens: .*" + message):
         AttentionPlan.of(cu_seqlens)
 
@@ -158,14 +158,14 @@ def test_boundaries_that_are_none(cu_seqlens, message):
 @pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES)
 def test_on_another_device(lengths):
     plan = AttentionPlan.of(bounds(lengths))
-    there = plan.to("meta")
-    assert there.buffer.device.type == "meta"
-    assert (there.tokens, there.counts) == (plan.tokens, plan.counts)
+    meta = plan.to("meta")
+    assert meta.buffer.device.type == "meta"
+    assert (meta.tokens, meta.counts) == (plan.tokens, plan.counts)
     for name in ("cu_seqlens", "begin_T"):
-        x, y = getattr(plan, name), getattr(there, name)
+        x, y = getattr(plan, name), getattr(meta, name)
         assert y.device.type == "meta" and x.shape == y.shape
-    assert all(plan.packs(size).shape == there.packs(size).shape for size in PACKS)
-    assert all(plan.tiles(size).shape == there.tiles(size).shape for size in TILES)
+    assert all(plan.packs(size).shape == meta.packs(size).shape for size in PACKS)
+    assert all(plan.tiles(size).shape == meta.tiles(size).shape for size in TILES)
 
 
 def test_tokens_of_active_sequences():

@@ -1,4 +1,4 @@
-"""The nested embedding in Triton against float64, and what it promises besides its values."""
+"""The nested embedding in Triton against float64; determinism, layouts, memory, graphs."""
 
 import importlib
 
@@ -13,16 +13,16 @@ from mlembed_kernels.embedding.token_index import PART
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no right bf16
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # bf16 is wrong in the interpreter
 EPS32 = torch.finfo(torch.float32).eps
 NAMES = "x", "dU", "dW"
 DTYPES = torch.float32, HALF
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
 
 
 def module():
-    return importlib.import_module("mlembed_kernels._embed_op")
+    return importlib.import_module("mlembed_kernels.embedding._op")
 
 
 def zipf(T: int, V: int) -> list[int]:
@@ -33,7 +33,7 @@ def zipf(T: int, V: int) -> list[int]:
 
 V, R, D = 401, 80, 160  # no multiples of a tile, but rows of 16 bytes; others in test_widths
 # One token; a prime of them; every row of the table, so that tiles are full but the last; one token
-# in many parts, and in as many as two steps of `total` sum; parts full, off by one, and of two
+# in many parts, and in as two steps of `total` sum; parts full, off by one, and of two
 # tokens; first and last row only; a stream with all of it, whose parts fill three tiles.
 TIMES = PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 1, 1
 IDS = {
@@ -85,7 +85,7 @@ def as_exact(ids, U: Tensor, W: Tensor, rank: int, dx: Tensor) -> dict[str, Tens
 
 
 def summable(*tensors: Tensor) -> list[Tensor]:
-    """In the interpreter whole numbers: numpy's sums of a row may depend on where it stands."""
+    """Return whole numbers in the interpreter: numpy's sums of a row may depend on its place."""
     return [x if DEVICE == "cuda" else (4 * x).round() for x in tensors]
 
 
@@ -139,7 +139,7 @@ def test_fp32_factors_under_autocast(name, rank):
         assert torch.equal(got[n].to(HALF), rounded[n]), n
 
 
-def test_autocast_of_the_backward_means_nothing():
+def test_autocast_of_backward_is_ignored():
     U, W = factors(torch.float32)
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, torch.float32)
     want = run(ids, U, W, 65, dx)
@@ -153,7 +153,7 @@ def test_autocast_of_the_backward_means_nothing():
 @dtypes
 @pytest.mark.parametrize("rank", [1, 64, 65])
 def test_ranks_nest(rank, dtype):
-    """What lies beyond the rank is not read: not-a-number there changes nothing."""
+    """Columns beyond the rank are not read: NaN there changes nothing."""
     U, W = factors(dtype)
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
     want = run(ids, U, W, rank, dx)
@@ -169,7 +169,7 @@ def test_other_tokens_are_not_read():
     same_bits(run(ids, U, W, R, dx), want)
 
 
-def test_a_nan_stays_with_its_token():
+def test_nan_stays_with_its_token():
     U, W = factors(torch.float32)
     ids = torch.tensor(IDS["stream"])
     token = ids[5]
@@ -187,8 +187,8 @@ ZEROED = all_pairs(["one", "distinct", "ends", "stream"], RANKS, DTYPES)
 
 
 @pytest.mark.parametrize(("name", "rank", "dtype"), ZEROED)
-def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
-    """Where there are many: the same bits as zeros in advance, of every row and column."""
+def test_zeros_by_programs(name, rank, dtype, monkeypatch):
+    """Many programs write the same zeros, of every row and column, as a call in advance."""
     U, W = factors(dtype)
     ids, dx = IDS[name], cotangent(IDS[name], D, dtype)
     want = run(ids, U, W, rank, dx)
@@ -201,7 +201,7 @@ def test_zeros_by_the_programs_that_are_there(name, rank, dtype, monkeypatch):
 
 
 @dtypes
-def test_the_same_bits_every_time(dtype):
+def test_two_calls_same_bits(dtype):
     U, W = factors(dtype)
     ids, dx = IDS[SHORT], cotangent(IDS[SHORT], D, dtype)
     want = run(ids, U, W, 65, dx)
@@ -211,7 +211,7 @@ def test_the_same_bits_every_time(dtype):
     same_bits(run(torch.tensor(ids, dtype=torch.int32), U, W, 65, dx), want)
 
 
-def test_sums_are_taken_in_order():
+def test_order_of_sums():
     """Large numbers that cancel: another order is another sum."""
     ids = torch.tensor(IDS["stream"])
     o = TokenIndex.of(ids).to(DEVICE)
@@ -292,7 +292,7 @@ def small(monkeypatch):
 
     def shrink(workspace: int) -> None:
         monkeypatch.setattr(module(), "WORKSPACE", workspace)
-        monkeypatch.setattr("mlembed_kernels._occurrences.STEP", 2)
+        monkeypatch.setattr("mlembed_kernels.embedding.token_index.STEP", 2)
 
     return shrink
 
@@ -321,7 +321,7 @@ def test_in_chunks_as_at_once(dtype, fillers, small, monkeypatch):
 
 
 @dtypes
-def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
+def test_temporaries_fit_workspace(dtype, small, monkeypatch):
     """Outputs, and fp32 sums of dW as large as it, excepted."""
     without_kernels(monkeypatch)
     small(64 << 10)
@@ -343,7 +343,7 @@ def test_no_temporary_beyond_the_workspace(dtype, small, monkeypatch):
     assert [shape for shape in made.shapes if shape[0] >= 5000] == [(5000, R), (5000,)]
 
 
-def test_what_is_saved():
+def test_saved_memory():
     """The factors, which are there anyhow, and the lists."""
     U, W = (x.requires_grad_() for x in factors(torch.float32))
     ids, saved = torch.tensor(IDS["stream"], device=DEVICE), {}
@@ -388,7 +388,7 @@ def test_no_second_derivative():
 
 
 @pytest.mark.parametrize("name", ["stream", "prime"])
-def test_operators_are_what_torch_expects(name):
+def test_operators_pass_opcheck(name):
     o = TokenIndex.of(torch.tensor(IDS[name])).to(DEVICE)
     U, W = (x.requires_grad_() for x in factors(torch.float32))
     args = U, W, o.buffer, list(o.counts), list(o.bounds), 65, HALF
@@ -432,7 +432,7 @@ def step(ids: Tensor, U: Tensor, W: Tensor, token_index: TokenIndex) -> tuple[Te
 
 
 @cuda_only
-def test_auto_is_triton_where_that_runs():
+def test_auto_is_triton_on_cuda():
     U, W = factors(torch.bfloat16)
     ids = IDS["stream"]
     dx = cotangent(ids, D, torch.bfloat16)
@@ -440,7 +440,7 @@ def test_auto_is_triton_where_that_runs():
 
 
 @cuda_only
-def test_nothing_waits_for_the_device(no_wait):
+def test_host_does_not_wait(no_wait):
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16))
     ids = torch.tensor(IDS["stream"])
     o = TokenIndex.of(ids).to(DEVICE)
@@ -471,7 +471,7 @@ def test_in_a_cuda_graph():
 
 @cuda_only
 def test_memory_on_the_device():
-    """As the step that is measured: nothing beyond inputs, outputs and 64 MiB."""
+    """The measured step allocates nothing beyond inputs, outputs and 64 MiB."""
     T, many, rank = 73_419, 151_936, 512
     U, W = (x.requires_grad_() for x in factors(torch.bfloat16, V=many, R=rank, D=1024))
     ids = torch.tensor(zipf(T, many))

@@ -1,4 +1,4 @@
-"""The lists of a batch's tokens against counting by hand, and the ways that a batch takes."""
+"""The lists of a batch's tokens against counting by hand; processes and devices."""
 
 import pickle
 from collections import Counter
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mlembed_kernels import TokenIndex
-from mlembed_kernels.embedding.token_index import ALIGN, PART, STEP
+from mlembed_kernels._lists import ALIGN
+from mlembed_kernels.embedding.token_index import PART, STEP
 
 
 def stream(T: int, V: int) -> torch.Tensor:
@@ -32,7 +33,7 @@ IDS = {
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("name", IDS)
-def test_lists_are_those_of_counting(name, dtype):
+def test_lists_equal_counting(name, dtype):
     ids = IDS[name].to(dtype)
     o, listed = TokenIndex.of(ids), ids.tolist()
     counted = Counter(listed)
@@ -64,7 +65,7 @@ def test_lists_are_those_of_counting(name, dtype):
 
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("rows", [1, STEP, 3 * STEP // 2, 2 * STEP, 1 << 30])
-def test_chunks_are_all_of_it_once(name, rows):
+def test_chunks_cover_tokens_once(name, rows):
     o = TokenIndex.of(IDS[name])
     chunks = o.chunks(rows)
     tokens = [i for some, _ in chunks for i in range(some.start, some.stop)]
@@ -77,14 +78,14 @@ def test_chunks_are_all_of_it_once(name, rows):
         assert list(range(of_several.start, of_several.stop)) == want
 
 
-def test_lists_begin_where_16_bytes_do():
+def test_lists_are_aligned():
     o = TokenIndex.of(IDS["stream"])
     lists = o.order_T, o.ids_P, o.first_P, o.count_P, o.ids_n, o.first_part_m, o.parts_m
     assert all(x.storage_offset() % ALIGN == 0 and x.dtype == torch.int32 for x in lists)
     assert sum(len(x) for x in lists) <= len(o.buffer) < sum(len(x) + ALIGN for x in lists)
 
 
-def test_through_a_loaders_process_and_onto_a_device():
+def test_from_loader_process_to_device():
     batches = [IDS["stream"], IDS["one"]]
     made = torch.utils.data.DataLoader(
         Made(batches), batch_size=None, num_workers=1, multiprocessing_context="fork"
@@ -94,8 +95,8 @@ def test_through_a_loaders_process_and_onto_a_device():
         for x in (got, pickle.loads(pickle.dumps(want)), want.to("cpu")):
             assert torch.equal(x.buffer, want.buffer)
             assert (x.counts, x.bounds) == (want.counts, want.bounds)
-    there = want.to(torch.device("meta"))
-    assert there.buffer.device.type == "meta" and there.counts == want.counts
+    meta = want.to(torch.device("meta"))
+    assert meta.buffer.device.type == "meta" and meta.counts == want.counts
 
 
 class Made(torch.utils.data.Dataset):
@@ -112,7 +113,7 @@ class Made(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         (torch.zeros(0, dtype=torch.int64), r"at least one, got torch.int64 \[0\]"),
         (torch.zeros(2, 3, dtype=torch.int64), r"\[T\], .*got torch.int64 \[2, 3\]"),
@@ -123,6 +124,6 @@ class Made(torch.utils.data.Dataset):
     ],
     ids=["none", "two_axes", "no_axis", "floats", "flags", "short"],
 )
-def test_refused(ids, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_ids(ids, message):
+    with pytest.raises(ValueError, match=message):
         TokenIndex.of(ids)

@@ -49,12 +49,12 @@ WORKSPACES = {"roomy": 1 << 29, "tight": 1}
 
 @pytest.fixture(autouse=True)
 def tiles(request: pytest.FixtureRequest) -> None:
-    if request.node.originalname != "test_equals_the_formula":
+    if request.node.originalname != "test_equals_formula":
         request.getfixturevalue("large_tiles")
 
 
 @pytest.mark.parametrize(("name", "kind", "space"), all_pairs(SHAPES, ["mse", "kl"], WORKSPACES))
-def test_equals_the_formula(name, kind, space, request):
+def test_equals_formula(name, kind, space, request):
     (E, Q, C, D, Dt, dims, leave), workspace = SHAPES[name], WORKSPACES[space]
     if space == "roomy":
         request.getfixturevalue("large_tiles")
@@ -93,7 +93,7 @@ def test_equals_the_formula(name, kind, space, request):
 
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
-def test_no_matrix_of_pairs_beyond_the_workspace(kind, monkeypatch):
+def test_matrices_fit_workspace(kind, monkeypatch):
     """Queries and exits come in turn where the workspace holds 128 queries of one exit, the least
     there is."""
     without_kernels(monkeypatch)
@@ -140,7 +140,7 @@ def test_temperature_learns(impl):
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_deepest_exit_teaches_itself_nothing(impl, kind):
+def test_deepest_exit_as_teacher(impl, kind):
     # Exit self-distillation: the teacher is the model's own last exit, at full width.
     q, c = vectors(2, 9, 16, seed=1).float(), vectors(2, 7, 16, seed=2).float()
     q.requires_grad_()
@@ -151,7 +151,7 @@ def test_the_deepest_exit_teaches_itself_nothing(impl, kind):
     assert grad[0].abs().max() > 0 and (grad[1] == 0).all()  # none to the teacher
 
 
-def test_twice_the_same_bits():
+def test_two_calls_same_bits():
     q, c = vectors(1, 70, 80, seed=1).float(), vectors(1, 50, 80, seed=2).float()
     q.requires_grad_()
     runs = []

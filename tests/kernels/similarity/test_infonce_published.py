@@ -126,8 +126,8 @@ def test_equals_ml_embed_hard_loss(in_batch):
 
 
 def test_equals_qwen3_embedding():
-    """2506.05176, section 3: the mask m is 0 for the positive's own text and for whatever is closer
-    than s(q_i, d_i) + 0.1. Positives resemble queries here, other texts each other, so that some
+    """2506.05176, section 3: the mask m is 0 for the positive's own text and for texts closer than
+    s(q_i, d_i) + 0.1. Positives resemble queries here, other texts each other, so that some
     of each kind are masked and some are not."""
     n, K, t = 17, 2, 0.05
     q, d, own = (vectors(n, *k, WIDTH, seed=s) for s, k in ((1, ()), (2, ()), (3, (K,))))

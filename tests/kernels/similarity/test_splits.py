@@ -11,9 +11,10 @@ from mlembed_kernels.similarity.distill import distill
 from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
 pytest.importorskip("triton")
-from mlembed_kernels.similarity import _lse_forward  # noqa: E402
+from mlembed_kernels.similarity import _lse_forward, _tiles  # noqa: E402
 from mlembed_kernels.similarity._bands import bands_of  # noqa: E402
-from mlembed_kernels.similarity._tiles import PairMask  # noqa: E402
+from mlembed_kernels.similarity._mask import PairMask  # noqa: E402
+from mlembed_kernels.similarity._tiles import TileMask  # noqa: E402
 
 # In fp32 these columns are 12 tiles of the narrow kernel and 6 of the wide one: of 4 splits the
 # last has no wide tile, of 5 the last two, and of 7 the last has no narrow one either.
@@ -114,22 +115,21 @@ def test_a_split_without_columns_reads_no_further(case, monkeypatch):
 
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(1, n, DIMS[-1], generator=generator) for n in (128, 768))
-    ceiling, row_keys, col_keys = None, None, None
+    mask = PairMask(col_counts=torch.tensor([700]))
     if case == "keys":
-        row_keys = torch.zeros(1, 128, dtype=torch.int32)
-        col_keys = guard(torch.ones(1, 768, dtype=torch.int32))
+        rows, cols = torch.zeros(1, 128, dtype=torch.int32), torch.ones(1, 768, dtype=torch.int32)
+        keys = TileMask(row_keys=rows, col_keys=guard(cols))
+        monkeypatch.setattr(TileMask, "of", lambda *_: keys)
     else:
-        ceiling = torch.full((1, 128), 0.2)
-        near_mask = _lse_forward.near_mask
-        monkeypatch.setattr(_lse_forward, "near_mask", lambda *args: guard(near_mask(*args)))
+        mask = mask._replace(ceiling=torch.full((1, 128), 0.2))
+        near_mask = _tiles.near_mask
+        monkeypatch.setattr(_tiles, "near_mask", lambda *args: guard(near_mask(*args)))
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
-    counts = torch.tensor([128], dtype=torch.int32), torch.tensor([700], dtype=torch.int32)
     scale = torch.full((1, 2), 20.0)
-    kept = PairMask(None, row_keys, col_keys)
     for splits in (4, 5, 7):
         forced(monkeypatch, splits)
         guards[1:], behind[:] = [], []
-        _lse_forward.forward(x, y, bands_of(DIMS), scale, kept, counts, ceiling, False, WORKSPACE)
+        _lse_forward.forward(x, y, bands_of(DIMS), scale, mask, False, WORKSPACE)
         assert behind and not sum(behind)
 
 

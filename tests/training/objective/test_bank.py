@@ -1,33 +1,31 @@
-"""A bank of earlier documents: what it holds, that it survives a checkpoint, and the loss with it,
-which is that of one `infonce` over all candidates."""
+"""Memory bank: what it holds, its checkpoints, and the loss with it, which equals that of one
+`infonce` over all candidates."""
 
 import dataclasses
 import weakref
 
 import pytest
 import torch
+from factories import tiny_run
+from objective_truth import ALONE
 from safetensors.torch import load_file, save_file
 
-from mlembed.config import Loss, Model, Run
+from mlembed.config import Loss
 from mlembed.data.collate import Batch
-from mlembed.runtime.distributed import World
 from mlembed.training.objective.bank import Bank, Shard
 from mlembed.training.objective.loss import loss_table
 from mlembed_kernels import infonce
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def shard(n, first=0, counts=None, dtype=torch.float64, E=2, D=16):
     generator = torch.Generator().manual_seed(100 * n + first)
     vectors = torch.randn(E, n, D, generator=generator, dtype=dtype)
-    return Shard(
-        vectors, torch.arange(first, first + n), None if counts is None else torch.tensor(counts)
-    )
+    counts = None if counts is None else torch.tensor(counts)
+    return Shard(vectors, torch.arange(first, first + n), counts)
 
 
 def filled(bank, *micro_batches, source="x"):
-    """Each micro-batch given, committed one by one."""
+    """Add and commit each micro-batch."""
     for shards in micro_batches:
         bank.add(source, [bank.copied(one) for one in shards])
         bank.commit()
@@ -35,52 +33,42 @@ def filled(bank, *micro_batches, source="x"):
 
 
 def same(a, b):
-    """Bit for bit."""
-    if len(a) != len(b):
-        return False
-    for one, other in zip(a, b, strict=True):
-        if (one.counts_E is None) != (other.counts_E is None):
-            return False
-        pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Shard)]
-        if not all(
-            x is None or (x.dtype == y.dtype and x.device == y.device and torch.equal(x, y))
-            for x, y in pairs
-        ):
-            return False
-    return True
+    """Return whether two lists of shards have equal bits, dtypes and devices."""
+    pairs = zip(a, b, strict=True) if len(a) == len(b) else [(None, None)]
+    return all(x is not None and fields(x) == fields(y) for x, y in pairs)
+
+
+def fields(shard):
+    tensors = (getattr(shard, field.name) for field in dataclasses.fields(Shard))
+    return [None if x is None else (x.dtype, x.device, x.tolist()) for x in tensors]
 
 
 # ---- what is held ----
 
 
-def test_the_newest_whole_micro_batches_are_held():
+def test_newest_micro_batches_stay():
     bank = Bank(10, host=False)
-    batches = [
-        [shard(2, 0), shard(1, 10)],
-        [shard(3, 20), shard(1, 30)],
-        [shard(2, 40), shard(2, 50)],
-    ]
-    filled(bank, *batches[:2])
-    assert same(bank.shards("x"), [*batches[0], *batches[1]])  # 7 of 10
-    filled(bank, batches[2])
-    assert same(
-        bank.shards("x"), [*batches[1], *batches[2]]
-    )  # 11 were too many: 3 went, as a whole
+    first, second = [shard(2, 0), shard(1, 10)], [shard(3, 20), shard(1, 30)]
+    third = [shard(2, 40), shard(2, 50)]
+    filled(bank, first, second)
+    assert same(bank.shards("x"), [*first, *second])
+    # Of 11 documents the oldest micro-batch leaves as a whole.
+    filled(bank, third)
+    assert same(bank.shards("x"), [*second, *third])
+    # Ten documents may stay.
     filled(bank, [shard(2, 60)])
-    assert same(
-        bank.shards("x"), [*batches[1], *batches[2], shard(2, 60)]
-    )  # as many as there may be
+    assert same(bank.shards("x"), [*second, *third, shard(2, 60)])
     filled(bank, [shard(11, 70)])
     assert bank.shards("x") == []
 
 
-def test_sources_do_not_meet():
+def test_sources_are_separate():
     bank = filled(filled(Bank(4, host=False), [shard(4)]), [shard(3, 7)], source="y")
     assert same(bank.shards("x"), [shard(4)]) and same(bank.shards("y"), [shard(3, 7)])
     assert bank.shards("z") == []
 
 
-def test_what_was_added_is_seen_when_committed_and_forgotten_when_discarded():
+def test_commit_and_discard():
     bank = Bank(100, host=False)
     bank.add("x", [shard(2)])
     bank.add("x", [shard(3)])
@@ -96,7 +84,7 @@ def test_what_was_added_is_seen_when_committed_and_forgotten_when_discarded():
 
 
 @pytest.mark.parametrize("host", [False, True])
-def test_a_copy_shares_no_memory(host):
+def test_copy_shares_no_memory(host):
     whole = torch.randn(2, 6, 16, requires_grad=True)
     view = Shard(whole[:, 1:3], torch.arange(6)[1:3], torch.tensor([2, 1]))
     copy = Bank(10, host).copied(view)
@@ -121,7 +109,8 @@ def test_state_survives_a_file(host, dtype, tmp_path):
         for n in range(13):
             counts = (2, 1) if n % 2 else None
             filled(bank, [shard(2, n, counts, dtype), shard(1, n, None, dtype)], source=source)
-    bank.add("0.1", [shard(1)])  # not of a step that was taken
+    # A micro-batch of a step that is not taken yet.
+    bank.add("0.1", [shard(1)])
     save_file(bank.state(), tmp_path / "bank.safetensors")
     again.add("a.b/c", [shard(1)])
     filled(again, [shard(1)], source="other")
@@ -131,12 +120,13 @@ def test_state_survives_a_file(host, dtype, tmp_path):
     for source in (*sources, "other"):
         assert same(bank.shards(source), again.shards(source))
         assert len(bank.shards(source)) == (0 if source == "other" else 26)
-    for one in (bank, again):  # 39 documents of 40: which belong together shows as some leave
+    # At 39 documents of 40 the oldest micro-batch leaves as a whole.
+    for one in (bank, again):
         filled(one, [shard(3, 50, dtype=dtype)], source="0.1")
     assert len(again.shards("0.1")) == 25 and same(bank.shards("0.1"), again.shards("0.1"))
 
 
-def test_state_without_ids_is_refused():
+def test_state_without_ids():
     with pytest.raises(ValueError, match="x.0.0.vectors: expected its ids"):
         Bank(1, host=False).load({"x.0.0.vectors": torch.zeros(1, 1, 1)})
 
@@ -164,23 +154,21 @@ EARLIER = [[shard(4, 9, (4, 2)), shard(3, 30)], [shard(5, 12, (4, 0)), shard(1, 
 
 
 def given(texts, symmetric=True):
-    everything = torch.arange(PAIRS + DOCS)
+    """Return vectors, batch and run of these ids, depths and targets."""
+    rows = torch.arange(PAIRS + DOCS)
     owner = torch.full((DOCS,), PAIRS - 1)
     owner[texts["target"]] = torch.arange(PAIRS)
     negatives = torch.full((PAIRS, DOCS - PAIRS), -1)
     negatives[-1] = torch.tensor([i for i in range(DOCS) if i not in texts["target"]])
     batch = Batch(
-        packs=(), place=everything, doc_sizes=(DOCS,), source="x", owner=owner,
-        negatives=negatives, has_negatives=negatives[:, 0] >= 0, rows=everything, **texts,
+        packs=(), place=rows, doc_sizes=(DOCS,), source="x", owner=owner,
+        negatives=negatives, has_negatives=negatives[:, 0] >= 0, rows=rows, **texts,
     )  # fmt: skip
-    model = Model(hidden_size=16, num_hidden_layers=2, exits=(1, 2), matryoshka_dims=DIMS)
+    shape = {"hidden_size": 16, "exits": (1, 2), "matryoshka_dims": DIMS}
+    run = tiny_run(shape, loss=Loss(directions="symmetric" if symmetric else "query_to_doc"))
     torch.manual_seed(0)
     leaf = torch.randn(2, PAIRS + DOCS, 16, dtype=torch.float64, requires_grad=True)
-    return (
-        leaf,
-        batch,
-        Run(model=model, loss=Loss(directions="symmetric" if symmetric else "query_to_doc")),
-    )
+    return leaf, batch, run
 
 
 def with_gradient(leaf, loss_EM):
@@ -189,43 +177,29 @@ def with_gradient(leaf, loss_EM):
 
 
 def in_one(leaf, texts, shards, symmetric):
-    """One `infonce` over the batch's and the earlier documents."""
-    queries, docs = leaf[:, :PAIRS], leaf[:, PAIRS:]
-    counts = [
-        torch.tensor([int((texts[f"{side}_depths"] >= e).sum()) for e in (1, 2)])
-        for side in ("query", "doc")
-    ]
-    common = {"dims": DIMS, "query_ids": texts["query_ids"], "query_counts": counts[0]}
+    """Return the loss of one `infonce` over the batch's and the earlier documents."""
+    queries, docs, exits = leaf[:, :PAIRS], leaf[:, PAIRS:], torch.tensor([[1], [2]])
+    counts, doc_counts = ((texts[f"{side}_depths"] >= exits).sum(1) for side in ("query", "doc"))
+    earlier = [torch.full((2,), len(x)) if x.counts_E is None else x.counts_E for x in shards]
+    common = {"dims": DIMS, "query_ids": texts["query_ids"], "query_counts": counts}
     loss_EM = infonce(
         queries,
         [docs, *(one.vectors_EnD for one in shards)],
         target=texts["target"],
         cand_ids=torch.cat([texts["doc_ids"], *(one.ids_n for one in shards)]),
-        cand_counts=[
-            counts[1],
-            *(
-                torch.full((2,), len(one)) if one.counts_E is None else one.counts_E
-                for one in shards
-            ),
-        ],
+        cand_counts=[doc_counts, *earlier],
         **common,
     )
     if symmetric:
-        reverse_EM = infonce(
-            docs[:, texts["target"]],
-            queries,
-            cand_ids=texts["query_ids"],
-            cand_counts=counts[0],
-            **common,
-        )
-        loss_EM = (loss_EM + reverse_EM) / 2
+        anchors = {"cand_ids": texts["query_ids"], "cand_counts": counts}
+        loss_EM = (loss_EM + infonce(docs[:, texts["target"]], queries, **anchors, **common)) / 2
     return with_gradient(leaf, loss_EM)
 
 
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("texts", [STAYING, LEAVING], ids=["staying", "leaving"])
-def test_the_loss_is_that_of_all_candidates_at_once(texts, symmetric, host):
+def test_loss_equals_one_infonce(texts, symmetric, host):
     leaf, batch, run = given(texts, symmetric)
     bank = filled(Bank(100, host), *EARLIER)
     shards = [one for batch_ in EARLIER for one in batch_]
@@ -242,7 +216,7 @@ def test_the_loss_is_that_of_all_candidates_at_once(texts, symmetric, host):
     [(None, [True, True]), ((1, 0), [True, False]), ((0, 0), [False, False])],
     ids=str,
 )
-def test_an_earlier_document_counts_where_it_is_present(counts, counted):
+def test_earlier_documents_count_at_their_exits(counts, counted):
     leaf, batch, run = given(STAYING)
     want = loss_table(leaf, batch, run, ALONE)
     counts = None if counts is None else torch.tensor(counts)
@@ -252,9 +226,8 @@ def test_an_earlier_document_counts_where_it_is_present(counts, counted):
         assert (a > b + 0.05).all() if counts_here else torch.allclose(a, b, rtol=1e-12, atol=0)
 
 
-def test_an_earlier_document_of_a_query_s_id_is_none_of_its_negatives():
-    """Query 1's twin, at cosine 1 with it: under another id its loss is log(1 + exp(20 - 20 cos))
-    or more, under its own only the other queries see it."""
+def test_bank_skips_same_id():
+    """Under query 1's id its twin is a negative of the other queries only."""
     leaf, batch, run = given(STAYING)
     losses = []
     for number in (11, 99):
@@ -264,7 +237,7 @@ def test_an_earlier_document_of_a_query_s_id_is_none_of_its_negatives():
     assert (losses[1] > losses[0] + 0.05).all()
 
 
-def test_a_batch_leaves_its_documents_in_the_bank():
+def test_batch_adds_its_documents():
     leaf, batch, run = given(LEAVING)
     bank = Bank(100, host=False)
     first = loss_table(leaf, batch, run, ALONE, bank=bank)
@@ -276,36 +249,36 @@ def test_a_batch_leaves_its_documents_in_the_bank():
     assert torch.equal(loss_table(leaf, other, run, ALONE, bank=bank), first)
 
 
-def test_one_slab_at_a_time_is_brought(monkeypatch):
-    """From a host: in forward and again in backward, and none beside another."""
-    right, brought, refs = Shard.to, [], []
+def test_one_shard_at_a_time_is_copied(monkeypatch):
+    """From the host, in forward and again in backward, each freed before the next."""
+    right, copied, refs = Shard.to, [], []
 
     def to(self, like):
         assert not any(ref() is not None for ref in refs)
         moved = right(self, like)
         refs.append(weakref.ref(moved))
-        brought.append(len(self))
+        copied.append(len(self))
         return moved
 
     monkeypatch.setattr(Shard, "to", to)
     leaf, batch, run = given(STAYING)
     loss = loss_table(leaf, batch, run, ALONE, bank=filled(Bank(100, host=True), *EARLIER)).sum()
-    assert brought == [4, 3, 5, 1]
+    assert copied == [4, 3, 5, 1]
     loss.backward()
-    assert brought == [4, 3, 5, 1] * 2
+    assert copied == [4, 3, 5, 1] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_host_s_bank_is_a_device_s():
+def test_banks_on_host_and_device_are_equal():
     leaf, batch, run = given(STAYING)
     leaf = leaf.detach().cuda().bfloat16().requires_grad_()
-    found = []
+    results = []
     for host in (True, False):
         bank = Bank(100, host)
         for _ in range(3):
             loss_EM = loss_table(leaf, batch, run, ALONE, bank=bank)
             bank.commit()
-        held = bank.shards("x")[0].vectors_EnD
-        assert held.is_cuda != host and held.is_pinned() == host
-        found.append(with_gradient(leaf, loss_EM))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        vectors = bank.shards("x")[0].vectors_EnD
+        assert vectors.is_cuda != host and vectors.is_pinned() == host
+        results.append(with_gradient(leaf, loss_EM))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,18 +1,17 @@
-"""Texts passed around against texts gathered, between real gloo processes, and against one process;
-what a process holds and sends meanwhile; `pairwise_lse`'s gradients by hand."""
+"""The ring against gathering, between real gloo processes and against one process; what a process
+holds and sends meanwhile; the bank between processes; `pairwise_lse_backward`."""
 
-import dataclasses
 import importlib.util
 from functools import cache, partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from factories import tiny_run
+from live_memory import Live
+from objective_truth import ALONE, training
 from processes import gloo
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mlembed import config
 from mlembed.data import batches
@@ -21,7 +20,6 @@ from mlembed.training.objective import candidates
 from mlembed.training.objective.bank import Bank
 from mlembed.training.objective.loss import loss_table, weights
 from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_backward
-from tests.runtime.test_distributed import ALONE, training
 
 SIZES = (2, 4)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -37,14 +35,13 @@ MODES = [("gather", False), ("ring", False), ("gather", True), ("ring", True)]  
 CAPACITY = 30  # documents: of each source one micro-batch
 
 
-# ---- what one process is asked for ----
+# ---- what one process does ----
 
 
 def step(where, number, dtype, symmetric, skip, across, bank=None):
-    """-> (loss_EM, gradients, the batch) as train.py does."""
-    run, tables, learnt, model = training(dtype, symmetric, skip)
-    run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, negatives_across=across))
-    batch = batches.Batches(tables, learnt, run, where)[number]
+    """Return loss_EM, gradients and the batch of a step, as train.py computes it."""
+    run, tables, tokens, model = training(dtype, symmetric, skip, negatives_across=across)
+    batch = batches.Batches(tables, tokens, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model
     exits_END = torch.cat([wrapped(pack, rank=4) for pack in batch.packs], dim=1)
     loss_EM = loss_table(exits_END, batch, run, where, bank=bank)
@@ -54,70 +51,48 @@ def step(where, number, dtype, symmetric, skip, across, bank=None):
 
 
 def with_bank(where, symmetric, across, host):
-    """Four steps, of which one is skipped -> (loss and gradients of each, bank's state)."""
+    """Return loss and gradients of four steps, of which the second is skipped, and the bank."""
     bank = Bank(CAPACITY, host)
-    found = []
+    steps = []
     for number in range(4):
-        dtype, skip = torch.float64, True
-        found.append(step(where, number, dtype, symmetric, skip, across, bank)[:2])
+        steps.append(step(where, number, torch.float64, symmetric, True, across, bank)[:2])
         bank.discard() if number == 1 else bank.commit()
-    return found, bank.state()
+    return steps, bank.state()
 
 
-N, D = 32, 2048  # documents of each process and their width, for what is held and sent
-SLAB = 4 * N * D
+N, D = 32, 2048  # documents of each process and their width
+SHARD = 4 * N * D  # bytes
 
 
 def wide(where, across, symmetric):
-    """A process's texts, one to a shard of SLAB bytes, -> a loss of them."""
+    """Return a function that computes a loss of one shard of SHARD bytes on each process."""
     ids = torch.arange(N * where.size)
     deep = torch.ones_like(ids)
     batch = Batch(
         (), torch.arange(2 * N), torch.arange(N), ids, deep, ids, deep, (N,) * where.size, "x",
         torch.arange(N), torch.zeros(N, 0).long(), ids < 0, torch.arange(2 * N),
     )  # fmt: skip
-    shape = config.Model(hidden_size=D, num_hidden_layers=1, exits=(1,), matryoshka_dims=(D,))
-    run = config.Run(
-        model=shape,
-        loss=config.Loss(
-            negatives_across=across, directions="symmetric" if symmetric else "query_to_doc"
-        ),
-    )
+    shape = {"hidden_size": D, "num_hidden_layers": 1, "exits": (1,), "matryoshka_dims": (D,)}
+    directions = "symmetric" if symmetric else "query_to_doc"
+    run = tiny_run(shape, loss=config.Loss(negatives_across=across, directions=directions))
     generator = torch.Generator().manual_seed(where.rank)
     exits_END = torch.randn(1, 2 * N, D, generator=generator).requires_grad_()
     return lambda: loss_table(exits_END, batch, run, where).sum()
 
 
-class Held(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile took at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: x for key, x in self.live.items() if not x[0].expired()}
-        self.most = max(self.most, sum(n for _, n in self.live.values()))
-        return out
-
-
-def held(where, across):
+def memory(where, across):
+    """Return the most bytes that forward and backward held."""
     loss = wide(where, across, symmetric=False)
-    with Held() as forward:
+    with Live() as forward:
         total = loss()
-    with Held() as backward:
+    with Live() as backward:
         total.backward()
-    return forward.most, backward.most
+    return forward.most(), backward.most()
 
 
-def told(where, symmetric):
-    """Of one loss: what is sent (bytes), waited for and computed, in this order."""
-    events = []
+def events(where, symmetric):
+    """Return what a loss and its backward send (bytes), wait for and compute, in order."""
+    log = []
     right = dist.batch_isend_irecv, candidates.pairwise_lse, candidates.pairwise_lse_backward
 
     class Waited:
@@ -125,17 +100,17 @@ def told(where, symmetric):
             self.work = work
 
         def wait(self):
-            events.append("wait")
+            log.append("wait")
             self.work.wait()
 
     def exchange(operations):
         sent = [op.tensor for op in operations if op.op is dist.isend]
         assert len(sent) == 1 and len(operations) == 2
-        events.append(sent[0].numel() * sent[0].element_size())
+        log.append(sent[0].numel() * sent[0].element_size())
         return [Waited(work) for work in right[0](operations)]
 
     def computed(function, *args, **kwargs):
-        events.append("compute")
+        log.append("compute")
         return function(*args, **kwargs)
 
     dist.batch_isend_irecv = exchange
@@ -144,31 +119,31 @@ def told(where, symmetric):
     )
     try:
         total = wide(where, "ring", symmetric)()
-        forward, events = events, []
+        forward, log = log, []
         total.backward()
     finally:
         dist.batch_isend_irecv, candidates.pairwise_lse, candidates.pairwise_lse_backward = right
-    return forward, events
+    return forward, log
 
 
 def process(where):
-    """Return what one process found, by case."""
-    found = {"held": {across: held(where, across) for across in ("gather", "ring")}}
-    found["told"] = {symmetric: told(where, symmetric) for symmetric in (True, False)}
+    """Return the results of one process by case."""
+    results = {"memory": {across: memory(where, across) for across in ("gather", "ring")}}
+    results["events"] = {symmetric: events(where, symmetric) for symmetric in (True, False)}
     for name, symmetric, skip, number in CASES:
         for across in ("gather", "ring"):
             got = step(where, number, DTYPES[name], symmetric, skip, across)
-            found[name, symmetric, skip, number, across] = got[:2]
-            found["batch", skip, number] = got[2].source, got[2].doc_sizes
+            results[name, symmetric, skip, number, across] = got[:2]
+            results["batch", skip, number] = got[2].source, got[2].doc_sizes
     for symmetric in (True, False):
         for mode in MODES if symmetric else MODES[1:2]:
-            found["bank", symmetric, *mode] = with_bank(where, symmetric, *mode)
-    return found
+            results["bank", symmetric, *mode] = with_bank(where, symmetric, *mode)
+    return results
 
 
 @pytest.fixture(scope="module")
-def found():
-    """Return what each of 2 and of 4 processes found, by their number."""
+def results():
+    """Return the results of each of 2 and of 4 processes, by their number."""
     return {size: gloo(size, process) for size in SIZES}
 
 
@@ -194,11 +169,11 @@ def alone(name, symmetric, skip, number):
 
 @sizes
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_passing_around_is_gathering(found, size, case):
-    """On every process the same loss, and every gradient after averaging; and as of one process."""
+def test_ring_equals_gathering(results, size, case):
+    """Every process has the loss and the averaged gradients of gathering and of one process."""
     loss, gradients = alone(*case)
     parts = []
-    for process in found[size]:
+    for process in results[size]:
         passed, gathered = process[*case, "ring"], process[*case, "gather"]
         assert torch.allclose(passed[0], gathered[0], rtol=LOSS[case[0]], atol=0)
         assert_gradients(passed[1], gathered[1], GRADIENT[case[0]])
@@ -208,62 +183,57 @@ def test_passing_around_is_gathering(found, size, case):
 
 
 @sizes
-def test_batches_are_of_both_kinds_and_unequal_shares(found, size):
+def test_batches_have_both_kinds_and_unequal_shares(results, size):
     """Otherwise the test above would say little about shards of different sizes."""
     for skip in (True, False):
-        seen = [found[size][0]["batch", skip, number] for number in NUMBERS["fp64"]]
+        seen = [results[size][0]["batch", skip, number] for number in NUMBERS["fp64"]]
         assert {source for source, _ in seen} == {"pairs", "nway"}
         assert any(len(set(doc_sizes)) > 1 for _, doc_sizes in seen)
 
 
-def test_one_process_passes_nothing_around():
+def test_ring_of_one_process():
     want = alone("fp64", True, True, 0)
     got = step(ALONE, 0, torch.float64, True, True, "ring")
     assert torch.equal(got[0], want[0])
 
 
-# ---- what is held, what is sent ----
+# ---- memory and messages ----
 
 
-def test_no_process_holds_more_than_two_processes_texts(found):
-    """Four processes' shards are as many as two's but for the second buffer; gathered they are two
-    more, as this instrument sees."""
-    of = {
-        (size, across): torch.tensor([process["held"][across] for process in found[size]])
-        for size in SIZES
-        for across in ("gather", "ring")
-    }
-    more = {
-        across: (of[4, across].amax(0) - of[2, across].amin(0)) / SLAB
-        for across in ("gather", "ring")
-    }
-    assert (more["gather"] > 1.95).all(), more
-    assert (more["ring"] < 1.05).all(), more
+def test_ring_holds_two_processes_texts(results):
+    """Four processes hold one shard more than two, the second buffer; gathering holds two more."""
+    for across, least, most in (("gather", 1.95, torch.inf), ("ring", -torch.inf, 1.05)):
+        two, four = (
+            torch.tensor([process["memory"][across] for process in results[size]]) for size in SIZES
+        )
+        more = (four.amax(0) - two.amin(0)) / SHARD
+        assert (more > least).all() and (more < most).all(), (across, more)
 
 
 @sizes
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_messages(found, size, symmetric):
-    """Of a step: the shard in each round but the last, before computing with the one in hand and
-    waited for after; in forward the columns' sums, in backward these with their slopes beside the
-    shard, and its gradient, which come home."""
+def test_messages(results, size, symmetric):
+    """Each round but the last sends its shard before it computes, and waits for the next after.
+
+    Forward also sends the columns' sums, backward these with their slopes, and the gradients.
+    """
     sums, slopes = 4 * N, 2 * 4 * N
     forward, backward = [], []
     for hop in range(size):
         last = hop == size - 1
         waiting = ["wait", "wait"]
-        forward += [] if last else [SLAB]
+        forward += [] if last else [SHARD]
         forward += ["compute"]
         if symmetric:
             forward += [*(waiting if hop else []), sums]
         forward += [] if last else waiting
-        backward += [] if last else [SLAB, *([slopes] if symmetric else [])]
-        backward += ["compute", *(waiting if hop else []), SLAB]
+        backward += [] if last else [SHARD, *([slopes] if symmetric else [])]
+        backward += ["compute", *(waiting if hop else []), SHARD]
         backward += [] if last else waiting * (1 + symmetric)
     forward += waiting if symmetric else []
     backward += waiting
-    for process in found[size]:
-        assert process["told"][symmetric] == (forward, backward)
+    for process in results[size]:
+        assert process["events"][symmetric] == (forward, backward)
 
 
 # ---- with a bank ----
@@ -276,32 +246,32 @@ def bank_alone(symmetric):
 
 @sizes
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_bank_of_many_processes_is_one_process_s(found, size, mode):
+def test_bank_of_several_processes_equals_one(results, size, mode):
     want, state = bank_alone(True)
     for number, (loss, gradients) in enumerate(want):
-        parts = [process["bank", True, *mode][0][number] for process in found[size]]
+        parts = [process["bank", True, *mode][0][number] for process in results[size]]
         got = torch.stack([part[0] for part in parts]).mean(0)
         assert torch.allclose(got, loss, rtol=1e-12, atol=0)
         for part in parts:
             assert_gradients(part[1], gradients, 1e-12)
     ids = torch.cat([x for name, x in state.items() if name.endswith("ids")])
-    kept = found[size][0]["bank", True, *mode][1]
-    got = torch.cat([x for name, x in kept.items() if name.endswith("ids")])
+    stored = results[size][0]["bank", True, *mode][1]
+    got = torch.cat([x for name, x in stored.items() if name.endswith("ids")])
     assert torch.equal(got.sort().values, ids.sort().values) and len(ids) > 16
 
 
 @sizes
-def test_a_bank_is_not_only_of_the_symmetric_loss(found, size):
+def test_bank_of_one_direction(results, size):
     for number, (loss, gradients) in enumerate(bank_alone(False)[0]):
-        parts = [process["bank", False, *MODES[1]][0][number] for process in found[size]]
+        parts = [process["bank", False, *MODES[1]][0][number] for process in results[size]]
         got = torch.stack([part[0] for part in parts]).mean(0)
         assert torch.allclose(got, loss, rtol=1e-12, atol=0)
         for part in parts:
             assert_gradients(part[1], gradients, 1e-12)
 
 
-def test_a_bank_changes_the_loss():
-    """Or the tests above would compare losses without one."""
+def test_bank_changes_the_loss():
+    """Otherwise the tests above would compare losses without a bank."""
     steps = [loss for loss, _ in bank_alone(True)[0]]
     without = [step(ALONE, n, torch.float64, True, True, "gather")[0] for n in range(4)]
     assert torch.equal(steps[0], without[0])
@@ -310,16 +280,16 @@ def test_a_bank_changes_the_loss():
 
 @sizes
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_banks_are_equal_everywhere(found, size, mode):
-    """Bit for bit on all processes, and however the documents came."""
-    want = found[size][0]["bank", True, *MODES[0]][1]
-    for process in found[size]:
+def test_banks_are_equal_on_all_processes(results, size, mode):
+    """Bit for bit, however the documents came."""
+    want = results[size][0]["bank", True, *MODES[0]][1]
+    for process in results[size]:
         got = process["bank", True, *mode][1]
         assert got.keys() == want.keys() and len(got)
         assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
-# ---- partition's gradients by hand ----
+# ---- gradients of pairwise_lse ----
 
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
 OPTIONS = {
@@ -350,21 +320,14 @@ OPTIONS = {
         *(pytest.param("triton", name, marks=triton) for name in ("all", "ceiling")),
     ],
 )
-def test_partition_backward_is_autograd_s(impl, name):
+def test_pairwise_lse_backward_equals_autograd(impl, name):
     options = OPTIONS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if impl == "triton" else torch.float64
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, n, 13, generator=generator, dtype=dtype).to(device) for n in (5, 7))
     scale = torch.tensor([[8.0, 9.0], [10.0, 11.0]], dtype=dtype, device=device)
-    options = {
-        name: value.to(device)
-        if isinstance(value, torch.Tensor)
-        else tuple(key.to(device) for key in value)
-        if isinstance(value, tuple)
-        else value
-        for name, value in options.items()
-    }
+    options = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), options)
     options |= {"dims": (3, 11), "impl": impl}
     leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
     outputs = pairwise_lse(*leaves[:2], scale=leaves[2], **options)
@@ -381,7 +344,7 @@ def test_partition_backward_is_autograd_s(impl, name):
         assert torch.equal(a, b) and not a.requires_grad
 
 
-def test_partition_backward_refuses_what_partition_refuses():
+def test_pairwise_lse_backward_checks_impl():
     x = torch.zeros(1, 1, 1)
     with pytest.raises(ValueError, match="impl: expected one of .*got 'fast'"):
         pairwise_lse_backward(

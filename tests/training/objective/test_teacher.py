@@ -1,5 +1,5 @@
-"""Teachers against sentence-transformers and transformers themselves, and stored vectors against
-what was stored: BERT and Qwen3 of random weights, with tokenizers of their own."""
+"""Teachers against sentence-transformers and transformers, and stored vectors against teachers:
+BERT and Qwen3 of random weights, with tokenizers of their own."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from factories import randomise
+from factories import randomise, write_jsonl
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
     Normalize,
@@ -30,61 +30,49 @@ from transformers import (
 )
 
 from mlembed.cli import teacher as command
-from mlembed.data import tables as sources
 from mlembed.data.tables import Table
 from mlembed.training.objective import teacher
-from mlembed.training.objective.teacher import Stored, Teacher, store
+from mlembed.training.objective.teacher import StoredVectors, Teacher, store
 
 CPU = torch.device("cpu")
 WORDS = ["one two three", "four five", "ein zwei drei vier", "раз два три", "the quick brown fox"]
-# No text of its own tokens, several scripts, words it has not seen, one beyond the model's length,
-# and one that comes twice.
+# An empty text, several scripts, unseen words, one text beyond the model's length, and one twice.
 TEXTS = ["one", "", *WORDS, "two two", "比利时 fox", "one", "long " * 50, " space around \n"]
 QUERIES = 3
 BERT_LENGTH, QWEN_LENGTH = 16, 12
 
 
 def trained(kind: str) -> PreTrainedTokenizerFast:
-    """WordPiece with [CLS] and [SEP], padded right; or byte-level BPE with EOS, padded left."""
+    """Train WordPiece with [CLS] and [SEP], padded right, or byte BPE with EOS, padded left."""
     if kind == "bert":
         read = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         read.pre_tokenizer = pre_tokenizers.Whitespace()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        read.train_from_iterator(
-            WORDS, trainers.WordPieceTrainer(vocab_size=90, special_tokens=special)
-        )
+        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special)
+        read.train_from_iterator(WORDS, trainer)
         read.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-        names = dict(
-            zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True)
+        names = ("pad_token", "unk_token", "cls_token", "sep_token")
+        options = {"model_max_length": BERT_LENGTH, **dict(zip(names, special, strict=True))}
+    else:
+        read = Tokenizer(models.BPE())
+        read.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
-        return PreTrainedTokenizerFast(tokenizer_object=read, model_max_length=BERT_LENGTH, **names)
-    read = Tokenizer(models.BPE())
-    read.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    read.train_from_iterator(
-        WORDS,
-        trainers.BpeTrainer(
-            vocab_size=280,
-            special_tokens=["<pad>", "<eos>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    read.post_processor = processors.TemplateProcessing(
-        single="$A <eos>", special_tokens=[("<eos>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=read,
-        model_max_length=QWEN_LENGTH,
-        padding_side="left",
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
+        read.train_from_iterator(WORDS, trainer)
+        read.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 1)]
+        )
+        options = {"model_max_length": QWEN_LENGTH, "padding_side": "left"}
+        options |= {"pad_token": "<pad>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=read, **options)
 
 
 def plain(kind: str, out: Path) -> Path:
-    """A directory of transformers alone."""
+    """Save a model of transformers alone."""
     read = trained(kind)
     if kind == "bert":
         shape = BertConfig(
@@ -105,7 +93,7 @@ def plain(kind: str, out: Path) -> Path:
 
 
 def sentence(kind: str, out: Path, **options) -> Path:
-    """A directory of sentence-transformers: BERT by its mean, of length one; Qwen3 as it is."""
+    """Save a model of sentence-transformers: BERT's normalised mean, Qwen3's raw last token."""
     words = Transformer(str(plain(kind, out.with_name(out.name + "-plain"))))
     width = words.get_embedding_dimension()
     pooling = Pooling(width, "mean" if kind == "bert" else "lasttoken")
@@ -127,7 +115,7 @@ def saved(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def bert(saved) -> Teacher:
-    return Teacher.load(str(saved["bert"]), "", 100, CPU)
+    return Teacher.load(str(saved["bert"]), "", CPU)
 
 
 def by_sentence_transformers(path: Path, texts: list[str]) -> np.ndarray:
@@ -138,23 +126,25 @@ def by_sentence_transformers(path: Path, texts: list[str]) -> np.ndarray:
 # ---- encoding ----
 
 
-# One text at a time; a few; all at once.
+# One text at a time, a few, or all at once.
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("kind", ["bert", "qwen3", "plain"])
-def test_vectors_are_those_of_sentence_transformers(saved, kind, max_tokens):
-    made = Teacher.load(str(saved[kind]), "ask ", max_tokens, CPU)
+def test_vectors_are_those_of_sentence_transformers(saved, kind, max_tokens, monkeypatch):
+    monkeypatch.setattr(teacher, "MAX_TOKENS", max_tokens)
+    made = Teacher.load(str(saved[kind]), "ask ", CPU)
     got = made.encode(TEXTS, queries=QUERIES)
     read = ["ask " + text for text in TEXTS[:QUERIES]] + TEXTS[QUERIES:]
     want = by_sentence_transformers(saved[kind], read)
     assert got.dtype == torch.float32 and got.shape == want.shape == (len(TEXTS), made.width)
     assert np.abs(got.numpy() - want).max() < 1e-5
     apart = torch.cdist(got.double(), got.double())
-    assert (apart > 1e-3).sum() >= len(TEXTS) * (len(TEXTS) - 3)  # and not all the same
+    # Texts have different vectors.
+    assert (apart > 1e-3).sum() >= len(TEXTS) * (len(TEXTS) - 3)
 
 
-def test_a_plain_model_is_pooled_by_its_mean(saved):
-    """By hand, and one text at a time."""
-    made = Teacher.load(str(saved["plain"]), "", 64, CPU)
+def test_plain_model_is_pooled_by_its_mean(saved):
+    """One text at a time, in plain transformers."""
+    made = Teacher.load(str(saved["plain"]), "", CPU)
     read = AutoTokenizer.from_pretrained(saved["plain"])
     model = AutoModel.from_pretrained(saved["plain"]).eval()
     for text, got in zip(TEXTS, made.encode(TEXTS), strict=True):
@@ -163,42 +153,44 @@ def test_a_plain_model_is_pooled_by_its_mean(saved):
         assert torch.allclose(got, want, atol=1e-5)
 
 
-def test_a_static_model_whose_tokenizer_is_a_bare_one(tmp_path):
+def test_static_model(tmp_path):
     words = StaticEmbedding(trained("bert").backend_tokenizer, embedding_dim=7)
     SentenceTransformer(modules=[words], device="cpu").save(str(tmp_path / "static"))
-    made = Teacher.load(str(tmp_path / "static"), "", 9, CPU)
+    made = Teacher.load(str(tmp_path / "static"), "", CPU)
     texts = [text for text in TEXTS if text]
     want = by_sentence_transformers(tmp_path / "static", texts)
     assert np.abs(made.encode(texts).numpy() - want).max() < 1e-6
 
 
-def test_a_teacher_says_how_it_pools(saved, bert):
+def test_pipeline(saved, bert):
     assert bert.pipeline == "Transformer, Pooling (mean), Normalize"
-    assert Teacher.load(str(saved["plain"]), "", 9, CPU).pipeline == "Transformer, Pooling (mean)"
-    said = Teacher.load(str(saved["qwen3"]), "", 9, CPU).pipeline
-    assert said == "Transformer, Pooling (lasttoken)"
+    assert Teacher.load(str(saved["plain"]), "", CPU).pipeline == "Transformer, Pooling (mean)"
+    qwen3 = Teacher.load(str(saved["qwen3"]), "", CPU)
+    assert qwen3.pipeline == "Transformer, Pooling (lasttoken)"
 
 
-def test_vectors_are_as_the_modules_leave_them(saved, bert):
+def test_only_modules_normalise(saved, bert):
     assert torch.allclose(bert.encode(TEXTS).norm(dim=1), torch.ones(len(TEXTS)))
-    raw = Teacher.load(str(saved["qwen3"]), "", 100, CPU).encode(WORDS).norm(dim=1)
+    raw = Teacher.load(str(saved["qwen3"]), "", CPU).encode(WORDS).norm(dim=1)
     assert (raw - 1).abs().min() > 0.1
 
 
-def test_batches_are_as_full_as_allowed(bert):
-    texts = ["one " * n for n in range(1, 30)]  # some beyond the model's length
-    whole = bert.model.tokenizer(texts)["input_ids"]
-    lengths = [min(len(ids), BERT_LENGTH) for ids in whole]
-    assert max(len(ids) for ids in whole) > BERT_LENGTH > min(lengths)
+def test_batches_are_as_full_as_allowed(bert, monkeypatch):
+    monkeypatch.setattr(teacher, "MAX_TOKENS", 100)
+    # Some are longer than the model reads.
+    texts = ["one " * n for n in range(1, 30)]
+    ids = bert.model.tokenizer(texts)["input_ids"]
+    lengths = [min(len(tokens), BERT_LENGTH) for tokens in ids]
+    assert max(map(len, ids)) > BERT_LENGTH > min(lengths)
     batches = list(bert._batches(texts))
     assert sorted(row for rows in batches for row in rows) == list(range(len(texts)))
     for rows, after in zip(batches, [*batches[1:], None], strict=True):
         longest = max(lengths[row] for row in rows)
-        assert longest * len(rows) <= bert.max_tokens
-        assert after is None or longest * (len(rows) + 1) > bert.max_tokens
+        assert longest * len(rows) <= 100
+        assert after is None or longest * (len(rows) + 1) > 100
 
 
-def test_vectors_may_be_kept_for_a_backward(bert):
+def test_vectors_may_be_saved_for_a_backward(bert):
     t = bert.encode(WORDS)
     assert not t.is_inference() and not t.requires_grad
     w = torch.ones(len(WORDS), bert.width, requires_grad=True)
@@ -206,78 +198,71 @@ def test_vectors_may_be_kept_for_a_backward(bert):
     assert torch.equal(w.grad, t)
 
 
-def test_nothing_to_encode(bert):
-    assert bert.encode([]).shape == (0, bert.width)
-
-
 def test_each_text_is_encoded_once(bert, monkeypatch):
     seen = []
     encode = bert.model.encode
-    monkeypatch.setattr(
-        bert.model,
-        "encode",
-        lambda texts, **options: seen.extend(texts) or encode(texts, **options),
-    )
+
+    def watched(texts, **options):
+        seen.extend(texts)
+        return encode(texts, **options)
+
+    monkeypatch.setattr(bert.model, "encode", watched)
     bert.encode(["one", "two", "one"], queries=1)
     assert sorted(seen) == ["one", "two"]
+    assert bert.encode([]).shape == (0, bert.width)
 
 
-# ---- what is not opened ----
+# ---- models that are not opened ----
 
 
-def test_pickled_weights_are_refused(saved, tmp_path):
-    folder = shutil.copytree(saved["plain"], tmp_path / "plain")
-    weights = AutoModel.from_pretrained(folder).state_dict()
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
+def test_pickled_weights(saved, tmp_path):
+    plain, bert = (shutil.copytree(saved[name], tmp_path / name) for name in ("plain", "bert"))
+    weights = AutoModel.from_pretrained(plain).state_dict()
+    (plain / "model.safetensors").unlink()
+    torch.save(weights, plain / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"teacher: expected weights in safetensors in .*plain,"):
-        Teacher.load(str(folder), "", 9, CPU)
+        Teacher.load(str(plain), "", CPU)
+    # A module may have pickled weights, too.
+    (bert / "2_Dense").mkdir()
+    torch.save({}, bert / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="expected weights in safetensors in .*2_Dense, got none"):
+        Teacher.load(str(bert), "", CPU)
 
 
-def test_a_module_of_pickled_weights_is_refused(saved, tmp_path):
-    folder = shutil.copytree(saved["bert"], tmp_path / "bert")
-    (folder / "2_Dense").mkdir()
-    torch.save({}, folder / "2_Dense" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="expected weights in safetensors in .*2_Dense, found"):
-        Teacher.load(str(folder), "", 9, CPU)
-
-
-def test_code_beside_weights_is_not_run(saved, tmp_path):
-    folder = shutil.copytree(saved["plain"], tmp_path / "remote")
-    ran = tmp_path / "ran"
+def test_code_of_a_model_is_not_run(saved, tmp_path):
+    folder, ran = shutil.copytree(saved["plain"], tmp_path / "remote"), tmp_path / "ran"
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass M: pass\nclass C: pass\n")
     about = json.loads((folder / "config.json").read_text())
     about |= {"model_type": "own", "auto_map": {"AutoModel": "code.M", "AutoConfig": "code.C"}}
     (folder / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="teacher: .*remote could not be opened: ") as caught:
-        Teacher.load(str(folder), "", 9, CPU)
+    with pytest.raises(ValueError, match="teacher: cannot open .*remote: ") as caught:
+        Teacher.load(str(folder), "", CPU)
     assert "\n" not in str(caught.value) and not ran.exists()
 
 
-def test_a_module_beside_weights_is_not_run(saved, tmp_path):
-    """sentence-transformers before 6.0 imports whatever a local modules.json names."""
-    folder = shutil.copytree(saved["bert"], tmp_path / "local")
-    ran = tmp_path / "ran"
+def test_code_of_a_module_is_not_run(saved, tmp_path):
+    """sentence-transformers before 6.0 imports any module that a local modules.json names."""
+    folder, ran = shutil.copytree(saved["bert"], tmp_path / "local"), tmp_path / "ran"
     (folder / "payload.py").write_text(f"open({str(ran)!r}, 'w')\nclass Module: pass\n")
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["type"] = "payload.Module"
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="teacher: .*local could not be opened: "):
-        Teacher.load(str(folder), "", 9, CPU)
+    with pytest.raises(ValueError, match="teacher: cannot open .*local: "):
+        Teacher.load(str(folder), "", CPU)
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", ["./nothing", "nothing", "/no/such/dir"])
-def test_nothing_there(name):
+def test_missing_model(name):
     with pytest.raises(ValueError, match=f"teacher: expected a directory or a hub id, got {name}"):
-        Teacher.load(name, "", 9, CPU)
+        Teacher.load(name, "", CPU)
 
 
-def test_a_hub_id_out_of_reach_is_one_line(monkeypatch, tmp_path):
+def test_unreachable_hub_id(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="teacher: nobody/nothing is no local") as caught:
-        Teacher.load("nobody/nothing", "", 9, CPU)
+    with pytest.raises(ValueError, match="teacher: nobody/nothing: not a local") as caught:
+        Teacher.load("nobody/nothing", "", CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -285,7 +270,7 @@ def test_a_hub_id_out_of_reach_is_one_line(monkeypatch, tmp_path):
 
 
 def tables() -> list[Table]:
-    """Pairs with hard negatives, some texts in two roles; and an n-way table."""
+    """Return pairs with hard negatives, some texts in two roles, and an n-way table."""
     pairs = ["one", "two three", "four", "five", "one", "six", "two three"]
     nway = ["seven", "sieben", "one", "ein"]
     return [
@@ -294,8 +279,7 @@ def tables() -> list[Table]:
     ]
 
 
-# Of the pairs: queries one, five, six; documents two three, four, one. All of the n-way table may
-# be either.
+# One, five and six are queries of pairs, two three, four and one documents; n-way texts are both.
 AS_QUERIES = {"one", "five", "six", "seven", "sieben", "ein"}
 AS_DOCUMENTS = {"two three", "four", "one", "seven", "sieben", "ein"}
 
@@ -303,18 +287,17 @@ AS_DOCUMENTS = {"two three", "four", "one", "seven", "sieben", "ein"}
 @pytest.mark.parametrize(("dtype", "error"), [("fp32", 0), ("fp16", 2**-11)])
 @pytest.mark.parametrize("prompt", ["", "ask "])
 def test_stored_vectors_are_the_teachers(saved, tmp_path, prompt, dtype, error):
-    made = Teacher.load(str(saved["bert"]), prompt, 64, CPU)
+    made = Teacher.load(str(saved["bert"]), prompt, CPU)
     count = store(made, tables(), tmp_path / "out", dtype, {"model": "m"})
-    assert (
-        count == len(AS_QUERIES) + len(AS_DOCUMENTS) if prompt else len(AS_QUERIES | AS_DOCUMENTS)
-    )
-    found = Stored.open(str(tmp_path / "out"))
-    assert found.width == made.width
+    distinct = len(AS_QUERIES) + len(AS_DOCUMENTS) if prompt else len(AS_QUERIES | AS_DOCUMENTS)
+    assert count == distinct
+    stored = StoredVectors.open(str(tmp_path / "out"))
+    assert stored.width == made.width
     texts = [*sorted(AS_QUERIES), *sorted(AS_DOCUMENTS), "one"]
-    got = found.vectors(texts, queries=len(AS_QUERIES))
+    got = stored.vectors(texts, queries=len(AS_QUERIES))
     want = made.encode(texts, queries=len(AS_QUERIES)).numpy()
     assert got.dtype == np.float32
-    # Coordinates are below 1; the batches were others, which moves the last bits.
+    # Coordinates are below 1. Other batches change the last bits.
     assert np.abs(got - want).max() < error + 1e-6
     one = texts.index("one"), len(texts) - 1
     assert np.array_equal(got[one[0]], got[one[1]]) != bool(prompt)
@@ -323,35 +306,35 @@ def test_stored_vectors_are_the_teachers(saved, tmp_path, prompt, dtype, error):
         "model": "m", "pipeline": made.pipeline, "prompt": prompt, "dtype": dtype,
         "width": made.width, "count": count,
     }  # fmt: skip
-    assert found.vectors([]).shape == (0, made.width)
+    assert stored.vectors([]).shape == (0, made.width)
 
 
 @pytest.fixture
-def stored(bert, tmp_path) -> Stored:
+def stored(bert, tmp_path) -> StoredVectors:
     store(bert, tables(), tmp_path / "out")
-    return Stored.open(str(tmp_path / "out"))
+    return StoredVectors.open(str(tmp_path / "out"))
 
 
 def test_many_texts_are_stored_slice_by_slice(bert, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "SLICE", 3)
     store(bert, tables(), tmp_path / "out", "fp32")
     texts = sorted(AS_QUERIES | AS_DOCUMENTS)
-    got = Stored.open(str(tmp_path / "out")).vectors(texts)
+    got = StoredVectors.open(str(tmp_path / "out")).vectors(texts)
     assert np.abs(got - bert.encode(texts).numpy()).max() < 1e-6
 
 
-def test_a_lost_text_is_named(stored, saved, tmp_path):
-    with pytest.raises(ValueError, match=f"found none of the document {'x' * 60!r}$"):
+def test_missing_text_is_named(stored, saved, tmp_path):
+    with pytest.raises(ValueError, match=f"got none of the document {'x' * 60!r}$"):
         stored.vectors(["one", "x" * 100])
-    prompted = Teacher.load(str(saved["bert"]), "ask ", 64, CPU)
+    prompted = Teacher.load(str(saved["bert"]), "ask ", CPU)
     store(prompted, tables(), tmp_path / "prompted")
-    found = Stored.open(str(tmp_path / "prompted"))
-    with pytest.raises(ValueError, match="found none of the query 'four'"):
-        found.vectors(["four"], queries=1)
-    found.vectors(["four"])
+    stored = StoredVectors.open(str(tmp_path / "prompted"))
+    with pytest.raises(ValueError, match="got none of the query 'four'"):
+        stored.vectors(["four"], queries=1)
+    stored.vectors(["four"])
 
 
-def test_it_is_mapped_and_not_copied_to_other_processes(stored):
+def test_processes_map_the_same_files(stored):
     assert isinstance(stored.vectors_ND, np.memmap) and isinstance(stored.keys, np.memmap)
     again = pickle.loads(pickle.dumps(stored))
     assert again.vectors_ND.filename == stored.vectors_ND.filename is not None
@@ -364,7 +347,7 @@ def test_keys_are_sorted_and_distinct(stored):
     assert pairs == sorted(set(pairs)) and len(pairs) == len(AS_QUERIES | AS_DOCUMENTS)
 
 
-def test_pairs_of_equal_halves_are_told_apart():
+def test_keys_with_equal_halves():
     rng = np.random.default_rng(0)
     pairs = rng.integers(0, 4, (50, 2)).astype(np.uint64)
     keys, row_of, new = teacher._sorted(pairs)
@@ -376,10 +359,10 @@ def test_pairs_of_equal_halves_are_told_apart():
     assert np.flatnonzero(new).tolist() == sorted(firsts.values())
 
 
-def test_nothing_is_overwritten_and_nothing_half_written_stays(bert, tmp_path, monkeypatch):
+def test_store_writes_all_or_nothing(bert, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("mine")
-    with pytest.raises(ValueError, match="expected nothing there yet"):
+    with pytest.raises(ValueError, match="expected a new directory"):
         store(bert, tables(), tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["a"]
 
@@ -392,81 +375,71 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(bert, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_what_fp16_cannot_hold_is_refused(bert, tmp_path, monkeypatch):
+def test_vectors_beyond_fp16(bert, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Teacher, "encode", lambda self, texts, queries=0: torch.full((len(texts), self.width), 7e4)
     )
     with pytest.raises(ValueError, match="dtype: expected fp32"):
         store(bert, tables(), tmp_path / "out")
     store(bert, tables(), tmp_path / "out", "fp32")
-    assert Stored.open(str(tmp_path / "out")).vectors(["one"])[0, 0] == 7e4
+    assert StoredVectors.open(str(tmp_path / "out")).vectors(["one"])[0, 0] == 7e4
 
 
-def test_damaged_directories(stored, tmp_path):
-    def damaged(name: str, content: bytes | None) -> str:
-        copy = shutil.copytree(
-            tmp_path / "out", tmp_path / f"damaged-{len(list(tmp_path.iterdir()))}"
-        )
-        (copy / name).unlink()
-        if content is not None:
-            (copy / name).write_bytes(content)
-        return str(copy)
-
-    whole = (tmp_path / "out" / "vectors.npy").read_bytes()
-    for name in ("teacher.json", "vectors.npy", "keys.npy"):
-        with pytest.raises(ValueError, match=f"teacher: expected {name} in "):
-            Stored.open(damaged(name, None))
-    for name, content in (
-        ("teacher.json", b"{"),
-        ("teacher.json", b"{}"),
-        ("teacher.json", b"[]"),
-        ("vectors.npy", whole[: len(whole) // 2]),
-        ("keys.npy", b""),
-    ):
-        with pytest.raises(ValueError, match="could not be read"):
-            Stored.open(damaged(name, content))
-    with pytest.raises(ValueError, match="expected a vector for each key"):
-        Stored.open(damaged("keys.npy", whole))
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        *((name, None, f"expected {name} in ") for name in ("teacher.json", "vectors.npy")),
+        ("keys.npy", None, "expected keys.npy in "),
+        *(("teacher.json", content, "cannot read") for content in (b"{", b"{}", b"[]")),
+        ("vectors.npy", "half", "cannot read"),
+        ("keys.npy", b"", "cannot read"),
+        ("keys.npy", "whole", "expected a vector for each key"),
+    ],
+)
+def test_damaged_directories(stored, tmp_path, name, content, error):
+    out = tmp_path / "out"
+    vectors = (out / "vectors.npy").read_bytes()
+    content = {"half": vectors[: len(vectors) // 2], "whole": vectors}.get(content, content)
+    (out / name).unlink()
+    if content is not None:
+        (out / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"teacher: .*{error}"):
+        StoredVectors.open(str(out))
 
 
 # ---- the command ----
 
 
-def test_the_command(saved, bert, tmp_path):
+def test_command(saved, bert, tmp_path):
     rows = [{"query": "one", "positive": "two"}, {"query": "three", "positive": "four five"}]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = tmp_path / "out"
+    data, out = write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
     options = ["--data", data, "--dtype", "fp32", "--device", "cpu"]
     done = processes.run("-m", "mlembed", "teacher", saved["bert"], out, *options)
     assert done.returncode == 0, done.stderr
     assert "4 vectors of width 20, by Transformer, Pooling (mean), Normalize" in done.stdout
     texts = ["one", "two", "three", "four five"]
-    got = Stored.open(str(out)).vectors(texts, queries=2)
+    got = StoredVectors.open(str(out)).vectors(texts, queries=2)
     assert np.abs(got - bert.encode(texts).numpy()).max() < 1e-6
 
 
-def test_the_command_refuses_what_is_there_before_it_loads_anything(tmp_path):
+def test_command_checks_out_first(tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(ValueError, match="out: expected a new directory"):
         command.main("nobody/nothing", tmp_path, data=("nothing",))
     assert (tmp_path / "a").read_text() == "mine"
 
 
-def test_the_command_refuses_streams(tmp_path):
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text('{"query": "one", "positive": "two"}\n')
-    mixture = tmp_path / "mixture.json"
-    mixture.write_text(json.dumps({"sources": [{"path": "pairs.jsonl", "streaming": True}]}))
+def test_command_needs_stored_sources(tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [{"query": "one", "positive": "two"}])
+    mixture = {"sources": [{"path": "pairs.jsonl", "streaming": True}]}
+    data = (write_jsonl(tmp_path / "mixture.json", [mixture]),)
     with pytest.raises(ValueError, match="data: expected stored sources, got streams: .*pairs"):
-        command.main("nobody/nothing", tmp_path / "out", data=(str(mixture),))
+        command.main("nobody/nothing", tmp_path / "out", data=data)
 
 
 def test_roles_are_those_that_training_draws():
-    """A text that could not be found in training would end a run."""
-    found = set(teacher._roles(tables(), prompted=True))
-    assert found == {(t, True) for t in AS_QUERIES} | {(t, False) for t in AS_DOCUMENTS}
-    assert set(teacher._roles(tables(), prompted=False)) == {
-        (text, False) for text in AS_QUERIES | AS_DOCUMENTS
-    }
-    assert isinstance(tables()[0], sources.Table)
+    """A text without its vector would end a run."""
+    roles = set(teacher._roles(tables(), prompted=True))
+    assert roles == {(t, True) for t in AS_QUERIES} | {(t, False) for t in AS_DOCUMENTS}
+    roles = set(teacher._roles(tables(), prompted=False))
+    assert roles == {(text, False) for text in AS_QUERIES | AS_DOCUMENTS}
