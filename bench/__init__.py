@@ -1,4 +1,4 @@
-"""What the kernels cost: `python -m bench NAME` measures it in a checkout, without an installation.
+"""Benchmarks: `python -m bench NAME` measures this checkout, without an installation.
 
 The folder `kernels/` next to this one is imported as mlembed_kernels, even where another copy is
 installed. `python -m pytest -p bench` does the same for the kernels' tests.

@@ -236,8 +236,8 @@ def spot(case: Case, inputs: Factors, mode: str, got: Tensors) -> dict[str, Any]
     absent[stream(case.T, case.V)] = False
     present = TokenIndex.of(stream(case.T, case.V)).ids_n.long()
     every = present[torch.linspace(0, len(present) - 1, TOKENS).long()].unique()
-    nobody = absent.nonzero()[:, 0][:: max(case.V // 8, 1)]
-    tokens = torch.cat([every, nobody]).to(U.device)
+    unused = absent.nonzero()[:, 0][:: max(case.V // 8, 1)]
+    tokens = torch.cat([every, unused]).to(U.device)
     places = torch.isin(ids, tokens).nonzero()[:, 0]
     local = torch.full((case.V,), 0, device=U.device)
     local[tokens] = torch.arange(len(tokens), device=U.device)

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,8 @@ def measure(
     for key, took in times.items():
         rows[key] = {"value": values[key], "texts": len(some), "repeats": len(took)}
         if not case.small:
-            p20, ms, p80 = np.percentile(took, [20, 50, 80]).tolist()
-            rows[key] |= {"ms": ms, "p20": p20, "p80": p80, "texts_s": len(some) / ms * 1e3}
+            timing = harness.summary(took)
+            rows[key] |= {**asdict(timing), "texts_s": len(some) / timing.ms * 1e3}
     return rows
 
 

@@ -89,12 +89,11 @@ def case(name: str, pack_tokens: int, lengths: tuple[Lengths, Lengths], **option
 
 
 CACHED = "uncached", "none_kept", "all_kept", "half_kept"
-EAGER = "uncached_eager", "none_kept_eager"
 SENTENCE = "sentence_transformers", "sentence_transformers_uncached"
 SHORTER: Lengths = 20, 0.6, 5, 64
 LONG: tuple[Lengths, Lengths] = (20, 0.6, 5, 512), (110, 0.7, 8, 512)
 PEER = *CACHED, *SENTENCE
-FIT = *CACHED, "large_packs", SENTENCE[0], *EAGER
+FIT = *CACHED, "large_packs", SENTENCE[0]
 CASES = {
     case.name: case
     for case in (
@@ -137,7 +136,7 @@ def cached_step(
 
     Args:
         budget: bytes for graphs. half: under bf16 autocast.
-        mark: is told "backward" after the backward of the loss, before any parameter's gradient.
+        mark: is called with "backward" after the backward of the loss, before those of packs.
 
     Returns:
         The loss, and the share of the tokens that were encoded twice.
@@ -211,8 +210,6 @@ OURS: dict[str, dict[str, Any]] = {
     "all_kept": {"keep": "all"},
     "within_budget": {"keep": "budget"},
     "large_packs": {"pack_tokens": config.Run.pack_tokens},
-    "uncached_eager": {"compiled": False},
-    "none_kept_eager": {"keep": "none", "compiled": False},
 }
 
 
@@ -222,12 +219,11 @@ def ours(
     smoke: bool,
     *,
     keep: Keep | None = None,
-    compiled: bool = True,
     pack_tokens: int = 0,
 ) -> Trained:
     """Return a step. keep: None for the plain one. pack_tokens: instead of the case's."""
     if keep is None:
-        step = bench.ours(case, device, smoke, compiled=compiled)
+        step = bench.ours(case, device, smoke)
         if pack_tokens:
             texts = Texts(replace(case, run=replace(case.run, pack_tokens=pack_tokens)), device)
             loss = step.loss
@@ -236,8 +232,7 @@ def ours(
     before = allocated(device)
     model = bench.fresh(case.run.model, device)
     to_weights(model, case.run.optim)
-    if compiled:
-        checked.compile_for(model, device)
+    checked.compile_for(model, device)
     return Cached(model, case.run, keep, before, device.type == "cuda")
 
 
@@ -288,10 +283,8 @@ def packed(
     model.train()
     batch = checked.batch_of(check)
     packs = [some.to(device) for some in batch.packs]
-    kept, engine = (
-        ActivationCost.measure(model, half),
-        Engine.of(model, run, World(0, 1, device), half),
-    )
+    kept = ActivationCost.measure(model, half)
+    engine = Engine.of(model, run, World(0, 1, device), half)
     budget = budget_of(keep, kept, packs, run)
     loss, _ = cached_step(engine, run, batch, packs, kept, budget, half)
     grads = {name: p.grad.cpu() for name, p in model.named_parameters()}  # type: ignore[union-attr]
@@ -308,7 +301,7 @@ def drawn_again(check: checked.Check, device: torch.device) -> dict[str, Any]:
     return checked.summary(parts, dtype)
 
 
-# ---- numbers beside the time ----
+# ---- further numbers of a row ----
 
 
 def numbers(case: cases.Case, step: Trained, inputs: Texts, ms: float) -> dict[str, Any]:
@@ -335,10 +328,7 @@ def overhead(rows: Sequence[Row], row: Row) -> float | None:
     None if that step has no time, either is not right, or their losses differ.
     """
     name = row["provider"]
-    if name.startswith("sentence_transformers"):
-        base = SENTENCE[1]
-    else:
-        base = "uncached_eager" if name.endswith("_eager") else "uncached"
+    base = SENTENCE[1] if name.startswith("sentence_transformers") else "uncached"
     for other in rows:
         if (other["case"], other["provider"]) != (row["case"], base) or not other.get("ms"):
             continue

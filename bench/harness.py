@@ -157,17 +157,9 @@ class Timing:
     repeats: int
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Interpolate linearly between neighbours, like numpy."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def summary(times: list[float]) -> Timing:
-    p20, p50, p80 = (percentile(times, share) for share in (0.2, 0.5, 0.8))
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(shares).tolist()
     return Timing(p50, p20, p80, len(times))
 
 
@@ -295,17 +287,17 @@ def kernel_times(call: Call, device: torch.device, repeats: int) -> list[dict[st
         for i in range(repeats):
             call(i)
         synchronize(device)
-    found = []
+    kernels = []
     for event in profiler.key_averages():
         on_device = event.device_type.name == "CUDA" and not annotates(event, event.key)
         if device.type == "cuda" and not on_device:
             continue
         micro = getattr(event, f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
         row = {"ms": micro / 1e3 / repeats, "launches": event.count / repeats}
-        found.append({"kernel": event.key[:90], **row})
-    if not found:
+        kernels.append({"kernel": event.key[:90], **row})
+    if not kernels:
         raise RuntimeError("the profiler recorded no kernel")
-    return sorted(found, key=lambda row: -row["ms"])
+    return sorted(kernels, key=lambda row: -row["ms"])
 
 
 # ---- right or not ----

@@ -214,12 +214,12 @@ def measure(case: Case, data: Batches, mode: str) -> dict[str, Any]:
         now = time.perf_counter()
         took.append((now - last) * 1e3)
         last = now
-    p20, ms, p80 = np.percentile(took, [20, 50, 80]).tolist()
+    timing = harness.summary(took)
     row = {"value": 1.0, "tokens": tokens // len(took), "batches": len(took)}
     if not case.seconds:
         return row
     seconds = last - start
-    row |= {"ms": ms, "p20": p20, "p80": p80, "tokens_s": tokens / seconds}
+    row |= {"ms": timing.ms, "p20": timing.p20, "p80": timing.p80, "tokens_s": tokens / seconds}
     return row | {"own_ms": (time.process_time() - own) * 1e3 / len(took)}
 
 

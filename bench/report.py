@@ -29,9 +29,9 @@ class Targets:
 
     def add(self, what: str, value: float, sign: str, limit: float, aim: bool = False) -> None:
         """Compare a value with its limit. aim: more than what is required."""
-        told = f"{'aim ' if aim else ''}{sign} {limit:g}"
+        bound = f"{'aim ' if aim else ''}{sign} {limit:g}"
         met = SIGNS[sign](value, limit)
-        self.listed.append({"target": what, "value": value, "limit": told, "met": met})
+        self.listed.append({"target": what, "value": value, "limit": bound, "met": met})
 
 
 # ---- tables of a case ----

@@ -56,8 +56,8 @@ class Worker:
     def run(self, stages: list[str], case: str | None) -> None:
         say("environment", **environment(self.device))
         if stages != ["gate"] and not hasattr(self.bench, "rows"):
-            found = harness.ceilings(self.device, self.smoke)
-            self.ceilings = {} if self.smoke else found
+            ceilings = harness.ceilings(self.device, self.smoke)
+            self.ceilings = {} if self.smoke else ceilings
             say("ceilings", **self.ceilings)
         for stage in stages:
             if stage == "gate":
@@ -166,26 +166,26 @@ class Worker:
         try:
             step, _ = built or self.bench.build("ours", case, sets[0], self.smoke)
             call, repeats = harness.rotating(step, sets, harness.TRAIN), 1 if self.smoke else 3
-            found = harness.kernel_times(call, self.device, repeats)
+            kernels = harness.kernel_times(call, self.device, repeats)
         except Exception as error:
             say("kernels", **at, status="failed", note=reason(error))
             self.alive()
             return
-        total = sum(kernel["ms"] for kernel in found)
-        numbers = {} if self.smoke else {"total_ms": total, "top": found[:12]}
-        say("kernels", **at, status="ran", green=self.green, count=len(found), **numbers)
+        total = sum(kernel["ms"] for kernel in kernels)
+        numbers = {} if self.smoke else {"total_ms": total, "top": kernels[:12]}
+        say("kernels", **at, status="ran", green=self.green, count=len(kernels), **numbers)
         if hasattr(self.bench, "stages"):
             self.stages(case, step, sets[0], at)
 
     def stages(self, case: Any, step: harness.Step, inputs: Any, at: dict[str, str]) -> None:
         say("begin", **at, mode="by stage")
         try:
-            found = self.bench.stages(case, step, inputs, self.ceilings)
+            stages = self.bench.stages(case, step, inputs, self.ceilings)
         except Exception as error:
             say("stages", **at, status="failed", note=reason(error))
             self.alive()
             return
-        say("stages", **at, status="ran", green=self.green, **({} if self.smoke else found))
+        say("stages", **at, status="ran", green=self.green, **({} if self.smoke else stages))
 
     # ---- launch configurations ----
 
@@ -312,7 +312,7 @@ def main() -> None:
     devices = getattr(named(args.name), "DEVICES", ("cuda",))
     kind = "cuda" if cuda and "cuda" in devices else "cpu"
     if kind not in devices and not args.smoke:
-        sys.exit("error: no CUDA device: times are only taken there, --smoke runs anywhere")
+        sys.exit("error: no CUDA device: times need one, --smoke runs anywhere")
     torch.manual_seed(0)
     Worker(args, torch.device(kind)).run(args.stages, args.case)
 

@@ -1,1 +1,1 @@
-"""Attention over packed sequences beside FlashAttention, xformers and flex attention."""
+"""Attention over packed sequences next to FlashAttention, xformers and flex attention."""

@@ -1,1 +1,1 @@
-"""The contrastive loss beside eager, compiled and other packages."""
+"""The contrastive loss next to eager, compiled and other packages."""

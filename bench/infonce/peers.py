@@ -163,7 +163,7 @@ def inf_cl(case: Case, smoke: bool) -> PairLoss:
     def loss_of(q: Tensor, c: Tensor) -> Tensor:
         head = min(q.shape[1], 256)
         if head < 16 or head & (head - 1) or q.shape[1] % head:
-            raise ValueError(f"a width of {q.shape[1]} gives wrong row strides there")
+            raise ValueError(f"a width of {q.shape[1]} gives wrong row strides in inf_cl")
         return cal_flash_loss(q.contiguous(), c.contiguous(), head_dim=head).mean()
 
     return loss_of

@@ -1,1 +1,1 @@
-"""A whole training step beside its peers, by stage."""
+"""A whole training step next to its peers, by stage."""

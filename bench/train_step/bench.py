@@ -125,7 +125,7 @@ def spot(case: Case, inputs: Texts, mode: str, got: Tensor) -> dict[str, Any]:
     return {"ok": 0 < value < most, "loss": value}
 
 
-# ---- numbers beside the time ----
+# ---- further numbers of a row ----
 
 
 def numbers(case: Case, step: Trained, inputs: Texts, ms: float) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def floors_of(work: dict[str, tuple[float, float]], tflops: float, gbs: float) -
 class Trained:
     """A model and its optimiser. A call is one optimiser step or, without backward, its loss.
 
-    mark: is told the names of stages as they begin.
+    mark: is called with the name of each stage as it begins.
     """
 
     def __init__(

@@ -165,7 +165,7 @@ def packed_loss(
 
     Args:
         again: layers to recompute. half: under bf16 autocast; on a GPU the loss takes bf16 exits.
-        mark: is told "loss" and "blocks" as these begin, forward and backward.
+        mark: is called with "loss" and "blocks" as they begin, forward and backward.
     """
     device: torch.device = model.device
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():

@@ -86,7 +86,7 @@ def by_name(kernel: str) -> str:
 
 @contextmanager
 def marked(step: Trained, mark: Callable[[str], None]) -> Iterator[None]:
-    """Tell `mark` what begins: a stage of WHEN, or the blocks."""
+    """Call `mark` with the name of each stage of WHEN, or "blocks", as it begins."""
     embedding = Embedding(step.model.embed_tokens, mark)
 
     def begun(stage: str) -> None:

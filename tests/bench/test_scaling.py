@@ -28,7 +28,7 @@ PLANS = list(scaling.plans(A))
 
 
 def test_shapes_are_the_public_ones():
-    """With a plain table of 151,936 rows, like the models' cards."""
+    """The cards count a plain table of 151,936 rows."""
     totals = 596_049_920, 1_720_574_976, 4_022_468_096, 7_568_405_504
     for m, total in zip(scaling.MODELS.values(), totals, strict=True):
         D = m.hidden_size
