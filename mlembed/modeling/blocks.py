@@ -50,8 +50,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Layer(nn.Module):
-    """A layer in two halves around attention. Each half is one graph for torch.compile, whatever
-    the batch; the caller computes attention."""
+    """A layer in two halves around attention, which the caller computes.
+
+    Each half is one graph for torch.compile, which serves batches of any shape.
+    """
 
     def __init__(self, cfg: config.Model) -> None:
         super().__init__()

@@ -127,7 +127,7 @@ def test_packed_equals_each_text_alone(cfg):
 
 
 def test_causal_and_bidirectional_differ():
-    """With the same weights, the first token sees the last one in one of them only."""
+    """The first token sees the last one in the bidirectional model only."""
     ids = texts((9,))
     changed = [ids[0].copy()]
     changed[0][-1] = (changed[0][-1] + 1) % CFG.vocab_size
