@@ -98,10 +98,10 @@ def test_closed_pipe_ends_the_command(directory):
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):
-    # An empty line is a text; the last line ends without \\n; a name without .npy stays unchanged.
+    # An empty line is a text; the last line ends without \\n.
     out = tmp_path / "vectors.npy"
     done = good(directory, "--out", out, "--prompt-name", "query", stdin="\n".join(TEXTS).encode())
-    assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.bin"]
+    assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.npy"]
     assert f"{out}: 4 x 24 float32, " in done.stderr.decode()
     vectors = np.load(out)
     assert vectors.dtype == np.float32
