@@ -65,7 +65,8 @@ def run(ids, U: Tensor, W: Tensor, rank: int, dx: Tensor, impl: str = "triton", 
 
 def as_exact(ids, U: Tensor, W: Tensor, rank: int, dx: Tensor) -> dict[str, Tensor]:
     """Within eager's error on the same bits, and a floor: a step of the dtype, half of it as a sum
-    of dx is rounded before its product, half as that is; and some of fp32, in which sums are."""
+    of dx is rounded before its product, half as that is; and some of fp32, in which sums are.
+    """
     got, eager = (run(ids, U, W, rank, dx, impl) for impl in ("triton", "reference"))
     with torch.autocast(DEVICE, enabled=False):
         truth = run(ids, U.double(), W.double(), rank, dx.double(), "reference")

@@ -1,5 +1,6 @@
 """The architecture: imports between wings, a reference for each kernel, sizes of files and folders,
-and one home for each helper."""
+and one home for each helper.
+"""
 
 import ast
 import importlib

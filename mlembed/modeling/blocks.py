@@ -239,7 +239,8 @@ class BertBlock(Layer):
 
 class Pooler(nn.Linear):
     """tanh(W x + b) of a text's first token, in fp32 at least, even under autocast: it has N rows
-    only, and its output is the final vector."""
+    only, and its output is the final vector.
+    """
 
     def forward(self, x_ND: Tensor) -> Tensor:
         dtype = wide(self.weight.dtype)

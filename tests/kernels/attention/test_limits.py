@@ -1,5 +1,6 @@
 """Packed attention by Triton, except its values: sequences stay apart, rows that take no part are
-not read, any layout, torch's operators and graphs, errors."""
+not read, any layout, torch's operators and graphs, errors.
+"""
 
 from functools import cache
 
@@ -149,7 +150,7 @@ def test_nan_in_long_neighbour(causal, fp32, monkeypatch):
 
 @pytest.mark.parametrize(("n", "causal", "sort"), all_pairs([0, 1, 2, 4, 5], [True, False], SORTS))
 def test_a_prefix_is_a_batch_of_its_own(n, causal, sort):
-    """This is layer-skip attention. For n = 1, 2, 5 the prefix ends within a tile of the batch."""
+    """Layer-skip attention. For n = 1, 2, 5 the prefix ends within a tile of the batch."""
     dtype, heads = sort
     qkv, do = batch(dtype, heads=heads)
     T = sum(LENGTHS[:n])
