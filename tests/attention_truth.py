@@ -115,3 +115,16 @@ def assert_as_exact(
         floor = step * want.abs().max().item() + step_of_terms * terms.get(name, 0.0)
         error, allowed = ((x - want).abs().max().item() for x in (a, b))
         assert error <= allowed + floor, f"{name}: error {error}, eager {allowed}, floor {floor}"
+
+
+# Sequences 0, 1, 2 share a tile and 4, 5 another, on either side of a long one.
+LENGTHS = [3, 5, 2, 66, 1, 4]
+HALF = torch.float16
+
+
+def batch(
+    dtype: torch.dtype = HALF, lengths: list[int] = LENGTHS, heads: tuple[int, int] = (2, 1)
+) -> tuple[list[Tensor], Tensor]:
+    """Return q, k, v and the gradient of the output, on DEVICE."""
+    qkv = on(DEVICE, dtype, inputs(lengths, heads))
+    return qkv, cotangent(qkv[0].shape, qkv[0])

@@ -1,6 +1,7 @@
 """Set before torch and triton load: one thread a test process (two run side by side), no network,
 a cache of the tests' own, and Triton's interpreter where there is no GPU. Memory that a kernel
-leaves unwritten reads NaN."""
+leaves unwritten reads NaN.
+"""
 
 import atexit
 import math
@@ -70,7 +71,8 @@ ALLOCATORS = [
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Not torch.utils.deterministic, which does it everywhere: its switch also makes CUDA's own
-    operators deterministic, and would hide that two calls differ."""
+    operators deterministic, and would hide that two calls differ.
+    """
     with monkeypatch.context() as patch:
         for owner, name, filled in ALLOCATORS:
             patch.setattr(owner, name, filled)

@@ -15,7 +15,8 @@ Shape = tuple[int, ...]
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Triton's interpreter launch nothing: how much memory the host asks for does not depend
-    on what kernels write there."""
+    on what kernels write there.
+    """
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)
 
 

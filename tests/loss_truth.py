@@ -1,5 +1,6 @@
 """The loss and its parts in float64, pair by pair, from the formulas alone; test inputs; and how
-close an implementation has to be."""
+close an implementation has to be.
+"""
 
 import importlib.util
 import math
@@ -251,7 +252,8 @@ def pair(
 
 def masked() -> dict:
     """Return options in which query 0 has its own text twice among the candidates, queries 1 and 4
-    share a text, query 3 has no positive, and query 2's positive is not on the diagonal."""
+    share a text, query 3 has no positive, and query 2's positive is not on the diagonal.
+    """
     return {
         "target": torch.tensor([0, 1, 5, -1, 4]),
         "query_ids": torch.tensor([10, 11, 12, 13, 11]),

@@ -1,5 +1,6 @@
 """Choose the parametrisations of a test: all pairs of values always, all combinations in
-`make test-all`."""
+`make test-all`.
+"""
 
 from itertools import combinations, product
 from typing import Any
@@ -23,7 +24,8 @@ def all_pairs(*axes: Any) -> list[Any]:
 
 def _cover(sizes: list[int]) -> set[int]:
     """Return numbers of the combinations (in the order of `product`) that together hold every pair
-    of values of two axes."""
+    of values of two axes.
+    """
     rows = list(product(*map(range, sizes)))
     pairs = [set(combinations(enumerate(row), min(2, len(sizes)))) for row in rows]
     missing, chosen = set().union(*pairs), set()

@@ -112,7 +112,8 @@ def gloo(size: int, function: Callable[..., Any], *args: Any, timeout: float = T
 @cache
 def gloo_once(size: int, function: Callable[..., Any], *args: Any) -> list:
     """Return what `gloo` does, from one group a session: pytest sets a fixture with parameters up
-    again whenever the parameter changes from test to test."""
+    again whenever the parameter changes from test to test.
+    """
     return gloo(size, function, *args)
 
 

@@ -1,5 +1,6 @@
 """Every test can fail: it asserts, or calls a function of the tests that does. Warnings that point
-at our own code fail it as well."""
+at our own code fail it as well.
+"""
 
 import ast
 import warnings
@@ -32,7 +33,8 @@ class File:
 
     def called(self, function: ast.AST) -> "Iterator[tuple[File, ast.AST]]":
         """Functions of the tests that `function` names, with the file that defines each. A fixture
-        that a test names in its body, not as an argument alone, is one of them."""
+        that a test names in its body, not as an argument alone, is one of them.
+        """
         folders = [folder for folder in self.path.parents if folder.is_relative_to(self.top)]
         shared = [path for folder in folders if (path := folder / "conftest.py").is_file()]
         for name in {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}:

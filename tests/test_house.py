@@ -1,5 +1,6 @@
 """The architecture: imports between wings, a reference for each kernel, sizes of files and folders,
-and one home for each helper."""
+and one home for each helper.
+"""
 
 import ast
 import importlib
@@ -18,7 +19,7 @@ import mlembed
 import mlembed_kernels
 
 ROOT = Path(__file__).parents[1]
-MOST_LINES = 550
+MOST_LINES = 500
 MOST_MODULES = 14
 
 # A wing imports itself and the wings that its row names. docs/design.md says what each one holds.

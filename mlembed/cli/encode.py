@@ -68,6 +68,8 @@ def main(
     if makes_ranges and not out:
         raise ValueError(f"ranges: expected --ranges or --out for {precision}, got neither")
     if out:
+        if target.suffix.lower() not in (".npy", ".parquet"):
+            raise ValueError(f"out: expected a name that ends in .npy or .parquet, got {out}")
         check_new(target)
     from ..data.formats import readers
     from ..inference import vector_files

@@ -66,7 +66,8 @@ def steps_of(
     run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source] = ()
 ) -> int:
     """Return the optimiser steps of a run: `steps` or, for e epochs of n items in all, ceil(e n /
-    (B accumulated batches)). ValueError: epochs of a stream without `rows`."""
+    (B accumulated batches)). ValueError: epochs of a stream without `rows`.
+    """
     if not run.epochs:
         return run.steps
     total = sum(sizes_of(run, tables, streams))
@@ -205,8 +206,7 @@ class Batches(Dataset[Batch]):
         teacher: VectorLookup | None = None,
         held_out: AbstractSet[str] = frozenset(),
     ) -> None:
-        """
-        Args:
+        """Args:
             streams: sources that are read as they come. held_out: normalised texts that streams
                 leave out; tables are without them already.
             teacher: the vectors of `Batch.teacher_ND`.

@@ -252,7 +252,8 @@ def _held_out_rows(
     english: _Voice, voices: list[_Voice], concepts: dict[str, list]
 ) -> list[tuple[str, str, str, str]]:
     """Return (id, kind, lang, text), without texts equal to English or shared by two ids of a
-    kind."""
+    kind.
+    """
     rows = []
     for kind in (*COMPOSED, *ZERO_SHOT):
         spoken = [english.say(kind, concept) or "" for concept in concepts[kind]]

@@ -149,7 +149,8 @@ def collate(
 
 def _lists(owner: np.ndarray, chosen: np.ndarray, queries: int) -> np.ndarray:
     """Return places of the documents `chosen` (bool), in order, by owner: int64 [queries, K], with
-    -1 after a query's last document."""
+    -1 after a query's last document.
+    """
     places = np.flatnonzero(chosen)
     places = places[np.argsort(owner[places], kind="stable")]
     counts = np.bincount(owner[places], minlength=queries)

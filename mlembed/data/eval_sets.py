@@ -69,7 +69,8 @@ class STS:
 @dataclass(frozen=True)
 class Part:
     """One split of one language: rows of `texts` on either side, and gold, int64 [pairs, 2], which
-    lists the pairs of rows within source and target that are translations."""
+    lists the pairs of rows within source and target that are translations.
+    """
 
     source: slice
     target: slice
@@ -79,7 +80,8 @@ class Part:
 @dataclass
 class Mining:
     """For each language the part that tunes a threshold and the part that is reported, which are
-    the same if only one has gold. splits: the names of both."""
+    the same if only one has gold. splits: the names of both.
+    """
 
     name: str
     texts: list[str] = field(default_factory=list)
@@ -90,7 +92,8 @@ class Mining:
 @dataclass(frozen=True)
 class Side:
     """Texts of one language and their translations, to be found among all of these and the lines of
-    a pool."""
+    a pool.
+    """
 
     queries: list[str]
     answers: list[str]

@@ -174,7 +174,8 @@ def even_shares(
 
 def even_packs(lengths: np.ndarray, depths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Return row numbers in as few packs of at most `max_tokens` tokens as hold them, of about
-    equal work, each deepest first, then shortest first. A longer text is a pack alone."""
+    equal work, each deepest first, then shortest first. A longer text is a pack alone.
+    """
     packs = [np.array([row]) for row in np.flatnonzero(lengths > max_tokens)]
     rest = np.flatnonzero(lengths <= max_tokens)
     count = -(-int(lengths[rest].sum()) // max_tokens)

@@ -130,7 +130,8 @@ def tables_of(data: Sequence[str], bad_rows: BadRows = "error") -> list[Table]:
 @dataclass(frozen=True)
 class _Part:
     """A part of a source that becomes one table: a file, parallel files, a data set, the built-in
-    text. layout: given where rows need not show it."""
+    text. layout: given where rows need not show it.
+    """
 
     name: str
     where: str

@@ -68,8 +68,7 @@ class MTEBEncoder:
         prompts: dict[str, str] | None = None,
         passes: Passes | None = None,
     ) -> None:
-        """
-        Args:
+        """Args:
             name: organisation/model, for the directory of results.
             prompts: by name; the encoder's own by default.
             passes: vectors shared with other widths and depths of this rank.
@@ -108,7 +107,8 @@ class MTEBEncoder:
         **options: Any,
     ) -> np.ndarray:
         """Return unit vectors float32 [N, dim] of a data loader's texts. Other options, such as
-        `batch_size`, are left to the encoder, as they do not change vectors."""
+        `batch_size`, are left to the encoder, as they do not change vectors.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
         name = get_prompt_name(self.prompts, task_metadata, prompt_type)
         prompt = self.prompts[name] if name else ""

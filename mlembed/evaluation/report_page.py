@@ -43,7 +43,8 @@ class Image(NamedTuple):
 @dataclass
 class Section:
     """Part of the page under one heading: remarks (sentences), figures, tables, bars by group, and
-    parts, in this order."""
+    parts, in this order.
+    """
 
     title: str
     remarks: list[str] = field(default_factory=list)

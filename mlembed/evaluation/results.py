@@ -90,7 +90,8 @@ def read(run: Path) -> Results:
 
 def read_grid(path: Path) -> dict[str, Any]:
     """Read grid.json, whose cells then have what every figure needs: sizes, and a score a task,
-    None for null. ValueError otherwise."""
+    None for null. ValueError otherwise.
+    """
     grid = read_object(path)
     untrained = mapping(grid.get("untrained"))
     grid["untrained"] = {task: result for task, result in untrained.items() if mapping(result)}
@@ -175,7 +176,8 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def thinned(x: ArrayLike, y: ArrayLike, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return at most `most` points, each the mean of neighbours; points with NaN or infinity are
-    left out."""
+    left out.
+    """
     points = np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1)
     points = points[np.isfinite(points).all(axis=1)]
     parts = np.array_split(points, min(most, len(points))) if len(points) else []

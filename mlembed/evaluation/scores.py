@@ -44,14 +44,16 @@ LANGUAGES = {
 
 def nearest_rows(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 [n] and [m]: for each unit row of a [n, D] the nearest row of b [m, D], and the
-    reverse."""
+    reverse.
+    """
     there, back = nearest(a, b, 1)[1], nearest(b, a, 1)[1]
     return there[:, 0].numpy(), back[:, 0].numpy()
 
 
 def accuracy(rows: np.ndarray) -> float:
     """Return the share of texts whose nearest text is their translation, the one of their number:
-    LASER's metric on Tatoeba (arXiv 1812.10464, section 4.3)."""
+    LASER's metric on Tatoeba (arXiv 1812.10464, section 4.3).
+    """
     return float((rows == np.arange(len(rows))).mean())
 
 
@@ -106,7 +108,8 @@ def score_bitext(task: Bitext, unit: Tensor) -> dict[str, Any]:
 
 def means(by_language: dict[str, float]) -> dict[str, dict[str, float]]:
     """Return mean accuracies into English over the sets of Tatoeba's languages that papers report:
-    `languages`, how many of a set are present, and `accuracy` if all of them are."""
+    `languages`, how many of a set are present, and `accuracy` if all of them are.
+    """
     result: dict[str, dict[str, float]] = {}
     for size, codes in LANGUAGES.items():
         present = [by_language[code] for code in codes.split() if code in by_language]
@@ -121,7 +124,8 @@ def means(by_language: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def score_sts(task: STS, unit: Tensor) -> dict[str, Any]:
     """Correlate cosines with human scores, for texts encoded as unit vectors [N, d]: `score` is
-    Spearman's correlation, `pearson` Pearson's; NaN if either side is the same for all pairs."""
+    Spearman's correlation, `pearson` Pearson's; NaN if either side is the same for all pairs.
+    """
     a, b = unit[0::2], unit[1::2]
     # This form gives exactly 1 for equal vectors, so rounding does not break ties.
     cosine = (1 - (a - b).square().sum(1) / 2).numpy()
@@ -315,7 +319,8 @@ def _name(place: int) -> str:
 
 def precision_at_1(rows_Q: np.ndarray, answers: Sequence[str]) -> float:
     """Return the share of queries i whose nearest document is answer i, or has its text. The first
-    documents are the answers, in order; all others belong to a pool."""
+    documents are the answers, in order; all others belong to a pool.
+    """
     first: dict[str, int] = {}
     same = np.array([first.setdefault(text, row) for row, text in enumerate(answers)])
     inside = rows_Q < len(answers)

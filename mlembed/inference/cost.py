@@ -19,7 +19,8 @@ LATENCY_S, PACKS_S = 0.06, 0.08
 
 def sizes(encoder: Encoder, dim: int, exit: int, rank: int | None) -> dict[str, int]:
     """Return the parameters of the model cut to that exit and rank, their bytes in the model's
-    dtype, and the bytes of an fp32 vector."""
+    dtype, and the bytes of an fp32 vector.
+    """
     return {
         "parameters": num_parameters(encoder.model.cfg, exit, rank),
         "parameter_bytes": _weights(encoder, exit, rank),

@@ -255,7 +255,8 @@ def mine(
 
 def blocks(texts: MiningTexts, top: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yield blocks of queries, int64, and how many documents to search for each, so that at least
-    `top` of them are not linked to the query: at most BLOCK documents in all, or one query."""
+    `top` of them are not linked to the query: at most BLOCK documents in all, or one query.
+    """
     groups, sizes = np.unique(texts.document_groups, return_counts=True)
     # Every query has a positive, so one of the documents' groups is its own.
     needed = top + sizes[np.searchsorted(groups, texts.query_groups)]

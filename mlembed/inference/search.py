@@ -101,10 +101,9 @@ class LazyVectors:
         width: int,
         directory: Path | None = None,
     ) -> None:
-        """
-        Args:
-            encode: function of rows, int64 [n], to their unit vectors.
-            directory: place of the file; the system's for temporary files by default.
+        """Args:
+        encode: function of rows, int64 [n], to their unit vectors.
+        directory: place of the file; the system's for temporary files by default.
         """
         self.encode = encode
         self.vectors_ND = disk_array((count, width), directory)

@@ -50,8 +50,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Layer(nn.Module):
-    """A layer in two halves around attention. Each half is one graph for torch.compile, whatever
-    the batch; the caller computes attention."""
+    """A layer in two halves around attention, which the caller computes.
+
+    Each half is one graph for torch.compile, which serves batches of any shape.
+    """
 
     def __init__(self, cfg: config.Model) -> None:
         super().__init__()
@@ -237,7 +239,8 @@ class BertBlock(Layer):
 
 class Pooler(nn.Linear):
     """tanh(W x + b) of a text's first token, in fp32 at least, even under autocast: it has N rows
-    only, and its output is the final vector."""
+    only, and its output is the final vector.
+    """
 
     def forward(self, x_ND: Tensor) -> Tensor:
         dtype = wide(self.weight.dtype)

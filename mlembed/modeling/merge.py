@@ -23,7 +23,7 @@ rank r, which training made meaningful: the command reports the distance to it f
 models have the same W, to the bit, W stays and U is merged: then every rank is exactly the merge of
 that rank.
 
-Sums are in float64. Besides the current merge, memory holds one model and the factors of all.
+Sums are in float64. Memory holds the merge so far, one model, and the factors of all models.
 
 Letters: V vocabulary, R rank, D width, k models.
 """

@@ -205,7 +205,8 @@ def _activations(
     model: Transformer, batches: Iterable[PackedBatch]
 ) -> tuple[Tensor, list[Tensor], int]:
     """Return sums over tokens of |residual stream| [L + 1, D] and, for each layer, of
-    |inner activation| [F], float64, and the number of tokens."""
+    |inner activation| [F], float64, and the number of tokens.
+    """
     L, D = model.cfg.num_hidden_layers, model.cfg.hidden_size
     stream = torch.zeros(L + 1, D, dtype=torch.float64)
     units = [torch.zeros(model.cfg.intermediate_size, dtype=torch.float64) for _ in range(L)]

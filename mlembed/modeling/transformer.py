@@ -34,7 +34,8 @@ PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 def lean_half(half: Callable[..., Any], dropout: bool) -> Callable[..., Any]:
     """Return a half of a block that saves only its products, and the generator's state for
-    `dropout`, when compiled."""
+    `dropout`, when compiled.
+    """
 
     def run(*args: Any) -> Any:
         return checkpoint(

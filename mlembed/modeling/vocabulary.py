@@ -97,7 +97,7 @@ def factorise(table: Tensor, rank: int, counts: Tensor | None = None) -> tuple[T
 
     Minimises sum_v c_v |E_v - U_v W|^2, with c_v = counts_v + 1, or 1 without counts: frequent
     tokens are approximated better, and rare ones still count. For orthonormal rows W the best U_v
-    is E_v W^T, whatever c_v, and the error is sum_v c_v |E_v|^2 - tr(W G W^T) with
+    is E_v W^T, for any c_v, and the error is sum_v c_v |E_v|^2 - tr(W G W^T) with
     G = sum_v c_v E_v^T E_v = E^T C E, least for the eigenvectors of G of the largest eigenvalues:
     those of the SVD of sqrt(C) E. The first r columns and rows are therefore the factors of rank r.
 

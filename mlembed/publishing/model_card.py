@@ -160,7 +160,8 @@ def front_matter(origin: Origin, codes: set[str], license: str) -> str:
 
 def hub_id(init: str) -> str | None:
     """Return the hub's model that training began from, through any number of runs; None if
-    unknown."""
+    unknown.
+    """
     if not init:
         return None
     if not Path(init).exists():

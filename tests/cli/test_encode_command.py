@@ -98,10 +98,10 @@ def test_closed_pipe_ends_the_command(directory):
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):
-    # An empty line is a text; the last line ends without \\n; a name without .npy stays unchanged.
-    out = tmp_path / "vectors.bin"
+    # An empty line is a text; the last line ends without \\n.
+    out = tmp_path / "vectors.npy"
     done = good(directory, "--out", out, "--prompt-name", "query", stdin="\n".join(TEXTS).encode())
-    assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.bin"]
+    assert done.stdout == b"" and [path.name for path in tmp_path.iterdir()] == ["vectors.npy"]
     assert f"{out}: 4 x 24 float32, " in done.stderr.decode()
     vectors = np.load(out)
     assert vectors.dtype == np.float32
@@ -173,6 +173,7 @@ def test_mistakes_are_errors_before_any_work(directory, tmp_path):
         ([nowhere, "a", "--precision", "int8"], "expected --ranges or --out for int8, got neither"),
         ([nowhere, "a", "--max-tokens", "0"], "max-tokens: expected 1 or more, got 0"),
         ([nowhere, "--input", tmp_path / "x"], "input: expected a file, got "),
+        ([nowhere, "a", "--out", "a.jsonl"], "expected a name that ends in .npy or .parquet"),
         ([nowhere, "a"], "expected a directory or a hub id"),
         ([directory, "a", "--dim", "99", "--out", new], "dim: expected 1..24 (the width), got 99"),
         ([directory, "a", "--device", "cuda:99"], "device: expected one of "),

@@ -130,8 +130,9 @@ def first(some, at, queue):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_process_reads_for_itself(tmp_path, start):
-    """A forked process shares its parent's file position and must not use it. (The file is longer
-    than a read-ahead buffer.)"""
+    """A forked process shares its parent's file position and must not use it. The file is longer
+    than a read-ahead buffer.
+    """
     some = stream(jsonl(tmp_path / "long.jsonl", rows_of(3000)), window=100)
     want = order_by_hand(3000, 100, 3100)
     assert numbers(some.items(0, 70)[0]) == want[:70]

@@ -1,6 +1,7 @@
 """Our scores against mteb's own on the same vectors, and our encoder as its model.
 
-No other test imports mteb, which takes seconds."""
+No other test imports mteb, which takes seconds.
+"""
 
 import csv
 import json
@@ -215,7 +216,8 @@ def test_sts(pairs):
 
 def beir_files(path):
     """Write documents that repeat (equal scores), grades, a query whose judgements are all 0, one
-    without any, queries that are documents, and a judged document that the corpus lacks."""
+    without any, queries that are documents, and a judged document that the corpus lacks.
+    """
     rng = np.random.default_rng(1)
     (path / "qrels").mkdir(parents=True)
     documents = [" ".join(rng.choice(WORDS, 5)) for _ in range(150)]

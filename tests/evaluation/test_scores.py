@@ -322,7 +322,8 @@ def metrics_by_hand(ranking, grades):
 
 def test_retrieval_by_hand():
     """Data have equal scores, graded and negative relevance, queries without a relevant document,
-    and one with more relevant documents than are searched."""
+    and one with more relevant documents than are searched.
+    """
     rng = np.random.default_rng(0)
     Q, N = 12, 160
     cosines = rng.integers(0, 40, (Q, N)) / 40

@@ -31,7 +31,8 @@ def text(rng) -> str:
 
 def pairs(count: int = 60, seed: int = 0, several: bool = True) -> list[dict]:
     """Return pairs that differ by a word, all texts distinct; with `several`, some queries have two
-    or three positives."""
+    or three positives.
+    """
     rng = np.random.default_rng(seed)
     rows: dict[str, str] = {}
     while len(rows) < count:
@@ -135,7 +136,8 @@ def by_sentence_transformers(model, rows, options, corpus=None):
 @pytest.mark.parametrize("with_corpus", [False, True])
 def test_sentence_transformers_agrees(encoder, exported, options, with_corpus, tmp_path):
     """It searches `range_max` candidates and as many more as any query has positives, so with
-    several positives only `top=200`, all documents, is comparable."""
+    several positives only `top=200`, all documents, is comparable.
+    """
     several = options.top == 200
     rows = pairs(several=several)
     rng = np.random.default_rng(1)

@@ -15,7 +15,8 @@ INTERPRETED = not torch.cuda.is_available() and importlib.util.find_spec("triton
 def faster_interpreter() -> Iterator[None]:
     """Spare a quarter of the interpreter's time. It patches Triton's language at every call of a
     device function, although the patch holds until the launch ends, and builds a table of dtypes
-    for each one that it looks up."""
+    for each one that it looks up.
+    """
     if not INTERPRETED:
         yield
         return
@@ -52,7 +53,8 @@ def faster_interpreter() -> Iterator[None]:
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the loss tiles of 128 x 128, to which a few texts are padded in any case. For tests that
-    are not about the edges of tiles."""
+    are not about the edges of tiles.
+    """
     if not INTERPRETED:
         return
     for name in ("_lse_forward", "_lse_backward", "_tiles"):

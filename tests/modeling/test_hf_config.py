@@ -66,7 +66,8 @@ def test_fields_without_parameters():
 )
 def test_gte_has_no_pooler(name, millions):
     """Its totals are BERT's: 33.4 million by BERT's formula for the small one, published as 30; the
-    others are bert-base and bert-large, published as 110 and 330."""
+    others are bert-base and bert-large, published as 110 and 330.
+    """
     model, D = SHAPES[name], SHAPES[name].hidden_size
     with_pooler = replace(model, pooling="pooler")
     assert round(num_parameters(with_pooler) / 1e6, 1) == millions

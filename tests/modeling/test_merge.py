@@ -186,7 +186,8 @@ def test_basis_of_the_factors_does_not_matter():
 @pytest.mark.parametrize("count", [2, 3, 5])  # 5 x 7 > 24: more directions than the width has
 def test_each_rank_is_the_best_of_the_merged_table(count):
     """Errors agree with whole tables. The best for the merged table is not nearest to the merge of
-    the rank's own tables, but no matrix of rank R is that for all ranks."""
+    the rank's own tables, but no matrix of rank R is that for all ranks.
+    """
     models = [random_model(NESTED, seed) for seed in range(count)]
     merged, fits = merge(models, [1] * count)
     U, W = (merged.state_dict()[f"embed_tokens.{name}"].double().numpy() for name in "UW")

@@ -126,7 +126,8 @@ def test_ranks_up_to_the_new_width(width, ranks):
 @QWEN3S
 def test_zero_coordinates_go_first(cfg):
     """RMSNorm's mean square over D' of D coordinates is D / D' times as large, so the output is
-    sqrt(D' / D) times as large, with eps D / D' times as large."""
+    sqrt(D' / D) times as large, with eps D / D' times as large.
+    """
     live = torch.tensor([0, 2, 3, 7, 8, 12, 13, 14, 20, 21, 22])
     model = random_model(cfg)
     dead = torch.ones(24, dtype=torch.bool)

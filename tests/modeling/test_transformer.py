@@ -127,7 +127,7 @@ def test_packed_equals_each_text_alone(cfg):
 
 
 def test_causal_and_bidirectional_differ():
-    """With the same weights, the first token sees the last one in one of them only."""
+    """The first token sees the last one in the bidirectional model only."""
     ids = texts((9,))
     changed = [ids[0].copy()]
     changed[0][-1] = (changed[0][-1] + 1) % CFG.vocab_size
@@ -377,7 +377,8 @@ def test_recomputation_drops_the_same(style, recompute):
 @pytest.mark.parametrize("lean", [False, True])
 def test_dropout_in_compiled_blocks(lean):
     """Forward and backward drop the same: finite differences agree with the gradient. Compiled
-    halves follow the mode."""
+    halves follow the mode.
+    """
     torch._dynamo.reset()
     model = dropping().double()
     plain = draw(model).detach()
@@ -412,7 +413,8 @@ def test_dropout_in_compiled_blocks(lean):
 @pytest.mark.parametrize("exits", [(4,), (1, 3)], ids=str)
 def test_encoding_ends_after_the_last_attention(style, pooling, exits):
     """After the attention of the last layer only pooled rows are computed; vectors equal those
-    with a graph, also next to texts that end before or skip layers."""
+    with a graph, also next to texts that end before or skip layers.
+    """
     model = build(replace(SHAPES[style], pooling=pooling), dtype=torch.float64)
     rows: dict[int, int] = {}
     for depth, layer in enumerate(model.layers, 1):

@@ -1,5 +1,6 @@
 """The trunk in training: compiled, recomputed, with texts that end early or skip layers, against
-transformers' models and against every text alone."""
+transformers' models and against every text alone.
+"""
 
 from dataclasses import replace
 
@@ -265,7 +266,8 @@ def test_activation_cost_of_bert(bf16):
 
 def test_lean_blocks_save_only_products():
     """Per token, of widths D, F and heads: x, q k v before and q k after their norms, attention's
-    output, its projection, gate and up; and what dense attention saves, the same in both."""
+    output, its projection, gate and up; and what dense attention saves, the same in both.
+    """
     D, F_ = WIDE.hidden_size, WIDE.intermediate_size
     q, kv = (n * WIDE.head_dim for n in (WIDE.num_attention_heads, WIDE.num_key_value_heads))
     plain, lean = (

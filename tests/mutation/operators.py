@@ -36,7 +36,7 @@ SEQUENCES = (ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp, ast.Set, ast.Dict
 # Calls that print a message, and calls whose absence is seen in time, memory or a crash alone.
 MESSAGES = {"print", "say", "warn", "warning", "info", "debug", "error"}
 SILENT = {"close", "collect", "flush", "fsync", "synchronize", "empty_cache", "filterwarnings"}
-# Hints to the compiler, and launch options: results are the same whatever they are.
+# Hints to the compiler, and launch options, none of which changes a result.
 HINTS = {"assume", "multiple_of", "max_contiguous", "max_constancy"}
 KEYWORDS = {
     *("num_warps", "num_stages", "maxnreg", "loop_unroll_factor", "eviction_policy"),

@@ -267,7 +267,7 @@ class _Sites(ast.NodeVisitor):
 
     def visit_Assign(self, node: ast.Assign) -> None:
         names = {target.id for target in node.targets if isinstance(target, ast.Name)}
-        # Tiles and stages of a kernel: results are the same whatever they are.
+        # Tiles and stages of a kernel, none of which changes a result.
         if not self.names and any(name.startswith(("CONFIG", "__")) for name in names):
             return
         used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}

@@ -1,5 +1,6 @@
 """Checkpoints of real gloo processes: shards of FSDP2 that any number of processes can load, and
-processes that are killed. As a script, this file is one of these."""
+processes that are killed. As a script, this file is one of these.
+"""
 
 import json
 import os

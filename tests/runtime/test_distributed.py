@@ -1,5 +1,6 @@
 """Real gloo processes against one: gathered rows and their gradients, the loss, the gradients of a
-whole step, every objective."""
+whole step, every objective.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -58,7 +59,8 @@ def gathered(where, dtype):
 
 def step(where, number, dtype, symmetric, skip):
     """-> (loss_EM, gradients, (source, documents of each process, queries of all that leave early,
-    own packs)) of a batch, as train.py does."""
+    own packs)) of a batch, as train.py does.
+    """
     run, tables, tokens, model = training(dtype, symmetric, skip)
     batch = batches.Batches(tables, tokens, run, where)[number]
     wrapped = DistributedDataParallel(model) if where.size > 1 else model

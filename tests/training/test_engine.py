@@ -1,5 +1,6 @@
 """Real gloo processes against one: gradients, norms and weights of two steps, and the number of
-collectives, which does not depend on the number of packs."""
+collectives, which does not depend on the number of packs.
+"""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -98,7 +99,8 @@ def forward(engine, case, one, step, rank, i, sync):
 
 def add_gradients(engine, case, step, where):
     """Add this process's gradients of a step: all packs at once, or as the gradient cache does with
-    every other graph kept. Processes differ in that, and communicate in between like a loss."""
+    every other graph kept. Processes differ in that, and communicate in between like a loss.
+    """
     own, rank = packs(where.rank), where.rank
     at_once, last = (step + rank) % 2 == 0, len(own) - 1
     keeps = [at_once or ((i + rank + step) % 2 == 0 and i != last) for i in range(len(own))]
@@ -191,7 +193,8 @@ def counted(function, called, kind):
 
 def bad_gradients(model, where):
     """Name the first bad gradient of good ones, with one bad one on the last process, and with an
-    earlier one on the first process as well."""
+    earlier one on the first process as well.
+    """
     names = [bad_gradient(model)]
     for rank, name in ((where.size - 1, "layers.1.mlp.up_proj"), (0, "layers.0.mlp.down_proj")):
         if where.rank == rank:

@@ -1,5 +1,6 @@
 """A step with the gradient cache equals the step of one big batch, in loss and every gradient, on
-one process and on real gloo processes."""
+one process and on real gloo processes.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -113,7 +114,8 @@ def folder(tmp_path_factory):
 
 def plain(folder, options, number):
     """Return loss_EM, gradients and source of a step by autograd alone: one process, one graph, one
-    pack of queries and one of documents."""
+    pack of queries and one of documents.
+    """
     job = job_of(folder, ALONE, options, None)
     run, model = job.run, job.model.train()
     micro = run.gradient_accumulation_steps

@@ -1,5 +1,6 @@
 """A run that is killed at any instant continues with the same losses to the last bit: real
-processes that get SIGKILL."""
+processes that get SIGKILL.
+"""
 
 import json
 import os

@@ -40,7 +40,7 @@ Sums = list[list[Tensor]]  # of each softmax: log-sum-exps [E, M, Q] of parts of
 
 @dataclass(frozen=True)
 class Pairs:
-    """This process's queries [E, Q, D] and documents [E, n, D], and what it knows of all texts.
+    """Queries [E, Q, D] and documents [E, n, D] of this process, and the ids of all texts.
 
     target: int64 [Q], each query's positive among this process's documents. query_ids, doc_ids:
     int64, of each process. query_counts, doc_counts: int64 [E] of each process, how many of its

@@ -283,7 +283,7 @@ def _split(x_END: Tensor, batch: Batch, where: World) -> tuple[Tensor, Tensor]:
 
 
 class _Pairs:
-    """This process's queries with all documents, and how many of each run to each exit.
+    """Queries of this process with all documents, and how many of each run to each exit.
 
     Processes differ in how many of their queries run to an exit: each counts by its share of all.
     """

@@ -275,7 +275,8 @@ def store(
 
 def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sort uint64 [n, 2] -> distinct pairs, rising, [2, distinct]; the place of each of n among
-    them; whether it is the first of its kind."""
+    them; whether it is the first of its kind.
+    """
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     rising = pairs[order]
     first = np.ones(len(pairs), dtype=bool)

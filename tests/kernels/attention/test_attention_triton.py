@@ -1,5 +1,6 @@
 """Packed attention by Triton, in its interpreter where there is no GPU, against float64: values and
-gradients never further off than the plain loop in the same dtype and a few roundings."""
+gradients never further off than the plain loop in the same dtype and a few roundings.
+"""
 
 import random
 

@@ -1,5 +1,6 @@
 """Attention by libraries: errors for missing ones, and calls compared with the reference on CPUs,
-through stand-ins with the libraries' own signatures."""
+through stand-ins with the libraries' own signatures.
+"""
 
 import importlib.util
 import sys

@@ -95,7 +95,8 @@ def test_equals_formula(name, kind, space, request):
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_matrices_fit_workspace(kind, monkeypatch):
     """Queries and exits come in turn where the workspace holds 128 queries of one exit, the least
-    there is."""
+    there is.
+    """
     without_kernels(monkeypatch)
     # Packed as 768 and 1024 rows, the student's of 192 numbers, the teacher's of 48.
     q, c = (vectors(4, n, 130, seed=n).float().to(DEVICE) for n in (700, 1000))

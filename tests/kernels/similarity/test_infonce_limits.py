@@ -69,7 +69,8 @@ MATRICES = {
 @pytest.mark.parametrize("name", MATRICES)
 def test_matrices_fit_workspace(name, monkeypatch):
     """Queries and exits come in turn where the workspace holds 128 queries of one exit, the least
-    there is."""
+    there is.
+    """
     without_kernels(monkeypatch)
     options, *sizes = MATRICES[name]
     q, c = pair(4, 700, 1000, 130)  # packed as 768 and 1024 rows of 192 numbers

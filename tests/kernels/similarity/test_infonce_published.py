@@ -86,7 +86,8 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 def test_equals_labse():
     """Additive margin softmax in both directions (arXiv 2007.01852, section 2; scale and margin as
-    released), their sum where ours is the mean."""
+    released), their sum where ours is the mean.
+    """
     q, c = (x.requires_grad_() for x in texts(2))
     logits = 100 * (cosines(q, c) - 0.3 * torch.eye(len(q), dtype=q.dtype))
     labels = torch.arange(len(q))
@@ -106,7 +107,8 @@ def test_equals_labse():
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_equals_ml_embed_hard_loss(in_batch):
     """Cross-entropy over the own positive and the own negatives (2605.15081), at every exit and
-    prefix; with in_batch, over all positives and the own negatives."""
+    prefix; with in_batch, over all positives and the own negatives.
+    """
     n, K = 13, 3
     q, c, own = (vectors(2, n, *k, WIDTH, seed=s) for s, k in ((1, ()), (2, ()), (3, (K,))))
     c += q
@@ -128,7 +130,8 @@ def test_equals_ml_embed_hard_loss(in_batch):
 def test_equals_qwen3_embedding():
     """2506.05176, section 3: the mask m is 0 for the positive's own text and for texts closer than
     s(q_i, d_i) + 0.1. Positives resemble queries here, other texts each other, so that some
-    of each kind are masked and some are not."""
+    of each kind are masked and some are not.
+    """
     n, K, t = 17, 2, 0.05
     q, d, own = (vectors(n, *k, WIDTH, seed=s) for s, k in ((1, ()), (2, ()), (3, (K,))))
     q, own = F.normalize(q, dim=-1), F.normalize(own, dim=-1)

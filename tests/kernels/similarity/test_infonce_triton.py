@@ -96,7 +96,8 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("directions", [ALL[:1], ALL[:2], ALL], ids=len)
 def test_cosines_of_minus_one_at_temperature_001(directions):
     """Positives, and negatives of query_to_doc and doc_to_query, are as far away as can be: each is
-    exp(-200) of the largest, and the loss is still the log of their number."""
+    exp(-200) of the largest, and the loss is still the log of their number.
+    """
     q = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])
     given = {"q": q, "c": -q, "dims": (1, 2), "temperature": 0.01, "directions": directions}
     got = check(given, terms=2.0)

@@ -216,7 +216,8 @@ def test_half_precision(dtype, name):
 @impls
 def test_chunks_merge(impl):
     """Rows merge by logaddexp, columns side by side, cosines by their sum. The second chunk is
-    empty, and in the first no pair of some rows counts."""
+    empty, and in the first no pair of some rows counts.
+    """
     whole = inputs(**keys(ONE, TWO), **POSITIVE, columns=True, E=1)
     whole["col_counts"] = torch.tensor([6])
     dtype, device = (torch.float32, DEVICE) if impl == "triton" else (torch.float64, "cpu")
@@ -305,7 +306,8 @@ def test_cosines_of_minus_one_at_temperature_001(impl, n):
 @impls
 def test_one_row_far_from_all_others_near(impl):
     """Row 0 is opposite to all columns but its positive, the other rows resemble them: row 0 has
-    sums of exp(-100), and adds nothing to columns' sums of exp(100)."""
+    sums of exp(-100), and adds nothing to columns' sums of exp(100).
+    """
     x = torch.ones(1, 66, 2) + 1e-3 * vectors(1, 66, 2).float()
     x[:, 0] *= -1
     y = torch.ones(1, 5, 2)

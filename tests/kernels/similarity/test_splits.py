@@ -1,5 +1,6 @@
 """Columns that are split between programs, as on a GPU whose multiprocessors rows alone do not
-fill; on a CPU the number of splits is forced."""
+fill; on a CPU the number of splits is forced.
+"""
 
 from functools import partial
 

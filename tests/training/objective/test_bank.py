@@ -1,5 +1,6 @@
 """Memory bank: what it holds, its checkpoints, and the loss with it, which equals that of one
-`infonce` over all candidates."""
+`infonce` over all candidates.
+"""
 
 import dataclasses
 import weakref

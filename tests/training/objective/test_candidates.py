@@ -1,5 +1,6 @@
 """The ring against gathering, between real gloo processes and against one process; what a process
-holds and sends meanwhile; the bank between processes; `pairwise_lse_backward`."""
+holds and sends meanwhile; the bank between processes; `pairwise_lse_backward`.
+"""
 
 import importlib.util
 from functools import cache, partial

@@ -1,5 +1,6 @@
 """Distillation terms against float64 formulas text by text, against sentence-transformers' losses,
-and on several gloo processes against one."""
+and on several gloo processes against one.
+"""
 
 from dataclasses import replace
 

@@ -1,5 +1,6 @@
 """Each task's loss against its formula, text by text in float64, and against published losses:
-sentence-transformers' on the same bits, ML-Embed's and LaBSE's in plain torch."""
+sentence-transformers' on the same bits, ML-Embed's and LaBSE's in plain torch.
+"""
 
 import dataclasses
 

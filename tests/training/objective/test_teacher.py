@@ -1,5 +1,6 @@
 """Teachers against sentence-transformers and transformers, and stored vectors against teachers:
-BERT and Qwen3 of random weights, with tokenizers of their own."""
+BERT and Qwen3 of random weights, with tokenizers of their own.
+"""
 
 import json
 import pickle
