@@ -1,5 +1,6 @@
 """The gate of attention: difficult small shapes, then a few sequences of each case at full size,
-of ours and of the peers."""
+of ours and of the peers.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -139,7 +139,6 @@ def allow_backward_again() -> None:
 
 def sdpa(batch: Batch, smoke: bool) -> Peer:
     """Return torch's dense attention on a padded rectangle; padding and packing are timed."""
-
     options: dict[str, Any] = {"cu_seqlens": batch.cu, "causal": batch.causal, "plan": batch.plan}
     return Peer(lambda q, k, v: attention(q, k, v, impl="sdpa", **options))
 

@@ -117,8 +117,10 @@ def peer(make: Any, case: Case, device: torch.device) -> tuple[Trained, str]:
 
 
 def spot(case: Case, inputs: Texts, mode: str, got: Tensor) -> dict[str, Any]:
-    """Check the range of a first loss: random weights guess among all candidates, and logits differ
-    by at most 2 / temperature. Float64 is too slow at this size."""
+    """Check the range of a first loss, as float64 is too slow at this size.
+
+    Random weights guess among all candidates, and logits differ by at most 2 / temperature.
+    """
     candidates = case.texts - case.pairs
     most = math.log(candidates) + 2 / case.run.loss.temperature
     value = float(got)

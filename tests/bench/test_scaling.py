@@ -1,5 +1,6 @@
 """Scaling on paper: formulas against hand arithmetic, a simulated ring, and the bytes that the
-loss sends; plans that fit."""
+loss sends; plans that fit.
+"""
 
 import re
 import sys
