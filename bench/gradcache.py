@@ -4,7 +4,7 @@ Plain is train_step's step: a graph of every pack, one loss, one backward. Cache
 runs with --gradient-cache, on the same texts and weights, compiled the same way:
 
 none_kept   every pack is encoded without a graph, and again with one
-half_kept   the budget is a little over half of the graphs' bytes: as many as fit stay, the other
+half_kept   the budget is a little over half of the graphs' bytes: those that fit stay, the other
             packs are encoded twice
 all_kept    everything is encoded once; the loss has a graph of its own
 large_packs the plain step in as few packs as training makes by default: the cost of small packs

@@ -132,6 +132,11 @@ def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen
         process.communicate()
 
 
+def on_path() -> dict[str, str]:
+    """Return the environment with this process's import path, for a test file run as a script."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def children() -> dict[int, str]:
     """Return the children of this process with their command lines, but for the warm parent's."""
     ours = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
@@ -188,7 +193,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
     ours = [".".join(path.with_suffix("").parts) for path in files]
     context.set_forkserver_preload([*LIBRARIES, *sorted(ours), "mlembed_kernels", "train"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    os.environ |= on_path()
     try:
         forkserver.ensure_running()
     finally:

@@ -3,7 +3,7 @@
 Letters: E exits, B queries, N candidates (B = N here), D width, M prefixes.
 
 LOG.md has the arithmetic. TFLOP/s count products of all pairs, 2BND an exit: one forward, three
-with backward, whatever a provider does (one GEMM per prefix is sum(dims) / D = 2 times that). A
+with backward, for every provider (one GEMM per prefix computes sum(dims) / D = 2 times that). A
 backward without a stored S needs four, the floor of that design. Exponentials run on another unit,
 whose ceiling is not measured, so no floor here contains them.
 """

@@ -23,7 +23,7 @@ A stage's floor is the larger of FLOPs over the matmul rate and bytes over the c
 the weights to bf16, and of their gradients back, have no floor, as they can be fused.
 
 TFLOP/s and MFU count 6 FLOPs for each token and weight of the layers it has to run through (440.4 M
-weights in all at 0.6B), whatever a provider computes.
+weights in all at 0.6B), for every provider.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The gradient cache's bench: overheads, one step whatever is kept, a gate that can fail."""
+"""The gradient cache's bench: overheads, one step for any budget, a gate that can fail."""
 
 from contextlib import nullcontext
 from dataclasses import replace

@@ -289,7 +289,7 @@ def test_size_outside_the_model(encoder, cut, message, tmp_path):
 
 
 def test_rank_of_a_plain_table(tokens, tmp_path):
-    with pytest.raises(ValueError, match="rank: expected none .*plain table"):
+    with pytest.raises(ValueError, match="rank: expected none .*plain vocabulary table"):
         export(build(tokens=tokens, ranks=()), tmp_path / "out", rank=3)
     assert files_below(tmp_path) == {}
 

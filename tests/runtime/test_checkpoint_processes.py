@@ -3,7 +3,6 @@ processes that are killed. As a script, this file is one of these.
 """
 
 import json
-import os
 import signal
 import socket
 import sys
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from factories import tiny_shape
-from processes import gloo, started
+from processes import gloo, on_path, started
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -293,7 +292,7 @@ def test_kill_while_saving(victims, tmp_path):
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
-                started(script, env=os.environ | group | {"RANK": str(rank)}, stderr=PIPE)
+                started(script, env=on_path() | group | {"RANK": str(rank)}, stderr=PIPE)
             )
             for rank in range(size)
         ]

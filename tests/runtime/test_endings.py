@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo  # DDP imports it at its first use, which would be in each child.
 import torch.distributed as dist
-from processes import started
+from processes import on_path, started
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,7 +104,8 @@ def rounds(number):
 @pytest.mark.parametrize("number", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_two_processes_end(number):
     """Five ways to end, each `number` times: ten pairs, and two hundred in `make test-all`."""
-    with started([sys.executable, __file__, number], stdout=-1, stderr=-1) as process:
+    command = [sys.executable, __file__, number]
+    with started(command, env=on_path(), stdout=-1, stderr=-1) as process:
         out, err = process.communicate(timeout=60 + 20 * number)
     assert [line.split() for line in out.splitlines()] == [
         [str(i), way.__name__, "0", "0"] for i in range(number) for way in WAYS
