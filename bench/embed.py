@@ -5,8 +5,8 @@ D width. The tokens follow Zipf's law, exponent 1, frequencies scattered over th
 
 LOG.md has the arithmetic. TFLOP/s count 2 n r D products forward and 4 n r D backward for every
 provider, also if it computes more (a gather first: T rows; the table rebuilt: V rows). Bytes are
-those of the rows in use, of x and dx, and of dense dU and dW, each in its own dtype. The larger of the two times is
-the floor: bytes, in all cases here.
+those of the rows in use, of x and dx, and of dense dU and dW, each in its own dtype. The larger of
+the two times is the floor: bytes, in all cases here.
 """
 
 from collections.abc import Callable, Iterator

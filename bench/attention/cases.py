@@ -5,9 +5,10 @@ width. A pair is a query and a key that it sees: n_i^2 of a sequence, n_i (n_i +
 
 LOG.md has the arithmetic. TFLOP/s count 4 Hq K for each pair forward and 2.5 times that backward
 for every provider, also if it computes more (whole tiles for a triangle or a few tokens). Bytes
-are those of q, k, v, o and their gradients in bf16; a program that holds a whole sequence does not need o again. The
-larger of the two times is the floor: bytes up to a few hundred tokens, FLOPs beyond. Exponentials
-run on another unit, whose ceiling is not measured, so no floor here contains them.
+are those of q, k, v, o and their gradients in bf16; a program that holds a whole sequence does not
+need o again. The larger of the two times is the floor: bytes up to a few hundred tokens, FLOPs
+beyond. Exponentials run on another unit, whose ceiling is not measured, so no floor here contains
+them.
 """
 
 import math
