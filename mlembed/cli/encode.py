@@ -1,7 +1,7 @@
 """Encode texts to vectors at any width, depth and vocabulary rank.
 
-python -m mlembed encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
-python -m mlembed encode MODEL --input texts.txt --out vectors.npy
+mlembed encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
+mlembed encode MODEL --input texts.txt --out vectors.npy
 """
 
 import os

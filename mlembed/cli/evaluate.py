@@ -1,6 +1,6 @@
 """Score a model over widths, depths and vocabulary ranks.
 
-python -m mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
+mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Write a model of one (dim, exit, rank) in the formats of other libraries.
 
-python -m mlembed export RUN OUT [--dim 96] [--exit 2] [--rank 64] [--format onnx]
+mlembed export RUN OUT [--dim 96] [--exit 2] [--rank 64] [--format onnx]
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Merge models of one shape: soups of runs, or of the last checkpoints of one run.
 
-python -m mlembed merge OUT runs/a runs/b [--weights 1 3] [--method slerp]
-python -m mlembed merge OUT runs/a/checkpoints/step_*
+mlembed merge OUT runs/a runs/b [--weights 1 3] [--method slerp]
+mlembed merge OUT runs/a/checkpoints/step_*
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Mine hard negatives for pairs: documents near a query, but not too near.
 
-python -m mlembed mine MODEL OUT.jsonl --data pairs.jsonl [--exit 4 --dim 256 --rescore]
+mlembed mine MODEL OUT.jsonl --data pairs.jsonl [--exit 4 --dim 256 --rescore]
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Prune a model to fewer layers, a narrower residual stream and a narrower MLP.
 
-python -m mlembed prune MODEL OUT --shape ml-embed-80m [--data FILES]
-python -m mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
+mlembed prune MODEL OUT --shape ml-embed-80m [--data FILES]
+mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
 """
 
 from pathlib import Path

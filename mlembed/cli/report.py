@@ -1,6 +1,6 @@
 """Write a run's report: one HTML page that needs nothing else, and its figures as SVG.
 
-python -m mlembed report RUN [--out DIR]
+mlembed report RUN [--out DIR]
 """
 
 from pathlib import Path

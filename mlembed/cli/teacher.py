@@ -1,6 +1,6 @@
 """Store a teacher's vectors of training text, for distillation.
 
-python -m mlembed teacher MODEL OUT --data bitext.parquet ..
+mlembed teacher MODEL OUT --data bitext.parquet ..
 """
 
 from pathlib import Path
