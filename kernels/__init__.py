@@ -5,14 +5,14 @@ specification that faster implementations are compared with) and the public func
 that begin with _ hold shared code and the Triton kernels, which are imported at their first use.
 """
 
-from mlembed_kernels.attention.attention import attention, attention_ref
-from mlembed_kernels.attention.plan import AttentionPlan
-from mlembed_kernels.embedding.embed import embed, embed_ref
-from mlembed_kernels.embedding.token_index import TokenIndex
-from mlembed_kernels.similarity.cosine import cosine, cosine_ref
-from mlembed_kernels.similarity.distill import distill, distill_ref
-from mlembed_kernels.similarity.infonce import infonce, infonce_ref
-from mlembed_kernels.similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
+from .attention.attention import attention, attention_ref
+from .attention.plan import AttentionPlan
+from .embedding.embed import embed, embed_ref
+from .embedding.token_index import TokenIndex
+from .similarity.cosine import cosine, cosine_ref
+from .similarity.distill import distill, distill_ref
+from .similarity.infonce import infonce, infonce_ref
+from .similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
 __version__ = "0.1.0"
 __all__ = [

@@ -131,6 +131,15 @@ def test_kernels_import_torch_and_triton_alone(path):
         assert name.partition(".")[0] in known | sys.stdlib_module_names, name
 
 
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: module_of(p))
+def test_kernels_import_each_other_relatively(path):
+    """An absolute import loads an installed copy where the folder is imported as `kernels`."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not {name for name in names if name and name.startswith("mlembed_kernels")}
+
+
 def test_imports_have_no_cycles():
     after = {module_of(path): modules_in(path) for path in [*PRODUCT, *BENCH]}
     while after:
