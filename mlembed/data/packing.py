@@ -55,7 +55,7 @@ class PackedBatch:
         """Boundaries, int32 [N + 1]; text i is ids_T[cu_seqlens[i]:cu_seqlens[i + 1]]."""
         return self.plan.cu_seqlens
 
-    def work_at(self, depth: int) -> AttentionPlan | None:
+    def plan_at(self, depth: int) -> AttentionPlan | None:
         """Return the plan of the texts that run through layer `depth` (1..), None without any."""
         return next((plan for until, plan in self.live if depth <= until), None)
 
@@ -120,7 +120,7 @@ def _skip_layers(
 ) -> dict[int, SkipLayer]:
     layers = {}
     for depth, runs_N in enumerate(runs_LN, 1):
-        plan = batch.work_at(depth)
+        plan = batch.plan_at(depth)
         if plan is None:
             break
         runs_N = runs_N[: plan.sequences].copy()

@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         tables = self.rotation(batch.pos_T)
         pooled = []
         for depth, layer in enumerate(self.layers[: exits[-1]], 1):
-            plan = batch.work_at(depth)
+            plan = batch.plan_at(depth)
             if plan is None:
                 break
             run: Callable[..., Tensor] = self._skip if depth in batch.skip_layers else self.block
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
                 run = partial(self.block, rows_N=self._rows(plan))
             again = depth <= recompute and torch.is_grad_enabled()
             x_TD = layer(x_TD, run, tables, batch.skip_layers.get(depth, plan), recompute=again)
-            further = batch.work_at(depth + 1) if depth < exits[-1] else None
+            further = batch.plan_at(depth + 1) if depth < exits[-1] else None
             staying = 0 if further is None else further.tokens
             if depth in exits:
                 if early:

@@ -115,7 +115,7 @@ class ActivationCost:
 
     def of_layer(self, packs: Sequence[PackedBatch], depth: int) -> tuple[float, float]:
         """Return the bytes that a layer saves for the packs, and those if it is recomputed."""
-        plans = [plan for pack in packs if (plan := pack.work_at(depth)) is not None]
+        plans = [plan for pack in packs if (plan := pack.plan_at(depth)) is not None]
         tokens = sum(plan.tokens for plan in plans)
         return len(plans) * self.fixed + tokens * self.per_token, tokens * self.input
 
@@ -171,7 +171,7 @@ def choose_graphs(
         budget: bytes for graphs. A pack that is encoded again may use the whole budget.
     """
     layers = run.model.num_hidden_layers
-    deepest = [i for i, pack in enumerate(packs) if pack.work_at(layers) is not None]
+    deepest = [i for i, pack in enumerate(packs) if pack.plan_at(layers) is not None]
     final = min(deepest, key=lambda i: packs[i].plan.tokens)
     if not run.gradient_cache:
         recompute = layers_to_recompute(run, cost, packs, budget)

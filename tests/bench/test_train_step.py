@@ -106,8 +106,8 @@ def test_depths_take_equal_shares_of_the_tokens():
     left = [cases.running(case, depth).sum() / 73_419 for depth in (1, 7, 8, 15, 22, 28)]
     assert left == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0.25], abs=0.02)
     texts = cases.Texts(case, CPU)
-    assert texts.packs(True)[1][0].work_at(28).tokens == 1442
-    assert texts.packs(False)[1][0].work_at(28).tokens < 1442 / 2
+    assert texts.packs(True)[1][0].plan_at(28).tokens == 1442
+    assert texts.packs(False)[1][0].plan_at(28).tokens < 1442 / 2
     assert texts.packs(False) is texts.packs(False)
 
 

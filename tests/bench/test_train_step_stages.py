@@ -100,10 +100,10 @@ def test_profiled_step_counts_operators_by_stage(name):
             count[kernel.name, kernel.stage] = count.get((kernel.name, kernel.stage), 0) + 1
     m, packs = case.run.model, inputs.packs(False)[1]
     layers = sum(
-        pack.work_at(d) is not None for pack in packs for d in range(1, m.num_hidden_layers + 1)
+        pack.plan_at(d) is not None for pack in packs for d in range(1, m.num_hidden_layers + 1)
     )
     if m.style == "bert":  # products of the forward have biases; so has the pooler, at every exit
-        pooled = sum(pack.work_at(e) is not None for pack in packs for e in m.exits)
+        pooled = sum(pack.plan_at(e) is not None for pack in packs for e in m.exits)
         assert count["aten::addmm", "products"] == 4 * layers + pooled
         assert count["aten::mm", "products"] == 2 * (4 * layers + pooled)
         # Of positions, which are in no table of words.

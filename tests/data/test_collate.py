@@ -89,7 +89,7 @@ def test_skipped_layers(max_tokens):
     checked = 0
     for one in batch.packs:
         for depth in (1, 2):
-            plan = one.work_at(depth)
+            plan = one.plan_at(depth)
             if plan is None:
                 continue
             live = list(dict.fromkeys(one.ids_T[: plan.tokens].tolist()))

@@ -79,13 +79,13 @@ def test_live_texts_are_a_prefix(texts):
     assert torch.equal(batch.ids_T, whole.ids_T) and torch.equal(batch.pos_T, whole.pos_T)
     assert [until for until, _ in batch.live] == [1, 2, 4]
     for depth, count in {1: 7, 2: 5, 3: 3, 4: 3}.items():
-        plan = batch.work_at(depth)
+        plan = batch.plan_at(depth)
         assert plan.sequences == count and plan.tokens == sum(LENGTHS[:count])
         assert equal(plan, AttentionPlan.of(whole.cu_seqlens[: count + 1]))
-    assert batch.work_at(5) is None
-    assert whole.work_at(1) is whole.work_at(1000) is whole.plan
+    assert batch.plan_at(5) is None
+    assert whole.plan_at(1) is whole.plan_at(1000) is whole.plan
     even = pack(texts, np.full(7, 3))
-    assert even.work_at(3) is even.plan and even.work_at(4) is None
+    assert even.plan_at(3) is even.plan and even.plan_at(4) is None
 
 
 def test_skipped_layers(texts):

@@ -427,7 +427,7 @@ def test_encoding_ends_after_the_last_attention(style, pooling, exits):
         with torch.inference_mode():
             got = model(batch, exits=exits)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-        plan = batch.work_at(exits[-1])
+        plan = batch.plan_at(exits[-1])
         assert rows[exits[-1]] == (plan.tokens if pooling == "mean" else plan.sequences)
         assert rows[1] == sum(LENGTHS) or exits[-1] == 1
     runs_LN = np.ones((4, len(ordered)), dtype=bool)

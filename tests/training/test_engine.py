@@ -237,9 +237,9 @@ def test_packs_differ():
     packs_of = [packs(rank) for rank in range(4)]
     assert [len(own) for own in packs_of] == [2, 3, 4, 2]
     for own in packs_of:
-        assert own[-1].work_at(MODEL.num_hidden_layers) is not None
+        assert own[-1].plan_at(MODEL.num_hidden_layers) is not None
         assert len({one.plan.tokens for one in own}) > 1
-    assert any(one.work_at(MODEL.num_hidden_layers) is None for own in packs_of for one in own)
+    assert any(one.plan_at(MODEL.num_hidden_layers) is None for own in packs_of for one in own)
 
 
 def test_gradients_equal_one_process(results):

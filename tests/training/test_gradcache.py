@@ -272,7 +272,7 @@ def test_largest_graphs_that_fit_are_kept(folder):
         keeps, recompute, final = gradcache.choose_graphs(job.run, job.cost, packs, budget)
         used = sum(size for size, keep in zip(sizes, keeps, strict=True) if keep)
         assert used <= budget and recompute == [0] * len(packs)
-        assert packs[final].work_at(2) is not None
+        assert packs[final].plan_at(2) is not None
         assert keeps[final] == all(keeps) == (share >= 1)
         left = [sizes[i] for i, keep in enumerate(keeps) if not keep and i != final]
         assert all(used + size > budget for size in left)
@@ -282,7 +282,7 @@ def test_graph_bytes(folder):
     job = job_of(folder, ALONE, SKIP, "all")
     (pack, _) = job.batches[2].packs
     cost = ActivationCost(1000.0, 10.0, 1.0)
-    deep, shallow = pack.work_at(2).tokens, pack.work_at(1).tokens
+    deep, shallow = pack.plan_at(2).tokens, pack.plan_at(1).tokens
     assert deep < shallow
     assert gradcache.graph_bytes(cost, pack, 0, 2) == 2000 + 10 * (deep + shallow)
     assert gradcache.graph_bytes(cost, pack, 1, 2) == 1000 + shallow + 10 * deep
