@@ -405,6 +405,13 @@ def test_unfinished_run(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("count", "listed"), [(20, "(0, 1, 2, "), (21, ", 19, ...)")])
+def test_skipped_steps(count, listed, tmp_path):
+    lines = [{"step": step, "kind": "skipped", "bad": "loss"} for step in range(count)]
+    text, _ = rendered(tmp_path, grid_of(), [*lines_of()[:-1], *lines])
+    assert f": {count} (" in text and listed in text and (", ...)" in text) == (count > 20)
+
+
 def test_stage_that_some_steps_lack(tmp_path):
     lines = lines_of()[1:3]
     lines[0]["stage_ms"] = {"forward": 30.0}

@@ -265,6 +265,7 @@ def test_loop_over_all_pairs_agrees(encoder, options, block, tmp_path, monkeypat
         scores = row["negative_scores"]
         assert scores == sorted(scores, reverse=True) and len(scores) == len(row["negatives"])
         assert row["query"] not in row["negatives"]
+        assert all(score == round(score, 6) for score in [*scores, row["positive_score"]])
 
 
 def test_rescoring_encodes_shortlisted_documents_once(encoder, tmp_path, monkeypatch):

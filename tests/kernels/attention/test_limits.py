@@ -260,6 +260,8 @@ SPREAD = [2, 66]  # a tile of short ones, tiles of a longer one
 TAKEN_AS_THEY_ARE = (
     "fused", "stacked", "stacked_first", "every_other_token", "some_heads", "unlike_rows",
 )  # fmt: skip
+# The queries of the last two are contiguous.
+UNCOPIED = *TAKEN_AS_THEY_ARE, "one_key_head_for_all", "not_from_16_bytes"
 LAYOUTS = layouts()
 
 
@@ -270,6 +272,14 @@ def test_layouts(name):
     plain = [x.clone(memory_format=torch.contiguous_format) for x in odd]
     do = cotangent(plain[0].shape, plain[0])
     same_bits(run(odd, lengths, do=do), run(plain, lengths, do=do))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_slices_of_a_projection_are_not_copied(name):
+    from mlembed_kernels.attention._op import _side_by_side
+
+    for x in map(on_device, LAYOUTS[name][:1]):
+        assert (_side_by_side(x).data_ptr() == x.data_ptr()) == (name in UNCOPIED)
 
 
 def test_layouts_of_the_cotangent():
