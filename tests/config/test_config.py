@@ -319,6 +319,18 @@ def test_impossible_values_are_errors(cls, fields, message):
         cls(**fields)
 
 
+@pytest.mark.parametrize("name, most", [("dim", 256), ("exit", 4), ("rank", 16)])
+def test_sizes_of_a_shape(name, most):
+    shape = Model(ranks=(8, 16))
+    for size in (None, 1, most):
+        shape.check(**{name: size})
+    for size in (0, most + 1):
+        with pytest.raises(ValueError, match=rf"{name}: expected 1\.\.{most} .*, got {size}"):
+            shape.check(**{name: size})
+    with pytest.raises(ValueError, match="rank: expected none for a plain vocabulary table, got 8"):
+        Model().check(rank=8)
+
+
 def test_limits_are_allowed():
     model = Model(exits=(4,), matryoshka_dims=(256,), ranks=(256,))
     assert (model.exits, model.matryoshka_dims, model.ranks) == ((4,), (256,), (256,))

@@ -247,6 +247,7 @@ def test_no_threshold_is_better():
 
 def test_precision_recall_f1():
     assert scores.precision_recall_f1(3, 4, 6) == (0.75, 0.5, pytest.approx(0.6))
+    assert scores.precision_recall_f1(1, 1, 1) == (1, 1, 1)
     assert scores.precision_recall_f1(0, 0, 6) == (0, 0, 0)
 
 
