@@ -192,6 +192,32 @@ def test_second_forward_draws_the_same_dropout(folder, keep):
     assert change.norm() > 0.1 * without["norm.weight"].norm()
 
 
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("keeps", [(True, True), (True, False, False), (False, False)], ids=str)
+def test_only_the_last_backward_of_a_step_reduces(keeps, sync):
+    """Gradients are reduced at most once, and only by the forward and backward that end a step."""
+    weight = torch.ones(3, requires_grad=True)
+    forwards, backwards = [], []
+
+    class Engine:
+        def backward(self, outputs, grads, sync):
+            backwards.append(sync)
+            torch.autograd.backward(outputs, grads)
+
+    def forward(i, sync):
+        forwards.append(sync)
+        return (weight * (i + 1)).view(1, 1, 3)
+
+    final = len(keeps) - 1
+    gradcache.gradients(Engine(), forward, torch.sum, keeps, final, sync=sync)
+    assert weight.grad.tolist() == [sum(range(1, len(keeps) + 1))] * 3
+    assert backwards == [False] * (len(backwards) - 1) + [sync]
+    if all(keeps):
+        assert forwards == [sync] * len(keeps)
+    else:
+        assert forwards == [False] * (len(forwards) - 1) + [sync]
+
+
 def test_seeded_dropout_leaves_other_draws():
     before = torch.get_rng_state()
     with gradcache.seeded_dropout((1, 2), 0.1, ALONE.device):
