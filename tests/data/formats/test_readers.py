@@ -14,7 +14,7 @@ import pytest
 
 from mlembed.data import sources
 from mlembed.data.formats import readers
-from mlembed.data.formats.readers import TextReader
+from mlembed.data.formats.text_reader import TextReader
 from tests.data.samples import items, jsonl, parquet, read, reports, source, table_of
 
 
