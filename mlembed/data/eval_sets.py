@@ -207,6 +207,10 @@ def _table(path: Path) -> Task:
         reason = str(error)
         raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from None
     name = paths.stem_of(path)
+    if not roles.columns():
+        for _ in readers.strict(rows):
+            break
+        raise ValueError(f"{path}: expected rows, found none")
     if roles.score:
         return _sts(name, path, roles, rows)
     if roles.nway:

@@ -235,7 +235,7 @@ def test_prompt_format(tmp_path):
 def test_types_of_flag_embedding(kind, task, tmp_path):
     rows = [{"query": f"q{i}", "pos": ["p"], "neg": ["n"], "type": kind} for i in range(3)]
     assert table_of(jsonl(tmp_path / "p.jsonl", rows)).task == task
-    path = jsonl(tmp_path / "q.jsonl", [*rows, *({"type": t} for t in ("normal", "other"))])
+    path = jsonl(tmp_path / "q.jsonl", [*rows, *(rows[0] | {"type": t} for t in ("normal", "x"))])
     with pytest.raises(ValueError, match=r"q\.jsonl: type: expected one of normal"):
         table_of(path)
     assert table_of(path, task="clustering").task == "clustering"
