@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
+from factories import write_jsonl as jsonl  # noqa: F401
 
 from mlembed import config
 from mlembed.data import sources
@@ -19,10 +20,6 @@ PAIRS = [
 ]
 PAIR_ITEMS = [["one", "eins"], ["two", "zwei", "drei", "vier"], ["zwei", "two"], ["2", "zwei"]]
 
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def parquet(path, rows=(), **columns):
@@ -45,10 +42,16 @@ def read(path, *arguments, **fields):
     return items(table), report
 
 
+def mistake(path, *arguments, **fields):
+    """Return the message of the error that reading a source raises."""
+    with pytest.raises(ValueError) as caught:
+        read(path, *arguments, **fields)
+    return str(caught.value)
+
+
 def table_of(path, *arguments, **fields):
     ((table, _),) = reports(path, *arguments, **fields)
     return table
-
 
 def items(table):
     bounds = itertools.pairwise(table.starts.tolist())

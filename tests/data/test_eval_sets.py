@@ -30,10 +30,8 @@ def read(path):
 def tatoeba(path):
     for lang, form in {"deu": "x{}x", "fra": "le {} {}"}.items():
         other = "".join(form.format(w, w[::-1]) + "\n" for w in WORDS)
-        files(
-            path,
-            **{f"tatoeba_{lang}-eng_{lang}": other, f"tatoeba_{lang}-eng_eng": "\n".join(WORDS)},
-        )
+        name = f"tatoeba_{lang}-eng"
+        files(path, **{f"{name}_{lang}": other, f"{name}_eng": "\n".join(WORDS)})
     return path
 
 
@@ -75,15 +73,12 @@ def test_invalid_utf8(tmp_path):
 # ---- n-way tables ----
 
 ROWS = [
-    {"id": id, "lang": lang, "text": text}
-    for id, lang, text in [
-        ("1", "eng", "sea"),
-        ("2", "eng", "sun"),
-        ("1", "deu", "Meer"),
-        ("2", "deu", "Sonne"),
-        ("2", "fra", "soleil"),
-        ("3", "fra", "sans anglais"),
-    ]
+    {"id": "1", "lang": "eng", "text": "sea"},
+    {"id": "2", "lang": "eng", "text": "sun"},
+    {"id": "1", "lang": "deu", "text": "Meer"},
+    {"id": "2", "lang": "deu", "text": "Sonne"},
+    {"id": "2", "lang": "fra", "text": "soleil"},
+    {"id": "3", "lang": "fra", "text": "sans anglais"},
 ]
 
 
@@ -97,15 +92,9 @@ def test_nway_tables(suffix, key, tmp_path):
         group: [(task.texts[i], task.texts[j]) for i, j in zip(*sides, strict=True)]
         for group, sides in task.groups.items()
     }
-    assert (
-        task.name == "n"
-        and not task.tatoeba
-        and pairs
-        == {
-            ("deu", ""): [("Meer", "sea"), ("Sonne", "sun")],
-            ("fra", ""): [("soleil", "sun")],
-        }
-    )
+    assert task.name == "n" and not task.tatoeba
+    assert pairs.pop(("deu", "")) == [("Meer", "sea"), ("Sonne", "sun")]
+    assert pairs == {("fra", ""): [("soleil", "sun")]}
 
 
 def test_nway_kinds_are_apart():
@@ -115,19 +104,14 @@ def test_nway_kinds_are_apart():
         for lang in ("en", "de")
     ]
     task = eval_sets.nway("n", rows)
-    assert {g: task.texts[b[0]] for g, (_, b) in task.groups.items()} == {
-        ("de", "date"): "date en",
-        ("de", "name"): "name en",
-    }
+    english = {group: task.texts[b[0]] for group, (_, b) in task.groups.items()}
+    assert english == {("de", "date"): "date en", ("de", "name"): "name en"}
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (
-            [row for row in ROWS if row["lang"] != "eng"],
-            "n: expected English .* among the languages",
-        ),
+        (ROWS[2:], "n: expected English .* among the languages"),
         ([*ROWS, ROWS[0] | {"text": "ocean"}], "n: expected one text .* another of '1' in eng"),
         (ROWS[:2] + ROWS[5:], "n: expected ids shared with eng, found none"),
     ],
@@ -143,9 +127,8 @@ def test_unknown_sources(tmp_path):
     for name in ("nothing", "none.csv"):
         with pytest.raises(ValueError, match=f"{name}, which does not exist"):
             read(tmp_path / name)
-    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected tatoeba.*found none"):
-        read(tmp_path / "empty")
+        read(files(tmp_path / "empty"))
 
 
 # ---- scored pairs, directories, names ----
@@ -168,9 +151,7 @@ def test_sts(tmp_path):
         (STS + "a,b\n", r"s\.csv:2: expected 3 cells .*, got 2"),
         (STS + "a,b,\n", r"s\.csv:2: score: expected a number, got None"),
         (STS + "a,b,nan\n", r"s\.csv:2: score: expected a number, got nan"),
-        (STS + "a\rb,c,1\n", r"s\.csv:2: expected 3 cells .*, got 1"),
         (STS, r"s\.csv: expected rows, found none"),
-        ("", r"s\.csv: expected rows, found none"),
     ],
 )
 def test_sts_errors(content, message, tmp_path):
@@ -285,10 +266,7 @@ def test_un(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"un_en-fr_fr": "lune\nsoleil\n"},
-            r"un\.en-fr\.en: expected as many lines as un\.en-fr\.fr",
-        ),
+        ({"un_en-fr_fr": "a\nb\n"}, r"un\.en-fr\.en: expected as many lines as un\.en-fr\.fr"),
         ({"un_en-fr_fr": None}, r"un\.en-fr\.en: expected un\.en-fr\.fr beside it"),
         ({"un_en-fr_es": "luna\n"}, r"un\.en-fr\.es: expected \.en or \.fr at its end"),
         ({"un_ru-fr_ru": "x\n", "un_ru-fr_fr": "x\n"}, "expected one file towards fr, got another"),
