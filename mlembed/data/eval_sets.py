@@ -202,7 +202,8 @@ def read(source: str) -> list[Task]:
 def _table(path: Path) -> Task:
     """Return the task of a file of rows: scored pairs, translations by id or by column."""
     try:
-        roles, _, rows = layouts.open_rows(partial(readers.of_file, path), Columns(), "sts")
+        read = partial(readers.of_file, path)
+        roles, _, rows = layouts.open_rows(read, Columns(), evaluation=True)
     except ValueError as error:
         reason = str(error)
         raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from None

@@ -21,7 +21,6 @@ PAIRS = [
 PAIR_ITEMS = [["one", "eins"], ["two", "zwei", "drei", "vier"], ["zwei", "two"], ["2", "zwei"]]
 
 
-
 def parquet(path, rows=(), **columns):
     pq.write_table(pa.table(columns) if columns else pa.Table.from_pylist(rows), path)
     return str(path)
@@ -52,6 +51,7 @@ def mistake(path, *arguments, **fields):
 def table_of(path, *arguments, **fields):
     ((table, _),) = reports(path, *arguments, **fields)
     return table
+
 
 def items(table):
     bounds = itertools.pairwise(table.starts.tolist())

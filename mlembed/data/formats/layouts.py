@@ -94,14 +94,17 @@ class Item:
 
 
 def open_rows(
-    read: Callable[[Names], Iterator[Row]], columns: Columns, task: str
+    read: Callable[[Names], Iterator[Row]],
+    columns: Columns,
+    task: str = "auto",
+    evaluation: bool = False,
 ) -> tuple[Roles, str, Iterator[Row]]:
     """Return the roles of a source's columns, its task, and its rows.
 
     Args:
         read: yields the rows from the first one on, with these columns or all. columns: what the
             user has settled. task: one of `config.TASKS`, or auto, which FlagEmbedding's `type`
-            settles.
+            settles. evaluation: as of `roles.recognise`.
 
     Raises:
         ValueError: as `roles.recognise`; types of several tasks.
@@ -111,7 +114,7 @@ def open_rows(
     if not head:
         return Roles(), task, read(None)
     rows = [inner for row in head for inner in roles.unwrap(row, 0, known)]
-    found = roles.recognise(rows, columns, task)
+    found = roles.recognise(rows, columns, task, evaluation)
     if found.type and task == "auto":
         task = _task_of([row.get(found.type) for row in rows])
     outer = dict.fromkeys(name for row in head for name in row)

@@ -119,8 +119,9 @@ def opened(path: Path | str) -> Iterator[BinaryIO]:
     """
     kind = COMPRESSED.get(Path(path).suffix.lower())
     try:
-        raw: Any = pa.input_stream(str(path), compression=kind)
-        with io.BufferedReader(raw) as file:
+        # Not `pa.input_stream` for all, as a named pipe cannot be sought.
+        plain: Any = pa.input_stream(str(path), compression=kind) if kind else io.FileIO(path)
+        with io.BufferedReader(plain) as file:
             head = file.peek(2)[:2]
             if head in UTF_16:
                 raise ValueError(f"{path}: expected UTF-8, got UTF-16: convert it with iconv")

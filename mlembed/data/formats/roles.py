@@ -120,12 +120,18 @@ class Roles:
         return f"{' '.join(parts)}; unused: {', '.join(self.unused) or 'none'}"
 
 
-def recognise(rows: Sequence[Mapping[str, Any]], columns: Columns, task: str = "auto") -> Roles:
+def recognise(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Columns,
+    task: str = "auto",
+    evaluation: bool = False,
+) -> Roles:
     """Return the roles of the columns of a source.
 
     Args:
         rows: the first valid rows. columns: what the user has settled, which goes first. task: of
-            the source; with sts whole numbers in `label` are similarities.
+            the source; with sts whole numbers in `label` are similarities. evaluation: whether
+            scores are compared with, and texts of an n-way table have kinds.
 
     Raises:
         ValueError: roles that the names do not give, or that several columns could have; a column
@@ -135,14 +141,14 @@ def recognise(rows: Sequence[Mapping[str, Any]], columns: Columns, task: str = "
     if columns.given:
         return _as_told(names, columns)
     plain = {_plain(name): name for name in reversed(names)}
-    roles = _nway(plain) or _pairs(plain, names)
+    roles = _nway(plain, evaluation) or _pairs(plain, names)
     if not roles:
         got = ", ".join(names) or "none"
         raise ValueError(
             f"expected columns query, positive [, negatives, score], or id, lang, text, or names "
             f"that docs/data.md lists, got {got}; name them: --columns.query .. --columns.positive"
         )
-    if _plain(roles.get("score", "")) in CLASSES and task != "sts":
+    if _plain(roles.get("score", "")) in CLASSES and task != "sts" and not evaluation:
         _check_similarities(roles["score"], rows)
     used = Roles(**roles)
     unused = [name for name in names if name not in used.columns()]
@@ -167,11 +173,11 @@ def _as_told(names: Sequence[str], columns: Columns) -> Roles:
     return Roles(**told, unused=tuple(n for n in names if n not in used.columns()))
 
 
-def _nway(plain: Mapping[str, str]) -> dict[str, Any]:
+def _nway(plain: Mapping[str, str], kinds: bool) -> dict[str, Any]:
     for name in IDS:
         if {name, "lang", "text"} <= plain.keys():
             roles = {"id": plain[name], "lang": plain["lang"], "text": plain["text"]}
-            return roles | ({"kind": plain["kind"]} if "kind" in plain else {})
+            return roles | ({"kind": plain["kind"]} if kinds and "kind" in plain else {})
     return {}
 
 

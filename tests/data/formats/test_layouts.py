@@ -124,7 +124,7 @@ def test_documents_by_id(key, chunk, tmp_path, monkeypatch):
     "row, words",
     [
         ({"positive": "d4"}, "positive: expected an id of .*jsonl, got 'd4'"),
-        ({"positive": None}, "positive: expected an id of .*, got None"),
+        ({"positive": None}, "positive: expected text, got None"),
         ({"positive": True}, "positive: expected an id of .*, got True"),
         ({"positive": "d1", "negatives": ["d2", "x"]}, "negatives: .* got 'x'"),
         ({"positive": "d1", "negatives": [["d2"]]}, "negatives: .* got .'d2'"),
