@@ -1,4 +1,4 @@
-"""Which columns of a source have which role, where their names do not say it."""
+"""Name the columns of a source by role, where their own names do not say it."""
 
 from dataclasses import dataclass, fields
 from typing import Any

@@ -21,7 +21,7 @@ SAMPLED = 20_000  # texts, evenly spaced, whose lengths are taken
 
 @dataclass
 class Summary:
-    """What is known of one source. lengths: percentiles, in tokens or characters. error: why
+    """Facts about one source. lengths: percentiles, in tokens or characters. error: why
     training would refuse it, "" otherwise.
     """
 

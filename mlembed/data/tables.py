@@ -240,7 +240,7 @@ class ScaleError(ValueError):
 
 
 def _scaled(score: np.ndarray, report: Report) -> np.ndarray:
-    """Return scores, fp64 [pairs], NaN where there is none, as 0..1; the report gets their scale.
+    """Return scores, fp64 [pairs], NaN for a missing one, as 0..1; the report gets their scale.
 
     Raises:
         ScaleError: the largest is above 1, but so low that 0..5 cannot be the scale either.

@@ -54,7 +54,7 @@ class Report:
     """Texts of an n-way table whose id has no other text."""
     by_cap: int = 0
     roles: str = ""
-    """Which columns have which role, and which are unused."""
+    """Columns by role, and those that are unused."""
     scale: str = ""
     """Scale of the scores, 0..1 or 0..5; "" without scores."""
     languages: dict[str, int] = field(default_factory=dict)

@@ -53,7 +53,7 @@ ABOUT = re.compile(
     r".*_(?:ids?|urls?|titles?|scores?|starts?|ends?|lengths?|types?|sources?|lang|language|ranks?|"
     r"index|date|time|tokens?|count|hash|meta|metadata)|answers"
 )
-# ISO 639-1. Codes of three letters count beside one of these, or beside `eng`.
+# ISO 639-1. Codes of three letters count together with one of these, or with `eng`.
 CODES = set(
     """
     aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy
@@ -68,7 +68,8 @@ CODES = set(
 
 @dataclass(frozen=True)
 class Roles:
-    """Columns of a source by role, "" where there is none. Pairs have a query, n-way tables an id.
+    """Columns of a source by role; "" is a role that no column has. Pairs have a query, n-way tables
+    an id.
 
     label: COLUMN=VALUE of the rows that are pairs. kind: of the texts of an n-way table. type: of
     FlagEmbedding, which names a task. languages: codes that name the columns of query and positive.
@@ -223,7 +224,7 @@ def _codes(names: Iterable[str]) -> list[str]:
     """Return the columns that are named by codes of languages; `id` and scores are not."""
     codes = [n for n in names if LANGUAGE.fullmatch(n) and n.lower() not in {"id", *SCORES}]
     short = [n for n in codes if re.split("[-_]", n)[0].lower() in CODES | {"eng"}]
-    # A code of three letters beside a known one.
+    # A code of three letters counts together with a known one.
     return codes if len(codes) == 2 and short else short
 
 

@@ -1,4 +1,4 @@
-"""Which column is what: by name, never by position alone, and never dropped in silence."""
+"""Columns get roles by name, never by position alone, and are never dropped in silence."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ def test_pairs_by_name(names, query, positive):
     ],
 )
 def test_negatives_by_name(names):
-    """In the order of their numbers, however the file has them."""
+    """They stand in the order of their numbers, however the file has them."""
     found = roles(query="a", positive="b", **dict.fromkeys(reversed(names), "x"))
     assert found["negatives"] == (tuple(names) if names[0][-1:].isdigit() else tuple(names[::-1]))
 
