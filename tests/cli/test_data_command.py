@@ -16,7 +16,8 @@ def data(*args):
 
 
 def test_dry_run(tmp_path):
-    rows = [{"query": f"q {i % 9}", "positive": "p" * 50, "url": "u", "query_lang": "en"} for i in range(12)]  # fmt: skip
+    rest = {"positive": "p" * 50, "url": "u", "query_lang": "en"}
+    rows = [{"query": f"q {i % 9}"} | rest for i in range(12)]
     good = jsonl(tmp_path / "good.jsonl", [*rows, {"query": "", "positive": "p"}])
     (tmp_path / "bad.csv").write_text("title,body\na,b\n")
     (tmp_path / "header.tsv").write_text("how tall is it\t3 m\n")

@@ -68,8 +68,9 @@ CODES = set(
 
 @dataclass(frozen=True)
 class Roles:
-    """Columns of a source by role; "" is a role that no column has. Pairs have a query, n-way tables
-    an id.
+    """Columns of a source by role; "" is a role that no column has.
+
+    Pairs have a query, n-way tables an id.
 
     label: COLUMN=VALUE of the rows that are pairs. kind: of the texts of an n-way table. type: of
     FlagEmbedding, which names a task. languages: codes that name the columns of query and positive.
