@@ -166,7 +166,7 @@ def many(path, kind):
             "query": f"q{i % 40}",
             "positive": f"p{i % 50}",
             "negatives": [f"n{j}" for j in range(i % 3)],
-            "score": (i % 10) / 5 if i % 4 or kind == "sts" else None,
+            "score": (i % 10) / 2 if i % 4 or kind == "sts" else None,
         }
         for i in range(300)
     ]

