@@ -101,8 +101,14 @@ class Encoder(DeviceEncoder):
         if compile:
             model.compile_blocks()
         told = sentence_files.read(directory, model.cfg.hidden_size)
-        settings = {"default_prompt": told.default_prompt, "width": told.width}
-        return Encoder(model, text_to_ids, limit, prompts=told.prompts, **settings)
+        return Encoder(
+            model,
+            text_to_ids,
+            limit,
+            prompts=told.prompts,
+            default_prompt=told.default_prompt,
+            width=told.width,
+        )
 
     from_pretrained = load  # The name that Hugging Face's libraries use.
 

@@ -45,8 +45,10 @@ SETTINGS = {
     "similarity_fn_name": ("cosine", "dot", None),  # equal for vectors of unit length
     "truncate_dim": ANY,
 }
-MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-MODES = (*MODES, "weightedmean_tokens", "lasttoken")
+MODES = (
+    *("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens"),
+    *("weightedmean_tokens", "lasttoken"),
+)
 POOLING = {
     "word_embedding_dimension": ANY,
     "embedding_dimension": ANY,
