@@ -403,8 +403,15 @@ def test_attention_backend_is_not_the_checkpoints(stored, tmp_path):
     our_directory(tmp_path, {"model": stored})
     assert hf_config.from_checkpoint(tmp_path, Model()).attention == "auto"
     assert hf_config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
-    run = arguments.parse(["tiny", "--init", str(tmp_path), "--model.attention", "varlen"])
-    assert run.model.attention == "varlen"
+    args = ["tiny", "--init", str(tmp_path), "--model.attention", "varlen", "--optim.lr=1e-5"]
+    assert arguments.parse(args).model.attention == "varlen"
+
+
+def test_tiny_asks_for_a_rate_of_trained_weights(tmp_path):
+    our_directory(tmp_path, {"model": {}})
+    with pytest.raises(ValueError, match=r"optim\.lr: expected a rate for the trained weights"):
+        arguments.parse(["tiny", "--init", str(tmp_path)])
+    assert arguments.parse(["tiny", "--init", str(tmp_path), "optim.lr=2e-3"]).optim.lr == 2e-3
 
 
 def test_keys_override_the_shape_of_init(tmp_path):

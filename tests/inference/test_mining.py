@@ -238,9 +238,9 @@ def test_rescoring_encodes_shortlisted_documents_once(encoder, tmp_path, monkeyp
     """Only documents on a shortlist and positives are encoded at full size."""
     calls = []
 
-    def encode(self, texts, *size):
+    def encode(self, texts, *size, prompt):
         calls.append((size, list(texts)))
-        return real(self, texts, *size)
+        return real(self, texts, *size, prompt=prompt)
 
     real = Encoder.encode
     monkeypatch.setattr(Encoder, "encode", encode)

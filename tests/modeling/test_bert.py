@@ -257,8 +257,8 @@ def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, 
     [
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "expected one pooling"),
         ("2_Dense/config.json", {"out_features": 12}, "expected a tanh layer of 24 x 24"),
-        ("2_Dense/config.json", {"activation_function": "torch.nn.Identity"}, "got Identity"),
-        ("2_Dense/config.json", {"bias": False}, "bias False"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.Identity"}, "got .*Identity"),
+        ("2_Dense/config.json", {"bias": False}, "bias': False"),
     ],
 )
 def test_unsupported_modules(name, change, message, tmp_path):
