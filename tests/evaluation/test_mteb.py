@@ -162,11 +162,8 @@ def test_sts(tmp_path):
         metadata = metadata("STS", "LocalSTS", "cosine_spearman", ["eng-Latn"])
 
         def load_data(self, **options):
-            columns = {
-                "sentence1": sides[0],
-                "sentence2": sides[1],
-                "score": list(map(float, score)),
-            }
+            columns = dict(zip(("sentence1", "sentence2"), sides, strict=True))
+            columns["score"] = list(map(float, score))
             self.dataset = {"test": Dataset.from_dict(columns)}
             self.data_loaded = True
 
@@ -208,10 +205,6 @@ def beir_files(path):
 def test_retrieval(tmp_path, monkeypatch):
     beir, split = beir_files(tmp_path / "made"), "test"
 
-    def rows(name):
-        with (beir / name).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
     class Local(AbsTaskRetrieval):
         metadata = metadata("Retrieval", "LocalRetrieval", "ndcg_at_10", ["eng-Latn"], split)
         k_values = (1, 10, 100, 200)
@@ -220,7 +213,8 @@ def test_retrieval(tmp_path, monkeypatch):
         def load_data(self, **options):
             data = {"relevant_docs": {}, "top_ranked": None}
             for name in ("corpus", "queries"):
-                texts = [{"title": "", **row, "id": row["_id"]} for row in rows(f"{name}.jsonl")]
+                rows = map(json.loads, (beir / f"{name}.jsonl").read_text().splitlines())
+                texts = [{"title": "", **row, "id": row["_id"]} for row in rows]
                 data[name] = Dataset.from_list(texts).remove_columns("_id")
             data["queries"] = data["queries"].remove_columns("title")
             for line in (beir / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]:
