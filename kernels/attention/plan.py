@@ -23,7 +23,7 @@ class AttentionPlan:
     """Work lists of a packed batch, for `attention(.., plan=)`; `AttentionPlan.of` makes them.
 
     tokens, sequences, max_seqlen: T, N and the longest sequence, on the host.
-    cu_seqlens: int32 [N + 1]. begin_T: int32 [T], the first token of each token's sequence.
+    cu_seqlens: int32 [N + 1]. begin_T, end_T: int32 [T], the bounds of each token's sequence.
     packs(size): int32 [P, 2], first token and number of tokens of each tile of whole sequences.
     tiles(size): int32 [n, 3], first token of each tile of a longer sequence, and the sequence's
     bounds: longest sequences first, each from its end, where causal attention has most to do.
@@ -36,6 +36,7 @@ class AttentionPlan:
     counts: tuple[int, ...]  # Tiles in each list of packs, then in each list of tiles.
     cu_seqlens = ListField(0)
     begin_T = ListField(1)
+    end_T = ListField(2)
 
     @staticmethod
     def of(cu_seqlens: Tensor) -> "AttentionPlan":
@@ -63,9 +64,9 @@ class AttentionPlan:
         for size, most in TILES.items():
             long = lengths > most
             lists.append(_tiles(begin[long], end[long], size))
-        begin_T = torch.repeat_interleave(begin, lengths)
+        bounds_T = [torch.repeat_interleave(x, lengths) for x in (begin, end)]
         return AttentionPlan(
-            joined([cu, begin_T, *(x.reshape(-1) for x in lists)]),
+            joined([cu, *bounds_T, *(x.reshape(-1) for x in lists)]),
             int(cu[-1]),
             len(lengths),
             int(lengths.max()) if len(lengths) else 0,
@@ -82,13 +83,13 @@ class AttentionPlan:
         """Lengths of all lists."""
         P = len(PACKS)
         tiles = [2 * n for n in self.counts[:P]] + [3 * n for n in self.counts[P:]]
-        return self.sequences + 1, self.tokens, *tiles
+        return self.sequences + 1, self.tokens, self.tokens, *tiles
 
     def packs(self, size: int) -> Tensor:
-        return list_of(self.buffer, self.sizes, 2 + PACKS.index(size)).view(-1, 2)
+        return list_of(self.buffer, self.sizes, 3 + PACKS.index(size)).view(-1, 2)
 
     def tiles(self, size: int) -> Tensor:
-        i = 2 + len(PACKS) + list(TILES).index(size)
+        i = 3 + len(PACKS) + list(TILES).index(size)
         return list_of(self.buffer, self.sizes, i).view(-1, 3)
 
     def alive_T(self, active: Tensor) -> Tensor:

@@ -95,6 +95,20 @@ def test_nan_stays_in_its_sequence(name, number, whole, causal):
             assert got["out"][last, -1].isnan().any(-1).all()
 
 
+@both_masks
+def test_infinity_that_weighs_nothing(causal):
+    """A token whose only score is -inf has weights of 0 / 0, and no product of its own shows it."""
+    lengths = [2, 1, 3]
+    (q, k, v), do = batch(lengths=lengths, heads=(1, 1))
+    rows = rows_of(lengths, [1]).to(DEVICE)
+    want = run([q, k, v], lengths, causal, do=do)
+    bad = q.clone()
+    bad[rows, 0, 2] = -torch.inf * k[rows, 0, 2].sign()
+    got = run([bad, k, v], lengths, causal, do=do)
+    same_bits(got, want, ~rows)
+    assert got["out"][rows].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2), (4, 1)], ids=str)
 def test_nan_of_one_head(heads, name):
