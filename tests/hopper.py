@@ -73,11 +73,11 @@ def cosine(dtype: torch.dtype, dims: tuple[int, ...], partners: int) -> None:
 def attention(
     dtype: torch.dtype, heads: tuple[int, int], K: int, causal: bool, skip: bool = False
 ) -> None:
-    """Short and longer sequences."""
+    """Short, middle and long sequences."""
     from mlembed_kernels import AttentionPlan
     from mlembed_kernels.attention.attention import attention
 
-    plan = AttentionPlan.of(torch.tensor([0, 48, 16, 192, 300]).cumsum(0)).to(CPU)
+    plan = AttentionPlan.of(torch.tensor([0, 48, 16, 192, 300, 600]).cumsum(0)).to(CPU)
     qkv = (empty(plan.tokens, H, K, dtype=dtype) for H in (heads[0], heads[1], heads[1]))
     options: dict[str, Any] = {"cu_seqlens": plan.cu_seqlens, "plan": plan, "causal": causal}
     options["active"] = empty(plan.sequences, dtype=torch.bool) if skip else None

@@ -47,6 +47,8 @@ CONFIGS: Configs = {
     "packed_backward_128": {"TOKENS": 64, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "queries_backward_64": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "queries_backward_128": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "middle_queries_backward_64": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "middle_queries_backward_128": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "keys_backward_64": {"TOKENS": 128, "BM": 64, "num_warps": 8, "num_stages": 2},
     "keys_backward_128": {"TOKENS": 128, "BM": 64, "num_warps": 8, "num_stages": 2},
 }  # fmt: skip
@@ -57,6 +59,8 @@ CONFIGS_FP32: Configs = {
     "packed_backward_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "queries_backward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
     "queries_backward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
+    "middle_queries_backward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
+    "middle_queries_backward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
     "keys_backward_64": {"TOKENS": 16, "BM": 32, "num_warps": 8, "num_stages": 1},
     "keys_backward_128": {"TOKENS": 16, "BM": 32, "num_warps": 8, "num_stages": 1},
 }
@@ -192,7 +196,7 @@ def _dq(
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["TILES"])
 def _queries_backward_kernel(
     DO, Q, KEYS, V, O, LSE, DELTA, DQ, ALIVE, TILES,
     scale, base, T,
@@ -239,7 +243,7 @@ def _queries_backward_kernel(
     _store_rows(DQ, dq * scale, first, HQ * K, head * K, at, ok, K, KP)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["TILES"])
 def _keys_backward_kernel(
     DO, Q, KEYS, V, LSE, DELTA, DK, DV, ALIVE, TILES,
     scale, base, T,
@@ -339,12 +343,15 @@ def backward(
         )
     if plan.max_seqlen <= short:
         return dq, dk, dv
-    options = config("queries_backward", q, group)
-    tiles = plan.tiles(options["TOKENS"])
     delta = torch.empty_like(lse)
-    _queries_backward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
-        do, q, k, v, o, lse, delta, dq, alive, tiles, *factors, T, *steps, **same, **options
-    )
+    for kernel, long in (("queries_backward", True), ("middle_queries_backward", False)):
+        if not len(plan.tiles(short, long)):
+            continue
+        options = config(kernel, q, group)
+        tiles = plan.tiles(options["TOKENS"], long)
+        _queries_backward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
+            do, q, k, v, o, lse, delta, dq, alive, tiles, *factors, T, *steps, **same, **options
+        )
     options = config("keys_backward", q, group)
     tiles = plan.tiles(options["TOKENS"])
     _keys_backward_kernel[(len(tiles) * HKV,)](

@@ -5,9 +5,13 @@ and values once.
 
     packed   a tile of up to 64 tokens holds all that its tokens attend to: one product, a plain
              softmax under a block-diagonal mask, one product
-    long     a tile of one sequence runs over the keys before it (all, if not causal), blocks that
-             need no mask first, with the running maximum and sum of online softmax. It stores the
-             logarithm of the sum, in base 2, for the backward
+    long     a tile of one sequence runs over the keys before it (all, if not causal), the block
+             that needs a mask first, with the running maximum and sum of online softmax. It stores
+             the logarithm of the sum, in base 2, for the backward
+
+Sequences of up to 512 tokens ("middle") have the long kernel with tiles of 64 rows and four warps:
+half of a program's life is its begin and its end, which a second program on the multiprocessor
+hides. A sequence's own length decides, so that its result does not depend on the batch.
 
 Scores are in base 2: exp(scale s) = exp2(scale log2(e) s). Probabilities are rounded to the inputs'
 dtype before the division by their sum, which is in fp32.
@@ -38,6 +42,8 @@ CONFIGS: Configs = {
     "packed_forward_128": {"TOKENS": 64, "HEADS": 1, "num_warps": 4, "num_stages": 1},
     "long_forward_64": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "long_forward_128": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "middle_forward_64": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "middle_forward_128": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
 }  # fmt: skip
 CONFIGS_FP32: Configs = {
     "packed_forward_pair_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
@@ -46,6 +52,8 @@ CONFIGS_FP32: Configs = {
     "packed_forward_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "long_forward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
     "long_forward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "middle_forward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "middle_forward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
@@ -95,10 +103,7 @@ def _store_rows(X, x, row, step: tl.constexpr, column, at, ok, K: tl.constexpr, 
 def _span(BEGIN, END, first, row, ok, CAUSAL: tl.constexpr):
     """Return where in the tile what each row sees begins and ends; rows outside see nothing."""
     begin = tl.load(BEGIN + first + row, mask=ok, other=1 << 20) - first
-    if CAUSAL:
-        end = row + 1
-    else:
-        end = tl.load(END + first + row, mask=ok, other=0) - first
+    end = row + 1 if CAUSAL else tl.load(END + first + row, mask=ok, other=0) - first
     return begin, end
 
 
@@ -203,7 +208,8 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["T"])
+# The tiles of one kind begin anywhere in the list of all.
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["TILES"])
 def _long_forward_kernel(
     Q, KEYS, V, O, LSE, ALIVE, TILES, scale, T,
     Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
@@ -284,9 +290,12 @@ def forward(
             **same,
             **options,
         )
-    if plan.max_seqlen > options["TOKENS"]:
-        options = config("long_forward", q, group)
-        tiles = plan.tiles(options["TOKENS"])
+    short = options["TOKENS"]
+    for kernel, long in (("long_forward", True), ("middle_forward", False)):
+        if not len(plan.tiles(short, long)):
+            continue
+        options = config(kernel, q, group)
+        tiles = plan.tiles(options["TOKENS"], long)
         _long_forward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
             q, k, v, o, lse, alive, tiles, scale * LOG2E, T, *steps, **same, **options
         )

@@ -84,6 +84,17 @@ def test_tiles_are_of_one_long_sequence_and_no_more_than_it_has(size):
 
 
 @pytest.mark.parametrize("size", TILES)
+def test_long_tiles_and_others(size):
+    """A sequence's own length decides, up to 512 tokens and beyond."""
+    for lengths in (*ALL, [512, 513, 70, 600, 3]):
+        plan = AttentionPlan.of(bounds(lengths))
+        long, others = (plan.tiles(size, long=kind) for kind in (True, False))
+        assert torch.equal(torch.cat([long, others]), plan.tiles(size))
+        assert all(end - begin > 512 for _, begin, end in long.tolist())
+        assert all(end - begin <= 512 for _, begin, end in others.tolist())
+
+
+@pytest.mark.parametrize("size", TILES)
 def test_longest_first_each_from_its_end(size):
     for lengths in ALL:
         tiles = AttentionPlan.of(bounds(lengths)).tiles(size).tolist()
@@ -106,7 +117,8 @@ def test_numbers_of_the_batch():
         assert {x.dtype for x in lists} == {torch.int32}
         # Where Triton sees a pointer that 16 bytes divide, it compiles for that alone.
         assert all(x.storage_offset() % 4 == 0 for x in lists)
-        assert plan.counts == tuple(len(x) for x in lists[3:])
+        longer = [plan.tiles(size, long=True) for size in TILES]
+        assert plan.counts == tuple(len(x) for x in (*lists[3:], *longer))
 
 
 def test_lists_of_a_prefix():
