@@ -35,7 +35,7 @@ class AttentionPlan:
     tokens: int
     sequences: int
     max_seqlen: int
-    # Tiles in each list of packs, in each list of tiles, and how many of those are of long sequences.
+    # Tiles in each list of packs, in each list of tiles, and those of long sequences among them.
     counts: tuple[int, ...]
     cu_seqlens = ListField(0)
     begin_T = ListField(1)
