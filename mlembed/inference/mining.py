@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from ..config.mining import Options
+from ..data.cldr import normalise
 from ..data.formats import layouts
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
@@ -85,7 +86,7 @@ class MiningTexts:
 
     pairs: int64 [P, 2], query and document, by query, in the data's order. starts: int64
     [queries + 1], where the pairs of each query begin. query_groups, document_groups: int64, equal
-    for texts that pairs link.
+    for texts that pairs link; texts that differ in case or white space alone count as one.
     """
 
     queries: "TextColumns"
@@ -144,10 +145,12 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
     if len(prompts) != 1:
         raise ValueError(f"data: expected one document_prompt, got {prompts}")
     ids = [np.array([text_id(text) for text in t.texts], np.int64) for t in tables]
+    # A positive in another spelling must not become a negative.
+    spelt = [np.array([text_id(normalise(text)) for text in t.texts], np.int64) for t in tables]
     linked_ids = np.concatenate(
         [
             np.stack([of[t.starts[:-1]], of[t.starts[:-1] + 1]], axis=1)
-            for t, of in zip(tables, ids, strict=True)
+            for t, of in zip(tables, spelt, strict=True)
         ]
     ).ravel()
     links = linked(linked_ids, np.arange(0, linked_ids.size + 1, 2))
@@ -165,8 +168,10 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
             for row in negatives.tolist():
                 documents.add(int(of[row]), i, row)
     if corpus is not None:
-        for row, text in enumerate(corpus):
-            documents.add(text_id(text), len(columns), row)
+        ids.append(np.array([text_id(text) for text in corpus], np.int64))
+        spelt.append(np.array([text_id(normalise(text)) for text in corpus], np.int64))
+        for row, one in enumerate(ids[-1].tolist()):
+            documents.add(one, len(columns), row)
         columns.append(corpus)
     by_query = np.array(pairs, dtype=np.int64)
     by_query = by_query[np.argsort(by_query[:, 0], kind="stable")]
@@ -177,9 +182,11 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
         TextColumns(columns, prompts * len(columns), np.array(documents.place)),
         by_query,
         np.concatenate([[0], counts.cumsum()]),
-        np.array([group_of[one] for one in queries.number], np.int64),
+        np.array([group_of[int(spelt[i][row])] for i, row in queries.place], np.int64),
         # A text in no pair is a group by itself, under its own id.
-        np.array([group_of.get(one, one) for one in documents.number], np.int64),
+        np.array(
+            [group_of.get(one := int(spelt[i][row]), one) for i, row in documents.place], np.int64
+        ),
     )
 
 
@@ -238,13 +245,13 @@ def mine(
     starts = range(0, len(documents), CHUNK)
     for begin in tqdm(starts, desc="documents", disable=not progress, leave=False):
         rows = np.arange(begin, min(begin + CHUNK, len(documents)))
-        vectors_ND[rows] = encoder.encode(documents.prompted(rows), *size)
+        vectors_ND[rows] = encoder.encode(documents.prompted(rows), *size, prompt="")
     full = None
     if options.rescore:
         full = search.LazyVectors(
-            lambda rows: encoder.encode(documents.prompted(rows)),
+            lambda rows: encoder.encode(documents.prompted(rows), prompt=""),
             len(documents),
-            encoder.model.cfg.hidden_size,
+            encoder.full_size()[0],
             directory,
         )
     with tqdm(total=len(texts.queries), desc="queries", disable=not progress, leave=False) as bar:
@@ -280,7 +287,8 @@ def _mine_block(
     most: int,
 ) -> Iterator[Mined]:
     queries = texts.queries.prompted(block)
-    vectors_QD = encoder.encode(queries, options.dim, options.exit, options.rank)
+    size = options.dim, options.exit, options.rank
+    vectors_QD = encoder.encode(queries, *size, prompt="")
     found = search.nearest(torch.from_numpy(vectors_QD), torch.from_numpy(vectors_ND), most)
     scores_QC, rows_QC = (side.numpy() for side in found)
     linked_QC = texts.document_groups[rows_QC] == texts.query_groups[block, None]
@@ -291,7 +299,7 @@ def _mine_block(
     positives = [texts.positives(query) for query in block.tolist()]
     if full is not None:
         full.ensure_encoded(np.concatenate([*(rows for _, rows in candidates), *positives]))
-        vectors_QD, vectors_ND = encoder.encode(queries), full.vectors_ND
+        vectors_QD, vectors_ND = encoder.encode(queries, prompt=""), full.vectors_ND
     for query, vector_D, (scores, rows), own, of_query in zip(
         block.tolist(), vectors_QD, candidates, positives, linked_QC, strict=True
     ):
