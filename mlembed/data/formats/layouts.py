@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from . import readers
 from .readers import SCORES, Row, T, id_text, is_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHOWN = 50  # bad rows that a report lists; it counts all
 PEEK = 1000  # rows among which one has to show the layout
@@ -173,10 +174,14 @@ class Corpus:
     def __init__(self, path: str) -> None:
         if not Path(path).is_file():
             raise ValueError(f"corpus: expected a file, got {path}, which does not exist")
+        import pyarrow as pa
+
         self.path, self.place = path, dict[str, int]()
         self.column = pa.chunked_array(self._chunks(), pa.large_string())
 
-    def _chunks(self) -> Iterator[pa.Array]:
+    def _chunks(self) -> "Iterator[pa.Array]":
+        import pyarrow as pa
+
         chunk: list[str] = []
         (file,) = readers.files_of(self.path)
         for where, row in readers.strict(readers.of_file(file)):

@@ -13,17 +13,16 @@ import csv
 import json
 import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 T = TypeVar("T")
 Line = tuple[str, str | ValueError]
@@ -45,6 +44,11 @@ BUFFER = 2**20  # bytes of parquet in memory; without it a whole row group is
 
 
 # ---- valid text ----
+
+
+def normalise(text: str) -> str:
+    """Return the form in which two texts count as the same."""
+    return unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 def is_text(value: Any) -> bool:
@@ -285,6 +289,9 @@ def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def _parquet(path: Path, columns: Columns, decoder: Decoder) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
@@ -299,7 +306,7 @@ def _parquet(path: Path, columns: Columns, decoder: Decoder) -> Iterator[Row]:
 
 
 def _python(
-    batch: pa.RecordBatch | pa.Table, decoder: Decoder
+    batch: "pa.RecordBatch | pa.Table", decoder: Decoder
 ) -> Iterator[dict[str, Any] | ValueError]:
     try:
         yield from batch.to_pylist()
@@ -309,7 +316,7 @@ def _python(
             yield _attempt(_arrow_row, batch.slice(i, 1), decoder)
 
 
-def _arrow_row(row: pa.RecordBatch | pa.Table, decoder: Decoder) -> dict[str, Any]:
+def _arrow_row(row: "pa.RecordBatch | pa.Table", decoder: Decoder) -> dict[str, Any]:
     values = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
@@ -417,6 +424,9 @@ class TextReader:
             problem = "a directory" if path.is_dir() else "which does not exist"
             raise ValueError(f"input: expected a file, got {self.path}, {problem}")
         if path.suffix.lower() == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
             try:
                 names = pq.read_schema(path).names
             except (pa.ArrowException, OSError) as error:
