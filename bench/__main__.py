@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from . import ROOT, named, report
+from .records import Kept, earlier, key, results_file
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
 COMMANDS = {"compile": "bench.compiled.precompile"}
@@ -49,6 +50,10 @@ class Run:
         self.environment: dict[str, Any] = {}
         self.green = True
         self.finished = True
+        self.printing: str | None = None  # the case whose table is printed when the next begins
+        self.kept = Kept([], {}, [])
+        if args.part == "cases" and not args.smoke:
+            self.kept = earlier(args.out, name)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -58,6 +63,9 @@ class Run:
 
     def add(self, record: dict[str, Any]) -> None:
         if record["kind"] == "begin":
+            if self.printing not in (None, record["case"]):
+                self.print_case(self.printing)
+                self.printing = record["case"]
             return
         if record["kind"] == "environment":
             if record == self.environment:
@@ -76,14 +84,16 @@ class Run:
 
     def stage(self, stages: list[str], *options: str) -> bool:
         """Run stages to their end. If the worker dies, start it again without what is finished."""
-        start, skip = time.monotonic(), list[str]()
+        start, skip = time.monotonic(), list(self.kept.rows)
         while True:
             before = len(self.records)
             status, begun = self.worker([*stages, *options, "--skip", *skip])
             if begun is not None:
                 kind = "sweep" if "config" in begun else "row"
-                note = "no time was left" if self.left() < 2 else f"died, exit status {status}"
-                self.add({**begun, "kind": kind, "status": "failed", "note": note})
+                ended = "failed", f"died, exit status {status}"
+                if self.left() < 2:
+                    ended = "skipped", "no time was left"
+                self.add({**begun, "kind": kind, "status": ended[0], "note": ended[1]})
             skip += [key(record) for record in self.records[before:] if key(record)]
             again = (status == BROKEN or begun is not None) and self.left() > 20
             if status == 0 or not again or len(self.records) == before:
@@ -124,7 +134,7 @@ class Run:
             self.finished = False
             return
         print(report.gate(verdicts) if done else "gate: RED, it did not finish", flush=True)
-        if not self.args.skip_tests:
+        if not self.args.skip_tests and self.args.part is None:
             self.tests()
 
     def tests(self) -> None:
@@ -168,14 +178,30 @@ class Run:
         how = "RED" if not ok else "collected" if self.args.smoke else "green"
         print(f"tests: {how}, {note}", *failures[:5], sep="\n  ", flush=True)
 
+    def check_kept(self) -> None:
+        """Take the gate's verdict and the finished rows from the results of the same sources."""
+        verdicts = self.kept.gate
+        self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
+        print(report.gate(verdicts) if verdicts else "gate: RED, it was not run for these sources")
+        self.records += [*self.kept.others, *self.kept.rows.values()]
+
     def cases(self, names: list[str]) -> None:
+        """Run the cases in one worker, which loads torch and measures the ceilings once."""
+        if self.left() >= LEAST and (todo := [name for name in names if self.unfinished(name)]):
+            self.printing = todo[0]
+            self.finished &= self.stage(todo)
+            if self.printing is not None:
+                self.print_case(self.printing)
+            self.printing = None
         for name in names:
-            if self.left() < LEAST:
+            if not any(row["case"] == name for row in self.of("row")):
                 at = {"case": name, "provider": "ours", "mode": self.bench.CASES[name].modes[0]}
                 self.add({"kind": "row", **at, "status": "skipped", "note": "no time was left"})
-                continue
-            self.finished &= self.stage([name])
-            self.print_case(name)
+
+    def unfinished(self, name: str) -> bool:
+        case = self.bench.CASES[name]
+        keys = (f"{name}:{who}:{mode}" for who in case.providers for mode in case.modes)
+        return any(key not in self.kept.rows for key in keys)
 
     def print_case(self, name: str) -> None:
         rows = [row for row in self.of("row") if row["case"] == name]
@@ -200,11 +226,14 @@ class Run:
 
     def smoke(self, names: list[str]) -> None:
         """Run everything once, in one process, without numbers."""
-        self.finished = self.stage(["gate", *names, "sweep"])
-        verdicts = self.of("gate")
-        self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
-        print(report.gate(verdicts))
-        if not self.args.skip_tests:
+        part = self.args.part
+        stages = {"gate": ["gate"], "cases": names}.get(part, ["gate", *names, "sweep"])
+        self.finished = self.stage(["sweep"] if self.args.sweep else stages)
+        if "gate" in stages and not self.args.sweep:
+            verdicts = self.of("gate")
+            self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
+            print(report.gate(verdicts))
+        if not self.args.skip_tests and part is None and not self.args.sweep:
             self.tests()
         groups: dict[str, list[str]] = {}
         for record in self.of("row") + self.of("kernels") + self.of("stages") + self.of("sweep"):
@@ -218,9 +247,12 @@ class Run:
             print(f"{group}: {', '.join(dict.fromkeys(members))}")
 
     def measure(self, names: list[str]) -> None:
-        self.check()
-        if self.path is None:
-            return
+        if self.args.part == "cases":
+            self.check_kept()
+        else:
+            self.check()
+            if self.path is None or self.args.part == "gate":
+                return
         if self.args.sweep and not hasattr(self.bench, "SWEEP"):
             print(f"{self.name}: nothing to sweep", flush=True)
             return
@@ -255,15 +287,6 @@ class Run:
         }
 
 
-def key(record: dict[str, Any]) -> str:
-    """Return a measurement's name, for --skip of the worker."""
-    if record["kind"] == "row":
-        return f"{record['case']}:{record['provider']}:{record['mode']}"
-    if record["kind"] == "sweep":
-        return f"sweep:{record['kernel']}:{json.dumps(record.get('config'))}"
-    return ""
-
-
 def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     """Yield the worker's records; other lines, which libraries print, go to stderr."""
     assert process.stdout is not None
@@ -281,14 +304,6 @@ def end(process: subprocess.Popen[str]) -> None:
     except ProcessLookupError:
         return
     process.wait()
-
-
-def results_file(folder: Path, gpu: str | None, name: str) -> Path:
-    """Return <date>-<gpu>-<name>.jsonl in a folder, which is made."""
-    card = re.sub(r"[^a-z0-9]+", "-", (gpu or "cpu").lower().removeprefix("nvidia ")).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return folder / f"{today}-{card}-{name}.jsonl"
 
 
 def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
@@ -318,11 +333,15 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="benches and their cases")
     parser.add_argument("--case", nargs="+", default=[], help="only these")
     parser.add_argument("--seconds", type=float, default=530.0, help="for all benches together")
+    parser.add_argument(
+        "--part", choices=("gate", "cases"),
+        help="gate: nothing else. cases: take the gate's verdict and finished rows from --out",
+    )  # fmt: skip
     parser.add_argument("--skip-tests", action="store_true", help="run the gate, but not pytest")
     parser.add_argument("--sweep", action="store_true", help="time launch configurations instead")
     parser.add_argument("--smoke", action="store_true", help="toy shapes, no times, any device")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench/results", help="folder of results"
+        "--out", type=Path, default=ROOT / "bench/results", help="folder, or a .jsonl, of results"
     )
     args = parser.parse_args()
     if args.list:
