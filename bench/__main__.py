@@ -7,13 +7,10 @@ every line on toy shapes anywhere, prints no times and writes no file.
 """
 
 import argparse
-import datetime
 import importlib
 import importlib.util
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -24,10 +21,11 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from . import ROOT, named, report
-from .records import Kept, earlier, key, results_file
+from .children import end, start
+from .records import Kept, append, earlier, key, results_file
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
-COMMANDS = {"compile": "bench.compiled.precompile"}
+COMMANDS = {"compile": "bench.compiled.precompile", "gpu": "bench.gpu.command"}
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds: with less left, no case begins
@@ -74,17 +72,14 @@ class Run:
             if not self.args.smoke:
                 self.path = self.path or results_file(self.args.out, record["gpu"], self.name)
         self.records.append(record)
-        if self.path is None:
-            return
-        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": stamp, "bench": self.name, **record}) + "\n")
+        if self.path is not None:
+            append(self.path, self.name, record)
 
     # ---- the worker ----
 
     def stage(self, stages: list[str], *options: str) -> bool:
         """Run stages to their end. If the worker dies, start it again without what is finished."""
-        start, skip = time.monotonic(), list(self.kept.rows)
+        began, skip = time.monotonic(), list(self.kept.rows)
         while True:
             before = len(self.records)
             status, begun = self.worker([*stages, *options, "--skip", *skip])
@@ -98,7 +93,7 @@ class Run:
             again = (status == BROKEN or begun is not None) and self.left() > 20
             if status == 0 or not again or len(self.records) == before:
                 break
-        seconds = {} if self.args.smoke else {"seconds": round(time.monotonic() - start, 1)}
+        seconds = {} if self.args.smoke else {"seconds": round(time.monotonic() - began, 1)}
         self.add({"kind": "stage", "stages": stages, "done": status == 0, **seconds})
         return status == 0
 
@@ -108,9 +103,7 @@ class Run:
         command += ["--seconds", f"{max(self.left() - 5, 0):.0f}"]
         command += ["--smoke"] * self.args.smoke + ["--red"] * (not self.green)
         begun = None
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
+        with start(command, stdout=subprocess.PIPE) as process:
             timer = threading.Timer(max(self.left(), 1), end, [process])
             timer.start()
             try:
@@ -156,10 +149,8 @@ class Run:
         command += ["--collect-only"] * self.args.smoke
         if importlib.util.find_spec("xdist") is not None and not self.args.smoke:
             command += ["-n", "8", "--dist", "worksteal"]
-        process = subprocess.Popen(
-            [*command, *sorted(files)], cwd=ROOT, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = start([*command, *sorted(files)], **pipes)
         seconds = max(TESTS_SHARE * self.left(), 1)
         try:
             lines = process.communicate(timeout=seconds)[0].strip().splitlines() or ["silent"]
@@ -251,7 +242,10 @@ class Run:
             self.check_kept()
         else:
             self.check()
-            if self.path is None or self.args.part == "gate":
+            if self.path is None:
+                return
+            if self.args.part == "gate":
+                self.finished = self.of("stage")[-1]["done"]
                 return
         if self.args.sweep and not hasattr(self.bench, "SWEEP"):
             print(f"{self.name}: nothing to sweep", flush=True)
@@ -295,15 +289,6 @@ def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         else:
             sys.stderr.write(line)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill the worker and its children (compilers keep its pipe open)."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
@@ -352,10 +337,10 @@ def main() -> None:
     if not args.names:
         parser.error(f"expected a bench: {', '.join(NAMES)} or all")
     todo = chosen(args)
-    start, results = time.monotonic(), {}
+    began, results = time.monotonic(), {}
     for at, (name, cases) in enumerate(todo.items(), 1):
         # Benches share the time equally; the next ones get what one does not use.
-        left = args.seconds - (time.monotonic() - start)
+        left = args.seconds - (time.monotonic() - began)
         run = Run(name, args, time.monotonic() + left / (len(todo) - at + 1))
         (run.smoke if args.smoke else run.measure)(cases)
         results[name] = run.result()

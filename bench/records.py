@@ -48,6 +48,13 @@ def earlier(out: Path, name: str) -> Kept:
     return kept
 
 
+def append(path: Path, bench: str, record: dict[str, Any]) -> None:
+    """Append a record, with the time, as one line."""
+    stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": stamp, "bench": bench, **record}) + "\n")
+
+
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a file. A line that a killed process cut off is left out."""
     if not path.exists():
