@@ -25,7 +25,11 @@ from .children import end, start
 from .records import Kept, append, earlier, key, results_file
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
-COMMANDS = {"compile": "bench.compiled.precompile", "gpu": "bench.gpu.command"}
+COMMANDS = {
+    "compile": "bench.compiled.precompile",
+    "gpu": "bench.gpu.command",
+    "compare": "bench.compare",
+}
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds: with less left, no case begins

@@ -120,6 +120,7 @@ def thirty(run: config.Run, device: torch.device) -> tuple[Watch, list[dict[str,
 
     rows: list[dict[str, float]] = []
     where, folder = World(0, 1, device), Path(run.output_dir) / run.name
+    folder.mkdir()
     out = log.Log(folder, True)
     job = train.set_up(run, where, folder, None, out)
     out.open(run.tracker, 0)

@@ -117,7 +117,7 @@ def test_list(monkeypatch, capsys):
     command.main()
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert ", ".join(lines) == NAMES
-    assert lines["infonce"] == "reference, both, small, labse, e1, huge"
+    assert lines["infonce"] == "reference, both, small, labse, e1, siglip, huge"
     assert lines["attention"].startswith("short, mid, long, skip, ")
     assert lines["embed"] == "step, masters, rank64, lealla"
     assert lines["train_step"] == "step, step_skip, step_nested, lealla"
