@@ -62,7 +62,7 @@ def run(item: Item, where: Where, state: State, seconds: float) -> None:
         log.write(f"==== {item.name}: {result}, {took:.0f} s: {note}\n{text[-LOGGED:]}\n")
 
 
-def outcome(item: Item, status: int, text: str, out_of_time: bool, limit: float) -> tuple[str, str]:
+def outcome(item: Item, status: int, text: str) -> tuple[str, str]:
     """Return how an item ended, and a note: a summary of its result, or its error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
     if item.tests and status in (0, 1):
