@@ -38,7 +38,7 @@ if torch.cuda.is_available():
 
 
 def moved(folder: Path) -> int:
-    """Make the entries of a cache name the files beside them; return how many were rewritten.
+    """Make the entries of a cache name the files next to them; return how many were rewritten.
 
     Files that an entry names and that are missing (other stages of the compiler) are dropped.
     """
@@ -163,9 +163,10 @@ def main(arguments: Sequence[str]) -> None:
     for problem in dict.fromkeys(problems):
         print(f"does not compile: {problem}")
     print(
+        f"export TRITON_CACHE_DIR={folder}\n"
         f"{len(names)} cases for sm_{ARCH}: {before} kernels were there ({rewritten} moved), "
         f"{count(folder) - before} compiled by {args.jobs} processes, {len(problems)} failed, "
-        f"{time.monotonic() - began:.0f} s\nexport TRITON_CACHE_DIR={folder}"
+        f"{time.monotonic() - began:.0f} s"
     )
     sys.exit(bool(problems))
 

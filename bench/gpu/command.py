@@ -1,14 +1,16 @@
 """python -m bench gpu --out DIR: measure what fits, the most telling first, and end in time.
 
-The next call with the same DIR goes on where this one stopped; six calls of 540 s are everything.
-DIR has items.jsonl (what is done), results.jsonl (all measurements) and log.txt (output of every
-item), and nothing else, so it is easy to fetch and to carry to the next machine. Kernels are taken
-from --cache, which `python -m bench compile` fills beforehand, also without a GPU.
+The next call with the same DIR continues where this one stopped; six calls of 540 s run
+everything. DIR holds three files, which are easy to fetch and to carry to the next machine:
+items.jsonl (states of the items), results.jsonl (all measurements) and log.txt (output of every
+item). Kernels come from --cache, which `python -m bench compile` fills beforehand, also on a
+machine without a GPU.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ LOGGED = 200_000  # characters of an item's output that log.txt keeps, its end
 
 
 def run(item: Item, where: Where, state: State, seconds: float) -> None:
-    """Run an item for at most so many seconds, and record how it ended."""
+    """Run an item for at most `seconds`, and record how it ended."""
     limit = SMOKE if where.smoke else min(seconds, item.most)
     state.write(item.name, "begin")
     began = time.monotonic()
@@ -66,8 +68,11 @@ def outcome(item: Item, status: int, text: str) -> tuple[str, str]:
     """Return how an item ended, and a note: a summary of its result, or its error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
     if item.tests and status in (0, 1):
+        told = [
+            line for line in lines if re.search(r"\d (passed|failed|errors?|tests collected)", line)
+        ]
         red = [line.split(" - ")[0][7:] for line in lines if line.startswith("FAILED ")]
-        return DONE, "; ".join([lines[-1].strip("= "), *red[:3]])
+        return DONE, "; ".join([(told or lines)[-1].strip("= "), *red[:3]])
     try:
         benches = json.loads(lines[-1])["benches"]
     except (ValueError, KeyError, TypeError):

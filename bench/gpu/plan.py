@@ -1,7 +1,7 @@
 """Items of `python -m bench gpu`, the most telling first, with the seconds that each may take.
 
 Seconds are predictions for an H200 with 16 cores; no GPU has run them. Their sum fits six calls of
-540 s. Each item is a command of its own; those of `cases` go on where they were stopped.
+540 s. Each item is a command of its own; `cases` continue where they were stopped.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = "results.jsonl"  # measurements of all items, in the folder of a run
-START = 60.0  # seconds with which an item that can go on later may begin
+START = 60.0  # seconds with which an item that can continue later may begin
 MOST = 1.5  # times the prediction: then an item is ended
 
 
@@ -37,7 +37,7 @@ class Item:
     """One command.
 
     command: (where, seconds that are left to it) -> arguments of Python. seconds: prediction.
-    after: an item that is to end first. resumes: goes on from its results, so it may be cut short.
+    after: an item that is to end first. resumes: it continues from its results, so it may be cut.
     tests: a run of pytest, whose failures are a result.
     """
 
@@ -76,7 +76,7 @@ def tests(*patterns: str) -> Command:
     def command(where: Where, seconds: float) -> list[str]:
         folder = Path("tests/kernels")
         files = [str(path) for pattern in patterns for path in sorted(folder.glob(pattern))]
-        options = ["-p", "bench", "-p", "no:cacheprovider", "-q"]
+        options = ["-p", "bench", "-p", "no:cacheprovider"]
         if where.smoke:
             options.append("--collect-only")
         elif importlib.util.find_spec("xdist") is not None:

@@ -1,4 +1,4 @@
-"""What of a plan is done: one line of JSON in items.jsonl when an item begins and when it ends.
+"""States of a plan's items: one line of JSON in items.jsonl when an item begins and when it ends.
 
 A call that is killed leaves an item that began and did not end. An item is tried TRIES times if it
 was cut short or died with its call; one that failed by itself is tried again only with other
@@ -23,7 +23,7 @@ DONE, FAILED, CUT, OPEN = "done", "failed", "cut", "open"
 
 @dataclass
 class Tried:
-    """An item's history: how it ended last, how often it was cut or died, what is to be told."""
+    """An item's history: its last state, how often it began, and a note on its last end."""
 
     state: str = OPEN
     tries: int = 0

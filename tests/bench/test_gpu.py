@@ -288,6 +288,26 @@ def test_tools_run_where_they_are_installed(tool):
 
 # ---- all of it ----
 
+ABSENT = "pyarrow scipy babel datasets mteb tyro faiss matplotlib tensorboard pytrec_eval einops"
+IMPORTS = f"""
+import sys
+sys.modules.update(dict.fromkeys({ABSENT.split()!r}))
+import bench, importlib
+for name in ("train", "bench.gpu.training", "bench.gpu.tools", "bench.gpu.once"):
+    importlib.import_module(name)
+for name in sys.argv[1:]:
+    bench.named(name)
+"""
+
+
+def test_items_need_few_libraries():
+    """A GPU machine may have torch, triton, sentence-transformers and pytest alone."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *bench_command.NAMES],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
 
 @pytest.mark.slow
 def test_smoke_runs_every_item(tmp_path):
