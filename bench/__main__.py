@@ -273,9 +273,10 @@ class Run:
 
         rows = self.of("row")
         failed = [row for row in rows + self.of("sweep") if row["status"] == "failed"]
+        skipped = any(row["status"] == "skipped" for row in rows + self.of("sweep"))
         return {
             "green": self.green,
-            "finished": self.finished and not any(row["status"] == "skipped" for row in rows),
+            "finished": self.finished and not skipped,
             "environment": bare(self.environment),
             "ceilings": bare((self.of("ceilings") or [{}])[-1]),
             "ran" if self.args.smoke else "ms": report.compact(rows),

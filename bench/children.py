@@ -17,11 +17,11 @@ PR_SET_PDEATHSIG = 1
 def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
     """Start a command as a process group of its own, in the checkout, with text pipes."""
     return subprocess.Popen(
-        command, cwd=ROOT, text=True, start_new_session=True, preexec_fn=_die_with_parent, **options
+        command, cwd=ROOT, text=True, start_new_session=True, preexec_fn=die_with_parent, **options
     )
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies; elsewhere it may live on."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -34,7 +34,7 @@ def earlier(out: Path, name: str) -> Kept:
     for record in (line for path in files for line in lines_of(path) if line["bench"] == name):
         kind = record["kind"]
         if kind == "environment":
-            current = record["sources"] == present
+            current = record.get("sources") == present
         elif current and kind == "gate":
             verdicts.append(record)
         elif current and kind == "stage" and record["stages"] == ["gate"]:

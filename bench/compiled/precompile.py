@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ROOT
+from ..children import die_with_parent
 
 CACHE = ROOT / ".cache" / "compiled"
 CARD = """
@@ -152,7 +153,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     LAUNCHES[:] = launches.collect({name: small[name] for name in names if name in small})
     before = count(folder)
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+    forked = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(args.jobs, forked, die_with_parent) as pool:
         # Whole models take seconds to collect, so they begin first.
         steps = pool.map(compile_case, [name for name in names if name in whole])
         kernels = pool.map(compile_launch, range(len(LAUNCHES)))

@@ -110,8 +110,8 @@ def configured(folder: Path, device: torch.device, smoke: bool) -> config.Run:
         data=(), sources=(loader.written(case, folder / "text.jsonl"),), eval=(),
         loss=replace(run.loss, num_negatives=case.negatives), batch_size=case.pairs,
         steps=3 if smoke else STEPS, max_length=32 if smoke else 512, tracker="none", log_every=1,
-        compile="off" if smoke else "on", device=device.type, epochs=0.0,
-        precision="fp32" if smoke else "auto",
+        compile="off" if smoke else "on", precision="fp32" if smoke else "auto", epochs=0.0,
+        device="cuda" if device.type == "cuda" else "cpu",
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`python -m bench gpu`: its plan, its state, its deadline, and items that fail or die."""
 
+import argparse
 import json
 import os
 import re
@@ -7,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import __main__ as bench_command
 from bench import named
-from bench.gpu import command, plan, tools
+from bench.gpu import command, plan, tools, training
 from bench.gpu.plan import ITEMS, Item, Where
 from bench.gpu.state import CUT, DONE, FAILED, OPEN, TRIES, State
+from bench.harness import CPU
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,6 +288,27 @@ def test_tools_run_where_they_are_installed(tool):
     record = tools.counters(True)
     assert record["ok"] and record["kernels"]["_product_kernel"]["written"] == 8.0
     assert record["note"].startswith("0.00 GB from and to memory, at least 1.41")
+
+
+# ---- thirty steps ----
+
+
+def test_training_watches_what_interrupts_it():
+    with training.watching(CPU) as watch:
+        double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+        double(torch.ones(2))
+        for watch.step in (3, training.SETTLED + 2):
+            double(torch.ones(watch.step))
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            watch.compiled(key="k", fn=argparse.Namespace(name="_sum_kernel"))
+    rows = [{"ms": 100.0, "tokens": 5.0}] * training.SETTLED + [{"ms": 10.0, "tokens": 50.0}] * 4
+    found = training.summary(watch, rows, training.SETTLED)
+    assert [at for at, _ in found["recompiled"]] == [3, 12] and len(found["recompiled_late"]) == 1
+    assert "size mismatch" in found["recompiled_late"][0]
+    assert found["kernels"] == 2 and found["kernels_late"] == ["_sum_kernel"]
+    ((place, count),) = ((at, n) for at, n in found["host_waits"].items() if n)
+    assert place.startswith("tests/bench/test_gpu.py:") and count == 1
+    assert found["tokens_s"] == pytest.approx(5000) and found["ms"] == 10.0
 
 
 # ---- all of it ----
