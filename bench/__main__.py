@@ -77,7 +77,7 @@ class Run:
                 self.path = self.path or results_file(self.args.out, record["gpu"], self.name)
         self.records.append(record)
         if self.path is not None:
-            append(self.path, self.name, record)
+            append(self.path, {"bench": self.name, **record})
 
     # ---- the worker ----
 

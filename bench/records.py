@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,11 +49,16 @@ def earlier(out: Path, name: str) -> Kept:
     return kept
 
 
-def append(path: Path, bench: str, record: dict[str, Any]) -> None:
-    """Append a record, with the time, as one line."""
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Append a record with the time: one write, on a line of its own after what a kill cut off."""
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": stamp, "bench": bench, **record}) + "\n")
+    line = json.dumps({"time": stamp, **record}).encode() + b"\n"
+    with path.open("ab+", buffering=0) as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+        os.fsync(file.fileno())
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:

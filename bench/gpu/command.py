@@ -95,7 +95,7 @@ def call(items: Sequence[Item], where: Where, state: State, seconds: float) -> l
     deadline = time.monotonic() + seconds - RESERVE
     ran: list[str] = []
     while (left := deadline - time.monotonic()) > 0:
-        item = state.next([item for item in items if item.name not in ran], left)
+        item = state.next(items, left, ran)
         if item is None:
             break
         ran.append(item.name)

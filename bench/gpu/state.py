@@ -5,15 +5,12 @@ was cut short or died with its call; one that failed by itself is tried again on
 sources, or if it is asked for.
 """
 
-import datetime
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..records import lines_of
+from ..records import append, lines_of
 from .plan import Item
 
 FILE = "items.jsonl"
@@ -59,12 +56,8 @@ class State:
         tried.sources = record.get("sources", "")
 
     def write(self, item: str, state: str, **values: Any) -> None:
-        """Append a record at once, and whole: the line is one write."""
-        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = {"time": stamp, "item": item, "state": state, "sources": self.sources, **values}
-        with (self.folder / FILE).open("ab", buffering=0) as file:
-            file.write(ended(self.folder / FILE) + json.dumps(record).encode() + b"\n")
-            os.fsync(file.fileno())
+        record = {"item": item, "state": state, "sources": self.sources, **values}
+        append(self.folder / FILE, record)
         self.see(record)
 
     def of(self, name: str) -> Tried:
@@ -77,18 +70,14 @@ class State:
             return tried.sources != self.sources
         return tried.state == OPEN or (tried.state == CUT and tried.tries < TRIES)
 
-    def next(self, items: Sequence[Item], left: float) -> Item | None:
-        """Return the first open item that fits, whose predecessor has ended."""
+    def next(self, items: Sequence[Item], left: float, ran: Sequence[str] = ()) -> Item | None:
+        """Return the first open item that fits into `left` seconds, None if there is none.
+
+        Items that `ran` in this call wait for the next one, and items wait for their predecessor.
+        """
+        names = {item.name for item in items}
         for item in items:
-            waits = (
-                item.after and self.open(item.after) and any(i.name == item.after for i in items)
-            )
+            waits = item.name in ran or (item.after in names and self.open(item.after))
             if self.open(item.name) and not waits and item.least <= left:
                 return item
         return None
-
-
-def ended(path: Path) -> bytes:
-    """Return a line feed if a killed process left half a line, else nothing."""
-    text = path.read_bytes() if path.exists() else b""
-    return b"\n" if text and not text.endswith(b"\n") else b""

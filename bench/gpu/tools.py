@@ -134,7 +134,7 @@ def main() -> None:
     record = {"memcheck": memcheck, "counters": counters}[args.tool](args.smoke)
     print(record.pop("text"))
     if not args.smoke:
-        append(args.out, args.tool, {"kind": args.tool, "sources": sources(), **record})
+        append(args.out, {"bench": args.tool, "kind": args.tool, "sources": sources(), **record})
     print(f"{args.tool}: {'ok' if record['ok'] else 'FAILED'}: {record['note']}".rstrip(": "))
     sys.exit(not record["ok"])
 

@@ -189,8 +189,8 @@ def main() -> None:
     if args.smoke:
         print(f"training: {found['steps']} steps ran")
         return
-    append(args.out, "training", {"kind": "environment", **environment(device)})
-    append(args.out, "training", {"kind": "training", **found})
+    for kind, values in (("environment", environment(device)), ("training", found)):
+        append(args.out, {"bench": "training", "kind": kind, **values})
     print(json.dumps({k: found[k] for k in ("recompiled_late", "kernels_late", "host_waits")}))
     each = waits / max(len(rows) - SETTLED, 1)
     print(f"training: {found['tokens_s']:.0f} tokens/s, {counts}, {each:.1f} host waits a step")

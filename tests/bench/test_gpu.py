@@ -112,6 +112,9 @@ def test_predecessor_comes_first(tmp_path):
     state = State(tmp_path, "x")
     assert state.next([first, then], 40.0) is None  # the gate does not fit
     state.write("gate", "begin")
+    state.write("gate", CUT)
+    assert state.next([first, then], 60.0) is first
+    assert state.next([first, then], 60.0, ran=["gate"]) is None  # without its verdict
     state.write("gate", FAILED)
     assert state.next([first, then], 40.0) is then
     assert State(tmp_path, "x").next([then], 40.0) is then  # asked for alone
@@ -215,9 +218,9 @@ def test_six_calls_do_everything(tmp_path):
     """Each item takes its prediction; those that can go on take what is left."""
     state, calls, done = State(tmp_path, "x"), 0, {one.name: 0.0 for one in ITEMS}
     while any(state.open(one.name) for one in ITEMS):
-        calls, left, ran = calls + 1, 540.0 - command.RESERVE, set()
-        while one := state.next([i for i in ITEMS if i.name not in ran], left):
-            ran.add(one.name)
+        calls, left, ran = calls + 1, 540.0 - command.RESERVE, []
+        while one := state.next(ITEMS, left, ran):
+            ran.append(one.name)
             took = min(one.seconds - done[one.name], left)
             done[one.name] += took
             left -= took
