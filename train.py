@@ -35,10 +35,8 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
-from mlembed.evaluation import charts, grid, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
-from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
 from mlembed.runtime.distributed import World, any_process, world
 from mlembed.training import gradcache, guards, resume, setup
@@ -259,6 +257,8 @@ def full_encoder(job: Job) -> Encoder | None:
 
 def score(job: Job, step: int) -> None:
     """Log the score of the full size; `finish` scores the whole grid."""
+    from mlembed.evaluation import charts, grid
+
     if not job.tasks or (encoder := full_encoder(job)) is None:
         return
     shape = job.run.model
@@ -271,6 +271,9 @@ def score(job: Job, step: int) -> None:
 
 def finish(job: Job) -> None:
     """Score the grid, write report/ and model/, and print the next commands."""
+    from mlembed.evaluation import grid, tables
+    from mlembed.publishing.export import export
+
     run, directory, out = job.run, job.directory, job.out
     if (encoder := full_encoder(job)) is None:
         return

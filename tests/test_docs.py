@@ -49,6 +49,7 @@ FENCE = re.compile(
     r"^```(?P<language>\w*)\n(?P<content>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+SUBCOMMANDS = {"compile", "gpu", "compare"}  # of python -m bench, with options of their own
 NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes"}
 
 
@@ -212,6 +213,7 @@ def parse(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     program, *rest = command.words
     if program == "mlembed" or rest[:2] == ["-m", "bench"]:
         module = ["mlembed", rest.pop(0)] if program == "mlembed" else ["bench"]
+        module += [word for word in rest[2:3] if word in SUBCOMMANDS]
         text = help_of(*module)
         names = [word for word in rest if word.startswith("--")]
         assert names or rest

@@ -37,7 +37,7 @@ WINGS = {
     "cli": "config runtime data modeling training inference evaluation publishing",
 }
 # Packages that kernels/ imports, and those of optional backends.
-KERNELS_KNOW = {"torch", "triton", "einops"}
+KERNELS_KNOW = {"torch", "triton"}
 BACKENDS = {"_backends.py": {"flash_attn", "xformers"}}
 
 

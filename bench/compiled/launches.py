@@ -80,9 +80,14 @@ class Launch:
         parts = self.signature, self.constexprs, names, self.options.__dict__
         return " ".join([self.name, *map(str, parts)])
 
-    def compile(self) -> Any:
-        source = ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
-        return triton.compile(source, target=TARGET, options=self.options.__dict__)
+    def source(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+
+    def compile(self, arch: int = TARGET.arch) -> Any:
+        options = self.options.__dict__
+        if arch != TARGET.arch:  # The other options are defaults of the architecture.
+            options = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg")}
+        return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 # ---- collecting ----
@@ -114,10 +119,11 @@ class _Card:
     multi_processor_count = MULTIPROCESSORS
 
 
-def prepare() -> None:
+def prepare(multiprocessors: int = MULTIPROCESSORS) -> None:
     """Patch torch and Triton: fake tensors pass for tensors on a card, launches are recorded."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "expected the compiler, got the interpreter"
     triton.runtime.driver.set_active(_Hopper())
+    _Card.multi_processor_count = multiprocessors
     run = JITFunction.run
 
     def specialise(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

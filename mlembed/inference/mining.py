@@ -34,8 +34,8 @@ import torch
 from tqdm import tqdm
 
 from ..config.mining import Options
-from ..data.cldr import normalise
 from ..data.formats import layouts
+from ..data.formats.readers import normalise
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
 from . import search

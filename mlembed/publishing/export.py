@@ -38,7 +38,7 @@ from ..inference.encoder import Encoder
 from ..modeling import pretrained
 from ..modeling.transformer import Transformer
 from ..runtime import files
-from . import model_card, to_onnx
+from . import to_onnx
 
 MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"
@@ -92,14 +92,12 @@ def export(
     dim = encoder.full_size()[0] if dim is None else dim
     exit = cfg.num_hidden_layers if exit is None else exit
     cfg.check(dim, exit, rank)
+    from . import model_card
+
     check_formats(formats, out)
     origin = model_card.find_origin(source)
     with files.atomic_directory(out) as partial:
-        pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
-        split(partial, SHARD)
-        tokenizer.save(encoder.tokenizer, partial, encoder.max_length)
-        complete_config(partial, encoder)
-        write_sentence_transformers(partial, encoder, dim)
+        write_model(partial, encoder, dim, exit, rank)
         with quiet():
             if "onnx" in formats:
                 to_onnx.write(partial)
@@ -108,6 +106,15 @@ def export(
         card = model_card.write(encoder, cut, origin, license)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return worst
+
+
+def write_model(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | None) -> None:
+    """Write weights, tokenizer and modules to a directory that exists, unchecked."""
+    pretrained.save(pretrained.cut(encoder.model, exit, rank), directory)
+    split(directory, SHARD)
+    tokenizer.save(encoder.tokenizer, directory, encoder.max_length)
+    complete_config(directory, encoder)
+    write_sentence_transformers(directory, encoder, dim)
 
 
 def check_formats(formats: Sequence[str], out: Path) -> None:

@@ -23,8 +23,8 @@ from mlembed_kernels.attention.attention import WIDTHS
 from .. import config
 from ..data import sources, tokenizer
 from ..data.batches import Batches, steps_of
-from ..data.cldr import normalise
 from ..data.eval_sets import read_all
+from ..data.formats.readers import normalise
 from ..data.streams import name_of
 from ..data.tables import Table, describe
 from ..modeling import hf_config, pretrained, vocabulary
