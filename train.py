@@ -40,7 +40,7 @@ from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.publishing.export import export
 from mlembed.runtime import checkpoint, log
-from mlembed.runtime.distributed import World, any_process, world
+from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
@@ -71,7 +71,8 @@ def train(run: config.Run, where: World) -> int:
             score(job, 0)
         done = optimise(job, start)
     if done == job.run.steps:
-        finish(job)
+        with main_works(where, "finish"):
+            finish(job)
     out.close()
     return 0 if done == job.run.steps else 130
 
@@ -259,14 +260,17 @@ def full_encoder(job: Job) -> Encoder | None:
 
 def score(job: Job, step: int) -> None:
     """Log the score of the full size; `finish` scores the whole grid."""
-    if not job.tasks or (encoder := full_encoder(job)) is None:
+    if not job.tasks:
         return
-    shape = job.run.model
-    full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
-    percent = charts.mean_score(cell)
-    job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
-    job.out.say(f"step {step}: score {percent:.1f} % at full size")
+    with main_works(job.where, f"score {step}"):
+        if (encoder := full_encoder(job)) is None:
+            return
+        shape = job.run.model
+        full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+        (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
+        percent = charts.mean_score(cell)
+        job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
+        job.out.say(f"step {step}: score {percent:.1f} % at full size")
 
 
 def finish(job: Job) -> None:

@@ -32,7 +32,7 @@ from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log
-from ..runtime.distributed import World, any_process
+from ..runtime.distributed import World, main_works
 from . import gradcache
 from .engine import Engine
 from .gradcache import ActivationCost
@@ -155,12 +155,9 @@ def build(
     if run.init_factors == "frequency":
         counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
     # The main process factorises the table; the others wait and read it from the cache.
-    if not where.main:
-        any_process(False, where)
-    model = pretrained.load(run.init, run.model, counts)
-    if where.main:
-        any_process(False, where)
-    return model
+    with main_works(where, "factorise"):
+        model = pretrained.load(run.init, run.model, counts) if where.main else None
+    return model if model is not None else pretrained.load(run.init, run.model, counts)
 
 
 def teachers(
