@@ -39,7 +39,7 @@ from mlembed.evaluation import charts, grid, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.publishing.export import export
-from mlembed.runtime import checkpoint, log
+from mlembed.runtime import checkpoint, log, transfer
 from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
@@ -165,14 +165,14 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    weight_EM, ranks = weights(run).to(where.device), ranks_of(run, step)
+    weight_EM, ranks = transfer.moved(weights(run), where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
     tokens, queries = 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
-            batch = next(feed)
+            batch = next(feed).to(where.device)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -187,7 +187,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
                 losses[name] = losses.get(name, 0) + loss_EM
         tokens += batch.tokens * where.size
         for e, exit in enumerate(run.model.exits):
-            queries[e] += int((batch.query_depths >= exit).sum())
+            queries[e] += int((batch.host.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
         norm, bad = update(job, step, losses)
     if job.bank is not None:
@@ -196,7 +196,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
-    """Forward, loss and backward of a micro-batch at one rank.
+    """Forward, loss and backward of a micro-batch, which is on the device, at one rank.
 
     Args:
         sync: whether this is the last backward of the step, which averages over processes.
@@ -206,7 +206,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
     """
     run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
-    packs = [pack.to(device) for pack in batch.packs]
+    packs = batch.packs
     keeps, recompute, final = gradcache.choose_graphs(run, job.cost, packs, job.budget)
     shares: Terms = {}
 

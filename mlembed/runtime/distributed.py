@@ -65,8 +65,8 @@ def world(device: str = "auto") -> Iterator[World]:
         backend = "nccl" if kind == "cuda" else "gloo"
         part = fresh(store, rank, size)
         # Without its device NCCL would guess it in the first collective, and warn.
-        bound = {"device_id": where} if kind == "cuda" else {}
-        dist.init_process_group(backend, store=part, rank=rank, world_size=size, **bound)
+        own = where if kind == "cuda" else None
+        dist.init_process_group(backend, store=part, rank=rank, world_size=size, device_id=own)
     try:
         yield World(rank, size, where, part)
     except BaseException as error:
@@ -148,8 +148,8 @@ def main_works(where: World, what: str) -> Iterator[None]:
     """Hold the other processes at the end of the block until the main process has left it, too.
 
     The main process evaluates and exports alone, while NCCL ends a run whose collective takes ten
-    minutes (gloo: thirty). So the others ask the store instead, for as long as it takes. If the main
-    process dies, its launcher or the loss of its store ends them.
+    minutes (gloo: thirty). So the others ask the store instead, for as long as it takes. If the
+    main process dies, its launcher or the loss of its store ends them.
 
     what: names the work, once in a run.
     """

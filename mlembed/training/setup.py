@@ -5,7 +5,6 @@ All processes of a run call every function, with the same arguments.
 
 import math
 import os
-import resource
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -352,10 +351,6 @@ def _tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 def loader(job: Job, start: int) -> DataLoader:
     """Return a loader of the micro-batches from step `start` on, with the configured workers."""
     run, workers = job.run, workers_of(job.run, job.where)
-    if workers:
-        # A tensor on its way between processes is an open file, and a batch has dozens of them.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return DataLoader(
         Subset(job.batches, range(batches_of(run, start)[0], batches_of(run, run.steps)[0])),
         batch_size=None,
@@ -363,6 +358,7 @@ def loader(job: Job, start: int) -> DataLoader:
         generator=torch.Generator(),
         num_workers=workers,
         worker_init_fn=prepare_worker,
+        pin_memory=job.where.device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,
     )
 
