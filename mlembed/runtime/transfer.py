@@ -28,7 +28,7 @@ def moved(value: T, device: torch.device) -> T:
     """Return a value whose CPU tensors are on a device, by one copy; on a CPU the value itself."""
     if device.type == "cpu":
         return value
-    buffer, layout = flattened(value, pin=device.type == "cuda")
+    buffer, layout = flattened(value, pin=True)
     return restored(buffer.to(device, non_blocking=True), layout)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_device import DEVICE, fake_device
 from torch import Tensor
 
 from mlembed.data.collate import collate
@@ -15,7 +16,7 @@ from mlembed.data.packing import pack
 from mlembed.runtime import transfer
 from tests.data.samples import equal
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -75,32 +76,30 @@ def test_a_cpu_copies_nothing():
     assert value.host is value and value.packs[0].to(CPU) is value.packs[0]
 
 
-@pytest.fixture
-def copies(monkeypatch):
-    """Return the copies to a device: (bytes, whether the host does not wait)."""
-    copies, to = [], Tensor.to
-
-    def recorded(x, device, *args, non_blocking=False, **options):
-        if isinstance(device, torch.device):
-            copies.append((x.nbytes, non_blocking))
-        return to(x, device, *args, non_blocking=non_blocking, **options)
-
-    monkeypatch.setattr(Tensor, "to", recorded)
-    return copies
-
-
-def test_a_device_gets_one_copy(copies):
+def test_a_device_gets_one_copy():
     value = batch()
-    got = value.to(META)
-    assert len(copies) == 1 and copies[0][1]
-    assert copies[0][0] >= sum(x.nbytes for x in leaves(value))
+    with fake_device() as device:
+        got = value.to(DEVICE)
+        assert device.copies == 1
+        pack([np.arange(9)]).to(DEVICE)
+    assert device.copies == 2 and not device.waits
     assert got.host is value and got.tokens == value.tokens
     wanted, moved = leaves(value), leaves(got)[: len(leaves(value))]
     for want, x in zip(wanted, moved, strict=True):
-        assert (x.device, x.dtype, x.shape) == (META, want.dtype, want.shape)
-    copies.clear()
-    pack([np.arange(9)]).to(META)
-    assert len(copies) == 1
+        assert (x.device, x.dtype, x.shape) == (DEVICE, want.dtype, want.shape)
+
+
+def test_a_pinned_value_is_not_pinned_again():
+    with fake_device():
+        value = batch().pin_memory()
+        assert all(x.is_pinned() for x in leaves(value) if x.numel()) and equal(value, batch())
+        again, _ = transfer.flattened(value, pin=True)
+        assert again.data_ptr() == value.packs[0].ids_T.untyped_storage().data_ptr()
+        # What a worker sent is in one buffer already, which is pinned as a whole.
+        received = transfer.restored(*transfer.flattened(batch()))
+        shared = transfer.flattened(received)[0]
+        pinned, _ = transfer.flattened(received, pin=True)
+        assert pinned.is_pinned() and torch.equal(pinned, shared) and not shared.is_pinned()
 
 
 def test_a_batch_travels_in_one_file():
