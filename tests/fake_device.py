@@ -46,7 +46,7 @@ class FakeDevice(TorchDispatchMode):
     """Lists operations that would make the host wait.
 
     waits: (the function of ours that calls it, operation and reason), in order. operators: those
-    of ours that ran. copies: the number of copies between host and device.
+    of ours that ran. copies: the number of copies to the device.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class FakeDevice(TorchDispatchMode):
         target = torch.device(kwargs.get("device") or source.device) if new else args[0].device
         if (source.device == DEVICE) == (target == DEVICE):
             return func(*args, **kwargs)
-        self.copies += 1
+        self.copies += target == DEVICE
         later = kwargs.get("non_blocking", False) or (not new and len(args) > 2 and args[2])
         # torch pins the memory of a new tensor if the copy to it is not to wait.
         host = source if target == DEVICE else None if new else args[0]
