@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,9 @@ class _Calls(TorchFunctionMode):
 
 
 class _Event:
-    """An event of a device that has done all its work."""
+    """An event of the device, for which the host may wait."""
+
+    device: FakeDevice
 
     def __init__(self, enable_timing: bool = False) -> None:
         pass
@@ -154,7 +157,7 @@ class _Event:
         pass
 
     def synchronize(self) -> None:
-        pass
+        self.device._wait("Event.synchronize", "waits for the work before it")
 
 
 class _Card:
@@ -180,7 +183,9 @@ def fake_device() -> Iterator[FakeDevice]:
         patch.setattr(optimizer, names, lambda: ["cpu", "cuda", "meta"])
         patch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
         patch.setattr(torch.cuda, "get_device_properties", lambda device: _Card)
-        patch.setattr(torch.cuda, "Event", _Event)
+        patch.setattr(torch.cuda, "Event", type("Event", (_Event,), {"device": device}))
+        synchronize = partial(device._wait, "synchronize", "waits for all work")
+        patch.setattr(torch.cuda, "synchronize", lambda *args: synchronize())
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         # Another thread would not see these modes.

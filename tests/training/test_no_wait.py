@@ -199,6 +199,8 @@ X, ROWS_OF_X = torch.rand(4, 3), torch.tensor([0, 2])
         lambda x: x[ROWS_OF_X],
         lambda x: x[[0, 2]],
         lambda x: x.copy_(X),
+        lambda x: torch.cuda.synchronize(),
+        lambda x: torch.cuda.Event().synchronize(),
         lambda x: torch.empty(4, 3).copy_(x, non_blocking=True),
     ],
 )
