@@ -37,8 +37,8 @@ from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
-from mlembed.runtime import checkpoint, log
-from mlembed.runtime.distributed import World, any_process, world
+from mlembed.runtime import checkpoint, log, transfer
+from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
@@ -69,7 +69,8 @@ def train(run: config.Run, where: World) -> int:
             score(job, 0)
         done = optimise(job, start)
     if done == job.run.steps:
-        finish(job)
+        with main_works(where, "finish"):
+            finish(job)
     out.close()
     return 0 if done == job.run.steps else 130
 
@@ -162,14 +163,14 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    weight_EM, ranks = weights(run).to(where.device), ranks_of(run, step)
+    weight_EM, ranks = transfer.moved(weights(run), where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
     tokens, queries = 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
-            batch = next(feed)
+            batch = next(feed).to(where.device)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -184,7 +185,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
                 losses[name] = losses.get(name, 0) + loss_EM
         tokens += batch.tokens * where.size
         for e, exit in enumerate(run.model.exits):
-            queries[e] += int((batch.query_depths >= exit).sum())
+            queries[e] += int((batch.host.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
         norm, bad = update(job, step, losses)
     if job.bank is not None:
@@ -193,7 +194,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
-    """Forward, loss and backward of a micro-batch at one rank.
+    """Forward, loss and backward of a micro-batch, which is on the device, at one rank.
 
     Args:
         sync: whether this is the last backward of the step, which averages over processes.
@@ -203,7 +204,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
     """
     run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
-    packs = [pack.to(device) for pack in batch.packs]
+    packs = batch.packs
     keeps, recompute, final = gradcache.choose_graphs(run, job.cost, packs, job.budget)
     shares: Terms = {}
 
@@ -259,14 +260,17 @@ def score(job: Job, step: int) -> None:
     """Log the score of the full size; `finish` scores the whole grid."""
     from mlembed.evaluation import charts, grid
 
-    if not job.tasks or (encoder := full_encoder(job)) is None:
+    if not job.tasks:
         return
-    shape = job.run.model
-    full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
-    percent = charts.mean_score(cell)
-    job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
-    job.out.say(f"step {step}: score {percent:.1f} % at full size")
+    with main_works(job.where, f"score {step}"):
+        if (encoder := full_encoder(job)) is None:
+            return
+        shape = job.run.model
+        full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+        (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
+        percent = charts.mean_score(cell)
+        job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
+        job.out.say(f"step {step}: score {percent:.1f} % at full size")
 
 
 def finish(job: Job) -> None:

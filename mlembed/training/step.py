@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import config
+from ..runtime import transfer
 from ..runtime.distributed import any_process
 from . import guards
 from .objective.distill import rows_of
@@ -54,7 +55,7 @@ def total_loss(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
     """
     total = weight_EM.new_zeros(())
     for name, loss_EM in terms.items():
-        rows_E = rows_of(run.distill, name, len(weight_EM)).to(weight_EM)
+        rows_E = transfer.moved(rows_of(run.distill, name, len(weight_EM)), weight_EM.device)
         term_EM = weight_EM * rows_E[:, None]
         term_EM = term_EM * (weight_EM.sum() / term_EM.sum().clamp(min=1e-30))
         total = total + getattr(run.distill, name) * (term_EM * loss_EM).sum()
