@@ -106,18 +106,23 @@ def optimise(job: Job, start: int) -> int:
             tokens += result.tokens
             done = step + 1
             bar.update()
-            if result.bad is None and (done % run.log_every == 0 or done == run.steps):
+            last = done == run.steps
+            logs = last or done % run.log_every == 0
+            scores = not last and run.eval_every and done % run.eval_every == 0
+            stopped = any_process(bool(stop), where)
+            saves = last or stopped or (run.save_every and done % run.save_every == 0)
+            # These wait for the device in any case.
+            if (logs or scores or saves) and settle(job) and logs:
                 rate = tokens / (time.perf_counter() - clock)
                 loss = record(job, done, result, rate, job.stages.take(done - logged))
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
                 tokens, clock, logged = 0, time.perf_counter(), done
-            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
+            if scores:
                 # Score before saving, so that a saved step has logged its score.
                 score(job, done)
                 job.stages.begin()
                 tokens, clock, logged = 0, time.perf_counter(), done
-            stopped = any_process(bool(stop), where)
-            if stopped or done == run.steps or (run.save_every and done % run.save_every == 0):
+            if saves:
                 save(job, done)
             if stopped and done < run.steps:
                 job.out.say(f"stopped and saved after step {done}; continue with --resume")
@@ -128,14 +133,14 @@ def optimise(job: Job, start: int) -> int:
 
 
 def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
-    """Run one optimiser step; advise if memory runs out, skip or stop if a number is not finite.
+    """Run one optimiser step; advise if memory runs out.
 
     Raises:
-        ValueError: out of memory; NaN or infinity, unless the configuration skips such steps.
+        ValueError: out of memory; what `settle` raises.
     """
     run = job.run
     try:
-        result = one_step(job, step, feed)
+        return one_step(job, step, feed)
     except RuntimeError as error:
         if not guards.out_of_memory(error):
             raise
@@ -143,18 +148,34 @@ def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         free = gradcache.free_bytes(job.where.device)
         reason = guards.oom_advice(error, run, step + 1, tokens, job.budget, free)
         raise ValueError(reason) from None
-    if result.bad is None:
-        return result
-    source, weight = source_of(job, step), result.bad.startswith("weight")
-    job.out.metrics(step + 1, "skipped", {"source": source, "bad": result.bad})
+
+
+def settle(job: Job) -> bool:
+    """Read the check of the last step, if nobody has, and return False if the step was left out.
+
+    The next step calls it before its loss, so a bad step is reported before another update.
+
+    Raises:
+        ValueError: NaN or infinity, unless the configuration skips such steps.
+    """
+    if not job.unread:
+        return True
+    check, run = job.unread.pop(), job.run
+    step, bad = check.step, check.bad(job.model, job.where)
+    if job.bank is not None:
+        job.bank.commit() if bad is None else job.bank.discard()
+    if bad is None:
+        return True
+    source, weight = source_of(job, step), bad.startswith("weight")
+    job.out.metrics(step + 1, "skipped", {"source": source, "bad": bad})
     if run.non_finite == "skip" and not weight:
-        job.out.say(f"skipped step {step + 1}, source {source}: non-finite {result.bad}")
-        return result
+        job.out.say(f"skipped step {step + 1}, source {source}: non-finite {bad}")
+        return False
     if not weight:
         # The step left weights and moments unchanged.
         save(job, step)
     raise ValueError(
-        f"non-finite {result.bad} at step {step + 1}, source {source}; the weights are those "
+        f"non-finite {bad} at step {step + 1}, source {source}; the weights are those "
         "before the step. Try a lower --optim.lr, or --non-finite skip to leave such steps out"
     )
 
@@ -188,10 +209,9 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         for e, exit in enumerate(run.model.exits):
             queries[e] += int((batch.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
-        norm, bad = update(job, step, losses)
-    if job.bank is not None:
-        job.bank.commit() if bad is None else job.bank.discard()
-    return Step(losses, queries, norm, tokens, bad)
+        norm, check = update(job, step, losses)
+    job.unread.append(check)
+    return Step(losses, queries, norm, tokens)
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
@@ -216,6 +236,8 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
             return job.engine.forward(packs[i], rank=spec.rank, recompute=recompute[i], sync=sync)
 
     def loss(exits_END: Tensor) -> Tensor:
+        # The forward keeps the device busy, and the bank is to hold the last step's documents.
+        settle(job)
         # On CUDA the products of the loss are in bf16, too.
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import config
-from ..runtime.distributed import any_process
 from . import guards
 from .objective.distill import rows_of
 from .objective.loss import ranks_of, weights
-from .optim import learning_rate
+from .optim import learning_rate, prepare
 from .setup import Job, batches_of
 
 Terms = dict[str, Tensor]  # loss_EM by term: contrastive, features, logits, between_exits
@@ -36,15 +35,13 @@ class Step:
     """Result of one optimiser step.
 
     losses: loss_EM of each term, of this process. queries: queries of all processes at each exit.
-    norm: gradient norm. tokens: tokens of all processes. bad: name of the first tensor that is not
-    finite, in which case the weights stayed as they were; None if all are finite.
+    norm: gradient norm. tokens: tokens of all processes.
     """
 
     losses: Terms
     queries: list[int]
     norm: Tensor
     tokens: int
-    bad: str | None
 
 
 def total_loss(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
@@ -61,29 +58,27 @@ def total_loss(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
     return total
 
 
-def update(job: Job, step: int, losses: Terms) -> tuple[Tensor, str | None]:
+def update(job: Job, step: int, losses: Terms) -> tuple[Tensor, guards.Check]:
     """Clip the gradients and step the optimisers, or do neither if a number is not finite.
 
+    The device decides that, and the host waits for nothing.
+
     Returns:
-        The gradient norm before clipping, and the name of the first tensor that is not finite.
+        The gradient norm before clipping, and the check of the step's numbers.
     """
-    run, where, engine, distiller = job.run, job.where, job.engine, job.distiller
-    norm = engine.norm()
-    finite = bool(norm.isfinite() & torch.stack(list(losses.values())).isfinite().all())
-    finite = finite and (distiller is None or distiller.finite())
-    bad = None
-    if any_process(not finite, where):
-        bad = guards.non_finite(job.model, where, losses)
-    else:
-        engine.clip(norm, run.optim.max_grad_norm)
-        job.optimizer.step()
+    run, engine, distiller = job.run, job.engine, job.distiller
+    norms = engine.norms()
+    norm = engine.norm(norms)
+    numbers = [norm, *losses.values()]
     if distiller is not None:
-        if bad is None:
-            distiller.step(learning_rate(step, run), run.optim.max_grad_norm)
-        else:
-            distiller.discard()
+        numbers += distiller.gradients()
+    found = guards.found_inf(numbers, job.where)
+    prepare(job.optimizer, norm, run.optim.max_grad_norm, found)
+    job.optimizer.step()
+    if distiller is not None:
+        distiller.step(learning_rate(step, run), run.optim.max_grad_norm, found)
     engine.zero()
-    return norm, bad
+    return norm, guards.Check(step, found, losses, norms)
 
 
 def source_of(job: Job, step: int) -> str:
