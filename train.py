@@ -38,14 +38,25 @@ from mlembed.data.collate import Batch
 from mlembed.evaluation import charts, grid, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
+from mlembed.modeling.flops import Flops, training_flops
 from mlembed.publishing.export import export
-from mlembed.runtime import checkpoint, log
+from mlembed.runtime import checkpoint, log, profiling
 from mlembed.runtime.distributed import World, any_process, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
-from mlembed.training.step import LossSpec, Step, Terms, record, source_of, total_loss, update
+from mlembed.training.step import (
+    LossSpec,
+    Rates,
+    Step,
+    Terms,
+    record,
+    source_of,
+    speed_line,
+    total_loss,
+    update,
+)
 
 
 def train(run: config.Run, where: World) -> int:
@@ -96,14 +107,17 @@ def optimise(job: Job, start: int) -> int:
     }
     feed = iter(loader(job, start))
     job.stages.begin()
-    tokens, clock, logged = 0, time.perf_counter(), start
+    rates, logged = Rates(job), start
     # A log file keeps every bar that a terminal overwrites.
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     options = {"desc": run.name, "disable": not where.main, "mininterval": seconds}
-    with tqdm(total=run.steps, initial=start, **options) as bar:
+    trace = job.directory / f"trace_{start}.json" if where.main else None
+    bar = tqdm(total=run.steps, initial=start, **options)
+    with profiling.trace(run.profile, trace) as end_of_step, bar:
         for step in range(start, run.steps):
             result = guarded(job, step, feed)
-            tokens += result.tokens
+            end_of_step()
+            rates.add(result)
             done = step + 1
             bar.update()
             last = done == run.steps
@@ -113,15 +127,16 @@ def optimise(job: Job, start: int) -> int:
             saves = last or stopped or (run.save_every and done % run.save_every == 0)
             # These wait for the device in any case.
             if (logs or scores or saves) and settle(job) and logs:
-                rate = tokens / (time.perf_counter() - clock)
-                loss = record(job, done, result, rate, job.stages.take(done - logged))
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
-                tokens, clock, logged = 0, time.perf_counter(), done
+                speed = rates.take()
+                loss = record(job, done, result, speed, job.stages.take(done - logged))
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed_line(speed)}")
+                logged = done
             if scores:
                 # Score before saving, so that a saved step has logged its score.
                 score(job, done)
                 job.stages.begin()
-                tokens, clock, logged = 0, time.perf_counter(), done
+                rates.begin()
+                logged = done
             if saves:
                 save(job, done)
             if stopped and done < run.steps:
@@ -188,7 +203,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     weight_EM, ranks = weights(run).to(where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
-    tokens, queries = 0, [0] * len(run.model.exits)
+    flops, tokens, queries = Flops(), 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
@@ -203,25 +218,27 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
             spec = LossSpec(rank, weight_EM, share / micro_batches, seed)
             # Processes average their gradients once a step, in its last backward.
             sync = not left and rank == ranks[-1][0]
-            for name, loss_EM in add_gradients(job, batch, spec, sync).items():
+            terms, work = add_gradients(job, batch, spec, sync)
+            flops += work
+            for name, loss_EM in terms.items():
                 losses[name] = losses.get(name, 0) + loss_EM
-        tokens += batch.tokens * where.size
+        tokens += batch.tokens
         for e, exit in enumerate(run.model.exits):
             queries[e] += int((batch.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
         norm, check = update(job, step, losses)
     job.unread.append(check)
-    return Step(losses, queries, norm, tokens)
+    return Step(losses, queries, norm, tokens, flops)
 
 
-def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
+def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:
     """Forward, loss and backward of a micro-batch at one rank.
 
     Args:
         sync: whether this is the last backward of the step, which averages over processes.
 
     Returns:
-        loss_EM of each term, times the share of this pass.
+        loss_EM of each term, times the share of this pass, and the operations of the model.
     """
     run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
@@ -250,9 +267,12 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
         return spec.share * total_loss(run, spec.weight_EM, terms)
 
     # The stage's time excludes forward and loss, which run inside.
-    with job.stages.of("backward"):
+    with job.stages.of("backward", traced=False):
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
-    return shares
+    work = Flops()
+    for pack, kept, again in zip(batch.packs, keeps, recompute, strict=True):
+        work += training_flops(run.model, pack, spec.rank, keeps=kept, recompute=again)
+    return shares, work
 
 
 def save(job: Job, step: int) -> None:
