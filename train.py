@@ -90,24 +90,25 @@ def train(run: config.Run, where: World) -> int:
 def optimise(job: Job, start: int) -> int:
     """Run steps start..steps-1, log, save and score as configured, and return the steps done.
 
-    A signal ends the run after the current step and saves it; a second Ctrl-C ends it at once.
+    A signal ends the run after the current step, of several processes up to two steps later, and
+    saves it; a second Ctrl-C ends it at once.
     """
-    run, where = job.run, job.where
-    stop: list[float] = []
+    run, where, signals = job.run, job.where, job.signals
+    signals.clear()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # torchrun forwards a signal that a terminal or SLURM has sent to all processes already, so
         # a second one within two seconds is the same.
-        if stop and number == signal.SIGINT and time.monotonic() - stop[0] > 2:
+        if signals and number == signal.SIGINT and time.monotonic() - signals[0] > 2:
             raise KeyboardInterrupt
-        stop.append(time.monotonic())
+        signals.append(time.monotonic())
 
     before = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     feed = iter(loader(job, start))
     job.stages.begin()
-    rates, logged = Rates(job), start
+    rates, logged, checks = Rates(job), start, list[guards.Check]()
     # A log file keeps every bar that a terminal overwrites.
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     options = {"desc": run.name, "disable": not where.main, "mininterval": seconds}
@@ -123,8 +124,7 @@ def optimise(job: Job, start: int) -> int:
             last = done == run.steps
             logs = last or done % run.log_every == 0
             scores = not last and run.eval_every and done % run.eval_every == 0
-            stopped = any_process(bool(stop), where)
-            saves = last or stopped or (run.save_every and done % run.save_every == 0)
+            saves = last or (run.save_every and done % run.save_every == 0)
             # These wait for the device in any case.
             if (logs or scores or saves) and settle(job) and logs:
                 speed = rates.take()
@@ -137,9 +137,13 @@ def optimise(job: Job, start: int) -> int:
                 job.stages.begin()
                 rates.begin()
                 logged = done
-            if saves:
+            # Processes agree in the check of a step, which the next one reads if nobody has.
+            checks = [*checks[-1:], result.check]
+            stopped = any(check.stop for check in checks) if where.size > 1 else bool(signals)
+            if saves or stopped:
+                settle(job)
                 save(job, done)
-            if stopped and done < run.steps:
+            if stopped and not last:
                 job.out.say(f"stopped and saved after step {done}; continue with --resume")
                 return done
     for number, handler in before.items():
@@ -228,7 +232,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     with job.stages.of("optimizer"):
         norm, check = update(job, step, losses)
     job.unread.append(check)
-    return Step(losses, queries, norm, tokens, flops)
+    return Step(losses, queries, norm, tokens, flops, check)
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:

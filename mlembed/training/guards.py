@@ -17,31 +17,34 @@ GIB = 2**30
 # ---- NaN and infinity ----
 
 
-def found_inf(numbers: Iterable[Tensor], where: World) -> Tensor:
-    """Return 1 if one of the numbers of any process is not finite, else 0: fp32 0-dim, on the
-    device. All processes call it.
+def agree(numbers: Iterable[Tensor], stop: bool, where: World) -> Tensor:
+    """Return whether a number of any process is not finite, and whether any process is to stop:
+    fp32 [2] on the device, 1 for yes and 0 for no. All processes call it.
     """
     finite = torch.stack([x.isfinite().all().to(where.device) for x in numbers]).all()
-    found = 1 - finite.float()
+    answers = torch.stack([1 - finite.float(), torch.full_like(finite, stop, dtype=torch.float32)])
     if where.size > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+    return answers
 
 
 class Check:
     """Whether the numbers of a step are finite, which the host reads after the step.
 
     step: the step's number. losses: loss_EM of each term. norms: norm of this process's part of
-    each gradient, by parameter.
+    each gradient, by parameter. stop: whether any process is to stop, once `bad` has been called.
     """
 
+    stop = False
+
     def __init__(
-        self, step: int, found: Tensor, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]
+        self, step: int, answers: Tensor, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]
     ) -> None:
+        """answers: what `agree` returned."""
         self.step, self.losses, self.norms = step, losses, norms
         # The copy goes to pinned memory.
-        self._found, self._copied = found.to("cpu", non_blocking=True), None
-        if found.is_cuda:
+        self._answers, self._copied = answers.to("cpu", non_blocking=True), None
+        if answers.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -57,7 +60,8 @@ class Check:
         """
         if self._copied is not None:
             self._copied.synchronize()
-        if not self._found:
+        found, self.stop = map(bool, self._answers.tolist())
+        if not found:
             return None
         weight = bad_weight(model)
         gradient = bad_gradient(self.norms)

@@ -261,7 +261,8 @@ class Job:
 
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
-    without a limit). unread: the check of the last step, until `settle` reads it.
+    without a limit). unread: the check of the last step, until `settle` reads it. signals: times at
+    which this process got Ctrl-C or SIGTERM.
     """
 
     run: config.Run
@@ -283,6 +284,7 @@ class Job:
     teacher: Teacher | None
     distiller: Distiller | None
     unread: list[guards.Check] = field(default_factory=list)
+    signals: list[float] = field(default_factory=list)
 
     @property
     def model(self) -> Transformer:

@@ -40,7 +40,7 @@ class Step:
     """Result of one optimiser step.
 
     losses: loss_EM of each term, of this process. queries: queries of all processes at each exit.
-    norm: gradient norm. tokens, flops: of this process.
+    norm: gradient norm. tokens, flops: of this process. check: whether its numbers are finite.
     """
 
     losses: Terms
@@ -48,6 +48,7 @@ class Step:
     norm: Tensor
     tokens: int
     flops: Flops
+    check: guards.Check
 
 
 class Rates:
@@ -123,13 +124,14 @@ def update(job: Job, step: int, losses: Terms) -> tuple[Tensor, guards.Check]:
     numbers = [norm, *losses.values()]
     if distiller is not None:
         numbers += distiller.gradients()
-    found = guards.found_inf(numbers, job.where)
+    answers = guards.agree(numbers, bool(job.signals), job.where)
+    found = answers[0]
     prepare(job.optimizer, norm, run.optim.max_grad_norm, found)
     job.optimizer.step()
     if distiller is not None:
         distiller.step(learning_rate(step, run), run.optim.max_grad_norm, found)
     engine.zero()
-    return norm, guards.Check(step, found, losses, norms)
+    return norm, guards.Check(step, answers, losses, norms)
 
 
 def source_of(job: Job, step: int) -> str:

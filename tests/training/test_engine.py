@@ -20,7 +20,7 @@ from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training.engine import Engine, local
-from mlembed.training.guards import bad_gradient, found_inf
+from mlembed.training.guards import agree, bad_gradient
 from mlembed.training.optim import adamw, prepare
 
 # Neither two nor four processes share these widths, heads and vocabulary evenly.
@@ -212,9 +212,13 @@ def left_out(engine, optimizer, where):
     states = optimizer.state.values()
     tensors = [*engine.model.parameters(), *(x for state in states for x in state.values())]
     before = [local(x).detach().clone() for x in tensors]
+    norm = torch.tensor(1.0)
     loss = torch.tensor(torch.inf if where.rank == where.size - 1 else 1.0)
-    found = found_inf([loss], where)
-    prepare(optimizer, torch.tensor(1.0), MAX_NORM, found)
+    # The first process is to stop.
+    answers = agree([loss], where.main, where)
+    found = answers[0]
+    assert answers.tolist() == [1.0, 1.0] and agree([norm], False, where).tolist() == [0.0, 0.0]
+    prepare(optimizer, norm, MAX_NORM, found)
     optimizer.step()
     pairs = zip(tensors, before, strict=True)
     return found.item(), sum(not torch.equal(local(x), y) for x, y in pairs), len(before)

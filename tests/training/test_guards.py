@@ -3,6 +3,8 @@
 import json
 import math
 import resource
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,29 @@ def test_an_update_reads_nothing_of_the_device(make, bad, monkeypatch):
     guarded(job, 1, feed)
     assert waits.count == 1
     assert settle(job) is not bad and not job.unread
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
+    """One process knows at once; several read it in the next step, without waiting for this one."""
+    job, _ = make("--log-every", 100)
+    real, alone = train.guarded, job.where
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def guarded(job, step, feed):
+        if step + 1 == at:
+            signal.raise_signal(signal.SIGTERM)
+        return real(replace(job, where=alone), step, feed)
+
+    monkeypatch.setattr(train, "guarded", guarded)
+    try:
+        where = replace(alone, size=size)
+        assert train.optimise(replace(job, where=where), 0) == at + size - 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not job.unread
 
 
 def test_a_run_reports_a_bad_step_before_the_next_update(make, tmp_path, monkeypatch):

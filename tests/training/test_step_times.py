@@ -60,7 +60,7 @@ def test_operations_are_those_of_the_steps(job, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     rates = Rates(replace(job, bf16=True))
-    steps = [Step({}, [], torch.ones(()), 50, work) for work in each]
+    steps = [Step({}, [], torch.ones(()), 50, work, None) for work in each]
     rates.add(steps[0])
     rates.begin()
     rates.add(steps[1])
