@@ -117,9 +117,10 @@ def _check(
         if grad.shape != weight.shape or not grad.is_floating_point():
             raise ValueError(f"grads: expected {list(weight.shape)}, got {list(grad.shape)}")
         for moment in moments:
-            if moment.dtype != torch.float32 or moment.shape != weight.shape:
+            fits = moment.shape == weight.shape and moment.is_contiguous()
+            if moment.dtype != torch.float32 or not fits:
                 raise ValueError(
-                    f"moments: expected fp32 {list(weight.shape)}, got {moment.dtype} "
+                    f"moments: expected contiguous fp32 {list(weight.shape)}, got {moment.dtype} "
                     f"{list(moment.shape)} (load_state_dict casts them)"
                 )
 

@@ -221,7 +221,7 @@ def test_other_dtypes_and_cast_moments_are_errors():
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="moments: expected fp32"):
+    with pytest.raises(ValueError, match="moments: expected contiguous fp32"):
         optimizer.step()
 
 

@@ -263,11 +263,22 @@ def test_decay_alone_reaches_bf16(impl):
     assert abs(weight.double().mean().item() + math.exp(-0.02)) < 5 * sigma < 0.02 / 5
 
 
-def test_strided_gradients(impl="triton"):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_waits_for_nothing(no_wait):
+    problem = Problem()
+    options = {"grad_scale": scalar(2.0), "found_inf": scalar(0.0)}
+    problem.step("triton", **options)
+    with no_wait():
+        stochastic_adamw(
+            *problem.lists, **OPTIONS, **options, numbers=range(len(SHAPES)), impl="triton"
+        )
+
+
+def test_strided_gradients():
     problem, strided = Problem(), Problem()
     strided.grads[:] = [g.T.contiguous().T if g.numel() > 1 else g for g in strided.grads]
     assert not strided.grads[0].is_contiguous()
-    for a, b in zip(problem.step(impl), strided.step("reference"), strict=True):
+    for a, b in zip(problem.step("triton"), strided.step("triton"), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -302,7 +313,7 @@ def test_mistakes_are_named():
         call(weights=[torch.zeros(shape) for shape in SHAPES])
     with pytest.raises(ValueError, match=r"grads: expected \[7, 13\], got \[13, 7\]"):
         call(grads=[g.T for g in Problem().grads])
-    with pytest.raises(ValueError, match=r"moments: expected fp32 \[7, 13\], got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"moments: expected contiguous fp32 \[7, 13\], got torch.bfloat16"):
         call(exp_avg_sqs=[w.clone() for w in Problem().weights])
     nothing = [[]] * 5
     stochastic_adamw(*nothing, **OPTIONS, numbers=[])
