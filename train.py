@@ -40,8 +40,8 @@ from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.publishing.export import export
-from mlembed.runtime import checkpoint, log, profiling
-from mlembed.runtime.distributed import World, any_process, world
+from mlembed.runtime import checkpoint, log, profiling, transfer
+from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
@@ -82,7 +82,8 @@ def train(run: config.Run, where: World) -> int:
             score(job, 0)
         done = optimise(job, start)
     if done == job.run.steps:
-        finish(job)
+        with main_works(where, "finish"):
+            finish(job)
     out.close()
     return 0 if done == job.run.steps else 130
 
@@ -204,14 +205,14 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    weight_EM, ranks = weights(run).to(where.device), ranks_of(run, step)
+    weight_EM, ranks = transfer.moved(weights(run), where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
     flops, tokens, queries = Flops(), 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
-            batch = next(feed)
+            batch = next(feed).to(where.device)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -228,7 +229,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
                 losses[name] = losses.get(name, 0) + loss_EM
         tokens += batch.tokens
         for e, exit in enumerate(run.model.exits):
-            queries[e] += int((batch.query_depths >= exit).sum())
+            queries[e] += int((batch.host.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
         norm, check = update(job, step, losses)
     job.unread.append(check)
@@ -236,7 +237,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:
-    """Forward, loss and backward of a micro-batch at one rank.
+    """Forward, loss and backward of a micro-batch, which is on the device, at one rank.
 
     Args:
         sync: whether this is the last backward of the step, which averages over processes.
@@ -246,7 +247,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
     """
     run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
-    packs = [pack.to(device) for pack in batch.packs]
+    packs = batch.packs
     keeps, recompute, final = gradcache.choose_graphs(run, job.cost, packs, job.budget)
     shares: Terms = {}
 
@@ -274,7 +275,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
     with job.stages.of("backward", traced=False):
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
     work = Flops()
-    for pack, kept, again in zip(batch.packs, keeps, recompute, strict=True):
+    for pack, kept, again in zip(batch.host.packs, keeps, recompute, strict=True):
         work += training_flops(run.model, pack, spec.rank, keeps=kept, recompute=again)
     return shares, work
 
@@ -305,14 +306,17 @@ def full_encoder(job: Job) -> Encoder | None:
 
 def score(job: Job, step: int) -> None:
     """Log the score of the full size; `finish` scores the whole grid."""
-    if not job.tasks or (encoder := full_encoder(job)) is None:
+    if not job.tasks:
         return
-    shape = job.run.model
-    full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
-    percent = charts.mean_score(cell)
-    job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
-    job.out.say(f"step {step}: score {percent:.1f} % at full size")
+    with main_works(job.where, f"score {step}"):
+        if (encoder := full_encoder(job)) is None:
+            return
+        shape = job.run.model
+        full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+        (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
+        percent = charts.mean_score(cell)
+        job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
+        job.out.say(f"step {step}: score {percent:.1f} % at full size")
 
 
 def finish(job: Job) -> None:

@@ -226,8 +226,8 @@ class Texts:
             batch = collate(
                 groups(self.case), self.rows.__getitem__, np.arange(self.case.texts),
                 last if deep else some, None, max_tokens=self.case.run.pack_tokens,
-            )  # fmt: skip
-            self.made[deep] = batch, [pack.to(self.device) for pack in batch.packs]
+            ).to(self.device)  # fmt: skip
+            self.made[deep] = batch, list(batch.packs)
         return self.made[deep]
 
     def clear(self) -> None:

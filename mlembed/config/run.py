@@ -108,7 +108,7 @@ class Run:
     max_length: int = 64
     """Tokens of a text, EOS included; longer texts are cut and keep EOS."""
     pack_tokens: int = 131_072
-    """Most tokens of a packed forward; queries and documents are packed separately."""
+    """Most tokens of a packed forward, queries and documents together."""
     sampling: Literal["alpha", "weights", "exhaust"] = "alpha"
     """A batch's source is drawn in proportion to pairs ** `source_alpha` (GTE, 2308.03281), to the
     weights of `sources`, or to remaining batches, until every source is used up (ML-Embed)."""

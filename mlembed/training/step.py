@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import config
 from ..modeling import flops
 from ..modeling.flops import Flops
-from ..runtime import log
+from ..runtime import log, transfer
 from . import guards
 from .objective.distill import rows_of
 from .objective.loss import ranks_of, weights
@@ -103,7 +103,7 @@ def total_loss(run: config.Run, weight_EM: Tensor, terms: Terms) -> Tensor:
     """
     total = weight_EM.new_zeros(())
     for name, loss_EM in terms.items():
-        rows_E = rows_of(run.distill, name, len(weight_EM)).to(weight_EM)
+        rows_E = transfer.moved(rows_of(run.distill, name, len(weight_EM)), weight_EM.device)
         term_EM = weight_EM * rows_E[:, None]
         term_EM = term_EM * (weight_EM.sum() / term_EM.sum().clamp(min=1e-30))
         total = total + getattr(run.distill, name) * (term_EM * loss_EM).sum()

@@ -136,6 +136,8 @@ def test_recipes_have_the_published_numbers():
         )
         assert (run.loss.margin, run.loss.temperature, run.optim.lr) == (0.3, 0.01, 1e-4)
         assert RECIPES[f"lealla-{size}-3d"]().model.ranks[-1] == run.model.hidden_size // 2
+        longest = 2 * run.batch_size * run.max_length
+        assert longest / run.pack_tokens == (2 if size == "large" else 1)
     for size, (_, rate) in GTE_STARTS.items():
         first, second = (RECIPES[f"gte-{size}-{kind}"]() for kind in ("unsupervised", "supervised"))
         assert (first.batch_size, first.steps, first.max_length) == (16_384, 50_000, 128)

@@ -313,7 +313,9 @@ def test_mistakes_are_named():
         call(weights=[torch.zeros(shape) for shape in SHAPES])
     with pytest.raises(ValueError, match=r"grads: expected \[7, 13\], got \[13, 7\]"):
         call(grads=[g.T for g in Problem().grads])
-    with pytest.raises(ValueError, match=r"moments: expected contiguous fp32 \[7, 13\], got torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"moments: expected contiguous fp32 \[7, 13\], got torch.bfloat16"
+    ):
         call(exp_avg_sqs=[w.clone() for w in Problem().weights])
     nothing = [[]] * 5
     stochastic_adamw(*nothing, **OPTIONS, numbers=[])
