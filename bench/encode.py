@@ -26,6 +26,7 @@ from mlembed import config
 from mlembed.config import shapes
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
+from mlembed.modeling.flops import layer_weights
 from mlembed.modeling.transformer import Transformer
 from mlembed.publishing.export import write_model
 
@@ -174,9 +175,7 @@ def ceiling(cfg: config.Model, device: torch.device) -> float:
 
 def flops(cfg: config.Model, layers: int) -> int:
     """Return the FLOPs of one token's products in some layers."""
-    heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
-    weights = heads * cfg.head_dim * cfg.hidden_size + 3 * cfg.hidden_size * cfg.intermediate_size
-    return 2 * layers * weights
+    return 2 * layers * layer_weights(cfg)
 
 
 def measure(

@@ -136,7 +136,7 @@ FEW = (
 # The first launch of each kernel is taken from these.
 QUICK = (
     *("infonce-both", "256-rows-masks-bf16", "cosine-4-bf16"),
-    *("attention-mid-ours", "embed-step"),
+    *("attention-mid-ours", "embed-step", "adamw-step"),
 )
 
 
@@ -146,7 +146,7 @@ QUICK = (
 NO_WGMMA = {
     "_pack_kernel", "_unpack_kernel", "_positive_kernel", "_exact_kernel",
     "_cosine_forward_kernel", "_cosine_backward_kernel",
-    "_sum_kernel", "_total_kernel", "_gather_kernel",
+    "_sum_kernel", "_total_kernel", "_gather_kernel", "_adamw_kernel",
 }  # fmt: skip
 SHARED = 227 * 1024  # bytes a multiprocessor has
 

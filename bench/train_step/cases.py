@@ -41,6 +41,7 @@ from mlembed.config import recipes, shapes
 from mlembed.data.collate import Batch, collate
 from mlembed.data.depth import draw_depths
 from mlembed.data.packing import PackedBatch
+from mlembed.modeling.flops import PEAKS, layer_weights
 from mlembed.modeling.transformer import num_parameters
 from mlembed_kernels import TokenIndex
 
@@ -51,7 +52,7 @@ from ..infonce.cases import NESTED
 
 Lengths = tuple[float, float, int, int]  # of a lognormal: median, sigma; least, most
 ACTIVATION_GIB = 70.0  # of ours_selective: under 80 GiB with weights, moments and gradients
-PEAK_TFLOPS = 990.0  # of an H200's matrix units, bf16, as its maker states: MFU is against it
+PEAK_TFLOPS = PEAKS["H200"]  # MFU is against it.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +264,7 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
         "embedding": (rows, read + 2 * 2 * T * D + written),
         "attention": (14 * Hq * K * P, 2 * (5 * Hq + 6 * Hkv) * K * S),
         "products": (
-            6 * (2 * D * heads + ups * D * I) * S,
+            6 * layer_weights(m) * S,
             3 * 2 * (4 * D + 2 * heads + ups * I) * S,
         ),
         "point-wise": (0.0, 2 * point_wise * S),

@@ -8,7 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log
 from ..runtime.distributed import World, main_works
-from . import gradcache
+from . import gradcache, guards
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
@@ -242,7 +242,8 @@ class Job:
 
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
-    without a limit).
+    without a limit). unread: the check of the last step, until `settle` reads it. signals: times at
+    which this process got Ctrl-C or SIGTERM.
     """
 
     run: config.Run
@@ -263,6 +264,8 @@ class Job:
     bank: Bank | None
     teacher: Teacher | None
     distiller: Distiller | None
+    unread: list[guards.Check] = field(default_factory=list)
+    signals: list[float] = field(default_factory=list)
 
     @property
     def model(self) -> Transformer:
@@ -299,7 +302,7 @@ def set_up(
     cost = ActivationCost.measure(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
     engine = Engine.of(model, run, where, half)
-    optimizer = adamw(model, run.optim)
+    optimizer = adamw(model, run.optim, run.seed)
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
     if resume_from:
         checkpoint.restore(resume_from, model, optimizer, where.rank, where.size)

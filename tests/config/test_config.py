@@ -223,7 +223,7 @@ def test_fields_of_a_machine():
     run = strict.to_dict(Run())
     assert set(strict.differences(run, strict.without_machine(Run()))) == {
         *("compile", "activation_checkpointing", "activation_gib", "gradient_cache", "engine"),
-        *("cpu_offload", "non_finite", "allow_changed", "resume", "loader_workers"),
+        *("cpu_offload", "non_finite", "allow_changed", "resume", "loader_workers", "profile"),
         *("model.attention", "loss.negatives_across", "loss.bank_on"),
     }
 

@@ -36,6 +36,7 @@ FIRST = {
     "kernels/_lists.py": "test_token_index test_plan",
     "kernels/embedding/token_index.py": "test_token_index test_embed_triton",
     "kernels/attention/plan.py": f"test_plan {ATTENTION}",
+    "kernels/optimiser/_op.py": "test_adamw",
     # Tests import the configuration from its package.
     "mlembed/config/model.py": "test_config test_transformer",
     "mlembed/config/objective.py": "test_config test_loss test_distill",

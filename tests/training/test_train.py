@@ -160,6 +160,31 @@ def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path
     assert mine.read_bytes() == theirs.read_bytes()
 
 
+def test_profile_names_the_parts_of_a_step(arguments, tmp_path):
+    """Steps 4 and 5, in Chrome's format."""
+    args = ["--output-dir", tmp_path, "--steps", 6, "--tracker", "none", "--profile", 2]
+    train(*arguments, *args, "--eval-every", 0)
+    run = tmp_path / "tiny"
+    events = json.loads((run / "trace_0.json").read_text())["traceEvents"]
+    spans = [
+        (event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation"
+    ]
+    inside = {
+        name: {other for other, a, b in spans if a <= begin and end <= b} - {name}
+        for name, begin, end in spans
+    }
+    steps = {name for name in inside if name.startswith("ProfilerStep#")}
+    assert len(steps) == 2
+    own = ("data", "forward", "loss", "backward", "optimizer", "exit 1", "exit 2")
+    parents = {name: inside[name] & set(own) for name in own}
+    assert parents == dict.fromkeys(own[:5], set()) | dict.fromkeys(own[5:], {"forward"})
+    assert all(inside[name] & steps for name in own)
+    # A run from the saved configuration traces nothing.
+    assert json.loads((run / "config.json").read_text())["profile"] == 0
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_all_ranks_in_one_step(data, tmp_path, micro_batches):
     """Losses and gradients at each rank add up, weighted as sampling would weigh them."""

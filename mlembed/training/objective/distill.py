@@ -30,6 +30,7 @@ from ...data.collate import Batch
 from ...modeling.vocabulary import principal_directions
 from ...runtime import transfer
 from ...runtime.distributed import World, gather
+from ..optim import prepare
 
 TERMS = ("features", "logits", "between_exits")
 
@@ -113,8 +114,9 @@ class Distiller:
         distiller = Distiller(cfg, rotation, projection, where)
         if distiller.projection is not None:
             distiller.optimizer = torch.optim.AdamW(
-                [distiller.projection], betas=run.optim.betas, eps=run.optim.eps, weight_decay=0.0
-            )
+                [distiller.projection], betas=run.optim.betas, eps=run.optim.eps,
+                weight_decay=0.0, fused=True,
+            )  # fmt: skip
         return distiller
 
     # ---- the loss ----
@@ -202,8 +204,11 @@ class Distiller:
 
     # ---- the projection's steps ----
 
-    def step(self, lr: float, max_norm: float) -> None:
-        """Step the projection with gradients averaged over processes; all processes call it."""
+    def step(self, lr: float, max_norm: float, found_inf: Tensor) -> None:
+        """Step the projection with gradients averaged over processes; all processes call it.
+
+        found_inf: fp32 0-dim; 1 leaves the projection as it is.
+        """
         P = self.projection
         if P is None or P.grad is None:
             return
@@ -211,20 +216,15 @@ class Distiller:
         if self.where.size > 1:
             dist.all_reduce(P.grad)
             P.grad /= self.where.size
-        torch.nn.utils.clip_grad_norm_([P], max_norm)
+        prepare(self.optimizer, P.grad.norm(), max_norm, found_inf)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         P.grad = None
 
-    def finite(self) -> bool:
-        """Return whether the projection's gradient, if any, is finite."""
+    def gradients(self) -> list[Tensor]:
+        """Return the projection's gradient, if any."""
         P = self.projection
-        return P is None or P.grad is None or bool(P.grad.isfinite().all())
-
-    def discard(self) -> None:
-        """Drop the gradient of a step that is skipped."""
-        if self.projection is not None:
-            self.projection.grad = None
+        return [] if P is None or P.grad is None else [P.grad]
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, equal on all processes."""
@@ -256,7 +256,7 @@ class Distiller:
         if "step" in tensors and self.projection is not None:
             assert self.optimizer is not None
             state = {n: tensors[n].to(self.projection) for n in ("exp_avg", "exp_avg_sq")}
-            step = tensors["step"].reshape(()).float().cpu()
+            step = tensors["step"].reshape(()).float().to(self.projection.device)
             self.optimizer.state[self.projection] = {"step": step, **state}
 
 
