@@ -309,6 +309,10 @@ def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["audit"]:
+        from .compiled import audit
+
+        return audit.main(sys.argv[2:])
     parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all")
     parser.add_argument("--list", action="store_true", help="benches and their cases")

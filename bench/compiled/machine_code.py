@@ -1,64 +1,46 @@
-"""Machine code of compiled launches: wgmma, registers, stack, and loops with hazards.
+"""A compiled launch as a row: its options, resources, and what its instructions are.
 
 python -m bench.compiled.machine_code [CASE...] -> one JSON object for each specialisation
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import triton.backends.nvidia
 
-from . import bench_cases, launches
+from . import bench_cases, launches, sass
 from .launches import Launch
+from .machines import H100
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+TILE = "BM", "BN", "BK", "TOKENS", "HEADS", "BR", "BP"
 
 
 def disassembly(cubin: bytes) -> str:
     return _run_on(cubin, "nvdisasm", "-c")
 
 
-def _run_on(cubin: bytes, tool: str, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _run_on(code: bytes, tool: str, *options: str) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
         file.flush()
-        command = [str(TOOLS / tool), option, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [str(TOOLS / tool), *options, file.name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return done.stdout + done.stderr
 
 
-def loops(sass: str) -> list[list[str]]:
-    """Return the instructions of each loop, from a label to a branch back to it."""
-    lines = sass.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
-    bodies = []
-    for i, line in enumerate(lines):
-        branch = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)
-        if branch and labels.get(branch[1], i) < i - 1:
-            bodies.append(lines[labels[branch[1]] : i + 1])
-    return bodies
-
-
-def unguarded(loop: Sequence[str]) -> bool:
-    """Tell if shared memory is overwritten after a wait for a product, without a barrier.
-
-    Other warps may still read it (Triton issue 11047). The loop is walked twice, as the wait may
-    belong to the round before the copy.
-    """
-    waited = False
-    for line in [*loop, *loop]:
-        if "WARPGROUP.DEPBAR" in line:
-            waited = True
-        elif "BAR.SYNC" in line:
-            waited = False
-        elif "LDGSTS" in line and waited:
-            return True
-    return False
+def serialised(ptx: str, arch: int = 90) -> bool:
+    """Tell if ptxas says that it serialises wgmma, as registers are in their way (C7515)."""
+    if "wgmma" not in ptx:
+        return False
+    said = _run_on(ptx.encode(), "ptxas", "-v", f"--gpu-name=sm_{arch}a", "-o", os.devnull)
+    return "serialized" in said
 
 
 def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
@@ -69,16 +51,19 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
         name: int(re.search(rf"{key}:(\d+)", usage)[1])  # type: ignore[index]
         for key, name in (("REG", "registers"), ("STACK", "stack"))
     }
-    inner = loops(disassembly(cubin))
+    code = disassembly(cubin)
+    inner = sass.bodies(code)
     products = [(_count(loop, "HGMMA"), _count(loop, "WARPGROUP.DEPBAR")) for loop in inner]
-    constants = launch.arguments()
+    constants, warps = launch.arguments(), kernel.metadata.num_warps
+    programs = H100.programs(warps, resources["registers"], kernel.metadata.shared)
     return {
         "kernel": launch.name,
         "case": launch.case,
         "constants": {k: v for k, v in constants.items() if k.isupper()},
         "ones": sorted(k for k, v in constants.items() if not k.isupper()),
         "divisible": sorted(launch.divisible()),
-        "warps": launch.options.num_warps,
+        "tile": {name: constants[name] for name in TILE if name in constants},
+        "warps": warps,
         "stages": launch.options.num_stages,
         "target": re.search(r"\.target (\S+)", ptx)[1],  # type: ignore[index]
         "wgmma": ptx.count("wgmma.mma_async"),
@@ -86,15 +71,27 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
         "async_copies": ptx.count("cp.async"),
         "shared": kernel.metadata.shared,
         **resources,
+        "programs": programs,  # that a multiprocessor holds at once
         "spills_in_loops": sum(_count(loop, "STL") + _count(loop, "LDL") for loop in inner),
         # Loops that wait for every product before the next begins.
         "serial_loops": sum(0 < n <= waits for n, waits in products),
-        "unguarded_loops": sum(map(unguarded, inner)) if launch.options.num_warps > 4 else 0,
+        "unguarded_loops": sum(map(sass.unguarded, inner)) if warps > 4 else 0,
+        "products_and_waits": [pair for pair in products if pair[0]],
+        "regions": [
+            {
+                "loop": region.loop,
+                "always": region.always,
+                "kind": region.kind,
+                "instructions": len(region.lines),
+                "opcodes": dict(region.opcodes.most_common()),
+            }
+            for region in sass.regions_of(code)
+        ],
         "hash": kernel.hash,
     }
 
 
-def _count(lines: Sequence[str], opcode: str) -> int:
+def _count(lines: list[str], opcode: str) -> int:
     return sum(opcode in line for line in lines)
 
 
