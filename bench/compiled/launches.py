@@ -101,7 +101,7 @@ class Run:
     grid: tuple[int, ...]
     sizes: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
-    lists: dict[str, Tensor]
+    lists: dict[str, Tensor | None]
 
     @property
     def programs(self) -> int:
@@ -160,11 +160,7 @@ def prepare() -> None:
         tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
         sizes = {name: x for name, x in arguments.items() if type(x) is int}
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-        lists = {
-            name: x
-            for name, x in zip(tensors, map(_copied, tensors.values()), strict=True)
-            if x is not None
-        }
+        lists = {name: _copied(x) for name, x in tensors.items() if x.dtype == torch.int32}
         RUNS.append(Run(case, launch, grid, sizes, shapes, lists))
 
     copy = Tensor.to

@@ -76,7 +76,6 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
         # Loops that wait for every product before the next begins.
         "serial_loops": sum(0 < n <= waits for n, waits in products),
         "unguarded_loops": sum(map(sass.unguarded, inner)) if warps > 4 else 0,
-        "products_and_waits": [pair for pair in products if pair[0]],
         "regions": [
             {
                 "loop": region.loop,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 ENDS = re.compile(r"\b(BRA|EXIT|RET|BRX|JMP)\b")
+INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]{4,}\*/)?\s*((?:@!?U?P\w+\s+)?[A-Z][^;]*?)\s*;")
 # Counted by opcode alone; others keep their width or shape.
 DETAILED = "HGMMA", "HMMA", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "STS", "UTMALDG", "TCGEN05"
 PRODUCTS, EXPONENTIALS, OTHER = "products", "exponentials", "other"  # kinds of regions
@@ -56,7 +57,12 @@ def kind_of(names: Iterable[str]) -> str:
 
 
 def opcode(line: str) -> str:
-    """Return LDG.E.128 of `@P0 LDG.E.128 R4, [R2]`, FADD of `FADD.FTZ R1, R2, R3`."""
+    """Return LDG.E.128 of `@P0 LDG.E.128 R4, [R2]`, FADD of `FADD.FTZ R1, R2, R3`.
+
+    A wait for products ends with the number of groups that it leaves under way.
+    """
+    if left := re.search(r"(WARPGROUP\.DEPBAR)\S*\s+gsb0, 0x([0-9a-f]+)", line):
+        return f"{left[1]} {int(left[2], 16)}"
     name = re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
     first = name.partition(".")[0]
     return name if first in DETAILED or name.startswith("WARPGROUP") else first
@@ -70,9 +76,7 @@ def blocks_of(text: str) -> list[Block]:
             if blocks[-1].lines:
                 blocks.append(Block([]))
             at[label[1]] = len(blocks) - 1
-        elif found := re.match(
-            r"\s*(?:/\*[0-9a-f]{4,}\*/)?\s*((?:@!?U?P\w+\s+)?[A-Z][^;]*?)\s*;", line
-        ):
+        elif found := INSTRUCTION.match(line):
             blocks[-1].lines.append(found[1])
             if ENDS.search(found[1]):
                 if to := re.search(r"`\((\.L_\w+)\)", found[1]):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .launches import Run
 from .sass import EXPONENTIALS, OTHER, PRODUCTS
 
@@ -52,7 +54,13 @@ class Arguments:
         return {"fp32": 4, "i32": 4, "i64": 8, "i8": 1, "i1": 1, "u1": 1}.get(kind, 2)
 
     def column(self, name: str, column: int) -> list[int]:
-        return [int(x) for x in self.run.lists[name][:, column]]
+        return [int(x) for x in self.values(name)[:, column].tolist()]
+
+    def values(self, name: str) -> Tensor:
+        values = self.run.lists.get(name)
+        if values is None:
+            raise LookupError(f"{self.run.launch.name}: {name} has no values")
+        return values
 
 
 def all_alike(rounds: float) -> Loop:
@@ -202,7 +210,7 @@ def keys_backward(a: Arguments) -> Work:
 
 def project(a: Arguments) -> Work:
     """Rows of X are read once for each token, of which several parts may be written."""
-    rows = len(a.run.lists["IDS"].unique()) if a.SPREAD else a.rows
+    rows = len(a.values("IDS").unique()) if a.SPREAD else a.rows
     memory = rows * a.K * a.bytes("X") + a.size("W")
     whole = a.SPREAD or a.FILL
     memory += a.size("OUT") if whole else a.rows * a.N * a.bytes("OUT")
@@ -210,12 +218,12 @@ def project(a: Arguments) -> Work:
 
 
 def sum_(a: Arguments) -> Work:
-    read = int(a.run.lists["COUNT"].sum()) * a.N * a.bytes("X")
+    read = int(a.values("COUNT").sum()) * a.N * a.bytes("X")
     return Work(read + a.size("OUT"))
 
 
 def total(a: Arguments) -> Work:
-    return Work(int(a.run.lists["PARTS"].sum()) * a.N * 4 + a.size("OUT"))
+    return Work(int(a.values("PARTS").sum()) * a.N * 4 + a.size("OUT"))
 
 
 def gather(a: Arguments) -> Work:

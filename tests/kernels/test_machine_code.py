@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 import hopper  # noqa: E402
 
-from bench.compiled import machine_code  # noqa: E402
+from bench.compiled import sass  # noqa: E402
 
 WAIT, BARRIER, COPY = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "BAR.SYNC.DEFER_BLOCKING 0x0 ;", "LDGSTS.E"
 PRODUCT, SPILL = "HGMMA.64x128x16.F32.BF16 R24, R116, gdesc[UR8] ;", "STL [R1], R2 ;"
@@ -19,7 +19,7 @@ def code(*loop: str, before: tuple[str, ...] = ()) -> str:
 
 
 def test_loops_are_what_is_run_again():
-    inner = machine_code.loops(code(PRODUCT, WAIT, before=(SPILL,)))
+    inner = sass.bodies(code(PRODUCT, WAIT, before=(SPILL,)))
     assert len(inner) == 1
     text = "\n".join(inner[0])
     assert PRODUCT in text and WAIT in text and SPILL not in text and "EXIT" not in text
@@ -36,8 +36,8 @@ def test_loops_are_what_is_run_again():
     ],
 )
 def test_a_barrier_stands_between_a_wait_and_a_copy(loop, expected):
-    (found,) = machine_code.loops(code(*loop))
-    assert machine_code.unguarded(found) is expected
+    (found,) = sass.bodies(code(*loop))
+    assert sass.unguarded(found) is expected
 
 
 GOOD = {
