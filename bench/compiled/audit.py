@@ -21,6 +21,7 @@ from typing import Any
 from .. import ROOT
 
 Row = dict[str, Any]
+DOCS = ROOT / "docs/kernels.md"
 
 
 def default_cases(names: Iterable[str]) -> list[str]:
@@ -33,11 +34,16 @@ def default_cases(names: Iterable[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def audit(names: Sequence[str], jobs: int, arch: int) -> Row:
-    """Compile the launches of these cases; return what JSON files hold."""
+def audit(
+    names: Sequence[str], jobs: int | None, arch: int = 90, kernels: Sequence[str] = ()
+) -> Row:
+    """Compile the launches of these cases; return what JSON files hold.
+
+    kernels: only these, as tables name them.
+    """
     import triton
 
-    from . import bench_cases, launches
+    from . import bench_cases, launches, tables
     from .machines import MACHINES
 
     launches.keep_compiled()
@@ -48,16 +54,18 @@ def audit(names: Sequence[str], jobs: int, arch: int) -> Row:
             raise ValueError(f"case: expected one of {', '.join(known)}, got {name!r}")
     names = names or default_cases(known)
     FOUND[:] = launches.collect({name: known[name] for name in names})
+    if kernels:
+        FOUND[:] = [launch for launch in FOUND if tables.short(launch.name) in kernels]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         rows = list(pool.map(partial(compiled, arch=arch), range(len(FOUND))))
-    kernels = {launch.key(): row for launch, row in zip(FOUND, rows, strict=True)}
+    by_key = {launch.key(): row for launch, row in zip(FOUND, rows, strict=True)}
     return {
         "triton": triton.__version__,
         "arch": arch,
         "commit": commit(),
         "machines": {machine.name: machine.__dict__ for machine in MACHINES},
         "kernels": rows,
-        "cases": costed(launches.RUNS, kernels) if arch == launches.TARGET.arch else [],
+        "cases": costed(launches.RUNS, by_key) if arch == launches.TARGET.arch else [],
     }
 
 
@@ -73,7 +81,6 @@ def compiled(index: int, arch: int) -> Row:
     try:
         kernel = launch.compile(arch)
         row |= machine_code.machine_code(launch, kernel)
-        row["serialised"] = machine_code.serialised(kernel.asm["ptx"], arch)
         row["traffic"] = [region.__dict__ for region in ttgir.regions_of(kernel.asm["ttgir"])]
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -98,8 +105,8 @@ def costed(runs: Iterable[Any], kernels: dict[str, Row]) -> list[Row]:
     rows: dict[tuple[str, str], Row] = {}
     for run in runs:
         key = run.launch.key()
-        kernel = kernels[key]
-        if "error" in kernel:
+        kernel = kernels.get(key)
+        if kernel is None or "error" in kernel:
             continue
         fresh = {"case": run.case, "kernel": run.launch.name, "index": kernel["index"]}
         fresh |= {"launches": 0, "programs": 0, "cost": {}}
@@ -113,17 +120,14 @@ def costed(runs: Iterable[Any], kernels: dict[str, Row]) -> list[Row]:
             continue
         for name, value in cost.items():
             row["cost"][name] = row["cost"].get(name, 0) + value
+    by_index = {row["index"]: row for row in kernels.values()}
     for row in rows.values():
-        kernel = kernels_by_index(kernels.values())[row["index"]]
+        kernel = by_index[row["index"]]
         slots = row["launches"] * MACHINES[0].multiprocessors * kernel["programs"]
         row["waves"] = round(row["programs"] / slots, 2)
         if "unknown" not in row and row["cost"]:
             row["bounds"] = {m.name: m.bounds(row["cost"]) for m in MACHINES}
     return list(rows.values())
-
-
-def kernels_by_index(rows: Iterable[Row]) -> dict[int, Row]:
-    return {row["index"]: row for row in rows}
 
 
 def cost_of(run: Any, kernel: Row, work: Any) -> dict[str, float]:
@@ -136,16 +140,17 @@ def cost_of(run: Any, kernel: Row, work: Any) -> dict[str, float]:
 
     if work is None:
         raise LookupError(f"{kernel['kernel']}: no model of its work")
-    cost = dict.fromkeys(("tensor", "exponentials", "issue"), 0.0)
+    cost = dict.fromkeys(("tensor", "exponentials", "issue", "instructions"), 0.0)
     if work.loops is None:
         return {**cost, "l2": work.memory, "memory": work.memory}
     warps = kernel["warps"]
     for region, times in rounds(kernel["regions"], work.loops, run):
         opcodes = region["opcodes"].items()
-        cost["issue"] += times * region["instructions"] * warps / H100.schedulers
+        cost["instructions"] += times * region["instructions"] * warps
         special = sum(n for name, n in opcodes if name.startswith("MUFU"))
         cost["exponentials"] += times * special * warps * 32 / H100.special
         cost["tensor"] += times * sum(n * clocks(name) for name, n in opcodes) * warps / 4
+    cost["issue"] = cost["instructions"] / H100.schedulers
     traffic = rounds(kernel["traffic"], work.loops, run)
     cost["l2"] = sum(times * (region["read"] + region["written"]) for region, times in traffic)
     return {**cost, "memory": work.memory}
@@ -188,15 +193,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default: the kernels' benches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier one")
+    parser.add_argument("--docs", action="store_true", help="write the tables of docs/kernels.md")
+    parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
     parser.add_argument("--arch", type=int, choices=(80, 90, 100), default=90)
     args = parser.parse_args(arguments)
+    page = DOCS.read_text(encoding="utf-8") if args.docs else ""
     try:
-        found = audit(args.cases, args.jobs, args.arch)
+        cases = tables.cases_of(page) if args.docs else args.cases
+        found = audit(cases, args.jobs, args.arch, args.kernel)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.json:
         args.json.write_text(json.dumps(found, default=str) + "\n", encoding="utf-8")
+    if args.docs:
+        DOCS.write_text(tables.filled(page, found), encoding="utf-8")
+        return
     if args.against:
         before = json.loads(args.against.read_text(encoding="utf-8"))
         print(tables.comparison(before, found))

@@ -113,7 +113,8 @@ class Run:
 LAUNCHES: dict[str, Launch] = {}  # by key, in the order of the first launch
 RUNS: list[Run] = []  # every launch
 COPIES: dict[int, tuple[Tensor, Tensor]] = {}  # storage on the card -> the tensors, there and here
-running = "", (), {}  # the case, the grid and the arguments of the launch under way
+# The case, the grid and the arguments of the launch under way.
+running: tuple[str, tuple[int, ...], dict[str, Any]] = "", (), {}
 
 
 class _Hopper:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,19 @@ TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TILE = "BM", "BN", "BK", "TOKENS", "HEADS", "BR", "BP"
 
 
-def disassembly(cubin: bytes) -> str:
-    return _run_on(cubin, "nvdisasm", "-c")
+def disassembly(kernel: Any) -> str:
+    return _kept(kernel, "sass", lambda: _run_on(kernel.asm["cubin"], "nvdisasm", "-c"))
+
+
+def _kept(kernel: Any, kind: str, make: Callable[[], str]) -> str:
+    """Return what a slow tool says of a kernel, kept with the compiled kernels."""
+    path = Path(os.environ["TRITON_CACHE_DIR"], "tools", f"{kernel.hash}.{kind}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{kind}.{os.getpid()}")
+        own.write_text(make(), encoding="utf-8")
+        own.rename(path)
+    return path.read_text(encoding="utf-8")
 
 
 def _run_on(code: bytes, tool: str, *options: str) -> str:
@@ -35,12 +47,14 @@ def _run_on(code: bytes, tool: str, *options: str) -> str:
         return done.stdout + done.stderr
 
 
-def serialised(ptx: str, arch: int = 90) -> bool:
-    """Tell if ptxas says that it serialises wgmma, as registers are in their way (C7515)."""
+def serialised(kernel: Any) -> bool:
+    """Tell if ptxas says that it serialises wgmma (C7515)."""
+    ptx = kernel.asm["ptx"]
     if "wgmma" not in ptx:
         return False
-    said = _run_on(ptx.encode(), "ptxas", "-v", f"--gpu-name=sm_{arch}a", "-o", os.devnull)
-    return "serialized" in said
+    arch = re.search(r"\.target (\S+)", ptx)[1]  # type: ignore[index]
+    options = "-v", f"--gpu-name={arch}", "-o", os.devnull
+    return "serialized" in _kept(kernel, "log", lambda: _run_on(ptx.encode(), "ptxas", *options))
 
 
 def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
@@ -51,9 +65,9 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
         name: int(re.search(rf"{key}:(\d+)", usage)[1])  # type: ignore[index]
         for key, name in (("REG", "registers"), ("STACK", "stack"))
     }
-    code = disassembly(cubin)
-    inner = sass.bodies(code)
-    products = [(_count(loop, "HGMMA"), _count(loop, "WARPGROUP.DEPBAR")) for loop in inner]
+    code = disassembly(kernel)
+    inner, regions = sass.bodies(code), sass.regions_of(code)
+    in_loops = [region for region in regions if region.loop >= 0]
     constants, warps = launch.arguments(), kernel.metadata.num_warps
     programs = H100.programs(warps, resources["registers"], kernel.metadata.shared)
     return {
@@ -72,9 +86,12 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         **resources,
         "programs": programs,  # that a multiprocessor holds at once
-        "spills_in_loops": sum(_count(loop, "STL") + _count(loop, "LDL") for loop in inner),
-        # Loops that wait for every product before the next begins.
-        "serial_loops": sum(0 < n <= waits for n, waits in products),
+        "spills_in_loops": sum(region.count("STL", "LDL") for region in in_loops),
+        # Loops that wait for every instruction of a product before the next begins, which ptxas
+        # calls serialised, and loops that leave no product under way at the end of a round.
+        "serial_loops": sum(map(sass.serial, inner)),
+        "serialised": serialised(kernel),
+        "idle_loops": sum(map(sass.idle, in_loops)),
         "unguarded_loops": sum(map(sass.unguarded, inner)) if warps > 4 else 0,
         "regions": [
             {
@@ -84,14 +101,10 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
                 "instructions": len(region.lines),
                 "opcodes": dict(region.opcodes.most_common()),
             }
-            for region in sass.regions_of(code)
+            for region in regions
         ],
         "hash": kernel.hash,
     }
-
-
-def _count(lines: list[str], opcode: str) -> int:
-    return sum(opcode in line for line in lines)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ def loops_of(blocks: Sequence[Block]) -> list[Loop]:
             if i not in body and i >= head:
                 body.add(i)
                 todo += before[i]
+        if sum(len(blocks[i].lines) for i in body) == 1:
+            continue  # A branch to itself fills the end of every kernel.
         loops.append(Loop(head, tuple(back), frozenset(body)))
     return loops
 
@@ -127,7 +129,7 @@ def regions_of(text: str) -> list[Region]:
     """Return the regions: first the code outside of loops, then by loop and address."""
     blocks = blocks_of(text)
     loops = loops_of(blocks)
-    inner = {}
+    inner: dict[int, int] = {}
     for number, loop in sorted(enumerate(loops), key=lambda pair: -len(pair[1].body)):
         inner |= dict.fromkeys(loop.body, number)
     outside = tuple(
@@ -186,6 +188,9 @@ def _passed(
     return passed
 
 
+# ---- hazards ----
+
+
 def bodies(text: str) -> list[list[str]]:
     """Return the instructions of each loop, from a label to a branch back to it."""
     lines = text.splitlines()
@@ -196,6 +201,22 @@ def bodies(text: str) -> list[list[str]]:
         if branch and labels.get(branch[1], i) < i - 1:
             bodies.append(lines[labels[branch[1]] : i + 1])
     return bodies
+
+
+def serial(loop: Sequence[str]) -> bool:
+    """Tell if a loop has as many waits as products."""
+    products, waits = (
+        sum(opcode in line for line in loop) for opcode in ("HGMMA", "WARPGROUP.DEPBAR")
+    )
+    return 0 < products <= waits
+
+
+def idle(region: Region) -> bool:
+    """Tell if products of each round are waited for before the next round's begin."""
+    return region.always and region.kind == PRODUCTS and bool(region.count("WARPGROUP.DEPBAR 0"))
+
+
+COPIES = "LDGSTS", "UTMALDG", "UBLKCP"  # from memory to shared memory, behind the warps' backs
 
 
 def unguarded(loop: Sequence[str]) -> bool:
@@ -210,6 +231,6 @@ def unguarded(loop: Sequence[str]) -> bool:
             waited = True
         elif "BAR.SYNC" in line:
             waited = False
-        elif "LDGSTS" in line and waited:
+        elif waited and any(copy in line for copy in COPIES):
             return True
     return False

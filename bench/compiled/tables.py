@@ -1,5 +1,6 @@
 """Markdown tables of an audit."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def report(found: Row) -> str:
-    return "\n\n".join([resources(found["kernels"]), bounds(found["cases"]), sums(found["cases"])])
+    tables = [resources(found["kernels"])]
+    if found["cases"]:
+        tables += [bounds(found), sums(found["cases"])]
+    return "\n\n".join(tables)
 
 
 # ---- resources ----
@@ -101,22 +105,30 @@ def resource(row: Row) -> list[Any]:
 
 # ---- bounds ----
 
-TIMES = "tensor", "EX2", "issue", "L2", "memory"
+RESOURCES = {
+    "tensor": "tensor", "exponentials": "EX2", "issue": "issue", "l2": "L2", "memory": "memory",
+}  # fmt: skip
+BOUNDS = "case", "kernel", "launches", "waves", *RESOURCES.values()
 
 
-def bounds(rows: Iterable[Row]) -> str:
-    """Return the milliseconds that each resource needs; the largest is bold."""
-    head = "case", "kernel", "launches", "waves", *TIMES, "GB of L2"
-    return markdown(head, ([row["case"], *bound(row)] for row in rows))
+def bounds(found: Row) -> str:
+    """Return the milliseconds that each resource needs; the largest is bold.
+
+    Then what the counters of all launches should say: instructions, and bytes of L2 and memory.
+    """
+    kernels = {kernel["index"]: kernel for kernel in found["kernels"]}
+    head = *BOUNDS, "G instructions", "GB of L2", "GB of memory"
+    return markdown(head, (bound(row, kernels[row["index"]]) for row in found["cases"]))
 
 
-def bound(row: Row) -> list[Any]:
-    name = short(row["kernel"])
+def bound(row: Row, kernel: Row) -> list[Any]:
+    known = [row["case"], variant(kernel), row["launches"]]
     if "bounds" not in row:
-        return [name, row["launches"], row.get("unknown", ""), *[""] * (len(TIMES) + 1)]
-    times = row["bounds"][MACHINE].values()
+        return [*known, row.get("unknown", ""), *[""] * (len(RESOURCES) + 3)]
+    times = [row["bounds"][MACHINE][name] for name in RESOURCES]
     cells = [f"**{x:.3f}**" if x == max(times) else f"{x:.3f}" for x in times]
-    return [name, row["launches"], row["waves"], *cells, f"{row['cost']['l2'] / 1e9:.2f}"]
+    counts = row["cost"]["instructions"], row["cost"]["l2"], row["cost"]["memory"]
+    return [*known, row["waves"], *cells, *(f"{n / 1e9:.2f}" if n else "-" for n in counts)]
 
 
 def largest(row: Row) -> float:
@@ -129,6 +141,32 @@ def sums(rows: Iterable[Row]) -> str:
     for row in rows:
         totals[row["case"]] = totals.get(row["case"], 0.0) + largest(row)
     return markdown(("case", "ms"), ([case, f"{ms:.3f}"] for case, ms in totals.items()))
+
+
+# ---- documentation ----
+
+MARKED = re.compile(r"(<!-- audit: (.*?) -->)\n.*?(<!-- end of audit -->)", re.DOTALL)
+SHOWN = HEAD[:-1]  # without loads, which make the table too wide
+
+
+def cases_of(page: str) -> list[str]:
+    """Return the cases that the markers of a page name."""
+    return [case for _, cases, _ in MARKED.findall(page) for case in cases.split()]
+
+
+def filled(page: str, found: Row) -> str:
+    """Return a page with the tables of its markers' cases."""
+
+    def tables(marked: re.Match[str]) -> str:
+        cases = marked[2].split()
+        rows = [row for row in found["cases"] if row["case"] in cases]
+        wanted = {row["index"] for row in rows}
+        kernels = [kernel for kernel in found["kernels"] if kernel["index"] in wanted]
+        shown = markdown(SHOWN, (resource(kernel)[: len(SHOWN)] for kernel in kernels))
+        body = [shown, bounds({**found, "cases": rows}), sums(rows)]
+        return "\n\n".join([marked[1], *body]) + "\n\n" + marked[3]
+
+    return MARKED.sub(tables, page)
 
 
 # ---- before and after ----

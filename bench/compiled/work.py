@@ -1,8 +1,8 @@
 """How often the loops of a kernel run in a launch, and the bytes that it moves through memory.
 
-One function a kernel, from the arguments of a launch. Whatever the compiler decides (instructions,
-products, bytes a round) is counted in its output; here stands only what a launch's sizes decide.
-Rows of bytes say "read" and "written" once, as if L2 kept everything that is used again.
+One function a kernel, from the arguments of a launch. Instructions, products and bytes of a round
+are counted in the compiler's output, so these functions hold what the sizes of a launch decide.
+Bytes of memory are counted once, as if L2 kept everything that is used again.
 """
 
 import math

@@ -43,6 +43,7 @@ def test_a_barrier_stands_between_a_wait_and_a_copy(loop, expected):
 GOOD = {
     "kernel": "_product_kernel", "case": "x", "target": "sm_90a", "registers": 255,
     "shared": 227 * 1024, "stack": 0, "spills_in_loops": 0, "unguarded_loops": 0, "serial_loops": 0,
+    "serialised": False, "idle_loops": 0,
     "wgmma": 4, "mma": 0, "async_copies": 8, "stages": 3, "constants": {"PRECISION": "ieee"},
 }  # fmt: skip
 
@@ -52,6 +53,7 @@ GOOD = {
     [
         {"target": "sm_90"}, {"registers": 256}, {"shared": 227 * 1024 + 1}, {"stack": 8},
         {"spills_in_loops": 1}, {"unguarded_loops": 1}, {"serial_loops": 1}, {"wgmma": 0},
+        {"serialised": True}, {"idle_loops": 1},
         {"mma": 1}, {"async_copies": 0},
     ],
     ids=str,
