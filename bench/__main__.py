@@ -8,6 +8,7 @@ every line on toy shapes anywhere, prints no times and writes no file.
 
 import argparse
 import datetime
+import importlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 from . import ROOT, named, report
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
+COMMANDS = {"audit": "bench.compiled.audit"}
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds: with less left, no case begins
@@ -309,10 +311,8 @@ def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["audit"]:
-        from .compiled import audit
-
-        return audit.main(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all")
     parser.add_argument("--list", action="store_true", help="benches and their cases")

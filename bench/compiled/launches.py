@@ -81,12 +81,14 @@ class Launch:
         parts = self.signature, self.constexprs, names, self.options.__dict__
         return " ".join([self.name, *map(str, parts)])
 
+    def source(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+
     def compile(self, arch: int = TARGET.arch) -> Any:
-        source = ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
         options = self.options.__dict__
         if arch != TARGET.arch:  # The other options are defaults of the architecture.
             options = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg")}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 @dataclass(frozen=True)
