@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ROOT
+from .sass import PRODUCTS
 
 Row = dict[str, Any]
 DOCS = ROOT / "docs/kernels.md"
@@ -143,17 +144,26 @@ def cost_of(run: Any, kernel: Row, work: Any) -> dict[str, float]:
     cost = dict.fromkeys(("tensor", "exponentials", "issue", "instructions"), 0.0)
     if work.loops is None:
         return {**cost, "l2": work.memory, "memory": work.memory}
-    warps = kernel["warps"]
-    for region, times in rounds(kernel["regions"], work.loops, run):
+    warps, loops = kernel["warps"], list(work.loops)
+    for loop, region in zip(loops, of_products(kernel["traffic"]), strict=False):
+        if region["rounds"] is not None:
+            loop[PRODUCTS] = run.programs * region["rounds"]
+    for region, times in rounds(kernel["regions"], loops, run):
         opcodes = region["opcodes"].items()
         cost["instructions"] += times * region["instructions"] * warps
         special = sum(n for name, n in opcodes if name.startswith("MUFU"))
         cost["exponentials"] += times * special * warps * 32 / H100.special
         cost["tensor"] += times * sum(n * clocks(name) for name, n in opcodes) * warps / 4
     cost["issue"] = cost["instructions"] / H100.schedulers
-    traffic = rounds(kernel["traffic"], work.loops, run)
+    traffic = rounds(kernel["traffic"], loops, run)
     cost["l2"] = sum(times * (region["read"] + region["written"]) for region, times in traffic)
     return {**cost, "memory": work.memory}
+
+
+def of_products(regions: Sequence[Row]) -> list[Row]:
+    """Return the region of each loop with products that runs at each of its rounds."""
+    inside = (row for row in regions if row["loop"] >= 0 and row["always"])
+    return [row for row in inside if row["kind"] == PRODUCTS]
 
 
 def clocks(opcode: str) -> float:
@@ -169,9 +179,7 @@ def rounds(
 
     Loops without products, which only write lists of rows, count as if they never ran.
     """
-    from .sass import PRODUCTS
-
-    numbers = sorted({r["loop"] for r in regions if r["loop"] >= 0 and r["kind"] == PRODUCTS})
+    numbers = [region["loop"] for region in of_products(regions)]
     if len(numbers) != len(loops):
         name = run.launch.name
         raise LookupError(f"{name}: expected {len(loops)} loops with products, got {len(numbers)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import triton.backends.nvidia
+from triton.backends.nvidia.compiler import get_ptxas
 
 from . import bench_cases, launches, sass
 from .launches import Launch
@@ -52,9 +53,11 @@ def serialised(kernel: Any) -> bool:
     ptx = kernel.asm["ptx"]
     if "wgmma" not in ptx:
         return False
-    arch = re.search(r"\.target (\S+)", ptx)[1]  # type: ignore[index]
-    options = "-v", f"--gpu-name={arch}", "-o", os.devnull
-    return "serialized" in _kept(kernel, "log", lambda: _run_on(ptx.encode(), "ptxas", *options))
+    arch = re.search(r"\.target sm_(\d+)(\w*)", ptx)
+    assert arch is not None
+    tool = get_ptxas(int(arch[1])).path
+    options = "-v", f"--gpu-name=sm_{arch[1]}{arch[2]}", "-o", os.devnull
+    return "serialized" in _kept(kernel, "log", lambda: _run_on(ptx.encode(), tool, *options))
 
 
 def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:

@@ -17,17 +17,23 @@ READS = (
     "tt.descriptor_load",
 )
 WRITES = "tt.store ", "async_tma_copy_local_to_global", "tt.descriptor_store"
+# From 0 to a constant, in steps of 1.
+CONSTANT = re.compile(r"= %c0\w* to %c(\d+)_i32\w* step %c1_i32")
 
 
 @dataclass
 class Region:
-    """Operations that run equally often; `loop` and `kind` as in sass.Region."""
+    """Operations that run equally often; `loop` and `kind` as in sass.Region.
+
+    rounds: of the loop, if the compiler knows it.
+    """
 
     loop: int
     always: bool
     kind: str = OTHER
     read: int = 0
     written: int = 0
+    rounds: int | None = None
 
 
 def regions_of(text: str) -> list[Region]:
@@ -55,7 +61,8 @@ def regions_of(text: str) -> list[Region]:
         if not line.endswith("{"):
             continue
         if "scf.for" in line or "scf.while" in line:
-            regions.append(Region(loops, True))
+            known = CONSTANT.search(line)
+            regions.append(Region(loops, True, rounds=int(known[1]) if known else None))
             loops += 1
         elif "scf.if" in line:
             regions.append(Region(top.loop, False))

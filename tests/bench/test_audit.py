@@ -149,6 +149,9 @@ def test_costs_are_rounds_times_what_a_round_has():
     assert cost["tensor"] == 1000 * 64 * 8 / 4
     assert cost["l2"] == 10 * (4 + 8192) + 1000 * 4096 + 100 * 512 + 50 * 8
     assert cost["memory"] == 7.0
+    # The compiler knows the rounds of some loops.
+    traffic[1]["rounds"] = 30
+    assert audit.cost_of(run, kernel, work.Work(7.0, ({"other": 5.0},)))["tensor"] == 300 * 64 * 2
     with pytest.raises(LookupError, match="expected 2 loops with products, got 1"):
         audit.cost_of(run, kernel, work.Work(7.0, (loop, loop)))
 
