@@ -25,26 +25,10 @@ from mlembed.config.run import Run
 from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    "README.md",
-    "docs/install.md",
-    "docs/demo.md",
-    "docs/train.md",
-    "docs/data.md",
-    "docs/recipes.md",
-    "docs/encode.md",
-    "docs/evaluate.md",
-    "docs/export.md",
-    "docs/distributed.md",
-    "docs/checkpoints.md",
-    "docs/kernels.md",
-    "docs/benchmarks.md",
-    "docs/design.md",
-    "docs/troubleshooting.md",
-    "docs/status.md",
-    "examples/README.md",
-    "CONTRIBUTING.md",
-]
+DOCS = "install demo train data recipes encode evaluate export distributed checkpoints kernels "
+DOCS += "benchmarks design troubleshooting status"
+PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
+PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 
 # ---- reading pages ----
 
@@ -77,16 +61,11 @@ def text_of(page: str) -> str:
 
 def blocks(page: str, text: str) -> list[Block]:
     """Return the fenced blocks of a page."""
-    return [
-        Block(
-            page,
-            text[: m.start("content")].count("\n") + 1,
-            m["needs"] or "",
-            m["language"],
-            m["content"],
-        )
-        for m in FENCE.finditer(text)
-    ]
+    found = []
+    for m in FENCE.finditer(text):
+        line = text[: m.start("content")].count("\n") + 1
+        found.append(Block(page, line, m["needs"] or "", m["language"], m["content"]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -327,9 +306,8 @@ def test_the_readme_fits_on_a_few_screens():
 
 def test_the_printed_mixture_is_the_example():
     printed = [b.content for b in blocks("", text_of("docs/data.md")) if '"sources"' in b.content]
-    assert [json.loads(content) for content in printed] == [
-        json.loads(text_of("examples/mixture.json"))
-    ]
+    example = json.loads(text_of("examples/mixture.json"))
+    assert [json.loads(content) for content in printed] == [example]
 
 
 def test_the_picture_shows_the_table():
@@ -376,12 +354,10 @@ def test_ci_runs_what_developers_run():
     """The workflow calls .ci/run, whose targets exist; ruff has one version."""
     assert "- run: .ci/run\n" in text_of(".github/workflows/ci.yml")
     targets = re.findall(r"^make ([\w-]+)$", text_of(".ci/run"), re.MULTILINE)
-    assert targets and set(targets) <= set(
-        re.findall(r"`make ([\w-]+)", text_of("CONTRIBUTING.md"))
-    )
-    (version,) = re.findall(
-        r"ruff-pre-commit\n +rev: v(.+)$", text_of(".pre-commit-config.yaml"), re.M
-    )
+    written = re.findall(r"`make ([\w-]+)", text_of("CONTRIBUTING.md"))
+    assert targets and set(targets) <= set(written)
+    hooks = text_of(".pre-commit-config.yaml")
+    (version,) = re.findall(r"ruff-pre-commit\n +rev: v(.+)$", hooks, re.M)
     assert f"\nruff=={version}\n" in text_of("constraints.txt")
 
 

@@ -318,6 +318,11 @@ def set_up(
     if teacher is not None:
         out.say(f"teach  {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
+    if run.init and run.optim.lr > config.TUNING_LR:
+        out.say(
+            f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
+            "2e-5 is usual, above 1e-4 they may be lost"
+        )
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
     )
