@@ -254,12 +254,14 @@ def violations(row: dict[str, Any]) -> list[str]:
         found.append(f"products: expected wgmma alone, got {row['wgmma']} and {row['mma']} mma")
     if not row["async_copies"] and row["stages"] > 1:
         found.append("copies: expected asynchronous ones, got none")
+    # Of fp32's three products some take operands from registers, which waits protect.
+    three = row["constants"].get("PRECISION") == "tf32x3"
     for what, got in (
         ("serial_loops", "a wait for each"),
         ("serialised", "a warning of ptxas that it serialises them"),
         ("idle_loops", "rounds that wait for all of theirs"),
     ):
-        if row[what] > most(row, what):
+        if row[what] > most(row, what) and not (three and what == "idle_loops"):
             found.append(f"products: expected several under way, got {got}")
     return found
 

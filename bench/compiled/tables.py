@@ -1,5 +1,6 @@
 """Markdown tables of an audit."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -49,20 +50,18 @@ def in_loops(row: Row, prefixes: tuple[str, ...]) -> dict[str, int]:
 def products(row: Row) -> str:
     """Return wgmma and waits of each loop, or of a kernel without loops: "4 / 1 (1)".
 
-    In brackets: the least number of groups of products that a wait leaves under way.
+    In brackets: how many groups of products the strictest wait of every round leaves under way.
     """
-    loops: dict[int, dict[str, int]] = {}
-    for region in row["regions"]:
-        counts = loops.setdefault(region["loop"], {})
-        for name, n in region["opcodes"].items():
-            if name.startswith(("HGMMA", "WARPGROUP.DEPBAR")):
-                counts[name] = counts.get(name, 0) + n
     texts = []
-    for counts in loops.values():
-        waits = {name: n for name, n in counts.items() if name.startswith("WARPGROUP.DEPBAR")}
-        left = f" ({min(name.split()[1] for name in waits)})" if waits else ""
-        n = sum(counts.values()) - sum(waits.values())
-        texts += [f"{n} / {sum(waits.values())}{left}"] * bool(n)
+    for loop in dict.fromkeys(region["loop"] for region in row["regions"]):
+        n, waits, left = 0, 0, set[str]()
+        for region in row["regions"]:
+            for name, count in region["opcodes"].items() if region["loop"] == loop else ():
+                n += count * name.startswith("HGMMA")
+                if name.startswith("WARPGROUP.DEPBAR"):
+                    waits += count
+                    left |= {name.split()[1]} if region["always"] else set()
+        texts += [f"{n} / {waits}" + (f" ({min(left)})" if left else "")] * bool(n)
     return ", ".join(texts) + " serialised" * row["serialised"] if texts else "-"
 
 
@@ -132,7 +131,8 @@ def bound(row: Row, kernel: Row) -> list[Any]:
 
 
 def largest(row: Row) -> float:
-    return float(max(row["bounds"][MACHINE].values())) if "bounds" in row else 0.0
+    """Return the largest bound, NaN if the kernel's work is unknown."""
+    return float(max(row["bounds"][MACHINE].values())) if "bounds" in row else math.nan
 
 
 def sums(rows: Iterable[Row]) -> str:
@@ -209,5 +209,5 @@ def by_place(found: Row) -> dict[tuple[str, str, int], tuple[Row, Row]]:
 
 
 def change(before: float, after: float) -> tuple[str, str]:
-    ratio = f"{after / before:.2f}" if before and after else "-"
+    ratio = f"{after / before:.2f}" if before and after == after else "-"
     return f"{before:.3f} -> {after:.3f}", ratio

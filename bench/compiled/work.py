@@ -88,7 +88,7 @@ def unpack(a: Arguments) -> Work:
 
 
 def exact(a: Arguments) -> Work:
-    return Work(a.size("SUMS"))  # and nothing else where no sum underflowed
+    return Work(a.size("LSE"))  # its sums, and nothing else where none underflowed
 
 
 def _sides(a: Arguments, rows: float, cols: float, width: int) -> float:
@@ -106,15 +106,13 @@ def _row_blocks(a: Arguments) -> float:
 
 def narrow_forward(a: Arguments) -> Work:
     E, blocks = a.shape("X")[0], _row_blocks(a)
-    memory = _sides(a, blocks * a.BM, a.SP, _narrow_width(a))
-    memory += 4 * E * blocks * len(a.STARTS) * a.SP * a.COLUMNS
+    memory = _sides(a, blocks * a.BM, a.SP, _narrow_width(a)) + a.size("COLS")
     return Work(memory, (all_alike(E * blocks * a.tiles),))
 
 
 def wide_forward(a: Arguments) -> Work:
     E, blocks = a.shape("X")[0], _row_blocks(a)
-    memory = _sides(a, blocks * a.BM, a.SP, a.DP - a.FROM)
-    memory += 4 * E * blocks * len(a.ENDS) * a.SP * a.COLUMNS
+    memory = _sides(a, blocks * a.BM, a.SP, a.DP - a.FROM) + a.size("COLS")
     tiles, steps = E * blocks * a.tiles, (a.DP - a.FROM) // a.BK
     loop = {PRODUCTS: tiles * steps, EXPONENTIALS: tiles * len(a.ENDS), OTHER: tiles}
     return Work(memory, (loop,))
