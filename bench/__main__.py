@@ -26,6 +26,7 @@ from .records import Kept, append, earlier, key, results_file
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
 COMMANDS = {
+    "audit": "bench.compiled.audit",
     "compile": "bench.compiled.precompile",
     "gpu": "bench.gpu.command",
     "compare": "bench.compare",

@@ -49,7 +49,13 @@ FENCE = re.compile(
     r"^```(?P<language>\w*)\n(?P<content>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-SUBCOMMANDS = {"compile", "gpu", "compare"}  # of python -m bench, with options of their own
+SUBCOMMANDS = {
+    "audit",
+    "compile",
+    "gpu",
+    "compare",
+}  # of python -m bench, with options of their own
+PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
 NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes"}
 
 
@@ -211,7 +217,12 @@ def help_of(*words: str) -> str:
 def parse(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check a command that cannot run here: its program, its options, its files."""
     program, *rest = command.words
-    if program == "mlembed" or rest[:2] == ["-m", "bench"]:
+    if program in PROFILERS:
+        inner = [i for i, word in enumerate(rest) if word in ("python", "train.py")]
+        if inner:
+            words = ["torchrun"] * (rest[inner[0]] == "train.py") + rest[inner[0] :]
+            parse(Command(command.env, words, command.stdin), folder, monkeypatch)
+    elif program == "mlembed" or rest[:2] == ["-m", "bench"]:
         module = ["mlembed", rest.pop(0)] if program == "mlembed" else ["bench"]
         module += [word for word in rest[2:3] if word in SUBCOMMANDS]
         text = help_of(*module)
