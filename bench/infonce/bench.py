@@ -86,5 +86,4 @@ CANDIDATES: dict[str, list[dict[str, int | None]]] = {
         {"BM": 128, "BN": 256, "num_stages": 4}, {"BK": 32, "num_stages": 5},
         {"BK": 128, "num_stages": 2},
     ],
-    "exact": [],  # works only at low temperatures
 }  # fmt: skip

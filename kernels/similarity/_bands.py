@@ -9,8 +9,8 @@ columns up to a band's end is a prefix's product, and the kernels that read it n
     wide     all columns, if there are other bands: the narrow bands as one, then the others, each
              padded to a multiple of 64
 
-Rows are padded to a multiple of 128 with zeros, and scaled by a power of two to a length in [1, 2):
-exact, and gradients of half precision vectors of any length stay in range.
+Rows are padded with zeros to 128 or a multiple of 256, and scaled by a power of two to a length in
+[1, 2): exact, and gradients of half precision vectors of any length stay in range.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 NO_LENGTH = tl.constexpr(1e-12)  # As in cosine.py.
-ROWS = 128  # Every buffer's rows are a multiple of it.
+ROWS = 128  # Every buffer's rows are a multiple of it,
+TILE = 256  # and of the largest tile's if there are more.
 NARROW = 128  # Packed columns of the narrow prefixes, at most.
 
 
@@ -86,7 +87,8 @@ def bands_of(dims: tuple[int, ...]) -> Bands:
 
 
 def padded(n: int) -> int:
-    return max(ROWS, _up(n, ROWS))
+    """Return how many rows a buffer for n of them has."""
+    return ROWS if n <= ROWS else _up(n, TILE)
 
 
 # Counts and factors of a group of exits are slices, whose addresses may or may not be divisible by
