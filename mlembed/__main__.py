@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train a model by a recipe, with the train.py of a checkout",
+    "data": "read training data and say what it is taken for, without training",
     "encode": "encode texts at any width, depth and vocabulary rank",
     "evaluate": "score a model over every size",
     "export": "write a model of one size for sentence-transformers, transformers and onnxruntime",

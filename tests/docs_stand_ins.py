@@ -68,6 +68,10 @@ def write_data(folder: Path) -> None:
     rows = {
         "pairs.jsonl": pairs,
         "retrieval.jsonl": pairs,
+        "nli.jsonl": [
+            {"premise": text, "hypothesis": f"so {text}", "label": i % 3}
+            for i, text in enumerate(TEXTS)
+        ],
         "examples/msmarco.jsonl": pairs,
         "examples/webpages.jsonl": pairs,
         "examples/scidocs.jsonl": [
@@ -98,6 +102,8 @@ def write_data(folder: Path) -> None:
     for name, content in {
         "corpus.txt": "\n".join(TEXTS) + "\n",
         "stsb.csv": sts,
+        "forum.csv": "\n".join(["title,body", *(f"{text},on {text}" for text in TEXTS)]),
+        "triples.tsv": "\n".join(f"{text} ?\tof {text}\tof nothing" for text in TEXTS),
         "examples/stsb.csv": sts,
         "examples/topics.csv": "\n".join(["query,positive,negative", *topics]),
         "opus/en-sw.en": "\n".join(TEXTS),

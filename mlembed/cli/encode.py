@@ -42,8 +42,8 @@ def main(
     Args:
         model: run, model directory or Hub id.
         texts: texts to encode; without them those of --input, or the lines of standard input.
-        input: file of lines, or .jsonl or .parquet with a column of texts.
-        column: column of texts in .jsonl and .parquet.
+        input: file of lines, or .jsonl, .json, .csv, .tsv or .parquet with a column of texts.
+        column: column of texts in a table.
         invalid: make invalid UTF-8 an error, or replace it by U+FFFD and report how many.
         dim: width; full by default.
         exit: depth; full by default.
@@ -71,7 +71,7 @@ def main(
         if target.suffix.lower() not in (".npy", ".parquet"):
             raise ValueError(f"out: expected a name that ends in .npy or .parquet, got {out}")
         check_new(target)
-    from ..data.formats import readers
+    from ..data.formats.text_reader import TextReader
     from ..inference import vector_files
     from ..inference.encoder import Encoder
 
@@ -79,7 +79,7 @@ def main(
         check_new(vector_files.beside(target))
     stored = None if ranges is None else vector_files.read_ranges(ranges)
     quantise = vector_files.Quantiser(precision, stored)
-    source = readers.TextReader(input or "-", column, invalid)
+    source = TextReader(input or "-", column, invalid)
     source.check()
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)

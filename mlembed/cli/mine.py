@@ -4,11 +4,13 @@ mlembed mine MODEL OUT.jsonl --data pairs.jsonl [--exit 4 --dim 256 --rescore]
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from ..config import Columns
 from ..config.choices import BadRows
 from ..config.mining import Options
 from ..runtime.files import check_new
@@ -21,6 +23,8 @@ def main(
     data: tuple[str, ...],
     options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008
     corpus: str = "",
+    columns: Columns = Columns(),  # noqa: B008
+    header: bool = True,
     bad_rows: BadRows = "error",
     device: str = "auto",
 ) -> None:
@@ -32,6 +36,8 @@ def main(
         data: pairs, in every form that train.py's --data takes. Their negatives become documents;
             the rows of `out` have the mined negatives.
         corpus: file of documents (_id or doc_id, text [, title]) to search instead.
+        columns: columns of the pairs by role, where their names do not say it.
+        header: whether the first row of .csv and .tsv names the columns.
         bad_rows: make a malformed row an error, or skip such rows and report how many.
         device: auto, cpu or cuda.
     """
@@ -42,8 +48,7 @@ def main(
     from ..inference.encoder import Encoder
     from ..inference.mining import Column, gather, write
 
-    texts = gather(
-        sources.tables_of(data, bad_rows), Column(layouts.Corpus(corpus)) if corpus else None
-    )
+    tables = sources.tables_of(data, bad_rows, columns, header, partial(print, file=sys.stderr))
+    texts = gather(tables, Column(layouts.Corpus(corpus)) if corpus else None)
     report = write(Encoder.load(model, device), texts, options, out, sys.stderr.isatty())
     print(f"{out}: {report}")

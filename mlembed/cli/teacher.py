@@ -3,11 +3,14 @@
 mlembed teacher MODEL OUT --data bitext.parquet ..
 """
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from ..config import Columns
 from ..config.choices import BadRows
 from ..runtime.files import check_new
 
@@ -19,6 +22,8 @@ def main(
     data: tuple[str, ...],
     prompt: str = "",
     dtype: Literal["fp16", "fp32"] = "fp16",
+    columns: Columns = Columns(),  # noqa: B008
+    header: bool = True,
     bad_rows: BadRows = "error",
     device: str = "auto",
 ) -> None:
@@ -30,6 +35,8 @@ def main(
         data: training text, in every form that train.py's --data takes.
         prompt: text to put before each query; documents have none.
         dtype: dtype of the stored vectors.
+        columns: columns by role, where their names do not say it.
+        header: whether the first row of .csv and .tsv names the columns.
         bad_rows: make a malformed row an error, or skip such rows and report how many.
         device: auto, cpu or cuda.
     """
@@ -40,7 +47,7 @@ def main(
     from ..training.objective.teacher import Teacher, store
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    tables = sources.tables_of(data, bad_rows)
+    tables = sources.tables_of(data, bad_rows, columns, header, partial(print, file=sys.stderr))
     chosen = torch.device(where if device == "auto" else device)
     teacher = Teacher.load(model, prompt, chosen)
     count = store(teacher, tables, out, dtype, {"model": model}, progress=True)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..runtime.files import read_json
 from .choices import BadRows
+from .columns import Columns
 from .model import Model
 from .objective import Depth, Distill, Loss, Optim
 from .strict import check_rising, flat_keys, from_dict, machine, positive
@@ -37,6 +38,12 @@ class Source:
     """-1: that of the task."""
     corpus: str = ""
     """File with the documents (_id or doc_id, text [, title]) that rows name by their ids."""
+    columns: Columns = field(default_factory=Columns)
+    """Columns by role, where their names do not say it."""
+    header: bool = True
+    """Whether the first row of .csv and .tsv names the columns; else they are "1", "2", .."""
+    prompt_format: str = "{}{}"
+    """How a row's own prompt and its query become one text."""
     subset: str = ""
     """Configuration of a data set of the Hub."""
     split: str = "train"
@@ -48,6 +55,9 @@ class Source:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("source: expected a path, got none")
+        if self.prompt_format.count("{}") != 2:
+            got = repr(self.prompt_format)
+            raise ValueError(f"source {self.path}: prompt_format: expected {{}} twice, got {got}")
         for name in ("weight", "temperature", "cap", "rows"):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -66,6 +76,11 @@ class Run:
     """Training text: `cldr` (built in); .jsonl, .csv, .tsv, .parquet files or directories of them;
     `name` of parallel files name.xx and name.yy; ids of the Hub; or a mixture, a .json file
     {"sources": [{"path": .., "task": .., "prompt": .., ..}, ..]}. A batch comes from one source."""
+    columns: Columns = field(default_factory=Columns)
+    """Columns by role of the files among `data`, where their names do not say it."""
+    header: bool = True
+    """Whether the first row of .csv and .tsv among `data` names the columns; else they are numbers,
+    from 1 on."""
     sources: tuple[Source, ...] = ()
     """Entries of the mixtures among `data`, filled in from them."""
     eval: tuple[str, ...] = ("cldr",)

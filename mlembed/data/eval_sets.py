@@ -3,7 +3,8 @@
     cldr                       the texts that `make train` holds out of its built-in text
     tatoeba.xxx-eng.{xxx,eng}  a directory of line-aligned pairs, like LASER's (`Bitext`)
     id, lang, text             a table, every language against English (`Bitext`)
-    sentence1, sentence2, score    a csv file (`STS`)
+    en, sw                     a table of two languages, whose codes name the columns (`Bitext`)
+    sentence1, sentence2, score    a table, also by other names of a pair and its score (`STS`)
     queries.jsonl, corpus.jsonl, qrels/SPLIT.tsv   a directory in BEIR's format (`Retrieval`)
     xx-en.{dev,training,test}.{xx,en,gold}         a directory in BUCC's format (`Mining`)
     un.xx-yy.{xx,yy}, pool.yy  a directory: translations to find in a pool (`Pool`)
@@ -13,8 +14,10 @@ Every task has a name and `texts`, all text in it, on which nothing may be train
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..config import Columns
 from . import sources
-from .formats import beir, layouts, readers
+from .formats import beir, layouts, paths, readers
+from .formats.roles import Roles, as_number
 
 PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # codes of the language that others are matched with
 UN = re.compile(r"un\.([^.-]+)-([^.-]+)\.([^.-]+)")
@@ -188,18 +193,44 @@ def read(source: str) -> list[Task]:
     path = Path(source)
     if path.is_dir():
         return _directory(path)
-    if path.suffix == ".csv" and path.is_file():
-        return [sts(path)]
     if path.suffix == ".tsv" and path.parent.name == "qrels" and path.is_file():
         return [retrieval(path.parents[1], path.stem)]
-    (path,) = readers.files_of(source)
-    layout, rows = layouts.recognise(readers.of_file(path, layouts.used_columns))
-    if isinstance(layout, layouts.Layout):
-        raise ValueError(f"{path}: expected an n-way table with columns id, lang, text")
-    records = list(layouts.nway_rows(rows, layouts.Report(path.stem)))
+    (path,) = paths.files_of(source)
+    return [_table(path)]
+
+
+def _table(path: Path) -> Task:
+    """Return the task of a file of rows: scored pairs, translations by id or by column."""
+    try:
+        read = partial(readers.of_file, path)
+        roles, _, rows = layouts.open_rows(read, Columns(), evaluation=True)
+    except ValueError as error:
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from None
+    name = paths.stem_of(path)
+    if not roles.columns():
+        for _ in readers.strict(rows):
+            break
+        raise ValueError(f"{path}: expected rows, found none")
+    if roles.score:
+        return _sts(name, path, roles, rows)
+    if roles.nway:
+        records = list(layouts.nway_rows(rows, roles, layouts.Report(name)))
+    elif roles.languages:
+        records = [
+            {"id": where, "lang": lang, "text": str(row[lang])}
+            for where, row in readers.strict(rows)
+            for lang in roles.languages
+            if readers.is_text(row.get(lang))
+        ]
+    else:
+        raise ValueError(
+            f"{path}: expected pairs with a score, columns id, lang, text, or two columns named by "
+            f"codes of languages, got {roles.describe()}"
+        )
     if not records:
         raise ValueError(f"{path}: expected rows, found none")
-    return [nway(path.stem, records)]
+    return nway(name, records)
 
 
 def _directory(path: Path) -> list[Task]:
@@ -215,12 +246,13 @@ def _directory(path: Path) -> list[Task]:
     files = sorted(
         p
         for p in path.iterdir()
-        if p.suffix in (".csv", ".parquet", ".jsonl") or (p / "corpus.jsonl").is_file()
+        if paths.suffix_of(p) in paths.SUFFIXES or (p / "corpus.jsonl").is_file()
     )
     if not files:
+        listed = ", ".join(paths.SUFFIXES)
         raise ValueError(
-            "eval: expected tatoeba.*, un.*, xx-en.dev.*, corpus.jsonl, .csv, .parquet or .jsonl "
-            f"in {path}, found none"
+            f"eval: expected tatoeba.*, un.*, xx-en.dev.*, corpus.jsonl or {listed} in {path}, "
+            "found none"
         )
     return [task for file in files for task in read(str(file))]
 
@@ -246,13 +278,13 @@ def _aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
 
 
 def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
-    """Return a task of every language against English, kind by kind.
+    """Return a task of every language against English, or against the language of most texts.
 
     Args:
         records: rows {id, lang, text [, kind]}.
 
     Raises:
-        ValueError: two texts of one id, language and kind; English is missing or shares no ids.
+        ValueError: two texts of one id, language and kind; no ids are shared.
     """
     task = Bitext(name)
     places: dict[tuple[str, str, str], int] = {}
@@ -266,7 +298,8 @@ def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
         task.texts.append(record["text"])
     pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in places)), None)
     if pivot is None:
-        raise ValueError(f"{name}: expected English ({', '.join(PIVOTS)}) among the languages")
+        counts = Counter(lang for _, lang, _ in sorted(places))
+        pivot = counts.most_common(1)[0][0]
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for (kind, lang, key), row in places.items():
         if lang != pivot and (kind, pivot, key) in places:
@@ -296,22 +329,23 @@ def tatoeba(directory: Path) -> Bitext:
 # ---- scored pairs ----
 
 
-def sts(path: Path) -> STS:
-    """Read a csv file with columns sentence1, sentence2, score."""
+def _sts(name: str, path: Path, roles: Roles, rows: Iterator[readers.Row]) -> STS:
+    """Return the scored pairs of a table; an empty cell is an empty text."""
     texts, scores = list[str](), list[float]()
-    for where, row in readers.strict(readers.of_file(path)):
-        if not row.keys() >= {"sentence1", "sentence2", "score"}:
-            raise ValueError(
-                f"{path}: expected columns sentence1, sentence2, score, got {', '.join(row)}"
-            )
-        score = row["score"]
-        if not isinstance(score, float) or not math.isfinite(score):
-            raise ValueError(f"{where}: score: expected a number, got {score!r}")
-        texts += [row["sentence1"] or "", row["sentence2"] or ""]
+    for where, row in readers.strict(rows):
+        score = as_number(row.get(roles.score))
+        if score is None or not math.isfinite(score):
+            got = row.get(roles.score)
+            raise ValueError(f"{where}: {roles.score}: expected a number, got {got!r}")
+        for column in (roles.query, roles.positive):
+            text = row.get(column)
+            if not isinstance(text, str | None):
+                raise ValueError(f"{where}: {column}: expected text, got {text!r}")
+            texts.append(text or "")
         scores.append(score)
     if not scores:
         raise ValueError(f"{path}: expected rows, found none")
-    return STS(path.stem, texts, np.array(scores))
+    return STS(name, texts, np.array(scores))
 
 
 # ---- mining ----

@@ -2,7 +2,7 @@
 
 An item is one draw. In a pair table (query, positive, optional negatives) it is a row; in an n-way
 table (id, lang, text) it is an id, all of whose texts are translations of each other, of which two
-are drawn as query and positive. layouts.py knows the layouts.
+are drawn as query and positive. roles.py knows which column is what.
 """
 
 import functools
@@ -21,15 +21,18 @@ from .. import config
 from ..config import strict
 from ..config.choices import BadRows
 from ..runtime import cache
-from ..runtime.files import read_json
+from ..runtime.files import read_json, read_yaml
 from . import cldr, tables
-from .formats import layouts, readers
-from .formats.layouts import Corpus, Item, Layout, Report
-from .formats.readers import Row
+from .formats import data_sets, layouts, paths, readers
+from .formats.layouts import Corpus, Item, Report
+from .formats.readers import Names, Row
+from .formats.roles import Roles
 from .tables import MIN_SCORE, Table
 
 VERSION = 2  # of the files that `_save` writes
+NO_IN_BATCH = "no_in_batch_neg"  # in the names of FlagEmbedding's files of classes
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
+YAML = (".yaml", ".yml")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -44,21 +47,23 @@ def cldr_tables() -> tuple[pa.Table, pa.Table]:
 
 def all_of(run: config.Run) -> list[config.Source]:
     """Return a run's sources: the entries of `data`, then `sources`."""
-    return [*(config.Source(path=path) for path in run.data), *run.sources]
+    plain = (config.Source(path=path, columns=run.columns, header=run.header) for path in run.data)
+    return [*plain, *run.sources]
 
 
 def expand(run: config.Run) -> config.Run:
     """Return the run with the mixtures among `data` replaced by their sources, in `sources`.
 
-    A mixture is a .json file of one object, {"sources": [{"path": .., ..}, ..]}, each entry with
-    the fields of `config.Source`. Relative paths are relative to the mixture.
+    A mixture is a .json or .yaml file of one object, {"sources": [{"path": .., ..}, ..]}, each
+    entry with the fields of `config.Source`. Relative paths are relative to the mixture.
 
     Raises:
-        ValueError: invalid JSON (by line), an unknown key (with near ones), a wrong type or value.
+        ValueError: invalid JSON or YAML (by line), a key that repeats, an unknown key (with near
+            ones), a wrong type or value.
     """
     plain, listed = [], list(run.sources)
     for entry in run.data:
-        mixture = _mixture(Path(entry)) if entry.endswith(".json") else None
+        mixture = _mixture(Path(entry)) if entry.endswith((".json", *YAML)) else None
         if mixture is None:
             plain.append(entry)
         else:
@@ -71,8 +76,25 @@ def _mixture(path: Path) -> list[config.Source] | None:
     if not path.is_file():
         # `read` reports the missing file.
         return None
+    whole = read_yaml(path) if path.suffix in YAML else _object_of(path)
+    if whole is None:
+        return None
+    if not isinstance(whole, dict) or not isinstance(whole.get("sources"), list):
+        got = ", ".join(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
+        raise ValueError(f'{path}: expected {{"sources": [..]}}, got {got}')
+    if odd := sorted(map(str, whole.keys() - {"sources"})):
+        raise ValueError(f"{path}: no such key {odd[0]!r}{strict.near(odd[0], ['sources'])}")
+    if not whole["sources"]:
+        raise ValueError(f"{path}: sources: expected at least one, got none")
+    return [_listed(entry, path, i) for i, entry in enumerate(whole["sources"])]
+
+
+def _object_of(path: Path) -> Any:
+    """Return the object of a mixture's file, or None if its first line is a row, or begins rows."""
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"")
+    if head.lstrip().startswith(b"["):
+        return None
     try:
         first = json.loads(head)
         if not isinstance(first, dict) or "sources" not in first and len(first) > 1:
@@ -80,15 +102,7 @@ def _mixture(path: Path) -> list[config.Source] | None:
     except ValueError:
         # The first line may begin an object over several lines.
         pass
-    whole = read_json(path)
-    if not isinstance(whole, dict) or not isinstance(whole.get("sources"), list):
-        got = ", ".join(whole) if isinstance(whole, dict) else type(whole).__name__
-        raise ValueError(f'{path}: expected {{"sources": [..]}}, got {got}')
-    if odd := sorted(whole.keys() - {"sources"}):
-        raise ValueError(f"{path}: no such key {odd[0]!r}{strict.near(odd[0], ['sources'])}")
-    if not whole["sources"]:
-        raise ValueError(f"{path}: sources: expected at least one, got none")
-    return [_listed(entry, path, i) for i, entry in enumerate(whole["sources"])]
+    return read_json(path)
 
 
 def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
@@ -104,24 +118,42 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         reason = str(error)
         raise ValueError(reason if where in reason else f"{where}: {reason}") from None
     beside = str(mixture.parent / source.path)
-    exists = Path(beside).exists() or readers.parallel_files(beside)
-    if source.path != "cldr" and (exists or Path(beside).suffix in readers.SUFFIXES):
+    exists = Path(beside).exists() or paths.parallel_files(beside)
+    if source.path != "cldr" and (exists or paths.suffix_of(Path(beside)) in paths.SUFFIXES):
         source = replace(source, path=beside)
     if source.corpus:
         source = replace(source, corpus=str(mixture.parent / source.corpus))
     return source
 
 
-def tables_of(data: Sequence[str], bad_rows: BadRows = "error") -> list[Table]:
+def tables_of(
+    data: Sequence[str],
+    bad_rows: BadRows = "error",
+    columns: config.Columns | None = None,
+    header: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Table]:
     """Return the tables of entries of `Run.data`, mixtures too, for commands that read all of them.
+
+    Args:
+        say: gets a line a table, on what was understood of it.
 
     Raises:
         ValueError: a stream, whose end is unknown; as `expand` and `read`.
     """
-    sources = all_of(expand(config.Run(data=tuple(data))))
+    run = config.Run(data=tuple(data), columns=columns or config.Columns(), header=header)
+    sources = all_of(expand(run))
     if streams := [source.path for source in sources if source.streaming]:
         raise ValueError(f"data: expected stored sources, got streams: {', '.join(streams)}")
-    return [table for source in sources for table, _ in read(source, bad_rows=bad_rows)]
+    parts = [part for source in sources for part in read(source, bad_rows=bad_rows)]
+    for table, report in parts:
+        say(f"{table.name}: {tables.describe(table, report)}")
+    return [table for table, _ in parts]
+
+
+def roles_of(source: config.Source) -> list[Roles]:
+    """Return the roles of the columns of each part of a source, from its first rows."""
+    return [part.open(source)[0] for part in _parts(source)]
 
 
 # ---- the parts of a source ----
@@ -129,36 +161,58 @@ def tables_of(data: Sequence[str], bad_rows: BadRows = "error") -> list[Table]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a source that becomes one table: a file, parallel files, a data set, the built-in
-    text. layout: given where rows need not show it.
+    """A part of a source that becomes one table: a file or its shards, parallel files, a data set,
+    the built-in text. roles: of parallel files, whose names say them.
     """
 
     name: str
     where: str
-    rows: Callable[[], Iterator[Row]]
+    rows: Callable[[Names], Iterator[Row]]
     files: list[Path] = field(default_factory=list)
     parallel: bool = False
-    layout: Layout | None = None
+    roles: Roles | None = None
 
-    def open(self) -> tuple[Layout | str | None, Iterator[Row]]:
-        return (self.layout, self.rows()) if self.layout else layouts.recognise(self.rows())
+    def open(self, source: config.Source) -> tuple[Roles, str, Iterator[Row]]:
+        """Return the roles of the columns, the task, and the rows."""
+        if self.roles:
+            return self.roles, self._task(source.task, False), self.rows(None)
+        try:
+            roles, task, rows = layouts.open_rows(self.rows, source.columns, source.task)
+        except ValueError as error:
+            reason = str(error)
+            raise ValueError(
+                reason if reason.startswith(self.where) else f"{self.where}: {reason}"
+            ) from None
+        return roles, self._task(task, roles.nway), rows
+
+    def _task(self, task: str, nway: bool) -> str:
+        if nway and task not in ("auto", "retrieval", "bitext"):
+            raise ValueError(
+                f"{self.where}: task: expected retrieval or bitext for an n-way table, got {task}"
+            )
+        if task != "auto":
+            return task
+        if NO_IN_BATCH in self.where:
+            return "classification"
+        return "bitext" if nway or self.parallel else "retrieval"
 
 
 def _parts(source: config.Source) -> list[_Part]:
     path = Path(source.path)
     if source.path == "cldr":
         return [_Part(source.name or "cldr", "cldr", _built_in)]
-    if readers.is_data_set(path) or path.is_dir() and source.subset:
+    if data_sets.is_saved(path) or path.is_dir() and (source.subset or data_sets.is_clone(path)):
         return [_data_set(source)]
     if path.exists():
-        files = readers.files_of(source.path)
-        return [_file(file, source, alone=len(files) == 1) for file in files]
-    if by_code := readers.parallel_files(source.path):
-        codes, files = list(by_code), list(by_code.values())
-        lines = functools.partial(readers.of_parallel, by_code, source.path)
-        two = Layout(codes[0], codes[1], ()) if len(codes) == 2 else None
+        groups = paths.shards(paths.files_of(source.path))
+        return [_files(name, files, source, len(groups) == 1) for name, files in groups.items()]
+    if by_code := paths.parallel_files(source.path):
+        lines = functools.partial(_parallel, by_code, source.path)
+        codes = tuple(by_code)
+        two = Roles(*codes, languages=codes) if len(codes) == 2 else None
+        files = list(by_code.values())
         return [_Part(source.name or path.name, source.path, lines, files, True, two)]
-    if path.suffix in readers.SUFFIXES or not HUB_ID.fullmatch(source.path):
+    if paths.suffix_of(path) in paths.SUFFIXES or not HUB_ID.fullmatch(source.path):
         raise ValueError(
             f"data: expected a file, directory, `name` of parallel files or hub id, got "
             f"{source.path}, which does not exist"
@@ -166,36 +220,33 @@ def _parts(source: config.Source) -> list[_Part]:
     return [_data_set(source)]
 
 
-def _built_in() -> Iterator[Row]:
+def _built_in(names: Names) -> Iterator[Row]:
     return ((f"cldr:{i}", row) for i, row in enumerate(cldr_tables()[0].to_pylist(), 1))
 
 
-def _file(file: Path, source: config.Source, alone: bool) -> _Part:
-    name = source.name or file.stem
-    if source.name and not alone:
-        name = f"{source.name}/{file.stem}"
-    rows = functools.partial(readers.of_file, file, layouts.used_columns)
-    return _Part(name, str(file), rows, [file])
+def _parallel(files: dict[str, Path], where: str, names: Names) -> Iterator[Row]:
+    return readers.of_parallel(files, where)
+
+
+def _files(name: str, files: list[Path], source: config.Source, alone: bool) -> _Part:
+    if source.name:
+        name = source.name if alone else f"{source.name}/{name}"
+
+    def rows(names: Names) -> Iterator[Row]:
+        for file in files:
+            yield from readers.of_file(file, names, header=source.header)
+
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} .. {files[-1].name}"
+    return _Part(name, where, rows, files)
 
 
 def _data_set(source: config.Source) -> _Part:
-    data = readers.data_set(source.path, source.subset, source.split, source.streaming)
+    data = data_sets.load(source.path, source.subset, source.split, source.streaming)
     name = "-".join(filter(None, (Path(source.path).name, source.subset)))
     # A stream has no files: text that is not on disk is not stored either.
     files = [Path(file["filename"]) for file in getattr(data, "cache_files", [])]
-    rows = functools.partial(readers.of_data_set, data, source.path, layouts.used_columns)
+    rows = functools.partial(data_sets.rows_of, data, source.path)
     return _Part(source.name or name, source.path, rows, files)
-
-
-def _task(source: config.Source, part: _Part, nway: bool) -> str:
-    if source.task == "auto":
-        return "bitext" if nway or part.parallel else "retrieval"
-    if nway and source.task not in ("retrieval", "bitext"):
-        raise ValueError(
-            f"{part.where}: task: expected retrieval or bitext for an n-way table, "
-            f"got {source.task}"
-        )
-    return source.task
 
 
 # ---- a source as tables ----
@@ -211,7 +262,8 @@ def read(
 
     Left out and counted are repeated pairs, pairs of a score below 0.8 (except for task sts), texts
     of the evaluation with their pairs, and items beyond `source.cap` a table, drawn at random but
-    always the same. Scores are 0..1; if one is above 1, all of the table are 0..5 and divided by 5.
+    always the same. Scores are 0..1; if one is above 1 by more than rounding, all of the table are
+    0..5 and divided by 5.
 
     Sources of 64 MiB of files or more are not held in memory: their texts are cleaned once into an
     Arrow file of the cache, whose key digests the files' contents and the options, and
@@ -236,7 +288,8 @@ def _read(
     if sum(file.stat().st_size for file in files if file.is_file()) < BIG:
         table, report = make(None)
     else:
-        options = (source.path, source.subset, source.split, source.task, source.cap)
+        told = (json.dumps(asdict(source.columns)), source.header, source.prompt_format)
+        options = (source.path, source.subset, source.split, source.task, source.cap, *told)
         key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
         table, report = cache.cached("text", key, lambda home: _save(*make(home), home), _open)
     return replace(table, source=source), report
@@ -251,20 +304,23 @@ def _make(
 ) -> tuple[Table, Report]:
     """Return a part's table, with its texts in a list or in texts.arrow of a directory."""
     report = Report(part.name, skip=bad_rows == "skip")
-    layout, rows = part.open()
-    nway = isinstance(layout, str)
-    task = _task(source, part, nway)
+    roles, task, rows = part.open(source)
+    report.roles = roles.describe()
     options = (source.cap, held_out, directory)
-    if isinstance(layout, str):
+    if roles.nway:
         if source.corpus:
             raise ValueError(f"{part.where}: corpus: expected none for an n-way table, got one")
-        table = tables.nway_table(part.name, rows, report, *options)
+        texts = layouts.nway_rows(rows, roles, report)
+        table = tables.nway_table(part.name, texts, report, *options)
     else:
         corpus = Corpus(source.corpus) if source.corpus else None
-        pairs = layouts.items(rows, layout, report, task, corpus)
-        table = tables.pair_table(part.name, pairs, report, task, *options)
+        pairs = layouts.items(rows, roles, report, task, corpus, prompt_format=source.prompt_format)
+        try:
+            table = tables.pair_table(part.name, pairs, report, task, *options)
+        except tables.ScaleError as error:
+            raise ValueError(f"{part.where}: {roles.score}: {error}") from None
     report.items = len(table)
-    tables.check_items(part.where, report, nway)
+    tables.check_items(part.where, report, roles.nway)
     return replace(table, task=task), report
 
 
@@ -317,11 +373,11 @@ def items(
     report.skip = bad_rows == "skip"
     corpus = Corpus(source.corpus) if source.corpus else None
     for part in _parts(source):
-        layout, rows = part.open()
-        if isinstance(layout, str):
+        roles, task, rows = part.open(source)
+        if roles.nway:
             raise ValueError(f"{part.where}: expected pairs for a stream, got an n-way table")
-        task = _task(source, part, nway=False)
-        for item in layouts.items(rows, layout, report, task, corpus, most=1):
+        report.roles = roles.describe()
+        for item in layouts.items(rows, roles, report, task, corpus, 1, source.prompt_format):
             if tables.overlaps(item.texts, held_out):
                 report.held_out += len(item.texts)
             elif task != "sts" and item.score is not None and item.score < MIN_SCORE:

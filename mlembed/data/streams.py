@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from .. import config
 from ..config.choices import BadRows
 from . import sources, tables
-from .formats import readers
+from .formats import paths
 from .formats.layouts import Item
 from .tokenizer import tokenize
 from .tokens import Tokens
@@ -36,7 +36,7 @@ WINDOWS = 6  # first number of the seed of a window's permutation
 def name_of(source: config.Source) -> str:
     """Return a source's name in logs: its own, or that of its file, directory or data set."""
     path = Path(source.path)
-    stem = path.stem if path.suffix in readers.SUFFIXES else path.name
+    stem = paths.stem_of(path) if paths.suffix_of(path) in paths.SUFFIXES else path.name
     return source.name or "-".join(filter(None, (stem, source.subset)))
 
 
@@ -44,7 +44,7 @@ def task_of(source: config.Source) -> str:
     """Return one of `config.TASKS`; auto is bitext for parallel files, else retrieval."""
     if source.task != "auto":
         return source.task
-    return "bitext" if readers.parallel_files(source.path) else "retrieval"
+    return "bitext" if paths.parallel_files(source.path) else "retrieval"
 
 
 class Stream:

@@ -15,9 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from .. import config
 from .cldr import normalise
-from .formats import layouts
-from .formats.layouts import Item, Report
-from .formats.readers import Row
+from .formats.layouts import ROUNDING, Item, Report
 
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 CHUNK = 8192  # texts that are read or written at once
@@ -187,8 +185,7 @@ def pair_table(
         pairs.append(text_id(f"{ids[0]} {ids[1]}"))
         scores.append(np.nan if item.score is None else item.score)
     number, size, score = (np.array(values) for values in (numbers, sizes, scores))
-    if (score > 1).any():
-        score = score / 5
+    score = _scaled(score, report)
     valid = _first_of_equals(pairs)
     report.duplicates = int((~valid).sum())
     if task != "sts":
@@ -206,16 +203,16 @@ def pair_table(
 
 def nway_table(
     name: str,
-    rows: Iterator[Row],
+    rows: Iterator[dict[str, str]],
     report: Report,
     cap: int,
     held_out: AbstractSet[str],
     directory: Path | None,
 ) -> Table:
-    """Return the table of an n-way source; arguments as of `pair_table`."""
+    """Return the table of an n-way source; arguments as of `pair_table`, rows {id, lang, text}."""
     texts = _buffer(directory)
     keys, entries = array("q"), array("q")
-    for row in layouts.nway_rows(rows, report):
+    for row in rows:
         if overlaps([row["text"]], held_out):
             report.held_out += 1
             continue
@@ -236,6 +233,24 @@ def nway_table(
     size = count[several]
     starts = np.concatenate([[0], np.cumsum(size)])
     return Table(name, True, _selected(texts, chosen), np.repeat(key[several], size), starts)
+
+
+class ScaleError(ValueError):
+    """Scores whose scale is unknown; the message lacks their file and column."""
+
+
+def _scaled(score: np.ndarray, report: Report) -> np.ndarray:
+    """Return scores, fp64 [pairs], NaN for a missing one, as 0..1; the report gets their scale.
+
+    Raises:
+        ScaleError: the largest is above 1, but so low that 0..5 cannot be the scale either.
+    """
+    largest = float(np.nanmax(score)) if np.isfinite(score).any() else 0.0
+    if 1 + ROUNDING < largest < 2:
+        raise ScaleError(f"expected scores 0..1 or 0..5, got at most {largest:.3g}")
+    if np.isfinite(score).any():
+        report.scale = "0..5" if largest > 1 + ROUNDING else "0..1"
+    return np.clip(score / 5 if report.scale == "0..5" else score, 0, 1)
 
 
 def _first_of_equals(values: array) -> np.ndarray:
@@ -269,3 +284,29 @@ def check_items(where: str, report: Report, nway: bool = False) -> None:
         wanted += " without texts of the evaluation"
     first = f"; {report.bad} bad rows, first {report.bad_rows[0]}" if report.bad else ""
     raise ValueError(f"{where}: expected {wanted}, found none{first}")
+
+
+# ---- what was understood ----
+
+
+def describe(table: Table, report: Report) -> str:
+    """Return one line: counts, task, columns by role, unused columns, what is left out and why."""
+    kind = "n-way ids" if table.nway else "pairs"
+    counts = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
+    scale = f"; scores {report.scale}" if report.scale else ""
+    return f"{counts}; {report.roles}{scale}{left_out(report)}"
+
+
+def left_out(report: Report) -> str:
+    """Return how many rows of a source are not trained on, by reason; "" for none."""
+    counts = {
+        "bad rows": report.bad,
+        "texts of the evaluation": report.held_out,
+        "duplicates": report.duplicates,
+        f"scored below {MIN_SCORE}": report.by_score,
+        "of another label": report.by_label,
+        "without a translation": report.alone,
+        "beyond the cap": report.by_cap,
+    }
+    parts = [f"{count} {reason}" for reason, count in counts.items() if count]
+    return f"; left out: {', '.join(parts)}" if parts else ""

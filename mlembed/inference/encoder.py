@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import tokenizer
-from ..data.formats import readers
+from ..data.formats.text_reader import windows
 from ..modeling import hf_config, pretrained
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
 from ..runtime.workers import Workers, ahead, device_of
@@ -362,7 +362,7 @@ class Encoder(DeviceEncoder):
     ) -> Iterator[Window]:
         """Yield texts in windows. exits, ranks: int64 [N], or [] for all; 0 is the largest."""
         first = 0
-        for some in readers.windows(texts, most, CHARACTERS):
+        for some in windows(texts, most, CHARACTERS):
             rows = slice(first, first + len(some))
             exits_N, ranks_N = (
                 size[rows] if size.ndim else np.full(len(some), size) for size in (exits, ranks)

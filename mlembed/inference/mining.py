@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from ..config.mining import Options
+from ..data.cldr import normalise
 from ..data.formats import layouts
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
@@ -85,7 +86,7 @@ class MiningTexts:
 
     pairs: int64 [P, 2], query and document, by query, in the data's order. starts: int64
     [queries + 1], where the pairs of each query begin. query_groups, document_groups: int64, equal
-    for texts that pairs link.
+    for texts that pairs link; texts that differ in case or white space alone count as one.
     """
 
     queries: "TextColumns"
@@ -144,10 +145,12 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
     if len(prompts) != 1:
         raise ValueError(f"data: expected one document_prompt, got {prompts}")
     ids = [np.array([text_id(text) for text in t.texts], np.int64) for t in tables]
+    # A positive in another spelling must not become a negative.
+    spelt = [np.array([text_id(normalise(text)) for text in t.texts], np.int64) for t in tables]
     linked_ids = np.concatenate(
         [
             np.stack([of[t.starts[:-1]], of[t.starts[:-1] + 1]], axis=1)
-            for t, of in zip(tables, ids, strict=True)
+            for t, of in zip(tables, spelt, strict=True)
         ]
     ).ravel()
     links = linked(linked_ids, np.arange(0, linked_ids.size + 1, 2))
@@ -165,8 +168,10 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
             for row in negatives.tolist():
                 documents.add(int(of[row]), i, row)
     if corpus is not None:
-        for row, text in enumerate(corpus):
-            documents.add(text_id(text), len(columns), row)
+        ids.append(np.array([text_id(text) for text in corpus], np.int64))
+        spelt.append(np.array([text_id(normalise(text)) for text in corpus], np.int64))
+        for row, one in enumerate(ids[-1].tolist()):
+            documents.add(one, len(columns), row)
         columns.append(corpus)
     by_query = np.array(pairs, dtype=np.int64)
     by_query = by_query[np.argsort(by_query[:, 0], kind="stable")]
@@ -177,9 +182,11 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
         TextColumns(columns, prompts * len(columns), np.array(documents.place)),
         by_query,
         np.concatenate([[0], counts.cumsum()]),
-        np.array([group_of[one] for one in queries.number], np.int64),
+        np.array([group_of[int(spelt[i][row])] for i, row in queries.place], np.int64),
         # A text in no pair is a group by itself, under its own id.
-        np.array([group_of.get(one, one) for one in documents.number], np.int64),
+        np.array(
+            [group_of.get(one := int(spelt[i][row]), one) for i, row in documents.place], np.int64
+        ),
     )
 
 

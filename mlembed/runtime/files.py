@@ -1,4 +1,4 @@
-"""Atomic files and directories, and JSON files whose errors name the line.
+"""Atomic files and directories, and JSON and YAML files whose errors name the line.
 
 A file or directory is written under a name of this process's own next to its place, flushed to
 disk, and renamed: other processes, and the next one after a crash, see all of it or nothing.
@@ -114,7 +114,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-# ---- JSON ----
+# ---- JSON and YAML ----
 
 
 def read_json(path: Path) -> Any:
@@ -131,3 +131,52 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the value of a YAML file, of which only what JSON can hold is accepted.
+
+    Raises:
+        ValueError: no such file, invalid YAML, a key that repeats, or a plain value that YAML takes
+            for something that it does not look like: `no` for false, a date, 1:30 for 90.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Loads plain values strictly."""
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if not isinstance(key, str) or key in keys[:place]:
+                line = node.value[place][0].start_mark.line + 1
+                raise ValueError(f"{path}:{line}: expected distinct names as keys, got {key!r}")
+        values = [loader.construct_object(value, deep=True) for _, value in node.value]
+        return dict(zip(keys, values, strict=True))
+
+    def scalar(loader: Any, node: Any) -> Any:
+        kind = node.tag.rpartition(":")[2]
+        plain = kind != "timestamp" and ":" not in node.value
+        if kind == "bool":
+            plain = node.value.lower() in ("true", "false")
+        if not plain:
+            line = node.start_mark.line + 1
+            raise ValueError(
+                f"{path}:{line}: expected text in quotes, got {node.value}, which YAML takes for a "
+                f'{kind}: write "{node.value}"'
+            )
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    for kind in ("bool", "int", "float", "timestamp"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", scalar)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{place}: invalid YAML: {getattr(error, 'problem', error)}") from None

@@ -25,9 +25,8 @@ from ..data import sources, tokenizer
 from ..data.batches import Batches, steps_of
 from ..data.cldr import normalise
 from ..data.eval_sets import read_all
-from ..data.formats import layouts
 from ..data.streams import name_of
-from ..data.tables import MIN_SCORE, Table
+from ..data.tables import Table, describe
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
@@ -75,14 +74,13 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
-            say(f"train  {name_of(source)}: streamed")
+            for roles in sources.roles_of(source):
+                say(f"train  {name_of(source)}: streamed; {roles.describe()}")
             continue
         for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
             tables.append(table)
             languages.update(report.languages)
-            kind = "n-way ids" if table.nway else "pairs"
-            items = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
-            say(f"train  {table.name}: {items}{left_out(report)}")
+            say(f"train  {table.name}: {describe(table, report)}")
             for bad in report.bad_rows:
                 say(f"       bad row {bad}")
     names = [table.name for table in tables] + [name_of(source) for source in streams]
@@ -94,20 +92,6 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     for task in tasks:
         say(f"eval   {task.name}: {len(task.texts)} texts")
     return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())))
-
-
-def left_out(report: layouts.Report) -> str:
-    """Return how many rows of a source are not trained on, by reason; "" for none."""
-    counts = {
-        "bad rows": report.bad,
-        "texts of the evaluation": report.held_out,
-        "duplicates": report.duplicates,
-        f"scored below {MIN_SCORE}": report.by_score,
-        "without a translation": report.alone,
-        "beyond the cap": report.by_cap,
-    }
-    parts = [f"{count} {reason}" for reason, count in counts.items() if count]
-    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def prompts(run: config.Run) -> dict[str, str]:

@@ -42,7 +42,7 @@ def probe(*command: str) -> tuple[int, str, set[str], float]:
 ANSWERS = [
     (["mlembed"], 0, "usage: mlembed COMMAND", 0.5),
     (["mlembed", "--help"], 0, "usage: mlembed COMMAND", 0.5),
-    (["mlembed", "encoed"], 1, "error: command: expected one of train, encode", 0.5),
+    (["mlembed", "encoed"], 1, "error: command: expected one of train, data", 0.5),
     *((["mlembed", name, "--help"], 0, "usage: ", 1.0) for name in COMMANDS),
     (["mlembed", "encode"], 2, "run, model directory", 0.5),
     (["mlembed", "encode", "x", "--dims", "3"], 2, "--dims", 0.5),

@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen3Config
 
 from mlembed import config
-from mlembed.config import Loss, Model, Optim, Run, recipes, strict
+from mlembed.config import Depth, Loss, Model, Optim, Run, recipes, strict
 from mlembed.modeling import hf_config
 from mlembed.training import arguments
 
@@ -292,6 +292,16 @@ SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
         (Loss, dict(num_negatives=-1), "loss.num_negatives: expected 0 or more, got -1"),
         (Loss, dict(memory_bank=-1), "loss.memory_bank: expected 0 or more, got -1"),
         (Loss, dict(memory_bank=512, ranks="all"), "loss.ranks: expected sampled with a memory"),
+        (Depth, dict(exits=(1, 4), shares=(0.5,)), "depth.shares: expected one for each"),
+        (Depth, dict(exits=(1, 4), shares=(0.5, 0.6)), "depth.shares: expected positive"),
+        (Depth, dict(exits=(1, 4), shares=(1.5, -0.5)), "depth.shares: expected positive"),
+        (Depth, dict(exits=(1, 4), shares=(1.0, 0.0)), "depth.shares: expected positive"),
+        (Depth, dict(layer_dropout=1.0), r"depth.layer_dropout: expected 0\.\.1, got 1.0"),
+        (Depth, dict(layer_dropout=-0.1), "depth.layer_dropout"),
+        (Run, dict(depth=Depth(exits=(1, 2))), "depth.exits: expected some of model.exits"),
+        (Run, dict(depth=Depth(exits=(3, 4))), "depth.exits: expected some of model.exits"),
+        (Run, dict(depth=Depth(exits=(4, 1))), "depth.exits: expected rising"),
+        (Run, dict(depth=Depth(exits=(1, 9))), "depth.exits: expected at most"),
         (Optim, dict(lr=0.0), "optim.lr: expected more than 0"),
         (Optim, dict(lr=-1.0), "optim.lr: expected more than 0, got -1"),
         (Optim, dict(max_grad_norm=0.0), "optim.max_grad_norm: expected more than 0"),

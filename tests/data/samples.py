@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
+from factories import write_jsonl as jsonl  # noqa: F401
 
 from mlembed import config
 from mlembed.data import sources
@@ -18,11 +19,6 @@ PAIRS = [
     {"query": "2", "positive": "zwei", "negatives": None},
 ]
 PAIR_ITEMS = [["one", "eins"], ["two", "zwei", "drei", "vier"], ["zwei", "two"], ["2", "zwei"]]
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def parquet(path, rows=(), **columns):
@@ -43,6 +39,13 @@ def read(path, *arguments, **fields):
     """Return the items and the report of a source of one part."""
     ((table, report),) = reports(path, *arguments, **fields)
     return items(table), report
+
+
+def mistake(path, *arguments, **fields):
+    """Return the message of the error that reading a source raises."""
+    with pytest.raises(ValueError) as caught:
+        read(path, *arguments, **fields)
+    return str(caught.value)
 
 
 def table_of(path, *arguments, **fields):

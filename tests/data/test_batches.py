@@ -1,9 +1,6 @@
 """Batches of tables: an order that is a function of the seed, which any process can draw."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import permutations
 
@@ -59,47 +56,32 @@ def make(tables, learnt):
 # ---- which batches ----
 
 
-def test_batch_depends_on_its_number_only(make):
-    a, b, c = make(), make(), make()
-    assert len(a) == 40
+def test_batch_depends_on_its_number_and_seed(make):
+    """Not on the batches drawn before, nor on the length of the run."""
+    a, b, long = make(), make(), make(steps=30, gradient_accumulation_steps=2)
+    assert len(a) == 40 and len(long) == 60
     forward = [a[i] for i in range(40)]
     backward = [b[i] for i in reversed(range(40))][::-1]
     assert all(map(equal, forward, backward))
-    assert equal(c[33], forward[33]) and equal(c[33], forward[33])
+    assert all(equal(long[i], forward[i]) for i in (33, 7, 33))
     other = make(seed=1)
     assert not all(equal(forward[i], other[i]) for i in range(5))
 
 
-def test_longer_run_begins_with_the_same_batches(make):
-    short, long = make(steps=10), make(steps=30, gradient_accumulation_steps=2)
-    assert len(long) == 60
-    assert all(equal(short[i], long[i]) for i in range(10))
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 17, 40])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [slice(0, 1), slice(1, 2), slice(2)], ids=["pairs", "nway", "2"])
 def test_epochs_are_permutations(make, tables, learnt, which, batch_size):
-    n = len(tables[which])
-    batches = make([tables[which]], batch_size=batch_size, steps=-(-5 * n // batch_size))
-    drawn = [
-        int(text.split()[1])
-        for number in range(len(batches))
-        for text in batch_texts(batches[number], learnt)[:batch_size]
-    ]
-    epochs = [drawn[i : i + n] for i in range(0, 5 * n, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 5
-
-
-def test_epochs_continue_between_batches_of_another_source(make, tables, learnt):
-    batches = make(steps=120)
-    for table in tables:
-        of_source = [b for b in (batches[i] for i in range(120)) if b.source == table.name]
-        assert len(of_source) > 20
-        drawn = [int(t.split()[1]) for b in of_source for t in batch_texts(b, learnt)[:4]]
-        n = len(table)
-        for i in range(0, len(drawn) - n, n):
-            assert sorted(drawn[i : i + n]) == list(range(n))
+    """Also if batches of another source come between theirs."""
+    batches = make(tables[which], batch_size=batch_size, steps=120 // batch_size + 8)
+    drawn = {table.name: [] for table in tables[which]}
+    for number in range(len(batches)):
+        queries = batch_texts(batches[number], learnt)[:batch_size]
+        drawn[batches[number].source] += [int(text.split()[1]) for text in queries]
+    for table in tables[which]:
+        rows, n = drawn[table.name], len(table)
+        epochs = [tuple(rows[i : i + n]) for i in range(0, len(rows) - n + 1, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        assert len(set(epochs)) == len(epochs) >= 3
 
 
 # ---- what a batch holds ----
@@ -210,53 +192,44 @@ def test_texts_are_cut_to_max_length(make, tables, learnt):
 
 
 def pairs(name, n, **source):
-    texts, ids = [name, "b"] * n, np.arange(2 * n) // 2
-    return Table(
-        name, False, texts, ids, np.arange(0, 2 * n + 1, 2), config.Source(path=name, **source)
-    )
+    texts, ids, starts = [name, "b"] * n, np.arange(2 * n) // 2, np.arange(0, 2 * n + 1, 2)
+    return Table(name, False, texts, ids, starts, config.Source(**{"path": name} | source))
 
 
-def chi_square(order, p):
-    """Sum of (drawn - expected)^2 / expected; its mean is the number of sources less one."""
-    drawn = np.bincount(order, minlength=len(p))
-    assert (drawn[p == 0] == 0).all()
-    expected = p[p > 0] * len(order)
-    return (((drawn[p > 0] - expected) ** 2) / expected).sum()
+SIZES = [pairs("40", 40), pairs("400", 400), pairs("1000", 1000)]
+# 100 ids of 30 languages.
+NWAY = Table("nway", True, ["a"] * 3000, np.arange(3000) // 30, np.arange(0, 3001, 30))
+WEIGHED = [pairs("a", 40, weight=3.0), pairs("b", 4000, weight=0.0), pairs("c", 9)]
+# Two files of one source of weight 2, and another source of weight 1.
+FILES = [pairs(name, n, path="folder", weight=2.0) for name, n in (("a", 30), ("b", 90))]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_sampling_by_alpha(make, alpha):
-    sizes = (40, 400, 1000)
-    batches = make([pairs(str(n), n) for n in sizes], batch_size=1, steps=3000, source_alpha=alpha)
-    weights = np.array(sizes, dtype=float) ** alpha
-    assert chi_square(batches.order, weights / weights.sum()) < 13.8  # 2 degrees of freedom: 0.1 %
-    for other in {0.0, 0.5, 1.0} - {alpha}:
-        wrong = np.array(sizes, dtype=float) ** other
-        assert chi_square(batches.order, wrong / wrong.sum()) > 100
-    assert batches[0].source == str(sizes[batches.order[0]])
+@pytest.mark.parametrize(
+    "mixed, fields, shares",
+    [
+        pytest.param(SIZES, {"source_alpha": 0.0}, [1, 1, 1], id="alpha 0"),
+        pytest.param(SIZES, {"source_alpha": 0.5}, [2, 40**0.5, 10], id="alpha 0.5"),
+        pytest.param(SIZES, {"source_alpha": 1.0}, [2, 20, 50], id="alpha 1"),
+        # An n-way table counts half its texts.
+        pytest.param([NWAY, pairs("p", 500)], {"source_alpha": 1.0}, [3, 1], id="nway"),
+        pytest.param(WEIGHED, {"sampling": "weights"}, [3, 0, 1], id="weights"),
+        pytest.param([*FILES, pairs("c", 9)], {"sampling": "weights"}, [1, 3, 2], id="files"),
+    ],
+)
+def test_sampling(make, mixed, fields, shares):
+    """A chi-square test: 0.1 % of right orders fail it by chance, and wrong ones are far away."""
+    batches = make(mixed, batch_size=1, steps=3000, **fields)
+    drawn = np.bincount(batches.order, minlength=len(mixed))
+    expected = 3000 * np.array(shares) / sum(shares)
+    some = expected > 0
+    statistic = ((drawn - expected)[some] ** 2 / expected[some]).sum()
+    assert (drawn[~some] == 0).all() and statistic < {2: 10.8, 3: 13.8}[some.sum()]
+    assert batches[0].source == mixed[batches.order[0]].name
 
 
-def test_nway_table_counts_half_its_texts(make):
-    texts, starts = ["a"] * 3000, np.arange(0, 3001, 30)  # 100 ids of 30 languages
-    nway = Table("nway", True, texts, np.arange(3000) // 30, starts)
-    batches = make([nway, pairs("p", 500)], batch_size=1, steps=3000, source_alpha=1.0)
-    assert chi_square(batches.order, np.array([0.75, 0.25])) < 10.8
-    assert steps_of(config.Run(epochs=1.0, batch_size=7), [nway]) == 215  # 1500 / 7
-
-
-def test_sampling_by_weights(make):
-    tables = [pairs("a", 40, weight=3.0), pairs("b", 4000, weight=0.0), pairs("c", 9, weight=1.0)]
-    batches = make(tables, batch_size=1, steps=3000, sampling="weights")
-    assert chi_square(batches.order, np.array([0.75, 0.0, 0.25])) < 10.8
+def test_sampling_without_a_weight(make):
     with pytest.raises(ValueError, match="sources: expected a weight above 0, got only 0"):
-        make(tables[1:2], sampling="weights")
-
-
-def test_files_share_the_weight_of_their_source(make):
-    one = config.Source(path="folder", weight=2.0)
-    tables = [dataclasses.replace(pairs(name, n), source=one) for name, n in (("a", 30), ("b", 90))]
-    batches = make([*tables, pairs("c", 9)], batch_size=1, steps=3000, sampling="weights")
-    assert chi_square(batches.order, np.array([1 / 6, 1 / 2, 1 / 3])) < 13.8
+        make(WEIGHED[1:2], sampling="weights")
 
 
 def test_sampling_exhaust(make):
@@ -398,21 +371,11 @@ def test_batches_carry_texts_or_teacher_vectors(make, tables, learnt, rank, size
 
 # ---- ids ----
 
-SCRIPT = (
-    "from mlembed.data.tables import text_id;print(text_id('Meer'), text_id('n', '7'), text_id(''))"
-)
 
-
-def test_ids_are_equal_in_every_process():
-    out = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"PYTHONHASHSEED": "77"},
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    ids = [int(word) for word in out.split()]
-    assert ids == [text_id("Meer"), text_id("n", "7"), text_id("")]
-    assert all(0 <= i < 2**63 for i in ids)
+def test_ids_of_texts():
+    """They are the same in every process, so these numbers stay."""
+    assert text_id("Meer") == 4418219060739749500
+    assert text_id("n", "7") == 8097823846689690154
     assert text_id("a", "bc") != text_id("ab", "c") != text_id("abc")
-    assert len({text_id(str(i)) for i in range(100_000)}) == 100_000
+    ids = {text_id(str(i)) for i in range(100_000)}
+    assert len(ids) == 100_000 and min(ids) >= 0 and max(ids) < 2**63

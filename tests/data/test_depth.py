@@ -87,27 +87,3 @@ def test_skip_frequency():
     for row, p in zip(runs_LN, skip_probabilities(cfg, 4), strict=True):
         assert abs((~row).mean() - p) <= 4 * (p * (1 - p) / n) ** 0.5
     assert draw_runs(n, config.Depth(), 4, rng()) is None
-
-
-# ---- configuration ----
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"exits": (1, 4), "shares": (0.5,)}, "depth.shares: expected one for each"),
-        ({"exits": (1, 4), "shares": (0.5, 0.6)}, "depth.shares: expected positive"),
-        ({"exits": (1, 4), "shares": (1.5, -0.5)}, "depth.shares: expected positive"),
-        ({"exits": (1, 4), "shares": (1.0, 0.0)}, "depth.shares: expected positive"),
-        ({"layer_dropout": 1.0}, "depth.layer_dropout: expected 0..1, got 1.0"),
-        ({"layer_dropout": -0.1}, "depth.layer_dropout"),
-        ({"exits": (1, 2)}, "depth.exits: expected some of model.exits"),
-        ({"exits": (3, 4)}, "depth.exits: expected some of model.exits"),
-        ({"exits": (4, 1)}, "depth.exits: expected rising"),
-        ({"exits": (1, 9)}, "depth.exits: expected at most"),
-    ],
-)
-def test_config_mistakes(fields, message):
-    shape = config.Model(num_hidden_layers=4, exits=(1, 2, 4))
-    with pytest.raises(ValueError, match=message):
-        config.Run(model=shape, depth=config.Depth(**fields))

@@ -1,6 +1,7 @@
 """Sources to tables and streams: files, mixtures, and tables stored in the cache."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.data.samples import (
     PAIRS,
     items,
     jsonl,
+    mistake,
     parquet,
     read,
     reports,
@@ -46,37 +48,23 @@ def test_directory(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ValueError, match="none.jsonl, which does not exist"):
-        read(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"expected \.jsonl, .* files in .*, found none"):
-        read(tmp_path)
+    assert re.search(r"expected \.jsonl, .* files in .*, found none", mistake(tmp_path))
     (tmp_path / "a.txt").write_text("{}")
-    with pytest.raises(ValueError, match=r"expected \.jsonl, .*, got .*a\.txt"):
-        read(tmp_path / "a.txt")
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_empty_jsonl(content, tmp_path):
-    (tmp_path / "e.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"e\.jsonl: expected rows, found none"):
-        read(tmp_path / "e.jsonl")
+    assert re.search(r"expected \.jsonl, .*, got .*a\.txt", mistake(tmp_path / "a.txt"))
 
 
 def test_empty_and_broken_parquet(tmp_path):
-    nothing = pa.array([], pa.string())
-    with pytest.raises(ValueError, match=r"e\.parquet: expected rows, found none"):
-        read(parquet(tmp_path / "e.parquet", query=nothing, positive=nothing))
+    path, nothing = tmp_path / "x.parquet", pa.array([], pa.string())
+    parquet(path, query=nothing, positive=nothing)
+    assert "x.parquet: expected rows, found none" in mistake(path)
     for content in (b"", b"PAR1", b'{"query": "a", "positive": "b"}\n'):
-        (tmp_path / "x.parquet").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.parquet: not parquet: "):
-            read(tmp_path / "x.parquet")
+        path.write_bytes(content)
+        assert "x.parquet: not parquet: " in mistake(path)
     # A sound footer over damaged pages, as a broken download or disk leaves it.
-    path = tmp_path / "x.parquet"
     parquet(path, query=["a"] * 500, positive=[f"b{i}" for i in range(500)])
     whole = path.read_bytes()
     path.write_bytes(whole[:20] + b"\0" * 200 + whole[220:])
-    with pytest.raises(ValueError, match=r"x\.parquet: not parquet: "):
-        read(path)
+    assert "x.parquet: not parquet: " in mistake(path)
 
 
 def test_names(tmp_path):
@@ -143,10 +131,7 @@ def test_json_rows_are_not_a_mixture(content, tmp_path):
     "content, words",
     [
         ('{"sources": [\n{"path": "a"},\n]}', r":3: invalid JSON"),
-        (
-            '{\n"sources": [{"path": "a", "promt": "x"}]}',
-            r"\[0\]: no such key 'promt' \(near",
-        ),
+        ('{"sources": [{"path": "a", "promt": "x"}]}', r"\[0\]: no such key 'promt' \(near"),
         ('{"sources": [{"path": "a"}, {"path": "b", "cap": "3"}]}', r"\[1\]: cap: expected int"),
         ('{"sources": [{"path": "a", "cap": -1}]}', r"\[0\]: source a: cap: expected 0 or more"),
         ('{"sources": [{"path": "a", "task": "x"}]}', r"\[0\]: task: expected Literal"),
@@ -186,7 +171,7 @@ def many(path, kind):
             "query": f"q{i % 40}",
             "positive": f"p{i % 50}",
             "negatives": [f"n{j}" for j in range(i % 3)],
-            "score": (i % 10) / 5 if i % 4 or kind == "sts" else None,
+            "score": (i % 10) / 2 if i % 4 or kind == "sts" else None,
         }
         for i in range(300)
     ]
@@ -238,9 +223,7 @@ def test_keys_of_stored_tables(large, tmp_path):
 
 def test_malformed_large_source(large, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [*PAIRS, {"query": "a"}])
-    with pytest.raises(ValueError, match=r"p\.jsonl:5: positive"):
-        read(path)
-    assert not list(large.iterdir())
+    assert "p.jsonl:5: positive" in mistake(path) and not list(large.iterdir())
     for _ in range(2):
         found, report = read(path, "skip")
         assert len(found) == 4 and report.bad == 1
@@ -293,18 +276,22 @@ def test_stream_of_a_directory(tmp_path):
     assert [item.query for item in sources.items(source(tmp_path))] == ["a", "b"]
 
 
-def test_what_cannot_be_a_stream(tmp_path):
-    nway = jsonl(tmp_path / "n.jsonl", [{"id": "1", "lang": "en", "text": "a"}])
-    with pytest.raises(ValueError, match=r"n\.jsonl: expected pairs for a stream, got an n-way"):
-        list(sources.items(source(nway)))
-    path = jsonl(tmp_path / "p.jsonl", [{"query": "a", "positive": "b"}])
-    with pytest.raises(ValueError, match=r"p\.jsonl: cap: expected 0 for a stream, got 3"):
-        list(sources.items(source(path, cap=3)))
-    with pytest.raises(ValueError, match=r"p\.jsonl: expected pairs without .*, found none"):
-        list(sources.items(source(path), held_out={"a"}))
-    (tmp_path / "e.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"e\.jsonl: expected rows, found none"):
-        list(sources.items(source(tmp_path / "e.jsonl")))
+PAIR, NWAY = {"query": "a", "positive": "b"}, {"id": "1", "lang": "en", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    "rows, fields, held_out, words",
+    [
+        ([NWAY], {}, (), "expected pairs for a stream, got an n-way"),
+        ([PAIR], {"cap": 3}, (), "cap: expected 0 for a stream, got 3"),
+        ([PAIR], {}, {"a"}, "expected pairs without .*, found none"),
+        ([], {}, (), "expected rows, found none"),
+    ],
+)
+def test_what_cannot_be_a_stream(rows, fields, held_out, words, tmp_path):
+    some = source(jsonl(tmp_path / "p.jsonl", rows), **fields)
+    with pytest.raises(ValueError, match=rf"p\.jsonl: {words}"):
+        list(sources.items(some, held_out=held_out))
 
 
 # A table that lists where the texts come from lies there as well.

@@ -119,7 +119,7 @@ def test_tasks_that_need_negatives(task, tmp_path):
     assert found == [["a", "b", "c"]] and report.bad == 1
 
 
-@pytest.mark.parametrize("most, scores", [(1, [0.25, 0.0, 1.0, 0.5]), (5, [1.25, 0, 0.75, 0.5])])
+@pytest.mark.parametrize("most, scores", [(1, [0.25, 0.0, 1.0, 0.5]), (5, [2.5, 0, 0.75, 0.5])])
 def test_scores_of_sts(most, scores, tmp_path):
     rows = [{"sentence1": f"{i}", "sentence2": "b", "score": s} for i, s in enumerate(scores)]
     table = table_of(jsonl(tmp_path / "s.jsonl", rows), task="sts")
@@ -193,8 +193,8 @@ def test_no_items_left(bad_rows, tmp_path):
     with pytest.raises(ValueError, match=r"p\.jsonl: expected pairs without texts of the eval"):
         read(path, bad_rows, held_out={"eins", "two"})
     assert len(read(path, held_out={"other"})[0]) == 2
-    (tmp_path / "b.jsonl").write_text('{"query": "a"}\n[]\n')
-    with pytest.raises(ValueError, match=r"found none; 2 bad rows, first .*b\.jsonl:1: exp"):
+    (tmp_path / "b.jsonl").write_text('{"query": "a", "positive": ""}\n[]\n')
+    with pytest.raises(ValueError, match=r"found none; 2 bad rows, first .*b\.jsonl:1: pos"):
         read(tmp_path / "b.jsonl", "skip")
 
 

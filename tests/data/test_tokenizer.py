@@ -70,12 +70,11 @@ sys.stdout.write(tokenizer.train({texts!r}, 400).to_str())
 """
 
 
-@pytest.mark.parametrize("seed", ["1", "4242"])
-def test_training_is_repeatable(learnt, seed):
+def test_training_is_repeatable(learnt):
     assert tokenizer.train(iter(TEXTS), 400).to_str() == learnt.to_str()
     out = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(texts=TEXTS)],
-        env=os.environ | {"PYTHONHASHSEED": seed},
+        env=os.environ | {"PYTHONHASHSEED": "4242"},
         capture_output=True,
         check=True,
     ).stdout.decode()

@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,13 @@ def test_damage_is_found_by_sizes_or_digests(digests, home):
     assert cache.cached("kind", "key", writes("new"), content, digests) == want
     file.unlink()
     assert cache.cached("kind", "key", writes("two"), content, digests) == "two"
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_text("{")])
+def test_entry_without_its_list_of_files_is_built_again(change, home):
+    cache.cached("kind", "key", writes("one"), content)
+    change(home / "kind" / "key" / cache.WHOLE)
+    assert cache.cached("kind", "key", writes("two"), content) == "two"
 
 
 def test_entry_deleted_before_it_is_opened_is_built_again(home):

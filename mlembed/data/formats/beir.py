@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from . import readers
+from . import readers, roles
 
 QRELS = ("query-id", "corpus-id", "score")
 
@@ -65,6 +65,26 @@ def cells(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]
         yield where, row
 
 
+def _judged(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Yield (file:line, query, document, grade) of BEIR's three columns with a header, or of TREC's
+    four, query 0 document grade, without one. A grade like 1.0 is a whole number.
+    """
+    for number, (where, line) in enumerate(readers.strict(readers.lines(path))):
+        row = line.split("\t") if "\t" in line else line.split()
+        if len(row) == 4:
+            row = [row[0], *row[2:]]
+        elif not number and tuple(row) == QRELS:
+            continue
+        if not number and len(row) == 3 and roles.as_number(row[2]) is None:
+            raise ValueError(f"{where}: expected the header {', '.join(QRELS)}, got {row}")
+        if len(row) != 3:
+            raise ValueError(f"{where}: expected {' TAB '.join(QRELS)}, got {line[:80]!r}")
+        grade = roles.as_number(row[2])
+        if grade is None or not abs(grade) < 2**31 or grade != int(grade):
+            raise ValueError(f"{where}: score: expected an integer, got {row[2]!r}")
+        yield where, row[0], row[1], int(grade)
+
+
 def judgements(
     path: Path, queries: Collection[str], place: dict[str, int]
 ) -> dict[str, dict[int, int]]:
@@ -77,22 +97,20 @@ def judgements(
         queries: their ids. place: {id: row} of the corpus; ids of missing documents are added.
 
     Raises:
-        ValueError: a malformed line, an unknown query, or no judgement of a corpus document.
+        ValueError: a malformed line, an unknown query, a pair that is judged twice and differently,
+            or no judgement of a corpus document.
     """
     grades: dict[str, dict[int, int]] = {}
     N = len(place)
-    for number, (where, row) in enumerate(cells(path, QRELS)):
-        if not number:
-            if tuple(row) != QRELS:
-                raise ValueError(f"{where}: expected the header {', '.join(QRELS)}, got {row}")
-            continue
-        query, document, grade = row
+    for where, query, document, grade in _judged(path):
         if query not in queries:
             raise ValueError(f"{where}: query-id: expected an id of queries.jsonl, got {query!r}")
-        try:
-            grades.setdefault(query, {})[place.setdefault(document, len(place))] = int(grade)
-        except ValueError:
-            raise ValueError(f"{where}: score: expected an integer, got {grade!r}") from None
+        of_query, row = grades.setdefault(query, {}), place.setdefault(document, len(place))
+        if of_query.setdefault(row, grade) != grade:
+            raise ValueError(
+                f"{where}: score: expected the earlier {of_query[row]} of {query!r} and "
+                f"{document!r}, got {grade}"
+            )
     if not grades:
         raise ValueError(f"{path}: expected judgements, found none")
     missing = list(place)[N:]

@@ -1,33 +1,34 @@
-"""Turn rows with columns of many names into items; errors name the row and the column.
+"""Turn rows into items, by the roles of their columns; errors name the row and the column.
 
-Layouts of pairs, by their columns:
-
-    query, positive [, negatives, score]           ours; negatives are lists
-    anchor, positive | query, answer | question, answer | sentence1, sentence2
-    [, negative | negative_1 ..] [, score | similarity_score | label]   sentence-transformers
-    two or three columns of text of other names    by position: anchor, positive, negative
-    query, pos, neg [, prompt]                     FlagEmbedding: lists; an item for each positive
-    query, passage [, negative_1 ..]               F2LLM-v2
-
-With `source.corpus` the columns of positives and negatives hold ids of documents. Only rows of
-FlagEmbedding have a prompt, put before the query; other prompts are the source's.
+With `source.corpus` the columns of positives and negatives hold ids of documents. A row's own
+prompt, or the source's, comes before the query.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from . import readers
-from .readers import SCORES, Row, T, id_text, is_text
+from ...config import Columns
+from . import paths, readers, roles
+from .readers import Names, Row, T, id_text, is_text
+from .roles import Roles
 
 SHOWN = 50  # bad rows that a report lists; it counts all
-PEEK = 1000  # rows among which one has to show the layout
+PEEK = 1000  # rows that show the columns of a source
 CHUNK = 8192  # documents of a corpus that become Arrow at once
+ROUNDING = 0.01  # by which a score may lie outside of its scale, whose end it then is
+TASKS = {  # FlagEmbedding's types of rows
+    "normal": "retrieval",
+    "only_1neg": "retrieval",
+    "symmetric_sts": "retrieval",
+    "symmetric_class": "classification",
+    "symmetric_clustering": "clustering",
+}
 
 
 @dataclass
@@ -47,9 +48,15 @@ class Report:
     duplicates: int = 0
     """Pairs that occurred before, or texts of an n-way table's id and language."""
     by_score: int = 0
+    by_label: int = 0
+    """Rows of another value of the column that tells pairs apart."""
     alone: int = 0
     """Texts of an n-way table whose id has no other text."""
     by_cap: int = 0
+    roles: str = ""
+    """Columns by role, and those that are unused."""
+    scale: str = ""
+    """Scale of the scores, 0..1 or 0..5; "" without scores."""
     languages: dict[str, int] = field(default_factory=dict)
     """Texts of valid rows by language, of rows that name it; duplicates included."""
 
@@ -83,80 +90,56 @@ class Item:
         return [self.query, self.positive, *self.negatives]
 
 
-# ---- layouts ----
+# ---- the columns of a source ----
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Names of the columns of pairs. third: a negative, recognised by its position."""
+def open_rows(
+    read: Callable[[Names], Iterator[Row]],
+    columns: Columns,
+    task: str = "auto",
+    evaluation: bool = False,
+) -> tuple[Roles, str, Iterator[Row]]:
+    """Return the roles of a source's columns, its task, and its rows.
 
-    query: str
-    positive: str
-    scores: tuple[str, ...] = ("score",)
-    third: str = ""
+    Args:
+        read: yields the rows from the first one on, with these columns or all. columns: what the
+            user has settled. task: one of `config.TASKS`, or auto, which FlagEmbedding's `type`
+            settles. evaluation: as of `roles.recognise`.
 
-    @property
-    def lists(self) -> bool:
-        """Whether positives are lists, as in FlagEmbedding's layout."""
-        return self.positive == "pos"
-
-
-_PAIRS = (
-    Layout("query", "positive"),
-    Layout("query", "pos", ()),
-    Layout("query", "passage"),
-    Layout("anchor", "positive", SCORES),
-    Layout("query", "answer", SCORES),
-    Layout("question", "answer", SCORES),
-    Layout("sentence1", "sentence2", SCORES),
-)
-_IDS = ("id", "verse_id")
-_KNOWN = {name for layout in _PAIRS for name in (layout.query, layout.positive)}
-_KNOWN |= {*_IDS, "lang", "text", "negatives", "neg", "negative"}
-_LANGUAGES = ("query_lang", "positive_lang")
-_OPTIONAL = (*SCORES, "negatives", "neg", "negative", "prompt", "kind", *_LANGUAGES)
-
-
-def _layout(names: Sequence[str], texts: Sequence[str]) -> Layout | str | None:
-    """Return a layout of pairs, the id column of an n-way table, or None for unknown columns.
-
-    texts: the columns that hold text.
+    Raises:
+        ValueError: as `roles.recognise`; types of several tasks.
     """
-    for layout in _PAIRS:
-        if layout.query in names and layout.positive in names:
-            return layout
-    for name in _IDS:
-        if {name, "lang", "text"} <= set(names):
-            return name
-    unknown = [name for name in names if name not in SCORES]
-    if len(unknown) in (2, 3) and not _KNOWN & set(unknown) and set(unknown) <= set(texts):
-        return Layout(unknown[0], unknown[1], SCORES, *unknown[2:])
-    return None
+    known = set(Roles(**columns.to_roles()).columns())
+    head = [row for _, row in islice(read(None), PEEK) if isinstance(row, dict)]
+    if not head:
+        return Roles(), task, read(None)
+    rows = [inner for row in head for inner in roles.unwrap(row, 0, known)]
+    found = roles.recognise(rows, columns, task, evaluation)
+    if found.type and task == "auto":
+        task = _task_of([row.get(found.type) for row in rows])
+    outer = dict.fromkeys(name for row in head for name in row)
+    used = set(found.columns()) | ({"translation", "set"} - known)
+    return found, task, _unwrapped(read([name for name in outer if name in used]), known)
 
 
-def used_columns(names: list[str]) -> list[str]:
-    """Return the columns of a file that its layout uses, or all if the layout is unknown."""
-    layout = _layout(names, names)
-    if layout is None:
-        return names
-    used = {layout, "lang", "text"} if isinstance(layout, str) else set()
-    if isinstance(layout, Layout):
-        used = {layout.query, layout.positive, layout.third}
-    return [n for n in names if n in used or n in _OPTIONAL or n.startswith("negative_")]
+def _unwrapped(rows: Iterator[Row], known: set[str]) -> Iterator[Row]:
+    for number, (where, row) in enumerate(rows, 1):
+        if isinstance(row, ValueError):
+            yield where, row
+            continue
+        for inner in roles.unwrap(row, number, known):
+            yield where, inner
 
 
-def recognise(rows: Iterator[Row]) -> tuple[Layout | str | None, Iterator[Row]]:
-    """Return the layout of the first row that shows one, and all rows."""
-    head: list[Row] = []
-    for where, row in rows:
-        head.append((where, row))
-        if isinstance(row, dict):
-            layout = _layout(list(row), [n for n, value in row.items() if isinstance(value, str)])
-            if layout is not None:
-                return layout, chain(head, rows)
-        if len(head) == PEEK:
-            break
-    return None, chain(head, rows)
+def _task_of(types: list[Any]) -> str:
+    named = sorted({str(value) for value in types if value is not None})
+    tasks = {TASKS.get(name, "") for name in named}
+    if len(tasks) > 1 or "" in tasks:
+        raise ValueError(
+            f"type: expected one of {', '.join(TASKS)} in all rows, got {', '.join(named)}; the "
+            "key task of a mixture settles it"
+        )
+    return tasks.pop() if tasks else "auto"
 
 
 # ---- rows to items ----
@@ -178,7 +161,7 @@ class Corpus:
 
     def _chunks(self) -> Iterator[pa.Array]:
         chunk: list[str] = []
-        (file,) = readers.files_of(self.path)
+        (file,) = paths.files_of(self.path)
         for where, row in readers.strict(readers.of_file(file)):
             name = next((n for n in ("_id", "doc_id", "docid", "id") if n in row), "_id")
             key, text, title = id_text(row.get(name)), row.get("text"), row.get("title")
@@ -202,82 +185,87 @@ class Corpus:
         return self.column[place].as_py()
 
 
-def _text(row: dict[str, Any], column: str, corpus: Corpus | None = None) -> str:
+def _text(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
-    if corpus is not None:
-        return corpus.text(value, column)
     if not is_text(value):
         raise ValueError(f"{column}: expected text, got {value!r}")
     return str(value)
 
 
-def _list(row: dict[str, Any], column: str, corpus: Corpus | None) -> list[str]:
-    values = row.get(column)
-    values = [] if values is None else values
-    if not isinstance(values, list) or not (corpus or all(map(is_text, values))):
-        raise ValueError(f"{column}: expected a list of texts, got {values!r}")
-    return [corpus.text(value, column) for value in values] if corpus else values
+def _texts(row: dict[str, Any], column: str, corpus: Corpus | None) -> list[str]:
+    """Return the texts of a cell: one, or a list of texts or of {text [, title]}; [] for None."""
+    value = row.get(column)
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    if corpus is not None:
+        return [corpus.text(key, column) for key in values]
+    texts = [str(item) if is_text(item) else roles.text_of(item) for item in values]
+    if not all(texts):
+        kind = "a list of texts" if isinstance(value, list) else "text"
+        raise ValueError(f"{column}: expected {kind}, got {value!r}")
+    return texts
 
 
-def _negatives(row: dict[str, Any], layout: Layout, corpus: Corpus | None) -> list[str]:
-    """Return lists, then single columns, then negative_1 .., which may end early without a gap."""
-    negatives = []
-    for name in ("negatives", "neg"):
-        if row.get(name) is not None:
-            negatives += _list(row, name, corpus)
-    for name in ("negative", layout.third):
-        if name and row.get(name) is not None:
-            negatives.append(_text(row, name, corpus))
-    numbers = sorted(
-        int(name[9:])
-        for name, value in row.items()
-        if name.startswith("negative_") and name[9:].isdecimal() and value is not None
-    )
-    for place, number in enumerate(numbers, 1):
-        if number != place:
-            raise ValueError(f"negative_{place}: expected text before negative_{number}, got None")
-        negatives.append(_text(row, f"negative_{number}", corpus))
-    return negatives
+def _score(row: dict[str, Any], column: str, most: float) -> float | None:
+    """Return the score of a row, at most ROUNDING outside of 0..most; None without one."""
+    value = row.get(column) if column else None
+    if value is None:
+        return None
+    number = roles.as_number(value)
+    if number is None or not -ROUNDING <= number <= most + ROUNDING:
+        scale = "0..1 or, all of the source, 0..5" if most == 5 else "0..1"
+        raise ValueError(f"{column}: expected a number {scale}, got {value!r}")
+    return number
 
 
-def _score(row: dict[str, Any], layout: Layout, most: float) -> float | None:
-    for name in layout.scores:
-        value = row.get(name)
-        if value is None:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value <= most:
-            scale = "0..1 or, all of the source, 0..5" if most == 5 else "0..1"
-            raise ValueError(f"{name}: expected a number {scale}, got {value!r}")
-        return float(value)
-    return None
+def _check_new(row: dict[str, Any], known: set[str]) -> None:
+    """Raise ValueError for a column with a name of a role that the first rows did not have."""
+    for name in row.keys() - known:
+        if roles.suggests_role(name):
+            raise ValueError(f"{name}: expected a column of the first {PEEK} rows, got a new one")
 
 
-def _pair(
-    row: dict[str, Any], layout: Layout | None, task: str, corpus: Corpus | None, most: float
-) -> tuple[str, list[str], list[str], float | None]:
-    """Return the query, the positives, the negatives and the score of a row."""
-    if layout is None:
-        raise ValueError(
-            "expected columns query, positive [, negatives, score], id, lang, text, or a layout "
-            f"that the documentation lists, got {', '.join(map(str, row)) or 'none'}"
-        )
-    query = _text(row, layout.query)
-    if layout.lists and row.get("prompt") is not None:
-        query = _text(row, "prompt") + query
-    if layout.lists:
-        positives = _list(row, layout.positive, corpus)
-    else:
-        positives = [_text(row, layout.positive, corpus)]
-    if not positives:
-        raise ValueError(f"{layout.positive}: expected a list of texts, got []")
-    negatives = _negatives(row, layout, corpus)
-    if task in ("clustering", "classification") and not negatives:
-        raise ValueError(f"negatives: expected at least one for {task}, got none")
-    score = _score(row, layout, most)
-    if task == "sts" and score is None:
-        raise ValueError("score: expected a number for sts, got None")
-    return query, positives, negatives, score
+@dataclass(frozen=True)
+class _Pairs:
+    """Parses rows of pairs. most: end of the scale of scores. prompt_format: see config.Source."""
+
+    roles: Roles
+    task: str
+    corpus: Corpus | None
+    most: float
+    prompt_format: str
+    known: set[str]
+
+    def parse(self, row: dict[str, Any]) -> tuple[str, list[str], list[str], float | None] | None:
+        """Return the query, the positives, the negatives and the score; None for no pair."""
+        names = self.roles
+        _check_new(row, self.known)
+        if names.label:
+            column, _, wanted = names.label.partition("=")
+            number, value = roles.as_number(wanted), row.get(column)
+            same = str(value) == wanted or number is not None and roles.as_number(value) == number
+            if not same:
+                return None
+        query = _text(row, names.query)
+        prompt = row.get(names.prompt) if names.prompt else None
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"{names.prompt}: expected text, got {prompt!r}")
+        if prompt:
+            before, between, after = self.prompt_format.split("{}")
+            query = f"{before}{prompt}{between}{query}{after}"
+        positives = _texts(row, names.positive, self.corpus)
+        if not positives:
+            raise ValueError(f"{names.positive}: expected text, got {row.get(names.positive)!r}")
+        negatives = [
+            text for column in names.negatives for text in _texts(row, column, self.corpus)
+        ]
+        if self.task in ("clustering", "classification") and not negatives:
+            raise ValueError(f"negatives: expected at least one for {self.task}, got none")
+        score = _score(row, names.score, self.most)
+        if self.task == "sts" and score is None:
+            raise ValueError("score: expected a number for sts, got None")
+        return query, positives, negatives, score
 
 
 def _valid(
@@ -298,30 +286,39 @@ def _valid(
 
 def items(
     rows: Iterable[Row],
-    layout: Layout | None,
+    found: Roles,
     report: Report,
     task: str,
     corpus: Corpus | None,
     most: float = 5,
+    prompt_format: str = "{}{}",
 ) -> Iterator[Item]:
     """Yield the valid items of rows of pairs, with scores in 0..most as the rows give them."""
-    parse = partial(_pair, layout=layout, task=task, corpus=corpus, most=most)
-    for where, row, (query, positives, negatives, score) in _valid(rows, report, parse):
-        report.count_languages(row.get("query_lang"), *[row.get("positive_lang")] * len(positives))
+    known = {*found.columns(), *found.unused}
+    pairs = _Pairs(found, task, corpus, most, prompt_format, known)
+    for where, row, parsed in _valid(rows, report, pairs.parse):
+        if parsed is None:
+            report.by_label += 1
+            continue
+        query, positives, negatives, score = parsed
+        source, target = found.languages or (
+            row.get(found.query_lang), row.get(found.positive_lang)
+        )  # fmt: skip
+        report.count_languages(source, *[target] * len(positives))
         for positive in positives:
             yield Item(query, positive, negatives, score, where)
 
 
-def _nway_row(row: dict[str, Any]) -> dict[str, str]:
-    name = "verse_id" if "verse_id" in row and "id" not in row else "id"
-    row[name] = id_text(row.get(name))
-    columns = {"id": name, "lang": "lang", "text": "text"}
-    texts = {field: _text(row, column) for field, column in columns.items()}
-    return texts | ({"kind": row["kind"]} if is_text(row.get("kind")) else {})
+def _nway_row(row: dict[str, Any], found: Roles) -> dict[str, str]:
+    cells = row | {found.id: id_text(row.get(found.id))}
+    columns = {"id": found.id, "lang": found.lang, "text": found.text}
+    texts = {role: _text(cells, column) for role, column in columns.items()}
+    kind = row.get(found.kind) if found.kind else None
+    return texts | ({"kind": str(kind)} if is_text(kind) else {})
 
 
-def nway_rows(rows: Iterable[Row], report: Report) -> Iterator[dict[str, str]]:
+def nway_rows(rows: Iterable[Row], found: Roles, report: Report) -> Iterator[dict[str, str]]:
     """Yield the valid rows of an n-way table, {id, lang, text [, kind]}."""
-    for _, _, texts in _valid(rows, report, _nway_row):
+    for _, _, texts in _valid(rows, report, partial(_nway_row, found=found)):
         report.count_languages(texts["lang"])
         yield texts

@@ -1,47 +1,44 @@
-"""Read text files: lines, rows of jsonl, csv, tsv and parquet, parallel files, data sets.
+"""Read text files: lines, rows of jsonl, json, csv, tsv and parquet, parallel files.
 
 Every reader is a stream of (location, value) or (location, ValueError), where the location is
-file:line or, for parquet, file:row, both from 1; `strict` raises the errors. layouts.py knows what
-the columns of a row mean.
+file:line or, for parquet and JSON arrays, file:row, both from 1; `strict` raises the errors.
+roles.py knows what the columns of a row mean.
 
 A line ends at a line feed, alone or after a carriage return, as Unicode's other separators occur
-inside sentences. A byte order mark at the beginning of a file is not part of its text.
+inside sentences. A byte order mark at the beginning of a file is not part of its text. Files named
+.gz and .zst are decompressed as they are read.
 """
 
 import contextlib
 import csv
+import io
+import itertools
 import json
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-if TYPE_CHECKING:
-    import datasets
+from .paths import COMPRESSED, suffix_of
 
 T = TypeVar("T")
 Line = tuple[str, str | ValueError]
 Row = tuple[str, dict[str, Any] | ValueError]
 """A location, and either a row by column name or the error that makes it malformed."""
-Columns = Callable[[list[str]], list[str]]
-"""Picks, of a file's column names, those to read."""
+Names = Sequence[str] | None
+"""Columns to read, None for all."""
 
-# A directory is read as the first of these kinds that it holds. A csv next to parquet describes it.
-KINDS = ((".jsonl", ".parquet"), (".csv", ".tsv"), (".json",))
-SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind)
-SCORES = ("score", "scores", "similarity_score", "label", "labels")
-LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*")
 SURROGATE = re.compile("[\ud800-\udfff]")
 BOM = b"\xef\xbb\xbf"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UNKNOWN = "\ufffd"
 MANY = 4096  # rows of parquet or Arrow that become Python objects at once
 BUFFER = 2**20  # bytes of parquet in memory; without it a whole row group is
+LONGEST_NAME = 40  # characters of a column's name in a header
 
 
 # ---- valid text ----
@@ -102,79 +99,53 @@ def strict(stream: Iterable[tuple[str, T | ValueError]]) -> Iterator[tuple[str, 
         yield where, value
 
 
-def _attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
+def attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
+    """Return a function's value, or the ValueError that it raises."""
     try:
         return function(*arguments)
     except ValueError as error:
         return error
 
 
-# ---- files by name ----
-
-
-def files_of(source: str) -> list[Path]:
-    """Return the data files of a path: the file itself, or the files of a directory, sorted.
-
-    A directory's files are its .jsonl and .parquet files; without any, its .csv and .tsv files;
-    without any, its .json files (an object a line). Data files of the other kinds are left out with
-    a warning.
-
-    Raises:
-        ValueError: the path does not exist, or holds no data files.
-    """
-    path = Path(source)
-    listed = ", ".join(SUFFIXES)
-    if path.is_dir():
-        data = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-        for kind in KINDS:
-            files = [p for p in data if p.suffix in kind]
-            if files:
-                others = [p.name for p in data if p not in files and p.suffix != ".json"]
-                if others:
-                    warnings.warn(
-                        f"{source}: {', '.join(others)} left out, beside {' and '.join(kind)}: "
-                        "name a file itself to read it",
-                        stacklevel=2,
-                    )
-                return files
-        raise ValueError(f"data: expected {listed} files in {source}, found none")
-    if not path.is_file():
-        raise ValueError(f"data: expected a file or directory, got {source}, which does not exist")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"data: expected {listed}, got {source}")
-    return [path]
-
-
-def parallel_files(source: str) -> dict[str, Path]:
-    """Return {language code: file} of two or more files name.xx, name.yy, else {}."""
-    path = Path(source)
-    if not path.parent.is_dir() or path.exists() or not path.name:
-        return {}
-    files = {}
-    for other in sorted(path.parent.iterdir()):
-        code = other.name.removeprefix(f"{path.name}.")
-        plain = code != other.name and LANGUAGE.fullmatch(code) and other.is_file()
-        if plain and f".{code}" not in SUFFIXES:
-            files[code] = other
-    return files if len(files) > 1 else {}
-
-
 # ---- lines ----
 
 
-def lines(path: Path | str, decoder: Decoder | None = None) -> Iterator[Line]:
+@contextlib.contextmanager
+def opened(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file for its decompressed bytes.
+
+    Raises:
+        ValueError: UTF-16; compressed bytes that are cut or damaged, also while they are read.
+    """
+    kind = COMPRESSED.get(Path(path).suffix.lower())
+    try:
+        # Not `pa.input_stream` for all, as a named pipe cannot be sought.
+        plain: Any = pa.input_stream(str(path), compression=kind) if kind else io.FileIO(path)
+        with io.BufferedReader(plain) as file:
+            head = file.peek(2)[:2]
+            if head in UTF_16:
+                raise ValueError(f"{path}: expected UTF-8, got UTF-16: convert it with iconv")
+            yield file
+    except OSError as error:
+        if not kind:
+            raise
+        raise ValueError(f"{path}: expected a whole {kind} file: {error}") from None
+
+
+def lines(path: Path | str, decoder: Decoder | None = None) -> Generator[Line]:
     """Yield the lines of a file without their ends; a line of invalid UTF-8 is an error."""
-    with open(path, "rb") as file:
-        yield from _lines(file, str(path), decoder or Decoder())
+    with opened(path) as file:
+        yield from lines_of(file, str(path), decoder or Decoder())
 
 
-def _lines(file: BinaryIO, name: str, decoder: Decoder) -> Iterator[Line]:
+def lines_of(file: BinaryIO, name: str, decoder: Decoder) -> Iterator[Line]:
+    """Yield the lines of an open file, at name:line."""
     for number, line in enumerate(file, 1):
         if number == 1:
             line = line.removeprefix(BOM)
         if line.endswith(b"\n"):
             line = line[:-1].removesuffix(b"\r")
-        yield f"{name}:{number}", _attempt(decoder.decode, line)
+        yield f"{name}:{number}", attempt(decoder.decode, line)
 
 
 def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
@@ -207,51 +178,92 @@ def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
 # ---- rows ----
 
 
-def of_file(path: Path, columns: Columns = list, decoder: Decoder | None = None) -> Iterator[Row]:
-    """Yield the rows of a .jsonl, .json (an object a line), .csv, .tsv or .parquet file.
+def of_file(
+    path: Path, names: Names = None, decoder: Decoder | None = None, header: bool = True
+) -> Iterator[Row]:
+    """Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file.
 
     Args:
-        columns: picks the columns of parquet. decoder: for json and parquet.
+        names: columns of parquet to read. decoder: for json and parquet. header: whether the first
+            row of .csv and .tsv names the columns; otherwise they are "1", "2", ..
 
     Raises:
-        ValueError: the file's content does not match its suffix, or a header has no names.
+        ValueError: the file's content does not match its suffix, or a header is none.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".parquet":
-        return _parquet(path, columns, decoder or Decoder())
+        return _parquet(path, names, decoder or Decoder())
     if suffix in (".csv", ".tsv"):
-        return _csv(path)
-    return _jsonl(path, decoder)
+        return _csv(path, header) if suffix == ".csv" else _tsv(path, header)
+    return _json(path, decoder)
 
 
-def _jsonl(path: Path, decoder: Decoder | None) -> Iterator[Row]:
-    for where, line in lines(path, decoder):
+def _json(path: Path, decoder: Decoder | None) -> Iterator[Row]:
+    """Yield rows of a value a line, or of one array over all lines."""
+    stream = lines(path, decoder)
+    head = list(itertools.islice(stream, 1))
+    if head and isinstance(head[0][1], str) and _begins_array(head[0][1]):
+        with contextlib.closing(stream), opened(path) as file:
+            for number, row in enumerate(_array(path, file.read().removeprefix(BOM)), 1):
+                yield f"{path}:{number}", attempt(_row, row)
+        return
+    for where, line in itertools.chain(head, stream):
         if isinstance(line, ValueError):
             yield where, line
         elif line.strip():
-            yield where, _attempt(_object, line)
+            yield where, attempt(_row_of_line, line)
 
 
-def _object(line: str) -> dict[str, Any]:
+def _begins_array(line: str) -> bool:
+    """Return whether the first line of a file begins an array of rows, and is not itself a row."""
+    if not line.lstrip().startswith("["):
+        return False
     try:
-        row = json.loads(line)
+        value = json.loads(line)
+    except RecursionError:
+        return False
+    except ValueError:
+        return line.strip() == "[" or line.lstrip()[1:].lstrip().startswith(("{", "["))
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict | list)
+
+
+def _array(path: Path, data: bytes) -> list[Any]:
+    try:
+        return list(json.loads(data))
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{data[error.start]:02x} at {error.start}"
+        raise ValueError(f"{path}: expected UTF-8, got {byte}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: invalid JSON: {error}") from None
+
+
+def _row_of_line(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
     # A number of more than 4300 digits is a plain ValueError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    return row
+    return _row(value)
 
 
-def _csv(path: Path) -> Iterator[Row]:
-    """Yield rows of RFC 4180 with a header, or of the same with tabs. An empty cell is None."""
+def _row(value: Any) -> dict[str, Any]:
+    """Return a JSON value as a row; the columns of a list of texts are "1", "2", .."""
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
+        return {str(place): text for place, text in enumerate(value, 1)}
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object or a list of texts, got {type(value).__name__}")
+    return value
+
+
+def _csv(path: Path, header: bool) -> Iterator[Row]:
+    """Yield rows of RFC 4180. An empty cell is None."""
     # Documents over 128 Ki characters are errors by default.
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    # Bytes that are not UTF-8 come as lone surrogates, which UTF-8 itself cannot hold.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] = []
+    with opened(path) as file:
+        # Bytes that are not UTF-8 come as lone surrogates, which UTF-8 itself cannot hold.
+        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)
+        names: list[str] = []
         while True:
             where = f"{path}:{reader.line_num + 1}"
             try:
@@ -259,38 +271,91 @@ def _csv(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield where, ValueError(f"not {path.suffix[1:]}: {error}")
+                reason = str(error)
+                if "unexpected end" in reason:
+                    reason = "a quote that begins here is not closed"
+                yield where, ValueError(f"not csv: {reason}")
                 continue
-            if header and cells:
-                yield where, _attempt(_record, header, cells)
-            elif cells:
-                header = cells
-                if not all(map(is_text, header)) or len(set(header)) < len(header):
-                    raise ValueError(f"{where}: header: expected distinct names, got {header}")
+            if not cells:
+                continue
+            if not names:
+                names = column_names(cells, header, where)
+                if header:
+                    continue
+            yield where, attempt(_record, names, cells)
 
 
-def _record(header: list[str], cells: list[str]) -> dict[str, Any]:
-    if len(cells) != len(header):
-        raise ValueError(f"expected {len(header)} cells ({', '.join(header)}), got {len(cells)}")
-    row: dict[str, Any] = {}
-    for name, cell in zip(header, cells, strict=True):
+def _tsv(path: Path, header: bool) -> Iterator[Row]:
+    """Yield rows of a line each. A quote is a character, unless it encloses a whole cell."""
+    names: list[str] = []
+    with opened(path) as file:
+        for number, data in enumerate(file, 1):
+            where = f"{path}:{number}"
+            line = data.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+            line = line.removesuffix("\n").removesuffix("\r")
+            if not line:
+                continue
+            cells = [_unquoted(cell) for cell in line.split("\t")]
+            if not names:
+                names = column_names(cells, header, where)
+                if header:
+                    continue
+            if len(cells) != len(names) and '"' in line:
+                with contextlib.suppress(csv.Error):  # A tab within quotes.
+                    cells = next(csv.reader([line], delimiter="\t", strict=True))
+            yield where, attempt(_record, names, cells)
+
+
+def _unquoted(cell: str) -> str:
+    """Return a cell without quotes that enclose all of it, and with doubled quotes inside single.
+
+    A cell whose inner quotes are not doubled was not quoted by a program, and stays as it is.
+    """
+    if len(cell) < 2 or not cell.startswith('"') or not cell.endswith('"'):
+        return cell
+    inner = cell[1:-1].replace('""', "\0")
+    return cell if '"' in inner else inner.replace("\0", '"')
+
+
+def column_names(cells: list[str], header: bool, where: str) -> list[str]:
+    """Return the names of columns: the cells of a header, or "1", "2", ..
+
+    The first name may be empty, as pandas writes an index.
+
+    Raises:
+        ValueError: names that repeat or are empty, or cells that look like data.
+    """
+    if not header:
+        return [str(place) for place in range(1, len(cells) + 1)]
+    names = ["(index)" if not place and not cell else cell for place, cell in enumerate(cells)]
+    if not all(map(is_text, names)) or len(set(names)) < len(names):
+        raise ValueError(f"{where}: header: expected distinct names, got {cells}")
+    for name in names:
+        # Names of columns are short words; texts and ids of a first row are not.
+        if name.isdecimal() or len(name) > LONGEST_NAME or len(name.split()) > 3:
+            raise ValueError(
+                f"{where}: header: expected names of columns, got {name[:LONGEST_NAME]!r}; for a "
+                "file without a header set header to false and name columns by number, like "
+                "columns.query 1"
+            )
+    return names
+
+
+def _record(names: list[str], cells: list[str]) -> dict[str, Any]:
+    if len(cells) != len(names):
+        raise ValueError(f"expected {len(names)} cells ({', '.join(names)}), got {len(cells)}")
+    for name, cell in zip(names, cells, strict=True):
         if SURROGATE.search(cell):
             raise ValueError(f"{name}: expected UTF-8, got {cell[:40]!r}")
-        row[name] = cell or None
-        if cell and name in SCORES:
-            # A score that is not a number stays text, which is an error later.
-            with contextlib.suppress(ValueError):
-                row[name] = float(cell)
-    return row
+    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
-def _parquet(path: Path, columns: Columns, decoder: Decoder) -> Iterator[Row]:
+def _parquet(path: Path, names: Names, decoder: Decoder) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
-            names = columns(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=MANY, columns=names):
-                for row in _python(batch, decoder):
+                for row in from_arrow(batch, decoder):
                     number += 1
                     yield f"{path}:{number}", row
     except (pa.ArrowException, OSError) as error:
@@ -298,15 +363,16 @@ def _parquet(path: Path, columns: Columns, decoder: Decoder) -> Iterator[Row]:
         raise ValueError(f"{where}: not parquet: {str(error).splitlines()[0]}") from None
 
 
-def _python(
+def from_arrow(
     batch: pa.RecordBatch | pa.Table, decoder: Decoder
 ) -> Iterator[dict[str, Any] | ValueError]:
+    """Yield rows of Arrow's columns; a row of invalid UTF-8 is an error."""
     try:
         yield from batch.to_pylist()
     # Arrow does not check UTF-8, so the invalid row has to be searched.
     except UnicodeDecodeError:
         for i in range(batch.num_rows):
-            yield _attempt(_arrow_row, batch.slice(i, 1), decoder)
+            yield attempt(_arrow_row, batch.slice(i, 1), decoder)
 
 
 def _arrow_row(row: pa.RecordBatch | pa.Table, decoder: Decoder) -> dict[str, Any]:
@@ -317,137 +383,3 @@ def _arrow_row(row: pa.RecordBatch | pa.Table, decoder: Decoder) -> dict[str, An
         except UnicodeDecodeError as error:
             values[name] = decoder.decode(error.object)
     return values
-
-
-# ---- data sets of the library `datasets` ----
-
-
-def is_data_set(path: Path) -> bool:
-    """Return whether `save_to_disk` wrote the directory."""
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def data_set(
-    path: str, subset: str, split: str, streaming: bool
-) -> "datasets.Dataset | datasets.IterableDataset":
-    """Open a directory of `save_to_disk`, memory-mapped, or call `load_dataset` with a hub id or a
-    directory in its layout. A data set's own code never runs.
-
-    Raises:
-        ValueError: the data set, subset or split does not exist, in one line.
-    """
-    import datasets  # The import takes seconds.
-
-    try:
-        if not is_data_set(Path(path)):
-            return datasets.load_dataset(path, subset or None, split=split, streaming=streaming)
-        data = datasets.load_from_disk(path)
-    # Several libraries raise exceptions of many kinds.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"data: expected a file, a directory or a data set that can be loaded, got {path} "
-            f"(subset {subset or 'none'}, split {split}): {reason}"
-        ) from None
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise ValueError(f"{path}: split: expected one of {', '.join(data)}, got {split}")
-        data = data[split]
-    return data.to_iterable_dataset() if streaming else data
-
-
-def of_data_set(
-    data: "datasets.Dataset | datasets.IterableDataset", name: str, columns: Columns = list
-) -> Iterator[Row]:
-    """Yield the rows of a data set, at name:row from 1."""
-    # A stream may not know its columns.
-    if data.column_names:
-        data = data.select_columns(columns(list(data.column_names)))
-    number, decoder = 0, Decoder()
-    for batch in data.with_format("arrow").iter(batch_size=MANY):
-        for row in _python(batch, decoder):
-            number += 1
-            yield f"{name}:{number}", row
-
-
-# ---- texts to encode ----
-
-
-@dataclass
-class TextReader:
-    """Texts of a file in order: its lines, or a column of .jsonl or .parquet, read as a stream.
-
-    path: "-" is standard input, read as lines. column: of .jsonl and .parquet. invalid: as in
-    `Decoder`. An empty line is a text, but is skipped in .jsonl.
-
-    Raises, while it is read:
-        ValueError: invalid UTF-8, json or parquet, or a value that is not a string, by file, line
-            and reason.
-    """
-
-    path: str = "-"
-    column: str = "text"
-    invalid: str = "error"
-
-    def __post_init__(self) -> None:
-        self._decoder = Decoder(self.invalid, "; --invalid replace puts U+FFFD there")
-
-    @property
-    def replaced(self) -> int:
-        """Number of U+FFFD put in place of invalid text so far."""
-        return self._decoder.replaced
-
-    def __iter__(self) -> Iterator[str]:
-        if Path(self.path).suffix.lower() in (".jsonl", ".parquet"):
-            rows = of_file(Path(self.path), lambda _: [self.column], self._decoder)
-            return (self._text(row.get(self.column), where) for where, row in strict(rows))
-        if self.path == "-":
-            source = _lines(sys.stdin.buffer, "standard input", self._decoder)
-        else:
-            source = lines(self.path, self._decoder)
-        return (text for _, text in strict(source))
-
-    def check(self) -> None:
-        """Raise ValueError if the file or its column does not exist."""
-        path = Path(self.path)
-        if self.path == "-":
-            return
-        # A named pipe, like a shell's <(..), exists but is not a regular file.
-        if not path.exists() or path.is_dir():
-            problem = "a directory" if path.is_dir() else "which does not exist"
-            raise ValueError(f"input: expected a file, got {self.path}, {problem}")
-        if path.suffix.lower() == ".parquet":
-            try:
-                names = pq.read_schema(path).names
-            except (pa.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"{self.path}: not parquet: {reason}") from None
-            if self.column not in names:
-                got = ", ".join(names)
-                raise ValueError(f"{self.path}: expected a column {self.column!r}, got {got}")
-
-    def _text(self, value: Any, where: str) -> str:
-        if not isinstance(value, str):
-            got = "none" if value is None else type(value).__name__
-            raise ValueError(f"{where}: {self.column}: expected a string, got {got}")
-        return self._decoder.check(value, f"{where}: {self.column}")
-
-
-def windows(texts: Iterable[str], most: int, characters: int) -> Iterator[list[str]]:
-    """Group texts as they come: `most` a window, or fewer if together they exceed `characters`.
-
-    Raises:
-        ValueError: a text that is not a string, by its number from 0.
-    """
-    window, first, room = list[str](), 0, characters
-    for text in texts:
-        if not isinstance(text, str):
-            got = type(text).__name__
-            raise ValueError(f"text {first + len(window)}: expected a string, got {got}")
-        window.append(text)
-        room -= len(text)
-        if len(window) == most or room < 0:
-            yield window
-            window, first, room = [], first + len(window), characters
-    if window:
-        yield window
