@@ -164,12 +164,12 @@ def pack(x: Tensor, bands: Bands, counts: Tensor) -> Packed:
     return Packed(packed, u, unit, counts)
 
 
-@triton.jit(do_not_specialize_on_alignment=["NX", "NY"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["NX", "NY", "COS"])
 def _positive_kernel(
-    X, Y, U, V, POS, NX, NY, COS, RP, SP,
+    X, Y, U, V, POS, NX, NY, COS, RP, SP, R,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Compute COS [E, M, RP] of each row with column POS [RP]; 0 where one is not present."""
+    """Compute COS [E, M, R] of each row with column POS [RP]; 0 where one is not present."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     pos = tl.load(POS + rows)
@@ -186,18 +186,16 @@ def _positive_kernel(
             y = tl.load(y_rows + at, mask=valid[:, None], other=0.0).to(tl.float32)
             dot += tl.sum(x * y, 1)
         cos = dot * tl.load(U + (e * M + m) * RP + rows) * tl.load(V + (e * M + m) * SP + pos)
-        tl.store(COS + (e * M + m) * RP + rows, tl.where(valid, cos, 0.0))
+        tl.store(COS + (e * M + m) * R + rows, tl.where(valid, cos, 0.0), mask=rows < R)
 
 
-def positive_cosines(x: Packed, y: Packed, bands: Bands, positive: Tensor) -> Tensor:
-    """Return fp32 [E, M, RP]; `positive` is int32 [RP], outside the columns there is none."""
-    cos = torch.empty_like(x.u)
+def positive_cosines(out: Tensor, x: Packed, y: Packed, bands: Bands, positive: Tensor) -> None:
+    """Compute out fp32 [E, M, R]; `positive` is int32 [RP], outside the columns there is none."""
     (E, _, RP), SP = x.u.shape, y.u.shape[2]
     _positive_kernel[(RP // 32, E)](
-        x.x, y.x, x.u, y.u, positive, x.counts, y.counts, cos, RP, SP,
+        x.x, y.x, x.u, y.u, positive, x.counts, y.counts, out, RP, SP, out.shape[2],
         STARTS=bands.starts, WIDTHS=bands.widths, DP=bands.width, BR=32, num_warps=4,
     )  # fmt: skip
-    return cos
 
 
 @triton.jit(

@@ -235,7 +235,7 @@ def forward(
     RP, SP = padded(R), padded(S)
     rows_EMR = torch.empty(E, M, R, dtype=torch.float32, device=x.device)
     cols_EMS = torch.empty(E, M, S if columns else 0, dtype=torch.float32, device=x.device)
-    cos_EMR = rows_EMR.new_zeros(E, M, R if pairs.positive is not None else 0)
+    cos_EMR = rows_EMR.new_empty(E, M, R if pairs.positive is not None else 0)
     scale2 = scale * LOG2E
     row_bytes = SP if ceiling is not None else 0
     for kind, m in (("narrow", bands.narrow), ("wide", M - bands.narrow)) if columns else ():
@@ -254,7 +254,7 @@ def forward(
             tiles = Tiles(px, py, bands, scale2[group], pairs)
             before = torch.zeros_like(py.u) if columns and len(by_rows) > 1 else None
             if pairs.positive is not None and chunk.start == 0:
-                cos_EMR[group] = positive_cosines(px, py, bands, pairs.positive)[..., :R]
+                positive_cosines(cos_EMR[group], px, py, bands, pairs.positive)
         if ceiling is not None and chunk != last[1]:
             # The last chunk's matrix is freed first: with it there would be two workspaces.
             pairs = tiles.mask = replace(pairs, pair=None)

@@ -34,7 +34,7 @@ class TileMask:
     A chunk of rows may have a matrix with something of each pair: what, is its `mode`.
     """
 
-    positive: Tensor | None = None  # int32 [RP], -1 none
+    positive: Tensor | None = None  # int32 [RP]; none is -1, or S, which no column is
     row_keys: Tensor | None = None  # int32 [K, RP]
     col_keys: Tensor | None = None  # int32 [K, SP]
     pair: Tensor | None = None  # [chunk, SP]
@@ -45,12 +45,10 @@ class TileMask:
     def of(mask: PairMask, R: int, S: int) -> "TileMask":
         positive, row_keys, col_keys, *_ = mask
         if positive is not None:
-            positive = positive.masked_fill((positive < 0) | (positive >= S), -1).to(torch.int32)
-            positive = F.pad(positive, (0, padded(R) - R), value=-1)
+            positive = _pad(positive.clamp(-1, S).to(torch.int32), R)
         if row_keys is not None and col_keys is not None:
             row_keys, col_keys = _ranks(row_keys, col_keys)
-            row_keys = F.pad(row_keys, (0, padded(R) - R), value=-1)
-            col_keys = F.pad(col_keys, (0, padded(S) - S), value=-1)
+            row_keys, col_keys = _pad(row_keys, R), _pad(col_keys, S)
         return TileMask(positive, row_keys, col_keys)
 
     def arguments(self, swap: bool, unused: Tensor) -> dict[str, Any]:
@@ -71,6 +69,11 @@ class TileMask:
             "N_KEYS": 0 if keys[0] is None else len(keys[0]),
             "MODE": self.mode,
         }
+
+
+def _pad(x: Tensor, n: int) -> Tensor:
+    """Return x [..., n] with as many -1 behind it as its rows have padding."""
+    return x if n == padded(n) else F.pad(x, (0, padded(n) - n), value=-1)
 
 
 def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
