@@ -145,7 +145,7 @@ QUICK = (
 
 # Element-wise kernels, and the repair of underflow with its tiles of 32 rows, have no warpgroups.
 NO_WGMMA = {
-    "_pack_kernel", "_unpack_kernel", "_positive_kernel", "_exact_kernel",
+    "_pack_kernel", "_unpack_kernel", "_positive_kernel", "_merge_kernel", "_exact_kernel",
     "_cosine_forward_kernel", "_cosine_backward_kernel",
     "_sum_kernel", "_total_kernel", "_gather_kernel", "_adamw_kernel",
 }  # fmt: skip

@@ -90,7 +90,7 @@ CASES = {
     for case in (
         Case(name="reference", E=7, B=16384, providers=("ours", *STEPS, *PAIRS)),
         Case(name="both", E=7, B=16384, directions=BOTH, providers=("ours", *STEPS[:-1])),
-        Case(name="small", E=1, B=4096, providers=("ours", *STEPS[:-1], *PAIRS)),
+        Case(name="small", E=1, B=4096, providers=("ours", "ours_graph", *STEPS[:-1], *PAIRS)),
         Case(name="labse", E=7, B=16384, D=256, dims=NESTED[:6], providers=("ours", *STEPS[:-1])),
         Case(name="e1", E=1, B=16384, providers=("ours", *STEPS[:-1])),
         # The size that siglip-kernel publishes, whose loss is another one: see peers.py.

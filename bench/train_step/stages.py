@@ -25,7 +25,7 @@ MODULES = {
     "embedding": ("embedding._op",),
     "loss": tuple(
         f"similarity.{name}"
-        for name in ("_lse_forward", "_lse_backward", "_cosine_op", "_bands", "_tiles")
+        for name in ("_lse_forward", "_lse_logs", "_lse_backward", "_cosine_op", "_bands", "_tiles")
     ),
 }
 # Parts of names, in lower case; the first that occurs decides. Names of flash attention contain

@@ -9,8 +9,8 @@ columns up to a band's end is a prefix's product, and the kernels that read it n
     wide     all columns, if there are other bands: the narrow bands as one, then the others, each
              padded to a multiple of 64
 
-Rows are padded to a multiple of 128 with zeros, and scaled by a power of two to a length in [1, 2):
-exact, and gradients of half precision vectors of any length stay in range.
+Rows are padded with zeros to 128 or a multiple of 256, and scaled by a power of two to a length in
+[1, 2): exact, and gradients of half precision vectors of any length stay in range.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 NO_LENGTH = tl.constexpr(1e-12)  # As in cosine.py.
-ROWS = 128  # Every buffer's rows are a multiple of it.
+ROWS = 128  # Every buffer's rows are a multiple of it,
+TILE = 256  # and of the largest tile's if there are more.
 NARROW = 128  # Packed columns of the narrow prefixes, at most.
 
 
@@ -86,7 +87,8 @@ def bands_of(dims: tuple[int, ...]) -> Bands:
 
 
 def padded(n: int) -> int:
-    return max(ROWS, _up(n, ROWS))
+    """Return how many rows a buffer for n of them has."""
+    return ROWS if n <= ROWS else _up(n, TILE)
 
 
 # Counts and factors of a group of exits are slices, whose addresses may or may not be divisible by
@@ -162,12 +164,12 @@ def pack(x: Tensor, bands: Bands, counts: Tensor) -> Packed:
     return Packed(packed, u, unit, counts)
 
 
-@triton.jit(do_not_specialize_on_alignment=["NX", "NY"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["NX", "NY", "COS"])
 def _positive_kernel(
-    X, Y, U, V, POS, NX, NY, COS, RP, SP,
+    X, Y, U, V, POS, NX, NY, COS, RP, SP, R,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Compute COS [E, M, RP] of each row with column POS [RP]; 0 where one is not present."""
+    """Compute COS [E, M, R] of each row with column POS [RP]; 0 where one is not present."""
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     pos = tl.load(POS + rows)
@@ -184,18 +186,16 @@ def _positive_kernel(
             y = tl.load(y_rows + at, mask=valid[:, None], other=0.0).to(tl.float32)
             dot += tl.sum(x * y, 1)
         cos = dot * tl.load(U + (e * M + m) * RP + rows) * tl.load(V + (e * M + m) * SP + pos)
-        tl.store(COS + (e * M + m) * RP + rows, tl.where(valid, cos, 0.0))
+        tl.store(COS + (e * M + m) * R + rows, tl.where(valid, cos, 0.0), mask=rows < R)
 
 
-def positive_cosines(x: Packed, y: Packed, bands: Bands, positive: Tensor) -> Tensor:
-    """Return fp32 [E, M, RP]; `positive` is int32 [RP], outside the columns there is none."""
-    cos = torch.empty_like(x.u)
+def positive_cosines(out: Tensor, x: Packed, y: Packed, bands: Bands, positive: Tensor) -> None:
+    """Compute out fp32 [E, M, R]; `positive` is int32 [RP], outside the columns there is none."""
     (E, _, RP), SP = x.u.shape, y.u.shape[2]
     _positive_kernel[(RP // 32, E)](
-        x.x, y.x, x.u, y.u, positive, x.counts, y.counts, cos, RP, SP,
+        x.x, y.x, x.u, y.u, positive, x.counts, y.counts, out, RP, SP, out.shape[2],
         STARTS=bands.starts, WIDTHS=bands.widths, DP=bands.width, BR=32, num_warps=4,
     )  # fmt: skip
-    return cos
 
 
 @triton.jit(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, library
 
-from . import _lse_backward, _lse_forward
+from . import _lse_backward, _lse_forward, _lse_logs
 from ._bands import bands_of, pack, padded, unpack
 from ._tiles import KL, MSE, TileMask, chunks, counts_of, fill, groups
 
@@ -66,9 +66,9 @@ def distill_op(
             px, py = pack(x[group], bands, nx[group]), pack(y[group], bands, ny[group])
             for rows in chunks(RP, PAIR_BYTES * SP, workspace):
                 mask, entropy = teacher.matrix(rows, ny[group][:1])
-                tiles = _lse_forward.Tiles(px, py, bands, one[group], one[group], mask)
+                tiles = _lse_forward.Tiles(px, py, bands, one[group], mask)
+                _lse_logs.merge(tiles.sums(rows, False)[0], sums[group], None, 0.0, rows.start)
                 real = slice(rows.start, min(rows.stop, R))
-                sums[group, :, real] = tiles.sums(rows, False)[0][..., real]
                 entropies[group, real] = entropy[: real.stop - real.start]
                 # The next chunk's matrix takes their place in the workspace.
                 del mask, tiles

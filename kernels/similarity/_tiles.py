@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Configs, options_of
-from ._bands import ROWS, Bands, Packed, pack, padded
+from ._bands import ROWS, TILE, Bands, Packed, pack, padded
 from ._mask import PairMask
 
 GONE = tl.constexpr(-1e30)
 # Modes of a chunk's matrix: 1 where pairs are too similar; a teacher's cosines; its probabilities.
 NEAR, MSE, KL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
 # _lse_forward.py says what the options are and how they were chosen.
 CONFIGS: Configs = {"matrix": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}}
 CONFIGS_FP32: Configs = {"matrix": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}}
@@ -33,7 +34,7 @@ class TileMask:
     A chunk of rows may have a matrix with something of each pair: what, is its `mode`.
     """
 
-    positive: Tensor | None = None  # int32 [RP], -1 none
+    positive: Tensor | None = None  # int32 [RP]; none is -1, or S, which no column is
     row_keys: Tensor | None = None  # int32 [K, RP]
     col_keys: Tensor | None = None  # int32 [K, SP]
     pair: Tensor | None = None  # [chunk, SP]
@@ -44,12 +45,10 @@ class TileMask:
     def of(mask: PairMask, R: int, S: int) -> "TileMask":
         positive, row_keys, col_keys, *_ = mask
         if positive is not None:
-            positive = positive.masked_fill((positive < 0) | (positive >= S), -1).to(torch.int32)
-            positive = F.pad(positive, (0, padded(R) - R), value=-1)
+            positive = _pad(positive.clamp(-1, S).to(torch.int32), R)
         if row_keys is not None and col_keys is not None:
             row_keys, col_keys = _ranks(row_keys, col_keys)
-            row_keys = F.pad(row_keys, (0, padded(R) - R), value=-1)
-            col_keys = F.pad(col_keys, (0, padded(S) - S), value=-1)
+            row_keys, col_keys = _pad(row_keys, R), _pad(col_keys, S)
         return TileMask(positive, row_keys, col_keys)
 
     def arguments(self, swap: bool, unused: Tensor) -> dict[str, Any]:
@@ -70,6 +69,11 @@ class TileMask:
             "N_KEYS": 0 if keys[0] is None else len(keys[0]),
             "MODE": self.mode,
         }
+
+
+def _pad(x: Tensor, n: int) -> Tensor:
+    """Return x [..., n] with as many -1 behind it as its rows have padding."""
+    return x if n == padded(n) else F.pad(x, (0, padded(n) - n), value=-1)
 
 
 def _ranks(row_keys: Tensor, col_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,17 +116,26 @@ def _start(
     row0, col0, e, mask, matrix, HAS_POS: tl.constexpr, N_KEYS: tl.constexpr, MODE: tl.constexpr,
     SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Return what a tile's dots begin with: 0, or far below any dot where the pair is dropped.
+    """Return what a tile's dots begin with: 0, or far below any dot where the pair is dropped."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    return _drop(acc, row0, col0, e, mask, matrix, HAS_POS, N_KEYS, MODE, SWAP, BM, BN)
+
+
+@triton.jit
+def _drop(
+    acc, row0, col0, e, mask, matrix, HAS_POS: tl.constexpr, N_KEYS: tl.constexpr,
+    MODE: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Return a tile that is GONE where the pair is dropped, and `acc` elsewhere.
 
     Its inputs are loaded here, not held in registers from one tile to the next.
     """
     NX, NY, RP, SP, POS, KX, KY = mask
-    NX, NY = NX + e, NY + e
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     rows, cols = row0 + i, col0 + j
-    x_gone = tl.where(rows < tl.load(NX), 0.0, GONE)
-    y_gone = tl.where(cols < tl.load(NY), 0.0, GONE)
-    acc = x_gone[:, None] + y_gone[None, :]
+    x_gone = tl.where(rows < tl.load(NX + e), 0.0, GONE)
+    y_gone = tl.where(cols < tl.load(NY + e), 0.0, GONE)
+    acc += x_gone[:, None] + y_gone[None, :]
     if HAS_POS:
         if SWAP:
             is_positive = tl.load(POS + cols)[None, :] == rows[:, None]
@@ -136,6 +149,34 @@ def _start(
         near = _pair(row0, col0, matrix, SWAP, BM, BN)
         acc = tl.where(near == 1, GONE, acc)
     return acc
+
+
+@triton.jit
+def _special(row0, e, mask, HAS_POS: tl.constexpr, BM: tl.constexpr):
+    """Return the first and last column with a pair that `_plain` has to look at, of BM rows.
+
+    They are the positives' columns, or all columns if a row is absent.
+    """
+    NX, NY, RP, SP, POS, KX, KY = mask
+    first, last = SP, -1
+    if HAS_POS:
+        positive = tl.load(POS + row0 + tl.arange(0, BM))
+        first = tl.min(tl.where(positive < 0, SP, positive))
+        last = tl.max(positive)
+    ragged = row0 + BM > tl.load(NX + e)
+    return tl.where(ragged, 0, first), tl.where(ragged, SP, last)
+
+
+@triton.jit
+def _plain(
+    col0, e, mask, special, N_KEYS: tl.constexpr, MODE: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Tell whether every pair of a tile counts, so that its dots may begin with 0."""
+    NX, NY, RP, SP, POS, KX, KY = mask
+    first, last = special
+    inside = col0 + BN <= tl.load(NY + e)
+    plain = inside & ((col0 + BN <= first) | (col0 > last))
+    return plain if N_KEYS == 0 and MODE != NEAR else False
 
 
 @triton.jit
@@ -220,6 +261,8 @@ def fill(
 def chunks(rows: int, row_bytes: int, workspace: int) -> list[slice]:
     """Return rows to process together, multiples of ROWS: row_bytes of each fit the workspace."""
     size = rows if not row_bytes else max(ROWS, workspace // row_bytes // ROWS * ROWS)
+    if size > TILE:  # A chunk of full tiles compiles no kernel of smaller ones.
+        size -= size % TILE
     return [slice(r, min(r + size, rows)) for r in range(0, rows, size)]
 
 

@@ -45,6 +45,8 @@ from ._mask import present
 from .cosine import cosine
 from .pairwise_lse import NOTHING, WORKSPACE, pairwise_lse
 
+OF_ONE_SIDE = {"query_to_query", "doc_to_doc"}  # directions that compare a row with its own number
+
 
 def infonce(
     q: Tensor,
@@ -120,24 +122,28 @@ def infonce(
         _checks.check_integers(E, device, cand_counts=count)
     _checks.check_targets(Q, C, target)
     scale_EM = _checks.scale_of(temperature, q, E, len(dims))
+    # Without targets or counts every query has a positive, and nothing needs to look.
+    always = target is None and query_counts is None and not any(x is not None for x in counts)
     target = torch.arange(Q, device=q.device) if target is None else target
     common = {"dims": dims, "scale": scale_EM, "workspace": workspace, "impl": impl}
     pairs = _Pairs(
         q, pieces, starts, target, query_ids, cand_ids, owner, query_counts, counts, common
     )
-    has_positive = pairs.has_positive()
+    has_positive = None if always else pairs.has_positive()
     ceiling = None
     if false_negative_margin is not None:
         with torch.no_grad():
             cos_EQ = cosine(q, pairs.anchors()[:, :, None], dims=dims[-1:], impl=impl)[:, 0, :, 0]
-            ceiling = (cos_EQ + false_negative_margin).masked_fill(~has_positive, torch.inf)
+            ceiling = cos_EQ + false_negative_margin
+            if has_positive is not None:
+                ceiling = ceiling.masked_fill(~has_positive, torch.inf)
     parts, cos_EMQ = _log_sums(pairs, directions, ceiling)
     if negatives is not None:
         cos_EMQK = cosine(q, negatives, dims=dims, impl=impl)
         valid = _valid_negatives(cos_EMQK[:, -1], negatives_mask, ceiling)
         z_EMQK = (cos_EMQK * scale_EM[..., None, None]).masked_fill(~valid, NOTHING)
         parts.setdefault("query_to_doc", []).append(z_EMQK.logsumexp(-1))
-    z_EMQ = (cos_EMQ - margin) * scale_EM[..., None]
+    z_EMQ = (cos_EMQ - margin if margin else cos_EMQ) * scale_EM[..., None]
     return _loss(parts, z_EMQ, has_positive, partition_mode, count_positive_twice)
 
 
@@ -171,12 +177,16 @@ class _Pairs:
             return () if self.cand_ids is None else (self.target,)
         return (self.cand_ids[self.target.clamp(0, len(self.cand_ids) - 1)],)
 
+    def columns(self, k: int) -> Tensor:
+        """Return the columns of piece k that the positives would be, int [Q]."""
+        return self.target - self.starts[k] if k else self.target
+
     def located(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return whether piece k has each query's positive, [Q] and by exit [E, Q], and where."""
         E, n, _ = self.pieces[k].shape
-        at = (self.target - self.starts[k]).clamp(0, max(n - 1, 0))
+        at = self.columns(k).clamp(0, max(n - 1, 0))
         inside = (self.target >= self.starts[k]) & (self.target < self.starts[k + 1])
-        if not n:
+        if not n or self.counts[k] is None:
             return inside, inside.expand(E, -1), at
         return inside, inside & present(self.counts[k], E, n, self.q.device)[:, at], at
 
@@ -203,7 +213,6 @@ def _log_sums(
 ) -> tuple[dict[str, list[Tensor]], Tensor]:
     """Return log-sum-exps [E, M, Q] by direction, and the positives' cosines [E, M, Q]."""
     q, target, dims = pairs.q, pairs.target, pairs.common["dims"]
-    rows = torch.arange(q.shape[1], device=q.device)
     common = {"row_counts": pairs.query_counts, "ceiling": ceiling, **pairs.common}
     parts: dict[str, list[Tensor]] = {name: [] for name in directions}
     # Without ceilings, which belong to anchors, one pass over the pairs serves both directions.
@@ -222,6 +231,7 @@ def _log_sums(
     if "doc_to_query" in directions and not both:
         keys = (target, *pairs.of_target()), (target, *pairs.of_query())
         parts["doc_to_query"] = [_rows(anchors, q, keys, pairs.query_counts, common)]
+    rows = torch.arange(q.shape[1], device=q.device) if {*directions} & OF_ONE_SIDE else target
     if "query_to_query" in directions:
         keys = (rows, *pairs.of_query()), (rows, *pairs.of_query())
         parts["query_to_query"] = [_rows(q, q, keys, pairs.query_counts, common)]
@@ -257,7 +267,7 @@ def _query_doc(
         rows_EMQ, cols_EMC, part_EMQ = pairwise_lse(
             pairs.q,
             piece,
-            positive=pairs.target - pairs.starts[k],
+            positive=pairs.columns(k),
             row_keys=pairs.of_query(),
             col_keys=pairs.of_piece(pairs.cand_ids, k),
             col_counts=pairs.counts[k],
@@ -272,9 +282,9 @@ def _query_doc(
             old = torch.full_like(rows_EMQ, -torch.inf) if backward is None else backward
             backward = torch.where(inside, cols_EMC[:, :, at], old)
     assert cos_EMQ is not None
-    if backward is None:
+    if columns and backward is None:
         backward = torch.full_like(cos_EMQ, -torch.inf)
-    return forward, [backward], cos_EMQ
+    return forward, [] if backward is None else [backward], cos_EMQ
 
 
 def _valid_negatives(cos_EQK: Tensor, mask: Tensor | None, ceiling: Tensor | None) -> Tensor:
@@ -294,7 +304,11 @@ def softmax_loss(parts: Sequence[Tensor], z_EMQ: Tensor, times: float = 1.0) -> 
     It is log k + softplus(log N - z - log k), which subtracts no two rounded numbers if N << z.
     An empty part is -inf. times: k, how often the sum contains the positive.
     """
-    log_N = torch.stack(list(parts)).clamp(min=NOTHING).logsumexp(0)
+    log_N = parts[0].clamp(min=NOTHING)
+    if len(parts) > 1:
+        log_N = torch.stack(list(parts)).clamp(min=NOTHING).logsumexp(0)
+    if times == 1:
+        return -F.logsigmoid(z_EMQ - log_N)
     log_k = math.log(times)
     return log_k - F.logsigmoid(z_EMQ + log_k - log_N)
 
@@ -302,15 +316,21 @@ def softmax_loss(parts: Sequence[Tensor], z_EMQ: Tensor, times: float = 1.0) -> 
 def _loss(
     parts: dict[str, list[Tensor]],
     z_EMQ: Tensor,
-    has_positive: Tensor,
+    has_positive: Tensor | None,
     partition_mode: str,
     count_positive_twice: bool,
 ) -> Tensor:
-    """Return the mean over directions of the mean over the queries with a positive, [E, M]."""
+    """Return the mean over directions of the mean over the queries with a positive, [E, M].
+
+    has_positive: bool [E, Q], None: all.
+    """
     groups = list(parts.values())
     if partition_mode == "joint":
         groups = [[part for group in groups for part in group]]
     times = 2.0 if count_positive_twice else 1.0
     losses = [softmax_loss(group, z_EMQ, times) for group in groups]
-    loss_EMQ = torch.stack(losses).mean(0).where(has_positive[:, None], 0.0)
+    loss_EMQ = losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
+    if has_positive is None:
+        return loss_EMQ.sum(-1) / max(loss_EMQ.shape[-1], 1)
+    loss_EMQ = loss_EMQ.where(has_positive[:, None], 0.0)
     return loss_EMQ.sum(-1) / has_positive.sum(-1).clamp(min=1)[:, None]

@@ -57,7 +57,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if not INTERPRETED:
         return
-    for name in ("_lse_forward", "_lse_backward", "_tiles"):
+    for name in ("_lse_forward", "_lse_logs", "_lse_backward", "_tiles"):
         module = importlib.import_module(f"mlembed_kernels.similarity.{name}")
         for table in (module.CONFIGS, module.CONFIGS_FP32):
             for kernel, options in table.items():

@@ -29,6 +29,8 @@ for name in ("reference", "both"):
     case = infonce.CASES[name]
     # The last batch of an epoch: rows of no tile, and an odd number of them.
     cases[f"ragged-{name}"] = partial(bench_cases.run_loss, replace(case, B=case.B - 37))
+    for E, B in ((1, 16384), (1, 16383), (7, 16384), (7, 16383)):
+        cases[f"{name}-{E}-{B}"] = partial(bench_cases.run_loss, replace(case, E=E, B=B))
     # Five prefixes: slices of exits do not begin on 16 bytes either.
     cases[f"five-{name}"] = partial(bench_cases.run_loss, replace(case, dims=NESTED[-5:]))
 
@@ -49,7 +51,9 @@ for name in sys.argv[1:]:
 """
 
 
+SIZES = [f"{E}-{B}" for E in (1, 7) for B in (16384, 16383)]
 CASES = (
+    *(f"{name}-{size}" for name in ("reference", "both") for size in SIZES),
     *("infonce-reference", "infonce-both", "infonce-small", "infonce-gate-ids-both-float32"),
     *("ragged-reference", "ragged-both", "five-reference", "five-both"),
     *("embed-rank64", "attention-mid-ours", "batches"),
@@ -96,10 +100,21 @@ def test_a_ragged_batch_compiles_nothing(case, rows):
     assert ragged == whole
 
 
+@pytest.mark.parametrize("case", ["reference", "both"])
+def test_each_kernel_is_compiled_once(case, rows):
+    """For any number of exits, and of texts, that a run has."""
+    keys = [{row["key"] for row in rows if row["case"] == f"{case}-{size}"} for size in SIZES]
+    assert all(found == keys[0] for found in keys)
+    names = Counter(key.split()[0] for key in keys[0])
+    forward = ("_pack", "_positive", "_narrow_forward", "_wide_forward", "_merge")
+    assert {names[f"{name}_kernel"] for name in forward} == {1}
+    assert max(names.values()) <= 2  # sides as they are, and swapped
+
+
 def test_splits_are_those_of_a_card(rows):
-    """Two programs of the narrow kernel's 64 rows come to each of 132 multiprocessors."""
+    """Neighbours on the grid have the same rows: eight at least, or all multiprocessors at once."""
     grids = {
         row["case"]: tuple(row["grid"]) for row in rows if row["kernel"] == "_wide_forward_kernel"
     }
-    assert grids["infonce-small"] == (32, 5, 1)
-    assert grids["infonce-reference"] == (128, 1, 7)
+    assert grids["infonce-small"] == (4, 32, 1)
+    assert grids["infonce-reference"] == (8, 128, 7)

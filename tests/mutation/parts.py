@@ -28,6 +28,7 @@ FIRST = {
     "kernels/_dispatch.py": "test_infonce test_distill test_cosine test_pairwise_lse",
     "kernels/similarity/_checks.py": "test_infonce test_distill test_cosine test_pairwise_lse",
     "kernels/similarity/_lse_forward.py": LOSS,
+    "kernels/similarity/_lse_logs.py": LOSS,
     "kernels/similarity/_lse_backward.py": LOSS,
     "kernels/similarity/_bands.py": LOSS,
     "kernels/similarity/_lse_op.py": LOSS,

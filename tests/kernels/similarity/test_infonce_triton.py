@@ -199,6 +199,32 @@ def test_compiled(impl, options):
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs")
+@pytest.mark.parametrize("options", [{}, TWICE], ids=["one_direction", "twice"])
+def test_captured_in_a_graph(options):
+    """A replay gives the bits of a call for other values in the same memory."""
+    given = {n: loss_truth.on(DEVICE, x) for n, x in inputs(130, 300, **options).items()}
+    leaves = [given[name].half().requires_grad_() for name in "qc"]
+    given.pop("target", None)  # its values are looked at only on a CPU
+
+    def run() -> list[Tensor]:
+        loss_EM = by_triton(**given | dict(zip("qc", leaves, strict=True)))
+        return [loss_EM.detach(), *torch.autograd.grad(loss_EM.sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    with torch.no_grad():
+        for x in leaves:
+            x.mul_(torch.linspace(0.5, 2.0, x.shape[1], device=DEVICE)[:, None]).add_(0.1)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))
+
+
 def test_triton_on_cpu_needs_interpreter(monkeypatch):
     q, c = loss_truth.pair(dtype=torch.float32)
     assert torch.equal(infonce(q, c, dims=DIMS), infonce_ref(q, c, dims=DIMS))

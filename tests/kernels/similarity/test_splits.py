@@ -29,7 +29,7 @@ def slow(value):
 
 
 def forced(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    monkeypatch.setattr(_lse_forward, "splits_of", lambda programs, tiles, x: splits)
+    monkeypatch.setattr(_lse_forward, "splits_of", lambda programs, tiles, warps, x: splits)
 
 
 def check(**options) -> None:
@@ -135,10 +135,9 @@ def test_a_split_without_columns_reads_no_further(case, monkeypatch):
 
 
 def test_splits_are_at_most_the_tiles_of_each_kernel(monkeypatch):
-    """The kernel with fewer tiles decides the number of splits that two kernels share."""
     asked: list[int] = []
 
-    def most(programs: int, tiles: int, x: torch.Tensor) -> int:
+    def most(programs: int, tiles: int, warps: int, x: torch.Tensor) -> int:
         asked.append(tiles)
         return tiles
 
@@ -148,7 +147,7 @@ def test_splits_are_at_most_the_tiles_of_each_kernel(monkeypatch):
         given = {"dims": dims, "scale": torch.full((1, len(dims)), 20.0, device=DEVICE)}
         got = pairwise_lse(x, y, **given, impl="triton")[0]
         torch.testing.assert_close(got, pairwise_lse_ref(x, y, **given)[0])
-    assert asked == [min(TILES), TILES[0]]
+    assert asked == [*TILES, TILES[0]]
 
 
 class Card:
@@ -161,7 +160,18 @@ class OnCard:
 
 def test_splits_fill_a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    assert _lse_forward.splits_of(264, 100, OnCard()) == 1
-    assert _lse_forward.splits_of(33, 100, OnCard()) == 8
-    assert _lse_forward.splits_of(32, 100, OnCard()) == 9  # two programs a multiprocessor, at least
-    assert _lse_forward.splits_of(1, 100, OnCard()) == 100
+    # Kernels of eight warps have one program a multiprocessor, those of four have three.
+    assert _lse_forward.splits_of(32, 16, 8, OnCard()) == 4
+    assert _lse_forward.splits_of(64, 32, 4, OnCard()) == 6
+    assert _lse_forward.splits_of(1, 100, 8, OnCard()) == 100
+    # Eight parts of the columns at least, each of eight tiles, share the rows in cache.
+    assert all(8 <= _lse_forward.splits_of(n, 64, 8, OnCard()) <= 16 for n in (132, 133, 896))
+    assert _lse_forward.splits_of(10_000, 24, 8, OnCard()) == 3
+
+
+@pytest.mark.parametrize(("programs", "tiles"), [(128, 128), (100, 60), (896, 64), (7, 33)])
+def test_few_multiprocessors_idle_at_the_end(programs, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    splits = _lse_forward.splits_of(programs, tiles, 8, OnCard())
+    steps = -(-programs * splits // 132) * -(-tiles // splits)
+    assert steps <= 1.1 * programs * tiles / 132 + 1
