@@ -166,6 +166,7 @@ RARE = "runs only where a NaN was found, with the tile of another kernel, whose 
 REPAIR = "repairs sums that underflowed, and returns at once where none did"
 OUTSIDE = "stored before the loop, loaded after it"
 ENDS = "loaded at a prefix's or tile's end, not at every step of the products"
+SHARED_BY_TWO = "128 registers, so that two programs share a multiprocessor; " + ENDS
 FULL_TILE = "gradients of 128 keys fill 255 registers; a step has 500 instructions"
 WAITS = "ptxas waits for each of its products; no GPU has told what that costs"
 STEPS = "Triton waits in each round for a product whose sums a condition may begin again"
@@ -195,14 +196,16 @@ EXCEPTIONS = (
     ),
     Exempt("_wide_backward_kernel", NEW, "stack", 24, ENDS),
     Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 5, ENDS),
+    Exempt("_wide_backward_kernel", NEW, "stack", 32, SHARED_BY_TWO, ("COLUMNS", False)),
+    Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 8, SHARED_BY_TWO, ("COLUMNS", False)),
+    Exempt("_wide_backward_kernel", OLD, "stack", 8, SHARED_BY_TWO, ("COLUMNS", False)),
+    Exempt("_wide_backward_kernel", OLD, "spills_in_loops", 2, SHARED_BY_TWO, ("COLUMNS", False)),
     Exempt("_narrow_backward_kernel", (), "serial_loops", 1, CHAIN),
     Exempt("_project_kernel", (), "serial_loops", 1, WAITS, ("BK", 32)),
     Exempt("_project_kernel", NEW, "stack", 16, OUTSIDE),
-    Exempt("_product_kernel", OLD, "serial_loops", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
     Exempt("_long_forward_kernel", (), "serialised", 1, WAITS),
     Exempt("_queries_backward_kernel", (), "serialised", 1, WAITS),
     Exempt("_project_kernel", (), "serialised", 1, WAITS, ("BK", 32)),
-    Exempt("_product_kernel", OLD, "serialised", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
     Exempt("_narrow_forward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_narrow_backward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_wide_forward_kernel", (), "idle_loops", 1, STEPS),
@@ -212,7 +215,6 @@ EXCEPTIONS = (
     Exempt("_queries_backward_kernel", (), "idle_loops", 2, CHAIN),
     Exempt("_keys_backward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_project_kernel", (), "idle_loops", 1, WAITS, ("BK", 32)),
-    Exempt("_product_kernel", OLD, "idle_loops", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
     Exempt(
         "_long_forward_kernel", NEW, "unguarded_loops", 2,
         "keys are copied over, whose product was waited for before the last barrier",
