@@ -165,7 +165,7 @@ def test_stochastic_optimiser(data, tmp_path):
 
 
 def test_a_step_copies_its_batch_at_once(data, tmp_path):
-    """Besides the batch go the weights of the loss, and the exits of each term."""
+    """Two other copies take the weights of the loss, and the exits of each term."""
     assert steps(tmp_path, data, []).copies == 3
 
 
