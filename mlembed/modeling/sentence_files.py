@@ -71,7 +71,7 @@ POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
 @dataclass(frozen=True)
 class SentenceFiles:
-    """What a directory's files say. Without them: nothing, vectors of the model's width.
+    """Settings of a directory. Without its files: no pooling, vectors of the model's width.
 
     pooling: cls, mean, last or pooler. pooler: folder of the Dense layer with a pooler's weights.
     width: of the vectors, None for the model's. default_prompt: goes before texts for which no

@@ -43,10 +43,11 @@ FIRST = {
     "mlembed/config/objective.py": "test_config test_loss test_distill",
     "mlembed/config/run.py": "test_config test_batches",
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
+    "mlembed/runtime/distributed.py": "test_waiting test_distributed",
     "mlembed/training/gradcache.py": "test_gradcache test_trunk",
     "mlembed/training/setup.py": "test_setup test_train test_resume",
     "mlembed/training/step.py": "test_guards test_train test_resume",
-    "train.py": "test_guards test_step_times test_gradcache test_train test_resume",
+    "train.py": "test_guards test_step_times test_no_wait test_gradcache test_train test_resume",
 }
 
 

@@ -155,8 +155,8 @@ def test_stochastic_optimiser(data, tmp_path):
 
 
 def test_a_step_copies_its_batch_at_once(data, tmp_path):
-    """The batch, the weights of the loss and the exits of each term go there; the verdict on the
-    numbers of the step comes back.
+    """Copies take the batch, the weights of the loss and the exits of each term there, and the
+    verdict on the numbers of the step back.
     """
     assert steps(tmp_path, data, []).copies == 4
 
