@@ -308,11 +308,15 @@ class Trained:
             self.mark("backward")
             loss.backward()
             self.mark("optimiser")
-            nn.utils.clip_grad_norm_(self.model.parameters(), inputs.case.run.optim.max_grad_norm)
-            self.optimizer.step()
+            self.update(inputs.case.run.optim.max_grad_norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.mark("end")
         return loss.detach()
+
+    def update(self, max_norm: float) -> None:
+        """Clip the gradients, then step the optimiser."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
 
 
 def allocated(device: torch.device) -> int:
