@@ -22,7 +22,7 @@ from .. import ROOT
 from ..environment import sources
 from ..records import append
 
-FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/compute-sanitizer")
+CUDA, NSIGHT = Path("/usr/local/cuda"), Path("/opt/nvidia/nsight-compute")
 METRICS = {
     "ns": "gpu__time_duration.sum",
     "read": "dram__bytes_read.sum",
@@ -36,7 +36,8 @@ CASE = "reference"
 
 def found(tool: str) -> str | None:
     """Return the path of a tool, also where it is not on the PATH."""
-    return shutil.which(tool) or shutil.which(tool, path=os.pathsep.join(FOLDERS))
+    folders = CUDA / "bin", CUDA / "compute-sanitizer", *sorted(NSIGHT.glob("*"), reverse=True)
+    return shutil.which(tool) or shutil.which(tool, path=os.pathsep.join(map(str, folders)))
 
 
 def watched(prefix: Sequence[str], what: str, smoke: bool, **env: str) -> tuple[int, str]:
