@@ -235,7 +235,7 @@ def test_inactive_rows_are_unread_and_zero(flags, causal, dtype, heads):
 
 @both_masks
 def test_inactive_long_sequence(causal):
-    """In odd groups its tiles begin with two masked blocks, of which nothing is read."""
+    """Tiles of odd groups begin with two masked blocks, of which nothing is read."""
     lengths = [530, 2, 515]
     qkv, do = batch(lengths=lengths, heads=(3, 1))
     here = rows_of(lengths, [1, 2]).to(DEVICE)
