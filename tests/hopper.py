@@ -180,6 +180,7 @@ EXCEPTIONS = (
     Exempt("_exact_kernel", NEW, "spills_in_loops", 1, REPAIR),
     Exempt("_narrow_backward_kernel", BEFORE, "stack", 96, OUTSIDE, FP32),
     Exempt("_narrow_backward_kernel", NEW, "stack", 32, OUTSIDE),
+    Exempt("_packed_backward_kernel", OLD, "stack", 8, OUTSIDE),
     Exempt("_packed_backward_kernel", BEFORE, "stack", 16, OUTSIDE, ("SKIP", True)),
     Exempt("_packed_backward_kernel", NEW, "stack", 120, OUTSIDE),
     Exempt("_packed_forward_kernel", NEW, "stack", 32, OUTSIDE),

@@ -177,14 +177,14 @@ def _apart_backward_kernel(
 
 @triton.jit
 def _dq(
-    dq, q, do, lse, delta, KEYS, V, row, j, n, read, base,
+    dq, q, do, lse, delta, KEYS, V, row, j, n, base,
     K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dq + ds k over BN keys from j; arguments as of `_attend`."""
+    """Return dq + ds k over BN keys from j of a sequence of n; `row` are queries' positions."""
     c = tl.arange(0, BN)
-    ok = j + c < read if MASKED else c < BN
+    ok = j + c < n if MASKED else c < BN
     k = _rows(KEYS, j, K_STEP, 0, c * K_STEP, ok, K, KP)
     v = _rows(V, j, V_STEP, 0, c * V_STEP, ok, K, KP)
     s = tl.dot(q, k.T, input_precision=PRECISION)
@@ -213,32 +213,35 @@ def _queries_backward_kernel(
     token = r // HEADS
     row = first - begin + token
     ok = row < n
-    free = (first - begin if CAUSAL else n - 1) // BN * BN
-    until, read = free, n
+    free = (first - begin if CAUSAL else n) // BN * BN
+    last = tl.minimum(first - begin + TOKENS, n) if CAUSAL else n
+    read = ok
     if SKIP:
         alive = tl.load(ALIVE + begin) != 0
-        until, read = tl.where(alive, free, 0), tl.where(alive, n, 0)
-    row_read = row < read
+        free, last = tl.where(alive, free, 0), tl.where(alive, last, 0)
+        read = ok & alive
     at = token * (HQ * K) + r % HEADS * K
-    o = _rows(O, first, HQ * K, head * K, at, row_read, K, KP)
-    do = _rows(DO, first, DO_STEP, head * K, token * DO_STEP + r % HEADS * K, row_read, K, KP)
+    o = _rows(O, first, HQ * K, head * K, at, read, K, KP)
+    do = _rows(DO, first, DO_STEP, head * K, token * DO_STEP + r % HEADS * K, read, K, KP)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     of_row = (head + r % HEADS).to(tl.int64) * T + first + token
     tl.store(DELTA + of_row, delta, mask=ok)
     lse = tl.load(LSE + of_row, mask=ok, other=float("inf"))
-    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, row_read, K, KP)
+    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, read, K, KP)
     keys = KEYS + begin.to(tl.int64) * K_STEP + head // GROUP * K
     values = V + begin.to(tl.int64) * V_STEP + head // GROUP * K
     dq = tl.zeros([TOKENS * HEADS, KP], tl.float32)
-    for block in tl.static_range(0, max(TOKENS // BN, 1) if CAUSAL else 1):
+    for j in tl.range(0, free, BN):
         dq = _dq(
-            dq, q, do, lse, delta, keys, values, row, free + block * BN, n, read, base,
-            K_STEP, V_STEP, True, CAUSAL, BN, K, KP, PRECISION,
-        )  # fmt: skip
-    for j in tl.range(0, until, BN):
-        dq = _dq(
-            dq, q, do, lse, delta, keys, values, row, j, n, read, base,
+            dq, q, do, lse, delta, keys, values, row, j, n, base,
             K_STEP, V_STEP, False, CAUSAL, BN, K, KP, PRECISION,
+        )  # fmt: skip
+    # Without stages: ptxas would wait for each product of a second pipeline on one accumulator.
+    # A loop, as in straight-line code parts of fp32 operands would stay in registers.
+    for j in tl.range(free, last, BN, num_stages=1):
+        dq = _dq(
+            dq, q, do, lse, delta, keys, values, row, j, n, base, K_STEP, V_STEP,
+            True, CAUSAL, BN, K, KP, PRECISION,
         )  # fmt: skip
     _store_rows(DQ, dq * scale, first, HQ * K, head * K, at, ok, K, KP)
 
