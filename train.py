@@ -35,17 +35,26 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
-from mlembed.evaluation import charts, grid, tables
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
-from mlembed.publishing.export import export
-from mlembed.runtime import checkpoint, log
-from mlembed.runtime.distributed import World, any_process, world
+from mlembed.modeling.flops import Flops, training_flops
+from mlembed.runtime import checkpoint, log, profiling, transfer
+from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
-from mlembed.training.step import LossSpec, Step, Terms, record, source_of, total_loss, update
+from mlembed.training.step import (
+    LossSpec,
+    Rates,
+    Step,
+    Terms,
+    record,
+    source_of,
+    speed_line,
+    total_loss,
+    update,
+)
 
 
 def train(run: config.Run, where: World) -> int:
@@ -71,7 +80,8 @@ def train(run: config.Run, where: World) -> int:
             score(job, 0)
         done = optimise(job, start)
     if done == job.run.steps:
-        finish(job)
+        with main_works(where, "finish"):
+            finish(job)
     out.close()
     return 0 if done == job.run.steps else 130
 
@@ -79,47 +89,60 @@ def train(run: config.Run, where: World) -> int:
 def optimise(job: Job, start: int) -> int:
     """Run steps start..steps-1, log, save and score as configured, and return the steps done.
 
-    A signal ends the run after the current step and saves it; a second Ctrl-C ends it at once.
+    A signal ends the run after the current step, of several processes up to two steps later, and
+    saves it; a second Ctrl-C ends it at once.
     """
-    run, where = job.run, job.where
-    stop: list[float] = []
+    run, where, signals = job.run, job.where, job.signals
+    signals.clear()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # torchrun forwards a signal that a terminal or SLURM has sent to all processes already, so
         # a second one within two seconds is the same.
-        if stop and number == signal.SIGINT and time.monotonic() - stop[0] > 2:
+        if signals and number == signal.SIGINT and time.monotonic() - signals[0] > 2:
             raise KeyboardInterrupt
-        stop.append(time.monotonic())
+        signals.append(time.monotonic())
 
     before = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     feed = iter(loader(job, start))
     job.stages.begin()
-    tokens, clock, logged = 0, time.perf_counter(), start
+    rates, logged, checks = Rates(job), start, list[guards.Check]()
     # A log file keeps every bar that a terminal overwrites.
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     options = {"desc": run.name, "disable": not where.main, "mininterval": seconds}
-    with tqdm(total=run.steps, initial=start, **options) as bar:
+    trace = job.directory / f"trace_{start}.json" if where.main else None
+    bar = tqdm(total=run.steps, initial=start, **options)
+    with profiling.trace(run.profile, trace) as end_of_step, bar:
         for step in range(start, run.steps):
             result = guarded(job, step, feed)
-            tokens += result.tokens
+            end_of_step()
+            rates.add(result)
             done = step + 1
             bar.update()
-            if result.bad is None and (done % run.log_every == 0 or done == run.steps):
-                rate = tokens / (time.perf_counter() - clock)
-                loss = record(job, done, result, rate, job.stages.take(done - logged))
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.1f}k tokens/s")
-                tokens, clock, logged = 0, time.perf_counter(), done
-            if run.eval_every and done % run.eval_every == 0 and done < run.steps:
+            last = done == run.steps
+            logs = last or done % run.log_every == 0
+            scores = not last and run.eval_every and done % run.eval_every == 0
+            saves = last or (run.save_every and done % run.save_every == 0)
+            # These wait for the device in any case.
+            if (logs or scores or saves) and settle(job) and logs:
+                speed = rates.take()
+                loss = record(job, done, result, speed, job.stages.take(done - logged))
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed_line(speed)}")
+                logged = done
+            if scores:
                 # Score before saving, so that a saved step has logged its score.
                 score(job, done)
                 job.stages.begin()
-                tokens, clock, logged = 0, time.perf_counter(), done
-            stopped = any_process(bool(stop), where)
-            if stopped or done == run.steps or (run.save_every and done % run.save_every == 0):
+                rates.begin()
+                logged = done
+            # Processes agree in the check of a step, which the next one reads if nobody has.
+            checks = [*checks[-1:], result.check]
+            stopped = any(check.stop for check in checks) if where.size > 1 else bool(signals)
+            if saves or stopped:
+                settle(job)
                 save(job, done)
-            if stopped and done < run.steps:
+            if stopped and not last:
                 job.out.say(f"stopped and saved after step {done}; continue with --resume")
                 return done
     for number, handler in before.items():
@@ -128,14 +151,14 @@ def optimise(job: Job, start: int) -> int:
 
 
 def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
-    """Run one optimiser step; advise if memory runs out, skip or stop if a number is not finite.
+    """Run one optimiser step; advise if memory runs out.
 
     Raises:
-        ValueError: out of memory; NaN or infinity, unless the configuration skips such steps.
+        ValueError: out of memory; what `settle` raises.
     """
     run = job.run
     try:
-        result = one_step(job, step, feed)
+        return one_step(job, step, feed)
     except RuntimeError as error:
         if not guards.out_of_memory(error):
             raise
@@ -143,18 +166,34 @@ def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         free = gradcache.free_bytes(job.where.device)
         reason = guards.oom_advice(error, run, step + 1, tokens, job.budget, free)
         raise ValueError(reason) from None
-    if result.bad is None:
-        return result
-    source, weight = source_of(job, step), result.bad.startswith("weight")
-    job.out.metrics(step + 1, "skipped", {"source": source, "bad": result.bad})
+
+
+def settle(job: Job) -> bool:
+    """Read the check of the last step, if nobody has, and return False if the step was left out.
+
+    The next step calls it before its loss, so a bad step is reported before another update.
+
+    Raises:
+        ValueError: NaN or infinity, unless the configuration skips such steps.
+    """
+    if not job.unread:
+        return True
+    check, run = job.unread.pop(), job.run
+    step, bad = check.step, check.bad(job.model, job.where)
+    if job.bank is not None:
+        job.bank.commit() if bad is None else job.bank.discard()
+    if bad is None:
+        return True
+    source, weight = source_of(job, step), bad.startswith("weight")
+    job.out.metrics(step + 1, "skipped", {"source": source, "bad": bad})
     if run.non_finite == "skip" and not weight:
-        job.out.say(f"skipped step {step + 1}, source {source}: non-finite {result.bad}")
-        return result
+        job.out.say(f"skipped step {step + 1}, source {source}: non-finite {bad}")
+        return False
     if not weight:
         # The step left weights and moments unchanged.
         save(job, step)
     raise ValueError(
-        f"non-finite {result.bad} at step {step + 1}, source {source}; the weights are those "
+        f"non-finite {bad} at step {step + 1}, source {source}; the weights are those "
         "before the step. Try a lower --optim.lr, or --non-finite skip to leave such steps out"
     )
 
@@ -164,14 +203,14 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     run, where, engine = job.run, job.where, job.engine
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, run)
-    weight_EM, ranks = weights(run).to(where.device), ranks_of(run, step)
+    weight_EM, ranks = transfer.moved(weights(run), where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
-    tokens, queries = 0, [0] * len(run.model.exits)
+    flops, tokens, queries = Flops(), 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
-            batch = next(feed)
+            batch = next(feed).to(where.device)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -182,30 +221,31 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
             spec = LossSpec(rank, weight_EM, share / micro_batches, seed)
             # Processes average their gradients once a step, in its last backward.
             sync = not left and rank == ranks[-1][0]
-            for name, loss_EM in add_gradients(job, batch, spec, sync).items():
+            terms, work = add_gradients(job, batch, spec, sync)
+            flops += work
+            for name, loss_EM in terms.items():
                 losses[name] = losses.get(name, 0) + loss_EM
-        tokens += batch.tokens * where.size
+        tokens += batch.tokens
         for e, exit in enumerate(run.model.exits):
-            queries[e] += int((batch.query_depths >= exit).sum())
+            queries[e] += int((batch.host.query_depths >= exit).sum())
     with job.stages.of("optimizer"):
-        norm, bad = update(job, step, losses)
-    if job.bank is not None:
-        job.bank.commit() if bad is None else job.bank.discard()
-    return Step(losses, queries, norm, tokens, bad)
+        norm, check = update(job, step, losses)
+    job.unread.append(check)
+    return Step(losses, queries, norm, tokens, flops, check)
 
 
-def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
-    """Forward, loss and backward of a micro-batch at one rank.
+def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:
+    """Forward, loss and backward of a micro-batch, which is on the device, at one rank.
 
     Args:
         sync: whether this is the last backward of the step, which averages over processes.
 
     Returns:
-        loss_EM of each term, times the share of this pass.
+        loss_EM of each term, times the share of this pass, and the operations of the model.
     """
     run, where, half = job.run, job.where, job.bf16
     device, p = where.device, run.model.dropout
-    packs = [pack.to(device) for pack in batch.packs]
+    packs = batch.packs
     keeps, recompute, final = gradcache.choose_graphs(run, job.cost, packs, job.budget)
     shares: Terms = {}
 
@@ -216,6 +256,8 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
             return job.engine.forward(packs[i], rank=spec.rank, recompute=recompute[i], sync=sync)
 
     def loss(exits_END: Tensor) -> Tensor:
+        # The forward keeps the device busy, and the bank is to hold the last step's documents.
+        settle(job)
         # On CUDA the products of the loss are in bf16, too.
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}
@@ -228,9 +270,12 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> Terms:
         return spec.share * total_loss(run, spec.weight_EM, terms)
 
     # The stage's time excludes forward and loss, which run inside.
-    with job.stages.of("backward"):
+    with job.stages.of("backward", traced=False):
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
-    return shares
+    work = Flops()
+    for pack, kept, again in zip(batch.host.packs, keeps, recompute, strict=True):
+        work += training_flops(run.model, pack, spec.rank, keeps=kept, recompute=again)
+    return shares, work
 
 
 def save(job: Job, step: int) -> None:
@@ -259,18 +304,26 @@ def full_encoder(job: Job) -> Encoder | None:
 
 def score(job: Job, step: int) -> None:
     """Log the score of the full size; `finish` scores the whole grid."""
-    if not job.tasks or (encoder := full_encoder(job)) is None:
+    from mlembed.evaluation import charts, grid
+
+    if not job.tasks:
         return
-    shape = job.run.model
-    full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-    (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
-    percent = charts.mean_score(cell)
-    job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
-    job.out.say(f"step {step}: score {percent:.1f} % at full size")
+    with main_works(job.where, f"score {step}"):
+        if (encoder := full_encoder(job)) is None:
+            return
+        shape = job.run.model
+        full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
+        (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
+        percent = charts.mean_score(cell)
+        job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
+        job.out.say(f"step {step}: score {percent:.1f} % at full size")
 
 
 def finish(job: Job) -> None:
     """Score the grid, write report/ and model/, and print the next commands."""
+    from mlembed.evaluation import grid, tables
+    from mlembed.publishing.export import export
+
     run, directory, out = job.run, job.directory, job.out
     if (encoder := full_encoder(job)) is None:
         return

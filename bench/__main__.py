@@ -7,12 +7,10 @@ every line on toy shapes anywhere, prints no times and writes no file.
 """
 
 import argparse
-import datetime
+import importlib
 import importlib.util
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -23,8 +21,16 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from . import ROOT, named, report
+from .children import end, start
+from .records import Kept, append, earlier, key, results_file
 
 NAMES = "infonce", "attention", "embed", "train_step", "gradcache", "encode", "loader"
+COMMANDS = {
+    "audit": "bench.compiled.audit",
+    "compile": "bench.compiled.precompile",
+    "gpu": "bench.gpu.command",
+    "compare": "bench.compare",
+}
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most
 LEAST = 15.0  # seconds: with less left, no case begins
@@ -47,6 +53,10 @@ class Run:
         self.environment: dict[str, Any] = {}
         self.green = True
         self.finished = True
+        self.printing: str | None = None  # the case whose table is printed when the next begins
+        self.kept = Kept([], {}, [])
+        if args.part == "cases" and not args.smoke:
+            self.kept = earlier(args.out, name)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -56,6 +66,9 @@ class Run:
 
     def add(self, record: dict[str, Any]) -> None:
         if record["kind"] == "begin":
+            if self.printing not in (None, record["case"]):
+                self.print_case(self.printing)
+                self.printing = record["case"]
             return
         if record["kind"] == "environment":
             if record == self.environment:
@@ -64,29 +77,28 @@ class Run:
             if not self.args.smoke:
                 self.path = self.path or results_file(self.args.out, record["gpu"], self.name)
         self.records.append(record)
-        if self.path is None:
-            return
-        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": stamp, "bench": self.name, **record}) + "\n")
+        if self.path is not None:
+            append(self.path, {"bench": self.name, **record})
 
     # ---- the worker ----
 
     def stage(self, stages: list[str], *options: str) -> bool:
         """Run stages to their end. If the worker dies, start it again without what is finished."""
-        start, skip = time.monotonic(), list[str]()
+        began, skip = time.monotonic(), list(self.kept.rows)
         while True:
             before = len(self.records)
             status, begun = self.worker([*stages, *options, "--skip", *skip])
             if begun is not None:
                 kind = "sweep" if "config" in begun else "row"
-                note = "no time was left" if self.left() < 2 else f"died, exit status {status}"
-                self.add({**begun, "kind": kind, "status": "failed", "note": note})
+                ended = "failed", f"died, exit status {status}"
+                if self.left() < 2:
+                    ended = "skipped", "no time was left"
+                self.add({**begun, "kind": kind, "status": ended[0], "note": ended[1]})
             skip += [key(record) for record in self.records[before:] if key(record)]
             again = (status == BROKEN or begun is not None) and self.left() > 20
             if status == 0 or not again or len(self.records) == before:
                 break
-        seconds = {} if self.args.smoke else {"seconds": round(time.monotonic() - start, 1)}
+        seconds = {} if self.args.smoke else {"seconds": round(time.monotonic() - began, 1)}
         self.add({"kind": "stage", "stages": stages, "done": status == 0, **seconds})
         return status == 0
 
@@ -96,9 +108,7 @@ class Run:
         command += ["--seconds", f"{max(self.left() - 5, 0):.0f}"]
         command += ["--smoke"] * self.args.smoke + ["--red"] * (not self.green)
         begun = None
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
+        with start(command, stdout=subprocess.PIPE) as process:
             timer = threading.Timer(max(self.left(), 1), end, [process])
             timer.start()
             try:
@@ -122,7 +132,7 @@ class Run:
             self.finished = False
             return
         print(report.gate(verdicts) if done else "gate: RED, it did not finish", flush=True)
-        if not self.args.skip_tests:
+        if not self.args.skip_tests and self.args.part is None:
             self.tests()
 
     def tests(self) -> None:
@@ -144,10 +154,8 @@ class Run:
         command += ["--collect-only"] * self.args.smoke
         if importlib.util.find_spec("xdist") is not None and not self.args.smoke:
             command += ["-n", "8", "--dist", "worksteal"]
-        process = subprocess.Popen(
-            [*command, *sorted(files)], cwd=ROOT, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = start([*command, *sorted(files)], **pipes)
         seconds = max(TESTS_SHARE * self.left(), 1)
         try:
             lines = process.communicate(timeout=seconds)[0].strip().splitlines() or ["silent"]
@@ -166,14 +174,30 @@ class Run:
         how = "RED" if not ok else "collected" if self.args.smoke else "green"
         print(f"tests: {how}, {note}", *failures[:5], sep="\n  ", flush=True)
 
+    def check_kept(self) -> None:
+        """Take the gate's verdict and the finished rows from the results of the same sources."""
+        verdicts = self.kept.gate
+        self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
+        print(report.gate(verdicts) if verdicts else "gate: RED, it was not run for these sources")
+        self.records += [*self.kept.others, *self.kept.rows.values()]
+
     def cases(self, names: list[str]) -> None:
+        """Run the cases in one worker, which loads torch and measures the ceilings once."""
+        if self.left() >= LEAST and (todo := [name for name in names if self.unfinished(name)]):
+            self.printing = todo[0]
+            self.finished &= self.stage(todo)
+            if self.printing is not None:
+                self.print_case(self.printing)
+            self.printing = None
         for name in names:
-            if self.left() < LEAST:
+            if not any(row["case"] == name for row in self.of("row")):
                 at = {"case": name, "provider": "ours", "mode": self.bench.CASES[name].modes[0]}
                 self.add({"kind": "row", **at, "status": "skipped", "note": "no time was left"})
-                continue
-            self.finished &= self.stage([name])
-            self.print_case(name)
+
+    def unfinished(self, name: str) -> bool:
+        case = self.bench.CASES[name]
+        keys = (f"{name}:{who}:{mode}" for who in case.providers for mode in case.modes)
+        return any(key not in self.kept.rows for key in keys)
 
     def print_case(self, name: str) -> None:
         rows = [row for row in self.of("row") if row["case"] == name]
@@ -198,11 +222,14 @@ class Run:
 
     def smoke(self, names: list[str]) -> None:
         """Run everything once, in one process, without numbers."""
-        self.finished = self.stage(["gate", *names, "sweep"])
-        verdicts = self.of("gate")
-        self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
-        print(report.gate(verdicts))
-        if not self.args.skip_tests:
+        part = self.args.part
+        stages = {"gate": ["gate"], "cases": names}.get(part, ["gate", *names, "sweep"])
+        self.finished = self.stage(["sweep"] if self.args.sweep else stages)
+        if "gate" in stages and not self.args.sweep:
+            verdicts = self.of("gate")
+            self.green = bool(verdicts) and all(record["ok"] for record in verdicts)
+            print(report.gate(verdicts))
+        if not self.args.skip_tests and part is None and not self.args.sweep:
             self.tests()
         groups: dict[str, list[str]] = {}
         for record in self.of("row") + self.of("kernels") + self.of("stages") + self.of("sweep"):
@@ -216,9 +243,15 @@ class Run:
             print(f"{group}: {', '.join(dict.fromkeys(members))}")
 
     def measure(self, names: list[str]) -> None:
-        self.check()
-        if self.path is None:
-            return
+        if self.args.part == "cases":
+            self.check_kept()
+        else:
+            self.check()
+            if self.path is None:
+                return
+            if self.args.part == "gate":
+                self.finished = self.of("stage")[-1]["done"]
+                return
         if self.args.sweep and not hasattr(self.bench, "SWEEP"):
             print(f"{self.name}: nothing to sweep", flush=True)
             return
@@ -241,9 +274,10 @@ class Run:
 
         rows = self.of("row")
         failed = [row for row in rows + self.of("sweep") if row["status"] == "failed"]
+        skipped = any(row["status"] == "skipped" for row in rows + self.of("sweep"))
         return {
             "green": self.green,
-            "finished": self.finished and not any(row["status"] == "skipped" for row in rows),
+            "finished": self.finished and not skipped,
             "environment": bare(self.environment),
             "ceilings": bare((self.of("ceilings") or [{}])[-1]),
             "ran" if self.args.smoke else "ms": report.compact(rows),
@@ -251,15 +285,6 @@ class Run:
             "targets": list(map(bare, self.of("target"))),
             "file": None if self.path is None else self.path.name,
         }
-
-
-def key(record: dict[str, Any]) -> str:
-    """Return a measurement's name, for --skip of the worker."""
-    if record["kind"] == "row":
-        return f"{record['case']}:{record['provider']}:{record['mode']}"
-    if record["kind"] == "sweep":
-        return f"sweep:{record['kernel']}:{json.dumps(record.get('config'))}"
-    return ""
 
 
 def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
@@ -270,23 +295,6 @@ def records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         else:
             sys.stderr.write(line)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill the worker and its children (compilers keep its pipe open)."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
-def results_file(folder: Path, gpu: str | None, name: str) -> Path:
-    """Return <date>-<gpu>-<name>.jsonl in a folder, which is made."""
-    card = re.sub(r"[^a-z0-9]+", "-", (gpu or "cpu").lower().removeprefix("nvidia ")).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return folder / f"{today}-{card}-{name}.jsonl"
 
 
 def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
@@ -309,16 +317,22 @@ def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all")
     parser.add_argument("--list", action="store_true", help="benches and their cases")
     parser.add_argument("--case", nargs="+", default=[], help="only these")
     parser.add_argument("--seconds", type=float, default=530.0, help="for all benches together")
+    parser.add_argument(
+        "--part", choices=("gate", "cases"),
+        help="gate: nothing else. cases: take the gate's verdict and finished rows from --out",
+    )  # fmt: skip
     parser.add_argument("--skip-tests", action="store_true", help="run the gate, but not pytest")
     parser.add_argument("--sweep", action="store_true", help="time launch configurations instead")
     parser.add_argument("--smoke", action="store_true", help="toy shapes, no times, any device")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench/results", help="folder of results"
+        "--out", type=Path, default=ROOT / "bench/results", help="folder, or a .jsonl, of results"
     )
     args = parser.parse_args()
     if args.list:
@@ -329,10 +343,10 @@ def main() -> None:
     if not args.names:
         parser.error(f"expected a bench: {', '.join(NAMES)} or all")
     todo = chosen(args)
-    start, results = time.monotonic(), {}
+    began, results = time.monotonic(), {}
     for at, (name, cases) in enumerate(todo.items(), 1):
         # Benches share the time equally; the next ones get what one does not use.
-        left = args.seconds - (time.monotonic() - start)
+        left = args.seconds - (time.monotonic() - began)
         run = Run(name, args, time.monotonic() + left / (len(todo) - at + 1))
         (run.smoke if args.smoke else run.measure)(cases)
         results[name] = run.result()

@@ -1,9 +1,9 @@
 """Texts a second of `Encoder.encode` next to sentence-transformers' `encode`, on the same weights.
 
-Cases are mixes of synthetic text of natural lengths. Weights are random; `export` writes them and
-both read them: on CUDA Qwen3-0.6B's layers in bf16, on a CPU a small model in fp32. In the mode
-`exit` ours stops at a third of the depth (8 of 28), which sentence-transformers does not offer. Its
-batches are 32 texts, its default, or 256.
+Cases are mixes of synthetic text of natural lengths. Weights are random and written as `export`
+writes them, for both to read: on CUDA Qwen3-0.6B's layers in bf16, on a CPU a small model in fp32.
+In the mode `exit` ours stops at a third of the depth (8 of 28), which sentence-transformers does
+not offer. Its batches are 32 texts, its default, or 256.
 
 This bench takes times on a CPU too. Providers encode all texts in turn, round by round, so that
 other work on the machine slows them equally; ms is the median of a round. The floor is that of the
@@ -26,8 +26,9 @@ from mlembed import config
 from mlembed.config import shapes
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
+from mlembed.modeling.flops import layer_weights
 from mlembed.modeling.transformer import Transformer
-from mlembed.publishing.export import export
+from mlembed.publishing.export import write_model
 
 from . import harness, loader
 from .report import Floors, Row, Targets
@@ -97,7 +98,13 @@ def saved(case: Case, device: torch.device, out: Path) -> Path:
     read = loader.learnt(case.language)
     cfg = replace(shape(case, device), vocab_size=read.get_vocab_size())
     torch.manual_seed(0)
-    export(Encoder(Transformer(cfg).eval(), read, cfg.max_position_embeddings), out)
+    encoder = Encoder(Transformer(cfg).eval(), read, cfg.max_position_embeddings)
+    return written(encoder, out, cfg.num_hidden_layers)
+
+
+def written(encoder: Encoder, out: Path, exit: int) -> Path:
+    out.mkdir()
+    write_model(out, encoder, encoder.model.cfg.hidden_size, exit, None)
     return out
 
 
@@ -138,7 +145,7 @@ def compared(case: Case, directory: Path, device: torch.device) -> Iterator[dict
     some = case.texts(device)
     encoder = Encoder.load(str(directory), str(device))
     shallow, cut = encoder.model.cfg.exits[0], directory.parent / f"{directory.name}-cut"
-    export(encoder, cut, exit=shallow)
+    written(encoder, cut, shallow)
     for mode, path, exit in (("full", directory, None), ("exit", cut, shallow)):
         sentence = sentence_transformer(path, device, torch.float32)
         want = sentence.encode(some, show_progress_bar=False)
@@ -168,9 +175,7 @@ def ceiling(cfg: config.Model, device: torch.device) -> float:
 
 def flops(cfg: config.Model, layers: int) -> int:
     """Return the FLOPs of one token's products in some layers."""
-    heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
-    weights = heads * cfg.head_dim * cfg.hidden_size + 3 * cfg.hidden_size * cfg.intermediate_size
-    return 2 * layers * weights
+    return 2 * layers * layer_weights(cfg)
 
 
 def measure(

@@ -6,27 +6,37 @@ import platform
 import shutil
 import subprocess
 from importlib import metadata
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from . import ROOT
-from .harness import l2_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 # Packages whose versions are part of a result.
 PACKAGES = (
     *("flash-attn", "flash-attn-3", "flash-attn-4", "xformers"),
     *("sentence-transformers", "transformers", "cut-cross-entropy", "inf-cl", "liger-kernel"),
+    "siglip-kernel",
 )
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def sources() -> str:
+    """Return a hash of the kernels and of mlembed; imports no torch, which takes seconds."""
+    every = hashlib.sha256()
+    for path in sorted([*ROOT.glob("kernels/**/*.py"), *ROOT.glob("mlembed/**/*.py")]):
+        every.update(path.name.encode() + path.read_bytes())
+    return every.hexdigest()[:12]
+
+
+def environment(device: "torch.device") -> dict[str, Any]:
     """Return versions and the device, without paths or host names."""
+    import torch
+
     import mlembed_kernels
 
-    sources = hashlib.sha256()
-    for path in sorted([*ROOT.glob("kernels/**/*.py"), *ROOT.glob("mlembed/**/*.py")]):
-        sources.update(path.name.encode() + path.read_bytes())
+    from .harness import l2_bytes
+
     known = {
         "gpu": None,
         "python": platform.python_version(),
@@ -37,7 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "cpus": os.cpu_count(),
         "kernels": mlembed_kernels.__version__,
-        "sources": sources.hexdigest()[:12],
+        "sources": sources(),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
     }
     if device.type == "cuda":

@@ -32,6 +32,7 @@ from mlembed import config
 from mlembed.data.collate import Batch
 from mlembed.data.packing import PackedBatch
 from mlembed.modeling.transformer import Transformer
+from mlembed.runtime import transfer
 from mlembed.runtime.distributed import World
 from mlembed.training import gradcache
 from mlembed.training.engine import Engine
@@ -154,7 +155,7 @@ def cached_step(
         exits_END.register_hook(lambda grad: mark("backward"))
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         loss_EM = loss_table(exits_END, batch, run, World(0, 1, device))
-        total.append((weights(run).to(device) * loss_EM).sum())
+        total.append((transfer.moved(weights(run), device) * loss_EM).sum())
         return total[0]
 
     engine.begin()
@@ -281,8 +282,8 @@ def packed(
     model, half = checked.made(check, device, dropout), device.type == "cuda"
     checked.compile_for(model, device, lean=check.again > 0)
     model.train()
-    batch = checked.batch_of(check)
-    packs = [some.to(device) for some in batch.packs]
+    batch = checked.batch_of(check).to(device)
+    packs = batch.packs
     kept = ActivationCost.measure(model, half)
     engine = Engine.of(model, run, World(0, 1, device), half)
     budget = budget_of(keep, kept, packs, run)

@@ -52,6 +52,7 @@ from typing import Any, Literal
 
 from mlembed import config
 from mlembed.config import shapes
+from mlembed.modeling.flops import layer_weights
 from mlembed.modeling.transformer import num_parameters
 
 from .report import aligned
@@ -107,8 +108,7 @@ MODELS = {
 
 def matrices(m: config.Model) -> int:
     """Return the number of weights that multiply a token."""
-    heads = 2 * m.num_attention_heads + 2 * m.num_key_value_heads
-    return m.num_hidden_layers * m.hidden_size * (heads * m.head_dim + 3 * m.intermediate_size)
+    return m.num_hidden_layers * layer_weights(m)
 
 
 def token_bytes(m: config.Model) -> int:

@@ -93,6 +93,9 @@ class Worker:
     # ---- providers ----
 
     def case(self, name: str) -> None:
+        if "torch._dynamo" in sys.modules:
+            # What is compiled for a function is limited, and cases compile the same functions.
+            torch.compiler.reset()
         case = self.shaped(name)
         if hasattr(self.bench, "rows"):
             for kind, record in self.bench.rows(case, self.device, self.end, self.skip):

@@ -9,6 +9,7 @@ from .attention.attention import attention, attention_ref
 from .attention.plan import AttentionPlan
 from .embedding.embed import embed, embed_ref
 from .embedding.token_index import TokenIndex
+from .optimiser.adamw import stochastic_adamw, stochastic_adamw_ref
 from .similarity.cosine import cosine, cosine_ref
 from .similarity.distill import distill, distill_ref
 from .similarity.infonce import infonce, infonce_ref
@@ -18,5 +19,5 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionPlan", "TokenIndex", "attention", "attention_ref", "cosine", "cosine_ref", "distill",
     "distill_ref", "embed", "embed_ref", "infonce", "infonce_ref", "pairwise_lse",
-    "pairwise_lse_ref",
+    "pairwise_lse_ref", "stochastic_adamw", "stochastic_adamw_ref",
 ]  # fmt: skip

@@ -3,16 +3,14 @@
 The tables say what a printed command becomes; the functions write the files that it names.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from factories import tiny_model, tiny_tokenizer
+from factories import tiny_model, tiny_tokenizer, write_encoder, write_jsonl
 
-from mlembed.data import tokenizer
-from mlembed.modeling import pretrained
+from mlembed.inference.encoder import Encoder
 
 # Options of every command that trains, instead of those it prints.
 SMALLER = {"--steps": "4", "--batch-size": "8", "--precision": "fp32"}
@@ -87,9 +85,8 @@ def write_data(folder: Path) -> None:
         ],
     }
     for name, table in rows.items():
-        lines = "".join(json.dumps(row) + "\n" for row in table)
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(lines, encoding="utf-8")
+        write_jsonl(folder / name, table)
     for name, table in {
         "nway.parquet": translated,
         "bitext.parquet": translated,
@@ -128,7 +125,5 @@ def write_models(folder: Path) -> None:
     shape |= {"num_hidden_layers": 3, "num_key_value_heads": 2}
     bert = {"style": "bert", "causal": False, "pooling": "mean"}
     for name, style in MODELS.items():
-        (folder / name).mkdir(parents=True)
         model = tiny_model(**shape | (bert if style == "bert" else {}))
-        pretrained.save(model, folder / name)
-        tokenizer.save(tokens, folder / name, 64)
+        write_encoder(Encoder(model, tokens, 64), folder / name)

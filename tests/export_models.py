@@ -11,7 +11,6 @@ from tokenizers.processors import TemplateProcessing
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
-from mlembed.modeling import pretrained
 
 TRAINED_ON = [
     "Wednesday, May 4, 2050",
@@ -92,14 +91,6 @@ def build(kind: str = "qwen3", tokens: Tokenizer | None = None, **changes) -> En
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_model(encoder: Encoder, path: Path) -> Path:
-    """Write a model directory, which is what the command exports."""
-    path.mkdir()
-    pretrained.save(encoder.model, path)
-    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
-    return path
 
 
 def files_below(path: Path) -> dict[str, bytes | None]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from mlembed import config
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 
 WORDS = ["Wednesday, May 4, 2050", "mercredi 4 mai 2050", "বুধবার, ৪ মে, ২০৫০", "one two three"]
@@ -63,6 +64,14 @@ def tiny_encoder(tokens: Tokenizer | None = None, max_length: int = 24, **change
     tokens = tokens or tiny_tokenizer()
     shape = {"vocab_size": tokens.get_vocab_size()} | changes
     return Encoder(tiny_model(**shape), tokens, max_length)
+
+
+def write_encoder(encoder: Encoder, folder: Path) -> Path:
+    """Write an encoder's model and tokenizer to a folder, which may be new, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pretrained.save(encoder.model, folder)
+    tokenizer.save(encoder.tokenizer, folder, encoder.max_length)
+    return folder
 
 
 def tiny_run(shape: dict[str, Any] | None = None, **changes: Any) -> config.Run:

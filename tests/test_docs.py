@@ -25,26 +25,10 @@ from mlembed.config.run import Run
 from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    "README.md",
-    "docs/install.md",
-    "docs/demo.md",
-    "docs/train.md",
-    "docs/data.md",
-    "docs/recipes.md",
-    "docs/encode.md",
-    "docs/evaluate.md",
-    "docs/export.md",
-    "docs/distributed.md",
-    "docs/checkpoints.md",
-    "docs/kernels.md",
-    "docs/benchmarks.md",
-    "docs/design.md",
-    "docs/troubleshooting.md",
-    "docs/status.md",
-    "examples/README.md",
-    "CONTRIBUTING.md",
-]
+DOCS = "install demo train data recipes encode evaluate export distributed checkpoints kernels "
+DOCS += "benchmarks design troubleshooting status"
+PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
+PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 
 # ---- reading pages ----
 
@@ -65,6 +49,13 @@ FENCE = re.compile(
     r"^```(?P<language>\w*)\n(?P<content>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+SUBCOMMANDS = {
+    "audit",
+    "compile",
+    "gpu",
+    "compare",
+}  # of python -m bench, with options of their own
+PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
 NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes"}
 
 
@@ -75,16 +66,11 @@ def text_of(page: str) -> str:
 
 def blocks(page: str, text: str) -> list[Block]:
     """Return the fenced blocks of a page."""
-    return [
-        Block(
-            page,
-            text[: m.start("content")].count("\n") + 1,
-            m["needs"] or "",
-            m["language"],
-            m["content"],
-        )
-        for m in FENCE.finditer(text)
-    ]
+    found = []
+    for m in FENCE.finditer(text):
+        line = text[: m.start("content")].count("\n") + 1
+        found.append(Block(page, line, m["needs"] or "", m["language"], m["content"]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -231,8 +217,14 @@ def help_of(*words: str) -> str:
 def parse(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check a command that cannot run here: its program, its options, its files."""
     program, *rest = command.words
-    if program == "mlembed" or rest[:2] == ["-m", "bench"]:
+    if program in PROFILERS:
+        inner = [i for i, word in enumerate(rest) if word in ("python", "train.py")]
+        if inner:
+            words = ["torchrun"] * (rest[inner[0]] == "train.py") + rest[inner[0] :]
+            parse(Command(command.env, words, command.stdin), folder, monkeypatch)
+    elif program == "mlembed" or rest[:2] == ["-m", "bench"]:
         module = ["mlembed", rest.pop(0)] if program == "mlembed" else ["bench"]
+        module += [word for word in rest[2:3] if word in SUBCOMMANDS]
         text = help_of(*module)
         names = [word for word in rest if word.startswith("--")]
         assert names or rest
@@ -319,9 +311,8 @@ def test_the_readme_fits_on_a_few_screens():
 
 def test_the_printed_mixture_is_the_example():
     printed = [b.content for b in blocks("", text_of("docs/data.md")) if '"sources"' in b.content]
-    assert [json.loads(content) for content in printed] == [
-        json.loads(text_of("examples/mixture.json"))
-    ]
+    example = json.loads(text_of("examples/mixture.json"))
+    assert [json.loads(content) for content in printed] == [example]
 
 
 def test_the_picture_shows_the_table():
@@ -368,12 +359,10 @@ def test_ci_runs_what_developers_run():
     """The workflow calls .ci/run, whose targets exist; ruff has one version."""
     assert "- run: .ci/run\n" in text_of(".github/workflows/ci.yml")
     targets = re.findall(r"^make ([\w-]+)$", text_of(".ci/run"), re.MULTILINE)
-    assert targets and set(targets) <= set(
-        re.findall(r"`make ([\w-]+)", text_of("CONTRIBUTING.md"))
-    )
-    (version,) = re.findall(
-        r"ruff-pre-commit\n +rev: v(.+)$", text_of(".pre-commit-config.yaml"), re.M
-    )
+    written = re.findall(r"`make ([\w-]+)", text_of("CONTRIBUTING.md"))
+    assert targets and set(targets) <= set(written)
+    hooks = text_of(".pre-commit-config.yaml")
+    (version,) = re.findall(r"ruff-pre-commit\n +rev: v(.+)$", hooks, re.M)
     assert f"\nruff=={version}\n" in text_of("constraints.txt")
 
 

@@ -10,11 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from factories import tiny_encoder
+from factories import tiny_encoder, write_encoder
 from processes import ROOT
-
-from mlembed.data import tokenizer
-from mlembed.modeling import pretrained
 
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 KERNELS = """
@@ -73,10 +70,7 @@ def test_wheel_has_the_files_of_git(clone, wheel):
 
 
 def test_commands_work_without_a_checkout(environment, tmp_path):
-    encoder = tiny_encoder()
-    (tmp_path / "model").mkdir()
-    pretrained.save(encoder.model, tmp_path / "model")
-    tokenizer.save(encoder.tokenizer, tmp_path / "model", encoder.max_length)
+    write_encoder(tiny_encoder(), tmp_path / "model")
     command = environment / "mlembed"
     assert "usage: mlembed COMMAND" in run(command, "--help", cwd=tmp_path)
     message = run(command, "train", "tiny", cwd=tmp_path, status=1)

@@ -1,10 +1,14 @@
 """Truth for the transformer: the same weights in transformers' classes, and each text alone."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from factories import odd_shape, random_model
 from torch import Tensor
 from transformers import (
+    AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     PreTrainedModel,
@@ -110,6 +114,18 @@ def assert_equals_transformers(
         ours = model(pack(ids), exits=range(1, model.cfg.num_hidden_layers + 1), rank=rank)
     theirs = hf_exits(hf, ids, model.cfg.pooling)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def read_by_transformers(directory: Path, texts: list[str], pooling: str) -> Tensor:
+    """Return the vectors [N, D] that transformers' classes make of a directory, of norm 1."""
+    hf = AutoModel.from_pretrained(directory, local_files_only=True).eval()
+    reader = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    rows = []
+    for text in texts:
+        out = hf(**reader(text, truncation=True, return_tensors="pt"))
+        rows.append(out.last_hidden_state[0, -1] if pooling == "last" else out.pooler_output[0])
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
 def alone(

@@ -122,6 +122,10 @@ CANDIDATES: dict[str, list[dict[str, int | None]]] = {
         {"BN": 32, "num_stages": 4}, {"BN": 128}, {"BN": 128, "num_stages": 2},
         {"ROWS": 64, "num_warps": 4}, {"ROWS": 64, "BN": 32, "num_warps": 4},
     ],
+    "middle_forward": [
+        {"num_stages": 3}, {"BN": 32}, {"BN": 32, "num_stages": 3}, {"BN": 128},
+        {"ROWS": 128, "num_warps": 8}, {"ROWS": 128, "num_warps": 8, "num_stages": 3},
+    ],
     "packed_backward_pair": [
         {"maxnreg": None}, {"HEADS": 1, "maxnreg": None},
         {"HEADS": 1, "num_stages": 2, "maxnreg": None},
@@ -134,9 +138,13 @@ CANDIDATES: dict[str, list[dict[str, int | None]]] = {
         {"BN": 32, "num_stages": 3}, {"BN": 128}, {"ROWS": 64, "num_warps": 4},
         {"ROWS": 64, "BN": 32, "num_warps": 4},
     ],
+    "middle_queries_backward": [
+        {"num_stages": 1}, {"BN": 32}, {"BN": 32, "num_stages": 3},
+        {"ROWS": 128, "num_warps": 8},
+    ],
     "keys_backward": [
-        {"num_stages": 1}, {"num_stages": 3}, {"num_warps": 4}, {"BM": 32},
-        {"BM": 32, "num_stages": 3}, {"BM": 128}, {"TOKENS": 64, "num_warps": 4},
-        {"TOKENS": 64, "BM": 32, "num_warps": 4}, {"TOKENS": 128, "BM": 32, "num_stages": 3},
+        {"num_stages": 1}, {"num_stages": 3}, {"BM": 32}, {"BM": 32, "num_stages": 3},
+        {"BM": 128}, {"TOKENS": 64}, {"TOKENS": 64, "num_warps": 4},
+        {"TOKENS": 64, "BM": 32, "num_warps": 4}, {"TOKENS": 128}, {"TOKENS": 128, "BM": 32},
     ],
 }  # fmt: skip

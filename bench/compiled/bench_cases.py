@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlembed_kernels import TokenIndex, infonce
+from mlembed_kernels import TokenIndex, infonce, stochastic_adamw
 from mlembed_kernels.attention.attention import attention
 from mlembed_kernels.embedding.embed import embed
 
@@ -126,6 +126,26 @@ def embed_cases() -> Named:
     yield from checks_of("embed", embedding.checks(), check_embed)
 
 
+# ---- optimiser ----
+
+
+def run_adamw(*shapes: tuple[int, ...]) -> None:
+    """Step bf16 weights of these shapes."""
+    weights, grads = ([empty(*shape) for shape in shapes] for _ in "wg")
+    moments = [[empty(*shape, dtype=torch.float32) for shape in shapes] for _ in "mv"]
+    scale, found, *steps = empty(2 + len(shapes), dtype=torch.float32).unbind()
+    options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01}
+    with MODE:
+        stochastic_adamw(
+            weights, grads, *moments, steps, **options, seed=7, numbers=range(len(shapes)),
+            grad_scale=scale, found_inf=found, impl="triton",
+        )  # fmt: skip
+
+
+def adamw_cases() -> Named:
+    yield "adamw-step", partial(run_adamw, (151_669, 1024), (1024, 3072), (30_001, 1025))
+
+
 # ---- whole models ----
 
 
@@ -153,7 +173,7 @@ def step_cases() -> Named:
 
 def kernel_cases() -> dict[str, Callable[[], None]]:
     """Return the cases of the kernels' own benches, and of their gates, by name."""
-    return dict([*loss_cases(), *attention_cases(), *embed_cases()])
+    return dict([*loss_cases(), *attention_cases(), *embed_cases(), *adamw_cases()])
 
 
 def bench_cases() -> dict[str, Callable[[], None]]:

@@ -10,6 +10,7 @@ be the compiler, so TRITON_INTERPRET must not be set.
 
 import contextlib
 import importlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -80,15 +81,42 @@ class Launch:
         parts = self.signature, self.constexprs, names, self.options.__dict__
         return " ".join([self.name, *map(str, parts)])
 
-    def compile(self) -> Any:
-        source = ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
-        return triton.compile(source, target=TARGET, options=self.options.__dict__)
+    def source(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+
+    def compile(self, arch: int = TARGET.arch) -> Any:
+        options = self.options.__dict__
+        if arch != TARGET.arch:  # The other options are defaults of the architecture.
+            options = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg")}
+        return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launch of a case: what a model of the kernel's work needs beyond its specialisation.
+
+    sizes: integer arguments. shapes: of tensors. lists: int32 tensors that came from the host.
+    """
+
+    case: str
+    launch: Launch
+    grid: tuple[int, ...]
+    sizes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+    lists: dict[str, Tensor | None]
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
 
 # ---- collecting ----
 
 LAUNCHES: dict[str, Launch] = {}  # by key, in the order of the first launch
-running = "", ()  # the case and the grid of the launch under way
+RUNS: list[Run] = []  # every launch
+COPIES: dict[int, tuple[Tensor, Tensor]] = {}  # storage on the card -> the tensors, there and here
+# The case, the grid and the arguments of the launch under way.
+running: tuple[str, tuple[int, ...], dict[str, Any]] = "", (), {}
 
 
 class _Hopper:
@@ -114,30 +142,39 @@ class _Card:
     multi_processor_count = MULTIPROCESSORS
 
 
-def prepare() -> None:
+def prepare(multiprocessors: int = MULTIPROCESSORS) -> None:
     """Patch torch and Triton: fake tensors pass for tensors on a card, launches are recorded."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "expected the compiler, got the interpreter"
     triton.runtime.driver.set_active(_Hopper())
+    _Card.multi_processor_count = multiprocessors
     run = JITFunction.run
 
     def specialise(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         global running
-        running = running[0], tuple(grid)
+        running = running[0], tuple(grid), dict(zip(self.arg_names, args, strict=False)) | kwargs
         run(self, *args, grid=grid, warmup=True, **kwargs)
 
     def record(
         self: JITFunction, key: Any, signature: Any, device: Any, constexprs: Any, options: Any,
         attrs: Any, warmup: bool,
     ) -> None:  # fmt: skip
-        launch = Launch(self, *running, signature, constexprs, attrs, options)
-        LAUNCHES.setdefault(launch.key(), launch)
+        case, grid, arguments = running
+        launch = Launch(self, case, grid, signature, constexprs, attrs, options)
+        launch = LAUNCHES.setdefault(launch.key(), launch)
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+        sizes = {name: x for name, x in arguments.items() if type(x) is int}
+        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+        lists = {name: _copied(x) for name, x in tensors.items() if x.dtype == torch.int32}
+        RUNS.append(Run(case, launch, grid, sizes, shapes, lists))
 
     copy = Tensor.to
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Copy to the card, as a fake tensor."""
         if args and isinstance(args[0], torch.device) and not isinstance(self, FakeTensor):
-            return MODE.from_tensor(self)
+            fake = MODE.from_tensor(self)
+            COPIES[fake.untyped_storage()._cdata] = fake, self
+            return fake
         return copy(self, *args, **kwargs)
 
     for owner, name, value in (
@@ -159,6 +196,15 @@ def prepare() -> None:
             torch.library.register_fake(f"mlembed::{name}{suffix}", body, allow_override=True)
 
 
+def _copied(x: Tensor) -> Tensor | None:
+    """Return the values of a tensor of integers that came from the host, None for others."""
+    _, host = COPIES.get(x.untyped_storage()._cdata, (None, None))
+    if host is None or host.is_floating_point():
+        return None
+    with unset_fake_temporarily():
+        return host.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def _on_card(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with MODE:
         return body(*args, **kwargs)
@@ -168,8 +214,10 @@ def collect(cases: dict[str, Callable[[], None]]) -> list[Launch]:
     """Return every distinct launch of these cases, labelled with the first case that has it."""
     global running
     LAUNCHES.clear()
+    RUNS.clear()
+    COPIES.clear()
     for name, case in cases.items():
-        running = name, ()
+        running = name, (), {}
         case()
     return list(LAUNCHES.values())
 

@@ -108,17 +108,20 @@ CANDIDATES: dict[str, list[dict[str, int | None]]] = {
         {"BK": 128, "num_stages": 2},
     ],
     "narrow_backward": [
-        {"num_stages": 1}, {"num_stages": 3}, {"BM": 64, "BN": 32, "num_warps": 4},
+        {"num_stages": 2}, {"num_stages": 4}, {"BM": 64, "BN": 32, "num_warps": 4},
         {"BM": 64, "BN": 64, "num_warps": 4}, {"BM": 64, "BN": 64, "num_warps": 8},
         {"BM": 128, "BN": 64},
     ],
     "wide_backward": [
+        {"num_stages": 2}, {"maxnreg": None}, {"maxnreg": None, "num_stages": 4},
+        {"BM": 64, "BN": 128, "num_warps": 4, "maxnreg": None},
+    ],
+    "wide_backward_more": [
         {"num_stages": 2}, {"num_stages": 4}, {"maxnreg": 128},
-        {"BM": 64, "BN": 128, "num_warps": 4}, {"BM": 128, "BN": 64, "num_warps": 4},
-        {"BM": 128, "BN": 128, "num_warps": 16},
+        {"BM": 64, "BN": 128, "num_warps": 4},
     ],
     "product": [
-        {"num_stages": 4}, {"num_warps": 4}, {"BM": 128, "BN": 256},
+        {"num_stages": 4}, {"BM": 128}, {"BM": 128, "num_stages": 4}, {"BM": 128, "BN": 256},
         {"BM": 128, "BN": 256, "num_stages": 4}, {"BK": 32, "num_stages": 5},
         {"BK": 128, "num_stages": 2},
     ],

@@ -6,6 +6,7 @@ which `eager_stacked` measures. A step runs its backward per exit or per pair if
 at the same cost.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..harness import Leaves, Step, imported
+from ..harness import Leaves, Missing, Step, imported
 from .cases import Case
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # normalised [B, d], [N, d] -> the mean loss
@@ -178,6 +179,32 @@ def liger(case: Case, smoke: bool) -> PairLoss:
     return loss_of
 
 
+# ---- another loss of the same size ----
+
+SIGMOID = "SigLIP's sigmoid loss of the same pairs, another loss: no speed-up is printed"
+
+
+def siglip_kernel(case: Case, like: Tensor) -> Step:
+    """Return the fused sigmoid loss on normalised vectors, with SigLIP's first scale and bias.
+
+    Each pair of it is a binary classification, so no row has a softmax; products and bytes are
+    those of the contrastive loss. Its gradients include scale and bias.
+    """
+    loss_of = imported("siglip_kernel", "siglip-kernel").fused_siglip_loss
+    if like.device.type != "cuda":
+        raise Missing("needs CUDA")
+    log_scale, bias = (
+        torch.tensor(x, device=like.device, requires_grad=True) for x in (math.log(10), -10.0)
+    )
+
+    def one_exit(q: Tensor, c: Tensor) -> Tensor:
+        log_scale.grad = bias.grad = None
+        loss: Tensor = loss_of(F.normalize(q, dim=-1), F.normalize(c, dim=-1), log_scale, bias)
+        return loss
+
+    return by_exit(one_exit)
+
+
 # ---- the floor ----
 
 
@@ -218,6 +245,8 @@ def build(name: str, case: Case, like: Tensor, smoke: bool) -> tuple[Step, str |
     """
     if name in STEPS:
         return STEPS[name](case, smoke), None
+    if name == "siglip_kernel":
+        return siglip_kernel(case, like), SIGMOID
     loss_of = PAIRS[name](case, smoke)
     dims = runnable(loss_of, case, like)
     without = [str(d) for d in case.dims if d not in dims]

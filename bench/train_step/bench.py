@@ -18,7 +18,7 @@ from torch import Tensor
 from mlembed import config
 from mlembed.modeling.transformer import Transformer
 from mlembed.training.gradcache import ActivationCost, layers_to_recompute
-from mlembed.training.optim import adamw, to_weights
+from mlembed.training.optim import adamw, prepare, to_weights
 
 from ..harness import TRAIN
 from ..report import Floors, Row, Targets, gib
@@ -75,7 +75,7 @@ def ours(
     half = device.type == "cuda" or weights == "bf16"
     kept = ActivationCost.measure(model, half) if keep == "selective" else None
     loss = partial(our_loss, run=run, kept=kept, deep=deep, half=half)
-    return Trained(model, adamw(model, run.optim), loss, before)
+    return Ours(model, adamw(model, run.optim), loss, before)
 
 
 def fresh(cfg: config.Model, device: torch.device) -> Transformer:
@@ -97,6 +97,17 @@ def our_loss(
     batch, packs = inputs.packs(deep)
     again = layers_to_recompute(run, kept, packs, run.activation_gib * 2**30)
     return packed_loss(step.model, run, batch, packs, again, half, lambda name: step.mark(name))
+
+
+class Ours(Trained):
+    """The step of train.py."""
+
+    def update(self, max_norm: float) -> None:
+        """Step the optimiser, which clips as it reads the gradients."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        prepare(self.optimizer, norm, max_norm, 1 - norm.isfinite().float())
+        self.optimizer.step()
 
 
 def build(name: str, case: Case, like: Texts, smoke: bool) -> tuple[Trained, str | None]:

@@ -41,6 +41,7 @@ from mlembed.config import recipes, shapes
 from mlembed.data.collate import Batch, collate
 from mlembed.data.depth import draw_depths
 from mlembed.data.packing import PackedBatch
+from mlembed.modeling.flops import PEAKS, layer_weights
 from mlembed.modeling.transformer import num_parameters
 from mlembed_kernels import TokenIndex
 
@@ -51,7 +52,7 @@ from ..infonce.cases import NESTED
 
 Lengths = tuple[float, float, int, int]  # of a lognormal: median, sigma; least, most
 ACTIVATION_GIB = 70.0  # of ours_selective: under 80 GiB with weights, moments and gradients
-PEAK_TFLOPS = 990.0  # of an H200's matrix units, bf16, as its maker states: MFU is against it
+PEAK_TFLOPS = PEAKS["H200"]  # MFU is against it.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +226,8 @@ class Texts:
             batch = collate(
                 groups(self.case), self.rows.__getitem__, np.arange(self.case.texts),
                 last if deep else some, None, max_tokens=self.case.run.pack_tokens,
-            )  # fmt: skip
-            self.made[deep] = batch, [pack.to(self.device) for pack in batch.packs]
+            ).to(self.device)  # fmt: skip
+            self.made[deep] = batch, list(batch.packs)
         return self.made[deep]
 
     def clear(self) -> None:
@@ -263,7 +264,7 @@ def stage_work(case: Case) -> dict[str, tuple[float, float]]:
         "embedding": (rows, read + 2 * 2 * T * D + written),
         "attention": (14 * Hq * K * P, 2 * (5 * Hq + 6 * Hkv) * K * S),
         "products": (
-            6 * (2 * D * heads + ups * D * I) * S,
+            6 * layer_weights(m) * S,
             3 * 2 * (4 * D + 2 * heads + ups * I) * S,
         ),
         "point-wise": (0.0, 2 * point_wise * S),
@@ -307,11 +308,15 @@ class Trained:
             self.mark("backward")
             loss.backward()
             self.mark("optimiser")
-            nn.utils.clip_grad_norm_(self.model.parameters(), inputs.case.run.optim.max_grad_norm)
-            self.optimizer.step()
+            self.update(inputs.case.run.optim.max_grad_norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.mark("end")
         return loss.detach()
+
+    def update(self, max_norm: float) -> None:
+        """Clip the gradients, then step the optimiser."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
 
 
 def allocated(device: torch.device) -> int:

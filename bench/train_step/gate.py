@@ -18,6 +18,7 @@ from mlembed import config
 from mlembed.data.collate import Batch, collate
 from mlembed.data.packing import PackedBatch, pack
 from mlembed.modeling.transformer import Transformer
+from mlembed.runtime import transfer
 from mlembed.runtime.distributed import World
 from mlembed.training.objective.loss import loss_table, weights
 
@@ -146,10 +147,10 @@ def packed(check: Check, device: torch.device) -> tuple[Tensor, Gradients]:
         model._before, model._after = liger_halves(device)
     else:
         compile_for(model, device, lean=check.again > 0)
-    batch = batch_of(check)
-    packs = [some.to(device) for some in batch.packs]
+    batch = batch_of(check).to(device)
     half = device.type == "cuda"
-    return differentiated(packed_loss(model, check.run, batch, packs, check.again, half), model)
+    loss = packed_loss(model, check.run, batch, batch.packs, check.again, half)
+    return differentiated(loss, model)
 
 
 def packed_loss(
@@ -175,7 +176,7 @@ def packed_loss(
     if exits_END.requires_grad:
         exits_END.register_hook(lambda grad: mark("blocks"))
     loss_EM = loss_table(exits_END, batch, run, World(0, 1, device))
-    return (weights(run).to(device) * loss_EM).sum()
+    return (transfer.moved(weights(run), device) * loss_EM).sum()
 
 
 def compile_for(model: Transformer, device: torch.device, lean: bool = False) -> None:

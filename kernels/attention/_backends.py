@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from .plan import AttentionPlan
@@ -62,7 +61,7 @@ def _rectangle(
 
     def spread(x: Tensor) -> Tensor:
         rectangle = x.new_zeros(N * L, *x.shape[1:]).index_copy(0, slot_T, x)
-        return rearrange(rectangle, "(n l) h k -> n h l k", n=N, l=L)
+        return rectangle.unflatten(0, (N, L)).transpose(1, 2)
 
     q, k, v = spread(q), spread(k), spread(v)
     k, v = _repeated(q, k, v)
@@ -73,7 +72,7 @@ def _rectangle(
         out = _softmax_cpu(q, k, v, mask, scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return rearrange(out, "n h l k -> (n l) h k")[slot_T]
+    return out.transpose(1, 2).flatten(0, 1)[slot_T]
 
 
 def _softmax_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

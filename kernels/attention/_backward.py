@@ -22,7 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Configs
-from ._forward import LOG2E, _alive, _begins, _finite, _rows, _softmax, _store_rows, _visible, tiled
+from ._forward import (
+    LOG2E,
+    _alive,
+    _finite,
+    _rows,
+    _sees,
+    _softmax,
+    _span,
+    _store_rows,
+    _visible,
+    tiled,
+)
 from .plan import AttentionPlan
 
 # As in _forward.py. "pair": groups of two heads. "keys": TOKENS of its tile, BM queries of one head
@@ -36,8 +47,10 @@ CONFIGS: Configs = {
     "packed_backward_128": {"TOKENS": 64, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "queries_backward_64": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
     "queries_backward_128": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    "middle_queries_backward_64": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "middle_queries_backward_128": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
     "keys_backward_64": {"TOKENS": 128, "BM": 64, "num_warps": 8, "num_stages": 2},
-    "keys_backward_128": {"TOKENS": 64, "BM": 64, "num_warps": 8, "num_stages": 2},
+    "keys_backward_128": {"TOKENS": 128, "BM": 64, "num_warps": 8, "num_stages": 2},
 }  # fmt: skip
 CONFIGS_FP32: Configs = {
     "packed_backward_pair_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
@@ -46,6 +59,8 @@ CONFIGS_FP32: Configs = {
     "packed_backward_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "queries_backward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
     "queries_backward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
+    "middle_queries_backward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
+    "middle_queries_backward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 1},
     "keys_backward_64": {"TOKENS": 16, "BM": 32, "num_warps": 8, "num_stages": 1},
     "keys_backward_128": {"TOKENS": 16, "BM": 32, "num_warps": 8, "num_stages": 1},
 }
@@ -57,15 +72,16 @@ def config(name: str, q: Tensor, group: int) -> dict[str, Any]:
 
 @triton.jit
 def _pack_backward(
-    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, ALIVE, first, lo, hi, kv_head, scale, base, group,
+    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, END, ALIVE, first, lo, hi, kv_head, scale, base, group,
     DO_STEP: tl.constexpr, Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     SKIP: tl.constexpr, CAUSAL: tl.constexpr, HQ: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store gradients of the tile's tokens lo..hi, whole sequences; return NaN if dk or dv have it.
+    """Store gradients of the tile's tokens lo..hi, whole sequences.
 
-    Then q, v or do held one, or k, which alone would only show in dq: it makes scores NaN.
+    Return NaN if some row's sum of p dp is NaN: a NaN or an infinity of q or k is in its weights,
+    and one of v or do in dp, which weights of 0 do not hide.
     """
     r = tl.arange(0, TOKENS * HEADS)
     row, col = r // HEADS, tl.arange(0, TOKENS)
@@ -77,38 +93,38 @@ def _pack_backward(
     v = _rows(V, first, V_STEP, kv_head * K, col * V_STEP, col_ok, K, KP)
     k_at, step = col * (HQ // GROUP * K), HQ // GROUP * K
     dk, dv = tl.zeros([TOKENS, KP], tl.float32), tl.zeros([TOKENS, KP], tl.float32)
-    check = 0.0
+    check = tl.zeros([TOKENS * HEADS], tl.float32)
     # A single step is not a loop, and stores each gradient as soon as it is computed, which takes
     # half of the registers. `group` is not constant, so that longer loops are not unrolled.
     for g in tl.range(0, GROUP if GROUP == HEADS else group, HEADS):
+        begin, end = _span(BEGIN, END, first, row, row_in, CAUSAL)
         column, at = (kv_head * GROUP + g) * K, r % HEADS * K
         q = _rows(Q, first, Q_STEP, column, row * Q_STEP + at, row_ok, K, KP)
         do = _rows(DO, first, DO_STEP, column, row * DO_STEP + at, row_ok, K, KP)
         s = tl.dot(q, k.T, input_precision=PRECISION) * base + k_bad[None, :]
-        p, total = _softmax(s, _visible(BEGIN, first, row, col, row_in, col_in, CAUSAL))
-        p = p / total[:, None]
+        p, inverse = _softmax(s, _visible(begin, end, col), row_in)
+        p *= inverse[:, None]
         dv = tl.dot(p.to(do.dtype).T, do, dv, input_precision=PRECISION)
         if GROUP == HEADS:
-            check += tl.sum(tl.sum(dv, 1))
             _store_rows(DV, dv, first, step, kv_head * K, k_at, col_in, K, KP)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+        delta = tl.sum(p * dp, 1)
+        check += delta
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
         dk = tl.dot(ds.T, q, dk, input_precision=PRECISION)
         if GROUP == HEADS:
-            check += tl.sum(tl.sum(dk, 1))
             _store_rows(DK, dk * scale, first, step, kv_head * K, k_at, col_in, K, KP)
         dq = tl.dot(ds, k, input_precision=PRECISION) * scale
         _store_rows(DQ, dq, first, HQ * K, column, row * (HQ * K) + at, row_in, K, KP)
     if GROUP > HEADS:
-        check += tl.sum(tl.sum(dk + dv, 1))
         _store_rows(DK, dk * scale, first, step, kv_head * K, k_at, col_in, K, KP)
         _store_rows(DV, dv, first, step, kv_head * K, k_at, col_in, K, KP)
-    return check
+    return tl.sum(check)
 
 
 @triton.jit
 def _packed_backward_kernel(
-    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, ALIVE, PACKS, CHECK, scale, base, group,
+    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, END, ALIVE, PACKS, CHECK, scale, base, group,
     DO_STEP: tl.constexpr, Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     SKIP: tl.constexpr, CAUSAL: tl.constexpr, HQ: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
@@ -118,7 +134,7 @@ def _packed_backward_kernel(
     tile, kv_head = pid // (HQ // GROUP), pid % (HQ // GROUP)
     first, n = tl.load(PACKS + 2 * tile), tl.load(PACKS + 2 * tile + 1)
     check = _pack_backward(
-        DO, Q, KEYS, V, DQ, DK, DV, BEGIN, ALIVE, first, 0, n, kv_head, scale, base, group,
+        DO, Q, KEYS, V, DQ, DK, DV, BEGIN, END, ALIVE, first, 0, n, kv_head, scale, base, group,
         DO_STEP, Q_STEP, K_STEP, V_STEP, SKIP, CAUSAL, HQ, GROUP, TOKENS, HEADS, K, KP, PRECISION,
     )  # fmt: skip
     tl.store(CHECK + pid, check)
@@ -126,7 +142,7 @@ def _packed_backward_kernel(
 
 @triton.jit(do_not_specialize=["checks"])
 def _apart_backward_kernel(
-    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, ALIVE, PACKS, CHECK, scale, base, group, checks,
+    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, END, ALIVE, PACKS, CHECK, scale, base, group, checks,
     DO_STEP: tl.constexpr, Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     SKIP: tl.constexpr, CAUSAL: tl.constexpr, HQ: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
@@ -150,10 +166,9 @@ def _apart_backward_kernel(
             first, n = tl.load(PACKS + 2 * tile), tl.load(PACKS + 2 * tile + 1)
             lo = n * 0
             while lo < n:
-                col = tl.arange(0, TOKENS)
-                hi = lo + tl.sum((_begins(BEGIN, first, col, col < n, -1) == lo).to(tl.int32))
+                hi = tl.load(END + first + lo) - first
                 _pack_backward(
-                    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, ALIVE, first, lo, hi, kv_head,
+                    DO, Q, KEYS, V, DQ, DK, DV, BEGIN, END, ALIVE, first, lo, hi, kv_head,
                     scale, base, group, DO_STEP, Q_STEP, K_STEP, V_STEP,
                     SKIP, CAUSAL, HQ, GROUP, TOKENS, HEADS, K, KP, PRECISION,
                 )  # fmt: skip
@@ -162,31 +177,26 @@ def _apart_backward_kernel(
 
 @triton.jit
 def _dq(
-    dq, q, do, lse, delta, KEYS, V, row, lo, hi, n, base,
+    dq, q, do, lse, delta, KEYS, V, row, j, n, read, base,
     K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dq + ds k over keys lo..hi of a sequence of n; `row` are the queries' positions."""
+    """Return dq + ds k over BN keys from j; arguments as of `_attend`."""
     c = tl.arange(0, BN)
-    for j in tl.range(lo, hi, BN):
-        ok = j + c < n if MASKED else c < BN
-        k = _rows(KEYS, j, K_STEP, 0, c * K_STEP, ok, K, KP)
-        v = _rows(V, j, V_STEP, 0, c * V_STEP, ok, K, KP)
-        s = tl.dot(q, k.T, input_precision=PRECISION)
-        p = tl.exp2(s * base - lse[:, None])
-        if MASKED:
-            visible = ok[None, :]
-            if CAUSAL:
-                visible = visible & (j + c[None, :] <= row[:, None])
-            p = tl.where(visible, p, 0.0)
-        dp = tl.dot(do, v.T, input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    return dq
+    ok = j + c < read if MASKED else c < BN
+    k = _rows(KEYS, j, K_STEP, 0, c * K_STEP, ok, K, KP)
+    v = _rows(V, j, V_STEP, 0, c * V_STEP, ok, K, KP)
+    s = tl.dot(q, k.T, input_precision=PRECISION)
+    p = tl.exp2(s * base - lse[:, None])
+    if MASKED:
+        p = tl.where(_sees(row, j + c, n, CAUSAL), p, 0.0)
+    dp = tl.dot(do, v.T, input_precision=PRECISION)
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["TILES"])
 def _queries_backward_kernel(
     DO, Q, KEYS, V, O, LSE, DELTA, DQ, ALIVE, TILES,
     scale, base, T,
@@ -203,38 +213,37 @@ def _queries_backward_kernel(
     token = r // HEADS
     row = first - begin + token
     ok = row < n
-    if CAUSAL:
-        free, last = (first - begin) // BN * BN, tl.minimum(first - begin + TOKENS, n)
-    else:
-        free, last = n // BN * BN, n
-    read = ok
+    free = (first - begin if CAUSAL else n - 1) // BN * BN
+    until, read = free, n
     if SKIP:
         alive = tl.load(ALIVE + begin) != 0
-        free, last = tl.where(alive, free, 0), tl.where(alive, last, 0)
-        read = ok & alive
+        until, read = tl.where(alive, free, 0), tl.where(alive, n, 0)
+    row_read = row < read
     at = token * (HQ * K) + r % HEADS * K
-    o = _rows(O, first, HQ * K, head * K, at, read, K, KP)
-    do = _rows(DO, first, DO_STEP, head * K, token * DO_STEP + r % HEADS * K, read, K, KP)
+    o = _rows(O, first, HQ * K, head * K, at, row_read, K, KP)
+    do = _rows(DO, first, DO_STEP, head * K, token * DO_STEP + r % HEADS * K, row_read, K, KP)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     of_row = (head + r % HEADS).to(tl.int64) * T + first + token
     tl.store(DELTA + of_row, delta, mask=ok)
     lse = tl.load(LSE + of_row, mask=ok, other=float("inf"))
-    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, read, K, KP)
+    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, row_read, K, KP)
     keys = KEYS + begin.to(tl.int64) * K_STEP + head // GROUP * K
     values = V + begin.to(tl.int64) * V_STEP + head // GROUP * K
     dq = tl.zeros([TOKENS * HEADS, KP], tl.float32)
-    dq = _dq(
-        dq, q, do, lse, delta, keys, values, row, 0, free, n, base, K_STEP, V_STEP,
-        False, CAUSAL, BN, K, KP, PRECISION,
-    )  # fmt: skip
-    dq = _dq(
-        dq, q, do, lse, delta, keys, values, row, free, last, n, base, K_STEP, V_STEP,
-        True, CAUSAL, BN, K, KP, PRECISION,
-    )  # fmt: skip
+    for block in tl.static_range(0, max(TOKENS // BN, 1) if CAUSAL else 1):
+        dq = _dq(
+            dq, q, do, lse, delta, keys, values, row, free + block * BN, n, read, base,
+            K_STEP, V_STEP, True, CAUSAL, BN, K, KP, PRECISION,
+        )  # fmt: skip
+    for j in tl.range(0, until, BN):
+        dq = _dq(
+            dq, q, do, lse, delta, keys, values, row, j, n, read, base,
+            K_STEP, V_STEP, False, CAUSAL, BN, K, KP, PRECISION,
+        )  # fmt: skip
     _store_rows(DQ, dq * scale, first, HQ * K, head * K, at, ok, K, KP)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["TILES"])
 def _keys_backward_kernel(
     DO, Q, KEYS, V, LSE, DELTA, DK, DV, ALIVE, TILES,
     scale, base, T,
@@ -275,9 +284,10 @@ def _keys_backward_kernel(
         if CAUSAL:
             p = tl.where(col[:, None] <= (j + i)[None, :], p, 0.0)
         do = _rows(outs, j, DO_STEP, h * K, i * DO_STEP, ok, K, KP)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
         ds = (p * (dp - tl.load(DELTA + of_block, mask=ok, other=0.0)[None, :])).to(q.dtype)
+        # Both products last: both are under way together, and fewer registers are live before.
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     at, step = c * (HQ // GROUP * K), HQ // GROUP * K
     _store_rows(DK, dk * scale, begin + first, step, kv_head * K, at, col < n, K, KP)
@@ -310,7 +320,22 @@ def backward(
     packs = plan.packs(short)
     if len(packs):
         check = torch.empty(len(packs) * HKV, dtype=torch.float32, device=q.device)
-        args = do, q, k, v, dq, dk, dv, plan.begin_T, alive, packs, check, *factors, group
+        args = (
+            do,
+            q,
+            k,
+            v,
+            dq,
+            dk,
+            dv,
+            plan.begin_T,
+            plan.end_T,
+            alive,
+            packs,
+            check,
+            *factors,
+            group,
+        )
         _packed_backward_kernel[(len(check),)](*args, *steps, **same, **options)
         options.pop("maxnreg", None)
         _apart_backward_kernel[(triton.cdiv(len(check), 64),)](
@@ -318,12 +343,15 @@ def backward(
         )
     if plan.max_seqlen <= short:
         return dq, dk, dv
-    options = config("queries_backward", q, group)
-    tiles = plan.tiles(options["TOKENS"])
     delta = torch.empty_like(lse)
-    _queries_backward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
-        do, q, k, v, o, lse, delta, dq, alive, tiles, *factors, T, *steps, **same, **options
-    )
+    for kernel, long in (("queries_backward", True), ("middle_queries_backward", False)):
+        if not len(plan.tiles(short, long)):
+            continue
+        options = config(kernel, q, group)
+        tiles = plan.tiles(options["TOKENS"], long)
+        _queries_backward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
+            do, q, k, v, o, lse, delta, dq, alive, tiles, *factors, T, *steps, **same, **options
+        )
     options = config("keys_backward", q, group)
     tiles = plan.tiles(options["TOKENS"])
     _keys_backward_kernel[(len(tiles) * HKV,)](

@@ -5,9 +5,13 @@ and values once.
 
     packed   a tile of up to 64 tokens holds all that its tokens attend to: one product, a plain
              softmax under a block-diagonal mask, one product
-    long     a tile of one sequence runs over the keys before it (all, if not causal), blocks that
-             need no mask first, with the running maximum and sum of online softmax. It stores the
-             logarithm of the sum, in base 2, for the backward
+    long     a tile of one sequence runs over the keys before it (all, if not causal), the block
+             that needs a mask first, with the running maximum and sum of online softmax. It stores
+             the logarithm of the sum, in base 2, for the backward
+
+Sequences of up to 512 tokens ("middle") have the long kernel with tiles of 64 rows and four warps:
+half of a program's life is its begin and its end, which a second program on the multiprocessor
+hides. A sequence's own length decides, so that its result does not depend on the batch.
 
 Scores are in base 2: exp(scale s) = exp2(scale log2(e) s). Probabilities are rounded to the inputs'
 dtype before the division by their sum, which is in fp32.
@@ -38,6 +42,8 @@ CONFIGS: Configs = {
     "packed_forward_128": {"TOKENS": 64, "HEADS": 1, "num_warps": 4, "num_stages": 1},
     "long_forward_64": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     "long_forward_128": {"ROWS": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    "middle_forward_64": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    "middle_forward_128": {"ROWS": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
 }  # fmt: skip
 CONFIGS_FP32: Configs = {
     "packed_forward_pair_64": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
@@ -46,6 +52,8 @@ CONFIGS_FP32: Configs = {
     "packed_forward_128": {"TOKENS": 16, "HEADS": 1, "num_warps": 8, "num_stages": 1},
     "long_forward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
     "long_forward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "middle_forward_64": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
+    "middle_forward_128": {"ROWS": 16, "BN": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
@@ -92,28 +100,29 @@ def _store_rows(X, x, row, step: tl.constexpr, column, at, ok, K: tl.constexpr, 
 
 
 @triton.jit
-def _begins(BEGIN, first, token, ok, NOT: tl.constexpr):
-    """Return where in the tile each token's sequence begins; NOT for tokens outside."""
-    return tl.where(ok, tl.load(BEGIN + first + token, mask=ok, other=0) - first, NOT)
+def _span(BEGIN, END, first, row, ok, CAUSAL: tl.constexpr):
+    """Return where in the tile what each row sees begins and ends; rows outside see nothing."""
+    begin = tl.load(BEGIN + first + row, mask=ok, other=1 << 20) - first
+    end = row + 1 if CAUSAL else tl.load(END + first + row, mask=ok, other=0) - first
+    return begin, end
 
 
 @triton.jit
-def _visible(BEGIN, first, row, col, row_ok, col_ok, CAUSAL: tl.constexpr):
-    """Return bool [rows, columns] for tokens `row` and `col` of a tile of whole sequences."""
-    begin = _begins(BEGIN, first, row, row_ok, 1 << 20)[:, None]
-    if CAUSAL:
-        return (col[None, :] >= begin) & (col[None, :] <= row[:, None])
-    return _begins(BEGIN, first, col, col_ok, -1)[None, :] == begin
+def _visible(begin, end, col):
+    """Return bool [rows, columns]."""
+    return (col[None, :] >= begin[:, None]) & (col[None, :] < end[:, None])
 
 
 @triton.jit
-def _softmax(s, visible):
-    """Return exp2(s - maximum), 0 where not visible, and the sums of its rows, 1 for empty rows."""
+def _softmax(s, visible, ok):
+    """Return exp2(s - maximum), 0 where not visible, and the inverse of each row's sum.
+
+    A row of the tile whose scores are all -inf has a sum of 0, and weights of 0 x inf = NaN.
+    """
     z = tl.where(visible, s, float("-inf"))
     m = tl.maximum(tl.max(z, 1), -1e30)
     p = tl.exp2(z - m[:, None])
-    total = tl.sum(p, 1)
-    return p, tl.where(total == 0.0, 1.0, total)
+    return p, 1.0 / tl.where(ok, tl.sum(p, 1), 1.0)
 
 
 @triton.jit
@@ -134,7 +143,7 @@ def _finite(x):
 
 @triton.jit
 def _packed_forward_kernel(
-    Q, KEYS, V, O, BEGIN, ALIVE, PACKS, scale,
+    Q, KEYS, V, O, BEGIN, END, ALIVE, PACKS, scale,
     Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     SKIP: tl.constexpr, CAUSAL: tl.constexpr, HQ: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
@@ -146,6 +155,8 @@ def _packed_forward_kernel(
     r = tl.arange(0, TOKENS * HEADS)
     row, col = r // HEADS, tl.arange(0, TOKENS)
     row_in, col_in = row < n, col < n
+    # Behind the product's barrier the tile would wait for memory once more.
+    begin, end = _span(BEGIN, END, first, row, row_in, CAUSAL)
     row_ok, col_ok = row_in, col_in
     if SKIP:  # Sequences that take no part are read as zeros, so that their output is zero.
         row_ok, col_ok = _alive(ALIVE, first, row, row_in), _alive(ALIVE, first, col, col_in)
@@ -154,41 +165,51 @@ def _packed_forward_kernel(
     v = _rows(V, first, V_STEP, head // GROUP * K, col * V_STEP, col_ok, K, KP)
     v, v_bad = _finite(v)
     s = tl.dot(q, k.T, input_precision=PRECISION) * scale + v_bad[None, :]
-    visible = _visible(BEGIN, first, row, col, row_in, col_in, CAUSAL)
-    p, total = _softmax(s, visible)
-    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+    p, inverse = _softmax(s, _visible(begin, end, col), row_in)
+    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
     at = row * (HQ * K) + r % HEADS * K
     _store_rows(O, o, first, HQ * K, head * K, at, row_in, K, KP)
 
 
 @triton.jit
+def _sees(row, col, n, CAUSAL: tl.constexpr):
+    """Return which of a sequence's n columns each row sees, bool [rows or 1, columns]."""
+    return col[None, :] <= row[:, None] if CAUSAL else (col < n)[None, :]
+
+
+@triton.jit
 def _attend(
-    acc, m, total, q, KEYS, V, row, lo, hi, n, scale, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
+    acc, m, total, q, KEYS, V, row, j, n, read, scale, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Continue online softmax over keys lo..hi of a sequence of n; `row` are queries' positions."""
+    """Continue online softmax over BN keys from j, or begin it if `m` is None.
+
+    `row` are the queries' positions in a sequence of n keys, of which the first `read` are read.
+    """
     c = tl.arange(0, BN)
-    for j in tl.range(lo, hi, BN):
-        ok = j + c < n if MASKED else c < BN
-        k = _rows(KEYS, j, K_STEP, 0, c * K_STEP, ok, K, KP)
-        s = tl.dot(q, k.T, input_precision=PRECISION)
-        if MASKED:
-            visible = ok[None, :]
-            if CAUSAL:
-                visible = visible & (j + c[None, :] <= row[:, None])
-            s = tl.where(visible, s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - top[:, None])
+    ok = j + c < read if MASKED else c < BN
+    k = _rows(KEYS, j, K_STEP, 0, c * K_STEP, ok, K, KP)
+    s = tl.dot(q, k.T, input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(_sees(row, j + c, n, CAUSAL), s, float("-inf"))
+    top = tl.max(s, 1) * scale
+    if m is not None:
+        top = tl.maximum(m, top)
+    p = tl.exp2(s * scale - top[:, None])
+    v = _rows(V, j, V_STEP, 0, c * V_STEP, ok, K, KP)
+    if m is None:
+        total = tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    else:
         fade = tl.exp2(m - top)
         total = total * fade + tl.sum(p, 1)
-        m = top
-        v = _rows(V, j, V_STEP, 0, c * V_STEP, ok, K, KP)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return acc, m, total
+    return acc, top, total
 
 
-@triton.jit(do_not_specialize=["T"])
+# The tiles of one kind begin anywhere in the list of all.
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["TILES"])
 def _long_forward_kernel(
     Q, KEYS, V, O, LSE, ALIVE, TILES, scale, T,
     Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
@@ -204,32 +225,31 @@ def _long_forward_kernel(
     token = r // HEADS
     row = first - begin + token
     ok = row < n
-    if CAUSAL:
-        free, last = (first - begin) // BN * BN, tl.minimum(first - begin + TOKENS, n)
-    else:
-        free, last = n // BN * BN, n
-    read = ok
+    # Blocks before `free` need no mask. The others are computed first, outside of the loop, which
+    # then takes its accumulator from no other pipeline: ptxas would wait for each of its products.
+    free = (first - begin if CAUSAL else n - 1) // BN * BN
+    until, read = free, n
     if SKIP:
         alive = tl.load(ALIVE + begin) != 0
-        free, last = tl.where(alive, free, 0), tl.where(alive, last, 0)
-        read = ok & alive
-    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, read, K, KP)
+        until, read = tl.where(alive, free, 0), tl.where(alive, n, 0)
+    q = _rows(Q, first, Q_STEP, head * K, token * Q_STEP + r % HEADS * K, row < read, K, KP)
     keys = KEYS + begin.to(tl.int64) * K_STEP + head // GROUP * K
     values = V + begin.to(tl.int64) * V_STEP + head // GROUP * K
-    m = tl.full([TOKENS * HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([TOKENS * HEADS], tl.float32)
-    acc = tl.zeros([TOKENS * HEADS, KP], tl.float32)
     acc, m, total = _attend(
-        acc, m, total, q, keys, values, row, 0, free, n, scale, K_STEP, V_STEP,
-        False, CAUSAL, BN, K, KP, PRECISION,
-    )  # fmt: skip
-    acc, m, total = _attend(
-        acc, m, total, q, keys, values, row, free, last, n, scale, K_STEP, V_STEP,
+        None, None, None, q, keys, values, row, free, n, read, scale, K_STEP, V_STEP,
         True, CAUSAL, BN, K, KP, PRECISION,
     )  # fmt: skip
-    if SKIP:
-        total = tl.where(total == 0.0, 1.0, total)
-    o = acc / total[:, None]
+    for block in tl.static_range(1, TOKENS // BN if CAUSAL else 1):
+        acc, m, total = _attend(
+            acc, m, total, q, keys, values, row, free + block * BN, n, read, scale, K_STEP, V_STEP,
+            True, CAUSAL, BN, K, KP, PRECISION,
+        )  # fmt: skip
+    for j in tl.range(0, until, BN):
+        acc, m, total = _attend(
+            acc, m, total, q, keys, values, row, j, n, read, scale, K_STEP, V_STEP,
+            False, CAUSAL, BN, K, KP, PRECISION,
+        )  # fmt: skip
+    o = acc * (1.0 / total)[:, None]
     at = token * (HQ * K) + r % HEADS * K
     _store_rows(O, o, first, HQ * K, head * K, at, ok, K, KP)
     lse = LSE + (head + r % HEADS).to(tl.int64) * T + first + token
@@ -257,11 +277,25 @@ def forward(
     packs = plan.packs(options["TOKENS"])
     if len(packs):
         _packed_forward_kernel[(len(packs) * (HQ // options["HEADS"]),)](
-            q, k, v, o, plan.begin_T, alive, packs, scale * LOG2E, *steps, **same, **options
+            q,
+            k,
+            v,
+            o,
+            plan.begin_T,
+            plan.end_T,
+            alive,
+            packs,
+            scale * LOG2E,
+            *steps,
+            **same,
+            **options,
         )
-    if plan.max_seqlen > options["TOKENS"]:
-        options = config("long_forward", q, group)
-        tiles = plan.tiles(options["TOKENS"])
+    short = options["TOKENS"]
+    for kernel, long in (("long_forward", True), ("middle_forward", False)):
+        if not len(plan.tiles(short, long)):
+            continue
+        options = config(kernel, q, group)
+        tiles = plan.tiles(options["TOKENS"], long)
         _long_forward_kernel[(len(tiles) * (HQ // options["HEADS"]),)](
             q, k, v, o, lse, alive, tiles, scale * LOG2E, T, *steps, **same, **options
         )

@@ -16,6 +16,7 @@ from .._lists import ListField, joined, list_of
 
 PACKS = 16, 64  # Tokens of a tile of whole sequences; longer sequences are not packed.
 TILES = {16: 16, 64: 64, 128: 64}  # Tokens of a tile -> sequences with more tokens than this.
+LONG = 512  # Sequences of more tokens have kernels of their own.
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,22 @@ class AttentionPlan:
     """Work lists of a packed batch, for `attention(.., plan=)`; `AttentionPlan.of` makes them.
 
     tokens, sequences, max_seqlen: T, N and the longest sequence, on the host.
-    cu_seqlens: int32 [N + 1]. begin_T: int32 [T], the first token of each token's sequence.
+    cu_seqlens: int32 [N + 1]. begin_T, end_T: int32 [T], the bounds of each token's sequence.
     packs(size): int32 [P, 2], first token and number of tokens of each tile of whole sequences.
     tiles(size): int32 [n, 3], first token of each tile of a longer sequence, and the sequence's
     bounds: longest sequences first, each from its end, where causal attention has most to do.
+    tiles(size, long): those of sequences of more than 512 tokens, or of the others.
     """
 
     buffer: Tensor  # int32, all lists end to end
     tokens: int
     sequences: int
     max_seqlen: int
-    counts: tuple[int, ...]  # Tiles in each list of packs, then in each list of tiles.
+    # Tiles in each list of packs, in each list of tiles, and those of long sequences among them.
+    counts: tuple[int, ...]
     cu_seqlens = ListField(0)
     begin_T = ListField(1)
+    end_T = ListField(2)
 
     @staticmethod
     def of(cu_seqlens: Tensor) -> "AttentionPlan":
@@ -63,13 +67,15 @@ class AttentionPlan:
         for size, most in TILES.items():
             long = lengths > most
             lists.append(_tiles(begin[long], end[long], size))
-        begin_T = torch.repeat_interleave(begin, lengths)
+        counts = [len(x) for x in lists]
+        counts += [int((x[:, 2] - x[:, 1] > LONG).sum()) for x in lists[len(PACKS) :]]
+        bounds_T = [torch.repeat_interleave(x, lengths) for x in (begin, end)]
         return AttentionPlan(
-            joined([cu, begin_T, *(x.reshape(-1) for x in lists)]),
+            joined([cu, *bounds_T, *(x.reshape(-1) for x in lists)]),
             int(cu[-1]),
             len(lengths),
             int(lengths.max()) if len(lengths) else 0,
-            tuple(len(x) for x in lists),
+            tuple(counts),
         )
 
     def to(self, device: torch.device) -> "AttentionPlan":
@@ -80,16 +86,20 @@ class AttentionPlan:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Lengths of all lists."""
-        P = len(PACKS)
-        tiles = [2 * n for n in self.counts[:P]] + [3 * n for n in self.counts[P:]]
-        return self.sequences + 1, self.tokens, *tiles
+        P, both = len(PACKS), len(PACKS) + len(TILES)
+        tiles = [2 * n for n in self.counts[:P]] + [3 * n for n in self.counts[P:both]]
+        return self.sequences + 1, self.tokens, self.tokens, *tiles
 
     def packs(self, size: int) -> Tensor:
-        return list_of(self.buffer, self.sizes, 2 + PACKS.index(size)).view(-1, 2)
+        return list_of(self.buffer, self.sizes, 3 + PACKS.index(size)).view(-1, 2)
 
-    def tiles(self, size: int) -> Tensor:
-        i = 2 + len(PACKS) + list(TILES).index(size)
-        return list_of(self.buffer, self.sizes, i).view(-1, 3)
+    def tiles(self, size: int, long: bool | None = None) -> Tensor:
+        i = len(PACKS) + list(TILES).index(size)
+        tiles, count = (
+            list_of(self.buffer, self.sizes, 3 + i).view(-1, 3),
+            self.counts[len(TILES) + i],
+        )
+        return tiles if long is None else tiles[:count] if long else tiles[count:]
 
     def alive_T(self, active: Tensor) -> Tensor:
         """bool [T] on the device: whether a token's sequence is `active`, as in `attention`."""

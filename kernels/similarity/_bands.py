@@ -9,8 +9,14 @@ columns up to a band's end is a prefix's product, and the kernels that read it n
     wide     all columns, if there are other bands: the narrow bands as one, then the others, each
              padded to a multiple of 64
 
+<<<<<<< HEAD
+Rows are padded to a multiple of 128 with zeros, and scaled by a power of two, so that fp16 holds
+vectors of any length, their short prefixes, and gradients: the first wide prefix, or the last one
+if none is wide, gets a length in [2^6, 2^7), but the last one less than 2^15.
+=======
 Rows are padded with zeros to 128 or a multiple of 256, and scaled by a power of two to a length in
 [1, 2): exact, and gradients of half precision vectors of any length stay in range.
+>>>>>>> main
 """
 
 from dataclasses import dataclass
@@ -98,7 +104,7 @@ def padded(n: int) -> int:
 def _pack_kernel(
     X, PACKED, U, UNIT, COUNTS, RP, stride_e, stride_r, stride_d,
     EDGES: tl.constexpr, FROM: tl.constexpr, UNTIL: tl.constexpr, AT: tl.constexpr,
-    WIDTHS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr,
+    WIDTHS: tl.constexpr, DP: tl.constexpr, UNIT_OF: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Compute lengths, then copy raw columns FROM:UNTIL to AT:+WIDTHS.
 
@@ -121,9 +127,12 @@ def _pack_kernel(
             x = x.to(tl.float32)
             squares += tl.sum(x * x, 1)
         lengths = lengths + (tl.sqrt(squares),)
-    # 2^-floor(log2 length), by its exponent's bits: exact.
+    # 2^(6 - floor(log2 length)), by its exponent's bits: exact.
     full = lengths[M - 1]
-    bits = 0x7F000000 - (full.to(tl.int32, bitcast=True) & 0x7F800000)
+    length = tl.where(lengths[UNIT_OF] > NO_LENGTH, lengths[UNIT_OF], full)
+    least = (full.to(tl.int32, bitcast=True) & 0x7F800000) - (8 << 23)
+    bits = tl.maximum(length.to(tl.int32, bitcast=True) & 0x7F800000, least)
+    bits = 0x7F000000 - (bits - (6 << 23))
     unit = tl.where(full > NO_LENGTH, bits.to(tl.float32, bitcast=True), 1.0)
     tl.store(UNIT + e * RP + rows, unit)
     for m in tl.static_range(M):
@@ -158,7 +167,8 @@ def pack(x: Tensor, bands: Bands, counts: Tensor) -> Packed:
     start, end, at, width = bands.segments
     _pack_kernel[(RP // 32, E)](
         x, packed, u, unit, counts, RP, *x.stride(),
-        EDGES=bands.edges, FROM=start, UNTIL=end, AT=at, WIDTHS=width, DP=bands.width, BR=32,
+        EDGES=bands.edges, FROM=start, UNTIL=end, AT=at, WIDTHS=width, DP=bands.width,
+        UNIT_OF=bands.narrow if bands.ends else M - 1, BR=32,
         num_warps=4,
     )  # fmt: skip
     return Packed(packed, u, unit, counts)
@@ -209,7 +219,7 @@ def _unpack_kernel(
     NARROW: tl.constexpr, WN: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient OUT [E, R, D] of raw vectors, for rows from row0.
+    """Compute BK columns of the gradient OUT [E, R, D] of raw vectors, for rows from row0.
 
     OUT = UNIT (G - sum_m u_m^2 along_m x + sum over partners of dcos (u v y - cos u^2 x)), each
     term of prefix m in its columns only.
@@ -224,63 +234,59 @@ def _unpack_kernel(
     e = tl.program_id(1).to(tl.int64)
     local = tl.program_id(0) * BR + tl.arange(0, BR)
     rows = row0 + local
-    valid = rows < tl.load(COUNTS + e)
-    unit = tl.load(UNIT + e * RP + rows)
+    M: tl.constexpr = len(STARTS)
+    # Counting blocks tells the band: the same code serves all of them, and is compiled once.
+    block = tl.program_id(2)
+    band, low, high, start, before = 0, EDGES[0], EDGES[1], STARTS[0], 0
+    for b in tl.static_range(1, M):
+        before += (EDGES[b] - EDGES[b - 1] + BK - 1) // BK
+        band = tl.where(block >= before, b, band)
+        low = tl.where(block >= before, EDGES[b] - before * BK, low)
+        high = tl.where(block >= before, EDGES[b + 1], high)
+        start = tl.where(block >= before, STARTS[b] - before * BK, start)
+    k = block * BK + tl.arange(0, BK)
+    raw, col = (low + k)[None, :], (start + k)[None, :]
+    inside = raw < high
+    x = tl.load(X + (e * RP + rows)[:, None] * DP + col, mask=inside, other=0.0).to(tl.float32)
+    g = tl.zeros([BR, BK], tl.float32)
+    if NARROW > 0:
+        g_at = (e * RP + rows)[:, None] * WN + col
+        g += tl.load(GN + g_at, mask=inside & (band < NARROW), other=0.0)
+    if DP > WIDE:  # The wide section has the narrow bands as one, unpadded.
+        g_at = (e * GR + local)[:, None] * (DP - WIDE) + tl.where(band < NARROW, raw, col - WIDE)
+        g += tl.load(GW + g_at, mask=inside, other=0.0)
     factor = tl.load(FACTOR + e)
+    along = tl.zeros([BR], tl.float32)
+    for m in tl.static_range(M):
+        at = (e * M + m) * RP + rows
+        u = tl.load(U + at, mask=m >= band, other=0.0)
+        along += u * u * tl.load(ALONG + at, mask=m >= band, other=0.0)
+    g = factor * (g - along[:, None] * x)
     first = tl.load(FIRST + rows) if PAIRS else rows
     last = tl.load(FIRST + rows + 1) if PAIRS else rows
-    most = tl.max(last - first) if PAIRS else 0
-    k = tl.arange(0, BK)
-    M: tl.constexpr = len(STARTS)
-    for band in tl.static_range(M):
-        for at in range(0, EDGES[band + 1] - EDGES[band], BK):
-            col = (STARTS[band] + at + k)[None, :]
-            raw = (EDGES[band] + at + k)[None, :]
-            inside = raw < EDGES[band + 1]
-            x_at = (e * RP + rows)[:, None] * DP + col
-            x = tl.load(X + x_at, mask=inside, other=0.0).to(tl.float32)
-            g = tl.zeros([BR, BK], tl.float32)
-            if band < NARROW:
-                g += tl.load(GN + (e * RP + rows)[:, None] * WN + col, mask=inside, other=0.0)
-            if DP > WIDE:  # The wide section has the narrow bands as one, unpadded.
-                from_ = raw if band < NARROW else col - WIDE
-                g_at = (e * GR + local)[:, None] * (DP - WIDE) + from_
-                g += tl.load(GW + g_at, mask=inside, other=0.0)
-            g *= factor
-            along = tl.zeros([BR], tl.float32)
-            for m in tl.static_range(band, M):
-                u = tl.load(U + (e * M + m) * RP + rows)
-                along += u * u * tl.load(ALONG + (e * M + m) * RP + rows)
-            g -= factor * along[:, None] * x
-            for n in range(most):
-                has = first + n < last
-                partner = tl.load(PARTNER + first + n, mask=has, other=-1)
-                has = has & (partner >= 0)
-                # Triton 3.6.0 does not compile tl.where(has, partner, 0) here.
-                partner = tl.maximum(partner, 0)
-                pair = tl.load(PAIR + first + n, mask=has, other=0)
-                y = tl.load(
-                    Y + (e * SP + partner)[:, None] * DP + col,
-                    mask=inside & has[:, None],
-                    other=0.0,
-                ).to(tl.float32)
-                along_x, along_y = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
-                for m in tl.static_range(band, M):
-                    u = tl.load(U + (e * M + m) * RP + rows)
-                    v = tl.load(V + (e * M + m) * SP + partner)
-                    at_pair = (e * M + m) * N + pair
-                    d = tl.load(DCOS + at_pair, mask=has, other=0.0)
-                    along_y += d * u * v
-                    along_x += d * u * u * tl.load(COS + at_pair, mask=has, other=0.0)
-                g += along_y[:, None] * y - along_x[:, None] * x
-            g = tl.where(valid[:, None], g * unit[:, None], 0.0)
-            out = OUT + (e * R + rows)[:, None] * D + raw
-            tl.store(out, g.to(OUT.dtype.element_ty), mask=inside & (rows < R)[:, None])
-    for at in range(EDGES[M], D, BK):  # Columns after the last prefix.
-        col = (at + k)[None, :]
-        out = OUT + (e * R + rows)[:, None] * D + col
-        zeros = tl.zeros([BR, BK], OUT.dtype.element_ty)
-        tl.store(out, zeros, mask=(col < D) & (rows < R)[:, None])
+    for n in range(tl.max(last - first) if PAIRS else 0):
+        has = first + n < last
+        partner = tl.load(PARTNER + first + n, mask=has, other=-1)
+        has = has & (partner >= 0)
+        # Triton 3.6.0 does not compile tl.where(has, partner, 0) here.
+        partner = tl.maximum(partner, 0)
+        pair = tl.load(PAIR + first + n, mask=has, other=0)
+        y_at = (e * SP + partner)[:, None] * DP + col
+        y = tl.load(Y + y_at, mask=inside & has[:, None], other=0.0).to(tl.float32)
+        along_x, along_y = tl.zeros([BR], tl.float32), tl.zeros([BR], tl.float32)
+        for m in tl.static_range(M):
+            here = has & (m >= band)
+            u = tl.load(U + (e * M + m) * RP + rows, mask=here, other=0.0)
+            v = tl.load(V + (e * M + m) * SP + partner, mask=here, other=0.0)
+            at_pair = (e * M + m) * N + pair
+            d = tl.load(DCOS + at_pair, mask=here, other=0.0)
+            along_y += d * u * v
+            along_x += d * u * u * tl.load(COS + at_pair, mask=here, other=0.0)
+        g += along_y[:, None] * y - along_x[:, None] * x
+    valid = rows < tl.load(COUNTS + e)
+    g = tl.where(valid[:, None], g * tl.load(UNIT + e * RP + rows)[:, None], 0.0)
+    out = OUT + (e * R + rows)[:, None] * D + raw
+    tl.store(out, g.to(OUT.dtype.element_ty), mask=inside & (rows < R)[:, None])
 
 
 @dataclass(frozen=True)
@@ -292,6 +298,19 @@ class Pairs:
     first: Tensor
     partner: Tensor
     pair: Tensor
+
+    @staticmethod
+    def of(cos: Tensor, dcos: Tensor, positive: Tensor, SP: int) -> tuple["Pairs", "Pairs"]:
+        """Return the pairs by row, and by column: sorted, so that sums have one order."""
+        cos, dcos = cos.contiguous(), dcos.contiguous()
+        each = torch.arange(len(positive) + 1, dtype=torch.int32, device=positive.device)
+        at = positive.masked_fill((positive < 0) | (positive >= SP), SP)
+        order = at.argsort(stable=True)
+        first = torch.searchsorted(
+            at[order], torch.arange(SP + 1, dtype=torch.int32, device=at.device), out_int32=True
+        )
+        by_row = Pairs(cos, dcos, each, at.masked_fill(at == SP, -1), each)
+        return by_row, Pairs(cos, dcos, first, order.int(), order.int())
 
 
 def unpack(
@@ -312,7 +331,11 @@ def unpack(
     narrow, wide, along, factor = gradients
     unused = x.counts
     listed = pairs or Pairs(along, along, unused, unused, unused)
-    _unpack_kernel[(wide.shape[1] // 32, E)](
+    last = bands.edges[-1]
+    if last < D:
+        out[:, row0 : row0 + wide.shape[1], last:] = 0
+    blocks = sum(triton.cdiv(b - a, 64) for a, b in zip(bands.edges, bands.edges[1:], strict=False))
+    _unpack_kernel[(wide.shape[1] // 32, E, blocks)](
         narrow, wide, x.x, y.x, x.u, y.u, along, x.unit, x.counts,
         listed.cos, listed.dcos, listed.first, listed.partner, listed.pair,
         factor, out, row0, wide.shape[1], R, RP, SP, pairs.cos.shape[2] if pairs else 0,

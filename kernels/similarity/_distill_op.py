@@ -104,7 +104,7 @@ def _backward_op(
         teacher = _Teacher(teacher_x, teacher_y, temperature, kind)
         one = torch.ones(E, len(dims), dtype=torch.float32, device=x.device)
         slope = dsums * (2.0 if kind == "mse" else 1.0)  # d (s - t)^2 = 2 (s - t) ds
-        factor = _lse_backward.largest(slope)
+        factor = _lse_backward.largest(one, slope)
         RP, SP = padded(R), padded(S)
         wide_bytes = x.element_size() * (len(dims) - bands.narrow)
         whole = (RP + SP) * bands.width * (4 + x.element_size())

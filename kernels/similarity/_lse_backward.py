@@ -6,18 +6,17 @@ of a pair has
     P = dL/dcos = D_i exp(z - LSE_i)  [+ D_j exp(z - LSE_j)]          never above |D|
     dx_i = sum_j P u v y_j - u^2 (sum_j P cos) x_i                    in the prefix's columns
 
-and so band b of the gradient needs G_b = sum over prefixes m >= b of P u v, summed from the widest
-down in fp32 and rounded once. Dots grow the other way, from the narrowest up; they are computed
-again for every prefix, which costs the sum of the prefixes (for 128 ... 1024 another 0.9 products
-of R S D) and no memory.
+and so band b of the gradient needs G_b = sum over prefixes m >= b of P u v, which adds up from the
+widest prefix down, while dots grow from the narrowest up.
 
     narrow   one tile holds all: a program computes dx of its rows, and the same kernel with sides
-             swapped dy; it writes nothing but the result
-    wide     G_b to a workspace, a rectangle of pairs at a time, then dx += G_b y, dy += G_b' x. The
+             swapped dy; it writes nothing but the result, and computes dots again for each prefix
+    wide     P u v of each prefix goes to a workspace, a rectangle of pairs at a time; the program
+             that wrote it then adds it up to G_b, in fp32. Then dx += G_b y, dy += G_b' x. The
              first wide G also goes to the narrow columns, which belong to all wide prefixes
 
-Floor, per exit: 3 x 2 R S D FLOPs (dots again, dx, dy); here 1.9 of dots instead of 1.
-Bytes: the workspace is written once and read twice, 2 bytes a pair and wide band.
+Floor, per exit: 3 x 2 R S D FLOPs (dots again, dx, dy).
+Bytes, a pair: 2 for each wide band are written, read and written again, and read by two products.
 """
 
 from dataclasses import dataclass, replace
@@ -35,18 +34,29 @@ from ._bands import Bands, Packed, Pairs, pack, padded, unpack
 from ._mask import PairMask
 from ._tiles import GONE, KL, LOG2E, MSE, TileMask, _pair, _quarters, _start
 
-# As in _lse_forward.py. 128 x 128 with 8 warps is the shape of a throw-away version that was timed
-# on an H200 (2026-11-20); it spilled, as it kept dots in registers instead of computing them again.
+# As in _lse_forward.py: unrun. With 128 registers two programs of "wide_backward" share a
+# multiprocessor. "wide_backward_more", for columns or a matrix, does not fit into 128 registers.
+# 256 rows of "product" read a quarter less from the L2 cache than 128.
 CONFIGS: Configs = {
-    "narrow_backward": {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2},
-    "wide_backward": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "product": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-}
+    "narrow_backward": {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 3},
+    "wide_backward": {
+        "BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128,
+    },
+    "wide_backward_more": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "product": {"BM": 256, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+}  # fmt: skip
 CONFIGS_FP32: Configs = {
     "narrow_backward": {"BM": 128, "BN": 16, "num_warps": 8, "num_stages": 1},
     "wide_backward": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "wide_backward_more": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
     "product": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
+# G in fp16. Slopes are at most SLOPE, and P at most twice that. _bands.py gives wide prefixes a
+# length of 2^6 or more, so that their u and v are at most 2^-6. A narrow prefix may be short: its v
+# is at most V_MOST if the prefix has 2^-14 of that length, and times SHRINK. So the sum over 16
+# prefixes stays below 2^15. Prefixes beyond U_MOST or V_MOST have no length, or next to none.
+SLOPE = 2.0**20
+U_MOST, V_MOST, SHRINK = tl.constexpr(2.0**-5), tl.constexpr(2.0**8), tl.constexpr(2.0**-18)
 # Columns of a rectangle of pairs: enough that sums over row chunks cost little.
 WIDTH = 16384
 
@@ -62,27 +72,30 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _slope(
-    acc, u, v, lx, dx, ly, dy, i0, j0, matrix,
+    acc, scaled, v, weight, lx, dx, ly, dy, i0, j0, matrix,
     MODE: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return dL/dcos [BM, BN]; u carries log2(e)/t, lx and ly are in base 2.
+    """Return q [BM, BN] and w [BM]; their product is P weight, as a row's factor can wait.
 
-    Against a teacher u does not, and dL/dcos is that of (cos - t)^2 / 2 or of p cos.
+    scaled is u log2(e)/t; lx and ly are in base 2. Against a teacher scaled is u, and P is the
+    slope of (cos - t)^2 / 2 or of p cos.
     """
-    z = acc * u[:, None] * v[None, :]
+    if not ROWS:
+        weight *= dy
+    z = acc * v[None, :] * scaled[:, None]
     if MODE == MSE or MODE == KL:
-        p = _pair(i0, j0, matrix, SWAP, acc.shape[0], acc.shape[1])
+        q = _pair(i0, j0, matrix, SWAP, acc.shape[0], acc.shape[1])
         if MODE == MSE:
-            p = z - p
-        d = dx[:, None] if ROWS else dy[None, :]
-        p = tl.where(acc > 0.5 * GONE, d * p, 0.0)
+            q = z - q
+        q = tl.where(acc > 0.5 * GONE, q, 0.0)
     elif ROWS:
-        p = dx[:, None] * tl.exp2(z - lx[:, None])
+        q = tl.exp2(z - lx[:, None])
         if COLUMNS:
-            p += dy[None, :] * tl.exp2(z - ly[None, :])
+            q = dx[:, None] * q + dy[None, :] * tl.exp2(z - ly[None, :])
     else:
-        p = dy[None, :] * tl.exp2(z - ly[None, :])
-    return p
+        q = tl.exp2(z - ly[None, :])
+    q *= weight[None, :]
+    return q, (dx if ROWS and not COLUMNS else tl.full([acc.shape[0]], 1.0, tl.float32))
 
 
 # As in _lse_forward.py.
@@ -105,12 +118,13 @@ def _narrow_backward_kernel(
     rows = i0 + tl.arange(0, BM)
     row_at = (e * RP + rows)[:, None] * DP
     MN: tl.constexpr = len(STARTS)
-    x, u, scale, lx, dx, grad, along = (), (), (), (), (), (), ()
+    HALF: tl.constexpr = X.dtype.element_ty == tl.float16
+    x, u, scaled, lx, dx, grad, along = (), (), (), (), (), (), ()
     for m in tl.static_range(MN):
         row_m = (e * M + m) * RP + rows
         x = x + (tl.load(X + row_at + (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :]),)
         u = u + (tl.load(U + row_m),)
-        scale = scale + (tl.load(SCALE + e * M + m),)
+        scaled = scaled + (u[m] * tl.load(SCALE + e * M + m),)
         lx = lx + (tl.load(LX + row_m),)
         dx = dx + (tl.load(DX + row_m),)
         grad = grad + (_zeros(BM, WIDTHS[m]),)
@@ -130,22 +144,36 @@ def _narrow_backward_kernel(
                 acc = tl.dot(x[b], y[b].T, acc, input_precision=PRECISION)
             col_at = (e * M + m) * SP + cols
             v = tl.load(V + col_at)
-            p = _slope(
-                acc, u[m] * scale[m], v, lx[m], dx[m], tl.load(LY + col_at), tl.load(DY + col_at),
-                i0, j0, matrix, MODE, SWAP, ROWS, COLUMNS,
+            weight = v
+            if HALF:
+                weight = tl.minimum(v, V_MOST) * SHRINK
+            q, w = _slope(
+                acc, scaled[m], v, weight, lx[m], dx[m],
+                tl.load(LY + col_at), tl.load(DY + col_at), i0, j0, matrix,
+                MODE, SWAP, ROWS, COLUMNS,
             )  # fmt: skip
-            p = p * v[None, :] * u[m][:, None]
-            new_along = (along[m] + tl.sum(p * acc, 1),) + new_along
-            g += p
+            new_along = (along[m] + tl.sum(q * acc, 1),) + new_along
+            if HALF:  # G is in units of u, which has no bound.
+                if m < MN - 1:
+                    g *= (u[m + 1] / u[m])[:, None]
+                g += q * w[:, None]
+            else:
+                g += q * (w * u[m])[:, None]
             band = tl.dot(g.to(y[m].dtype), y[m], grad[m], input_precision=PRECISION)
             new_grad = (band,) + new_grad
         grad, along = new_grad, new_along
     for m in tl.static_range(MN):
+        weight = dx[m] * u[m] if ROWS and not COLUMNS else u[m]
+        if HALF:
+            weight *= 1 / SHRINK
+            grad_m = grad[m] * (u[m] / SHRINK)[:, None]
+        else:
+            grad_m = grad[m]
         out = GRAD + (e * RP + rows)[:, None] * (STARTS[MN - 1] + WIDTHS[MN - 1])
         out += (STARTS[m] + tl.arange(0, WIDTHS[m]))[None, :]
-        tl.store(out, tl.load(out) + grad[m])
+        tl.store(out, tl.load(out) + grad_m)
         out = ALONG + (e * M + m) * RP + rows
-        tl.store(out, tl.load(out) + along[m])
+        tl.store(out, tl.load(out) + along[m] * weight)
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n"], do_not_specialize_on_alignment=SCALARS)
@@ -160,6 +188,7 @@ def _wide_backward_kernel(
     """Compute one tile of G [WIDE, E, rows, cols] for every wide band, and its sums of P cos.
 
     The sums are ALONG_X fp32 [E, WIDE, tiles_n, rows], ALONG_Y fp32 [E, WIDE, tiles_m, cols].
+    G first holds each prefix's own P u v, which the program then sums from the widest down.
     """
     e = tl.program_id(1).to(tl.int64)
     mask, matrix = (NX, NY, RP, SP, POS, KX, KY), (PAIR, pair_row, pair_stride)
@@ -170,60 +199,62 @@ def _wide_backward_kernel(
     im = band + pid % (8 * tiles_n) % height
     jn = pid % (8 * tiles_n) // height
     i0, j0 = row0 + im * BM, col0 + jn * BN
-    local_m = im * BM + tl.arange(0, BM)
-    rows = row0 + local_m
+    i, j = tl.arange(0, BM), tl.arange(0, BN // 4)
     k = tl.arange(0, BK)[None, :]
     x_tile, y_tile = X + (e * RP + i0) * DP + FROM, Y + (e * SP + j0) * DP + FROM
-    x_at, y_at = tl.arange(0, BM)[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
+    x_at, y_at = i[:, None] * DP + k, tl.arange(0, BN)[:, None] * DP + k
     WIDE: tl.constexpr = len(ENDS)
+    HALF: tl.constexpr = X.dtype.element_ty == tl.float16
     n_rows, n_cols = tiles_m * BM, tiles_n * BN
+    size = tl.num_programs(1) * n_rows.to(tl.int64) * n_cols
+    g_tile = G + (e * n_rows + im * BM) * n_cols + jn * BN
+    x_sums = ALONG_X + (e * WIDE * tiles_n + jn) * n_rows + im * BM
+    y_sums = ALONG_Y + (e * WIDE * tiles_m + im) * n_cols + jn * BN
     acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
-    sums = _quarters(tl.zeros([BM, BN], tl.float32))
-    total = 0
-    for i in tl.static_range(WIDE):
-        total += ENDS[i] // BK
-    for t in tl.range(0, total):
-        # Prefixes from the widest down, each from its first column: t -> (prefix w, step).
-        step = t
-        w = WIDE - 1
-        for back in tl.static_range(WIDE - 1):
-            end = ENDS[WIDE - 1 - back] // BK
-            passed = (w == WIDE - 1 - back) & (step >= end)
-            step = tl.where(passed, step - end, step)
-            w = tl.where(passed, w - 1, w)
-        ends = False
-        for i in tl.static_range(WIDE):
-            ends = ends | ((w == i) & (step == ENDS[i] // BK - 1))
-        x = tl.load(x_tile + step * BK + x_at)
-        y = tl.load(y_tile + step * BK + y_at)
+    for step in tl.range(0, (DP - FROM) // BK):
+        x = tl.load(x_tile + x_at)
+        y = tl.load(y_tile + y_at)
+        x_tile += BK
+        y_tile += BK
         acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
-        if ends:
+        w = -1
+        for n in tl.static_range(WIDE):
+            w = tl.where(step == ENDS[n] // BK - 1, n, w)
+        if w >= 0:
             at = e * M + FIRST + w
-            u = tl.load(U + at * RP + rows)
-            lx, dx = tl.load(LX + at * RP + rows), tl.load(DX + at * RP + rows)
-            to = ((w * tl.num_programs(1) + e) * n_rows + local_m)[:, None] * n_cols
-            part_x, part_y = (e * WIDE + w) * tiles_n + jn, (e * WIDE + w) * tiles_m + im
-            dots, new = _quarters(acc), ()
+            row_at, col_at = at * RP + i0, at * SP + j0
+            u = tl.load(U + row_at + i)
+            scaled = u * tl.load(SCALE + at)
+            if HALF:
+                u = tl.minimum(u, U_MOST)
+            lx, dx = tl.load(LX + row_at + i), tl.load(DX + row_at + i)
+            dots = _quarters(acc)
             along = tl.zeros([BM], tl.float32)
             for h in tl.static_range(4):  # a quarter of the columns and registers at a time
-                local_n = jn * BN + h * (BN // 4) + tl.arange(0, BN // 4)
-                col_at = at * SP + col0 + local_n
-                v = tl.load(V + col_at)
-                p = _slope(
-                    dots[h], u * tl.load(SCALE + at), v, lx, dx,
-                    tl.load(LY + col_at), tl.load(DY + col_at), i0, j0 + h * (BN // 4),
-                    matrix, MODE, False, ROWS, COLUMNS,
+                first = h * (BN // 4)
+                v = tl.load(V + col_at + first + j)
+                weight = tl.minimum(v, U_MOST) if HALF else v
+                q, factor = _slope(
+                    dots[h], scaled, v, weight, lx, dx,
+                    tl.load(LY + col_at + first + j), tl.load(DY + col_at + first + j),
+                    i0, j0 + first, matrix, MODE, False, ROWS, COLUMNS,
                 )  # fmt: skip
-                p = p * u[:, None] * v[None, :]
-                g = sums[h] + p
-                new = new + (g,)
-                tl.store(G + to + local_n[None, :], g.to(G.dtype.element_ty))
-                p = p * dots[h]
+                p = q * (u * factor)[:, None]
+                out = g_tile + w * size + first + (i[:, None] * n_cols + j[None, :])
+                tl.store(out, p.to(G.dtype.element_ty))
+                p *= dots[h]
                 along += tl.sum(p, 1)
-                tl.store(ALONG_Y + part_y * n_cols + local_n, tl.sum(p, 0))
-            sums = new
-            tl.store(ALONG_X + part_x * n_rows + local_m, along)
-            acc = _start(i0, j0, e, mask, matrix, HAS_POS, N_KEYS, MODE, False, BM, BN)
+                tl.store(y_sums + w * tiles_m * n_cols + first + j, tl.sum(p, 0))
+            tl.store(x_sums + w * tiles_n * n_rows + i, along)
+    # Threads read what others have stored.
+    tl.debug_barrier()
+    for h in tl.static_range(4):
+        to = (h * (BM // 4) + tl.arange(0, BM // 4))[:, None] * n_cols
+        to = g_tile + (to + tl.arange(0, BN)[None, :])
+        g = tl.load(to + (WIDE - 1) * size).to(tl.float32)
+        for b in tl.static_range(WIDE - 2, -1, -1):
+            g += tl.load(to + b * size).to(tl.float32)
+            tl.store(to + b * size, g.to(G.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["tiles_n"])
@@ -249,27 +280,37 @@ def _product_kernel(
         b = tl.where(tile >= before, i, b)
         first = tl.where(tile >= before, STARTS[i] - before * BN, first)
         end = tl.where(tile >= before, ENDS[i], end)
-    col = first + tile * BN + tl.arange(0, BN)
-    inside = (col < end)[None, :]
-    local = im * BM + tl.arange(0, BM)
-    k = tl.arange(0, BK)
-    g_base = G + (b * tl.num_programs(1) + e) * n_rows * n_cols
+    first += tile * BN
+    j = tl.arange(0, BN)
+    inside = (first + j < end)[None, :]
+    # The last tile may begin among rows of the tile before it, which stores them.
+    begin = tl.multiple_of(tl.minimum(im * BM, (n_cols if SWAP else n_rows) - BM), 128)
+    i, k = tl.arange(0, BM), tl.arange(0, BK)
+    g_tile = G + (b * tl.num_programs(1) + e) * n_rows * n_cols
     if SWAP:  # rows here are the columns of G
-        g_at = g_base + k.to(tl.int64)[:, None] * n_cols + local[None, :]
+        g_tile += begin
+        g_at = k[:, None] * n_cols + i[None, :]
         depth = n_rows
     else:
-        g_at = g_base + local.to(tl.int64)[:, None] * n_cols + k[None, :]
+        g_tile += begin.to(tl.int64) * n_cols
+        g_at = i[:, None] * n_cols + k[None, :]
         depth = n_cols
-    y_at = Y + (e * SP + col0 + k)[:, None] * DP + FROM + col[None, :]
+    y_tile = Y + (e * SP + col0) * DP + FROM + first
+    y_at = k[:, None] * DP + j[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
     for _ in tl.range(0, depth, BK):
-        y = tl.load(y_at, mask=inside, other=0.0)
-        g = tl.load(g_at).T if SWAP else tl.load(g_at)
+        y = tl.load(y_tile + y_at, mask=inside, other=0.0)
+        g = tl.load(g_tile + g_at).T if SWAP else tl.load(g_tile + g_at)
         acc = tl.dot(g, y, acc, input_precision=PRECISION)
-        y_at += BK * DP
-        g_at += BK * n_cols if SWAP else BK
-    out = GRAD + (e * RP + row0 + local)[:, None] * (DP - FROM) + col[None, :]
-    tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
+        y_tile += BK * DP
+        g_tile += BK * n_cols if SWAP else BK
+    out = GRAD + (e * RP + row0 + begin) * (DP - FROM) + first
+    parts = _quarters(acc)
+    for h in tl.static_range(4):
+        col = h * (BN // 4) + tl.arange(0, BN // 4)[None, :]
+        mine = (begin + i >= im * BM)[:, None] & (first + col < end)
+        at = out + (i[:, None] * (DP - FROM) + col)
+        tl.store(at, tl.load(at, mask=mine, other=0.0) + parts[h], mask=mine)
 
 
 @dataclass(frozen=True)
@@ -310,7 +351,7 @@ def backward(
     dx = torch.empty(E, R, D, dtype=x.dtype, device=x.device)
     dy = torch.empty(E, S, D, dtype=y.dtype, device=y.device)
     dscale = torch.empty(E, M, dtype=torch.float32, device=x.device)
-    factor = largest(rows[1], cols[1] if cols is not None else None)
+    factor = largest(scale, rows[1], cols[1] if cols is not None else None)
     pair_bytes = wide * x.element_size() + (ceiling is not None)
     whole = (RP + SP) * bands.width * (4 + x.element_size()) + pair_bytes * RP * SP
     for group in _tiles.groups(E, whole, workspace):
@@ -320,7 +361,9 @@ def backward(
         if cols is not None:
             sy = Sides.of(cols[0][group], cols[1][group], scale[group], factor[group])
         tiles = Tiles(px, py, bands, scale[group] * LOG2E, pairs, (sx, sy))
-        by_row, by_col = _positives(cos, group, pairs.positive, SP) if cos else (None, None)
+        by_row, by_col = None, None
+        if cos and pairs.positive is not None:
+            by_row, by_col = Pairs.of(cos[0][group], cos[1][group], pairs.positive, SP)
         f, width = factor[group], SP
         if ceiling is None:  # Matrices of near pairs have whole rows.
             width = min(SP, WIDTH)
@@ -337,30 +380,15 @@ def backward(
     return dx, dy, dscale
 
 
-def largest(*slopes: Tensor | None) -> Tensor:
-    """Return the divisors of slopes, fp32 [E]: coefficients of fp16 vectors must not underflow."""
-    most = [s.abs().amax((1, 2)) for s in slopes if s is not None and s.numel()]
-    given = next(s for s in slopes if s is not None)
+def largest(scale: Tensor, *slopes: Tensor | None) -> Tensor:
+    """Return fp32 [E], by which slopes are divided: coefficients of fp16 vectors must neither
+    underflow nor overflow.
+    """
+    most = [(s.abs().amax(2) * scale.abs()).amax(1) for s in slopes if s is not None and s.numel()]
     if not most:
-        return torch.ones(len(given), dtype=torch.float32, device=given.device)
-    top = torch.stack(most).amax(0).float()
+        return torch.ones(len(scale), dtype=torch.float32, device=scale.device)
+    top = torch.stack(most).amax(0).float() / SLOPE
     return top.masked_fill(top == 0, 1.0)
-
-
-def _positives(
-    saved: tuple[Tensor, Tensor], group: slice, positive: Tensor | None, SP: int
-) -> tuple[Pairs, Pairs]:
-    """Return the positive pairs by row, and by column: sorted, so that sums have one order."""
-    assert positive is not None
-    cos, dcos = (t[group].contiguous() for t in saved)
-    each = torch.arange(len(positive) + 1, dtype=torch.int32, device=positive.device)
-    at = positive.masked_fill((positive < 0) | (positive >= SP), SP)
-    order = at.argsort(stable=True)
-    first = torch.searchsorted(
-        at[order], torch.arange(SP + 1, dtype=torch.int32, device=at.device), out_int32=True
-    )
-    by_row = Pairs(cos, dcos, each, at.masked_fill(at == SP, -1), each)
-    return by_row, Pairs(cos, dcos, first, order.int(), order.int())
 
 
 @dataclass
@@ -436,8 +464,9 @@ class Tiles:
         x, y = self.x.x, self.y.x
         E, RP, SP = x.shape[0], x.shape[1], y.shape[1]
         n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
-        options = config("wide_backward", x.dtype)
-        if sum(bands.ends) <= 2 * options["BK"]:  # Two steps are unrolled, and then spill.
+        more = "" if self.sides[1] is None and not self.mask.mode else "_more"
+        options = config("wide_backward" + more, x.dtype)
+        if bands.ends[-1] <= 2 * options["BK"]:  # Two steps are unrolled, and then spill.
             options["BK"] //= 2
         tiles = n_rows // options["BM"], n_cols // options["BN"]
         g = torch.empty(M - MN, E, n_rows, n_cols, dtype=x.dtype, device=x.device)
@@ -461,7 +490,8 @@ class Tiles:
             (True, self.dy[1], cols.start, rows.start, x),
         ):
             n = n_cols if swap else n_rows
-            _product_kernel[(n // options["BM"] * tiles_n, E)](
+            options["BM"] = min(config("product", x.dtype)["BM"], n)
+            _product_kernel[(triton.cdiv(n, options["BM"]) * tiles_n, E)](
                 g, other, out, at, other_at, out.shape[1], other.shape[1], n_rows, n_cols, tiles_n,
                 STARTS=starts, ENDS=bands.ends, FROM=bands.wide, DP=bands.width, SWAP=swap,
                 **options,

@@ -37,8 +37,8 @@ def main(
         json: print one JSON object a source.
     """
     from ..data import sources, summary
-    from ..data.cldr import normalise
     from ..data.eval_sets import read_all
+    from ..data.formats.readers import normalise
 
     length = len
     if tokenizer or init:

@@ -96,7 +96,7 @@ def main(
             progress=bool(out) and sys.stderr.isatty(),
         )
         if out:
-            width = dim or encoder.model.cfg.hidden_size
+            width = encoder.full_size((dim, None, None))[0]
             print(vector_files.save(target, parts, quantise, width), file=sys.stderr)
         else:
             try:

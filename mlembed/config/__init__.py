@@ -2,13 +2,14 @@
 
 from .columns import Columns
 from .model import ML_EMBED_EXITS, Model
-from .objective import TASKS, Depth, Distill, Loss, Optim
+from .objective import TASKS, TUNING_LR, Depth, Distill, Loss, Optim
 from .run import Run, Source, load
 
 __all__ = [
     "Columns",
     "ML_EMBED_EXITS",
     "TASKS",
+    "TUNING_LR",
     "Depth",
     "Distill",
     "Loss",

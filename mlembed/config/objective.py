@@ -176,6 +176,7 @@ class Distill:
         return self.contrastive + self.features + self.logits + self.between_exits
 
 
+TUNING_LR = 1e-4  # Above it AdamW spoils weights that are trained already.
 TASKS = ("retrieval", "clustering", "classification", "bitext", "sts")
 
 

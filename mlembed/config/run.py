@@ -108,7 +108,7 @@ class Run:
     max_length: int = 64
     """Tokens of a text, EOS included; longer texts are cut and keep EOS."""
     pack_tokens: int = 131_072
-    """Most tokens of a packed forward; queries and documents are packed separately."""
+    """Most tokens of a packed forward, queries and documents together."""
     sampling: Literal["alpha", "weights", "exhaust"] = "alpha"
     """A batch's source is drawn in proportion to pairs ** `source_alpha` (GTE, 2308.03281), to the
     weights of `sources`, or to remaining batches, until every source is used up (ML-Embed)."""
@@ -146,6 +146,9 @@ class Run:
     """Stop the run at a non-finite loss or gradient, or skip the step. Either way weights and
     moments stay unchanged, and the first bad tensor is named."""
     log_every: int = 10
+    profile: int = machine(0)
+    """Steps to trace after the first ones, with named ranges, for Chrome's or Perfetto's viewer;
+    nsys sees the ranges, too."""
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     resume: bool = machine(False)
     """Resume from the newest intact checkpoint of the run's directory."""
@@ -157,7 +160,7 @@ class Run:
             positive(name, getattr(self, name))
         for name in ("keep_checkpoints", "pack_tokens"):
             positive(name, getattr(self, name))
-        for name in ("eval_every", "save_every", "seed", "activation_gib", "epochs"):
+        for name in ("eval_every", "save_every", "seed", "activation_gib", "epochs", "profile"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_length < 2:

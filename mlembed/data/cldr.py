@@ -11,7 +11,6 @@ ZERO_SHOT are in training neither alone nor inside a list or an amount of money.
 
 import datetime
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from babel.dates import (
 from babel.lists import format_list
 from babel.numbers import format_currency
 from babel.units import format_unit
+
+from .formats.readers import normalise
 
 # Number of held-out concepts of each kind; a locale that lacks a concept has fewer.
 COMPOSED_SIZES = {"date": 50, "datetime": 50, "unit": 24, "money": 24, "duration": 24, "list": 24}
@@ -88,11 +89,6 @@ _DAYS = [datetime.date(1950, 1, 1) + datetime.timedelta(days) for days in range(
 # The meaning of a text in any language: a day, a moment, (number, unit or currency code),
 # (number, unit, sign), (style, *territory codes), or the code of a name.
 Concept = Any
-
-
-def normalise(text: str) -> str:
-    """Return the form in which two texts count as the same."""
-    return unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 @dataclass(frozen=True)

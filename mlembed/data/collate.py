@@ -1,12 +1,14 @@
 """Collate one step of texts into the packed batch of a process."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime import transfer
 from .packing import PackedBatch, even_packs, even_shares, pack
 
 
@@ -19,7 +21,7 @@ class Batch:
     are int64 unless stated.
 
     Of this process:
-        packs: the texts, queries and documents apart. place: [texts], the position of each text
+        packs: the texts, queries and documents together. place: [texts], the position of each text
             (queries, then documents) in the packs one after the other. rows: [texts], its row of
             the table.
         target: [queries], the positive of each query among the documents. owner: [documents], the
@@ -57,11 +59,34 @@ class Batch:
     scores: Tensor | None = None
     texts: tuple[str, ...] | None = None
     teacher_ND: Tensor | None = None
+    _host: "Batch | None" = None
 
     @property
     def tokens(self) -> int:
         """Tokens of this process."""
         return sum(pack.plan.tokens for pack in self.packs)
+
+    @property
+    def host(self) -> "Batch":
+        """The same batch on the host, whose numbers can be read without waiting."""
+        return self._host or self
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device, by one copy that the host does not wait for."""
+        return self if device.type == "cpu" else replace(transfer.moved(self, device), _host=self)
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in one pinned buffer; a DataLoader calls it."""
+        return transfer.pinned(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Each tensor that a worker sends is an open file, so it sends one.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _received, transfer.flattened(values)
+
+
+def _received(buffer: Tensor, layout: dict[str, Any]) -> Batch:
+    return Batch(**transfer.restored(buffer, layout))
 
 
 def collate(
@@ -111,13 +136,13 @@ def collate(
         shares.append((mine, first[mine], docs))
     packs, order = [], []
     mine, queries, docs = shares[rank]
-    for begin, part in ((0, queries), (len(queries), docs)):
-        part_depths = depths[group_of[part]]
-        for chosen in even_packs(lengths[part], part_depths, max_tokens):
-            at = part[chosen]
-            runs = None if runs_LN is None else runs_LN[:, at]
-            packs.append(pack([text(row) for row in rows[at].tolist()], part_depths[chosen], runs))
-            order.append(begin + chosen)
+    texts = np.concatenate([queries, docs])
+    text_depths = depths[group_of[texts]]
+    for chosen in even_packs(lengths[texts], text_depths, max_tokens):
+        at = texts[chosen]
+        runs = None if runs_LN is None else runs_LN[:, at]
+        packs.append(pack([text(row) for row in rows[at].tolist()], text_depths[chosen], runs))
+        order.append(chosen)
     all_groups, all_queries, all_docs = (np.concatenate(part) for part in zip(*shares, strict=True))
     query_of = np.zeros(len(groups), dtype=np.int64)
     query_of[mine] = np.arange(len(mine))
@@ -140,7 +165,7 @@ def collate(
         owner=torch.from_numpy(owner),
         negatives=torch.from_numpy(_lists(owner, is_hard[docs], len(mine))),
         has_negatives=torch.from_numpy(hard_counts[all_groups] > 0),
-        rows=torch.from_numpy(rows[np.concatenate([queries, docs])]),
+        rows=torch.from_numpy(rows[texts]),
         task=task,
         temperature=temperature,
         scores=None if scores is None else torch.from_numpy(np.asarray(scores, np.float32)[mine]),

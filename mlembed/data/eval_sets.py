@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..config import Columns
 from . import sources
@@ -444,6 +442,9 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
         ValueError: a file is missing, a line is malformed, two rows have one id, judgements of
             unknown queries or of unknown documents only.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     for name in ("queries.jsonl", "corpus.jsonl"):
         if not (directory / name).is_file():
             raise ValueError(f"{directory}: expected {name}, found none")

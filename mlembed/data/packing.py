@@ -2,7 +2,7 @@
 
 A pack is ordered by the depth to which its texts run, deepest first, then by length: the texts that
 reach a layer are a prefix of the pack, so texts that exit cost no copy. A step's queries and
-documents have packs of their own.
+documents share packs: the model is the same for both.
 
 Letters: N texts, T packed tokens, L layers.
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mlembed_kernels import AttentionPlan, TokenIndex
+
+from ..runtime import transfer
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,8 @@ class PackedBatch:
         return self.plan.sequences
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Return the pack on a device; copies from pinned memory do not wait."""
-        return replace(
-            self,
-            ids_T=self.ids_T.to(device, non_blocking=True),
-            pos_T=self.pos_T.to(device, non_blocking=True),
-            token_index=self.token_index.to(device),
-            live=tuple((until, plan.to(device)) for until, plan in self.live),
-            skip_layers={
-                depth: SkipLayer(layer.rows_T.to(device, non_blocking=True), layer.plan.to(device))
-                for depth, layer in self.skip_layers.items()
-            },
-        )
+        """Return the pack on a device, by one copy that the host does not wait for."""
+        return transfer.moved(self, device)
 
 
 def pack(

@@ -12,22 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from .. import config
 from ..config import strict
 from ..config.choices import BadRows
 from ..runtime import cache
 from ..runtime.files import read_json, read_yaml
-from . import cldr, tables
+from . import tables
 from .formats import data_sets, layouts, paths, readers
 from .formats.layouts import Corpus, Item, Report
 from .formats.readers import Names, Row
 from .formats.roles import Roles
 from .tables import MIN_SCORE, Table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 VERSION = 2  # of the files that `_save` writes
 NO_IN_BATCH = "no_in_batch_neg"  # in the names of FlagEmbedding's files of classes
@@ -37,8 +39,10 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @functools.cache
-def cldr_tables() -> tuple[pa.Table, pa.Table]:
+def cldr_tables() -> "tuple[pa.Table, pa.Table]":
     """Return the built-in text (training pairs, held-out n-way table), built once a process."""
+    from . import cldr
+
     return cldr.build()
 
 
@@ -271,7 +275,7 @@ def read(
 
     Args:
         bad_rows: error: the first malformed row raises. skip: bad rows are counted and listed.
-        held_out: texts, normalised (cldr.normalise), that must not be trained on.
+        held_out: texts, normalised (readers.normalise), that must not be trained on.
 
     Raises:
         ValueError: a missing path, an unknown layout, a malformed row (with file, line, column), a

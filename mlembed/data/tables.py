@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .. import config
-from .cldr import normalise
 from .formats.layouts import ROUNDING, Item, Report
+from .formats.readers import normalise
 
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 CHUNK = 8192  # texts that are read or written at once
@@ -53,6 +50,8 @@ class StoredTexts(Sequence[str]):
     """Texts of an Arrow file that `TextWriter` wrote, memory-mapped in each process."""
 
     def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
         self.path = path
         with pa.memory_map(str(path)) as file:
             self.column = pa.ipc.open_file(file).read_all().column(0)
@@ -81,6 +80,8 @@ class TextWriter:
     """Writes texts to an Arrow file, CHUNK at a time."""
 
     def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
         self.path, self.buffer = path, list[str]()
         self.file = pa.ipc.new_file(str(path), pa.schema([("text", pa.large_string())]))
 
@@ -91,6 +92,8 @@ class TextWriter:
             self._write()
 
     def _write(self) -> None:
+        import pyarrow as pa
+
         column = pa.array(self.buffer, pa.large_string())
         self.file.write_batch(pa.record_batch([column], names=["text"]))
         self.buffer = []
@@ -139,6 +142,9 @@ def linked(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     Args:
         numbers: int64 [texts] of a pair table, equal for equal texts. starts: int64 [items + 1].
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     _, first, place = np.unique(numbers, return_index=True, return_inverse=True)
     queries, positives = place[starts[:-1]], place[starts[:-1] + 1]
     links = coo_array((np.ones(len(queries)), (queries, positives)), shape=(len(first),) * 2)

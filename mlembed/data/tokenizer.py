@@ -86,6 +86,10 @@ def load(directory: Path) -> Tokenizer:
     tokenizer = _read(directory)
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if settings(directory, "sentence_bert_config.json").get("do_lower_case"):
+        # As sentence-transformers does, for a vocabulary with capitals as well.
+        others = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
     empty, letter = tokenizer.encode("").ids, tokenizer.encode("a").ids
     eos = eos_token(directory)
     if empty and letter[-1] == empty[-1]:

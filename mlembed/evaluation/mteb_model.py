@@ -87,7 +87,7 @@ class MTEBEncoder:
                 "revision": passes.revision if passes else digest(encoder),
                 "n_parameters": num_parameters(cfg, exit, rank),
                 "max_tokens": encoder.max_length,
-                "embed_dim": dim or cfg.hidden_size,
+                "embed_dim": dim or encoder.full_size()[0],
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "framework": ["PyTorch"],
                 "use_instructions": any(self.prompts.values()),

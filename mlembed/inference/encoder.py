@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data import tokenizer
 from ..data.formats.text_reader import windows
-from ..modeling import hf_config, pretrained
+from ..modeling import hf_config, pretrained, sentence_files
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
 from ..runtime.workers import Workers, ahead, device_of
 from .vector_files import Quantiser
@@ -59,9 +59,15 @@ class GridVectors:
 
 @dataclass
 class Encoder(DeviceEncoder):
-    """A model with its tokenizer. prompts: texts to put before other texts, by name."""
+    """A model with its tokenizer.
+
+    prompts: texts to put before other texts, by name. default_prompt: for texts for which none is
+    asked for. width: of vectors for which none is asked for, None for the model's.
+    """
 
     prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    width: int | None = None
 
     @staticmethod
     def load(
@@ -94,7 +100,15 @@ class Encoder(DeviceEncoder):
         model = model.to(where).eval()
         if compile:
             model.compile_blocks()
-        return Encoder(model, text_to_ids, limit, prompts=_prompts(directory))
+        told = sentence_files.read(directory, model.cfg.hidden_size)
+        return Encoder(
+            model,
+            text_to_ids,
+            limit,
+            prompts=told.prompts,
+            default_prompt=told.default_prompt,
+            width=told.width,
+        )
 
     from_pretrained = load  # The name that Hugging Face's libraries use.
 
@@ -115,12 +129,16 @@ class Encoder(DeviceEncoder):
         return ParallelEncoder(**settings, devices=tuple(devices), compile=compile)
 
     def full_size(self, size: Size = FULL) -> FullSize:
-        """Replace every None by the largest. ValueError for a size that the model lacks."""
+        """Replace every None by the largest, or by the width that the model's directory asks for.
+
+        Raises:
+            ValueError: a size that the model lacks.
+        """
         cfg = self.model.cfg
         cfg.check(*size)
         dim, exit, rank = size
         largest = cfg.ranks[-1] if cfg.ranks else None
-        return dim or cfg.hidden_size, exit or cfg.num_hidden_layers, rank or largest
+        return dim or self.width or cfg.hidden_size, exit or cfg.num_hidden_layers, rank or largest
 
     # ---- several sizes ----
 
@@ -301,7 +319,7 @@ class Encoder(DeviceEncoder):
         if prompt is not None and name is not None:
             raise ValueError("prompt: expected prompt or prompt_name, got both")
         if name is None:
-            return prompt or ""
+            return (self.default_prompt or "") if prompt is None else prompt
         if name not in self.prompts:
             known = ", ".join(self.prompts) or "none, as the model has no prompts"
             raise ValueError(f"prompt_name: expected one of {known}, got {name!r}")
@@ -406,16 +424,6 @@ def _number(name: str, size: Any) -> int | None:
     if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
         raise ValueError(f"{name}: expected a whole number, got {size!r}")
     return number
-
-
-def _prompts(directory: Path) -> dict[str, str]:
-    """Return prompts by name from sentence-transformers' settings; null is an empty prompt."""
-    name = "config_sentence_transformers.json"
-    prompts = tokenizer.settings(directory, name).get("prompts") or {}
-    values = prompts.values() if isinstance(prompts, dict) else [prompts]
-    if not all(isinstance(value, str | None) for value in values):
-        raise ValueError(f"{directory / name}: prompts: expected texts by name, got {prompts}")
-    return {key: text or "" for key, text in prompts.items()}
 
 
 # ---- several devices ----

@@ -34,8 +34,8 @@ import torch
 from tqdm import tqdm
 
 from ..config.mining import Options
-from ..data.cldr import normalise
 from ..data.formats import layouts
+from ..data.formats.readers import normalise
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
 from . import search
@@ -245,13 +245,13 @@ def mine(
     starts = range(0, len(documents), CHUNK)
     for begin in tqdm(starts, desc="documents", disable=not progress, leave=False):
         rows = np.arange(begin, min(begin + CHUNK, len(documents)))
-        vectors_ND[rows] = encoder.encode(documents.prompted(rows), *size)
+        vectors_ND[rows] = encoder.encode(documents.prompted(rows), *size, prompt="")
     full = None
     if options.rescore:
         full = search.LazyVectors(
-            lambda rows: encoder.encode(documents.prompted(rows)),
+            lambda rows: encoder.encode(documents.prompted(rows), prompt=""),
             len(documents),
-            encoder.model.cfg.hidden_size,
+            encoder.full_size()[0],
             directory,
         )
     with tqdm(total=len(texts.queries), desc="queries", disable=not progress, leave=False) as bar:
@@ -287,7 +287,8 @@ def _mine_block(
     most: int,
 ) -> Iterator[Mined]:
     queries = texts.queries.prompted(block)
-    vectors_QD = encoder.encode(queries, options.dim, options.exit, options.rank)
+    size = options.dim, options.exit, options.rank
+    vectors_QD = encoder.encode(queries, *size, prompt="")
     found = search.nearest(torch.from_numpy(vectors_QD), torch.from_numpy(vectors_ND), most)
     scores_QC, rows_QC = (side.numpy() for side in found)
     linked_QC = texts.document_groups[rows_QC] == texts.query_groups[block, None]
@@ -298,7 +299,7 @@ def _mine_block(
     positives = [texts.positives(query) for query in block.tolist()]
     if full is not None:
         full.ensure_encoded(np.concatenate([*(rows for _, rows in candidates), *positives]))
-        vectors_QD, vectors_ND = encoder.encode(queries), full.vectors_ND
+        vectors_QD, vectors_ND = encoder.encode(queries, prompt=""), full.vectors_ND
     for query, vector_D, (scores, rows), own, of_query in zip(
         block.tolist(), vectors_QD, candidates, positives, linked_QC, strict=True
     ):

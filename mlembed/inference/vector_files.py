@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..config.choices import Precision
 from ..runtime.files import atomic_file
@@ -181,6 +179,9 @@ def _header(dtype: np.dtype, rows: int, width: int) -> bytes:
 
 @contextmanager
 def _parquet(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     schema = pa.schema([("embedding", pa.list_(pa.from_numpy_dtype(dtype), width))])
     with atomic_file(path) as partial, pq.ParquetWriter(partial, schema) as file:
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,7 +108,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [T, Hq, K], k and v [T, Hkv, K] for attention."""
         q, k, v = (
-            rearrange(x, "t (h k) -> t h k", k=self.head_dim)
+            x.unflatten(-1, (-1, self.head_dim))
             for x in together(x_TD, self.q_proj, self.k_proj, self.v_proj)
         )
         q = rope(self.q_norm(q), cos_TK, sin_TK).to(v.dtype)
@@ -197,7 +196,7 @@ class BertAttention(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v [T, H, K] for attention."""
         outputs = together(x_TD, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (rearrange(x, "t (h k) -> t h k", k=self.head_dim) for x in outputs)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in outputs)
         return q, k, v
 
 

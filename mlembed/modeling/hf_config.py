@@ -9,6 +9,7 @@ from .. import config
 from ..config import Model
 from ..config.strict import from_dict
 from ..runtime.files import read_json
+from . import sentence_files
 
 # The nesting (exits, prefixes, ranks) in a model directory of ours.
 NESTING = "mlembed_config.json"
@@ -56,8 +57,8 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     For a Qwen3, BERT, RoBERTa or XLM-R checkpoint: exits and prefixes stay if they end at its depth
     and width; a single one becomes that depth or width; otherwise they get their defaults. Ranks
     above the width go. Pooling is that of the directory's sentence-transformers modules
-    (`sentence_pooling`), else `model`'s, but "mean" instead of "last" for BERT and "last" instead
-    of "pooler" for Qwen3.
+    (`sentence_files.read`), else `model`'s, but "mean" instead of "last" for BERT and "last"
+    instead of "pooler" for Qwen3.
 
     For a directory of mlembed: the saved shape, with `model`'s ranks if it had none. Attention's
     implementation and dropout are always `model`'s: weights do not depend on them.
@@ -85,7 +86,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
         known = ", ".join(map(repr, ("qwen3", *BERTS)))
         raise ValueError(f"{path}: expected model_type {known}, got {kind!r}")
     shape = _bert_shape(path, hf) if kind in BERTS else _qwen3_shape(path, hf)
-    stored_pooling = sentence_pooling(directory, shape["hidden_size"])[0]
+    stored_pooling = sentence_files.read(directory, shape["hidden_size"]).pooling
     if stored_pooling == "pooler" and kind == "qwen3":
         raise ValueError(f"{directory}: expected Qwen3 without a tanh Dense module, got one")
     unfit, usual = ("last", "mean") if kind in BERTS else ("pooler", "last")
@@ -163,48 +164,6 @@ def _bert_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
         "type_vocab_size": hf.get("type_vocab_size", 2),
         "causal": False,
     }
-
-
-def sentence_pooling(directory: Path, width: int) -> tuple[str | None, Path | None]:
-    """Return the pooling of a directory's sentence-transformers modules, None without them, and the
-    folder of the Dense module with the pooler's weights, or None.
-
-    [CLS] before a tanh Dense module of width by width, like LaBSE's, is "pooler". Normalize does
-    not change cosines.
-
-    Raises:
-        ValueError: another pooling, more than one, or other modules.
-    """
-    if not (directory / "1_Pooling" / "config.json").is_file():
-        return None, None
-    pooling = read_json(path := directory / "1_Pooling" / "config.json")
-    modes = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on]
-    mode = pooling.get("pooling_mode") or "+".join(modes)
-    ours = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-    named = mode.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
-    if named not in ours:
-        raise ValueError(f"{path}: expected one pooling, cls, mean or lasttoken, got {mode!r}")
-    listed = read_json(directory / "modules.json") if (directory / "modules.json").is_file() else []
-    names = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
-    dense = [directory / str(m["path"]) for m, n in zip(listed, names, strict=True) if n == "Dense"]
-    odd = sorted(set(names) - {"Transformer", "Pooling", "Dense", "Normalize"})
-    if odd or len(dense) > 1:
-        raise ValueError(
-            f"{directory}/modules.json: expected Transformer, Pooling, at most one Dense and "
-            f"Normalize, got {', '.join(names)}"
-        )
-    if not dense:
-        return ours[named], None
-    layer = read_json(path := dense[0] / "config.json")
-    activation = str(layer.get("activation_function", "Tanh")).rpartition(".")[2]
-    fits = [layer.get("in_features"), layer.get("out_features")] == [width, width]
-    if named != "cls" or activation != "Tanh" or not fits or not layer.get("bias", True):
-        raise ValueError(
-            f"{path}: expected a tanh layer of {width} x {width} with a bias after cls pooling, "
-            f"got {activation} of {layer.get('in_features')} x {layer.get('out_features')}, bias "
-            f"{layer.get('bias', True)}, after {named}"
-        )
-    return "pooler", dense[0]
 
 
 def _required(path: Path, hf: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Letters: E exits, N texts, D width.
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .. import config
 from ..data import tokenizer
 from ..data.packing import PackedBatch, budgeted, pack
+from ..runtime import transfer
 from ..runtime.workers import ahead, device_of
 from .transformer import Transformer, mode
 
@@ -78,7 +79,7 @@ class DeviceEncoder:
                 vectors_END: Tensor, rows: np.ndarray, places: np.ndarray = places
             ) -> Tensor:
                 if len(vectors_END) > 1:
-                    exit_N = torch.from_numpy(places[rows]).to(vectors_END.device)
+                    exit_N = transfer.moved(torch.from_numpy(places[rows]), vectors_END.device)
                     text_N = torch.arange(len(rows), device=exit_N.device)
                     vectors_END = vectors_END[exit_N, text_N][None]
                 if window.dim is None:
@@ -123,7 +124,7 @@ class DeviceEncoder:
 
         def packed(rows: np.ndarray) -> tuple[np.ndarray, PackedBatch]:
             batch = pack([ids[row] for row in rows], None if depths is None else depths[rows])
-            return rows, _pinned(batch) if cuda else batch
+            return rows, transfer.pinned(batch) if cuda else batch
 
         half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
         out, begin = torch.empty(0), 0
@@ -148,16 +149,6 @@ class DeviceEncoder:
 def progress_bar(count: int | None, progress: bool) -> tqdm:
     """Return a bar for `count` texts, None if unknown, shown only if `progress`."""
     return tqdm(total=count, desc="encoding", unit=" texts", disable=not progress, leave=False)
-
-
-def _pinned(batch: PackedBatch) -> PackedBatch:
-    """Return the batch in pinned memory, from which copies do not wait for the device's work."""
-    live = tuple(
-        (until, replace(plan, buffer=plan.buffer.pin_memory())) for until, plan in batch.live
-    )
-    tokens = replace(batch.token_index, buffer=batch.token_index.buffer.pin_memory())
-    ids_T, pos_T = batch.ids_T.pin_memory(), batch.pos_T.pin_memory()
-    return replace(batch, ids_T=ids_T, pos_T=pos_T, token_index=tokens, live=live)
 
 
 def process(

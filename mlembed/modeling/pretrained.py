@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import config
 from ..config import strict
 from ..runtime.files import SHARDS
-from .hf_config import NESTING, from_checkpoint, hf_config, resolve, sentence_pooling
+from . import sentence_files
+from .hf_config import NESTING, from_checkpoint, hf_config, resolve
 from .transformer import Transformer
 from .vocabulary import cached_factors
 
@@ -119,7 +120,7 @@ def load(
     Qwen3, BERT, RoBERTa or XLM-R checkpoint of transformers or sentence-transformers.
 
     A tanh Dense module after [CLS] in the latter, like LaBSE's, replaces the encoder's own pooler
-    (`hf_config.sentence_pooling`). If `cfg` has ranks, a plain table is factorised once
+    (`sentence_files.read`). If `cfg` has ranks, a plain table is factorised once
     (`cached_factors`); saved factors stay as they are.
 
     Args:
@@ -187,7 +188,7 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
         return
     # An export's Dense module repeats the weights of its encoder's pooler.
     ours = (directory / NESTING).is_file()
-    dense = None if ours else sentence_pooling(directory, cfg.hidden_size)[1]
+    dense = None if ours else sentence_files.read(directory, cfg.hidden_size).pooler
     if dense is not None:
         file = dense / "model.safetensors"
         if not file.is_file():

@@ -26,6 +26,7 @@ from mlembed_kernels import AttentionPlan, attention
 from .. import config
 from ..config import strict
 from ..data.packing import PackedBatch, SkipLayer
+from ..runtime.profiling import Spans
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, wide
 from .vocabulary import Vocabulary
 
@@ -182,6 +183,8 @@ class Transformer(nn.Module):
             x_TD = self.embed_places(x_TD, batch.pos_T)
         tables = self.rotation(batch.pos_T)
         pooled = []
+        spans = Spans(f"exit {exit}" for exit in exits)
+        spans.next()
         for depth, layer in enumerate(self.layers[: exits[-1]], 1):
             plan = batch.plan_at(depth)
             if plan is None:
@@ -201,8 +204,10 @@ class Transformer(nn.Module):
                     x_TD, exit_nD = self._exit(x_TD, plan, staying)
                 # Texts that ended before come last: their rows are zeros.
                 pooled.append(F.pad(exit_nD, (0, 0, 0, len(batch) - plan.sequences)))
+                spans.next()
             elif staying < len(x_TD):
                 x_TD, _ = Exit.apply(x_TD, plan.cu_seqlens[:0].long(), staying)
+        spans.close()
         # Exits may be deeper than all texts.
         if deeper := len(exits) - len(pooled):
             zeros_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))

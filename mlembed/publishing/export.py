@@ -38,7 +38,7 @@ from ..inference.encoder import Encoder
 from ..modeling import pretrained
 from ..modeling.transformer import Transformer
 from ..runtime import files
-from . import model_card, to_onnx
+from . import to_onnx
 
 MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"
@@ -89,17 +89,15 @@ def export(
     if not out.name:
         raise ValueError(f"out: expected a new directory with a name of its own, got {out}")
     cfg = encoder.model.cfg
-    dim = cfg.hidden_size if dim is None else dim
+    dim = encoder.full_size()[0] if dim is None else dim
     exit = cfg.num_hidden_layers if exit is None else exit
     cfg.check(dim, exit, rank)
+    from . import model_card
+
     check_formats(formats, out)
     origin = model_card.find_origin(source)
     with files.atomic_directory(out) as partial:
-        pretrained.save(pretrained.cut(encoder.model, exit, rank), partial)
-        split(partial, SHARD)
-        tokenizer.save(encoder.tokenizer, partial, encoder.max_length)
-        complete_config(partial, encoder)
-        write_sentence_transformers(partial, encoder, dim)
+        write_model(partial, encoder, dim, exit, rank)
         with quiet():
             if "onnx" in formats:
                 to_onnx.write(partial)
@@ -108,6 +106,15 @@ def export(
         card = model_card.write(encoder, cut, origin, license)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return worst
+
+
+def write_model(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | None) -> None:
+    """Write weights, tokenizer and modules to a directory that exists, unchecked."""
+    pretrained.save(pretrained.cut(encoder.model, exit, rank), directory)
+    split(directory, SHARD)
+    tokenizer.save(encoder.tokenizer, directory, encoder.max_length)
+    complete_config(directory, encoder)
+    write_sentence_transformers(directory, encoder, dim)
 
 
 def check_formats(formats: Sequence[str], out: Path) -> None:
@@ -184,7 +191,9 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
             "__version__": versions,
             # MTEB asks for these two by name; text-embeddings-inference reads strings only.
             "prompts": {"query": "", "document": ""} | encoder.prompts,
-            "default_prompt_name": None,
+            "default_prompt_name": next(
+                (n for n, p in encoder.prompts.items() if p == encoder.default_prompt), None
+            ),
             "similarity_fn_name": "cosine",
         },
         "1_Pooling/config.json": {
@@ -239,7 +248,7 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     ours = replace(encoder, model=plain(encoder.model), bf16=False, max_length=limit)
     # The last text is longer than the limit.
     texts = [*PROBES, " ".join([PROBES[2]] * limit)]
-    expected = ours.encode(texts, dim, exit, rank)
+    expected = ours.encode(texts, dim, exit, rank, prompt="")
     worst, allowed = 0.0, TOLERANCE
 
     def compare(reader: str, vectors: np.ndarray) -> None:
@@ -298,7 +307,7 @@ def noise(ours: Encoder, texts: Sequence[str], expected: np.ndarray, *size: int 
     that is NaN or above 1e-3 allows nothing, as it would hide a wrong reader. Only deep or badly
     conditioned models need this allowance.
     """
-    exact = replace(ours, model=plain(ours.model).double()).encode(texts, *size)
+    exact = replace(ours, model=plain(ours.model).double()).encode(texts, *size, prompt="")
     error = float(np.abs(exact - expected).max())
     return 4 * error if error < 1e-3 else 0.0
 
@@ -316,10 +325,10 @@ def read_by_sentence_transformers(
             f"{model.max_seq_length}"
         )
     model.max_seq_length = ours.max_length
-    vectors = model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
+    vectors = model.encode(texts, prompt="", show_progress_bar=False)
     for name, prompt in encoder.prompts.items():
         by_name = model.encode(texts[:2], prompt_name=name, show_progress_bar=False)
-        prompted = model.encode([prompt + t for t in texts[:2]], show_progress_bar=False)
+        prompted = model.encode([prompt + t for t in texts[:2]], prompt="", show_progress_bar=False)
         if not np.array_equal(by_name, prompted):
             raise ValueError(
                 f"sentence-transformers: expected prompt {name!r} to be {prompt!r}, got "

@@ -1,4 +1,4 @@
-"""One process or `torchrun`: rank and size, gather with gradient, and a clean end."""
+"""One process or `torchrun`: rank and size, gather with gradient, waiting, and a clean end."""
 
 import gc
 import os
@@ -7,7 +7,7 @@ import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,15 +23,22 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 @dataclass(frozen=True)
 class World:
-    """Rank of a process among `size`, and its device; rank 0 writes and prints."""
+    """Rank of a process among `size`, and its device; rank 0 writes and prints.
+
+    store: the group's, None for one process. Workers of a loader get a World without it.
+    """
 
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return World, (self.rank, self.size, self.device)
 
 
 @contextmanager
@@ -52,13 +59,16 @@ def world(device: str = "auto") -> Iterator[World]:
     where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(where)
+    part = None
     if size > 1:
         store, *_ = next(dist.rendezvous("env://"))
         backend = "nccl" if kind == "cuda" else "gloo"
         part = fresh(store, rank, size)
-        dist.init_process_group(backend, store=part, rank=rank, world_size=size)
+        # Without its device NCCL would guess it in the first collective, and warn.
+        own = where if kind == "cuda" else None
+        dist.init_process_group(backend, store=part, rank=rank, world_size=size, device_id=own)
     try:
-        yield World(rank, size, where)
+        yield World(rank, size, where, part)
     except BaseException as error:
         _clear_frames(error)
         raise
@@ -131,6 +141,25 @@ def any_process(flag: bool, where: World) -> bool:
     shared = torch.tensor([float(flag)], device=where.device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return bool(shared.item())
+
+
+@contextmanager
+def main_works(where: World, what: str) -> Iterator[None]:
+    """Hold the other processes at the end of the block until the main process has left it, too.
+
+    The main process evaluates and exports alone, while NCCL ends a run whose collective takes ten
+    minutes (gloo: thirty). So the others ask the store instead, for as long as it takes. If the
+    main process dies, its launcher or the loss of its store ends them.
+
+    what: names the work, once in a run.
+    """
+    yield
+    if where.store is None:
+        return
+    if where.main:
+        where.store.set(f"done/{what}", "")
+    while not where.store.check([f"done/{what}"]):
+        time.sleep(0.05)
 
 
 def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:

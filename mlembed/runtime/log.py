@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import files
+from . import files, profiling
 
 METRICS = "metrics.jsonl"
 
@@ -128,13 +128,14 @@ class Stages:
         return event
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Count the block as the stage `name`."""
+    def of(self, name: str, traced: bool = True) -> Iterator[None]:
+        """Count the block as the stage `name`. traced: it is also a range of a trace."""
         outer = self._open[-1] if self._open else None
         self._open.append(name)
         begin = self._now()
         try:
-            yield
+            with profiling.span(name) if traced else nullcontext():
+                yield
         finally:
             self._open.pop()
             self._spans.append((name, outer, begin, self._now()))

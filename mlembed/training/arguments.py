@@ -49,6 +49,11 @@ def parse(args: Sequence[str]) -> config.Run:
     if "steps" in keys and "epochs" not in keys:
         base = dataclasses.replace(base, epochs=0.0)
     run = _override(base, rest, f"train.py {name}")
+    if run.init and run.optim.lr > config.TUNING_LR and name == "tiny" and "optim.lr" not in keys:
+        raise ValueError(
+            f"optim.lr: expected a rate for the trained weights of --init, like --optim.lr 2e-5; "
+            f"the {run.optim.lr:g} of tiny is for random weights and would spoil them"
+        )
     from ..data import sources  # Arrow and numpy load only once the arguments are read.
 
     return sources.expand(run)

@@ -3,14 +3,14 @@
     engine.begin()
     forward(.., sync=False), backward(.., sync=False)    any number, each process its own
     forward(.., sync=True),  backward(.., sync=True)     once, the last: reduces the gradients
-    engine.clip(engine.norm(), max_norm);  optimizer.step();  engine.zero()
+    engine.norm(engine.norms());  optimizer.step();  engine.zero()
 
 Processes may differ in how many packs they have and in which graphs they keep, so nothing between
 `begin` and the last backward communicates: `begin` gathers weights, and the last backward, which
 has to reach every layer, averages gradients over processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,17 +74,28 @@ class Engine:
         """
         torch.autograd.backward(outputs, grads)
 
-    def norm(self) -> Tensor:
-        """Return the norm of all gradients, 0-dim and equal on all processes; all call it."""
-        return torch.nn.utils.get_total_norm(self._grads())
+    def norms(self) -> dict[str, Tensor]:
+        """Return the norm of this process's part of each gradient, 0-dim, by parameter.
 
-    @torch.no_grad()
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        """Scale the gradients, whose norm is `norm`, in place to a norm of at most `max_norm`."""
-        # torch.nn.utils.clip_grads_with_norm_ computes the same factor.
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        if grads := self._grads():
-            torch._foreach_mul_(grads, factor.to(grads[0].device))
+        Norms are fp32, float64 of float64.
+        """
+        named = self.model.named_parameters()
+        grads = {name: local(p.grad) for name, p in named if p.grad is not None}
+        norms: dict[str, Tensor] = {}
+        # torch computes norms of equal dtypes together.
+        for dtype in dict.fromkeys(grad.dtype for grad in grads.values()):
+            some = {name: grad for name, grad in grads.items() if grad.dtype == dtype}
+            wide = torch.promote_types(dtype, torch.float32)
+            each = torch._foreach_norm(list(some.values()), 2, wide)
+            norms.update(zip(some, each, strict=True))
+        return {name: norms[name] for name in grads}
+
+    def norm(self, norms: Mapping[str, Tensor]) -> Tensor:
+        """Return the norm of all gradients, 0-dim and equal on all processes; all call it.
+
+        norms: what `norms` returned.
+        """
+        return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
     def zero(self) -> None:
         """Drop the gradients at the end of a step."""
@@ -97,10 +108,6 @@ class Engine:
         All processes call it; all but the main one get None.
         """
         return self.model if self.where.main else None
-
-    def _grads(self) -> list[Tensor]:
-        """Return this process's part of every gradient as a plain tensor."""
-        return [local(p.grad) for p in self.model.parameters() if p.grad is not None]
 
 
 class Replicated(Engine):
@@ -177,11 +184,11 @@ class Sharded(Engine):
         self.root.set_reshard_after_backward(last)
         self.root.set_is_last_backward(last)
 
-    def norm(self) -> Tensor:
-        grads = self._grads()
-        square = torch.nn.utils.get_total_norm(grads).double().square().to(self.where.device)
+    def norm(self, norms: Mapping[str, Tensor]) -> Tensor:
+        own = super().norm(norms)
+        square = own.double().square().to(self.where.device)
         dist.all_reduce(square)
-        return square.sqrt().to(grads[0].dtype)
+        return square.sqrt().to(own.dtype)
 
     def full_model(self) -> Transformer | None:
         weights: dict[str, Tensor] = {}

@@ -28,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import config
 from ..data.packing import PackedBatch, pack
 from ..modeling.transformer import Transformer, mode
+from ..runtime.profiling import span
 from .engine import Engine
 
 Forward = Callable[[int, bool], Tensor]  # (number of the pack, sync) -> exits_END
@@ -57,24 +58,32 @@ def gradients(
             backward reaches every layer on every process, whichever graphs they keep.
         sync: this is the last pass of a step.
     """
+
+    def backward(outputs: list[Tensor], grads: list[Tensor], sync: bool) -> None:
+        with span("backward"):
+            engine.backward(outputs, grads, sync=sync)
+
     at_once = all(keeps)
     outputs = []
     for i, keep in enumerate(keeps):
         with torch.set_grad_enabled(keep):
             outputs.append(forward(i, sync and at_once))
     leaf_END = torch.cat([part.detach() for part in outputs], dim=1).requires_grad_()
-    loss(leaf_END).backward()
+    value = loss(leaf_END)
+    with span("backward"):
+        value.backward()
+    del value
     assert leaf_END.grad is not None
     grads = leaf_END.grad.split([part.shape[1] for part in outputs], dim=1)
     order = sorted(range(len(keeps)), key=lambda i: i == final)
     if kept := [i for i in order if keeps[i]]:
-        engine.backward([outputs[i] for i in kept], [grads[i] for i in kept], sync=sync and at_once)
+        backward([outputs[i] for i in kept], [grads[i] for i in kept], sync and at_once)
     # The kept graphs have to be freed before the first of the other packs builds its graph.
     del outputs
     for i in order:
         if not keeps[i]:
             last = sync and i == final
-            engine.backward([forward(i, last)], [grads[i]], sync=last)
+            backward([forward(i, last)], [grads[i]], last)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Name the first NaN or infinity of a step, and advise when memory runs out."""
+"""Find NaN and infinities of a step on the device, name the first, and advise on memory."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,20 +17,60 @@ GIB = 2**30
 # ---- NaN and infinity ----
 
 
-def non_finite(model: Transformer, where: World, losses: Mapping[str, Tensor]) -> str:
-    """Name the first tensor that is not finite, in the order weights, losses, gradients.
-
-    All processes call it and agree on whether it is a weight. Each names the weight or the loss of
-    its own, and all the same gradient. losses: loss_EM of each term.
+def agree(numbers: Iterable[Tensor], stop: bool, where: World) -> Tensor:
+    """Return whether a number of any process is not finite, and whether any process is to stop:
+    fp32 [2] on the device, 1 for yes and 0 for no. All processes call it.
     """
-    exits, dims = model.cfg.exits, model.cfg.matryoshka_dims
-    gradient, weight = bad_gradient(model), bad_weight(model)
-    if any_process(weight is not None, where):
-        return weight or "weight on another process"
-    for name, loss_EM in losses.items():
-        if bad := bad_loss(loss_EM, exits, dims):
-            return f"{name} {bad}"
-    return gradient or "gradient norm"
+    finite = torch.stack([x.isfinite().all().to(where.device) for x in numbers]).all()
+    answers = torch.stack([1 - finite.float(), torch.full_like(finite, stop, dtype=torch.float32)])
+    if where.size > 1:
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+    return answers
+
+
+class Check:
+    """Whether the numbers of a step are finite, which the host reads after the step.
+
+    step: the step's number. losses: loss_EM of each term. norms: norm of this process's part of
+    each gradient, by parameter. stop: whether any process is to stop, once `bad` has been called.
+    """
+
+    stop = False
+
+    def __init__(
+        self, step: int, answers: Tensor, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]
+    ) -> None:
+        """answers: what `agree` returned."""
+        self.step, self.losses, self.norms = step, losses, norms
+        # The copy goes to pinned memory.
+        self._answers, self._copied = answers.to("cpu", non_blocking=True), None
+        if answers.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def bad(self, model: Transformer, where: World) -> str | None:
+        """Name the first tensor that is not finite, in the order weights, losses, gradients.
+
+        The call waits for the step's update. All processes call it and agree on whether there is
+        one and whether it is a weight. Each names the weight or the loss of its own, and all the
+        same gradient.
+
+        Returns:
+            None if all numbers are finite.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        found, self.stop = map(bool, self._answers.tolist())
+        if not found:
+            return None
+        weight = bad_weight(model)
+        gradient = bad_gradient(self.norms)
+        if any_process(weight is not None, where):
+            return weight or "weight on another process"
+        for name, loss_EM in self.losses.items():
+            if bad := bad_loss(loss_EM, model.cfg.exits, model.cfg.matryoshka_dims):
+                return f"{name} {bad}"
+        return gradient or "gradient norm"
 
 
 def bad_loss(loss_EM: Tensor, exits: Sequence[int], dims: Sequence[int]) -> str | None:
@@ -50,16 +90,19 @@ def bad_weight(model: nn.Module) -> str | None:
     return None
 
 
-def bad_gradient(model: nn.Module) -> str | None:
-    """Name the first parameter whose gradient is not finite on any process; all call it."""
-    named = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
-    bad = (i for i, (_, grad) in enumerate(named) if not grad.isfinite().all())
-    first = torch.tensor(next(bad, len(named)))
+def bad_gradient(norms: Mapping[str, Tensor]) -> str | None:
+    """Name the first parameter whose gradient's norm is not finite on any process; all call it.
+
+    norms: by parameter, each at least 0.
+    """
+    names = list(norms)
+    bad = (~torch.stack(list(norms.values())).isfinite()).nonzero()
+    first = torch.tensor(int(bad[0]) if len(bad) else len(names))
     if dist.is_initialized():
         # NCCL reduces device memory only, and gradients may be in host memory.
         first = first.cuda() if dist.get_backend() == "nccl" else first
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    return f"gradient of {named[int(first)][0]}" if first < len(named) else None
+    return f"gradient of {names[int(first)]}" if first < len(names) else None
 
 
 # ---- memory ----

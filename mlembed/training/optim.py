@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as fused_adamw
+
+from mlembed_kernels import stochastic_adamw
 
 from .. import config
-
-CHUNK = 2**24  # elements updated at once, whose three fp32 copies take 192 MiB
 
 
 def to_weights(model: nn.Module, cfg: config.Optim) -> None:
@@ -20,7 +22,7 @@ def to_weights(model: nn.Module, cfg: config.Optim) -> None:
                 parameter.data = parameter.data.bfloat16()
 
 
-def adamw(model: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, cfg: config.Optim, seed: int = 0) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, for bf16 weights StochasticAdamW; norms have no weight decay."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim <= 1]
@@ -29,24 +31,42 @@ def adamw(model: nn.Module, cfg: config.Optim) -> torch.optim.Optimizer:
         {"params": norms, "weight_decay": 0.0},
     ]
     if cfg.weights == "bf16":
-        return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+        return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, seed=seed)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
+def prepare(
+    optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, found_inf: Tensor
+) -> None:
+    """Let the optimiser's next step clip gradients and, where `found_inf` is 1, change nothing.
+
+    The step reads both on the device of its weights and clips as it reads the gradients, like
+    torch.nn.utils.clip_grads_with_norm_. The host waits only for weights in host memory (FSDP's
+    `cpu_offload`), which it updates itself.
+
+    Args:
+        norm: 0-dim, norm of all gradients. found_inf: fp32 0-dim, 0 or 1.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    vars(optimizer)["grad_scale"] = scale.to(device, torch.float32)
+    vars(optimizer)["found_inf"] = found_inf.to(device)
+
+
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) as torch computes it, for bf16 parameters without fp32 masters.
+    """AdamW for bf16 parameters without fp32 masters: `stochastic_adamw` of the kernels.
 
-    Moments and update are fp32, and the new bf16 weight is rounded stochastically: a bf16 step is
-    at least 2^-8 of a weight, and rounding to nearest would lose every update below half of that.
-    fp32 parameters are updated like torch.optim.AdamW's.
-
-    The state has torch's names; `step` stays on the host, so that reading it never waits. Rounding
-    draws from the device's default generator, so replicas with equal seeds stay equal. Restore the
-    state with checkpoint.restore: load_state_dict would cast moments to the weights' dtype.
+    fp32 parameters are updated by torch's fused AdamW. The state has torch's names and is on the
+    parameters' device. Like torch's, `step` reads `grad_scale` and `found_inf` if they are set. The
+    rounding draws from `seed` and the parameter's place among all, so replicas stay equal. Restore
+    the state with checkpoint.restore: load_state_dict would cast moments to the weights' dtype.
 
     Raises:
         ValueError: parameters that are neither fp32 nor bf16.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -55,8 +75,11 @@ class StochasticAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        super().__init__(params, defaults)
+        self.seed = seed
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         if others := sorted(map(str, dtypes - {torch.float32, torch.bfloat16})):
             raise ValueError(f"weights: expected fp32 or bf16 parameters, got {', '.join(others)}")
@@ -70,67 +93,40 @@ class StochasticAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        numbers = count()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            numbered = [(p, number) for p, number in zip(group["params"], numbers, strict=False)]
+            for dtype in (torch.bfloat16, torch.float32):
+                some = [(p, i) for p, i in numbered if p.grad is not None and p.dtype is dtype]
+                if some:
+                    self._update([p for p, _ in some], [i for _, i in some], group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-        assert state["exp_avg"].dtype == torch.float32, "expected fp32 moments: load_state_dict?"
-        # load_state_dict may put it on the device.
-        state["step"] = state["step"].cpu() + 1
-        step = state["step"].item()
-        # A gradient may be strided.
-        weights, grads = parameter.view(-1), parameter.grad.reshape(-1)
-        firsts, seconds = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        for i in range(0, len(weights), CHUNK):
-            piece = slice(i, i + CHUNK)
-            _adamw(weights[piece], grads[piece], firsts[piece], seconds[piece], step, group)
-
-
-def _adamw(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: float,
-    group: dict[str, Any],
-) -> None:
-    """Update a piece [n] of a parameter in place, with torch's operations in torch's order."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    # An fp32 weight is not copied.
-    wide, grad = weight.float(), grad.float()
-    wide.mul_(1 - lr * group["weight_decay"])
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    wide.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
-    # Rounding needs their memory.
-    del grad, denominator
-    if wide is not weight:
-        weight.copy_(rounded(wide))
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Round fp32 to one of the two neighbouring bf16, drawn so that the expectation is x.
-
-    A bf16 is the upper half of an fp32. Adding 16 random bits to the lower half carries into the
-    upper half with probability (lower half) / 2^16, the position of x between its neighbours, for
-    both signs and for subnormals. Beyond the largest finite bf16, infinities and NaN included, it
-    rounds to nearest.
-    """
-    noise = torch.randint_like(x, 1 << 16, dtype=torch.int32)
-    drawn = noise.add_(x.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
-    # The comparison is false for NaN.
-    inside = x.abs() <= torch.finfo(torch.bfloat16).max
-    return torch.where(inside, drawn, x).bfloat16()
+    def _update(self, parameters: list[Tensor], numbers: list[int], group: dict[str, Any]) -> None:
+        """Step some parameters of one dtype."""
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        firsts, seconds, steps = (
+            [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
+        )
+        options = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+        options |= {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        if parameters[0].dtype == torch.bfloat16:
+            stochastic_adamw(
+                parameters, grads, firsts, seconds, steps,
+                betas=group["betas"], seed=self.seed, numbers=numbers, **options,
+            )  # fmt: skip
+        else:
+            beta1, beta2 = group["betas"]
+            fused_adamw(
+                parameters, grads, firsts, seconds, [], steps,
+                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
+            )  # fmt: skip
 
 
 def learning_rate(step: int, run: config.Run) -> float:

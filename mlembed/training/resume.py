@@ -58,7 +58,7 @@ def write_config(run: config.Run, directory: Path, start: int) -> None:
     """Write the run's config.json; keep one that differs as `config_until_<start>.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
-    plain = replace(run, resume=False, allow_changed=())
+    plain = replace(run, resume=False, allow_changed=(), profile=0)
     resolved = json.dumps(strict.to_dict(plain), indent=2) + "\n"
     if path.is_file() and (before := path.read_text(encoding="utf-8")) != resolved:
         files.write_text(directory / f"config_until_{start}.json", before)

@@ -5,11 +5,11 @@ All processes of a run call every function, with the same arguments.
 
 import math
 import os
-import resource
 import signal
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from mlembed_kernels.attention.attention import WIDTHS
 from .. import config
 from ..data import sources, tokenizer
 from ..data.batches import Batches, steps_of
-from ..data.cldr import normalise
 from ..data.eval_sets import read_all
+from ..data.formats.readers import normalise
 from ..data.streams import name_of
 from ..data.tables import Table, describe
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log
-from ..runtime.distributed import World, any_process
-from . import gradcache
+from ..runtime.distributed import World, main_works
+from . import gradcache, guards
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
@@ -139,12 +139,9 @@ def build(
     if run.init_factors == "frequency":
         counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
     # The main process factorises the table; the others wait and read it from the cache.
-    if not where.main:
-        any_process(False, where)
-    model = pretrained.load(run.init, run.model, counts)
-    if where.main:
-        any_process(False, where)
-    return model
+    with main_works(where, "factorise"):
+        model = pretrained.load(run.init, run.model, counts) if where.main else None
+    return model if model is not None else pretrained.load(run.init, run.model, counts)
 
 
 def teachers(
@@ -245,7 +242,8 @@ class Job:
 
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
-    without a limit).
+    without a limit). unread: the check of the last step, until `settle` reads it. signals: times at
+    which this process got Ctrl-C or SIGTERM.
     """
 
     run: config.Run
@@ -266,6 +264,8 @@ class Job:
     bank: Bank | None
     teacher: Teacher | None
     distiller: Distiller | None
+    unread: list[guards.Check] = field(default_factory=list)
+    signals: list[float] = field(default_factory=list)
 
     @property
     def model(self) -> Transformer:
@@ -277,6 +277,8 @@ def set_up(
     run: config.Run, where: World, directory: Path, resume_from: Path | None, out: log.Log
 ) -> Job:
     """Read the text, build or load the model, restore a checkpoint, and print what runs."""
+    if workers_of(run, where):
+        start_server()
     text = read_text(run, out.say)
     tokens = load_tokenizer(run, resume_from, text)
     if run.epochs:
@@ -300,7 +302,7 @@ def set_up(
     cost = ActivationCost.measure(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
     engine = Engine.of(model, run, where, half)
-    optimizer = adamw(model, run.optim)
+    optimizer = adamw(model, run.optim, run.seed)
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
     if resume_from:
         checkpoint.restore(resume_from, model, optimizer, where.rank, where.size)
@@ -318,6 +320,11 @@ def set_up(
     if teacher is not None:
         out.say(f"teach  {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
+    if run.init and run.optim.lr > config.TUNING_LR:
+        out.say(
+            f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
+            "2e-5 is usual, above 1e-4 they may be lost"
+        )
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
     )
@@ -335,23 +342,35 @@ def _tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 def loader(job: Job, start: int) -> DataLoader:
     """Return a loader of the micro-batches from step `start` on, with the configured workers."""
-    run, workers = job.run, job.run.loader_workers
-    if workers < 0:
-        workers = 2 if job.where.device.type == "cuda" else 0
-    if workers:
-        # A tensor on its way between processes is an open file, and a batch has dozens of them.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        # The tokenizer's threads do not survive a fork.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run, workers = job.run, workers_of(job.run, job.where)
     return DataLoader(
         Subset(job.batches, range(batches_of(run, start)[0], batches_of(run, run.steps)[0])),
         batch_size=None,
         # A generator of its own: a resumed run makes it again and may draw from no other.
         generator=torch.Generator(),
         num_workers=workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=prepare_worker,
+        pin_memory=job.where.device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,
     )
+
+
+def workers_of(run: config.Run, where: World) -> int:
+    """Return how many processes prepare batches."""
+    return run.loader_workers if run.loader_workers >= 0 else 2 * (where.device.type == "cuda")
+
+
+def start_server() -> None:
+    """Start the process that a loader's workers are forked from; its imports take seconds.
+
+    It is a new interpreter, because NCCL, CUDA and the threads of this process do not survive a
+    fork. SIGTERM, which a scheduler sends to all processes, must not end it: signals that are
+    ignored stay so in a new program.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    forkserver.set_forkserver_preload(["mlembed.data.batches"])
+    forkserver.ensure_running()
+    signal.signal(signal.SIGTERM, before)
 
 
 def batches_of(run: config.Run, step: int) -> range:
@@ -360,7 +379,11 @@ def batches_of(run: config.Run, step: int) -> range:
     return range(step * count, (step + 1) * count)
 
 
-def ignore_signals(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which reach loader workers, too: the run ends its workers."""
+def prepare_worker(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM, which reach loader workers, too: the run ends its workers.
+
+    A worker tokenises in one thread, like everything else that it does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

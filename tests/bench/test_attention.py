@@ -338,7 +338,7 @@ def test_toy_cases_and_the_sweep_finish(make_worker, records, monkeypatch):
     assert {r["provider"] for r in rows if r["status"] == "absent"} <= set(peers.PEERS)
     sweeps = [r for r in every if r["kind"] == "sweep"]
     assert [(r["kernel"], r["mode"]) for r in sweeps] == [
-        *[("long_forward_64", "fwd")] * 2,  # the present entry and one candidate
+        *[("middle_forward_64", "fwd")] * 2,  # the present entry and one candidate
         *[("keys_backward_64", "bwd")] * 2,
     ]
     assert all(r["status"] == "ran" and r["right"] for r in sweeps)

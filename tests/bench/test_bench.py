@@ -16,6 +16,8 @@ import torch
 
 from bench import __main__ as command
 from bench import _Beside, harness, named, report, worker
+from bench import records as results
+from bench.environment import sources
 from bench.harness import CPU, Leaves
 from bench.infonce import bench, peers
 
@@ -117,7 +119,7 @@ def test_list(monkeypatch, capsys):
     command.main()
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert ", ".join(lines) == NAMES
-    assert lines["infonce"] == "reference, both, small, labse, e1, huge"
+    assert lines["infonce"] == "reference, both, small, labse, e1, siglip, huge"
     assert lines["attention"].startswith("short, mid, long, skip, ")
     assert lines["embed"] == "step, masters, rank64, lealla"
     assert lines["train_step"] == "step, step_skip, step_nested, lealla"
@@ -151,7 +153,7 @@ args = sys.argv[1:]
 cut, end = args.index("--skip"), args.index("--seconds")
 stages, skip, red = args[1:cut], set(args[cut + 1 : end]), "--red" in args
 def say(kind, **values): print(json.dumps({"kind": kind, **values}), flush=True)
-say("environment", gpu="NVIDIA Toy 9000")
+say("environment", gpu="NVIDIA Toy 9000", sources=SOURCES)
 print("a library says hello")
 if stages == ["gate"]:
     say("gate", check="one", dtype="bfloat16", ok=MODE != "red", loss={"ok": False})
@@ -179,7 +181,7 @@ def stubbed(tmp_path, monkeypatch, capsys):
 
     def call(mode, *args):
         stub = tmp_path / "stub.py"
-        stub.write_text(f"MODE = {mode!r}\n{STUB}")
+        stub.write_text(f"MODE, SOURCES = {mode!r}, {sources()!r}\n{STUB}")
         monkeypatch.setattr(command, "WORKER", [sys.executable, str(stub)])
         out = tmp_path / "results"
         argv = ["bench", "infonce", "--case", "small", "--skip-tests", "--out", str(out), *args]
@@ -234,6 +236,39 @@ def test_skipped_cases_are_listed(stubbed):
     assert status == 1 and not last["benches"]["infonce"]["finished"]
     (row,) = (line for line in lines if line["kind"] == "row")
     assert row["status"] == "skipped" and row["note"] == "no time was left"
+
+
+def test_cases_take_the_verdict_and_the_rows_of_earlier_runs(stubbed, monkeypatch):
+    status, printed, _, lines = stubbed("died", "--part", "gate")
+    assert [line["kind"] for line in lines] == ["environment", "gate", "stage"] and status == 0
+    for _ in range(2):  # the second run finds all rows
+        status, printed, last, lines = stubbed("died", "--part", "cases")
+        rows = [line["provider"] for line in lines if line["kind"] == "row"]
+        assert rows == ["ours", "eager", "gemm", "compile"]
+        assert [line["kind"] for line in lines].count("gate") == 1
+        assert last["benches"]["infonce"]["green"] and "gate: 1 of 1 checks right" in printed
+        assert any(line.startswith("compile") for line in printed)  # in the table
+    monkeypatch.setattr(results, "sources", lambda: "changed")
+    status, printed, last, _ = stubbed("died", "--part", "cases")
+    assert "gate: RED, it was not run for these sources" in printed and status == 1
+    assert not last["benches"]["infonce"]["green"]
+
+
+def test_results_are_kept_without_rows_that_lacked_time(tmp_path):
+    row = {"kind": "row", "bench": "infonce", "case": "small", "provider": "ours", "mode": "fwd"}
+    path = tmp_path / "r.jsonl"
+    records = [
+        {"kind": "environment", "bench": "infonce", "sources": "old"}, row | {"status": "ran"},
+        {"kind": "environment", "bench": "infonce", "sources": sources()},
+        {"kind": "gate", "bench": "infonce", "ok": True},
+        {"kind": "stage", "bench": "infonce", "stages": ["gate"], "done": False},
+        row | {"mode": "bwd", "status": "skipped"}, row | {"mode": "fwd+bwd", "status": "failed"},
+        {"kind": "ceilings", "bench": "infonce"}, row | {"bench": "embed", "status": "ran"},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"cut')
+    kept = results.earlier(path, "infonce")
+    assert kept.gate == [] and list(kept.rows) == ["small:ours:fwd+bwd"]
+    assert [record["kind"] for record in kept.others] == ["ceilings"]
 
 
 # ---- the worker, with times ----

@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tyro
+from factories import write_encoder, write_jsonl
 
 from mlembed.cli import encode
-from mlembed.data import tokenizer
 from mlembed.inference.encoder import WINDOW, Encoder
 from mlembed.inference.vector_files import Quantiser
-from mlembed.modeling import pretrained
-from tests.inference.test_encoder import MAX_LENGTH, build
+from tests.inference.test_encoder import build
 
 TEXTS = [
     "Wednesday, May 4, 2050",
@@ -38,14 +37,12 @@ ENVIRONMENT.pop("MLEMBED_TRACEBACK", None)
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return build({"query": "q: "})
+    return replace(build(), prompts={"query": "q: "})
 
 
 @pytest.fixture(scope="module")
 def directory(encoder, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    pretrained.save(encoder.model, path)
-    tokenizer.save(encoder.tokenizer, path, MAX_LENGTH)
+    path = write_encoder(encoder, tmp_path_factory.mktemp("model"))
     settings = path / "config_sentence_transformers.json"
     settings.write_text(json.dumps({"prompts": encoder.prompts}))
     return path
@@ -128,7 +125,7 @@ def test_parquet_on_two_devices_and_reused_ranges(encoder, directory, tmp_path):
 
 def test_json_lines_to_npy(encoder, directory, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.npy"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write_jsonl(source, [{"text": text} for text in TEXTS])
     good(directory, "--input", source, "--out", out, "--dtype", "bfloat16", "--max-tokens", "9")
     vectors = np.load(out)
     wanted = encoder.encode(TEXTS)
@@ -227,10 +224,9 @@ def test_two_processes_equal_one(encoder):
     texts = TEXTS * 6
     with several as both:
         np.testing.assert_allclose(both.encode(texts), encoder.encode(texts), rtol=0, atol=1e-5)
-        exits = [1, 2, 3] * 8
-        np.testing.assert_allclose(
-            both.encode(texts, 5, exits), encoder.encode(texts, 5, exits), rtol=0, atol=1e-5
-        )
+        sizes = 5, [1, 2, 3] * 8
+        want = encoder.encode(texts, *sizes)
+        np.testing.assert_allclose(both.encode(texts, *sizes), want, rtol=0, atol=1e-5)
         (part,) = both.stream(iter(TEXTS), 5, 2, 3, precision="ubinary")
         np.testing.assert_array_equal(part, encoder.encode(TEXTS, 5, 2, 3, precision="ubinary"))
         want = encoder.encode(["q: a"])
@@ -250,9 +246,8 @@ def test_two_processes_equal_one(encoder):
 
 def peak_mib(directory: Path, lines: Path, out: Path) -> float:
     """Return the peak resident memory of the command, encoding lines to out."""
-    process = subprocess.Popen(
-        [*HEAD, directory, "--input", lines, "--out", out, "--exit", "1"], env=ENVIRONMENT
-    )
+    words = [*HEAD, directory, "--input", lines, "--out", out, "--exit", "1"]
+    process = subprocess.Popen(words, env=ENVIRONMENT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0

@@ -14,7 +14,7 @@ TOKENS = [RNG.integers(0, 100, n) for n in RNG.integers(1, 20, 80)]
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("max_tokens", [30, 10_000])
 def test_collate(size, skip, max_tokens):
-    """Every group whole, on one process; queries and documents apart; deepest first."""
+    """Every group whole, on one process; queries and documents together; deepest first."""
     rng = np.random.default_rng(1)
     groups, row = [], 0
     for negatives in rng.integers(0, 5, 16).tolist():
@@ -44,7 +44,8 @@ def test_collate(size, skip, max_tokens):
         order = batch.place.tolist()
         n, each = 16 // size, 16 // size * rank
         queries, docs = order[:n], order[n:]
-        assert not {pack_of[i] for i in queries} & {pack_of[i] for i in docs}
+        shared = {pack_of[i] for i in queries} & {pack_of[i] for i in docs}
+        assert shared and (len(batch.packs) == 1) == (max_tokens > sum(map(len, texts)))
         query_ids = batch.query_ids[each : each + n].tolist()
         first = sum(batch.doc_sizes[:rank])
         mine = slice(first, first + batch.doc_sizes[rank])

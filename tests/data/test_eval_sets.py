@@ -164,12 +164,6 @@ def test_sts_errors(content, message, tmp_path):
         read(tmp_path / "s.csv")
 
 
-def test_directory_of_tasks(tmp_path):
-    files(tmp_path, b_csv=STS + "a,b,1\n", notes_md="x")
-    jsonl(tmp_path / "a.jsonl", ROWS)
-    assert [task.name for task in read(tmp_path)] == ["a", "b"]
-
-
 def test_tasks_of_one_name(tmp_path):
     paths = []
     for folder in ("a", "b"):

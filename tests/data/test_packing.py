@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from mlembed.data.packing import budgeted, even_packs, even_shares, pack
 from mlembed_kernels import AttentionPlan
@@ -56,12 +55,6 @@ def test_to_moves_everything(texts):
     tensors = (batch.ids_T, batch.pos_T, batch.cu_seqlens, batch.plan.buffer)
     assert {t.device.type for t in tensors} == {"meta"}
     assert len(batch) == len(texts) and batch.plan.max_seqlen == 64
-
-
-def test_worker_processes(texts):
-    packs = [pack(texts), pack(texts[:1])]
-    received = list(DataLoader(packs, batch_size=None, num_workers=1))
-    assert len(received) == 2 and all(map(equal, received, packs))
 
 
 def test_pack_without_tokens():

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,6 @@ from mlembed.data.formats import layouts, readers
 from mlembed.data.tables import StoredTexts
 from mlembed.runtime import cache
 from tests.data.samples import (
-    PAIR_ITEMS,
     PAIRS,
     items,
     jsonl,
@@ -26,9 +24,6 @@ from tests.data.samples import (
     source,
     table_of,
 )
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "train"
-
 
 # ---- files and directories ----
 
@@ -230,13 +225,6 @@ def test_malformed_large_source(large, tmp_path):
         assert report.bad_rows == [f"{path}:5: positive: expected text, got None"]
 
 
-def test_cache_that_cannot_be_written(large, tmp_path, monkeypatch):
-    path = jsonl(tmp_path / "p.jsonl", PAIRS)
-    monkeypatch.setenv("MLEMBED_CACHE", path)
-    with pytest.warns(UserWarning, match="text could not be stored"):
-        assert read(path)[0] == PAIR_ITEMS
-
-
 # ---- streams ----
 
 
@@ -292,14 +280,3 @@ def test_what_cannot_be_a_stream(rows, fields, held_out, words, tmp_path):
     some = source(jsonl(tmp_path / "p.jsonl", rows), **fields)
     with pytest.raises(ValueError, match=rf"p\.jsonl: {words}"):
         list(sources.items(some, held_out=held_out))
-
-
-# A table that lists where the texts come from lies there as well.
-@pytest.mark.filterwarnings("ignore:.* left out, beside")
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
-def test_every_shared_file_reads():
-    found = [table for table, _ in reports(SHARED)]
-    assert len(found) == len([*SHARED.glob("*.parquet"), *SHARED.glob("*.jsonl")])
-    for table in found:
-        assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
-        assert table.starts[-1] == len(table.texts) and (np.diff(table.starts) >= 2).all()

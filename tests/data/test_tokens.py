@@ -198,18 +198,6 @@ def test_equal_keys(learnt, cache, calls, tmp_path, monkeypatch):
     assert not calls
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
-@pytest.mark.parametrize("name", ["flat.bin", "offsets.npy"])
-def test_damaged_files_are_replaced(name, damage, learnt, cache, calls):
-    want = lists(tokenise(pairs(), learnt, 16))
-    (entry,) = cache.iterdir()
-    damage(entry / name)
-    calls.clear()
-    for _ in range(2):
-        assert lists(tokenise(pairs(), learnt, 16)) == want
-    assert calls == pairs().texts and list(cache.iterdir()) == [entry]
-
-
 def test_pickled_tokens(learnt, cache):
     made = tokenise(pairs(2000), learnt, 16)
     sent = pickle.dumps(made)

@@ -3,11 +3,9 @@
 No other test imports mteb, which takes seconds.
 """
 
-import csv
 import json
 import warnings
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +13,9 @@ import processes
 import pytest
 import torch
 from datasets import Dataset
-from factories import tiny_encoder, tiny_tokenizer
+from factories import tiny_encoder, tiny_tokenizer, write_encoder, write_jsonl
 
-from mlembed.data import eval_sets, tokenizer
+from mlembed.data import eval_sets
 from mlembed.evaluation import grid, scores
 from mlembed.inference.encoder import Encoder, GridVectors
 from mlembed.modeling import pretrained
@@ -29,12 +27,8 @@ from mteb.types import PromptType  # noqa: E402
 
 from mlembed.evaluation import mteb_model  # noqa: E402
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval"
 WIDTH = 48
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
-LANGS = ("en", "de", "es", "fr", "ja", "zh")
-STS = [f"stsb-{lang}-{split}" for lang in LANGS for split in ("dev", "test")]
-BEIR = ["afriqa-en-dev", "afriqa-fr-dev", "arcd-ar-test", "drcd-zh-Hant-dev", "jaquad-ja-dev"]
 AGREE = 1e-6
 
 
@@ -77,22 +71,15 @@ class SameVectors(mteb_model.MTEBEncoder):
 
 
 def metadata(kind, name, main_score, langs, split="test"):
-    return mteb.TaskMetadata(
-        dataset={"path": "local", "revision": "1"},
-        name=name,
-        description="local",
-        type=kind,
-        eval_splits=[split],
-        eval_langs=langs,
-        main_score=main_score,
-    )
+    given = {"name": name, "type": kind, "main_score": main_score, "eval_langs": langs}
+    given |= {"dataset": {"path": "local", "revision": "1"}, "eval_splits": [split]}
+    return mteb.TaskMetadata(description="local", **given)
 
 
 def by_mteb(task, out=None):
     cache = mteb.ResultCache(out) if out else None
-    (result,) = mteb.evaluate(
-        SameVectors(), [task], cache=cache, co2_tracker=False, show_progress_bar=False
-    ).task_results
+    quiet = {"co2_tracker": False, "show_progress_bar": False}
+    (result,) = mteb.evaluate(SameVectors(), [task], cache=cache, **quiet).task_results
     return result
 
 
@@ -131,17 +118,8 @@ def tatoeba_files(path):
     return path, ("deu", "nld")
 
 
-@pytest.fixture(params=["made", "shared"])
-def tatoeba(request, tmp_path):
-    if request.param == "made":
-        return tatoeba_files(tmp_path / "tat")
-    if not (SHARED / "tatoeba_dev").is_dir():
-        pytest.skip("no tatoeba_dev")
-    return SHARED / "tatoeba_dev", ("ara", "cmn", "deu", "heb", "lat", "nov", "tgl", "yid")
-
-
-def test_bitext(tatoeba):
-    directory, langs = tatoeba
+def test_bitext(tmp_path):
+    directory, langs = tatoeba_files(tmp_path / "tat")
 
     def lines(lang, end):
         path = directory / f"tatoeba.{lang}-eng.{end}"
@@ -172,39 +150,25 @@ def test_bitext(tatoeba):
 # ---- scored pairs ----
 
 
-@pytest.fixture(params=["made", "klue-sts-ko-dev", *STS])
-def pairs(request, tmp_path):
-    if request.param == "made":
-        path = tmp_path / "made.csv"
-        rng = np.random.default_rng(0)
-        rows = [(" ".join(rng.choice(WORDS, 4)), " ".join(rng.choice(WORDS, 4))) for _ in range(60)]
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["sentence1", "sentence2", "score"])
-            for a, b in rows:
-                writer.writerow([a, b, len(set(a.split()) & set(b.split()))])
-        return path
-    path = SHARED / "sts" / f"{request.param}.csv"
-    if not path.is_file():
-        pytest.skip("no sts")
-    return path
-
-
-def test_sts(pairs):
-    with pairs.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_sts(tmp_path):
+    rng = np.random.default_rng(0)
+    sides = [[" ".join(words) for words in rng.choice(WORDS, (60, 4))] for _ in range(2)]
+    score = [len({*a.split()} & {*b.split()}) for a, b in zip(*sides, strict=True)]
+    rows = zip(*sides, score, strict=True)
+    lines = ["sentence1,sentence2,score", *(f"{a},{b},{s}" for a, b, s in rows)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
 
     class Local(AbsTaskSTS):
         metadata = metadata("STS", "LocalSTS", "cosine_spearman", ["eng-Latn"])
 
         def load_data(self, **options):
-            columns = {name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}
-            score = [float(row["score"]) for row in rows]
-            self.dataset = {"test": Dataset.from_dict({**columns, "score": score})}
+            columns = dict(zip(("sentence1", "sentence2"), sides, strict=True))
+            columns["score"] = list(map(float, score))
+            self.dataset = {"test": Dataset.from_dict(columns)}
             self.data_loaded = True
 
     (found,) = by_mteb(Local()).scores["test"]
-    (task,) = eval_sets.read(str(pairs))
+    (task,) = eval_sets.read(str(tmp_path / "pairs.csv"))
     got = ours(task)
     assert got["score"] == pytest.approx(found["cosine_spearman"], abs=AGREE)
     assert got["pearson"] == pytest.approx(found["cosine_pearson"], abs=AGREE)
@@ -232,28 +196,14 @@ def beir_files(path):
     for i in range(29):
         for j in rng.choice(190, 6, replace=False):
             lines.append(f"q{i}\td{j}\t{0 if i == 4 else rng.integers(-1, 4)}")
-    for name, some in (("corpus", rows), ("queries", queries)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    write_jsonl(path / "corpus.jsonl", rows)
+    write_jsonl(path / "queries.jsonl", queries)
     (path / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
     return path
 
 
-@pytest.fixture(params=["made", *BEIR])
-def beir(request, tmp_path):
-    if request.param == "made":
-        return beir_files(tmp_path / "made")
-    path = SHARED / "retrieval" / request.param
-    if not path.is_dir():
-        pytest.skip("no retrieval")
-    return path
-
-
-def test_retrieval(beir, monkeypatch):
-    (split,) = (path.stem for path in (beir / "qrels").iterdir())
-
-    def rows(name):
-        with (beir / name).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+def test_retrieval(tmp_path, monkeypatch):
+    beir, split = beir_files(tmp_path / "made"), "test"
 
     class Local(AbsTaskRetrieval):
         metadata = metadata("Retrieval", "LocalRetrieval", "ndcg_at_10", ["eng-Latn"], split)
@@ -261,26 +211,16 @@ def test_retrieval(beir, monkeypatch):
         ignore_identical_ids = True  # as BEIR does
 
         def load_data(self, **options):
-            corpus = [
-                {"id": r["_id"], "title": r.get("title", ""), "text": r["text"]}
-                for r in rows("corpus.jsonl")
-            ]
-            queries = [{"id": r["_id"], "text": r["text"]} for r in rows("queries.jsonl")]
-            relevant: dict[str, dict[str, int]] = {}
+            data = {"relevant_docs": {}, "top_ranked": None}
+            for name in ("corpus", "queries"):
+                rows = map(json.loads, (beir / f"{name}.jsonl").read_text().splitlines())
+                texts = [{"title": "", **row, "id": row["_id"]} for row in rows]
+                data[name] = Dataset.from_list(texts).remove_columns("_id")
+            data["queries"] = data["queries"].remove_columns("title")
             for line in (beir / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]:
                 query, document, grade = line.split("\t")
-                relevant.setdefault(query, {})[document] = int(grade)
-            self.dataset = {
-                "default": {
-                    split: {
-                        "corpus": Dataset.from_list(corpus),
-                        "queries": Dataset.from_list(queries),
-                        "relevant_docs": relevant,
-                        "top_ranked": None,
-                    }
-                }
-            }
-            self.data_loaded = True
+                data["relevant_docs"].setdefault(query, {})[document] = int(grade)
+            self.dataset, self.data_loaded = {"default": {split: data}}, True
 
         def task_specific_scores(self, scores, *args, **options):
             """Return what mteb's table rounds to five places."""
@@ -309,18 +249,12 @@ def test_retrieval(beir, monkeypatch):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small"
-    path.mkdir()
-    encoder = tiny_encoder(tiny_tokenizer(WORDS * 5), exits=(1, 2), ranks=(4, 8))
-    pretrained.save(encoder.model, path)
-    tokenizer.save(encoder.tokenizer, path, 32)
-    return path
+    encoder = tiny_encoder(tiny_tokenizer(WORDS * 5), 32, exits=(1, 2), ranks=(4, 8))
+    return write_encoder(encoder, tmp_path_factory.mktemp("model") / "small")
 
 
 def loader(texts):
-    return torch.utils.data.DataLoader(
-        Dataset.from_dict({"text": texts}), batch_size=3, shuffle=False
-    )
+    return torch.utils.data.DataLoader(Dataset.from_dict({"text": texts}), batch_size=3)
 
 
 @pytest.mark.parametrize(
@@ -379,16 +313,12 @@ def test_tasks():
     assert len(mteb_model.tasks(["STS12", "STS12"])) == 1
 
 
-def test_model_name(directory):
+def test_model_name(directory, monkeypatch):
     assert mteb_model.model_name("Qwen/Qwen3-Embedding-0.6B") == "Qwen/Qwen3-Embedding-0.6B"
     assert mteb_model.model_name(str(directory)) == f"mlembed/{directory.parent.name}-small"
-
-
-def test_model_name_of_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/tiny").mkdir(parents=True)
-    assert mteb_model.model_name("runs/tiny") == "mlembed/runs-tiny"
-    assert mteb_model.model_name("nowhere") == f"mlembed/{tmp_path.name}-nowhere"
+    monkeypatch.chdir(directory.parent)
+    assert mteb_model.model_name("small") == f"mlembed/{directory.parent.name}-small"
+    assert mteb_model.model_name("nowhere") == f"mlembed/{directory.parent.name}-nowhere"
 
 
 def local_run(task, langs):
@@ -440,9 +370,8 @@ def test_one_pass_for_all_sizes_of_a_rank(directory, tmp_path, monkeypatch):
     cells = scored.cells
     grid.add_mteb(encoder, str(directory), ["LocalRun"], scored, {}, tmp_path / "out")
     assert encoder.encoded == len(task.texts)
-    for cell, one in zip(
-        cells, grid.score_grid(plain, [task], **sizes, costs=False).cells, strict=True
-    ):
+    alone = grid.score_grid(plain, [task], **sizes, costs=False).cells
+    for cell, one in zip(cells, alone, strict=True):
         want = one["scores"]["tat"]["f1_to_pivot"]
         assert cell["scores"]["LocalRun"]["score"] == pytest.approx(want, abs=AGREE)
         assert cell["parameter_bytes"] == 2 * cell["parameters"]

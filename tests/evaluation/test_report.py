@@ -7,17 +7,16 @@ import math
 import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import chromium
 import processes
 import pytest
+from factories import write_jsonl
 
 from mlembed.cli import report
 from mlembed.evaluation import report_page, results
 
-ROOT = Path(__file__).parents[2]
 NASTY = "<b>R&D \"one\" 'two'</b>" + 60 * "x"
 EXITS, DIMS, RANKS = (1, 2), (8, 16), (4, 8)
 LANGUAGES = {"deu": 0.9, "rus": 0.5, "zho_Hant": 0.4, "fra": 0.6, "qqq": 0.1, "<i>&": 0.95}
@@ -65,7 +64,7 @@ def write(run, grid=None, lines=None):
     if grid:
         (run / "report" / "grid.json").write_text(json.dumps(grid))
     if lines is not None:
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(run / "metrics.jsonl", lines)
     (run / "config.json").write_text(json.dumps({"name": NASTY}))
     for path in run.rglob("*.json*"):
         os.utime(path, (0, 10**9))
@@ -136,13 +135,9 @@ def test_page_is_well_formed_and_needs_nothing(html):
     assert not {"script", "iframe", "object", "embed", "form"} & {tag for tag, _ in page.tags}
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.tags
-    addresses = [
-        value
-        for _, attrs in page.tags
-        for name, value in attrs.items()
-        if name in ("src", "href", "srcset")
-    ]
-    places = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    given = [pair for _, attrs in page.tags for pair in attrs.items()]
+    addresses = [value for name, value in given if name in ("src", "href", "srcset")]
+    places = [value for name, value in given if name == "id"]
     assert [value[1:] for value in addresses if value.startswith("#")] == places
     assert len(places) == len(set(places)) == 6
     assert all(value.startswith(("data:", "#")) for value in addresses)
@@ -267,10 +262,8 @@ def test_tables_have_every_number(html):
         assert row == list(map(str, wanted))
     (_, *kinds), (_, *metrics) = rows_of(html, "Scores at"), rows_of(html, "Other metrics")
     best = score(2, 16, 8)
-    assert [row[1:] for row in kinds] == [
-        [f"{100 * best:.1f}", "25.0"],
-        [f"{100 * best:.1f}", "12.5"],
-    ]
+    now = f"{100 * best:.1f}"
+    assert [row[1:] for row in kinds] == [[now, "25.0"], [now, "12.5"]]
     assert [row[1:] for row in metrics] == [["f1", f"{best / 2:.4g}"]]
 
 
@@ -278,9 +271,8 @@ def test_languages_by_script_and_level(html):
     bars = html[html.index('<div class="bars">') : html.index(">Training</h2>")]
     parts = re.split(r"<h4>(.*?)</h4>", bars)[1:]
     row = r"<li><span>(.*?)(?: <small>(.*?)</small>)?</span>\n.*\n<span>([\d.]+)</span>"
-    groups = {
-        head: re.findall(row, rows) for head, rows in zip(parts[::2], parts[1::2], strict=True)
-    }
+    heads = zip(parts[::2], parts[1::2], strict=True)
+    groups = {head: re.findall(row, rows) for head, rows in heads}
     one, two, three = "1 language", "2 languages", "3 languages"
     scripts = [("Latin", two, "75.0"), ("Cyrillic", one, "50.0"), ("Traditional Han", one, "40.0")]
     levels = [("high", one, "60.0"), ("mid", one, "50.0"), ("low", one, "90.0")]
@@ -327,10 +319,8 @@ def test_nothing_is_overwritten(run, tmp_path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = command(run)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    expected = (
-        r"error: out: expected a directory without a report, got .*/report\.html and 11 more;"
-    )
-    assert re.match(expected, done.stderr)
+    words = r"error: out: expected a directory without a report, got .*/report\.html and 11 more;"
+    assert re.match(words, done.stderr)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="expected a new directory"):
         report.main(run, out=str(run))
@@ -400,9 +390,8 @@ def test_unfinished_run(tmp_path):
     assert "has no report/grid.json" in text and "Step time by stage: not recorded." in text
     assert "Tokens a second: not recorded." in text and "Not scored." in text
     assert "Scores by language, not recorded." in text
-    assert [image.name for image in images] == [
-        f"train_{name}" for name in ("loss", "score", "exit_1", "exit_2")
-    ]
+    names = ["train_loss", "train_score", "train_exit_1", "train_exit_2"]
+    assert [image.name for image in images] == names
 
 
 @pytest.mark.parametrize(("count", "listed"), [(20, "(0, 1, 2, "), (21, ", 19, ...)")])
@@ -465,9 +454,8 @@ def browser(run, tmp_path_factory):
 def test_page_fits_and_is_whole(browser, width, scheme):
     browser.open(width, scheme)
     assert browser.value("document.scrollingElement.scrollWidth") <= width
-    images = browser.value(
-        "[...document.images].map(i => [i.complete && i.naturalWidth, i.clientWidth])"
-    )
+    widths = "[i.complete && i.naturalWidth, i.clientWidth]"
+    images = browser.value(f"[...document.images].map(i => {widths})")
     assert len(images) == 11 and all(natural > 0 for natural, _ in images)
     assert all(300 < shown <= 432 for _, shown in images)  # letters keep their size
     assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -39,7 +39,7 @@ def batches():
     # Of other lengths, as training meets them: no list begins where that of another batch did.
     for n in range(8):
         bench_cases.run_embed(replace(embed.CASES["step"], T=30_000 + 1001 * n))
-        some = replace(attention.CASES["mid"], lengths=(300, 20 + 4 * n))
+        some = replace(attention.CASES["mid"], lengths=(600 + 64 * n, 300, 20 + 4 * n))
         bench_cases.run_attention(some, "ours")
 
 
@@ -81,9 +81,11 @@ def test_no_batch_compiles_what_another_has(rows):
     names = [row["kernel"] for row in rows if row["case"] == "batches"]
     times = Counter(names)
     assert len(times) == 10
-    # Of parts in fp32 and of tokens in bf16; of U's rows, and of sums times W's transpose.
+    # Of parts in fp32 and of tokens in bf16; of U's rows, and of sums times W's transpose; of
+    # sequences up to 512 tokens and beyond.
     assert {name: count for name, count in times.items() if count > 1} == {
         "_sum_kernel": 2, "_project_kernel": 2,
+        "_long_forward_kernel": 2, "_queries_backward_kernel": 2,
     }  # fmt: skip
 
 

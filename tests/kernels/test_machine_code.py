@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 import hopper  # noqa: E402
 
-from bench.compiled import machine_code  # noqa: E402
+from bench.compiled import sass  # noqa: E402
 
 WAIT, BARRIER, COPY = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "BAR.SYNC.DEFER_BLOCKING 0x0 ;", "LDGSTS.E"
 PRODUCT, SPILL = "HGMMA.64x128x16.F32.BF16 R24, R116, gdesc[UR8] ;", "STL [R1], R2 ;"
@@ -19,7 +19,7 @@ def code(*loop: str, before: tuple[str, ...] = ()) -> str:
 
 
 def test_loops_are_what_is_run_again():
-    inner = machine_code.loops(code(PRODUCT, WAIT, before=(SPILL,)))
+    inner = sass.bodies(code(PRODUCT, WAIT, before=(SPILL,)))
     assert len(inner) == 1
     text = "\n".join(inner[0])
     assert PRODUCT in text and WAIT in text and SPILL not in text and "EXIT" not in text
@@ -36,13 +36,14 @@ def test_loops_are_what_is_run_again():
     ],
 )
 def test_a_barrier_stands_between_a_wait_and_a_copy(loop, expected):
-    (found,) = machine_code.loops(code(*loop))
-    assert machine_code.unguarded(found) is expected
+    (found,) = sass.bodies(code(*loop))
+    assert sass.unguarded(found) is expected
 
 
 GOOD = {
     "kernel": "_product_kernel", "case": "x", "target": "sm_90a", "registers": 255,
     "shared": 227 * 1024, "stack": 0, "spills_in_loops": 0, "unguarded_loops": 0, "serial_loops": 0,
+    "serialised": False, "idle_loops": 0,
     "wgmma": 4, "mma": 0, "async_copies": 8, "stages": 3, "constants": {"PRECISION": "ieee"},
 }  # fmt: skip
 
@@ -52,6 +53,7 @@ GOOD = {
     [
         {"target": "sm_90"}, {"registers": 256}, {"shared": 227 * 1024 + 1}, {"stack": 8},
         {"spills_in_loops": 1}, {"unguarded_loops": 1}, {"serial_loops": 1}, {"wgmma": 0},
+        {"serialised": True}, {"idle_loops": 1},
         {"mma": 1}, {"async_copies": 0},
     ],
     ids=str,

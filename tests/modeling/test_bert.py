@@ -1,6 +1,7 @@
 """BERT's directories: those of transformers and sentence-transformers, read and written."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,29 +33,20 @@ from mlembed.publishing.export import export
 
 CFG = odd_shape("bert", max_position_embeddings=31, exits=(1, 3), matryoshka_dims=(5, 24))
 NESTED = replace(CFG, ranks=(3, 11))
-BERT = {
-    "vocab_size": 101,
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 37,
-    "layer_norm_eps": 1e-3,
-    "type_vocab_size": 3,
-}
+BERT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+BERT |= {"intermediate_size": 37, "layer_norm_eps": 1e-3, "type_vocab_size": 3}
+# Positions of XLM-R's texts begin after that of its padding.
+BERT_POSITIONS = BERT | {"max_position_embeddings": 31, "pad_token_id": 0}
+XLM_POSITIONS = BERT | {"max_position_embeddings": 33, "pad_token_id": 1}
 HF = {
-    "bert": lambda **more: BertModel(
-        BertConfig(**{**BERT, "max_position_embeddings": 31, "pad_token_id": 0, **more})
-    ),
-    "xlm-roberta": lambda **more: XLMRobertaModel(
-        XLMRobertaConfig(**{**BERT, "max_position_embeddings": 33, "pad_token_id": 1, **more})
-    ),
+    "bert": lambda: BertModel(BertConfig(**BERT_POSITIONS)),
+    "xlm-roberta": lambda: XLMRobertaModel(XLMRobertaConfig(**XLM_POSITIONS)),
 }
 
 
 def edit(directory: Path, name="config.json", **changes) -> None:
     path = directory / name
-    stored = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    path.write_text(json.dumps(stored), encoding="utf-8")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # ---- from and to transformers ----
@@ -93,35 +85,20 @@ def test_transformers_reads_what_we_write(pooling, offset, cfg, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-def test_xlm_roberta_round_trip(tmp_path):
-    hf = randomise(HF["xlm-roberta"]())
-    hf.save_pretrained(tmp_path / "theirs")
-    cfg = hf_config.from_checkpoint(tmp_path / "theirs", CFG)
-    (tmp_path / "ours").mkdir()
-    pretrained.save(pretrained.load(str(tmp_path / "theirs"), cfg), tmp_path / "ours")
-    again = AutoModel.from_pretrained(tmp_path / "ours", local_files_only=True)
-    assert again.state_dict().keys() == hf.state_dict().keys()
-    for name, weight in hf.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
-
-
 def test_prefixes_heads_and_old_names(tmp_path):
-    bert = randomise(BertForPreTraining(BertConfig(**BERT, max_position_embeddings=31)))
+    bert = randomise(BertForPreTraining(BertConfig(**BERT_POSITIONS)))
     bert.save_pretrained(tmp_path / "bert")
     path = tmp_path / "bert" / "model.safetensors"
     weights = load_file(path)
     assert any(n.startswith("cls.") for n in weights) and "bert.pooler.dense.bias" in weights
-    old = {
-        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        if n.startswith("bert.")
-        else n: w.clone()
-        for n, w in weights.items()
-    }
+    names = {"bert(.*)Norm.weight": r"bert\1Norm.gamma", "bert(.*)Norm.bias": r"bert\1Norm.beta"}
+    old = {name: weight.clone() for name, weight in weights.items()}
+    for new, before in names.items():
+        old = {re.sub(new, before, name): weight for name, weight in old.items()}
     old["bert.embeddings.position_ids"] = torch.arange(31)[None]
     save_file(old, path, metadata={"format": "pt"})
     assert_equals_transformers(pretrained.load(str(tmp_path / "bert"), CFG), bert.bert)
-    roberta = RobertaConfig(**BERT, max_position_embeddings=33, pad_token_id=1)
-    masked = randomise(RobertaForMaskedLM(roberta))
+    masked = randomise(RobertaForMaskedLM(RobertaConfig(**XLM_POSITIONS)))
     masked.save_pretrained(tmp_path / "roberta")
     model = pretrained.load(str(tmp_path / "roberta"))
     assert model.cfg.pooling == "mean" and model.cfg.position_offset == 2
@@ -215,12 +192,9 @@ def write_sentence_transformers(path: Path, pooling: str, dense=None, kind="bert
     }
     if dense is not None:
         listed.append(("2_Dense", "Dense"))
-        contents["2_Dense/config.json"] = {
-            "in_features": 24,
-            "out_features": 24,
-            "bias": True,
-            "activation_function": "torch.nn.modules.activation.Tanh",
-        }
+        sizes = {"in_features": 24, "out_features": 24, "bias": True}
+        tanh = {"activation_function": "torch.nn.modules.activation.Tanh"}
+        contents["2_Dense/config.json"] = sizes | tanh
     listed.append((f"{len(listed)}_Normalize", "Normalize"))
     contents["modules.json"] = [
         {"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{t}"}
@@ -265,13 +239,9 @@ def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, 
     assert encoder.model.cfg.pooling == ours and encoder.max_length == 19
     theirs = read_by_sentence_transformers(tmp_path / "st")
     np.testing.assert_allclose(encoder.encode(SENTENCES), theirs, rtol=0, atol=1e-5)
-    # The export compares the vectors of both readers, whole and cut.
     assert export(encoder, tmp_path / "whole") < 1e-5
-    np.testing.assert_allclose(
-        read_by_sentence_transformers(tmp_path / "whole"), theirs, rtol=0, atol=1e-5
-    )
-    assert export(encoder, tmp_path / "cut", 7, 2) < 1e-5
-    assert read_by_sentence_transformers(tmp_path / "cut").shape == (len(SENTENCES), 7)
+    whole = read_by_sentence_transformers(tmp_path / "whole")
+    np.testing.assert_allclose(whole, theirs, rtol=0, atol=1e-5)
     again = Encoder.load(str(tmp_path / "whole"), "cpu").encode(SENTENCES)
     np.testing.assert_allclose(again, theirs, rtol=0, atol=1e-6)
     # The exported tokenizer pads with the right token.
@@ -287,8 +257,8 @@ def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, 
     [
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "expected one pooling"),
         ("2_Dense/config.json", {"out_features": 12}, "expected a tanh layer of 24 x 24"),
-        ("2_Dense/config.json", {"activation_function": "torch.nn.Identity"}, "got Identity"),
-        ("2_Dense/config.json", {"bias": False}, "bias False"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.Identity"}, "got .*Identity"),
+        ("2_Dense/config.json", {"bias": False}, "bias': False"),
     ],
 )
 def test_unsupported_modules(name, change, message, tmp_path):
@@ -296,11 +266,3 @@ def test_unsupported_modules(name, change, message, tmp_path):
     edit(tmp_path, name, **change)
     with pytest.raises(ValueError, match=message):
         pretrained.load(str(tmp_path))
-
-
-@pytest.mark.parametrize("kind", ["cls", "mean"])
-def test_export_merges_the_vocabulary(kind, tmp_path):
-    encoder = Encoder(random_model(replace(NESTED, pooling=kind)), wordpiece()[0], 20)
-    assert export(encoder, tmp_path / "out", 5, 1, 3) < 1e-5
-    theirs = read_by_sentence_transformers(tmp_path / "out")
-    np.testing.assert_allclose(theirs, encoder.encode(SENTENCES, 5, 1, 3), rtol=0, atol=1e-5)

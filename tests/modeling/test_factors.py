@@ -212,17 +212,13 @@ def test_any_change_is_another_entry(cache, computed, monkeypatch):
     other, more = table.clone(), counts.clone()
     other[100, 23] = torch.nextafter(other[100, 23], torch.tensor(9.0))
     more[100] += 1
+    half = table.bfloat16()
+    some_counts = (counts, more, counts.float(), torch.zeros_like(counts))
     arguments = [
-        (table, 11, None),
-        (other, 11, None),
-        (table, 10, None),
-        (table, 11, counts),
-        (table, 11, more),
-        (table, 11, counts.float()),
-        (table, 11, torch.zeros_like(counts)),
-        (table.reshape(24, 101), 11, None),
-        (table.bfloat16(), 11, None),
-        (table.bfloat16().view(torch.float16), 11, None),  # the same bytes
+        # The last two tables have the same bytes.
+        *((x, 11) for x in (table, other, table.view(24, 101), half, half.view(torch.float16))),
+        (table, 10),
+        *((table, 11, x) for x in some_counts),
     ]
     for i, some in enumerate(arguments, 1):
         cached_factors(*some)
@@ -236,42 +232,38 @@ def test_any_change_is_another_entry(cache, computed, monkeypatch):
     assert len(computed) == 1
 
 
-@pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: x[:-1] + bytes([x[-1] ^ 1])])
-def test_damaged_file_is_replaced(damage, cache, computed):
+def test_damaged_file_is_replaced(cache, computed):
     table, counts = falling(101, 24)
     want = tuple(x.clone() for x in cached_factors(table, 11, counts))
     (file,) = cache.glob("*/*.safetensors")
     whole = file.read_bytes()
     file.unlink()
-    file.write_bytes(damage(whole))
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     for _ in range(2):
         assert same(cached_factors(table, 11, counts), want) and len(computed) == 2
     assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("failing", ["mkdir", "write_bytes", "both"])
+@pytest.mark.parametrize("failing", ["mkdir", "write_bytes"])
 def test_unwritable_cache_is_a_warning(failing, tmp_path, cache, computed, monkeypatch):
-    """A file in the folder's place, a full disk, and a full temporary folder as well."""
+    """A file in the folder's place, or disks that are full, that of temporary files as well."""
     table, counts = falling(101, 24)
     want = factorise(table, 11, counts)
     if failing == "mkdir":
         (tmp_path / "cache").write_text("mine")
-    writes, write_bytes = [], Path.write_bytes
+    else:
 
-    def full(path, data):
-        writes.append(path)
-        if failing == "both" or (failing == "write_bytes" and len(writes) % 2):
+        def full(path, data):
             raise OSError(28, "No space left on device")
-        return write_bytes(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(Path, "write_bytes", full)
     computed.clear()
     for count in (1, 2):
         with pytest.warns(UserWarning, match="factors could not be stored"):
             assert same(cached_factors(table, 11, counts), want)
         assert len(computed) == count
+    assert not list(cache.glob("*"))
     assert failing != "mkdir" or (tmp_path / "cache").read_text() == "mine"
-    assert not list(cache.iterdir()) if failing != "mkdir" else True
 
 
 @pytest.mark.parametrize("variable", ["", "~/own", None])
@@ -311,15 +303,6 @@ def test_load_factorises_once_with_counts(tmp_path, cache, computed):
         pretrained.load(str(tmp_path / "hf"), NESTED, counts[:-1])
     pretrained.load(str(tmp_path / "hf"), CFG, counts[:-1])  # a plain table does not need them
     assert len(list(cache.iterdir())) == 2
-
-
-def test_full_rank_is_the_table(tmp_path, cache):
-    """U W equals E to 1e-6 of its largest entries, in fp32."""
-    table, counts = save_by_transformers(tmp_path / "hf")
-    for given in (None, counts):
-        full = replace(NESTED, ranks=(3, 24))
-        vocabulary = pretrained.load(str(tmp_path / "hf"), full, given).embed_tokens
-        torch.testing.assert_close(vocabulary.table().detach(), table, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -92,18 +92,11 @@ def test_grid_of_exits_and_ranks():
 
 
 def test_140_million_parameters():
-    """The 160m with rank 512: (V + D) R instead of V D, the nearest to 140 million."""
+    """The 160m with rank 512: (V + D) R instead of V D."""
     model, table = SHAPES["ml-embed-140m"], SHAPES["ml-embed-160m"]
     assert model == replace(table, ranks=(64, 128, 256, 512))
     without = num_parameters(table) - 151_936 * 640
     assert num_parameters(model) == without + (151_936 + 640) * 512 == 140_064_896
-    distances = {
-        (s, r): abs(num_parameters(replace(SHAPES[f"ml-embed-{s}"], ranks=(r,))) - 140e6)
-        for s in ("80m", "160m")
-        for r in (64, 128, 256, 512)
-        if r <= 320 or s != "80m"
-    }
-    assert min(distances, key=distances.get) == ("160m", 512)
 
 
 def test_kernel_supports_every_head_width():

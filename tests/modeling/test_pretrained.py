@@ -12,13 +12,8 @@ from factories import assert_same_model, odd_shape, random_model, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformer_truth import hf_exits
-from transformers import (
-    AutoModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformer_truth import assert_equals_transformers
+from transformers import AutoModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 import mlembed.runtime.checkpoint
 from mlembed import config
@@ -75,9 +70,8 @@ def test_loading_copies_and_draws_nothing(tmp_path):
     before = torch.get_rng_state()
     again = pretrained.load(str(tmp_path))
     small = pretrained.cut(again, 1, 3)
-    assert torch.equal(
-        torch.get_rng_state(), before
-    )  # drawing random weights would take longer than reading
+    # Drawing random weights would take longer than reading.
+    assert torch.equal(torch.get_rng_state(), before)
     with torch.no_grad():
         for weight in small.parameters():
             assert weight.requires_grad and weight.is_contiguous()
@@ -87,12 +81,13 @@ def test_loading_copies_and_draws_nothing(tmp_path):
     assert_same_model(again, model)
 
 
-def test_weights_in_half_precision(tmp_path):
-    model = random_model(NESTED)
+def test_dtypes(tmp_path):
+    """Files hold fp32, from which another dtype is loaded."""
+    model = random_model(NESTED).double()
     pretrained.save(model, tmp_path)
-    half = pretrained.load(str(tmp_path), dtype=torch.bfloat16).state_dict()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(half[name], weight.bfloat16()), name
+    for dtype in (torch.float32, torch.bfloat16):
+        again = pretrained.load(str(tmp_path), dtype=dtype).state_dict()
+        assert all(torch.equal(again[n], w.to(dtype)) for n, w in model.state_dict().items())
 
 
 def test_attention_is_not_saved(tmp_path):
@@ -122,31 +117,21 @@ def test_factors_of_another_table(tmp_path):
     assert (table - weights["embed_tokens.weight"]).norm() <= 1.01 * best + 1e-5
 
 
-def test_float64_is_saved_as_fp32(tmp_path):
-    model = random_model(NESTED)
-    pretrained.save(model.double(), tmp_path)
-    again = pretrained.load(str(tmp_path)).state_dict()
-    assert all(torch.equal(again[n], w.float()) for n, w in model.state_dict().items())
-
-
 @pytest.mark.parametrize("cfg", [CFG, replace(NESTED, causal=True)], ids=["table", "factors"])
 def test_transformers_reads_what_we_write(cfg, tmp_path):
     model = random_model(replace(cfg, pooling="last"))
     pretrained.save(model, tmp_path)
     hf = AutoModel.from_pretrained(tmp_path, local_files_only=True).eval()
     assert isinstance(hf, Qwen3Model) and next(hf.parameters()).dtype == torch.float32
-    torch.testing.assert_close(our_exits(model), hf_exits(hf, IDS, "last"), rtol=0, atol=1e-5)
+    assert_equals_transformers(model, hf)
 
 
 def test_files_and_keys(tmp_path):
     model = random_model(NESTED)
     pretrained.save(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "mlembed_config.json",
-        "mlembed_factors.safetensors",
-    }
+    names = {"config.json", "model.safetensors"}
+    names |= {"mlembed_config.json", "mlembed_factors.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     # transformers 4 reads only the first, transformers 5 only the second.
     assert stored["rope_theta"] == 700.0
@@ -224,15 +209,21 @@ def test_reads_what_transformers_writes(kind, tied, shards, tmp_path):
     body = hf.model if kind is Qwen3ForCausalLM else hf
     assert model.cfg.rope_theta == 700.0 and model.cfg.ranks == () and model.cfg.causal
     assert model.cfg.exits == (1, 2, 3)  # the default rule: 1, 2, 4, .. and the last layer
-    torch.testing.assert_close(our_exits(model), hf_exits(body, IDS, "last"), rtol=0, atol=1e-5)
+    assert_equals_transformers(model, body)
 
 
-def test_reads_bidirectional_checkpoints(tmp_path):
-    hf = randomise(Qwen3Model(hf_config(is_causal=False)))
+# Version 4 wrote rope_theta at the top, rope_scaling null, and no rope_parameters.
+VERSION_4 = {"rope_parameters": None, "rope_theta": 700}
+
+
+@pytest.mark.parametrize("causal, changes", [(False, {}), (True, VERSION_4)])
+def test_reads_other_keys_of_the_config(causal, changes, tmp_path):
+    hf = randomise(Qwen3Model(hf_config(is_causal=causal)))
     hf.save_pretrained(tmp_path)
+    edit(tmp_path, **changes)
     model = pretrained.load(str(tmp_path))
-    assert not model.cfg.causal
-    torch.testing.assert_close(our_exits(model), hf_exits(hf, IDS, "last"), rtol=0, atol=1e-5)
+    assert model.cfg.causal == causal and model.cfg.rope_theta == 700.0
+    assert_equals_transformers(model, hf)
 
 
 def test_reads_bf16_as_fp32(tmp_path):
@@ -241,16 +232,6 @@ def test_reads_bf16_as_fp32(tmp_path):
     weights = pretrained.load(str(tmp_path)).state_dict()
     for name, weight in hf.state_dict().items():
         assert weights[name].dtype == torch.float32 and torch.equal(weights[name], weight.float())
-
-
-def test_reads_the_keys_of_transformers_4(tmp_path):
-    # Version 4 wrote rope_theta at the top, rope_scaling null, and no rope_parameters.
-    hf = randomise(Qwen3Model(hf_config()))
-    hf.save_pretrained(tmp_path)
-    edit(tmp_path, rope_parameters=None, rope_theta=700)
-    model = pretrained.load(str(tmp_path))
-    assert model.cfg.rope_theta == 700.0
-    torch.testing.assert_close(our_exits(model), hf_exits(hf, IDS, "last"), rtol=0, atol=1e-5)
 
 
 # ---- errors ----
@@ -313,18 +294,15 @@ def test_unsupported_variants(change, checkpoint):
 def test_wrong_weights(checkpoint):
     path = checkpoint / "model.safetensors"
     whole = load_file(path)
-    gate = "layers.1.mlp.gate_proj.weight"
-    variants = [
-        ({n: w for n, w in whole.items() if n != gate}, rf"{gate}: .* \[37, 24\], got none"),
-        ({**whole, gate: whole[gate].T.contiguous()}, rf"{gate}: .* \[37, 24\], got \[24, 37\]"),
-        ({**whole, "layers.1.bias": torch.zeros(3)}, r"layers.1.bias: expected shape none"),
-        (
-            {n: w for n, w in whole.items() if n != "embed_tokens.weight"},
-            "expected embed_tokens.weight, found none",
-        ),
-    ]
-    for weights, message in variants:
-        rewrite(path, weights)
+    gate, table = "layers.1.mlp.gate_proj.weight", "embed_tokens.weight"
+    turned = whole[gate].T.contiguous()
+    for change, message in (
+        ({gate: None}, rf"{gate}: .* \[37, 24\], got none"),
+        ({gate: turned}, rf"{gate}: .* \[37, 24\], got \[24, 37\]"),
+        ({"layers.1.bias": torch.zeros(3)}, r"layers.1.bias: expected shape none"),
+        ({table: None}, "expected embed_tokens.weight, found none"),
+    ):
+        rewrite(path, {name: w for name, w in (whole | change).items() if w is not None})
         raises(checkpoint, message)
 
 

@@ -44,30 +44,6 @@ def run(model, batch, exits, **options) -> tuple[Tensor, dict[str, Tensor]]:
 
 # ---- against transformers ----
 
-# (backend, lean, recompute)
-WAYS = [
-    *((None, False, n) for n in (0, 2, 4)),
-    *(("aot_eager", False, n) for n in (0, 4)),
-    *(("aot_eager", True, n) for n in (0, 2)),
-]
-# Every way with one of the shapes; the others in `make test-all`.
-RUNS = [
-    pytest.param(cfg, way, id=f"{name}-{way}", marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
-    for i, (name, cfg) in enumerate((SHAPES | {"table": CFG}).items())
-    for j, way in enumerate(WAYS)
-]
-
-
-@pytest.mark.parametrize(("cfg", "way"), RUNS)
-def test_equals_transformers(cfg, way):
-    backend, lean, recompute = way
-    model = build(cfg, backend, lean=lean)
-    ids = texts()
-    got = model(pack(ids), exits=ALL_EXITS, recompute=recompute)
-    assert got.requires_grad
-    theirs = hf_exits(as_transformers(model), ids, cfg.pooling)
-    torch.testing.assert_close(got.detach(), theirs, rtol=0, atol=1e-5)
-
 
 def test_equals_transformers_compiled_to_machine_code():
     model, plain = build(NESTED, "inductor", lean=True), build(NESTED)

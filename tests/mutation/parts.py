@@ -37,15 +37,17 @@ FIRST = {
     "kernels/_lists.py": "test_token_index test_plan",
     "kernels/embedding/token_index.py": "test_token_index test_embed_triton",
     "kernels/attention/plan.py": f"test_plan {ATTENTION}",
+    "kernels/optimiser/_op.py": "test_adamw",
     # Tests import the configuration from its package.
     "mlembed/config/model.py": "test_config test_transformer",
     "mlembed/config/objective.py": "test_config test_loss test_distill",
     "mlembed/config/run.py": "test_config test_batches",
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
+    "mlembed/runtime/distributed.py": "test_waiting test_distributed",
     "mlembed/training/gradcache.py": "test_gradcache test_trunk",
     "mlembed/training/setup.py": "test_setup test_train test_resume",
     "mlembed/training/step.py": "test_guards test_train test_resume",
-    "train.py": "test_guards test_step_times test_gradcache test_train test_resume",
+    "train.py": "test_guards test_step_times test_no_wait test_gradcache test_train test_resume",
 }
 
 

@@ -63,9 +63,8 @@ def test_operators():
 
 
 def test_after_a_return_without_cuda_nothing_runs_here():
-    found, unreachable = changes(
-        "def f(x):\n    if not x.is_cuda:\n        return 1\n    return 2\n"
-    )
+    source = "def f(x):\n    if not x.is_cuda:\n        return 1\n    return 2\n"
+    found, unreachable = changes(source)
     assert found == [("constant", "return 1", "return 2")]
     assert [m.after for m in unreachable] == ["3"]
 

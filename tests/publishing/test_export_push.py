@@ -11,7 +11,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from export_models import build, files_below, write_model
+from export_models import build, files_below
+from factories import write_encoder
 from packaging.version import Version
 
 from mlembed.cli import export as export_command
@@ -66,17 +67,14 @@ def hub():
     Hub.requests.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_TOKEN": "hf_of_a_test",
-        "HF_HUB_OFFLINE": "0",
-    }
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    yield {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_of_a_test", "HF_HUB_OFFLINE": "0"}
     server.shutdown()
 
 
 @pytest.fixture
 def model_directory(tmp_path) -> Path:
-    return write_model(build(), tmp_path / "model")
+    return write_encoder(build(), tmp_path / "model")
 
 
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
@@ -104,11 +102,8 @@ def test_push(model_directory, hub, tmp_path):
     assert created.get("visibility") == "private" or created.get("private") is True
     _, body = requests["/api/models/me/small/commit/main"]
     lines = [json.loads(line) for line in body.splitlines()]
-    sent = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"])
-        for line in lines
-        if line["key"] == "file"
-    }
+    files = [line["value"] for line in lines if line["key"] == "file"]
+    sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
     assert sent == {name: data for name, data in files_below(out).items() if data is not None}
     snippets = (out / "README.md").read_text().split("## How")[0]
     assert 'SentenceTransformer("me/small")' in snippets and '"small"' not in snippets
@@ -135,9 +130,7 @@ def test_failed_push_keeps_the_directory(model_directory, hub, tmp_path):
     # This process is offline, so the client fails by itself.
     exporting.export(build(), tmp_path / "out", 5, 1, 3)
     before = files_below(tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"me/small was not uploaded: .*offline.* `hf upload me/small"
-    ):
+    with pytest.raises(ValueError, match="small was not uploaded: .*offline.* `hf upload me/small"):
         exporting.push(tmp_path / "out", "me/small", private=False)
     assert files_below(tmp_path / "out") == before
     done = command(model_directory, tmp_path / "small", "--push-to-hub", "me/taken", **hub)

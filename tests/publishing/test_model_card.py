@@ -17,24 +17,19 @@ from mlembed.config import strict
 from mlembed.publishing import model_card
 from mlembed.publishing.export import export
 
+
+def cell(rank, exit, dim):
+    costs = {"parameters": 1000 * exit * rank, "bytes_per_vector": 4 * dim}
+    costs |= {"latency_ms": 1.25 * exit}
+    score = {"score": (dim + exit + rank) / 100, "by_language": {"am": 0.5}}
+    return {"dim": dim, "exit": exit, "rank": rank, **costs, "scores": {"names": score}}
+
+
 GRID = {
     "commit": "abc1234",
     "device": "cpu, 2 threads",
     "texts_by_language": {"de": 1200, "zh_Hant": 30, "hy": 4},
-    "cells": [
-        {
-            "dim": dim,
-            "exit": exit,
-            "rank": rank,
-            "parameters": 1000 * exit * rank,
-            "bytes_per_vector": 4 * dim,
-            "latency_ms": 1.25 * exit,
-            "scores": {"names": {"score": (dim + exit + rank) / 100, "by_language": {"am": 0.5}}},
-        }
-        for rank in (3, 11)
-        for exit in (1, 3)
-        for dim in (5, 24)
-    ],
+    "cells": [cell(rank, exit, dim) for rank in (3, 11) for exit in (1, 3) for dim in (5, 24)],
 }
 RUN = config.Run(
     name="second",

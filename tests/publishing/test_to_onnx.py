@@ -61,9 +61,8 @@ def test_onnxruntime_agrees(kind, tmp_path):
     agree(encoder, out, corner)
     graph = session(out)
     named = {one.name: (one.type, one.shape) for one in graph.get_inputs()}
-    assert named == dict.fromkeys(
-        ("input_ids", "attention_mask"), ("tensor(int64)", ["batch", "sequence"])
-    )
+    tokens = "tensor(int64)", ["batch", "sequence"]
+    assert named == {"input_ids": tokens, "attention_mask": tokens}
     named = {one.name: (one.type, one.shape) for one in graph.get_outputs()}
     assert named == {
         "last_hidden_state": ("tensor(float)", ["batch", "sequence", 24]),
@@ -147,8 +146,7 @@ def test_missing_package(tmp_path):
         f"    export(build(), Path({str(tmp_path / 'out')!r}), formats=['onnx'])"
     )
     done = processes.run("-c", script)
-    assert done.returncode == 1 and done.stderr.startswith(
-        "error: format onnx: expected onnxscript"
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: format onnx: expected onnxscript")
     assert "pip install 'mlembed[onnx]'" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -1,11 +1,12 @@
 """Checkpoints are complete or absent, and training resumes from them bit for bit."""
 
 import json
+import re
+import resource
 import shutil
 import threading
 from functools import partial
 
-import processes
 import pytest
 import torch
 from factories import tiny_shape
@@ -74,10 +75,10 @@ def restore(path, model, optimizer):
     return checkpoint.restore(path, model, optimizer, 0, 1)["step"]
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))],
-)
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_resumed_training_is_bit_for_bit_equal(device, tmp_path):
     model, optimizer = fresh(device)
     train(model, optimizer, 3)
@@ -103,17 +104,6 @@ def test_resumed_training_is_bit_for_bit_equal(device, tmp_path):
         a, b = optimizer.state[ours[name]], resumed.state[theirs[name]]
         assert a.keys() == b.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(a[k], b[k]) and a[k].device == b[k].device for k in a)
-
-
-def test_optimiser_needs_its_state(tmp_path, trained):
-    """Without it training differs, so the test above can fail."""
-    path = save(tmp_path, 1, *trained)
-    state = torch.get_rng_state()
-    train(*trained, 1)
-    again = pretrained.load(str(path))
-    torch.set_rng_state(state)
-    train(again, adamw(again, OPTIM), 1)
-    assert not torch.equal(trained[0].norm.weight, again.norm.weight)
 
 
 def test_checkpoint_before_the_first_step(tmp_path):
@@ -180,18 +170,6 @@ def test_incomplete_directory_is_not_a_checkpoint(tmp_path, trained):
     assert not list(tmp_path.glob(".*"))
     assert checkpoint.damage(tmp_path / "step_00000010") is None
     assert not (tmp_path / "step_00000010" / left.name).exists()
-
-
-def test_checkpoint_replaces_only_an_empty_directory(tmp_path):
-    empty, full, file = (tmp_path / f"step_0000000{i}" for i in range(3))
-    empty.mkdir()
-    full.mkdir()
-    (full / "notes").touch()
-    file.touch()
-    assert checkpoint._begin(empty, tmp_path / ".step_00000000.partial")
-    for target in (full, file):
-        with pytest.raises(ValueError, match="expected a new directory"):
-            checkpoint._begin(target, tmp_path / f".{target.name}.partial")
 
 
 def test_shapes_of_another_model_are_errors(tmp_path, trained):
@@ -361,54 +339,126 @@ def test_failed_deletion_names_the_checkpoint(tmp_path, monkeypatch):
 
 # ---- a full disk ----
 
-FULL = """
-import resource, sys
-from pathlib import Path
-import torch
-from mlembed import config
-from mlembed.modeling import pretrained
-from mlembed.runtime import checkpoint, files
-from mlembed.modeling.transformer import Transformer
-from mlembed.training.optim import adamw
 
-directory, limit = Path(sys.argv[1]), int(sys.argv[2])
-torch.manual_seed(0)
-model = Transformer(config.Model(vocab_size=500, hidden_size=32, num_hidden_layers=1,
-    num_attention_heads=1, num_key_value_heads=1, head_dim=32, intermediate_size=32))
-optimizer = adamw(model, config.Optim())
-for parameter in model.parameters():
-    parameter.grad = torch.ones_like(parameter)
-optimizer.step()
-saver = checkpoint.Saver(directory, 0, 1, 1)
-
-def save(step):
-    tensors = checkpoint.training_tensors(model, optimizer, 0)
-    saver.save(step, tensors, lambda path: pretrained.describe(model.cfg, path))
-    saver.wait()
-
-save(1)
-files.write_text(directory / "small.txt", "old")
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-for attempt in (lambda: save(2),
-                lambda: files.write_text(directory / "small.txt", "new" * limit)):
+# The optimiser takes twice as much as the model: the first file fails, or only the second.
+@pytest.mark.parametrize("share", [0.1, 1.5])
+def test_full_disk_leaves_the_earlier_checkpoint(share, tmp_path, trained):
+    path = save(tmp_path, 1, *trained)
+    limit = int(share * sum(parameter.nbytes for parameter in trained[0].parameters()))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        attempt()
-        print("saved?")
-    except ValueError as error:
-        print("ValueError:", " ".join(str(error).split()))
-"""
+        with pytest.raises(ValueError, match="step_00000002: could not be written: "):
+            save(tmp_path, 2, *trained)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["step_00000001"]
+    assert restore(path, *fresh()) == 1
 
 
-# The model takes 90 KB, the optimiser twice that: the first file fails, or only the second.
-@pytest.mark.parametrize("limit", [1000, 100_000])
-def test_full_disk_leaves_the_earlier_checkpoint(limit, tmp_path):
-    done = processes.run("-c", FULL, tmp_path, limit)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first.startswith(f"ValueError: {tmp_path}/step_00000002: could not be written: ")
-    assert second.startswith(f"ValueError: {tmp_path}/small.txt: could not be written: ")
-    assert names(tmp_path) == ["small.txt", "step_00000001"]
-    assert (tmp_path / "small.txt").read_text() == "old"
-    (path,) = checkpoint.complete(tmp_path)
-    model = pretrained.load(str(path))
-    assert restore(path, model, adamw(model, config.Optim())) == 1
+# ---- damage ----
+
+FILES = [f"shard-00001-model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+FILES += ["config.json", "mlembed_config.json", "state.json"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
+    model, optimizer = fresh()
+    for step in (1, 2):
+        train(model, optimizer, 1)
+        save(directory, step, model, optimizer)
+    return directory
+
+
+def damaged(file, how):
+    """Damage a file; return a pattern of what is then wrong with it."""
+    data = file.read_bytes()
+    middle = len(data) // 2
+    if how == "missing":
+        file.unlink()
+        return "no such file"
+    if how == "cut":
+        file.write_bytes(data[:middle])
+        return f"expected {len(data)} bytes, got {middle}"
+    file.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    return "expected sha256 [0-9a-f]{64}, got [0-9a-f]{64}$"
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "bit"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_named_and_the_one_before_is_used(name, how, two, tmp_path):
+    directory = tmp_path / "c"
+    shutil.copytree(two, directory)
+    older, newer = (directory / f"step_0000000{step}" for step in (1, 2))
+    assert names(newer) == sorted(FILES)
+    lines: list[str] = []
+    assert checkpoint.newest(directory, lines.append) == newer and lines == []
+    message = damaged(newer / name, how)
+    if name == checkpoint.STATE and how != "missing":
+        message = "expected"
+    assert checkpoint.newest(directory, lines.append) == older
+    words = rf"{newer} is damaged; step_00000001 is used instead\. {name}: {message}"
+    assert re.match(words, lines[0])
+    assert "\n" not in lines[0] and names(directory) == [older.name, newer.name]
+
+    before = {file.name: file.read_bytes() for file in newer.iterdir()}
+    assert checkpoint.newest(directory, lines.append, set_aside=True) == older
+    aside = directory / "damaged_step_00000002"
+    assert f"renamed to {aside.name}" in lines[1] and names(directory) == [aside.name, older.name]
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+    model, optimizer = fresh()
+    assert checkpoint.newest(directory, lines.append) == older and restore(older, model, optimizer)
+    assert save(directory, 2, model, optimizer) == newer and checkpoint.damage(newer) is None
+    damaged(newer / name, how)
+    checkpoint.newest(directory, lines.append, set_aside=True)
+    assert (directory / "damaged_step_00000002_1").is_dir() and aside.is_dir()
+
+
+def test_every_bit_of_the_state_counts(two, tmp_path):
+    shutil.copytree(two / "step_00000002", tmp_path / "c")
+    file = tmp_path / "c" / checkpoint.STATE
+    data = file.read_bytes()
+    for bit in range(0, 8 * len(data), 29):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        assert checkpoint.damage(file.parent), bit
+    file.write_bytes(data)
+    assert checkpoint.damage(file.parent) is None
+
+
+def test_surplus_shard_is_damage(two, tmp_path):
+    """It would be read with the others."""
+    shutil.copytree(two / "step_00000002", tmp_path / "c")
+    shutil.copy(two / "step_00000001" / FILES[0], tmp_path / "c" / "shard-00009-x.safetensors")
+    wrong = checkpoint.damage(tmp_path / "c")
+    assert wrong == "shard-00009-x.safetensors: not a file of this checkpoint"
+
+
+def test_all_damaged_is_an_error(two, tmp_path):
+    directory = tmp_path / "c"
+    assert checkpoint.newest(directory) is None
+    shutil.copytree(two, directory)
+    for path in directory.iterdir():
+        (path / "config.json").unlink()
+    message = r"intact checkpoint, all are damaged: step_00000002/config\.json: .*01/"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.newest(directory, set_aside=True)
+    assert names(directory) == ["step_00000001", "step_00000002"]
+
+
+def test_missing_shard_is_an_error(two, tmp_path):
+    with saver(tmp_path) as one:
+        one.save(1, {"a": torch.ones(4)}, lambda path: None)
+    (file,) = (tmp_path / "step_00000001").glob(checkpoint.SHARDS)
+    data = file.read_bytes()
+    moved = data.replace(b'saved_offsets\\": [0]', b'saved_offsets\\": [8]')
+    assert moved != data
+    file.write_bytes(moved)
+    with pytest.raises(ValueError, match="a: expected all of its shards, some are missing"):
+        checkpoint.read(file.parent, "")
+    file.write_bytes(data[:-3])
+    with pytest.raises(ValueError, match="step_00000001: could not be read"):
+        checkpoint.read(file.parent, "")

@@ -2,7 +2,7 @@
 processes that are killed. As a script, this file is one of these.
 """
 
-import json
+import re
 import signal
 import socket
 import sys
@@ -245,8 +245,6 @@ def test_processes_share_the_writing(size, kind, root, results):
         bytes_of[int(file.name.split("-")[1]) - 1] += sum(x.nbytes for x in of.values())
     total = sum(x.nbytes for x in whole.values())
     assert sum(bytes_of) == total and min(bytes_of) > total / size / 2
-    for file in path.rglob("*"):  # No file is a pickle.
-        assert file.suffix == ".safetensors" or json.loads(file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -290,12 +288,9 @@ def test_kill_while_saving(victims, tmp_path):
     directory = tmp_path / "checkpoints"
     script = [sys.executable, __file__, directory]
     with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                started(script, env=on_path() | group | {"RANK": str(rank)}, stderr=PIPE)
-            )
-            for rank in range(size)
-        ]
+        ranks = (on_path() | group | {"RANK": str(rank)} for rank in range(size))
+        started_by = [started(script, env=env, stderr=PIPE) for env in ranks]
+        processes = [stack.enter_context(one) for one in started_by]
         end = time.monotonic() + 150
         while not (tmp_path / "middle").exists():
             assert time.monotonic() < end and all(p.poll() is None for p in processes)
@@ -307,10 +302,7 @@ def test_kill_while_saving(victims, tmp_path):
     for rank, p in enumerate(processes):
         assert p.returncode == (-signal.SIGKILL if rank in victims else 1)
         if rank not in victims:
-            last = errors[rank].strip().splitlines()
-            assert any(
-                "ValueError" in x and "step_00000002: could not be written" in x for x in last
-            )
+            assert re.search("ValueError.*step_00000002: could not be written", errors[rank])
     said: list[str] = []
     assert [path.name for path in checkpoint.complete(directory)] == ["step_00000001"]
     assert checkpoint.newest(directory, said.append) == directory / "step_00000001" and not said

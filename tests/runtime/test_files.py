@@ -22,11 +22,9 @@ def test_check_new(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     files.check_new(tmp_path / "new" / "er")
     files.check_new(tmp_path / "empty", "directory")
-    for name, kind in [("file", "file"), ("file", "directory"), ("full", "directory")] + [
-        ("empty", "file"),
-        ("link", "file"),
-        ("link", "directory"),
-    ]:
+    taken = [(name, "file") for name in ("file", "empty", "link")]
+    taken += [(name, "directory") for name in ("file", "full", "link")]
+    for name, kind in taken:
         message = f"to: expected a new {kind}, got {tmp_path / name}, which exists"
         with pytest.raises(ValueError, match=message):
             files.check_new(tmp_path / name, kind, "to")
@@ -141,29 +139,22 @@ def test_failed_directory_leaves_nothing(error, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_full_directory_is_an_error(tmp_path):
-    for name in ("full", "file"):
-        (tmp_path / name).mkdir() if name == "full" else (tmp_path / name).write_text("precious")
-    (tmp_path / "full" / "mine.txt").write_text("precious")
-    for name in ("full", "file"):
-        with (
-            pytest.raises(ValueError, match="expected a new directory"),
-            files.atomic_directory(tmp_path / name),
-        ):
-            raise AssertionError("entered")
-    assert names(tmp_path) == ["file", "full"] and names(tmp_path / "full") == ["mine.txt"]
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_directory_that_appears_meanwhile_stays(tmp_path):
+@pytest.mark.parametrize("first", [True, False])
+def test_directory_of_another_stays(first, tmp_path):
+    """If it is there at first, or appears meanwhile."""
     target = tmp_path / "t"
-    with (
-        pytest.raises(ValueError, match="could not be written"),
-        files.atomic_directory(target) as partial,
-    ):
-        (partial / "a.txt").write_text("a")
+
+    def appear():
         target.mkdir()
         (target / "theirs.txt").write_text("precious")
+
+    words = "expected a new directory" if first else "could not be written"
+    if first:
+        appear()
+    with pytest.raises(ValueError, match=words), files.atomic_directory(target) as partial:
+        assert not first
+        (partial / "a.txt").write_text("a")
+        appear()
     assert names(tmp_path) == ["t"] and names(target) == ["theirs.txt"]
 
 
@@ -177,10 +168,8 @@ def test_empty_directory_is_filled_and_a_killed_run_replaced(tmp_path):
 
 
 def test_failed_write_names_the_directory(tmp_path):
-    with (
-        pytest.raises(ValueError, match=r"t: could not be written: .*No such file"),
-        files.atomic_directory(tmp_path / "t") as partial,
-    ):
+    words = "t: could not be written: .*No such file"
+    with pytest.raises(ValueError, match=words), files.atomic_directory(tmp_path / "t") as partial:
         (partial / "none" / "a.txt").write_text("a")
     assert names(tmp_path) == []
 

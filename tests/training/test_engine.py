@@ -20,8 +20,8 @@ from mlembed.data.packing import pack
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training.engine import Engine, local
-from mlembed.training.guards import bad_gradient
-from mlembed.training.optim import adamw
+from mlembed.training.guards import agree, bad_gradient
+from mlembed.training.optim import adamw, prepare
 
 # Neither two nor four processes share these widths, heads and vocabulary evenly.
 MODEL = tiny_shape(
@@ -165,12 +165,14 @@ def train(case, where, size):
                 add_gradients_alone(engine, case, step, size)
         result["called"].append(dict(called))
         result["grads"].append({name: full(p.grad) for name, p in model.named_parameters()})
-        norm = engine.norm()
-        engine.clip(norm, MAX_NORM)
-        result["norms"].append((norm, engine.norm()))
+        norm = engine.norm(engine.norms())
+        prepare(optimizer, norm, MAX_NORM, torch.zeros(()))
         optimizer.step()
+        # torch's step also writes the clipped gradients.
+        result["norms"].append((norm, engine.norm(engine.norms())))
         if step == STEPS - 1 and where.size > 1:
-            result["bad"] = bad_gradients(model, where)
+            result["bad"] = bad_gradients(engine)
+            result["left"] = left_out(engine, optimizer, where)
         engine.zero()
         assert all(p.grad is None for p in model.parameters())
         result["graphs"].append(len(graphs))
@@ -191,16 +193,35 @@ def counted(function, called, kind):
     return count
 
 
-def bad_gradients(model, where):
+def bad_gradients(engine):
     """Name the first bad gradient of good ones, with one bad one on the last process, and with an
     earlier one on the first process as well.
     """
-    names = [bad_gradient(model)]
+    where = engine.where
+    names = [bad_gradient(engine.norms())]
     for rank, name in ((where.size - 1, "layers.1.mlp.up_proj"), (0, "layers.0.mlp.down_proj")):
         if where.rank == rank:
-            local(model.get_submodule(name).weight.grad)[0, 0] = torch.inf if rank else torch.nan
-        names.append(bad_gradient(model))
+            gradient = engine.model.get_submodule(name).weight.grad
+            local(gradient)[0, 0] = torch.inf if rank else torch.nan
+        names.append(bad_gradient(engine.norms()))
     return names
+
+
+def left_out(engine, optimizer, where):
+    """Step with a loss that is infinite on the last process; return what changed of the state."""
+    states = optimizer.state.values()
+    tensors = [*engine.model.parameters(), *(x for state in states for x in state.values())]
+    before = [local(x).detach().clone() for x in tensors]
+    norm = torch.tensor(1.0)
+    loss = torch.tensor(torch.inf if where.rank == where.size - 1 else 1.0)
+    # The first process is to stop.
+    answers = agree([loss], where.main, where)
+    found = answers[0]
+    assert answers.tolist() == [1.0, 1.0] and agree([norm], False, where).tolist() == [0.0, 0.0]
+    prepare(optimizer, norm, MAX_NORM, found)
+    optimizer.step()
+    pairs = zip(tensors, before, strict=True)
+    return found.item(), sum(not torch.equal(local(x), y) for x, y in pairs), len(before)
 
 
 def process(where, names):
@@ -297,6 +318,13 @@ def test_collectives_of_a_step(results):
         assert got["called"] == [once] * STEPS, case
 
 
+def test_a_bad_number_of_one_process_leaves_the_step_out_on_all(results):
+    """Weights, moments and step counts, sharded ones too."""
+    for _, got, _ in of_each(results):
+        found, changed, tensors = got["left"]
+        assert (found, changed) == (1.0, 0) and tensors == 4 * len(got["weights"])
+
+
 def test_first_bad_gradient_of_any_process(results):
     weights = "layers.1.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"
     names = [None, *(f"gradient of {name}" for name in weights)]
@@ -325,27 +353,15 @@ def test_one_process_equals_torch():
     engine.backward([out], [grads], sync=True)
     plain(one, **options).backward(grads)
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
-    assert torch.equal(engine.norm(), norm) and norm > MAX_NORM
-    assert bad_gradient(engine.model) is None
-    engine.clip(norm, MAX_NORM)
-    for a, b in zip(engine.model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
+    norms = engine.norms()
+    assert torch.equal(engine.norm(norms), norm) and norm > MAX_NORM
+    assert list(norms) == [name for name, _ in engine.model.named_parameters()]
+    assert bad_gradient(norms) is None
     engine.model.norm.weight.grad[0] = torch.nan
-    assert bad_gradient(engine.model) == "gradient of norm.weight"
+    assert bad_gradient(engine.norms()) == "gradient of norm.weight"
     engine.zero()
     assert all(p.grad is None for p in engine.model.parameters())
     assert engine.full_model() is engine.model
-
-
-def test_small_gradients_are_not_scaled():
-    run, (one, *_) = configured(Case("ddp")), packs(0)
-    engine = Engine.of(randomise(Transformer(run.model)), run, ALONE, False)
-    out = engine.forward(one, rank=None, recompute=0, sync=True)
-    engine.backward([out], [torch.ones_like(out)], sync=True)
-    before = [p.grad.clone() for p in engine.model.parameters()]
-    engine.clip(engine.norm(), 1e4)
-    pairs = zip(engine.model.parameters(), before, strict=True)
-    assert all(torch.equal(p.grad, grad) for p, grad in pairs)
 
 
 def test_fsdp_needs_several_processes():

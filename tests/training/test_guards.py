@@ -1,17 +1,22 @@
 """Steps with NaN or infinity are skipped or stop the run; out-of-memory errors come with advice."""
 
+import json
 import math
 import resource
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from factories import metrics, small_job, write_jsonl
+from torch import ops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from mlembed import config
 from mlembed.training import guards
-from train import guarded
+from train import guarded, settle
 
 NAME = "layers.1.mlp.down_proj.weight"
 
@@ -49,20 +54,26 @@ def poison(job):
     return dict(job.model.named_parameters())[NAME].register_hook(hook)
 
 
-def test_bad_gradient_is_skipped(make, tmp_path, capsys):
-    job, feed = make("--non-finite", "skip", "--loss.memory-bank", 64)
-    assert guarded(job, 0, feed).bad is None
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_bad_gradient_is_skipped(make, tmp_path, capsys, weights):
+    options = "--optim.weights", weights, "--precision", "bf16" if weights == "bf16" else "fp32"
+    job, feed = make("--non-finite", "skip", "--loss.memory-bank", 64, *options)
+    guarded(job, 0, feed)
+    assert settle(job)
     before, bank = snapshot(job), job.bank.state()
     hook = poison(job)
-    assert guarded(job, 1, feed).bad == f"gradient of {NAME}"
+    guarded(job, 1, feed)
     after = snapshot(job)
     assert before.keys() == after.keys() and len(before) > 40
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not metrics(tmp_path / "run", "skipped")
+    hook.remove()
+    # The next step reports it before its loss, and leaves the bad documents out of the bank.
+    guarded(job, 2, feed)
     assert job.bank.state().keys() == bank.keys()
     printed = capsys.readouterr().out
     assert f"skipped step 2, source pairs: non-finite gradient of {NAME}" in printed
-    hook.remove()
-    assert guarded(job, 2, feed).bad is None
+    assert settle(job)
     assert len(job.bank.state()) > len(bank) > 0
     assert all(x.isfinite().all() for x in snapshot(job).values())
     assert not torch.equal(before[NAME], snapshot(job)[NAME])
@@ -70,32 +81,106 @@ def test_bad_gradient_is_skipped(make, tmp_path, capsys):
     assert line == {"step": 2, "kind": "skipped", "source": "pairs", "bad": f"gradient of {NAME}"}
 
 
+class Waits(TorchDispatchMode):
+    """Counts reads of a tensor's value, for which the host would wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (ops.aten._local_scalar_dense.default, ops.aten.equal.default)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_an_update_reads_nothing_of_the_device(make, bad, monkeypatch):
+    job, feed = make("--non-finite", "skip")
+    waits, real = Waits(), train.update
+
+    def update(*args):
+        with waits:
+            return real(*args)
+
+    with waits:
+        assert torch.ones(()).item()
+    assert waits.count == 1
+    monkeypatch.setattr(train, "update", update)
+    guarded(job, 0, feed)
+    if bad:
+        poison(job)
+    guarded(job, 1, feed)
+    assert waits.count == 1
+    assert settle(job) is not bad and not job.unread
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
+    """One process knows at once; several read it in the next step, without waiting for this one."""
+    job, _ = make("--log-every", 100)
+    real, alone = train.guarded, job.where
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def guarded(job, step, feed):
+        if step + 1 == at:
+            signal.raise_signal(signal.SIGTERM)
+        return real(replace(job, where=alone), step, feed)
+
+    monkeypatch.setattr(train, "guarded", guarded)
+    try:
+        where = replace(alone, size=size)
+        assert train.optimise(replace(job, where=where), 0) == at + size - 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not job.unread
+
+
+def test_a_run_reports_a_bad_step_before_the_next_update(make, tmp_path, monkeypatch):
+    """Steps that are not logged are read one step later, and the last one at the end."""
+    job, _ = make("--non-finite", "skip", "--log-every", 3, "--save-every", 0)
+    real, factor = train.loss_table, {1: math.nan, 3: math.nan}
+    numbers = iter(range(4))
+    monkeypatch.setattr(
+        train, "loss_table", lambda *args: real(*args) * factor.get(next(numbers), 1.0)
+    )
+    train.optimise(job, 0)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("skipped", 2), ("train", 3), ("skipped", 4)
+    ]  # fmt: skip
+
+
 def test_bad_gradient_stops_and_saves(make, tmp_path):
     job, feed = make()
     guarded(job, 0, feed)
     before = snapshot(job)
     poison(job)
+    guarded(job, 1, feed)
     with pytest.raises(ValueError, match=rf"non-finite gradient of {NAME} at step 2, source pairs"):
-        guarded(job, 1, feed)
+        guarded(job, 2, feed)
     job.saver.wait()
     after = snapshot(job)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-def test_bad_loss_is_named_by_exit_and_width(make, monkeypatch):
+def test_bad_loss_is_named_by_exit_and_width(make, monkeypatch, tmp_path):
     job, feed = make("--non-finite", "skip")
     real, factor = train.loss_table, torch.tensor([[1.0, 1.0], [math.inf, 1.0]])
     monkeypatch.setattr(train, "loss_table", lambda *args: real(*args) * factor)
-    assert guarded(job, 0, feed).bad == "contrastive loss of exit 2 at width 8 (inf)"
+    guarded(job, 0, feed)
+    assert not settle(job)
+    (line,) = metrics(tmp_path / "run", "skipped")
+    assert line["bad"] == "contrastive loss of exit 2 at width 8 (inf)"
 
 
 def test_bad_weights_always_stop(make, tmp_path):
     job, feed = make("--non-finite", "skip")
     with torch.no_grad():
         job.model.layers[0].mlp.up_proj.weight[2, 3] = math.inf
+    guarded(job, 0, feed)
     with pytest.raises(ValueError, match="non-finite weight layers.0.mlp.up_proj.weight at step 1"):
-        guarded(job, 0, feed)
+        settle(job)
     job.saver.wait()
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -1,6 +1,7 @@
 """train.py as a user runs it: real processes, small runs on real text."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -159,6 +160,31 @@ def test_layer_skip_stopped_and_resumed_equals_uninterrupted(arguments, tmp_path
     assert mine.read_bytes() == theirs.read_bytes()
 
 
+def test_profile_names_the_parts_of_a_step(arguments, tmp_path):
+    """Steps 4 and 5, in Chrome's format."""
+    args = ["--output-dir", tmp_path, "--steps", 6, "--tracker", "none", "--profile", 2]
+    train(*arguments, *args, "--eval-every", 0)
+    run = tmp_path / "tiny"
+    events = json.loads((run / "trace_0.json").read_text())["traceEvents"]
+    spans = [
+        (event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation"
+    ]
+    inside = {
+        name: {other for other, a, b in spans if a <= begin and end <= b} - {name}
+        for name, begin, end in spans
+    }
+    steps = {name for name in inside if name.startswith("ProfilerStep#")}
+    assert len(steps) == 2
+    own = ("data", "forward", "loss", "backward", "optimizer", "exit 1", "exit 2")
+    parents = {name: inside[name] & set(own) for name in own}
+    assert parents == dict.fromkeys(own[:5], set()) | dict.fromkeys(own[5:], {"forward"})
+    assert all(inside[name] & steps for name in own)
+    # A run from the saved configuration traces nothing.
+    assert json.loads((run / "config.json").read_text())["profile"] == 0
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_all_ranks_in_one_step(data, tmp_path, micro_batches):
     """Losses and gradients at each rank add up, weighted as sampling would weigh them."""
@@ -211,15 +237,34 @@ def test_attention_may_change_on_resume(arguments, tmp_path):
     assert json.loads((run / "config.json").read_text())["model"]["attention"] == "auto"
 
 
+def test_workers_give_the_same_steps(whole, arguments, tmp_path):
+    """Workers are not forks of this process, whose threads a fork would not have."""
+    run, _ = whole
+    code = "import os, runpy, sys; del os.fork; sys.argv = ['train.py', *sys.argv[1:]]; "
+    code += "runpy.run_path('train.py', run_name='__main__')"
+    args = [*arguments, "--output-dir", tmp_path, "--name", "whole", "--steps", 12]
+    args += ["--save-every", 4, "--loader-workers", 2]
+    done = processes.run("-c", code, *args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert loss_trace(tmp_path / "whole") == loss_trace(run)
+    for name in ("model", "checkpoints/step_00000012"):
+        shutil.rmtree(tmp_path / "whole" / name)
+    train(*args, "--resume")
+    assert loss_trace(tmp_path / "whole") == loss_trace(run)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_stop(arguments, tmp_path, number):
+def test_signals_save_and_stop(arguments, tmp_path, number, workers):
+    """A terminal and a scheduler send them to all processes of the run."""
     args = [*arguments, "--output-dir", tmp_path, "--name", "stopped", "--steps", 100_000]
+    args += ["--loader-workers", workers]
     run = tmp_path / "stopped"
     with started([sys.executable, "train.py", *args], stdout=PIPE, stderr=DEVNULL) as process:
         while process.poll() is None and not metrics(run, "train"):
             time.sleep(0.02)
         # torchrun forwards a signal that a terminal has sent to all processes already.
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         process.send_signal(number)
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 130

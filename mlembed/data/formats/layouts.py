@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from ...config import Columns
 from . import paths, readers, roles
 from .readers import Names, Row, T, id_text, is_text
 from .roles import Roles
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHOWN = 50  # bad rows that a report lists; it counts all
 PEEK = 1000  # rows that show the columns of a source
@@ -156,10 +157,14 @@ class Corpus:
     def __init__(self, path: str) -> None:
         if not Path(path).is_file():
             raise ValueError(f"corpus: expected a file, got {path}, which does not exist")
+        import pyarrow as pa
+
         self.path, self.place = path, dict[str, int]()
         self.column = pa.chunked_array(self._chunks(), pa.large_string())
 
-    def _chunks(self) -> Iterator[pa.Array]:
+    def _chunks(self) -> "Iterator[pa.Array]":
+        import pyarrow as pa
+
         chunk: list[str] = []
         (file,) = paths.files_of(self.path)
         for where, row in readers.strict(readers.of_file(file)):

@@ -15,15 +15,16 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from .paths import COMPRESSED, suffix_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
 Line = tuple[str, str | ValueError]
@@ -42,6 +43,11 @@ LONGEST_NAME = 40  # characters of a column's name in a header
 
 
 # ---- valid text ----
+
+
+def normalise(text: str) -> str:
+    """Return the form in which two texts count as the same."""
+    return unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 def is_text(value: Any) -> bool:
@@ -110,6 +116,12 @@ def attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
 # ---- lines ----
 
 
+def _decompressed(path: Path | str, kind: str) -> Any:
+    import pyarrow as pa
+
+    return pa.input_stream(str(path), compression=kind)
+
+
 @contextlib.contextmanager
 def opened(path: Path | str) -> Iterator[BinaryIO]:
     """Open a file for its decompressed bytes.
@@ -120,7 +132,7 @@ def opened(path: Path | str) -> Iterator[BinaryIO]:
     kind = COMPRESSED.get(Path(path).suffix.lower())
     try:
         # Not `pa.input_stream` for all, as a named pipe cannot be sought.
-        plain: Any = pa.input_stream(str(path), compression=kind) if kind else io.FileIO(path)
+        plain: Any = _decompressed(path, kind) if kind else io.FileIO(path)
         with io.BufferedReader(plain) as file:
             head = file.peek(2)[:2]
             if head in UTF_16:
@@ -351,6 +363,9 @@ def _record(names: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def _parquet(path: Path, names: Names, decoder: Decoder) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
@@ -364,7 +379,7 @@ def _parquet(path: Path, names: Names, decoder: Decoder) -> Iterator[Row]:
 
 
 def from_arrow(
-    batch: pa.RecordBatch | pa.Table, decoder: Decoder
+    batch: "pa.RecordBatch | pa.Table", decoder: Decoder
 ) -> Iterator[dict[str, Any] | ValueError]:
     """Yield rows of Arrow's columns; a row of invalid UTF-8 is an error."""
     try:
@@ -375,7 +390,7 @@ def from_arrow(
             yield attempt(_arrow_row, batch.slice(i, 1), decoder)
 
 
-def _arrow_row(row: pa.RecordBatch | pa.Table, decoder: Decoder) -> dict[str, Any]:
+def _arrow_row(row: "pa.RecordBatch | pa.Table", decoder: Decoder) -> dict[str, Any]:
     values = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from . import readers
 from .paths import SUFFIXES, suffix_of
 from .readers import Decoder
@@ -68,6 +65,9 @@ class TextReader:
             _, first = next(readers.of_file(path), ("", {self.column: ""}))
             self._check_column(first if isinstance(first, dict) else {self.column: ""})
         if suffix_of(path) == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
             try:
                 self._check_column(pq.read_schema(path).names)
             except (pa.ArrowException, OSError) as error:

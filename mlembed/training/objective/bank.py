@@ -32,7 +32,8 @@ class Shard:
         """Copy to another tensor's device, vectors in its dtype."""
         device, counts = like.device, self.counts_E
         return Shard(
-            self.vectors_EnD.to(device, like.dtype, non_blocking=True),
+            # A change of dtype on the host would give pageable memory, whose copy waits.
+            self.vectors_EnD.to(device, non_blocking=True).to(like.dtype),
             self.ids_n.to(device, non_blocking=True),
             None if counts is None else counts.to(device, non_blocking=True),
         )

@@ -28,7 +28,9 @@ from mlembed_kernels import distill
 from ... import config
 from ...data.collate import Batch
 from ...modeling.vocabulary import principal_directions
+from ...runtime import transfer
 from ...runtime.distributed import World, gather
+from ..optim import prepare
 
 TERMS = ("features", "logits", "between_exits")
 
@@ -112,8 +114,9 @@ class Distiller:
         distiller = Distiller(cfg, rotation, projection, where)
         if distiller.projection is not None:
             distiller.optimizer = torch.optim.AdamW(
-                [distiller.projection], betas=run.optim.betas, eps=run.optim.eps, weight_decay=0.0
-            )
+                [distiller.projection], betas=run.optim.betas, eps=run.optim.eps,
+                weight_decay=0.0, fused=True,
+            )  # fmt: skip
         return distiller
 
     # ---- the loss ----
@@ -123,16 +126,16 @@ class Distiller:
     ) -> dict[str, Tensor]:
         """Return loss_EM of each term with a weight, fp32 (float64 of float64).
 
-        exits_END: this process's texts, in the order of `batch.packs`. Entries at which a term has
-        no value are 0. The mean over processes is the loss of the whole batch on one process, and
-        so are gradients.
+        exits_END: this process's texts, in the order of `batch.packs`. batch: on its device.
+        Entries at which a term has no value are 0. The mean over processes is the loss of the whole
+        batch on one process, and so are gradients.
         """
-        exits_END = exits_END[:, batch.place.to(exits_END.device)]
+        exits_END = exits_END[:, batch.place]
         t_ND = batch.teacher_ND
         tables = {}
         if self.cfg.features:
             assert t_ND is not None
-            tables["features"] = self._features(exits_END, t_ND.to(exits_END.device), batch, run)
+            tables["features"] = self._features(exits_END, t_ND, batch.host, run)
         E = len(exits_END)
         between = self.cfg.between_exits > 0 and E > 1
         if self.cfg.logits or between:
@@ -148,7 +151,7 @@ class Distiller:
             tables["between_exits"] = pairs.table(teacher, 0, [E - 1] * (E - 1))
         return tables
 
-    def _features(self, exits_END: Tensor, t_ND: Tensor, batch: Batch, run: config.Run) -> Tensor:
+    def _features(self, exits_END: Tensor, t_ND: Tensor, host: Batch, run: config.Run) -> Tensor:
         x_END = exits_END.to(torch.promote_types(exits_END.dtype, torch.float32))
         t_ND = t_ND.detach().to(x_END.dtype)
         D, dims, exits = x_END.shape[-1], run.model.matryoshka_dims, run.model.exits
@@ -159,28 +162,28 @@ class Distiller:
         rows = []
         for x_ND, exit, has_value in zip(x_END, exits, rows_E, strict=True):
             row = x_ND.new_zeros(len(dims))
-            for mask, count in self._means(batch, exit) if has_value else ():
+            for mask, count in self._means(host, exit) if has_value else ():
                 x, t = x_ND, t_ND
                 # Depths are known on the host, so choosing texts does not wait for the device.
                 if not mask.all():
-                    places = mask.nonzero()[:, 0].to(x.device, non_blocking=True)
+                    places = transfer.moved(mask.nonzero()[:, 0], x.device)
                     x, t = x[places], t[places]
                 row = row + torch.stack([self._square(x, t, d) for d in dims]) / count
             rows.append(row)
         return torch.stack(rows)
 
-    def _means(self, batch: Batch, exit: int) -> list[tuple[Tensor, float]]:
+    def _means(self, host: Batch, exit: int) -> list[tuple[Tensor, float]]:
         """Return for each mean its texts of this process, bool [N], and its texts per process.
 
         Processes differ in how many texts run to an exit, so each counts by its share of all.
         """
-        present = _own_depths(batch, self.where) >= exit
-        queries, docs = (int((x >= exit).sum()) for x in (batch.query_depths, batch.doc_depths))
+        present = _own_depths(host, self.where) >= exit
+        queries, docs = (int((x >= exit).sum()) for x in (host.query_depths, host.doc_depths))
         means, size = [(present, queries + docs)], self.where.size
         if self.cfg.feature_form == "ml-embed":
             kind = torch.full(present.shape, 2)
-            kind[: len(batch.target)] = 0
-            kind[len(batch.target) + batch.target] = 1
+            kind[: len(host.target)] = 0
+            kind[len(host.target) + host.target] = 1
             counts = queries, queries, docs - queries
             means = [(present & (kind == i), n) for i, n in enumerate(counts)]
         return [(texts, max(1, n) / size) for texts, n in means]
@@ -201,8 +204,11 @@ class Distiller:
 
     # ---- the projection's steps ----
 
-    def step(self, lr: float, max_norm: float) -> None:
-        """Step the projection with gradients averaged over processes; all processes call it."""
+    def step(self, lr: float, max_norm: float, found_inf: Tensor) -> None:
+        """Step the projection with gradients averaged over processes; all processes call it.
+
+        found_inf: fp32 0-dim; 1 leaves the projection as it is.
+        """
         P = self.projection
         if P is None or P.grad is None:
             return
@@ -210,20 +216,15 @@ class Distiller:
         if self.where.size > 1:
             dist.all_reduce(P.grad)
             P.grad /= self.where.size
-        torch.nn.utils.clip_grad_norm_([P], max_norm)
+        prepare(self.optimizer, P.grad.norm(), max_norm, found_inf)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         P.grad = None
 
-    def finite(self) -> bool:
-        """Return whether the projection's gradient, if any, is finite."""
+    def gradients(self) -> list[Tensor]:
+        """Return the projection's gradient, if any."""
         P = self.projection
-        return P is None or P.grad is None or bool(P.grad.isfinite().all())
-
-    def discard(self) -> None:
-        """Drop the gradient of a step that is skipped."""
-        if self.projection is not None:
-            self.projection.grad = None
+        return [] if P is None or P.grad is None else [P.grad]
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, equal on all processes."""
@@ -255,17 +256,17 @@ class Distiller:
         if "step" in tensors and self.projection is not None:
             assert self.optimizer is not None
             state = {n: tensors[n].to(self.projection) for n in ("exp_avg", "exp_avg_sq")}
-            step = tensors["step"].reshape(()).float().cpu()
+            step = tensors["step"].reshape(()).float().to(self.projection.device)
             self.optimizer.state[self.projection] = {"step": step, **state}
 
 
 # ---- similarities ----
 
 
-def _own_depths(batch: Batch, where: World) -> Tensor:
+def _own_depths(host: Batch, where: World) -> Tensor:
     """Return the depths of this process's texts, int64 [N], queries then documents."""
-    queries = batch.query_depths.split([len(batch.target)] * where.size)[where.rank]
-    docs = batch.doc_depths.split(list(batch.doc_sizes))[where.rank]
+    queries = host.query_depths.split([len(host.target)] * where.size)[where.rank]
+    docs = host.doc_depths.split(list(host.doc_sizes))[where.rank]
     return torch.cat([queries, docs])
 
 
@@ -274,11 +275,11 @@ def _split(x_END: Tensor, batch: Batch, where: World) -> tuple[Tensor, Tensor]:
 
     Both are ordered deepest first, and all documents get a gradient.
     """
-    n = len(batch.target)
+    n, depths = len(batch.target), batch.host.doc_depths
     docs = torch.cat(gather(x_END[:, n:], batch.doc_sizes), dim=1)
-    if where.size > 1 and int(batch.doc_depths.min()) < int(batch.doc_depths.max()):
-        order = batch.doc_depths.argsort(descending=True, stable=True)
-        docs = docs[:, order.to(docs.device)]
+    if where.size > 1 and int(depths.min()) < int(depths.max()):
+        order = depths.argsort(descending=True, stable=True)
+        docs = docs[:, transfer.moved(order, docs.device)]
     return x_END[:, :n], docs
 
 
@@ -286,25 +287,29 @@ class _Pairs:
     """Queries of this process with all documents, and how many of each run to each exit.
 
     Processes differ in how many of their queries run to an exit: each counts by its share of all.
+    by_exit: on the host, [E] each: own queries and all documents that run to the exit, the share.
     """
 
     def __init__(self, exits_END: Tensor, batch: Batch, run: config.Run, where: World) -> None:
         self.queries, self.docs = _split(exits_END, batch, where)
         self.run, self.temperature = run, batch.temperature or run.loss.temperature
-        depths = batch.query_depths.split([len(batch.target)] * where.size)[where.rank]
+        host = batch.host
+        depths = host.query_depths.split([len(host.target)] * where.size)[where.rank]
         exits_E1 = torch.tensor(run.model.exits)[:, None]
-        self.query_counts, self.doc_counts, total = (
-            (x >= exits_E1).sum(1) for x in (depths, batch.doc_depths, batch.query_depths)
+        query_counts, doc_counts, total = (
+            (x >= exits_E1).sum(1) for x in (depths, host.doc_depths, host.query_depths)
         )
-        self.share_E = self.query_counts.double() * where.size / total.clamp(min=1)
+        share_E = query_counts.double() * where.size / total.clamp(min=1)
+        self.by_exit = query_counts, doc_counts, share_E
 
     def table(self, teacher: tuple[Tensor, Tensor], first: int, at: Sequence[int]) -> Tensor:
         """Return loss_EM of the exits from place `first` on, zero at others.
 
         at: for each of these exits, the place of the exit to which texts have to run.
         """
-        cfg, device, stop = self.run.distill, self.queries.device, first + len(at)
-        places = torch.tensor(at)
+        cfg, stop = self.run.distill, first + len(at)
+        numbers = tuple(x[list(at)] for x in self.by_exit)
+        query_counts, doc_counts, share_E = transfer.moved(numbers, self.queries.device)
         loss_EM = distill(
             self.queries[first:stop],
             self.docs[first:stop],
@@ -314,8 +319,8 @@ class _Pairs:
             kind=cfg.logit_form,
             temperature=self.temperature,
             teacher_temperature=cfg.teacher_temperature,
-            query_counts=self.query_counts[places].to(device),
-            cand_counts=self.doc_counts[places].to(device),
+            query_counts=query_counts,
+            cand_counts=doc_counts,
         )
-        loss_EM = loss_EM * self.share_E[places][:, None].to(loss_EM)
+        loss_EM = loss_EM * share_E[:, None].to(loss_EM)
         return F.pad(loss_EM, (0, 0, first, len(self.queries) - stop))

@@ -41,6 +41,7 @@ from mlembed_kernels.similarity.pairwise_lse import NOTHING
 
 from ... import config
 from ...data.collate import Batch
+from ...runtime import transfer
 from ...runtime.distributed import World, gather
 from .bank import Bank
 from .candidates import Pairs, in_batch, joint
@@ -62,7 +63,8 @@ def loss_table(
 
     Args:
         exits_END: this process's texts, in the order of `batch.packs`.
-        batch: its ids, of all processes, tell which candidates are false negatives.
+        batch: on the device of exits_END. Its ids, of all processes, tell which candidates are
+            false negatives.
         bank: for retrieval and bitext, its documents of the batch's source are negatives, and the
             candidates of all processes are added to it, for the caller to commit or discard.
 
@@ -81,7 +83,7 @@ def loss_table(
 def _pairs(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -> Pairs:
     """Split texts into queries and documents, with ids and counts on their device."""
     device, dims, exits = exits_END.device, run.model.matryoshka_dims, run.model.exits
-    exits_END = exits_END[:, batch.place.to(device)]
+    exits_END = exits_END[:, batch.place]
     query_sizes, doc_sizes = [len(batch.target)] * world.size, list(batch.doc_sizes)
     scale_EM = torch.full(
         (len(exits), len(dims)),
@@ -89,27 +91,32 @@ def _pairs(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -> Pa
         dtype=torch.promote_types(exits_END.dtype, torch.float32),
         device=device,
     )
+    query_counts, doc_counts = _counts(batch.host, world, exits, device)
     return Pairs(
         world,
         exits_END[:, : len(batch.target)],
         exits_END[:, len(batch.target) :],
-        batch.target.to(device),
-        batch.query_ids.to(device).split(query_sizes),
-        _counts(batch.query_depths, query_sizes, exits, device),
-        batch.doc_ids.to(device).split(doc_sizes),
-        _counts(batch.doc_depths, doc_sizes, exits, device),
+        batch.target,
+        batch.query_ids.split(query_sizes),
+        query_counts,
+        batch.doc_ids.split(doc_sizes),
+        doc_counts,
         {"dims": dims, "scale": scale_EM},
     )
 
 
 def _counts(
-    depths: Tensor, sizes: Sequence[int], exits: Sequence[int], device: torch.device
-) -> list[Tensor | None]:
-    """Return how many of each process's texts run to each exit [E]; None: all to the last."""
-    if int(depths.min()) >= exits[-1]:
-        return [None] * len(sizes)
-    at = torch.tensor(exits)
-    return [(part[None] >= at[:, None]).sum(1).to(device) for part in depths.split(list(sizes))]
+    host: Batch, world: World, exits: Sequence[int], device: torch.device
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Return how many queries and documents of each process run to each exit [E]; None: all."""
+    P = world.size
+    # A query runs as deep as its documents.
+    if int(host.query_depths.min()) >= exits[-1]:
+        return [None] * P, [None] * P
+    parts = *host.query_depths.split(len(host.target)), *host.doc_depths.split(list(host.doc_sizes))
+    at_E1 = torch.tensor(exits)[:, None]
+    counts = transfer.moved(torch.stack([(part >= at_E1).sum(1) for part in parts]), device)
+    return [*counts[:P]], [*counts[P:]]
 
 
 # ---- one softmax ----
@@ -131,11 +138,15 @@ def _shares(batch: Batch, pairs: Pairs, run: config.Run, only: Tensor | None = N
     With them the mean over processes is the mean over all queries that run to the exit.
     only: bool [queries of all processes], which of them count at all.
     """
-    runs_EQ = batch.query_depths[None] >= torch.tensor(run.model.exits)[:, None]
-    runs_EQ = runs_EQ if only is None else runs_EQ & only
-    share_EQ = pairs.where.size * runs_EQ / runs_EQ.double().sum(1, keepdim=True).clamp(min=1)
-    share_EQ = share_EQ.split(len(batch.target), dim=1)[pairs.where.rank]
-    return share_EQ.to(pairs.common["scale"])
+    P, Q, scale = pairs.where.size, len(batch.target), pairs.common["scale"]
+    runs_PEQ = torch.ones(P, len(scale), Q, dtype=torch.bool, device=scale.device)
+    for runs_EQ, counts in zip(runs_PEQ, pairs.query_counts, strict=True):
+        if counts is not None:
+            runs_EQ &= torch.arange(Q, device=scale.device) < counts[:, None]
+    if only is not None:
+        runs_PEQ &= only.view(P, 1, Q)
+    total_E1 = runs_PEQ.double().sum((0, 2))[:, None].clamp(min=1)
+    return (P * runs_PEQ[pairs.where.rank] / total_E1).to(scale)
 
 
 def _hard(batch: Batch, pairs: Pairs) -> Tensor | None:
@@ -145,7 +156,7 @@ def _hard(batch: Batch, pairs: Pairs) -> Tensor | None:
     """
     if not batch.negatives.shape[1]:
         return None
-    negatives = batch.negatives.to(pairs.docs.device)
+    negatives = batch.negatives
     hard = pairs.docs[:, negatives.clamp(min=0)]
     cos_EMQK = cosine(pairs.queries, hard, dims=pairs.common["dims"])
     z_EMQK = cos_EMQK * pairs.common["scale"][..., None, None]
@@ -157,7 +168,7 @@ def _hard(batch: Batch, pairs: Pairs) -> Tensor | None:
 
 def _own_negatives_only(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
     """Return the softmax over the positive and the query's own hard negatives; gathers nothing."""
-    if not batch.has_negatives.any():
+    if not batch.host.has_negatives.any():
         raise ValueError(
             f"{batch.source or 'batch'}: expected hard negatives, the only negatives of task "
             f"{batch.task}, got a batch without any"
@@ -182,7 +193,7 @@ def _contrastive(batch: Batch, pairs: Pairs, run: config.Run, bank: Bank | None)
     bitext, loss = batch.task == "bitext", run.loss
     symmetric = bitext or loss.directions != "query_to_doc"
     share_EQ = _shares(batch, pairs, run)
-    hard_EMQ, owner = None, batch.owner.to(pairs.docs.device)
+    hard_EMQ, owner = None, batch.owner
     if loss.hard_negatives != "shared":
         hard_EMQ, pairs = _hard(batch, pairs), pairs.of_positives()
         owner = pairs.target
@@ -222,10 +233,14 @@ def _cosent(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
     scores_E1Q = batch.scores.to(cos_EMQ).expand(len(cos_EMQ), 1, -1)
     mine = torch.cat([cos_EMQ, scores_E1Q], dim=1).transpose(1, 2)
     gathered = torch.cat(gather(mine, [len(batch.target)] * pairs.where.size), dim=1)
+    depths = batch.host.query_depths.split(len(batch.target))
     losses = []
-    for e, depth in enumerate(run.model.exits):
-        rows = (batch.query_depths >= depth).nonzero()[:, 0].to(gathered.device)
-        cos_nM, scores = gathered[e, rows, :-1], gathered[e, rows, -1].detach()
+    for e, exit in enumerate(run.model.exits):
+        # Each process's queries are ordered deepest first.
+        counts = [int((part >= exit).sum()) for part in depths]
+        parts = gathered[e].split(len(batch.target))
+        present = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        cos_nM, scores = present[:, :-1], present[:, -1].detach()
         scores, order = scores.sort(stable=True)
         z_Mn = cos_nM[order].T * scale_EM[e][:, None]
         before = F.pad(z_Mn.logcumsumexp(1), (1, 0), value=NOTHING)

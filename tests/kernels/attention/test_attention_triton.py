@@ -54,9 +54,10 @@ def check(
     return got
 
 
-# One sequence alone: a key to weigh, two; a pack and the two kernels' step at 64 | 65; a tile of
-# 128, short of it and over it; tiles that are full and a last one of 44 tokens.
-ALONE = all_pairs([1, 2, 63, 64, 65, 127, 129, 300], [True, False], DTYPES)
+# One sequence alone: a key to weigh, two; a pack and the two kernels' step at 64 | 65; two tiles,
+# short of them, full and over them; tiles that are full and a last one of 44 tokens; the step to
+# the tiles of long sequences at 512 | 513.
+ALONE = all_pairs([1, 2, 63, 64, 65, 127, 128, 129, 300, 512, 513], [True, False], DTYPES)
 
 
 @pytest.mark.parametrize(("n", "causal", "dtype"), ALONE)
@@ -69,6 +70,14 @@ def test_one_sequence(n, causal, dtype):
 def test_mixed_lengths(causal, dtype):
     order = UNEVEN if causal else random.Random(1).sample(UNEVEN, len(UNEVEN))
     check(order, dtype, causal=causal)
+
+
+# Beyond 512 tokens odd groups have tiles of 128 tokens, with two masked blocks: the last tile ends
+# in the first of them, in the second, and with it.
+@pytest.mark.parametrize("n", [513, 600, 640])
+@both_masks
+def test_long_tiles_of_odd_groups(n, causal):
+    check([n, 3], torch.float16, (3, 1), causal=causal)
 
 
 # Packs that one token fills or misses; packs around, before and behind long sequences.

@@ -57,6 +57,20 @@ def test_other_numbers_change_no_other_sequence(changed, dtype, heads):
     assert (after["out"][rows] != before["out"][rows]).any()
 
 
+@both_sorts
+@both_masks
+def test_result_does_not_depend_on_the_batch(causal, dtype, heads):
+    """Sequences of all three kinds, each next to the others and alone."""
+    lengths = [66, 513, 3]
+    qkv, do = batch(dtype, lengths, heads)
+    together, begin = run(qkv, lengths, causal, do=do), 0
+    for n in lengths:
+        rows = slice(begin, begin + n)
+        alone = run([x[rows].clone() for x in qkv], [n], causal, do=do[rows].clone())
+        same_bits({name: x[rows] for name, x in together.items()}, alone)
+        begin += n
+
+
 # In q, k, v or what comes back: a whole sequence of it, or one number of its last token. Of a last
 # key's infinities one makes its only score -inf, a weight of nought and no NaN that could be seen.
 POISONS = [
@@ -93,6 +107,20 @@ def test_nan_stays_in_its_sequence(name, number, whole, causal):
         assert not all(y[rows].isfinite().all() for y in got.values())
         if name != "do" and number != number:  # the last token sees its whole sequence
             assert got["out"][last, -1].isnan().any(-1).all()
+
+
+@both_masks
+def test_infinity_that_weighs_nothing(causal):
+    """A token whose only score is -inf has weights of 0 / 0, and no product of its own shows it."""
+    lengths = [2, 1, 3]
+    (q, k, v), do = batch(lengths=lengths, heads=(1, 1))
+    rows = rows_of(lengths, [1]).to(DEVICE)
+    want = run([q, k, v], lengths, causal, do=do)
+    bad = q.clone()
+    bad[rows, 0, 2] = -torch.inf * k[rows, 0, 2].sign()
+    got = run([bad, k, v], lengths, causal, do=do)
+    same_bits(got, want, ~rows)
+    assert got["out"][rows].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
@@ -203,6 +231,22 @@ def test_inactive_rows_are_unread_and_zero(flags, causal, dtype, heads):
         shape, size = ((), torch.int64) if causal else ((1,), torch.int32)
         count = torch.full(shape, sum(flags), dtype=size, device=DEVICE)
         same_bits(run(poisoned[:3], LENGTHS, causal, active=count, do=poisoned[3]), got)
+
+
+@both_masks
+def test_inactive_long_sequence(causal):
+    """Tiles of odd groups begin with two masked blocks, of which nothing is read."""
+    lengths = [530, 2, 515]
+    qkv, do = batch(lengths=lengths, heads=(3, 1))
+    here = rows_of(lengths, [1, 2]).to(DEVICE)
+    poisoned = [torch.where(here[:, None, None], x, torch.nan) for x in (*qkv, do)]
+    active = torch.tensor([False, True, True], device=DEVICE)
+    got = run(poisoned[:3], lengths, causal, active=active, do=poisoned[3])
+    want = run([x[here] for x in qkv], lengths[1:], causal, do=do[here])
+    eps = torch.finfo(HALF).eps
+    for name, x in got.items():
+        assert (x[~here] == 0).all()
+        torch.testing.assert_close(x[here], want[name], rtol=4 * eps, atol=16 * eps)
 
 
 # ---- calls ----

@@ -84,6 +84,17 @@ def test_tiles_are_of_one_long_sequence_and_no_more_than_it_has(size):
 
 
 @pytest.mark.parametrize("size", TILES)
+def test_long_tiles_and_others(size):
+    """A sequence's own length decides, up to 512 tokens and beyond."""
+    for lengths in (*ALL, [512, 513, 70, 600, 3]):
+        plan = AttentionPlan.of(bounds(lengths))
+        long, others = (plan.tiles(size, long=kind) for kind in (True, False))
+        assert torch.equal(torch.cat([long, others]), plan.tiles(size))
+        assert all(end - begin > 512 for _, begin, end in long.tolist())
+        assert all(end - begin <= 512 for _, begin, end in others.tolist())
+
+
+@pytest.mark.parametrize("size", TILES)
 def test_longest_first_each_from_its_end(size):
     for lengths in ALL:
         tiles = AttentionPlan.of(bounds(lengths)).tiles(size).tolist()
@@ -99,12 +110,15 @@ def test_numbers_of_the_batch():
         assert plan.max_seqlen == max(lengths, default=0)
         assert torch.equal(plan.cu_seqlens, cu)
         begins = [begin for begin, end in pairwise(cu.tolist()) for _ in range(begin, end)]
-        assert plan.begin_T.tolist() == begins
-        lists = plan.cu_seqlens, plan.begin_T, *map(plan.packs, PACKS), *map(plan.tiles, TILES)
+        ends = [end for begin, end in pairwise(cu.tolist()) for _ in range(begin, end)]
+        assert (plan.begin_T.tolist(), plan.end_T.tolist()) == (begins, ends)
+        bounds_T = plan.begin_T, plan.end_T
+        lists = plan.cu_seqlens, *bounds_T, *map(plan.packs, PACKS), *map(plan.tiles, TILES)
         assert {x.dtype for x in lists} == {torch.int32}
         # Where Triton sees a pointer that 16 bytes divide, it compiles for that alone.
         assert all(x.storage_offset() % 4 == 0 for x in lists)
-        assert plan.counts == tuple(len(x) for x in lists[2:])
+        longer = [plan.tiles(size, long=True) for size in TILES]
+        assert plan.counts == tuple(len(x) for x in (*lists[3:], *longer))
 
 
 def test_lists_of_a_prefix():
@@ -118,6 +132,7 @@ def test_lists_of_a_prefix():
             part, T = AttentionPlan.of(cu[: n + 1]), sum(lengths[:n])
             assert (part.tokens, part.sequences) == (T, n)
             assert torch.equal(part.begin_T, whole.begin_T[:T])
+            assert torch.equal(part.end_T, whole.end_T[:T])
             for size in TILES:
                 want = [tile for tile in whole.tiles(size).tolist() if tile[2] <= T]
                 assert part.tiles(size).tolist() == want
@@ -161,7 +176,7 @@ def test_on_another_device(lengths):
     meta = plan.to("meta")
     assert meta.buffer.device.type == "meta"
     assert (meta.tokens, meta.counts) == (plan.tokens, plan.counts)
-    for name in ("cu_seqlens", "begin_T"):
+    for name in ("cu_seqlens", "begin_T", "end_T"):
         x, y = getattr(plan, name), getattr(meta, name)
         assert y.device.type == "meta" and x.shape == y.shape
     assert all(plan.packs(size).shape == meta.packs(size).shape for size in PACKS)

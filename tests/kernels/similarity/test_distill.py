@@ -93,6 +93,23 @@ def test_equals_formula(name, kind, space, request):
 
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_half_precision_of_wide_prefixes(kind):
+    """Gradients err no more than those of the reference, and a rounding of fp16."""
+    x = [vectors(1, n, 260, seed=n).half() for n in (5, 7)]
+    teacher = [vectors(n, 24, seed=n).half() for n in (5, 7)]
+    results = []
+    for impl, dtype in (("reference", torch.float64), *((i, torch.float16) for i in IMPLS)):
+        given = [v.to(dtype).requires_grad_() for v in x]
+        how = {"dims": (130, 200, 260), "kind": kind, "impl": impl}
+        loss = distill(*given, *(v.to(dtype) for v in teacher), **how)
+        results.append(torch.autograd.grad(loss.sum(), given))
+    for truth, reference, triton in zip(*results, strict=True):
+        error = [(v.double() - truth).abs().max().item() for v in (reference, triton)]
+        floor = torch.finfo(torch.float16).eps * truth.abs().max().item()
+        assert error[1] <= error[0] + floor, (error, floor)
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_matrices_fit_workspace(kind, monkeypatch):
     """Queries and exits come in turn where the workspace holds 128 queries of one exit, the least
     there is.

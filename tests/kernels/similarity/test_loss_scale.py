@@ -1,5 +1,8 @@
-"""fp16 gradients of a scaled loss: slopes are divided by the largest before they are rounded."""
+"""fp16 gradients: of a scaled loss, whose slopes are divided by the largest before rounding; of
+short prefixes; and of several prefixes and tiles.
+"""
 
+import loss_truth
 import pytest
 import torch
 from loss_truth import DEVICE, vectors
@@ -56,3 +59,48 @@ def test_gradients_against_a_teacher_scale_with_the_loss():
         return torch.autograd.grad(loss_EM.sum() * 64 * loss_scale, leaves)
 
     assert_scales(gradients)
+
+
+def inputs(R: int, S: int, dims: tuple[int, ...], exits: int = 1) -> dict:
+    """Vectors of length 300, the positives of most rows, and both directions."""
+    given = {"dims": dims, "positive": torch.arange(R) - 1, "columns": True}
+    for name, n, seed in (("x", R, 1), ("y", S, 2)):
+        unit = torch.nn.functional.normalize(vectors(exits, n, dims[-1], seed=seed), dim=-1)
+        given[name] = unit * 300
+    given["scale"] = torch.linspace(10, 20, exits * len(dims), dtype=torch.float64)
+    given["scale"] = given["scale"].view(exits, len(dims))
+    return given
+
+
+def check(given: dict) -> None:
+    truth = loss_truth.pairwise_lse
+    loss_truth.check("triton", pairwise_lse, truth, given, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("dims", "share"), [((8, 16, 144), 1e-4), ((130, 260), 2e-3)], ids=["narrow", "wide"]
+)
+def test_short_prefixes(dims, share, large_tiles):
+    """A row and a column whose first prefix has little of their length: 1 / length of both is more
+    than fp16 holds.
+    """
+    given = inputs(5, 7, dims)
+    for side, short in (("x", 0), ("y", 3)):
+        prefix = given[side][:, short, : dims[0]]
+        prefix *= 300 * share / prefix.norm()
+    check(given)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_four_wide_prefixes(near, large_tiles):
+    """A band is rounded once for each prefix that has it."""
+    given = inputs(5, 7, (130, 200, 260, 330))
+    if near:
+        given |= {"columns": False, "ceiling": torch.full((1, 5), 0.05, dtype=torch.float64)}
+    check(given)
+
+
+@pytest.mark.parametrize(("R", "S"), [(257, 3), (3, 257)], ids=["rows", "columns"])
+def test_three_tiles(R, S):
+    """Two programs of a product with tiles of 256 share the second of three 128 rows."""
+    check(inputs(R, S, (130, 197)))
