@@ -270,6 +270,7 @@ def forward(
             merge(col_sums, cols_EMS[group], tiles.scale2, tiles.bits, before=before)
             if chunk is by_rows[-1]:
                 tiles.repair(cols_EMS[group], slice(0, SP), swap=True)
+        del row_sums, col_sums  # The next chunk's take their place in the workspace.
     return rows_EMR, cols_EMS, cos_EMR
 
 
