@@ -286,7 +286,7 @@ SPILLS = {
     100: {
         "_exact_kernel": 8, "_wide_forward_kernel": 8, "_packed_forward_kernel": 24,
         "_packed_backward_kernel": 40, "_wide_backward_kernel": 88, "_apart_backward_kernel": 288,
-        "_narrow_backward_kernel": 416, "_narrow_forward_kernel": 2216,
+        "_narrow_backward_kernel": 1520, "_narrow_forward_kernel": 2216,
     },
 }  # fmt: skip
 SHARED_OF = {80: 163 * 1024, 100: 227 * 1024}
