@@ -211,7 +211,7 @@ EXCEPTIONS = (
     Exempt("_long_forward_kernel", (), "idle_loops", 2, CHAIN),
     Exempt("_queries_backward_kernel", (), "idle_loops", 2, CHAIN),
     Exempt("_keys_backward_kernel", (), "idle_loops", 1, CHAIN),
-    Exempt("_project_kernel", (), "idle_loops", 1, WAITS, ("BK", 32)),
+    Exempt("_project_kernel", (), "idle_loops", 1, WAITS),
     Exempt("_product_kernel", OLD, "idle_loops", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
     Exempt(
         "_long_forward_kernel", NEW, "unguarded_loops", 2,
