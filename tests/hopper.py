@@ -203,6 +203,7 @@ EXCEPTIONS = (
     Exempt("_queries_backward_kernel", (), "serialised", 1, WAITS),
     Exempt("_project_kernel", (), "serialised", 1, WAITS, ("BK", 32)),
     Exempt("_product_kernel", OLD, "serialised", 1, WAITS + "; 3.7.1 and 3.9.0 do not"),
+    Exempt("_narrow_backward_kernel", OLD, "serialised", 1, CHAIN),
     Exempt("_narrow_forward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_narrow_backward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_wide_forward_kernel", (), "idle_loops", 1, STEPS),
