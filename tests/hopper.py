@@ -212,6 +212,7 @@ EXCEPTIONS = (
     Exempt("_long_forward_kernel", (), "serialised", 1, WAITS),
     Exempt("_queries_backward_kernel", (), "serialised", 1, WAITS),
     Exempt("_project_kernel", (), "serialised", 1, WAITS, ("BK", 32)),
+    Exempt("_narrow_backward_kernel", OLD, "serialised", 1, CHAIN),
     Exempt("_narrow_forward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_narrow_backward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_wide_forward_kernel", (), "idle_loops", 1, STEPS),
@@ -220,7 +221,7 @@ EXCEPTIONS = (
     Exempt("_long_forward_kernel", (), "idle_loops", 2, CHAIN),
     Exempt("_queries_backward_kernel", (), "idle_loops", 2, CHAIN),
     Exempt("_keys_backward_kernel", (), "idle_loops", 1, CHAIN),
-    Exempt("_project_kernel", (), "idle_loops", 1, WAITS, ("BK", 32)),
+    Exempt("_project_kernel", (), "idle_loops", 1, WAITS),
     Exempt(
         "_long_forward_kernel", NEW, "unguarded_loops", 2,
         "keys are copied over, whose product was waited for before the last barrier",

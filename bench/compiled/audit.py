@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ROOT
-from .sass import PRODUCTS
+from .sass import NESTED, OTHER, PRODUCTS
 
 Row = dict[str, Any]
 DOCS = ROOT / "docs/kernels.md"
@@ -192,6 +192,8 @@ def rounds(
         if region["loop"] >= 0:
             loop = loops[numbers.index(region["loop"])] if region["loop"] in numbers else {}
             kind = PRODUCTS if region["always"] else region["kind"]
+            if kind == OTHER and region["depth"] > 1:
+                kind = NESTED
             times = loop.get(kind, loop.get(PRODUCTS, 0.0))
         found.append((region, times))
     return found

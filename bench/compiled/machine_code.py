@@ -100,6 +100,7 @@ def machine_code(launch: Launch, kernel: Any) -> dict[str, Any]:
             {
                 "loop": region.loop,
                 "always": region.always,
+                "depth": region.depth,
                 "kind": region.kind,
                 "instructions": len(region.lines),
                 "opcodes": dict(region.opcodes.most_common()),

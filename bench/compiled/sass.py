@@ -15,6 +15,7 @@ INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]{4,}\*/)?\s*((?:@!?U?P\w+\s+)?[A-Z][
 # Counted by opcode alone; others keep their width or shape.
 DETAILED = "HGMMA", "HMMA", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "STS", "UTMALDG", "TCGEN05"
 PRODUCTS, EXPONENTIALS, OTHER = "products", "exponentials", "other"  # kinds of regions
+NESTED = "nested"  # OTHER, in a condition inside a condition
 
 
 @dataclass
@@ -29,11 +30,12 @@ class Block:
 class Region:
     """Code that runs equally often. loop: its innermost loop, -1 outside; kind: see PRODUCTS.
 
-    always: whether it runs at each round of the loop.
+    always: whether it runs at each round of the loop. depth: the conditions that it is inside.
     """
 
     loop: int
     always: bool
+    depth: int
     lines: tuple[str, ...]
 
     @cached_property
@@ -135,20 +137,22 @@ def regions_of(text: str) -> list[Region]:
     outside = tuple(
         line for i, block in enumerate(blocks) if i not in inner for line in block.lines
     )
-    regions = [Region(-1, True, outside)]
+    regions = [Region(-1, True, 0, outside)]
     for number, loop in enumerate(loops):
         mine = sorted(i for i in loop.body if inner[i] == number)
-        for always, group in _equally_often(blocks, loop, mine):
+        for always, depth, group in _equally_often(blocks, loop, mine):
             lines = tuple(line for i in group for line in blocks[i].lines)
             if lines:
-                regions.append(Region(number, always, lines))
+                regions.append(Region(number, always, depth, lines))
     return regions
 
 
 def _equally_often(
     blocks: Sequence[Block], loop: Loop, mine: Sequence[int]
-) -> list[tuple[bool, list[int]]]:
+) -> list[tuple[bool, int, list[int]]]:
     """Return groups of blocks of one round of a loop that all run or all do not.
+
+    With each: whether it always runs, and the number of conditions that it is inside.
 
     Two blocks belong together if every path that has one has the other.
     """
@@ -161,16 +165,22 @@ def _equally_often(
             reverse[j].append(i)
     first = _passed(body, lambda i: reverse[i], {loop.head})
     last = _passed(body[::-1], lambda i: forward[i], back)
-    groups: list[tuple[bool, list[int]]] = []
+    groups: list[list[int]] = []
     for i in mine:
-        for _, group in groups:
+        for group in groups:
             j = group[0]
             if j in first[i] and i in last[j]:
                 group.append(i)
                 break
         else:
-            groups.append((all(i in first[latch] for latch in back), [i]))
-    return groups
+            groups.append([i])
+    sure = set.intersection(*(first[latch] for latch in back))
+    conditions = [group[0] for group in groups if group[0] not in sure]
+    found = []
+    for group in groups:
+        depth = sum(condition in first[group[0]] for condition in conditions)
+        found.append((group[0] in sure, depth, group))
+    return found
 
 
 def _passed(

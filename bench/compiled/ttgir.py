@@ -30,6 +30,7 @@ class Region:
 
     loop: int
     always: bool
+    depth: int = 0
     kind: str = OTHER
     read: int = 0
     written: int = 0
@@ -45,7 +46,7 @@ def regions_of(text: str) -> list[Region]:
         if line.startswith("}"):
             closed = stack.pop() if len(stack) > 1 else stack[0]
             if line.startswith("} else"):
-                regions.append(Region(closed.loop, False))
+                regions.append(Region(closed.loop, False, closed.depth))
                 stack.append(regions[-1])
                 continue
         top = stack[-1]
@@ -65,7 +66,7 @@ def regions_of(text: str) -> list[Region]:
             regions.append(Region(loops, True, rounds=int(known[1]) if known else None))
             loops += 1
         elif "scf.if" in line:
-            regions.append(Region(top.loop, False))
+            regions.append(Region(top.loop, False, top.depth + 1))
         # Others open the body of a reduction, or of a function.
         stack.append(regions[-1] if "scf." in line else top)
     return regions

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .launches import Run
-from .sass import EXPONENTIALS, OTHER, PRODUCTS
+from .sass import EXPONENTIALS, NESTED, OTHER, PRODUCTS
 
 Loop = dict[str, float]  # kind of a region -> how often it runs, in all programs together
 
@@ -87,6 +87,10 @@ def unpack(a: Arguments) -> Work:
     return Work(E * rows * (gradients + vectors))
 
 
+def merge(a: Arguments) -> Work:
+    return Work(sum(map(a.size, ("NARROW", "WIDE", "OUT"))))
+
+
 def exact(a: Arguments) -> Work:
     return Work(a.size("LSE"))  # its sums, and nothing else where none underflowed
 
@@ -104,10 +108,18 @@ def _row_blocks(a: Arguments) -> float:
     return a.programs / math.prod(a.shape("ROWS")[:2])
 
 
+def _special(a: Arguments) -> float:
+    """Return the tiles with a positive or a dropped pair: of each block of rows, those of its own
+    columns, or all tiles if there are keys or a matrix.
+    """
+    of_block = a.tiles if a.N_KEYS or a.MODE else max(1, a.BM // a.BN)
+    return float(a.shape("X")[0] * _row_blocks(a) * of_block)
+
+
 def narrow_forward(a: Arguments) -> Work:
     E, blocks = a.shape("X")[0], _row_blocks(a)
     memory = _sides(a, blocks * a.BM, a.SP, _narrow_width(a)) + a.size("COLS")
-    return Work(memory, (all_alike(E * blocks * a.tiles),))
+    return Work(memory, ({PRODUCTS: E * blocks * a.tiles, OTHER: _special(a)},))
 
 
 def wide_forward(a: Arguments) -> Work:
@@ -115,7 +127,7 @@ def wide_forward(a: Arguments) -> Work:
     memory = _sides(a, blocks * a.BM, a.SP, a.DP - a.FROM) + a.size("COLS")
     tiles, steps = E * blocks * a.tiles, (a.DP - a.FROM) // a.BK
     loop = {PRODUCTS: tiles * steps, EXPONENTIALS: tiles * len(a.ENDS), OTHER: tiles}
-    return Work(memory, (loop,))
+    return Work(memory, (loop | {NESTED: _special(a)},))
 
 
 def narrow_backward(a: Arguments) -> Work:
@@ -175,13 +187,9 @@ def _of_long(a: Arguments, *heads: int) -> float:
 
 
 def _queries(a: Arguments) -> tuple[Loop, ...]:
-    """Return the two loops over keys: those that all queries of a tile see, and the others."""
-    free = masked = 0
-    for first, n in _tiles(a):
-        whole = (first if a.CAUSAL else n) // a.BN
-        last = min(first + a.TOKENS, n) if a.CAUSAL else n
-        free, masked = free + whole, masked + -(-(last - whole * a.BN) // a.BN)
-    return tuple(all_alike(x * a.HQ / a.HEADS) for x in (free, masked))
+    """Return the loop over keys that all queries of a tile see; the others have no loop."""
+    blocks = sum((first if a.CAUSAL else n - 1) // a.BN for first, n in _tiles(a))
+    return (all_alike(blocks * a.HQ / a.HEADS),)
 
 
 def long_forward(a: Arguments) -> Work:
@@ -230,7 +238,7 @@ def gather(a: Arguments) -> Work:
 MODELS: dict[str, Callable[[Arguments], Work]] = {
     f"_{function.__name__.rstrip('_')}_kernel": function
     for function in (
-        pack, positive, unpack, exact, narrow_forward, wide_forward, narrow_backward,
+        pack, positive, unpack, merge, exact, narrow_forward, wide_forward, narrow_backward,
         wide_backward, product, packed_forward, packed_backward, apart_backward, long_forward,
         queries_backward, keys_backward, project, sum_, total, gather,
     )

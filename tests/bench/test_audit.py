@@ -52,15 +52,15 @@ CODE = """
 
 
 def test_regions_are_what_runs_equally_often():
-    found = [(r.loop, r.always, r.kind, len(r.lines)) for r in sass.regions_of(CODE)]
+    found = [(r.loop, r.depth, r.kind, len(r.lines)) for r in sass.regions_of(CODE)]
     assert found == [
         # The branch to itself that fills the end counts as outside.
-        (-1, True, "other", 4),
-        (0, True, "products", 4),
-        (0, False, "exponentials", 3),
-        (0, False, "other", 2),
-        (1, True, "other", 2),
-        (2, True, "other", 2),
+        (-1, 0, "other", 4),
+        (0, 0, "products", 4),
+        (0, 1, "exponentials", 3),
+        (0, 2, "other", 2),
+        (1, 0, "other", 2),
+        (2, 0, "other", 2),
     ]
 
 
@@ -133,16 +133,16 @@ def test_bytes_are_counted_once_for_a_tile_and_by_region():
 
 def test_costs_are_rounds_times_what_a_round_has():
     regions = [
-        {"loop": r.loop, "always": r.always, "kind": r.kind, "instructions": len(r.lines),
-         "opcodes": r.opcodes}
+        {"loop": r.loop, "always": r.always, "depth": r.depth, "kind": r.kind,
+         "instructions": len(r.lines), "opcodes": r.opcodes}
         for r in sass.regions_of(CODE)
     ]  # fmt: skip
     traffic = [r.__dict__ for r in ttgir.regions_of(TTGIR)]
     kernel = {"kernel": "_k", "warps": 8, "regions": regions, "traffic": traffic}
     run = SimpleNamespace(programs=10, launch=SimpleNamespace(name="_k"))
-    loop = {"products": 1000.0, "exponentials": 100.0, "other": 50.0}
+    loop = {"products": 1000.0, "exponentials": 100.0, "other": 50.0, "nested": 25.0}
     cost = audit.cost_of(run, kernel, work.Work(7.0, (loop,)))
-    assert cost["instructions"] == 8 * (10 * 4 + 1000 * 4 + 100 * 3 + 50 * 2)
+    assert cost["instructions"] == 8 * (10 * 4 + 1000 * 4 + 100 * 3 + 25 * 2)
     assert cost["issue"] == cost["instructions"] / 4
     assert cost["exponentials"] == 100 * 2 * 8 * 32 / 16
     # m64n128k16 takes 64 clocks of all tensor units: 64 x 128 x 16 / 2048.
@@ -206,20 +206,15 @@ def test_rounds_of_long_attention_are_those_of_the_kernels(causal, size, block):
     values = {"TILES": plan.tiles(size), "CAUSAL": causal, "TOKENS": size, "HQ": 4, "GROUP": 2}
     values |= {"HEADS": 2, "K": 8, "BN": block, "BM": block}
     a = arguments(**values)
-    free, masked, keys = 0, 0, 0
+    free, keys = 0, 0
     for first, begin, end in plan.tiles(size).tolist():
         at, n = first - begin, end - begin
-        begins = at // block * block if causal else n // block * block
-        free += len(range(0, begins, block))
-        masked += len(range(begins, min(at + size, n) if causal else n, block))
+        free += len(range(0, (at if causal else n - 1) // block * block, block))
         at = (n - 1) // size * size - at if causal else at
         start = at // block * block if causal else 0
         keys += (n - start + block - 1) // block * 2  # query heads of a group
     programs = 4 // 2  # of each tile
-    assert work.long_forward(a).loops == (
-        {"products": free * programs},
-        {"products": masked * programs},
-    )
+    assert work.long_forward(a).loops == ({"products": free * programs},)
     assert work.queries_backward(a).loops == work.long_forward(a).loops
     assert work.keys_backward(a).loops == ({"products": keys * 2},)
 
@@ -254,7 +249,7 @@ def outside(*command: str) -> subprocess.CompletedProcess:
 def test_every_kernel_of_the_benches_has_a_model_of_its_work():
     rows = [json.loads(line) for line in outside("-c", SCRIPT).stdout.splitlines()]
     assert {name for name, memory, _ in rows if not memory} == set()
-    assert len({name for name, *_ in rows}) == 19
+    assert len({name for name, *_ in rows}) == 20
     # All pairs of 7 exits: 128 x 128 tiles of the products, whichever launches share them.
     pairs = sum(loops[0]["other"] for name, _, loops in rows if name == "_wide_backward_kernel")
     assert pairs == 2 * 7 * (16384 // 128) ** 2  # two cases

@@ -6,6 +6,7 @@ import loss_truth
 import pytest
 import torch
 from loss_truth import DEVICE, vectors
+from loss_truth import check as check_against_truth
 from torch import Tensor
 
 from mlembed_kernels.similarity.distill import distill
@@ -74,7 +75,7 @@ def inputs(R: int, S: int, dims: tuple[int, ...], exits: int = 1) -> dict:
 
 def check(given: dict) -> None:
     truth = loss_truth.pairwise_lse
-    loss_truth.check("triton", pairwise_lse, truth, given, dtype=torch.float16)
+    check_against_truth("triton", pairwise_lse, truth, given, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
