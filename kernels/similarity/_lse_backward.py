@@ -363,7 +363,7 @@ def backward(
         tiles = Tiles(px, py, bands, scale[group] * LOG2E, pairs, (sx, sy))
         by_row, by_col = None, None
         if cos and pairs.positive is not None:
-            by_row, by_col = Pairs.of(*(saved[group] for saved in cos), pairs.positive, SP)
+            by_row, by_col = Pairs.of(cos[0][group], cos[1][group], pairs.positive, SP)
         f, width = factor[group], SP
         if ceiling is None:  # Matrices of near pairs have whole rows.
             width = min(SP, WIDTH)
