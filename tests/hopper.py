@@ -280,9 +280,10 @@ def violations(row: dict[str, Any]) -> list[str]:
 # of shared memory that their multiprocessors have.
 SPILLS = {
     80: {
-        "_pack_kernel": 8, "_project_kernel": 24, "_queries_backward_kernel": 40,
-        "_wide_backward_kernel": 72, "_matrix_kernel": 120, "_packed_forward_kernel": 888,
-        "_packed_backward_kernel": 2720, "_apart_backward_kernel": 8472,
+        "_pack_kernel": 8, "_product_kernel": 24, "_project_kernel": 24,
+        "_queries_backward_kernel": 40, "_wide_backward_kernel": 184, "_matrix_kernel": 120,
+        "_packed_forward_kernel": 888, "_packed_backward_kernel": 2720,
+        "_apart_backward_kernel": 8472,
     },
     100: {
         "_exact_kernel": 8, "_wide_forward_kernel": 8, "_packed_forward_kernel": 24,
