@@ -29,6 +29,10 @@ from mlembed.training.optim import adamw, to_weights
 from mlembed.training.step import LossSpec, update
 
 WIDTH = 40  # of the teacher's vectors
+# Functions that wait, and why they may.
+EXCEPTIONS = {
+    "guards.py: bad": "reads the check of the step before, once this step's forward is launched",
+}
 SHARED = ["--steps", 2, "--model.head-dim", 16]  # a width of our attention
 EXITS = ["--depth.exits", 1, 2, "--depth.shares", 0.3, 0.7, "--pack-tokens", 40]
 BANK = ["--loss.memory-bank", 64, "--loss.bank-on"]
@@ -83,6 +87,10 @@ def batch_of(job, number):
     return batch.pin_memory()
 
 
+def unexpected(device):
+    return [(where, what) for where, what in device.waits if where not in EXCEPTIONS]
+
+
 def steps(folder, data, options, distill=None):
     """Take two steps and return the device."""
     with fake_device() as device:
@@ -97,7 +105,7 @@ def steps(folder, data, options, distill=None):
 @pytest.mark.parametrize("name", CASES)
 def test_objectives_and_models(data, tmp_path, name):
     device = steps(tmp_path, data, CASES[name])
-    assert device.waits == []
+    assert unexpected(device) == []
     ours = {"attention", "embed", "pairwise_lse"}
     ran = {f"mlembed::{op}{way}" for op in ours for way in ("", "_backward")}
     assert ran <= device.operators
@@ -105,7 +113,7 @@ def test_objectives_and_models(data, tmp_path, name):
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distillation(data, tmp_path, name):
-    assert steps(tmp_path, data, EXITS, DISTILLED[name]).waits == []
+    assert unexpected(steps(tmp_path, data, EXITS, DISTILLED[name])) == []
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -118,7 +126,7 @@ def test_tasks(tmp_path, task):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [{"path": path, "task": task}]}))
-    assert steps(tmp_path, [str(mixture)], EXITS).waits == []
+    assert unexpected(steps(tmp_path, [str(mixture)], EXITS)) == []
 
 
 @pytest.mark.parametrize("across", ["gather", "ring"])
@@ -140,7 +148,7 @@ def test_two_processes(data, tmp_path, monkeypatch, name, across):
             weight_EM = transfer.moved(weights(job.run), DEVICE)
             spec = LossSpec(8, weight_EM, 1.0, (0,))
             train.add_gradients(job, batch_of(job, number).to(DEVICE), spec, True)
-    assert device.waits == []
+    assert unexpected(device) == []
 
 
 def test_stochastic_optimiser(data, tmp_path):
@@ -151,14 +159,12 @@ def test_stochastic_optimiser(data, tmp_path):
             parameter.grad = torch.ones_like(parameter)
         device.waits.clear()
         update(job, 0, {"contrastive": torch.zeros(2, 2, device=DEVICE)})
-    assert device.waits == []
+    assert unexpected(device) == []
 
 
 def test_a_step_copies_its_batch_at_once(data, tmp_path):
-    """Copies take the batch, the weights of the loss and the exits of each term there, and the
-    verdict on the numbers of the step back.
-    """
-    assert steps(tmp_path, data, []).copies == 4
+    """Besides the batch go the weights of the loss, and the exits of each term."""
+    assert steps(tmp_path, data, []).copies == 3
 
 
 # ---- waits that have to be found ----
