@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -200,13 +201,13 @@ def attend(
             shared.layout = layout
     rows_T, plan = layout
     # Under autocast, norms leave queries and keys in fp32; values are narrower.
-    q, k, v = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k, v = (rearrange(x.to(value.dtype), "b h s k -> (b s) h k") for x in (query, key, value))
     if rows_T is not None:
         q, k, v = (x.index_select(0, rows_T) for x in (q, k, v))
     out = attention(q, k, v, cu_seqlens=plan.cu_seqlens, causal=causal, scale=scaling, plan=plan)
     if rows_T is not None:
         out = out.new_zeros(B * S, *out.shape[1:]).index_copy(0, rows_T, out)
-    return out.unflatten(0, (B, S)), None
+    return rearrange(out, "(b s) h k -> b s h k", b=B), None
 
 
 def _shared_bounds(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:

@@ -147,6 +147,51 @@ def test_malformed_mixtures(content, words, tmp_path):
         expanded(str(tmp_path / "mix.json"))
 
 
+YAML_MIXTURE = """
+sources:
+  - path: p.jsonl  # a comment
+    prompt: "Q: "
+    weight: 2
+    streaming: true
+    temperature: 0.05
+    columns: {query: title, positive: body, negatives: [odd]}
+  - {path: q.csv, header: false}
+"""
+
+
+def test_mixture_in_yaml(tmp_path):
+    """YAML gives the sources that JSON gives."""
+    (tmp_path / "mix.yaml").write_text(YAML_MIXTURE)
+    columns = {"query": "title", "positive": "body", "negatives": ["odd"]}
+    listed = [
+        {"path": "p.jsonl", "prompt": "Q: ", "weight": 2, "streaming": True, "temperature": 0.05}
+        | {"columns": columns},
+        {"path": "q.csv", "header": False},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps({"sources": listed}))
+    one, other = (expanded(str(tmp_path / f"mix.{kind}")).sources for kind in ("yaml", "json"))
+    assert one == other and one[0].columns.negatives == ("odd",)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("name: no", r"mix\.yml:3: expected text in quotes, got no, which YAML takes for a bool"),
+        ("name: 2024-05-01", r"mix\.yml:3: .* got 2024-05-01, .* a timestamp: write "),
+        ("name: 1:30", r"mix\.yml:3: expected text in quotes, got 1:30, .* for a int"),
+        ("path: b", r"mix\.yml:3: expected distinct names as keys, got 'path'"),
+        ("on: b", r"mix\.yml:3: expected text in quotes, got on"),
+        ("promt: b", r"mix\.yml: sources\[0\]: no such key 'promt'"),
+        ("name: [a", r"mix\.yml:\d: invalid YAML"),
+        ("name: !!python/name:os.system", r"mix\.yml:3: invalid YAML"),
+    ],
+)
+def test_malformed_yaml(line, words, tmp_path):
+    (tmp_path / "mix.yml").write_text(f"sources:\n  - path: a\n    {line}\n")
+    with pytest.raises(ValueError, match=words):
+        expanded(str(tmp_path / "mix.yml"))
+
+
 # ---- large sources ----
 
 

@@ -19,7 +19,7 @@ from .parts import ROOT
 
 LIBRARIES = (
     "numpy torch triton transformers sentence_transformers tokenizers safetensors.torch datasets "
-    "pyarrow.parquet scipy.stats babel tyro tqdm matplotlib.pyplot pytest "
+    "pyarrow.parquet scipy.stats babel tyro tqdm matplotlib.pyplot einops pytest "
     "torch.distributed.checkpoint torch.utils.data torch._dynamo torch.utils.tensorboard"
 )
 MEMORY, FILE_SIZE = 16 * 2**30, 8 * 2**30
