@@ -23,6 +23,7 @@ STAGES = WHEN[0], "attention", "products", "point-wise", *WHEN[1:], "copies", "o
 MODULES = {
     "attention": ("attention._forward", "attention._backward"),
     "embedding": ("embedding._op",),
+    "optimiser": ("optimiser._op",),
     "loss": tuple(
         f"similarity.{name}"
         for name in ("_lse_forward", "_lse_logs", "_lse_backward", "_cosine_op", "_bands", "_tiles")

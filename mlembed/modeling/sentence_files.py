@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from ..runtime.files import read_json
 
 ANY = object()  # A key that is followed, or that does not change vectors of unit length.
@@ -212,5 +209,8 @@ def _is_cut(folder: Path, layer: dict[str, Any], width: int) -> bool:
         return False
     if layer.get("in_features") != width or not isinstance(rows, int) or not 1 <= rows <= width:
         return False
+    import torch  # The import takes a second, and command lines are read without it.
+    from safetensors import safe_open
+
     with safe_open(file, framework="pt") as tensors:
         return torch.equal(tensors.get_tensor("linear.weight"), torch.eye(rows, width))

@@ -76,7 +76,7 @@ def test_peer_without_its_library_is_missing(monkeypatch):
 def test_nothing_to_sweep(make_worker, monkeypatch, capsys):
     make_worker("train_step", smoke=True).sweep("step")
     assert capsys.readouterr().out == ""
-    args = command.argparse.Namespace(sweep=True, case=[], out=None, smoke=False)
+    args = command.argparse.Namespace(sweep=True, case=[], out=None, smoke=False, part=None)
     run = command.Run("train_step", args, 1e9)
     monkeypatch.setattr(run, "check", lambda: setattr(run, "path", Path("x")))
     run.measure(["step"])

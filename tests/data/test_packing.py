@@ -50,13 +50,6 @@ def test_pack_copies(texts):
     assert batch.ids_T.tolist() == before
 
 
-def test_to_moves_everything(texts):
-    batch = pack(texts).to(torch.device("meta"))
-    tensors = (batch.ids_T, batch.pos_T, batch.cu_seqlens, batch.plan.buffer)
-    assert {t.device.type for t in tensors} == {"meta"}
-    assert len(batch) == len(texts) and batch.plan.max_seqlen == 64
-
-
 def test_pack_without_tokens():
     with pytest.raises(ValueError, match="expected one or more"):
         pack([])

@@ -321,7 +321,17 @@ def test_sample_draws_from_all_files(source, tmp_path):
 
 def test_train_py_trains_a_pruned_model(source, tmp_path):
     main(str(source / "model"), tmp_path / "out", keep_layers=(2, 5), width=12, device="cpu")
-    args = ["tiny", "--init", tmp_path / "out", "--steps", 1, "--data", source / "pairs.jsonl"]
+    args = [
+        "tiny",
+        "--init",
+        tmp_path / "out",
+        "--optim.lr",
+        1e-4,
+        "--steps",
+        1,
+        "--data",
+        source / "pairs.jsonl",
+    ]
     args += ["--eval", "--batch-size", 2, "--output-dir", tmp_path, "--name", "run"]
     done = processes.run("train.py", *args, "--tracker", "none")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,6 +12,8 @@ from processes import gloo
 
 import train
 from mlembed.data.eval_sets import nway
+from mlembed.evaluation import grid
+from mlembed.publishing import export
 from mlembed.runtime import distributed
 from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import setup
@@ -42,8 +44,8 @@ def scored_and_finished(where, folder):
     took = []
     limited(where)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.grid, "score_grid", slowly(train.grid.score_grid))
-        patch.setattr(train, "export", slowly(lambda *args, **options: 0.0))
+        patch.setattr(grid, "score_grid", slowly(grid.score_grid))
+        patch.setattr(export, "export", slowly(lambda *args, **options: 0.0))
         for step in (0, 1):
             began = time.monotonic()
             train.score(scored, step)

@@ -163,7 +163,7 @@ def test_stochastic_optimiser(data, tmp_path):
 
 
 def test_a_step_copies_its_batch_at_once(data, tmp_path):
-    """Besides the batch go the weights of the loss, and the exits of each term."""
+    """The other two are the weights of the loss, and the exits of each term."""
     assert steps(tmp_path, data, []).copies == 3
 
 
