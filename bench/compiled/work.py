@@ -186,18 +186,21 @@ def _of_long(a: Arguments, *heads: int) -> float:
     return tokens * _heads(a, *heads)
 
 
-def _queries(a: Arguments) -> tuple[Loop, ...]:
-    """Return the loop over keys that all queries of a tile see; the others have no loop."""
-    blocks = sum((first if a.CAUSAL else n - 1) // a.BN for first, n in _tiles(a))
-    return (all_alike(blocks * a.HQ / a.HEADS),)
-
-
 def long_forward(a: Arguments) -> Work:
-    return Work(_of_long(a, 2, 2, 1), _queries(a))
+    """Keys that all queries of a tile see have a loop; the others are code without one."""
+    blocks = sum((first if a.CAUSAL else n - 1) // a.BN for first, n in _tiles(a))
+    return Work(_of_long(a, 2, 2, 1), (all_alike(blocks * a.HQ / a.HEADS),))
 
 
 def queries_backward(a: Arguments) -> Work:
-    return Work(_of_long(a, 4, 2, 2), _queries(a))
+    """Keys that all queries of a tile see have a loop, and the others another one."""
+    whole, masked = 0, 0
+    for first, n in _tiles(a):
+        free = (first if a.CAUSAL else n) // a.BN
+        last = min(first + a.TOKENS, n) if a.CAUSAL else n
+        whole, masked = whole + free, masked + -(-last // a.BN) - free
+    loops = tuple(all_alike(blocks * a.HQ / a.HEADS) for blocks in (whole, masked))
+    return Work(_of_long(a, 4, 2, 2), loops)
 
 
 def keys_backward(a: Arguments) -> Work:
@@ -208,6 +211,13 @@ def keys_backward(a: Arguments) -> Work:
             first = (n - 1) // a.TOKENS * a.TOKENS - first
         blocks += -(-(n - first // a.BM * a.BM * a.CAUSAL) // a.BM)
     return Work(_of_long(a, 2, 4, 2), (all_alike(blocks * a.HQ),))
+
+
+# ---- the optimiser ----
+
+
+def adamw(a: Arguments) -> Work:
+    return Work(2 * a.size("W") + a.size("G") + 2 * a.size("M") + 2 * a.size("V"))
 
 
 # ---- the nested embedding ----
@@ -240,7 +250,7 @@ MODELS: dict[str, Callable[[Arguments], Work]] = {
     for function in (
         pack, positive, unpack, merge, exact, narrow_forward, wide_forward, narrow_backward,
         wide_backward, product, packed_forward, packed_backward, apart_backward, long_forward,
-        queries_backward, keys_backward, project, sum_, total, gather,
+        queries_backward, keys_backward, project, sum_, total, gather, adamw,
     )
 }  # fmt: skip
 
