@@ -169,16 +169,16 @@ ENDS = "loaded at a prefix's or tile's end, not at every step of the products"
 SHARED_BY_TWO = "128 registers, so that two programs share a multiprocessor; " + ENDS
 FULL_TILE = "gradients of 128 keys fill 255 registers; a step has 500 instructions"
 WAITS = "ptxas waits for each of its products; no GPU has told what that costs"
-STEPS = "Triton waits in each round for a product whose sums a condition may begin again"
 CHAIN = "each product's result goes through exponentials into the next product"
 OLD, BEFORE, NEW = ("3.6.0",), ("3.6.0", "3.7.1"), ("3.9.0",)
-FP32 = "PRECISION", "tf32x3"
+FP32, ROWS_ALONE = ("PRECISION", "tf32x3"), ("COLUMNS", False)
 EXCEPTIONS = (
     Exempt("_apart_backward_kernel", (), "stack", 128, RARE),
     Exempt("_apart_backward_kernel", (), "spills_in_loops", 64, RARE),
     Exempt("_exact_kernel", (), "stack", 40, REPAIR),
     Exempt("_exact_kernel", NEW, "spills_in_loops", 1, REPAIR),
     Exempt("_narrow_backward_kernel", BEFORE, "stack", 96, OUTSIDE, FP32),
+    Exempt("_narrow_backward_kernel", BEFORE, "stack", 16, OUTSIDE),
     Exempt("_narrow_backward_kernel", NEW, "stack", 32, OUTSIDE),
     Exempt("_packed_backward_kernel", OLD, "stack", 8, OUTSIDE),
     Exempt("_packed_backward_kernel", BEFORE, "stack", 16, OUTSIDE, ("SKIP", True)),
@@ -186,14 +186,9 @@ EXCEPTIONS = (
     Exempt("_packed_forward_kernel", NEW, "stack", 32, OUTSIDE),
     Exempt("_keys_backward_kernel", NEW, "stack", 64, FULL_TILE),
     Exempt("_keys_backward_kernel", NEW, "spills_in_loops", 8, FULL_TILE),
-    Exempt("_narrow_forward_kernel", NEW, "stack", 8, ENDS),
-    Exempt("_narrow_forward_kernel", NEW, "spills_in_loops", 2, ENDS),
-    Exempt("_wide_forward_kernel", NEW, "stack", 24, ENDS),
-    Exempt(
-        "_wide_forward_kernel", (), "serial_loops", 1,
-        "with one prefix alone its end is the tile's, and ptxas waits for each product",
-        ("ENDS", (1024,)),
-    ),
+    Exempt("_narrow_forward_kernel", NEW, "stack", 24, ENDS),
+    Exempt("_narrow_forward_kernel", NEW, "spills_in_loops", 5, ENDS),
+    Exempt("_wide_forward_kernel", (), "stack", 80, ENDS),
     Exempt("_wide_forward_kernel", NEW, "spills_in_loops", 4, ENDS),
     Exempt(
         "_wide_forward_kernel", NEW, "spills_in_loops", 5,
@@ -202,20 +197,17 @@ EXCEPTIONS = (
     ),
     Exempt("_wide_backward_kernel", NEW, "stack", 24, ENDS),
     Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 5, ENDS),
-    Exempt("_wide_backward_kernel", NEW, "stack", 32, SHARED_BY_TWO, ("COLUMNS", False)),
-    Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 8, SHARED_BY_TWO, ("COLUMNS", False)),
-    Exempt("_wide_backward_kernel", OLD, "stack", 8, SHARED_BY_TWO, ("COLUMNS", False)),
-    Exempt("_wide_backward_kernel", OLD, "spills_in_loops", 2, SHARED_BY_TWO, ("COLUMNS", False)),
+    Exempt("_wide_backward_kernel", NEW, "stack", 48, SHARED_BY_TWO, ROWS_ALONE),
+    Exempt("_wide_backward_kernel", NEW, "spills_in_loops", 11, SHARED_BY_TWO, ROWS_ALONE),
+    Exempt("_wide_backward_kernel", BEFORE, "stack", 32, SHARED_BY_TWO, ROWS_ALONE),
+    Exempt("_wide_backward_kernel", BEFORE, "spills_in_loops", 2, SHARED_BY_TWO, ROWS_ALONE),
     Exempt("_narrow_backward_kernel", (), "serial_loops", 1, CHAIN),
     Exempt("_project_kernel", (), "serial_loops", 1, WAITS, ("BK", 32)),
     Exempt("_project_kernel", NEW, "stack", 16, OUTSIDE),
-    Exempt("_long_forward_kernel", (), "serialised", 1, WAITS),
-    Exempt("_queries_backward_kernel", (), "serialised", 1, WAITS),
     Exempt("_project_kernel", (), "serialised", 1, WAITS, ("BK", 32)),
-    Exempt("_narrow_backward_kernel", OLD, "serialised", 1, CHAIN),
+    Exempt("_narrow_backward_kernel", (), "serialised", 1, CHAIN),
     Exempt("_narrow_forward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_narrow_backward_kernel", (), "idle_loops", 1, CHAIN),
-    Exempt("_wide_forward_kernel", (), "idle_loops", 1, STEPS),
     Exempt("_packed_backward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_apart_backward_kernel", (), "idle_loops", 1, CHAIN),
     Exempt("_long_forward_kernel", (), "idle_loops", 2, CHAIN),

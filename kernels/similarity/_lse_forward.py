@@ -213,7 +213,8 @@ def _wide_forward_kernel(
                     out = ((strip * tl.num_programs(2) + e) * WIDE + m) * SP
                     tl.store(COLS + out + quarter, tl.sum(p, 0))
             sums += tl.where(which == m, total[None, :], 0.0)
-        if step == STEPS - 1:
+        # Not `step == STEPS - 1`, which would become one branch with the end of a single prefix.
+        if (t + 1) % STEPS == 0:
             # The next tile. Reading `acc` first makes Triton wait for the product here, as ptxas
             # wants it, and not at every step; the condition never holds.
             acc = tl.where(step < 0, acc, 0.0)
