@@ -272,15 +272,15 @@ def violations(row: dict[str, Any]) -> list[str]:
 # of shared memory that their multiprocessors have.
 SPILLS = {
     80: {
-        "_pack_kernel": 8, "_product_kernel": 24, "_project_kernel": 24,
-        "_queries_backward_kernel": 40, "_wide_backward_kernel": 184, "_matrix_kernel": 120,
-        "_packed_forward_kernel": 888, "_packed_backward_kernel": 2720,
-        "_apart_backward_kernel": 8472,
+        "_product_kernel": 24, "_project_kernel": 24, "_queries_backward_kernel": 24,
+        "_keys_backward_kernel": 56, "_wide_backward_kernel": 184, "_matrix_kernel": 120,
+        "_packed_forward_kernel": 664, "_packed_backward_kernel": 2792,
+        "_apart_backward_kernel": 9632,
     },
     100: {
-        "_exact_kernel": 8, "_wide_forward_kernel": 8, "_packed_forward_kernel": 24,
-        "_packed_backward_kernel": 40, "_wide_backward_kernel": 88, "_apart_backward_kernel": 288,
-        "_narrow_backward_kernel": 1520, "_narrow_forward_kernel": 2216,
+        "_wide_forward_kernel": 560, "_packed_forward_kernel": 40, "_packed_backward_kernel": 56,
+        "_queries_backward_kernel": 8, "_wide_backward_kernel": 88, "_apart_backward_kernel": 272,
+        "_narrow_backward_kernel": 1520, "_narrow_forward_kernel": 648,
     },
 }  # fmt: skip
 SHARED_OF = {80: 163 * 1024, 100: 227 * 1024}
