@@ -41,6 +41,8 @@ def run(item: Item, where: Where, state: State, seconds: float) -> None:
     state.write(item.name, "begin")
     began = time.monotonic()
     environment = {**os.environ, "TRITON_CACHE_DIR": str(where.cache), "PYTHONUNBUFFERED": "1"}
+    if where.smoke:  # Items run side by side, and threads that wait for each other would spin.
+        environment["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         command = plan.python(item, where, limit)
         process = start(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
