@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -325,3 +326,20 @@ def test_what_cannot_be_a_stream(rows, fields, held_out, words, tmp_path):
     some = source(jsonl(tmp_path / "p.jsonl", rows), **fields)
     with pytest.raises(ValueError, match=rf"p\.jsonl: {words}"):
         list(sources.items(some, held_out=held_out))
+
+
+# ---- real text ----
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "train"
+
+
+# A table that lists where the texts come from lies there as well.
+@pytest.mark.filterwarnings("ignore:.* left out, beside")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
+def test_every_shared_file_reads():
+    """All columns of real files are understood, or known to be unused."""
+    found = reports(SHARED)
+    assert len(found) == len([*SHARED.glob("*.parquet"), *SHARED.glob("*.jsonl")])
+    for table, report in found:
+        assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
+        assert report.roles.endswith(("unused: none", "unused: source")) and not report.bad
