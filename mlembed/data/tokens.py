@@ -57,13 +57,13 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
-        ValueError: two prompts for an n-way table, each of whose texts may be query or document.
+        ValueError: two prompts for a table each of whose texts may be query or document.
     """
     source = table.source
-    if table.nway and source.prompt != source.document_prompt:
+    if table.either and source.prompt != source.document_prompt:
         raise ValueError(
             f"source {table.name}: prompt: expected that of documents, {source.document_prompt!r}, "
-            f"as each text of an n-way table is drawn as either, got {source.prompt!r}"
+            f"as each text of it may be drawn as either, got {source.prompt!r}"
         )
     # The caller's tokenizer keeps its truncation, and the key does not depend on it.
     tokenizer = Tokenizer.from_str(tokenizer.to_str())

@@ -89,6 +89,13 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             "data: expected sources of different names (a mixture can name them), got several "
             f"{', '.join(twice)}"
         )
+    single = [table.name for table in tables if table.single]
+    if single and not (run.distill.features or run.distill.logits):
+        raise ValueError(
+            f"data: expected pairs, from which the contrastive loss learns, got single texts in "
+            f"{', '.join(single)}; with a teacher, distill.features and distill.logits learn from "
+            "them"
+        )
     for task in tasks:
         say(f"eval   {task.name}: {len(task.texts)} texts")
     return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())))

@@ -23,6 +23,7 @@ SHOWN = 50  # bad rows that a report lists; it counts all
 PEEK = 1000  # rows that show the columns of a source
 CHUNK = 8192  # documents of a corpus that become Arrow at once
 ROUNDING = 0.01  # by which a score may lie outside of its scale, whose end it then is
+TEXTS = "texts"  # the task of a source of single texts, which have no contrastive loss
 TASKS = {  # FlagEmbedding's types of rows
     "normal": "retrieval",
     "only_1neg": "retrieval",
@@ -47,7 +48,7 @@ class Report:
     held_out: int = 0
     """Texts left out because evaluation uses them, or another text of their pair."""
     duplicates: int = 0
-    """Pairs that occurred before, or texts of an n-way table's id and language."""
+    """Pairs or single texts that occurred before, or texts of an n-way id and language."""
     by_score: int = 0
     by_label: int = 0
     """Rows of another value of the column that tells pairs apart."""
@@ -327,3 +328,14 @@ def nway_rows(rows: Iterable[Row], found: Roles, report: Report) -> Iterator[dic
     for _, _, texts in _valid(rows, report, partial(_nway_row, found=found)):
         report.count_languages(texts["lang"])
         yield texts
+
+
+def _single_text(row: dict[str, Any], found: Roles) -> str:
+    text, title = _text(row, found.text), row.get(found.title) if found.title else None
+    return f"{title} {text}" if is_text(title) else text
+
+
+def single_texts(rows: Iterable[Row], found: Roles, report: Report) -> Iterator[str]:
+    """Yield the valid texts of a source of single texts, each after its title, if it has one."""
+    for _, _, text in _valid(rows, report, partial(_single_text, found=found)):
+        yield text
