@@ -185,12 +185,10 @@ def _search(
 ) -> dict[FullSize, Nearest]:
     """Return the k nearest documents of each query at each size, from one pass over documents."""
     device = encoder.model.device
-    before = prompts.get("query", "")
-    query_vectors = encoder.encode_grid(queries, sizes, progress, before).to(device)
+    query_vectors = encoder.encode_grid(queries, sizes, progress, prompts.get("query")).to(device)
     nearest = {size: Nearest(len(queries), k) for size in sizes}
     for some in _chunks(documents):
-        before = prompts.get("document", "")
-        vectors = encoder.encode_grid(some, sizes, progress, before).to(device)
+        vectors = encoder.encode_grid(some, sizes, progress, prompts.get("document")).to(device)
         for size, found in nearest.items():
             found.add(query_vectors[size], vectors[size])
     return nearest
