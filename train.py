@@ -35,7 +35,7 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
-from mlembed.data.formats.layouts import TEXTS
+from mlembed.data.formats.layouts import SINGLE
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.flops import Flops, training_flops
@@ -263,7 +263,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}
         with job.stages.of("loss"):
-            if run.distill.contrastive and batch.task != TEXTS:
+            if run.distill.contrastive and batch.task != SINGLE:
                 terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
             if job.distiller is not None:
                 terms |= job.distiller.tables(exits_END, batch, run, where)

@@ -23,7 +23,7 @@ from .. import config
 from ..runtime.distributed import World
 from . import depth
 from .collate import Batch, collate
-from .formats.layouts import TEXTS
+from .formats.layouts import SINGLE
 from .streams import Stream, name_of
 from .tables import Table
 from .tokens import Tokens, tokenise
@@ -139,7 +139,7 @@ def num_negatives(loss: config.Loss, source: config.Source, task: str) -> int:
         "clustering": loss.clustering_negatives,
         "classification": loss.classification_negatives,
         "sts": 0,
-        TEXTS: 0,
+        SINGLE: 0,
     }
     given = source.num_negatives >= 0
     count = source.num_negatives if given else by_task.get(task, loss.num_negatives)

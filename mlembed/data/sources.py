@@ -2,7 +2,8 @@
 
 An item is one draw. In a pair table (query, positive, optional negatives) it is a row; in an n-way
 table (id, lang, text) it is an id, all of whose texts are translations of each other, of which two
-are drawn as query and positive; in a table of single texts it is a text. roles.py knows which column is what.
+are drawn as query and positive; in a table of single texts it is a text.
+roles.py knows which column is what.
 """
 
 import functools
@@ -23,7 +24,7 @@ from ..runtime import cache
 from ..runtime.files import read_json, read_yaml
 from . import tables
 from .formats import data_sets, layouts, paths, readers
-from .formats.layouts import TEXTS, Corpus, Item, Report
+from .formats.layouts import SINGLE, Corpus, Item, Report
 from .formats.readers import Names, Row
 from .formats.roles import Roles
 from .tables import MIN_SCORE, Table
@@ -193,7 +194,7 @@ class _Part:
         if roles.single:
             if task != "auto":
                 raise ValueError(f"{self.where}: task: expected auto for single texts, got {task}")
-            return TEXTS
+            return SINGLE
         nway = roles.nway
         if nway and task not in ("auto", "retrieval", "bitext"):
             raise ValueError(

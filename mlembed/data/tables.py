@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from .. import config
-from .formats.layouts import ROUNDING, TEXTS, Item, Report
+from .formats.layouts import ROUNDING, SINGLE, Item, Report
 from .formats.readers import normalise
 from .formats.roles import Roles
 
@@ -29,7 +29,7 @@ class Table:
     are never each other's negatives.
 
     texts: a list, or memory-mapped. ids: int64 [texts]. starts: int64 [items + 1]. task: one of
-    `config.TASKS`, or TEXTS for single texts. scores: fp32 [items] in 0..1, of task sts, else None.
+    `config.TASKS`, or SINGLE. scores: fp32 [items] in 0..1, of task sts, else None.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Table:
     @property
     def single(self) -> bool:
         """Whether items are single texts."""
-        return self.task == TEXTS
+        return self.task == SINGLE
 
     @property
     def either(self) -> bool:
@@ -273,7 +273,7 @@ def text_table(
     report.duplicates = int((~valid).sum())
     rows = np.flatnonzero(_capped(valid, cap, name, report))
     ids = np.array(numbers)[rows]
-    return Table(name, False, _selected(texts, rows), ids, np.arange(len(rows) + 1), task=TEXTS)
+    return Table(name, False, _selected(texts, rows), ids, np.arange(len(rows) + 1), task=SINGLE)
 
 
 class ScaleError(ValueError):
@@ -324,8 +324,7 @@ def check_items(where: str, report: Report, roles: Roles) -> None:
         wanted = f"pairs with a score of {MIN_SCORE} or more"
     elif report.held_out:
         wanted += " without texts of the evaluation"
-    first = f"; {report.bad} bad rows, first {report.bad_rows[0]}" if report.bad else ""
-    raise ValueError(f"{where}: expected {wanted}, found none{first}")
+    raise ValueError(f"{where}: expected {wanted}, found none{report.first_bad}")
 
 
 # ---- what was understood ----

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data.eval_sets import STS, Bitext, Mining, Pool, Retrieval, Side, Task
+from ..data.eval_tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task
 from ..inference import cost
 from ..inference.encoder import Encoder, FullSize, Size
 from ..inference.search import Funnel, Nearest, not_finite

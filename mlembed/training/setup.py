@@ -68,7 +68,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
         ValueError: text that cannot be read, or that leaves nothing to train on; two sources of one
             name.
     """
-    tasks = read_all(run.eval)
+    tasks = read_all(run.eval, run.bad_rows)
     held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
     tables, streams, languages = [], [], Counter[str]()
     for source in sources.all_of(run):

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
 from mlembed.data import eval_sets
 from mlembed.data.formats.beir import judgements
+from mlembed.data.formats.layouts import Report
 from tests.data.samples import jsonl, parquet
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
@@ -421,11 +423,93 @@ def test_bitext_without_english(tmp_path):
 )
 def test_forms_of_judgements(lines, tmp_path):
     (tmp_path / "t.tsv").write_text(lines)
-    found = judgements(tmp_path / "t.tsv", {"q1"}, {"d1": 0, "d2": 1})
+    found = judgements(tmp_path / "t.tsv", {"q1"}, {"d1": 0, "d2": 1}, Report("t"))
     assert found == {"q1": {0: 1, 1: 0}}
 
 
 def test_conflicting_judgements(tmp_path):
     (tmp_path / "t.tsv").write_text("q1 0 d1 1\nq1 0 d1 0\n")
     with pytest.raises(ValueError, match=r"t\.tsv:2: score: expected the earlier 1 of 'q1' and"):
-        judgements(tmp_path / "t.tsv", {"q1"}, {"d1": 0})
+        judgements(tmp_path / "t.tsv", {"q1"}, {"d1": 0}, Report("t"))
+
+
+# ---- rows that are left out ----
+
+
+def test_bad_rows_of_beir(tmp_path):
+    """Every kind of them, each counted; those of the corpus are left out at every reading."""
+    corpus = ["{", CORPUS[0], {"_id": "z"}, CORPUS[1], CORPUS[1] | {"text": "other"}, *CORPUS[2:]]
+    queries = [*QUERIES, QUERIES[0] | {"text": "again"}, {"text": "no id"}]
+    more = "q7\t2\t1\nq1\tnone\t1\nq0\td1\t1\nq0\td1\nq1\td1\tx\n"
+    path = beir(tmp_path / "b", corpus, queries, test=QRELS + more)
+    with pytest.raises(ValueError, match=r"queries\.jsonl:4: _id"):
+        read(path)
+    with pytest.warns(UserWarning, match=r"b: 10 bad rows left out, first .*queries\.jsonl:4: _id"):
+        (task,) = eval_sets.read(str(path), "skip")
+    (whole,) = read(beir(tmp_path / "whole"))
+    assert list(task.documents()) == list(whole.documents()) == list(task.documents())
+    assert sorted(task.texts) == sorted(whole.texts) and task.queries == whole.queries
+    assert (task.judged == whole.judged).all() and (task.order_N == whole.order_N).all()
+
+
+def test_judgements_of_missing_documents_are_left_out(tmp_path):
+    path = beir(tmp_path / "b", corpus=CORPUS[:2])
+    with pytest.warns(UserWarning, match=r"2 bad rows left out, .*corpus-id: .* got '2'"):
+        (task,) = eval_sets.read(str(path), "skip")
+    assert task.queries == ["sea? "] and task.judged.tolist() == [[0, 0, 2], [0, 1, 0]]
+    none = beir(tmp_path / "none", corpus=CORPUS[1:2], test=QRELS[:32])
+    with pytest.raises(ValueError, match=r"expected judgements, found none; 1 bad rows, first .*:2"):
+        eval_sets.read(str(none), "skip")
+
+
+@pytest.mark.parametrize(
+    "rows, bad, error",
+    [
+        ([{"sentence1": f"a{i}", "sentence2": "b", "score": i} for i in range(4)],
+         {"sentence1": "x", "sentence2": "y", "score": "high"}, ":2: score: expected a number"),
+        ([{"sentence1": f"a{i}", "sentence2": "b", "score": i} for i in range(4)],
+         {"sentence1": 3, "sentence2": "y", "score": 1}, ":2: sentence1: expected text, got 3"),
+        ([{"id": i, "lang": lang, "text": f"{lang} {i}"} for i in "abc" for lang in ("de", "en")],
+         {"id": "a", "lang": "de", "text": "again"}, "x: expected one text of an id"),
+        ([{"id": i, "lang": lang, "text": f"{lang} {i}"} for i in "abc" for lang in ("de", "en")],
+         {"id": "d", "lang": "de", "text": ""}, ":2: text: expected text, got ''"),
+        ([{"de": f"de {i}", "fr": f"fr {i}"} for i in range(3)], ["a", 3], ":2: expected an obj"),
+    ],
+)  # fmt: skip
+def test_bad_rows_of_tables(rows, bad, error, tmp_path):
+    (want,) = read(jsonl(tmp_path / "x.jsonl", rows))
+    path = jsonl(tmp_path / "x.jsonl", [rows[0], bad, *rows[1:]])
+    with pytest.raises(ValueError, match=error):
+        read(path)
+    with pytest.warns(UserWarning, match=f"x: 1 bad rows left out, first .*{error}"):
+        (task,) = eval_sets.read(path, "skip")
+    assert task.texts == want.texts
+
+
+def test_compressed_directories(tmp_path):
+    """Every layout of files by name, compressed or in part."""
+    for make in (tatoeba, beir, lambda path: files(path, **UN), bucc):
+        directory = make(tmp_path / "same")
+        (want,) = read(directory)
+        texts = list(want.texts)
+        for number, path in enumerate(p for p in sorted(directory.rglob("*")) if p.is_file()):
+            if number % 3 != 1:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+                path.unlink()
+        (task,) = read(directory)
+        assert list(task.texts) == texts and task.name == want.name
+        shutil.rmtree(directory)
+
+
+def test_judgements_in_a_table(tmp_path):
+    path = beir(tmp_path / "b")
+    rows = [line.split("\t") for line in QRELS.splitlines()[1:]]
+    names = HEADER.strip().split("\t")
+    table = [dict(zip(names, (q, d, int(g)), strict=True)) for q, d, g in rows]
+    (want,) = read(path)
+    (path / "qrels" / "test.tsv").unlink()
+    jsonl(path / "qrels" / "test.jsonl", table)
+    assert (read(path)[0].judged == want.judged).all()
+    jsonl(path / "qrels" / "test.jsonl", [*table, {"query-id": "q1", "score": 1}])
+    with pytest.raises(ValueError, match=r"test\.jsonl:5: corpus-id: expected an id, got None"):
+        read(path)

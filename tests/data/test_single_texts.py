@@ -160,7 +160,18 @@ def trained(tmp_path, vectors, *options):
     lines(tmp_path / "texts.txt")
     data = [str(tmp_path / "texts.txt"), str(vectors / "pairs.jsonl")]
     run = parse(
-        ["tiny", *SMALL, "--steps", "8", "--output-dir", str(tmp_path), "--name", "r", "--seed", "1"]
+        [
+            "tiny",
+            *SMALL,
+            "--steps",
+            "8",
+            "--output-dir",
+            str(tmp_path),
+            "--name",
+            "r",
+            "--seed",
+            "1",
+        ]
         + ["--eval", "--tracker", "none", "--save-every", "0", "--data", *data, *options]
     )
     assert train.train(run, WHERE) == 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlembed.cli import evaluate
 from mlembed.data import eval_sets
-from mlembed.data.eval_sets import STS, Bitext
+from mlembed.data.eval_tasks import STS, Bitext
 from mlembed.evaluation import grid, scores, tables
 from mlembed.evaluation.charts import mean_score
 from mlembed.evaluation.grid import Grid, score_grid

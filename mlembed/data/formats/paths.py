@@ -23,6 +23,16 @@ def suffix_of(path: Path) -> str:
     return Path(plain_name(path)).suffix.lower()
 
 
+def by_plain_name(directory: Path) -> dict[str, Path]:
+    """Return {name: file} of a directory, sorted, names without the suffix of a compression."""
+    return {plain_name(path): path for path in sorted(directory.iterdir())}
+
+
+def is_data(path: Path) -> bool:
+    """Return whether a file's name is that of a data file."""
+    return suffix_of(path) in (*SUFFIXES, TEXT)
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without its suffixes."""
     return Path(plain_name(path)).stem
@@ -41,8 +51,7 @@ def files_of(source: str) -> list[Path]:
     path = Path(source)
     listed = ", ".join((*SUFFIXES, TEXT))
     if path.is_dir():
-        known = (*SUFFIXES, TEXT)
-        data = sorted(p for p in path.iterdir() if suffix_of(p) in known and p.is_file())
+        data = sorted(p for p in path.iterdir() if is_data(p) and p.is_file())
         for kind in (*KINDS, (TEXT,)):
             files = [p for p in data if suffix_of(p) in kind]
             if files:
@@ -60,7 +69,7 @@ def files_of(source: str) -> list[Path]:
         raise ValueError(f"data: expected a file or directory, got {source}, which does not exist")
     if not path.is_file():
         raise ValueError(f"data: expected a regular file, got {source}")
-    if suffix_of(path) not in (*SUFFIXES, TEXT):
+    if not is_data(path):
         raise ValueError(f"data: expected {listed}, got {source}")
     return [path]
 

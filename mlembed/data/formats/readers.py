@@ -160,6 +160,11 @@ def lines_of(file: BinaryIO, name: str, decoder: Decoder) -> Iterator[Line]:
         yield f"{name}:{number}", attempt(decoder.decode, line)
 
 
+def plain_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file. ValueError: a line of invalid UTF-8."""
+    return (line for _, line in strict(lines(path)))
+
+
 def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
     """Yield rows of files whose lines are translations of each other.
 

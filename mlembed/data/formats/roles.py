@@ -73,9 +73,9 @@ class Roles:
 
     Pairs have a query, n-way tables an id, single texts a text alone.
 
-    title: comes before a single text. label: COLUMN=VALUE of the rows that are pairs. kind: of the texts of an n-way table. type: of
-    FlagEmbedding, which names a task. languages: codes that name the columns of query and positive.
-    unused: columns without a role.
+    title: comes before a single text. label: COLUMN=VALUE of the rows that are pairs. kind: of the
+    texts of an n-way table. type: of FlagEmbedding, which names a task. languages: codes that name
+    the columns of query and positive. unused: columns without a role.
     """
 
     query: str = ""
@@ -154,8 +154,8 @@ def recognise(
     if not roles:
         got = ", ".join(names) or "none"
         raise ValueError(
-            f"expected columns query, positive [, negatives, score], or id, lang, text, or text, or "
-            f"names that docs/data.md lists, got {got}; name them: --columns.query .. "
+            f"expected columns query, positive [, negatives, score], or id, lang, text, or text, "
+            f"or names that docs/data.md lists, got {got}; name them: --columns.query .. "
             "--columns.positive .., or --columns.text .."
         )
     if _plain(roles.get("score", "")) in CLASSES and task != "sts" and not evaluation:
