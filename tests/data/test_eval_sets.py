@@ -458,7 +458,7 @@ def test_judgements_of_missing_documents_are_left_out(tmp_path):
         (task,) = eval_sets.read(str(path), "skip")
     assert task.queries == ["sea? "] and task.judged.tolist() == [[0, 0, 2], [0, 1, 0]]
     none = beir(tmp_path / "none", corpus=CORPUS[1:2], test=QRELS[:32])
-    with pytest.raises(ValueError, match=r"expected judgements, found none; 1 bad rows, first .*:2"):
+    with pytest.raises(ValueError, match=r"judgements, found none; 1 bad rows, first .*:2"):
         eval_sets.read(str(none), "skip")
 
 

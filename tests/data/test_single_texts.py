@@ -92,8 +92,9 @@ def test_notes_beside_data_are_not_data(tmp_path):
 @pytest.mark.parametrize(
     "row, fields, error",
     [
-        ({"text": "a", "label": 1}, {}, "label: .*its name suggests a role"),
-        ({"text": "a", "negatives": ["b"]}, {}, "negatives: .*its name suggests a role"),
+        ({"text": "a", "label": 1}, {}, "expected columns query, positive .*got text, label;"),
+        ({"text": "a", "negatives": ["b"]}, {}, "expected columns .*got text, negatives;"),
+        ({"text": "a", "others": ["b"]}, {}, "others: .*its values are lists of texts"),
         ({"text": "a", "lang": "de"}, {}, "expected columns query, positive .*--columns.text"),
         ({"text": "a"}, {"task": "sts"}, "task: expected auto for single texts, got sts"),
         ({"text": "a"}, {"corpus": "c"}, "corpus: expected pairs of ids, got text=text"),

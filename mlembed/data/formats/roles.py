@@ -221,8 +221,8 @@ def _pairs(plain: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _texts(plain: Mapping[str, str]) -> dict[str, Any]:
-    """Return the roles of single texts; {} if no column is named text, or one of languages."""
-    if "text" not in plain or "lang" in plain:
+    """Return the roles of single texts; {} without a column text, or with one of another role."""
+    if "text" not in plain or "lang" in plain or any(map(suggests_role, plain)):
         return {}
     return {name: plain[name] for name in ("text", "title") if name in plain}
 
