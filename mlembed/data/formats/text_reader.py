@@ -86,7 +86,7 @@ class TextReader:
         else:
             _, first = next(readers.of_file(path), ("", {}))
             names = list(first) if isinstance(first, dict) else []
-        # Later rows of .json may have columns that the first has not.
+        # In .json columns may begin in later rows.
         if self.columns[0] not in names and names and suffix_of(path) not in (".json", ".jsonl"):
             got = ", ".join(names)
             raise ValueError(
