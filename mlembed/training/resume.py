@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import config
 from ..config import strict
-from ..runtime import checkpoint, files
+from ..runtime import files, intact
 from ..runtime.distributed import World, broadcast
 
 
@@ -44,7 +44,7 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
             f"{', '.join(sorted(changed))}; --allow-changed KEY .. accepts them"
         )
     checkpoints = directory / "checkpoints"
-    newest = checkpoint.newest(checkpoints, say, set_aside=True) if where.main else None
+    newest = intact.newest(checkpoints, say, set_aside=True) if where.main else None
     step = broadcast(-1 if newest is None else step_of(newest), where)
     return directory, None if step < 0 else checkpoints / f"step_{step:08d}"
 

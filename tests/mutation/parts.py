@@ -44,6 +44,7 @@ FIRST = {
     "mlembed/config/run.py": "test_config test_batches",
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
     "mlembed/runtime/distributed.py": "test_waiting test_distributed",
+    "mlembed/runtime/intact.py": "test_checkpoint test_resume",
     "mlembed/training/gradcache.py": "test_gradcache test_trunk",
     "mlembed/training/setup.py": "test_setup test_train test_resume",
     "mlembed/training/step.py": "test_guards test_train test_resume",

@@ -16,7 +16,7 @@ import processes
 import pytest
 from factories import SMALL, loss_trace, small_text
 
-from mlembed.runtime import checkpoint
+from mlembed.runtime import intact
 from mlembed.runtime.distributed import World
 from mlembed.training.arguments import parse
 from mlembed.training.resume import find_run
@@ -154,7 +154,7 @@ def test_sigterm_to_all_processes_saves_and_stops(arguments, tmp_path):
             os.kill(number, signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert "continue with --resume" in out and process.returncode != 0
-    (saved,) = checkpoint.complete(run / "checkpoints")
+    (saved,) = intact.complete(run / "checkpoints")
     assert saved.name == f"step_{loss_trace(run)[-1]['step']:08d}" and not partial(run)
     assert "terminate called" not in err
 
@@ -181,7 +181,7 @@ def test_damaged_checkpoint_is_set_aside(arguments, whole, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(whole, run)
     shutil.rmtree(run / "model")
-    newest = checkpoint.complete(run / "checkpoints")[-1]
+    newest = intact.complete(run / "checkpoints")[-1]
     assert newest.name == f"step_{STEPS:08d}"
     file = max(newest.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
