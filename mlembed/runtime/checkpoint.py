@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
 
+from . import intact
 from .files import SHARDS, flush
 from .intact import STATE, complete, seal_of, sha256_of
 
@@ -76,10 +77,21 @@ class Saver:
         directory: `checkpoints`, shared by all processes; no other run writes there.
         rank, size: this process, and the number of processes.
         keep: number of checkpoints to keep, the new one included.
+        about: further contents of each `state.json`, of the main process.
+        saved: called by the main process when a checkpoint is complete.
     """
 
-    def __init__(self, directory: Path, rank: int, size: int, keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        size: int,
+        keep: int,
+        about: dict[str, Any] | None = None,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
+        self.about, self.saved = about or {}, saved
         # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo") if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -168,7 +180,8 @@ class Saver:
             for written in self._everywhere(lambda: self._written(partial, write_beside)):
                 files |= written
             state = {"step": step, "processes": self.size, "files": dict(sorted(files.items()))}
-            self._on_main(lambda: _finish(state, partial, target))
+            self._on_main(lambda: _finish({**self.about, **state}, partial, target))
+            self._on_main(self.saved)
         except (ValueError, RuntimeError) as error:  # gloo raises RuntimeError if a process dies.
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -316,7 +329,7 @@ def restore(
     Raises:
         ValueError: names or shapes differ from the model's; files that cannot be read.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = intact.state(path)
     stored = _stored(path)
     into = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     moments: dict[str, list[str]] = {}

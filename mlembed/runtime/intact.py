@@ -3,17 +3,26 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .files import free_name
+
 STATE = "state.json"
+NAME = re.compile("step_[0-9]{8}")
 
 
 def complete(directory: Path) -> list[Path]:
     """Return all checkpoints in a directory, oldest first."""
-    return sorted(path.parent for path in directory.glob(f"step_*/{STATE}"))
+    return [path for path in _named(directory) if (path / STATE).is_file()]
+
+
+def _named(directory: Path) -> list[Path]:
+    """Return what has a checkpoint's name, by rising step; a copy of another name is left alone."""
+    return sorted(path for path in directory.glob("step_*") if NAME.fullmatch(path.name))
 
 
 def newest(
@@ -32,25 +41,32 @@ def newest(
     """
     bad: list[tuple[Path, str]] = []
     good = None
-    for path in sorted(directory.glob("step_*"), reverse=True):
+    for path in reversed(_named(directory)):
         if (what := damage(path)) is None:
             good = path
             break
         bad.append((path, what))
-    if good is None and complete(directory):
+    if good is None and bad:
         lines = "; ".join(f"{path.name}/{what}" for path, what in bad)
-        raise ValueError(f"{directory}: expected an intact checkpoint, all are damaged: {lines}")
-    if good is None:  # Only the remains of deletions.
+        raise ValueError(
+            f"{directory}: expected an intact checkpoint, all are damaged: {lines}; restore one, "
+            "or begin a new run with another --name"
+        )
+    if good is None:
         return None
     for path, what in bad:
         note = ""
         if set_aside:
-            names = (f"damaged_{path.name}{f'_{i}' if i else ''}" for i in range(10_000))
-            aside = next(path.with_name(name) for name in names if not (directory / name).exists())
-            path.rename(aside)
+            aside = path.rename(free_name(path.with_name(f"damaged_{path.name}")))
             note = f", renamed to {aside.name}"
         say(f"{path} is damaged{note}; {good.name} is used instead. {what}")
     return good
+
+
+def state(path: Path) -> dict[str, Any]:
+    """Return the contents of a checkpoint's `state.json`."""
+    contents: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return contents
 
 
 def damage(path: Path) -> str | None:
