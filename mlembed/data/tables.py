@@ -46,16 +46,21 @@ class Table:
         return len(self.starts) - 1
 
     @cached_property
-    def sha256(self) -> str:
-        """Digest of the items: all that a batch takes from a table, but for the source's options.
-
-        Equal for equal items, whatever the format, name or order of the files that hold them.
-        """
+    def texts_sha256(self) -> str:
+        """Digest of the texts in their order."""
         total = hashlib.sha256()
         for _ in hashed(self.texts, total):
             pass
+        return total.hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the items: all that a batch takes from a table, but for the source's options.
+
+        The name and format of files do not count.
+        """
         arrays = [self.starts, self.ids, *([] if self.scores is None else [self.scores])]
-        return digest(self.nway, total.hexdigest(), arrays=map(np.ascontiguousarray, arrays))
+        return digest(self.nway, self.texts_sha256, arrays=map(np.ascontiguousarray, arrays))
 
 
 def hashed(texts: Iterable[str], total: "hashlib._Hash") -> Iterator[list[str]]:

@@ -112,9 +112,10 @@ def _queries(table: Table) -> np.ndarray | None:
 
 
 def _key(table: Table, tokenizer: Tokenizer, max_length: int) -> str:
-    source = table.source
+    source, queries = table.source, _queries(table)
     notes = [VERSION, tokenizer.to_str(), max_length, source.prompt, source.document_prompt]
-    return cache.digest(*notes, table.sha256)
+    arrays = [] if queries is None else [np.packbits(queries)]
+    return cache.digest(*notes, table.texts_sha256, arrays=arrays)
 
 
 def _chunks(

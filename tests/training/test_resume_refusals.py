@@ -138,7 +138,7 @@ def test_changed_file_is_refused_by_name(change, key, message, stopped):
             "data",
             "expected the order pairs nway, got the order nway pairs",
         ),
-        ([*DATA, *EVAL, "nway.jsonl"], "eval.nway", "expected no such source, got 36 texts"),
+        ([*DATA, *EVAL, "new.jsonl"], "eval.new", "expected no such source, got 2 texts"),
         (["--data", "warm.json", *EVAL], "data.pairs", "expected temperature 0.0, got .*0.5"),
         (["--data", "asked.json", *EVAL], "data.pairs", "expected prompt '', got prompt 'ask '"),
         (
@@ -150,6 +150,8 @@ def test_changed_file_is_refused_by_name(change, key, message, stopped):
 )
 def test_other_sources_are_refused_by_name(data, key, message, stopped):
     write_jsonl(stopped / "more.jsonl", [{"query": "a", "positive": "b"}])
+    new = [{"id": 1, "lang": lang, "text": f"new {lang}"} for lang in ("eng", "fra")]
+    write_jsonl(stopped / "new.jsonl", new)
     for name, option in (
         ("warm", {"temperature": 0.5}),
         ("asked", {"prompt": "ask "}),
