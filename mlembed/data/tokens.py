@@ -22,7 +22,7 @@ from . import tables
 from .tables import Table
 from .tokenizer import tokenize
 
-VERSION = 2  # of the files
+VERSION = 1  # of the files
 FEW = 4096  # texts of a table up to which its tokens are not stored
 
 

@@ -27,7 +27,7 @@ READING = ("data", "sources", "columns", "header", "bad_rows", "eval")
 WHOLE = 2**26  # bytes of files up to which a sample of them is all of them
 END = 2**16  # bytes of a sample at either end of a file
 
-Record = dict[str, Any]  # {"data": [..], "eval": [..], "teacher": [..]}, entries by "name"
+Record = dict[str, Any]  # {"data": [..], "eval": [..], "distill": [..]}, entries by "name"
 Change = tuple[str, str, str]  # key, what was expected, what was found
 
 
@@ -62,15 +62,7 @@ def record(
         entries.append(
             {"name": name_of(source), "items": items, "sha256": total, "options": options}
         )
-    cfg = run.distill
-    teacher = []
-    for key, of in (("teacher", cfg.teacher), ("embeddings", cfg.embeddings)):
-        if of:
-            place = hf_config.resolve(of) if key == "teacher" else Path(of)
-            files = [path for path in place.rglob("*") if path.suffix in (".safetensors", ".npy")]
-            items = f"{len(files)} files"
-            teacher.append({"name": key, "items": items, "sha256": sample(sorted(files))})
-    return {"data": entries, "eval": list(evaluation), "distill": teacher}
+    return {"data": entries, "eval": list(evaluation)}
 
 
 def _options(source: config.Source, task: str, weight: float | None) -> dict[str, Any]:
@@ -78,6 +70,18 @@ def _options(source: config.Source, task: str, weight: float | None) -> dict[str
     names = ("temperature", "num_negatives", "prompt", "document_prompt")
     options = {name: getattr(source, name) for name in names}
     return {"task": task, **options} | ({} if weight is None else {"weight": weight})
+
+
+def of_teacher(cfg: config.Distill) -> list[dict[str, Any]]:
+    """Return the entry of the teacher's weights or stored vectors, which have to be there."""
+    entries = []
+    for key, source in (("teacher", cfg.teacher), ("embeddings", cfg.embeddings)):
+        if source:
+            place = hf_config.resolve(source) if key == "teacher" else Path(source)
+            files = [path for path in place.rglob("*") if path.suffix in (".safetensors", ".npy")]
+            items = f"{len(files)} files"
+            entries.append({"name": key, "items": items, "sha256": sample(sorted(files))})
+    return entries
 
 
 def of_task(task: Any, texts: str) -> dict[str, Any]:

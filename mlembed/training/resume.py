@@ -28,7 +28,8 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
     Raises:
         ValueError: the directory holds a run and `resume` is off; it holds none and `resume` is on;
             keys differ from the saved configuration that neither fit a machine nor are allowed to;
-            no checkpoint is left where one was saved, or the newest is not the run's.
+            no checkpoint is left where one was saved, or the newest is not the run's; a broken line
+            of metrics.jsonl.
     """
     directory = Path(run.output_dir) / run.name
     saved = directory / "config.json"
@@ -49,11 +50,12 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
     if is_finished(run, directory):
         _check_config(run, before, saved)
         return directory, None
+    logged = log.lines(directory / log.METRICS)
     checkpoints = directory / "checkpoints"
     newest = intact.newest(checkpoints, say, set_aside=True) if where.main else None
     step = broadcast(-1 if newest is None else step_of(newest), where)
     if step < 0:
-        _check_never_saved(directory)
+        _check_never_saved(directory, logged)
         _check_config(run, before, saved)
         return directory, None
     path = checkpoints / f"step_{step:08d}"
@@ -92,13 +94,12 @@ def _check_config(run: config.Run, before: config.Run, where: Path, ignore: Any 
     )
 
 
-def _check_never_saved(directory: Path) -> None:
+def _check_never_saved(directory: Path, logged: list[dict[str, Any]]) -> None:
     """Check that a run without a checkpoint has not saved one, so that it may begin again.
 
     A run of an earlier version does not tell; its logged steps count as saved.
     """
     identity = _identity(directory)
-    logged = log.lines(directory / log.METRICS)
     if identity.get("saved") or not identity and any(line["step"] > 0 for line in logged):
         raise ValueError(
             f"{directory / 'checkpoints'}: expected the checkpoint that this run saved, found "
@@ -143,7 +144,8 @@ def check_record(path: Path, about: dict[str, Any], allowed: Iterable[str], say:
     """Compare what a run trains on, and for how many steps, with what a checkpoint holds of it.
 
     Args:
-        about: as in `about`. allowed, say: as in `provenance.compare`.
+        about: what this run's checkpoints will hold: its config, steps and digests.
+        allowed, say: as in `provenance.compare`.
 
     Raises:
         ValueError: other data, that are not allowed; fewer steps than are done.
@@ -187,11 +189,6 @@ def write_config(run: config.Run, directory: Path, start: int) -> str:
         identity = {"id": known or secrets.token_hex(8), "saved": start > 0}
         _write_identity(directory, identity)
     return str(identity["id"])
-
-
-def about(run: config.Run, record: provenance.Record) -> dict[str, Any]:
-    """Return what the checkpoints of a run hold about it: its configuration and data."""
-    return {"config": as_saved(run), "digests": record}
 
 
 def as_saved(run: config.Run) -> dict[str, Any]:

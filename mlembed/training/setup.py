@@ -289,14 +289,15 @@ def set_up(
     if workers_of(run, where):
         start_server()
     text = read_text(run, out.say)
-    about = resume.about(run, text.record)
+    configured = resume.as_saved(run)
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
-    about["steps"] = run.steps
-    if resume_from:
-        resume.check_record(resume_from, about, run.allow_changed, out.say)
     tokens = load_tokenizer(run, resume_from, text)
     teacher, stored, distiller = teachers(run, text, resume_from, where)
+    digests = {**text.record, "distill": provenance.of_teacher(run.distill)}
+    about = {"config": configured, "steps": run.steps, "digests": digests}
+    if resume_from:
+        resume.check_record(resume_from, about, run.allow_changed, out.say)
     batches = Batches(
         text.tables, tokens, run, where,
         streams=text.streams, teacher=stored, held_out=text.held_out,

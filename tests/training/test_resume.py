@@ -199,6 +199,9 @@ def test_damaged_checkpoint_is_set_aside(arguments, whole, tmp_path):
 # ---- a changed configuration ----
 
 
+MORE = ["--steps", STEPS + 2, "--allow-changed", "steps"]  # A finished run goes on.
+
+
 def find(args):
     return find_run(parse([str(x) for x in args]), World(0, 1, "cpu"), print)
 
@@ -217,7 +220,7 @@ def test_resume_lists_changed_keys(arguments, whole):
 
 @pytest.mark.parametrize("launcher", ["TORCHELASTIC", "SLURM"])
 def test_restart_resumes_without_the_option(arguments, whole, tmp_path, monkeypatch, launcher):
-    args = [*arguments, "--output-dir", whole.parent, "--steps", STEPS]
+    args = [*arguments, "--output-dir", whole.parent, *MORE]
     with pytest.raises(ValueError, match="expected a new directory, found files in it"):
         find(args)
     monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
@@ -231,16 +234,14 @@ def test_hardware_settings_may_change(arguments, whole):
     machine = ["--no-gradient-cache", "--activation-gib", 3]
     machine += ["--loss.negatives-across", "ring", "--loss.bank-on", "host"]
     machine += ["--non-finite", "skip", "--engine", "fsdp", "--cpu-offload"]
-    args = [*arguments, "--output-dir", whole.parent, "--resume", "--steps", STEPS, *machine]
+    args = [*arguments, "--output-dir", whole.parent, "--resume", *MORE, *machine]
     assert find(args)[1] is not None
 
 
 def test_allowed_change_is_recorded(arguments, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "tiny")
-    shutil.rmtree(tmp_path / "tiny" / "model")
     before = (tmp_path / "tiny" / "config.json").read_text()
-    args = [*arguments, "--output-dir", tmp_path, "--resume", "--steps", STEPS + 2]
-    finished([*args, "--allow-changed", "steps", "output_dir"])
+    finished([*arguments, "--output-dir", tmp_path, "--resume", *MORE, "output_dir"])
     run = tmp_path / "tiny"
     assert loss_trace(run)[:STEPS] == loss_trace(whole) and len(loss_trace(run)) == STEPS + 2
     assert (run / f"config_until_{STEPS}.json").read_text() == before

@@ -326,7 +326,13 @@ def test_cut_lines_of_metrics_are_kept(finished, stopped):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"kind": "train"}', "[1, 2]", '{"step": "3", "kind": "train"}', '{"step": 1, "ki', "3"],
+    [
+        '{"kind": "train"}',
+        "[1, 2]",
+        '{"step": "3", "kind": "train"}',
+        '{"step": 1, "ki',
+        "[" * 10**6,
+    ],
 )
 def test_broken_line_of_metrics_is_named(line, stopped):
     path = stopped / "runs" / "tiny" / "metrics.jsonl"
