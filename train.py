@@ -72,9 +72,10 @@ def train(run: config.Run, where: World) -> int:
     # has found the arguments to be right.
     any_process(False, where)
     if where.main:
+        # First, as an old model/ under a config.json of more steps would be a finished run.
+        if resume_from and start < job.run.steps:
+            resume.set_aside_end(directory, resume_from, out.say)
         job.saver.about["run"] = resume.write_config(run, directory, start)
-        if 0 < start < job.run.steps:
-            resume.set_aside_end(directory, start, out.say)
     out.open(run.tracker, start)
     # The saver finishes its checkpoint before the process group, or the process, ends.
     with job.saver:

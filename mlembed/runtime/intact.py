@@ -80,10 +80,12 @@ def damage(path: Path) -> str | None:
         seal = state.pop("sha256")
     except FileNotFoundError:
         return f"{STATE}: no such file"
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         return f"{STATE}: expected the json that was written, got other text ({error})"
     if seal != (actual := seal_of(state)):
         return f"{STATE}: expected sha256 {seal} of its contents, got {actual}"
+    if type(state.get("step")) is not int or not isinstance(state.get("files"), dict):
+        return f"{STATE}: expected a step and files, got neither or one"
     wrong, whole = [], {}
     for name, file in state["files"].items():
         if not (path / name).is_file():

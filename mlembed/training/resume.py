@@ -202,14 +202,15 @@ def mark_saved(directory: Path) -> None:
         _write_identity(directory, {**identity, "saved": True})
 
 
-def set_aside_end(directory: Path, start: int, say: Any) -> None:
-    """Rename report/ and model/ of an end at step `start` that the run continues beyond."""
+def set_aside_end(directory: Path, resume_from: Path, say: Any) -> None:
+    """Rename report/ and model/ of the end that a checkpoint's run came to and now goes beyond."""
+    end = intact.state(resume_from).get("steps", step_of(resume_from))
     # model/ marks a finished run, so it goes last.
     for name in ("report", "model"):
         path = directory / name
         if path.is_dir() and any(path.iterdir()):
-            aside = path.rename(files.free_name(directory / f"{name}_until_{start}"))
-            say(f"kept   {name}/ of step {start} as {aside.name}/")
+            aside = path.rename(files.free_name(directory / f"{name}_until_{end}"))
+            say(f"kept   {name}/ of step {end} as {aside.name}/")
 
 
 def _identity(directory: Path) -> dict[str, Any]:

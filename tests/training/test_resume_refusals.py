@@ -4,18 +4,20 @@ with one line: real runs of train.py.
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import processes
 import pytest
-from factories import SMALL, loss_trace, metrics, small_text, write_jsonl
+from factories import SMALL, loss_trace, metrics, small_job, small_text, write_jsonl
 
 from mlembed.config import Run
 from mlembed.runtime import intact
 from mlembed.training.arguments import parse
 from mlembed.training.optim import learning_rate
+from train import save
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 STEPS = 6
@@ -338,6 +340,22 @@ def test_broken_line_of_metrics_is_named(line, stopped):
     path = stopped / "runs" / "tiny" / "metrics.jsonl"
     path.write_text(f"{line}\n{path.read_text()}")
     assert re.search(r"metrics.jsonl:1: (expected an object with|invalid JSON)", refused(stopped))
+
+
+def test_metrics_are_on_disk_before_a_checkpoint_is_complete(tmp_path, monkeypatch):
+    """A power failure may not leave a saved step without its line."""
+    job = small_job(tmp_path, small_text(tmp_path))
+    job.out.metrics(1, "train", {"loss": 1.0})
+    flushed, fsync = [], os.fsync
+
+    def record(handle):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with job.saver:
+        save(job, 1)
+    assert flushed.index("metrics.jsonl") < flushed.index(intact.STATE)
 
 
 # ---- the number of steps ----
