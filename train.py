@@ -65,7 +65,7 @@ def train(run: config.Run, where: World) -> int:
     directory, resume_from = resume.find_run(run, where, out.say)
     start = resume.step_of(resume_from)
     out.say(log.header(where.device))
-    if (directory / "model").exists():
+    if resume.is_finished(run, directory):
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, resume_from, out)
@@ -73,7 +73,10 @@ def train(run: config.Run, where: World) -> int:
     # has found the arguments to be right.
     any_process(False, where)
     if where.main:
-        resume.write_config(run, directory, start)
+        # First, as an old model/ under a config.json of more steps would be a finished run.
+        if resume_from and start < job.run.steps:
+            resume.set_aside_end(directory, resume_from, out.say)
+        job.saver.about["run"] = resume.write_config(run, directory, start)
     out.open(run.tracker, start)
     # The saver finishes its checkpoint before the process group, or the process, ends.
     with job.saver:
@@ -283,6 +286,8 @@ def save(job: Job, step: int) -> None:
     """Write a checkpoint of all that the next step depends on; all processes call it."""
 
     def write_model_files(directory: Path) -> None:
+        # After a power failure no saved step may lack its line.
+        job.out.flush()
         pretrained.describe(job.run.model, directory)
         tokenizer.save(job.tokenizer, directory, job.run.max_length)
 

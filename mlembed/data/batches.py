@@ -99,16 +99,17 @@ def source_order(
     if run.sampling == "alpha":
         p = np.array(sizes_of(run, tables, streams)) ** run.source_alpha
     else:
-        p = np.array(_weights(run, tables, streams))
+        p = np.array(weights_of(run, tables, streams))
         if not p.sum() > 0:
             raise ValueError("sources: expected a weight above 0, got only 0")
     rng = np.random.default_rng([run.seed, ORDER])
     return rng.choice(len(p), size=total, p=p / p.sum())
 
 
-def _weights(
+def weights_of(
     run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source]
 ) -> list[float]:
+    """Return the weight of each table, which shares that of its source, then of each stream."""
     items: dict[config.Source, float] = {}
     sizes = sizes_of(run, tables)
     for table, size in zip(tables, sizes, strict=True):

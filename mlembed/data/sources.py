@@ -211,7 +211,7 @@ def _parts(source: config.Source) -> list[_Part]:
     path = Path(source.path)
     if source.path == "cldr":
         return [_Part(source.name or "cldr", "cldr", _built_in)]
-    if data_sets.is_saved(path) or path.is_dir() and (source.subset or data_sets.is_clone(path)):
+    if _is_data_set(source):
         return [_data_set(source)]
     if path.exists():
         groups = paths.shards(paths.files_of(source.path))
@@ -228,6 +228,26 @@ def _parts(source: config.Source) -> list[_Part]:
             f"{source.path}, which does not exist"
         )
     return [_data_set(source)]
+
+
+def _is_data_set(source: config.Source) -> bool:
+    """Return whether the path is a directory that `datasets` reads."""
+    path = Path(source.path)
+    return data_sets.is_saved(path) or (
+        path.is_dir() and bool(source.subset or data_sets.is_clone(path))
+    )
+
+
+def files_of(source: config.Source) -> list[Path]:
+    """Return the files that a source and its corpus consist of; a Hub's data set has none."""
+    path = Path(source.path)
+    if _is_data_set(source):
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.exists():
+        files = paths.files_of(source.path)
+    else:
+        files = list(paths.parallel_files(source.path).values())
+    return [*files, *([Path(source.corpus)] if source.corpus else [])]
 
 
 def _built_in(names: Names) -> Iterator[Row]:

@@ -5,12 +5,15 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from .. import config
+from ..runtime.cache import digest
 from .formats.layouts import ROUNDING, SINGLE, Item, Report
 from .formats.readers import normalise
 from .formats.roles import Roles
@@ -53,6 +56,33 @@ class Table:
     def either(self) -> bool:
         """Whether any text may be drawn as a query or as a document."""
         return self.nway or self.single
+
+    @cached_property
+    def texts_sha256(self) -> str:
+        """Digest of the texts in their order."""
+        total = hashlib.sha256()
+        for _ in hashed(self.texts, total):
+            pass
+        return total.hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the items: all that a batch takes from a table, but for the source's options.
+
+        The name and format of files do not count.
+        """
+        arrays = [self.starts, self.ids, *([] if self.scores is None else [self.scores])]
+        return digest(self.nway, self.texts_sha256, arrays=map(np.ascontiguousarray, arrays))
+
+
+def hashed(texts: Iterable[str], total: "hashlib._Hash") -> Iterator[list[str]]:
+    """Yield the texts, CHUNK at a time, and add their lengths and bytes to a hash."""
+    texts = iter(texts)
+    while chunk := list(islice(texts, CHUNK)):
+        content = [text.encode("utf-8", "surrogatepass") for text in chunk]
+        total.update(np.array([len(one) for one in content], dtype=np.int64).tobytes())
+        total.update(b"".join(content))
+        yield chunk
 
 
 # ---- texts on disk ----

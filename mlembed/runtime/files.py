@@ -4,6 +4,7 @@ A file or directory is written under a name of this process's own next to its pl
 disk, and renamed: other processes, and the next one after a crash, see all of it or nothing.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -37,6 +38,12 @@ def check_new(path: Path, kind: str = "file", key: str = "out") -> None:
     parent = next(above for above in path.absolute().parents if above.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"{key}: cannot create {path}: {parent} is not a writable directory")
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or `path`_1, `path`_2 .., the first at which nothing is."""
+    names = (path.with_name(f"{path.name}{f'_{i}' if i else ''}") for i in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 # ---- atomic writes ----
