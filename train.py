@@ -61,6 +61,13 @@ def train(run: config.Run, where: World) -> int:
     """Train one run and return its exit status: 0 finished, 130 stopped by a signal and saved."""
     log.check_tracker(run.tracker)
     out = log.Log(Path(run.output_dir) / run.name, where.main)
+    # From before the set-up to the end, no other run writes to the directory.
+    with resume.owned(run, where, out.say) as out.check:
+        return train_owned(run, where, out)
+
+
+def train_owned(run: config.Run, where: World, out: log.Log) -> int:
+    """Train one run in a directory that it owns, and return its exit status."""
     directory, resume_from = resume.find_run(run, where, out.say)
     start = resume.step_of(resume_from)
     out.say(log.header(where.device))
@@ -72,6 +79,7 @@ def train(run: config.Run, where: World) -> int:
     # has found the arguments to be right.
     any_process(False, where)
     if where.main:
+        out.check()
         resume.write_config(run, directory, start)
     out.open(run.tracker, start)
     # The saver finishes its checkpoint before the process group, or the process, ends.
@@ -325,6 +333,7 @@ def finish(job: Job) -> None:
     from mlembed.publishing.export import export
 
     run, directory, out = job.run, job.directory, job.out
+    out.check()
     if (encoder := full_encoder(job)) is None:
         return
     if job.tasks:

@@ -78,10 +78,20 @@ class Saver:
         directory: `checkpoints`, shared by all processes; no other run writes there.
         rank, size: this process, and the number of processes.
         keep: number of checkpoints to keep, the new one included.
+        check: called by the main process before each one, raises ValueError if the run no longer
+            owns its directory.
     """
 
-    def __init__(self, directory: Path, rank: int, size: int, keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        size: int,
+        keep: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
+        self.check = check
         # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo") if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -157,7 +167,7 @@ class Saver:
         target = self.directory / f"step_{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
         try:
-            if not self._on_main(lambda: _begin(target, partial)):
+            if not self._on_main(lambda: (self.check(), _begin(target, partial))[1]):
                 return
             with _one_line_failures():
                 dcp.save(
