@@ -38,7 +38,7 @@ from mlembed.data.collate import Batch
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.flops import Flops, training_flops
-from mlembed.runtime import checkpoint, log, profiling, transfer
+from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
@@ -288,6 +288,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
 
 def save(job: Job, step: int) -> None:
     """Write a checkpoint of all that the next step depends on; all processes call it."""
+    job.out.check()
 
     def write_model_files(directory: Path) -> None:
         pretrained.describe(job.run.model, directory)
@@ -343,7 +344,8 @@ def finish(job: Job) -> None:
         untrained = scores[0]["tasks"] if scores else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        tables.write_report(directory / "report", scored, extra)
+        with files.atomic_directory(directory / "report", replace=True) as partial:
+            tables.write_report(partial, scored, extra)
         by_kind = tables.by_kind(scored.cells[-1]["scores"], untrained)
         out.say(f"\n{scored.table()}\n\n{by_kind}")
         seconds = time.perf_counter() - began

@@ -78,20 +78,10 @@ class Saver:
         directory: `checkpoints`, shared by all processes; no other run writes there.
         rank, size: this process, and the number of processes.
         keep: number of checkpoints to keep, the new one included.
-        check: called by the main process before each one, raises ValueError if the run no longer
-            owns its directory.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        rank: int,
-        size: int,
-        keep: int,
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, directory: Path, rank: int, size: int, keep: int) -> None:
         self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
-        self.check = check
         # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo") if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -167,7 +157,7 @@ class Saver:
         target = self.directory / f"step_{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
         try:
-            if not self._on_main(lambda: (self.check(), _begin(target, partial))[1]):
+            if not self._on_main(lambda: _begin(target, partial)):
                 return
             with _one_line_failures():
                 dcp.save(
@@ -266,7 +256,8 @@ def _begin(target: Path, partial: Path) -> bool:
         raise ValueError("expected a new directory, got one with other files")
     for left in target.parent.glob(".step_*.partial"):  # Left by a process that was killed.
         shutil.rmtree(left)
-    partial.mkdir(parents=True)
+    target.parent.mkdir(exist_ok=True)  # A run's directory that was deleted is an error.
+    partial.mkdir()
     return True
 
 
@@ -287,11 +278,11 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints. ValueError if one cannot be deleted."""
-    for old in complete(directory)[:-keep]:
-        try:
-            (old / STATE).unlink()  # First, so that an interrupted deletion leaves none complete.
-            shutil.rmtree(old)
+    """Delete all but the newest checkpoints, intact and damaged. ValueError if one stays."""
+    damaged = sorted(directory.glob("damaged_step_*"))
+    for old in (*complete(directory)[:-keep], *damaged[:-keep]):
+        try:  # The next `_begin` ends a deletion that is interrupted.
+            shutil.rmtree(old.rename(old.with_name(f".step_{old.name}.partial")))
         except OSError as error:
             raise ValueError(f"{old}: could not be deleted: {error}") from None
 

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 PARTIAL, PART = ".partial", 50  # Suffix of temporary names; characters of the name in them.
+ELSEWHERE = ChildProcessError, BrokenPipeError  # OSErrors of workers and of standard output.
 SHARDS = "shard-*.safetensors"  # Weights of a training checkpoint (checkpoint.py).
 
 
@@ -60,7 +61,7 @@ def atomic_file(target: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_new(target)
-    with _folder(target, target.parent) as folder:
+    with _folder(target) as folder:
         partial = folder / target.name
         yield partial
         flush(partial)
@@ -72,38 +73,41 @@ def atomic_file(target: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_files(directory: Path) -> Iterator[Path]:
-    """Yield a directory to write files into; all of them move to `directory` on success, or none.
+def atomic_files(target: Path) -> Iterator[Path]:
+    """Yield a directory for the file `target.name` and others, which succeed together.
+
+    They move to the directory of `target`, `target` first. If one fails, none stays there.
 
     Raises:
-        ValueError: one of the files exists in `directory`; writing failed (disk full).
+        ValueError: one of the files exists there; writing failed (disk full).
     """
+    check_new(target)
     placed = list[Path]()
-    with _folder(directory, directory) as folder:
+    with _folder(target) as folder:
         yield folder
-        paths = sorted(folder.iterdir())
+        paths = sorted(folder.iterdir(), key=lambda path: (path.name != target.name, path))
         for path in paths:
             flush(path)
         try:
             for path in paths:
-                _place(path, directory / path.name)
-                placed.append(directory / path.name)
+                _place(path, target.with_name(path.name))
+                placed.append(target.with_name(path.name))
         except BaseException:
             for path in placed:
                 path.unlink(missing_ok=True)
             raise
-        flush(directory)
+        flush(target.parent)
 
 
 @contextmanager
-def _folder(target: Path, parent: Path) -> Iterator[Path]:
-    """Yield a temporary directory in `parent`, which is made. Raises ValueError with `target`."""
+def _folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory next to `target`. Raises ValueError if writing fails."""
     prefix = f".{target.name[:PART]}."
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(PARTIAL, prefix, parent) as folder:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(PARTIAL, prefix, target.parent) as folder:
             yield Path(folder)
-    except ChildProcessError:  # An OSError, but of a worker that computes, not of writing.
+    except ELSEWHERE:
         raise
     except (OSError, SafetensorError) as error:
         raise _not_written(target, error) from None
@@ -125,17 +129,23 @@ def _place(partial: Path, target: Path) -> None:
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a directory to write into, which becomes `target` if the block succeeds.
 
     Its files have the modes that the process's umask gives new files, whoever wrote them.
+
+    Args:
+        replace: remove an existing `target` on success; a full one is an error otherwise.
 
     Raises:
         ValueError: `target` exists, before or after the block, and is not an empty directory;
             writing failed (disk full).
     """
-    check_new(target, "directory")
-    partial = target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    if not replace:
+        check_new(target, "directory")
+    partial, old = (
+        target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}") for _ in "no"
+    )
     missing = [path for path in target.parents if not path.exists()]
     try:
         partial.mkdir(parents=True)
@@ -143,19 +153,30 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _set_modes(partial)
         for path in sorted(partial.rglob("*")):
             flush(path)
+        if replace and target.exists():
+            target.rename(old)
         try:
             partial.rename(target)  # This replaces an empty directory, never a full one.
         except OSError:
             check_new(target, "directory")  # Another process may have been first.
             raise
         flush(target.parent)
+    except ELSEWHERE:
+        raise
     except (OSError, SafetensorError) as error:
         raise _not_written(target, error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (partial, old):
+            shutil.rmtree(path, ignore_errors=True)
         for path in missing:  # Parents made here go again, unless they hold something by now.
             with suppress(OSError):
                 path.rmdir()
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left in a directory that this process owns."""
+    for path in directory.glob(f".*.????????{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _not_written(target: Path, error: Exception) -> ValueError:

@@ -240,10 +240,10 @@ def _sign(directory: Path, lock: int, locked: bool) -> int:
 
 
 def _owner(directory: Path) -> Owner | None:
-    """Return the owner that the directory's file names, None if it names nobody."""
+    """Return the owner that the directory's file names, None if it does not name one."""
     try:
-        owner = Owner(**json.loads((directory / OWNER).read_bytes()))
+        owner = Owner(**(value := json.loads((directory / OWNER).read_bytes())))
     except (OSError, ValueError, TypeError):
         return None
-    right = all(isinstance(getattr(owner, name), int) for name in ("pid", "namespace"))
-    return owner if right else None
+    numbers = all(isinstance(getattr(owner, name), int) for name in ("pid", "namespace"))
+    return owner if numbers and value == asdict(owner) else None

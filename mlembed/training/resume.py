@@ -26,19 +26,20 @@ def owned(run: config.Run, where: World, say: Any) -> Iterator[Callable[[], None
         ValueError: another run is at work in the directory; raised on all processes.
     """
     directory, reason = Path(run.output_dir) / run.name, ""
-    check: Callable[[], None] = lambda: None
     with ExitStack() as stack:
+        check: Callable[[], None] | None = None
         if where.main:
             patience = 2 * lock.STALE if restarted() else 0.0
             try:
                 check = stack.enter_context(lock.owned(directory, patience, say))
+                files.remove_partials(directory)
             except OSError as error:
                 reason = f"{error.filename}: {error.strerror}"
             except ValueError as error:
                 reason = str(error)
         if reason := broadcast_text(reason, where):
             raise ValueError(reason)
-        yield check
+        yield check or (lambda: None)
 
 
 def restarted() -> bool:

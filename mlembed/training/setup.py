@@ -326,7 +326,7 @@ def set_up(
             "2e-5 is usual, above 1e-4 they may be lost"
         )
     saver = checkpoint.Saver(
-        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints, out.check
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
     )
     return Job(
         run, where, directory, out, log.Stages(where.device), saver,

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 import torch
@@ -118,17 +119,18 @@ def test_file_appears_without_hard_links(tmp_path, monkeypatch):
 
 
 def test_files_appear_together_or_not_at_all(tmp_path):
-    with files.atomic_files(tmp_path / "new") as partial:
-        for name in "ab":
+    target = tmp_path / "new" / "b"
+    with files.atomic_files(target) as partial:
+        for name in "abc":
             (partial / name).write_text(name)
-        assert not (tmp_path / "new" / "a").exists()
-    assert names(tmp_path / "new") == ["a", "b"]
-    (tmp_path / "new" / "a").unlink()
-    words = f"expected a new file, got {tmp_path / 'new' / 'b'}, which exists"
-    with pytest.raises(ValueError, match=words), files.atomic_files(tmp_path / "new") as partial:
+        assert not target.exists()
+    assert names(target.parent) == ["a", "b", "c"]
+    target.unlink()
+    words = f"expected a new file, got {target.with_name('a')}, which exists"
+    with pytest.raises(ValueError, match=words), files.atomic_files(target) as partial:
         for name in "abc":
             (partial / name).write_text("new")
-    assert names(tmp_path / "new") == ["b"] and (tmp_path / "new" / "b").read_text() == "b"
+    assert names(target.parent) == ["a", "c"] and target.with_name("a").read_text() == "a"
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):
@@ -217,6 +219,16 @@ def test_writers_of_one_directory_do_not_meet(tmp_path):
             (second / "a").write_text("second")
         assert (first / "a").read_text() == "first"
     assert names(tmp_path) == ["t"] and (tmp_path / "t" / "a").read_text() == "second"
+
+
+@pytest.mark.parametrize("error", [None, OSError("disk full")])
+def test_directory_replaces_on_request(error, tmp_path):
+    write(tmp_path / "t" / "old")
+    with suppress(ValueError), files.atomic_directory(tmp_path / "t", replace=True) as partial:
+        (partial / "new").touch()
+        if error:
+            raise error
+    assert names(tmp_path) == ["t"] and names(tmp_path / "t") == ["old" if error else "new"]
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
