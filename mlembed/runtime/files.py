@@ -132,7 +132,7 @@ def _place(partial: Path, target: Path) -> None:
 def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a directory to write into, which becomes `target` if the block succeeds.
 
-    Its files have the modes that the process's umask gives new files, whoever wrote them.
+    Its files get the modes that the process's umask gives new files.
 
     Args:
         replace: remove an existing `target` on success; a full one is an error otherwise.
