@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -199,6 +199,15 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically. ValueError if it could not be written."""
     with atomic_file(path, replace=True) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Reserve the first `size` bytes of a file on disk. OSError if the disk is full.
+
+    Without space, writing to a mapping of the file would end the process by SIGBUS.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def flush(path: Path) -> None:
