@@ -5,13 +5,14 @@ mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..config.choices import BadRows, Dtype
-from ..runtime.files import check_new
+from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
     from ..data.eval_tasks import Task
@@ -78,30 +79,33 @@ def main(
         if given is not None:
             prompts[name] = given
     progress = sys.stderr.isatty()
-    grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
-    if mteb:
-        where = Path(out) / "mteb" if out else None
-        add_mteb(encoder, model, mteb, grid, prompts, where, progress)
-    full, size = grid.cells[-1]["scores"], tables.size_name(encoder, grid.cells[-1])
-    parts = [grid.table(), tables.by_kind(full, {}, size), tables.details(full, size)]
-    parts.append(tables.prices(grid))
-    extra: dict[str, Any] = {
-        "commit": log.commit(),
-        "model": model,
-        "data": [*(data or [task.name for task in tasks]), *mteb],
-        "device": log.device_name(encoder.model.device),
-        "dtype": dtype,
-    }
-    if small:
-        extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, grid.cells)
-            for task in tasks
-            if isinstance(task, Retrieval)
+    with atomic_directory(Path(out)) if out else nullcontext() as partial:
+        grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
+        if mteb:
+            where = partial / "mteb" if partial else None
+            add_mteb(encoder, model, mteb, grid, prompts, where, progress)
+        full, size = grid.cells[-1]["scores"], tables.size_name(encoder, grid.cells[-1])
+        parts = [grid.table(), tables.by_kind(full, {}, size), tables.details(full, size)]
+        parts.append(tables.prices(grid))
+        extra: dict[str, Any] = {
+            "commit": log.commit(),
+            "model": model,
+            "data": [*(data or [task.name for task in tasks]), *mteb],
+            "device": log.device_name(encoder.model.device),
+            "dtype": dtype,
         }
-        parts.append(tables.funnels(extra["funnel"]))
-    print("\n\n".join(part for part in parts if part))
-    if out:
-        tables.write_report(Path(out), grid, extra)
+        if small:
+            extra["funnel"] = {"small": small, "shortlist": shortlist} | {
+                task.name: score_funnel(
+                    encoder, task, small, shortlist, prompts, progress, grid.cells
+                )
+                for task in tasks
+                if isinstance(task, Retrieval)
+            }
+            parts.append(tables.funnels(extra["funnel"]))
+        print("\n\n".join(part for part in parts if part))
+        if partial:
+            tables.write_report(partial, grid, extra)
 
 
 def _tasks(

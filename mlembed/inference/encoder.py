@@ -6,10 +6,10 @@ while the next window is tokenised.
 Letters: E exits, N texts, D width.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..data import tokenizer
 from ..data.formats.text_reader import windows
 from ..modeling import hf_config, pretrained, sentence_files
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
+from ..runtime import files
 from ..runtime.workers import Workers, ahead, device_of
 from .vector_files import Quantiser
 
@@ -396,14 +397,21 @@ class Encoder(DeviceEncoder):
             yield self.vectors(window, ids, bar)
 
 
-def disk_array(shape: tuple[int, ...], directory: Path | None = None) -> np.ndarray:
+def disk_array(shape: tuple[int, ...]) -> np.ndarray:
     """Return an fp32 array in an unnamed temporary file, which goes with the array.
 
-    Only what is written takes space. directory: the system's for temporary files by default.
+    Raises:
+        ValueError: the disk is full.
     """
     if 0 in shape:
         return np.empty(shape, np.float32)
-    with tempfile.TemporaryFile(dir=directory) as file:
+    with tempfile.TemporaryFile() as file:
+        size = 4 * math.prod(shape)
+        try:
+            files.reserve(file, size)
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise ValueError(f"{place}: no room for {size:,} bytes: {error.strerror}") from None
         return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
 
 

@@ -267,7 +267,8 @@ def _begin(target: Path, partial: Path) -> bool:
         raise ValueError("expected a new directory, got one with other files")
     for left in target.parent.glob(".step_*.partial"):  # Left by a process that was killed.
         shutil.rmtree(left)
-    partial.mkdir(parents=True)
+    target.parent.mkdir(exist_ok=True)  # A run's directory that was deleted is an error.
+    partial.mkdir()
     return True
 
 
@@ -288,11 +289,11 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints. ValueError if one cannot be deleted."""
-    for old in complete(directory)[:-keep]:
-        try:
-            (old / STATE).unlink()  # First, so that an interrupted deletion leaves none complete.
-            shutil.rmtree(old)
+    """Delete all but the newest checkpoints, intact and damaged. ValueError if one stays."""
+    damaged = sorted(directory.glob("damaged_step_*"))
+    for old in (*complete(directory)[:-keep], *damaged[:-keep]):
+        try:  # The next `_begin` ends a deletion that is interrupted.
+            shutil.rmtree(old.rename(old.with_name(f".step_{old.name}.partial")))
         except OSError as error:
             raise ValueError(f"{old}: could not be deleted: {error}") from None
 

@@ -53,12 +53,16 @@ def commit() -> str:
 
 
 class Log:
-    """Metrics of a run in `metrics.jsonl` and a tracker; only the main process writes."""
+    """Metrics of a run in `metrics.jsonl` and a tracker; only the main process writes.
+
+    check: called before each line; raises ValueError if the run no longer owns its directory.
+    """
 
     def __init__(self, directory: Path, main: bool) -> None:
         self.path, self.main = directory / METRICS, main
         self.track: Callable[[Mapping[str, float], int], None] = lambda values, step: None
         self.close: Callable[[], None] = lambda: None
+        self.check: Callable[[], None] = lambda: None
 
     def open(self, tracker: str, step: int) -> None:
         """Begin to write after `step`; move later lines, which are written again, to DROPPED.
@@ -95,6 +99,7 @@ class Log:
         """Write a line {"step", "kind", **values}; the tracker gets numbers, nested ones too."""
         if not self.main:
             return
+        self.check()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)

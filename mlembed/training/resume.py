@@ -3,7 +3,8 @@
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,46 @@ from typing import Any
 from .. import config
 from ..config import strict
 from ..modeling import hf_config
-from ..runtime import files, intact, log
-from ..runtime.distributed import World, broadcast
+from ..runtime import files, intact, lock, log
+from ..runtime.distributed import World, broadcast, broadcast_text
 from . import provenance
 from .provenance import READING
 
 IDENTITY = "run.json"  # The run's id, and whether it has saved a checkpoint.
+
+
+@contextmanager
+def owned(run: config.Run, where: World, say: Any) -> Iterator[Callable[[], None]]:
+    """Own the run's directory until the end of the block; all processes call it.
+
+    The main process holds the lock. Yields a function for it, which raises ValueError once the
+    directory was deleted or taken over; it does nothing on the other processes. A restarted run
+    waits for the end of its earlier attempt, which may have died on another machine.
+
+    Raises:
+        ValueError: another run is at work in the directory; raised on all processes.
+    """
+    directory, reason = Path(run.output_dir) / run.name, ""
+    with ExitStack() as stack:
+        check: Callable[[], None] | None = None
+        if where.main:
+            patience = 2 * lock.STALE if restarted() else 0.0
+            try:
+                check = stack.enter_context(lock.owned(directory, patience, say))
+                files.remove_partials(directory)
+            except OSError as error:
+                reason = f"{error.filename}: {error.strerror}"
+            except ValueError as error:
+                reason = str(error)
+        if reason := broadcast_text(reason, where):
+            raise ValueError(reason)
+        yield check or (lambda: None)
+
+
+def restarted() -> bool:
+    """Return whether torchrun (`--max-restarts`) or SLURM (`--requeue`) started this run again."""
+    counts = (os.environ.get(f"{by}_RESTART_COUNT") for by in ("TORCHELASTIC", "SLURM"))
+    return any(int(count or 0) > 0 for count in counts)
 
 
 def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None]:
@@ -33,11 +68,9 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
     """
     directory = Path(run.output_dir) / run.name
     saved = directory / "config.json"
-    counts = (os.environ.get(f"{by}_RESTART_COUNT") for by in ("TORCHELASTIC", "SLURM"))
-    restarted = any(int(count or 0) > 0 for count in counts)
-    if restarted and not saved.is_file():
+    if restarted() and not saved.is_file():
         return directory, None
-    if not run.resume and not restarted:
+    if not run.resume and not restarted():
         if directory.exists() and any(path.name[0] != "." for path in directory.iterdir()):
             raise ValueError(
                 f"{directory}: expected a new directory, found files in it; "

@@ -245,9 +245,10 @@ def store(
     count = keys.shape[1]
     with files.atomic_directory(out) as partial:
         np.save(partial / "keys.npy", keys)
-        vectors = np.lib.format.open_memmap(
-            partial / "vectors.npy", "w+", dtype=kind, shape=(count, teacher.width)
-        )
+        path = partial / "vectors.npy"
+        vectors = np.lib.format.open_memmap(path, "w+", dtype=kind, shape=(count, teacher.width))
+        with path.open("r+b") as file:
+            files.reserve(file, path.stat().st_size)
         each = zip(_roles(tables, prompted), row_of, new, strict=True)
         distinct = ((query, row, text) for (text, query), row, is_new in each if is_new)
         with tqdm(total=count, disable=not progress, desc="teacher", file=sys.stderr) as bar:
