@@ -193,8 +193,8 @@ def settle(job: Job) -> bool:
         # The step left weights and moments unchanged.
         save(job, step)
     raise ValueError(
-        f"non-finite {bad} at step {step + 1}, source {source}; the weights are those "
-        "before the step. Try a lower --optim.lr, or --non-finite skip to leave such steps out"
+        f"non-finite {bad} at step {step + 1}, source {source}; "
+        f"{guards.non_finite_advice(bad, step)}"
     )
 
 
@@ -279,7 +279,11 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
 
 
 def save(job: Job, step: int) -> None:
-    """Write a checkpoint of all that the next step depends on; all processes call it."""
+    """Write a checkpoint of all that the next step depends on; all processes call it.
+
+    Raises:
+        ValueError: a number of it is not finite on some process. Earlier checkpoints stay.
+    """
 
     def write_model_files(directory: Path) -> None:
         pretrained.describe(job.run.model, directory)
@@ -290,6 +294,13 @@ def save(job: Job, step: int) -> None:
         tensors |= {BANK + name: x for name, x in job.bank.state().items()}
     if job.distiller is not None:
         tensors |= {DISTILLER + name: x for name, x in job.distiller.state().items()}
+    bad = guards.bad_tensor(tensors)
+    if any_process(bad is not None, job.where):
+        raise ValueError(
+            f"checkpoint: expected finite numbers after step {step}, got others in "
+            f"{bad or 'a tensor of another process'}: continue from the last checkpoint with a "
+            "lower --optim.lr"
+        )
     job.saver.save(step, tensors, write_model_files)
 
 

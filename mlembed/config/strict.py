@@ -8,7 +8,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -74,7 +74,7 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
     """Invert `to_dict`.
 
     Raises:
-        ValueError: unknown keys, wrong types, values that the class rejects. It begins with `where`.
+        ValueError: unknown keys, wrong types, values that the class rejects; begins with `where`.
     """
     try:
         return _from_dict(cls, data, where)
@@ -158,7 +158,8 @@ def check_numbers(values: Any, prefix: str = "") -> None:
     Raises:
         ValueError: as `check_number`, the name being `prefix` and the field's.
     """
-    for name, kind, optional, bounds in numeric_fields(type(values)):
+    cls: Hashable = type(values)
+    for name, kind, optional, bounds in numeric_fields(cls):
         given = getattr(values, name)
         if given is None and optional:
             continue

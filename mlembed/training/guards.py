@@ -84,10 +84,41 @@ def bad_loss(loss_EM: Tensor, exits: Sequence[int], dims: Sequence[int]) -> str 
 
 def bad_weight(model: nn.Module) -> str | None:
     """Name the first parameter that is not finite; of a sharded one this process sees its shard."""
-    for name, parameter in model.named_parameters():
-        if not local(parameter).isfinite().all():
-            return f"weight {name}"
+    name = bad_tensor(dict(model.named_parameters()))
+    return name and f"weight {name}"
+
+
+def bad_tensor(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that is not finite, without a copy of it; None if all are.
+
+    The call waits for the device. Integers are finite.
+    """
+    for name, tensor in tensors.items():
+        part = local(tensor.detach())
+        floats = part.is_floating_point() and part.numel() > 0
+        # NaN is both the least and the most.
+        if floats and not torch.stack(part.aminmax()).isfinite().all():
+            return name
     return None
+
+
+def non_finite_advice(bad: str, step: int) -> str:
+    """Return what to try after a step with a number that is not finite, whose name is `bad`.
+
+    step: from 0. A rate can only be the cause once it has changed the weights.
+    """
+    if bad.startswith("weight"):
+        return (
+            "the update before it made it so: continue from the last checkpoint with a lower "
+            "--optim.lr"
+        )
+    skip = "--non-finite skip leaves such steps out"
+    if step:
+        return f"the weights are those before the step. Try a lower --optim.lr; {skip}"
+    return (
+        "no step has changed the weights yet: try --precision fp32, a higher --loss.temperature, "
+        f"or another --init; {skip}"
+    )
 
 
 def bad_gradient(norms: Mapping[str, Tensor]) -> str | None:

@@ -151,6 +151,8 @@ def teachers(
     cfg = run.distill
     live = Teacher.load(cfg.teacher, cfg.prompt, where.device) if cfg.teacher else None
     stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
+    if stored and where.main:
+        stored.check()
     source = live or stored
     width, sample_ND = source.width if source else 0, None
     # A checkpoint holds the rotation, so a resumed run needs no sample.
