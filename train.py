@@ -79,6 +79,8 @@ def train(run: config.Run, where: World) -> int:
         if start == 0:
             score(job, 0)
         done = optimise(job, start)
+    for source, count in job.idle.items():
+        out.say(f"idle   source {source}: {count} batches taught nothing")
     if done == job.run.steps:
         with main_works(where, "finish"):
             finish(job)
@@ -211,6 +213,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
             batch = next(feed).to(where.device)
+        count_idle(job, batch, step)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -232,6 +235,18 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         norm, check = update(job, step, losses)
     job.unread.append(check)
     return Step(losses, queries, norm, tokens, flops, check)
+
+
+def count_idle(job: Job, batch: Batch, step: int) -> None:
+    """Count a batch that teaches nothing, and say so the first time for each source."""
+    contrastive = guards.contrastive_alone(job.run) and job.bank is None
+    if contrastive and guards.teaches_nothing(batch.host):
+        job.idle[batch.source] += 1
+        if job.idle[batch.source] == 1:
+            job.out.say(
+                f"idle   step {step + 1}, source {batch.source}: texts of one group, or equal "
+                "scores, in a batch, which teaches nothing; a larger --batch-size may help"
+            )
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:

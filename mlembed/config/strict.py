@@ -2,13 +2,12 @@
 
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import operator
 import types
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -152,14 +151,13 @@ def check_number(name: str, value: Any, kind: type = int, **bounds: float) -> No
             raise ValueError(f"{name}: expected {words.format(limit)}, got {value}")
 
 
-def check_numbers(values: Any, prefix: str = "") -> None:
+def check_numbers(values: object, prefix: str = "") -> None:
     """Check every number of a dataclass, whose fields `number` and `machine` declare.
 
     Raises:
         ValueError: as `check_number`, the name being `prefix` and the field's.
     """
-    cls: Hashable = type(values)
-    for name, kind, optional, bounds in numeric_fields(cls):
+    for name, kind, optional, bounds in numeric_fields(type(values)):
         given = getattr(values, name)
         if given is None and optional:
             continue
@@ -167,7 +165,6 @@ def check_numbers(values: Any, prefix: str = "") -> None:
             check_number(prefix + name, value, kind, **bounds)
 
 
-@functools.cache
 def numeric_fields(cls: type) -> list[tuple[str, type, bool, dict[str, float]]]:
     """Return name, type (int or float), whether None is allowed, and bounds of each number, and of
     each tuple of numbers.

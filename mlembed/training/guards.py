@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import config
+from ..data.collate import Batch
 from ..modeling.transformer import Transformer
 from ..runtime.distributed import World, any_process
 from .engine import local
@@ -134,6 +135,25 @@ def bad_gradient(norms: Mapping[str, Tensor]) -> str | None:
         first = first.cuda() if dist.get_backend() == "nccl" else first
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
     return f"gradient of {names[int(first)]}" if first < len(names) else None
+
+
+# ---- batches that teach nothing ----
+
+
+def contrastive_alone(run: config.Run) -> bool:
+    """Return whether the contrastive loss is the only term of a run's loss."""
+    return run.distill.learns == run.distill.contrastive
+
+
+def teaches_nothing(batch: Batch) -> bool:
+    """Return whether the contrastive loss of a batch, on the host, is zero: all texts are of one
+    group, or all scores of this process are equal.
+    """
+    if batch.scores is not None:
+        return bool((batch.scores == batch.scores[0]).all())
+    ids = torch.cat([batch.query_ids, batch.doc_ids])
+    own = batch.task in ("clustering", "classification")
+    return not own and bool((ids == ids[0]).all())
 
 
 # ---- memory ----

@@ -22,11 +22,11 @@ from mlembed_kernels.attention.attention import WIDTHS
 
 from .. import config
 from ..data import sources, tokenizer
-from ..data.batches import Batches, steps_of
+from ..data.batches import Batches, num_negatives, steps_of
 from ..data.eval_sets import read_all
 from ..data.formats.readers import normalise
 from ..data.streams import name_of
-from ..data.tables import Table, describe
+from ..data.tables import Table, check_teaches, describe
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
@@ -83,6 +83,10 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             say(f"train  {table.name}: {describe(table, report)}")
             for bad in report.bad_rows:
                 say(f"       bad row {bad}")
+            if guards.contrastive_alone(run):
+                negatives = num_negatives(run.loss, source, table.task) > 0
+                alone = run.batch_size == 1 and not run.loss.memory_bank
+                check_teaches(table, negatives, alone)
     names = [table.name for table in tables] + [name_of(source) for source in streams]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -244,8 +248,8 @@ class Job:
 
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
-    without a limit). unread: the check of the last step, until `settle` reads it. signals: times at
-    which this process got Ctrl-C or SIGTERM.
+    without a limit). unread: the check of the last step, until `settle` reads it. idle: batches
+    that taught nothing, by source. signals: times at which this process got Ctrl-C or SIGTERM.
     """
 
     run: config.Run
@@ -267,6 +271,7 @@ class Job:
     teacher: Teacher | None
     distiller: Distiller | None
     unread: list[guards.Check] = field(default_factory=list)
+    idle: Counter[str] = field(default_factory=Counter)
     signals: list[float] = field(default_factory=list)
 
     @property
