@@ -4,7 +4,6 @@ Missing values stay missing, and null and NaN may stand for a number; a malforme
 ValueError. A crash may have cut off the last line of metrics.jsonl, which is then left out.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -76,7 +75,7 @@ def read(run: Path) -> Results:
     config = grid.get("run")
     if not isinstance(config, dict):
         path = run / "config.json"
-        config = read_object(path) if path.is_file() else {}
+        config = files.read_object(path, finite=False) if path.is_file() else {}
     newest = max(path.stat().st_mtime for path in read_from)
     return Results(
         run,
@@ -92,7 +91,7 @@ def read_grid(path: Path) -> dict[str, Any]:
     """Read grid.json, whose cells then have what every figure needs: sizes, and a score a task,
     None for null. ValueError otherwise.
     """
-    grid = read_object(path)
+    grid = files.read_object(path, finite=False)
     untrained = mapping(grid.get("untrained"))
     grid["untrained"] = {task: result for task, result in untrained.items() if mapping(result)}
     for result in grid["untrained"].values():
@@ -129,9 +128,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = files.parse_json(line.decode(), path, at, finite=False)
                 valid = type(entry["step"]) is int and abs(entry["step"]) <= LARGEST
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError):
                 valid = False
             if valid:
                 lines.append(entry)
@@ -140,14 +139,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                     f'{path}:{at}: expected a JSON object with an integer "step", got {line!r:.60}'
                 )
     return lines
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object. ValueError otherwise."""
-    value = files.read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {value!r:.60}")
-    return value
 
 
 def _is_number(value: Any) -> bool:

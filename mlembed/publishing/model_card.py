@@ -21,10 +21,9 @@ from ..data import streams
 from ..evaluation.charts import millions
 from ..evaluation.grid import Grid
 from ..evaluation.languages import language
-from ..evaluation.results import read_object
 from ..inference.encoder import Encoder
 from ..modeling.transformer import num_parameters
-from ..runtime import log
+from ..runtime import files, log
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"
@@ -81,7 +80,7 @@ def find_origin(source: str) -> Origin:
     if place.parent.name == "checkpoints":
         directory, checkpoint = place.parents[1], f"{place.parent.name}/{place.name}"
     run, grid = (
-        read_object(path) if path.is_file() else {}
+        files.read_object(path, finite=False) if path.is_file() else {}
         for path in (directory / "config.json", directory / "report/grid.json")
     )
     if "steps" not in run:  # The configuration is a model's, not a run's.
