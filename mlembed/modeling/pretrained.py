@@ -169,13 +169,15 @@ def load(
 def _check_sizes(directory: Path, cfg: config.Model, weights: dict[str, Tensor]) -> None:
     """Compare the sizes in `cfg` with the weights, before a model of those sizes is built.
 
-    ValueError, with the name of the weight or of the size, if they differ.
+    ValueError, with the file of the sizes and the name of a weight, if they differ.
     """
+    nesting = directory / NESTING
+    path = nesting if nesting.exists() else directory / "config.json"
     layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     depth, D = len(layers), cfg.hidden_size
     if cfg.num_hidden_layers > depth:
         raise ValueError(
-            f"{directory}: num_hidden_layers: expected at most {depth}, the layers in the weights, "
+            f"{path}: num_hidden_layers: expected at most {depth}, the layers in the weights, "
             f"got {cfg.num_hidden_layers}"
         )
     rank = cfg.ranks[-1] if cfg.ranks else 0
@@ -191,7 +193,7 @@ def _check_sizes(directory: Path, cfg: config.Model, weights: dict[str, Tensor])
     for name, want in wanted.items():
         got = list(weights[name].shape) if name in weights else "none"
         if got != want:
-            raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
+            raise ValueError(f"{path}: {name}: expected shape {want}, got {got}")
 
 
 def _empty(cfg: config.Model) -> Transformer:

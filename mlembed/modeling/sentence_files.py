@@ -171,7 +171,7 @@ def _dense_layers(
                 cut = int(layer["out_features"])
             else:
                 raise ValueError(
-                    f"{folder}/config.json: expected a tanh layer of {width} x {width} with a bias "
+                    f"{path}: {folder.name}: expected a tanh layer of {width} x {width} with a bias "
                     f"after cls pooling, or one that cuts vectors, got {layer!r:.200} after {pooling}"
                 )
         elif name not in ("Transformer", "Pooling"):

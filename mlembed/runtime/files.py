@@ -175,14 +175,14 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from None
 
 
-def read_json(path: Path, finite: bool = True) -> Any:
+def read_json(path: Path, strict: bool = True) -> Any:
     """Return the value of a JSON file: `parse_json` of `read_text`."""
-    return parse_json(read_text(path), path, finite=finite)
+    return parse_json(read_text(path), path, strict=strict)
 
 
-def read_object(path: Path, finite: bool = True) -> dict[str, Any]:
+def read_object(path: Path, strict: bool = True) -> dict[str, Any]:
     """Return the object of a JSON file. ValueError for another value, and as in `read_json`."""
-    return check_object(read_json(path, finite), path)
+    return check_object(read_json(path, strict), path)
 
 
 def check_object(value: Any, where: Path | str) -> dict[str, Any]:
@@ -192,24 +192,24 @@ def check_object(value: Any, where: Path | str) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, path: Path, line: int = 0, finite: bool = True) -> Any:
+def parse_json(text: str, path: Path, line: int = 0, strict: bool = True) -> Any:
     """Return the value of a JSON text that someone else may have written.
 
     Args:
         path, line: place of the text, for errors; the line is that of a file of several texts.
-        finite: reject NaN and infinity, which JSON does not have and Python's library writes, and
-            integers of more than 40 digits.
+        strict: reject NaN and infinity, which JSON does not have and Python's library writes,
+            integers of more than 40 digits, and lone surrogates, which cannot be printed.
 
     Raises:
         ValueError: invalid JSON; a key that repeats, of which readers take different values;
-            nesting beyond 100 levels; text with a lone surrogate, which cannot be printed.
+            nesting beyond 100 levels.
     """
     numbers = {"parse_constant": _constant, "parse_float": _float, "parse_int": _integer}
-    options: dict[str, Any] = numbers if finite else {}
+    options: dict[str, Any] = numbers if strict else {}
     where = f"{path}:{line}" if line else str(path)
     try:
         value = json.loads(text, object_pairs_hook=_distinct, **options)
-        _check_depth_and_text(value)
+        _check(value, strict)
     except json.JSONDecodeError as error:
         place = f"{path}:{max(1, line) + error.lineno - 1}"
         raise ValueError(f"{place}: invalid JSON: {error.msg}") from None
@@ -246,7 +246,7 @@ def _constant(name: str) -> float:
     raise ValueError(f"expected finite numbers, got {name:.60}")
 
 
-def _check_depth_and_text(value: Any) -> None:
+def _check(value: Any, strict: bool) -> None:
     level = [value]
     for _ in range(DEEPEST):
         lower = []
@@ -255,7 +255,7 @@ def _check_depth_and_text(value: Any) -> None:
                 lower += [*item, *item.values()]
             elif isinstance(item, list):
                 lower += item
-            elif isinstance(item, str) and not item.isascii():
+            elif strict and isinstance(item, str) and not item.isascii():
                 item.encode()
         if not lower:
             return

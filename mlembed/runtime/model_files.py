@@ -172,7 +172,8 @@ def modules(path: Path) -> list[tuple[Path, str]]:
     for number, module in enumerate(listed):
         where = f"{path}: module {number}"
         module = check_object(module, where)
-        kind, folder = str(module.get("type")), str(module.get("path", ""))
+        kind = str(module.get("type"))
+        folder = field(path, module, "path", str, "")
         if odd := module.keys() - {*MODULE_KEYS}:
             raise ValueError(f"{where}: expected only {', '.join(MODULE_KEYS)}, got {min(odd):.80}")
         match = MODULE.fullmatch(kind)
@@ -181,7 +182,8 @@ def modules(path: Path) -> list[tuple[Path, str]]:
                 f"{where}: type: expected a module of sentence_transformers that only computes "
                 f"(Transformer, Pooling, Dense, ..), got {kind!r:.80}"
             )
-        if not FOLDER.fullmatch(folder):
+        whole = folder or match[1] in ("Transformer", "StaticEmbedding")
+        if not (whole and FOLDER.fullmatch(folder)):
             raise ValueError(f"{where}: path: expected a folder of the model, got {folder!r:.80}")
         if module.get("kwargs"):
             raise ValueError(f"{where}: kwargs: expected none, got {module['kwargs']!r:.80}")
@@ -227,7 +229,7 @@ def _check_transformer(folder: Path) -> None:
         if (folder / name).exists():
             raise ValueError(f"{folder / name}: expected an encoder of text without this file")
     path = folder / "config.json"
-    values = read_object(path, finite=False)
+    values = read_object(path, strict=False)
     _expect(path, "model_type", values, ARCHITECTURES)
     tensors = _weights(folder, "Transformer")
     widest = max((dim for shape in tensors.values() for dim in shape), default=0)
@@ -247,7 +249,7 @@ def check_tokenizer(directory: Path) -> None:
             read_object(directory / name)
     for name in ("tokenizer_config.json", "config.json"):
         path = directory / name
-        values = read_object(path, finite=False) if path.exists() else {}
+        values = read_object(path, strict=False) if path.exists() else {}
         _check_config(path, values)
         kind = values.get("tokenizer_class")
         if kind is not None and not (isinstance(kind, str) and TOKENIZER.fullmatch(kind)):
