@@ -149,7 +149,9 @@ def _qwen3_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
         )
     theta = field(path, rotary, "rope_theta", float, 0.0) or field(path, hf, "rope_theta", float, 0)
     return {
-        **_sizes(path, hf, ("vocab_size", "hidden_size"), (*SIZES, "num_key_value_heads", "head_dim")),
+        **_sizes(
+            path, hf, ("vocab_size", "hidden_size"), (*SIZES, "num_key_value_heads", "head_dim")
+        ),
         "style": "qwen3",
         "rms_norm_eps": field(path, hf, "rms_norm_eps", float, Model.rms_norm_eps),
         "rope_theta": theta or 10_000.0,
@@ -190,7 +192,9 @@ def _sizes(
     path: Path, hf: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, int]:
     if missing := [name for name in required if name not in hf]:
-        raise ValueError(f"{path}: expected {', '.join(required)}, got none of {', '.join(missing)}")
+        raise ValueError(
+            f"{path}: expected {', '.join(required)}, got none of {', '.join(missing)}"
+        )
     names = [*required, *(name for name in optional if hf.get(name) is not None)]
     return {name: field(path, hf, name, int) for name in names}
 

@@ -115,7 +115,9 @@ def _object(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
 def _check(path: Path, value: dict[str, Any], keys: dict[str, Any]) -> None:
     for key, got in value.items():
         if key not in keys:
-            raise ValueError(f"{path}: expected only {', '.join(keys)}, got {key:.80}, not followed")
+            raise ValueError(
+                f"{path}: expected only {', '.join(keys)}, got {key:.80}, not followed"
+            )
         if keys[key] is not ANY and got not in keys[key]:
             expected = " or ".join(map(repr, keys[key]))
             raise ValueError(f"{path}: {key}: expected {expected}, got {got!r:.80}")
@@ -132,7 +134,8 @@ def _prompts(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, str],
     if default is not None and default not in prompts:
         known = ", ".join(prompts) or "none"
         raise ValueError(
-            f"{path}: default_prompt_name: expected one of the prompts ({known}), got {default!r:.80}"
+            f"{path}: default_prompt_name: expected one of the prompts ({known}), got "
+            f"{default!r:.80}"
         )
     return prompts, None if default is None else prompts[default]
 
@@ -171,8 +174,9 @@ def _dense_layers(
                 cut = int(layer["out_features"])
             else:
                 raise ValueError(
-                    f"{path}: {folder.name}: expected a tanh layer of {width} x {width} with a bias "
-                    f"after cls pooling, or one that cuts vectors, got {layer!r:.200} after {pooling}"
+                    f"{path}: {folder.name}: expected a tanh layer of {width} x {width} with a "
+                    f"bias after cls pooling, or one that cuts vectors, got {layer!r:.200} after "
+                    f"{pooling}"
                 )
         elif name not in ("Transformer", "Pooling"):
             got = ", ".join(name for _, name in listed)

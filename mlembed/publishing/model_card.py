@@ -109,7 +109,8 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"code": _code, "quoted": _quoted, "plain": _plain, "millions": millions}
+    filters: dict[str, Any] = {"code": _code, "quoted": _quoted, "plain": _plain}
+    templates.filters |= filters | {"millions": millions}
     return templates.get_template("model_card.md.j2").render(
         front_matter=front_matter(origin, {*texts, *scored_codes}, license),
         cut=cut,

@@ -162,7 +162,8 @@ def modules(path: Path) -> list[tuple[Path, str]]:
     Without the file, the directory is a Transformer, which sentence-transformers pools itself.
 
     Raises:
-        ValueError: not a list of modules; a class that may do more than compute; a folder elsewhere.
+        ValueError: not a list of modules; a class that may do more than compute; a folder that is
+            not in the directory.
     """
     if not path.exists():
         return [(path.parent, "Transformer")]
@@ -292,5 +293,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
     """Yield a JSON object and all that are in it."""
     if isinstance(value, dict):
         yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for item in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from _objects(item)

@@ -268,9 +268,13 @@ def test_pooling_of_sentence_transformers_modules(mode, pooling, checkpoint):
     (checkpoint / "1_Pooling").mkdir()
     (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
     assert pretrained.load(str(checkpoint)).cfg.pooling == pooling
-    types = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "LayerNorm")]
+    types = [
+        f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "LayerNorm")
+    ]
     (checkpoint / "modules.json").write_text(json.dumps([{"path": "", "type": t} for t in types]))
-    raises(checkpoint, "expected Transformer, Pooling, at most one Dense and Normalize, .*LayerNorm")
+    raises(
+        checkpoint, "expected Transformer, Pooling, at most one Dense and Normalize, .*LayerNorm"
+    )
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,9 @@ def test_code_of_a_model_is_not_run(saved, tmp_path):
     about = json.loads((folder / "config.json").read_text())
     about |= {"model_type": "own", "auto_map": {"AutoModel": "code.M", "AutoConfig": "code.C"}}
     (folder / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="remote/config.json: model_type: expected .*, got 'own'") as caught:
+    with pytest.raises(
+        ValueError, match="remote/config.json: model_type: expected .*, got 'own'"
+    ) as caught:
         Teacher.load(str(folder), "", CPU)
     assert "\n" not in str(caught.value) and not ran.exists()
 
@@ -251,7 +253,9 @@ def test_code_of_a_module_is_not_run(saved, tmp_path):
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["type"] = "payload.Module"
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="local/modules.json: module 1: type: expected .*, got 'payload.Module'"):
+    with pytest.raises(
+        ValueError, match="local/modules.json: module 1: type: expected .*, got 'payload.Module'"
+    ):
         Teacher.load(str(folder), "", CPU)
     assert not ran.exists()
 
