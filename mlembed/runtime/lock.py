@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from . import files
+
 LOCK, OWNER = ".lock", ".owner.json"
 BEAT = 10.0  # Seconds between heartbeats.
 STALE = 60.0  # Seconds without a heartbeat after which an owner on another machine is dead.
@@ -231,11 +233,12 @@ def _sign(directory: Path, lock: int, locked: bool) -> int:
     except FileExistsError:
         raise _Busy(_owner(directory), STALE) from None
     try:
-        os.write(file, f"{json.dumps(asdict(Owner()))}\n".encode())
-    except OSError as error:
+        with files.writing(path):
+            os.write(file, f"{json.dumps(asdict(Owner()))}\n".encode())
+    except ValueError:
         os.close(file)
         path.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written: {error.strerror}") from None
+        raise
     return file
 
 

@@ -58,7 +58,7 @@ class Log:
     """
 
     def __init__(self, directory: Path, main: bool) -> None:
-        self.path, self.main = directory / METRICS, main
+        self.path, self.main, self.tracker = directory / METRICS, main, "none"
         self.track: Callable[[Mapping[str, float], int], None] = lambda values, step: None
         self.close: Callable[[], None] = lambda: None
         self.check: Callable[[], None] = lambda: None
@@ -74,6 +74,7 @@ class Log:
         if self.path.exists():
             earlier = [line for line in self.lines() if step and line["step"] <= step]
             files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
+        self.tracker = tracker
         if tracker != "none":
             self.track, self.close = _tracker(tracker, self.path.parent, step)
 
@@ -98,9 +99,9 @@ class Log:
         if not self.main:
             return
         self.check()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)
+        files.append(self.path, json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        with files.writing(self.path.with_name(self.tracker)):
+            self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)
 
     def say(self, text: str = "") -> None:
         """Print above the progress bar."""
