@@ -35,6 +35,7 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
+from mlembed.data.formats.layouts import SINGLE
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.flops import Flops, training_flops
@@ -71,7 +72,7 @@ def train_owned(run: config.Run, where: World, out: log.Log) -> int:
     directory, resume_from = resume.find_run(run, where, out.say)
     start = resume.step_of(resume_from)
     out.say(log.header(where.device))
-    if (directory / "model").exists():
+    if resume.is_finished(run, directory):
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, resume_from, out)
@@ -80,7 +81,10 @@ def train_owned(run: config.Run, where: World, out: log.Log) -> int:
     any_process(False, where)
     if where.main:
         out.check()
-        resume.write_config(run, directory, start)
+        # First, as an old model/ under a config.json of more steps would be a finished run.
+        if resume_from and start < job.run.steps:
+            resume.set_aside_end(directory, resume_from, out.say)
+        job.saver.about["run"] = resume.write_config(run, directory, start)
     out.open(run.tracker, start)
     # The saver finishes its checkpoint before the process group, or the process, ends.
     with job.saver:
@@ -270,7 +274,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}
         with job.stages.of("loss"):
-            if run.distill.contrastive:
+            if run.distill.contrastive and batch.task != SINGLE:
                 terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
             if job.distiller is not None:
                 terms |= job.distiller.tables(exits_END, batch, run, where)
@@ -291,6 +295,8 @@ def save(job: Job, step: int) -> None:
     job.out.check()
 
     def write_model_files(directory: Path) -> None:
+        # After a power failure no saved step may lack its line.
+        job.out.flush()
         pretrained.describe(job.run.model, directory)
         tokenizer.save(job.tokenizer, directory, job.run.max_length)
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..config.choices import Dtype
+from ..config.choices import BadRows, Dtype
 from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
-    from ..data.eval_sets import Task
+    from ..data.eval_tasks import Task
 
 
 def main(
@@ -30,6 +30,7 @@ def main(
     shortlist: int = 100,
     query_prompt: str | None = None,
     document_prompt: str | None = None,
+    bad_rows: BadRows = "error",
     out: str = "",
     dtype: Dtype = "float32",
     device: str = "auto",
@@ -49,13 +50,14 @@ def main(
         shortlist: documents of a query that the funnel ranks again.
         query_prompt: text to put before queries of retrieval, instead of the model's `query`.
         document_prompt: text to put before documents, instead of the model's `document`.
+        bad_rows: make a malformed row of --data an error, or skip such rows and say how many.
         out: new directory for grid.json and grid.png.
         dtype: dtype of the weights, in which the model is scored and measured.
         device: auto, cpu or cuda.
     """
     if out:
         check_new(Path(out), "directory")
-    from ..data.eval_sets import Retrieval
+    from ..data.eval_tasks import Retrieval
     from ..evaluation import tables
     from ..evaluation.grid import add_mteb, score_funnel, score_grid
     from ..inference.encoder import Encoder
@@ -63,7 +65,7 @@ def main(
     from ..runtime import log
 
     small = size_of(funnel) if funnel else None
-    tasks = _tasks(data, mteb, bool(small))
+    tasks = _tasks(data, mteb, bool(small), bad_rows)
     encoder = Encoder.load(model, device, dtype)
     cfg = encoder.model.cfg
     if mteb:
@@ -106,12 +108,15 @@ def main(
             tables.write_report(partial, grid, extra)
 
 
-def _tasks(data: Sequence[str], mteb: Sequence[str], funnel: bool) -> "list[Task]":
+def _tasks(
+    data: Sequence[str], mteb: Sequence[str], funnel: bool, bad_rows: BadRows
+) -> "list[Task]":
     """Read the tasks of --data. ValueError for combinations that cannot be scored."""
-    from ..data.eval_sets import Retrieval, read_all
+    from ..data.eval_sets import read_all
+    from ..data.eval_tasks import Retrieval
     from ..evaluation.grid import load_mteb
 
-    tasks = read_all(data or (() if mteb else ("cldr",)))
+    tasks = read_all(data or (() if mteb else ("cldr",)), bad_rows)
     if shared := {task.name for task in tasks} & set(mteb):
         raise ValueError(f"mteb: expected names that differ from --data, got {', '.join(shared)}")
     if funnel and not any(isinstance(task, Retrieval) for task in tasks):

@@ -149,7 +149,7 @@ class Encoder(DeviceEncoder):
         exits: Sequence[int] | None = None,
         rank: int | None = None,
         progress: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Return raw vectors of several exits from one pass, fp32 [E, N, D] on the CPU.
@@ -158,10 +158,10 @@ class Encoder(DeviceEncoder):
 
         Args:
             exits: depths; those of training by default.
-            prompt: text to put before each text.
+            prompt: text to put before each text, None for the default prompt.
             out: fp32 [E, N, D] to write to.
         """
-        cfg = self.model.cfg
+        cfg, prompt = self.model.cfg, self._prompt(prompt, None)
         _check_texts(texts)
         exits = cfg.exits if exits is None else exits
         rank = _number("rank", rank)
@@ -181,14 +181,14 @@ class Encoder(DeviceEncoder):
         texts: Sequence[str],
         sizes: Iterable[FullSize],
         progress: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
         on_disk: bool = False,
     ) -> GridVectors:
         """Encode texts at several sizes, in one pass for each vocabulary rank.
 
         Args:
             sizes: (dim, exit, rank) without None, see `full_size`.
-            prompt: text to put before each text.
+            prompt: text to put before each text, None for the default prompt.
             on_disk: hold the vectors in an unnamed temporary file instead of memory.
 
         Raises:

@@ -199,7 +199,7 @@ class Funnel:
             raise ValueError("funnel: expected documents, got none")
         sizes = encoder.full_size(small), encoder.full_size(full)
         prompts = encoder.prompts if prompts is None else prompts
-        before = prompts.get("document", "")
+        before = prompts.get("document")
 
         def encode(rows: np.ndarray) -> np.ndarray:
             texts = [documents[row] for row in rows.tolist()]
@@ -225,7 +225,7 @@ class Funnel:
         """
         if not 1 <= k <= shortlist:
             raise ValueError(f"shortlist: expected at least k = {k}, k at least 1, got {shortlist}")
-        before = self.prompts.get("query", "")
+        before = self.prompts.get("query")
         vectors = self.encoder.encode_grid(queries, self.sizes, progress, before)
         small_QD, full_QF = (vectors[size] for size in self.sizes)
         listed_QK = nearest(small_QD, self.small_ND, shortlist)[1].numpy()

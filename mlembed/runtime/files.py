@@ -4,6 +4,7 @@ A file or directory is written under a name of this process's own next to its pl
 disk, and renamed: other processes, and the next one after a crash, see all of it or nothing.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -41,6 +42,12 @@ def check_new(path: Path, kind: str = "file", key: str = "out") -> None:
     parent = next(above for above in path.absolute().parents if above.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"{key}: cannot create {path}: {parent} is not a writable directory")
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or `path`_1, `path`_2 .., the first at which nothing is."""
+    names = (path.with_name(f"{path.name}{f'_{i}' if i else ''}") for i in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 # ---- atomic writes ----
@@ -150,9 +157,8 @@ def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_new(target, "directory")
-    partial, old = (
-        target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}") for _ in "no"
-    )
+    names = (f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}" for _ in range(2))
+    partial, old = (target.with_name(name) for name in names)
     missing = [path for path in target.parents if not path.exists()]
     try:
         with writing(target):
@@ -166,7 +172,10 @@ def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
             try:
                 partial.rename(target)  # This replaces an empty directory, never a full one.
             except OSError:
-                check_new(target, "directory")  # Another process may have been first.
+                if old.exists():
+                    old.rename(target)
+                else:
+                    check_new(target, "directory")  # Another process may have been first.
                 raise
             flush(target.parent)
     finally:

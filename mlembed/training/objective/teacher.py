@@ -288,11 +288,11 @@ def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _roles(tables: Sequence[Table], prompted: bool) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether as a query); any text of an n-way table may be drawn as either."""
+    """Yield (text, whether as a query), twice for texts that may be drawn as either."""
     for table in tables:
         query = np.zeros(len(table.texts), dtype=bool)
-        query[table.starts[:-1]] = prompted and not table.nway
+        query[table.starts[:-1]] = prompted and not table.either
         for text, first in zip(table.texts, query.tolist(), strict=True):
-            if prompted and table.nway:
+            if prompted and table.either:
                 yield text, True
             yield text, first
