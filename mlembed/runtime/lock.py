@@ -213,8 +213,7 @@ def _locked(lock: int, directory: Path) -> bool:
 def _sign(directory: Path, lock: int, locked: bool) -> int:
     """Replace the file of a dead owner by this process's, and return its descriptor.
 
-    Two machines that replace it at once are told apart by the check that follows the set-up: the
-    file of one of them is gone.
+    If two machines replace it at once, the check after the set-up stops the one whose file is gone.
 
     Raises:
         _Busy: the owner is alive.
