@@ -220,11 +220,12 @@ def _sign(directory: Path, lock: int, locked: bool) -> int:
     """
     path = directory / OWNER
     with suppress(FileNotFoundError):
-        at = path.stat().st_mtime
+        found, owner = path.stat(), _owner(directory)
         os.utime(lock)  # Both times are by the clock of the file system.
-        owner = _owner(directory)
-        left = (owner or Owner(boot="")).seconds_left(os.fstat(lock).st_mtime - at, locked)
-        if left:
+        age = os.fstat(lock).st_mtime - found.st_mtime
+        left = (owner or Owner(boot="")).seconds_left(age, locked)
+        # The file of a process that was killed before it could write is empty.
+        if left and (found.st_size or not locked):
             raise _Busy(owner, left)
         path.unlink()
     try:
