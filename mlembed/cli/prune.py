@@ -47,7 +47,7 @@ def main(
         device: auto, cpu or cuda.
     """
     check_number("texts", texts, above=0, below=2**31)
-    check_number("seed", seed, **SEED)
+    check_number("seed", seed, int, **SEED)
     check_new(out, "directory")
     if shape and not (layers is width is ffn is None and not keep_layers):
         raise ValueError("shape: expected no layers, width, ffn or keep_layers with it, got some")
