@@ -295,7 +295,8 @@ def _read(
         told = (json.dumps(asdict(source.columns)), source.header, source.prompt_format)
         options = (source.path, source.subset, source.split, source.task, source.cap, *told)
         key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
-        table, report = cache.cached("text", key, lambda home: _save(*make(home), home), _open)
+        save = lambda home: _save(*make(home), home)  # noqa: E731
+        table, report = cache.cached("text", key, save, _open, part.where)
     return replace(table, source=source), report
 
 

@@ -32,11 +32,16 @@ VOCABULARIES = "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "tokenize
 WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Characters after which training splits a word. Its time grows with the square of a word's length.
+LONGEST_WORD = 4096
 CHUNK = 8192  # texts tokenised at once; an encoding is many times the size of its ids
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens, deterministically.
+
+    Words of more than LONGEST_WORD characters (base64, DNA, minified code) are learnt from in
+    pieces.
 
     Raises:
         ValueError: fewer tokens than the 256 bytes and two special tokens.
@@ -47,12 +52,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"(?m).{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -61,6 +64,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     return append_eos(tokenizer, EOS)
 
 
