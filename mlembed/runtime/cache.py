@@ -208,7 +208,7 @@ def _locked(handle: int, path: Path, how: int) -> bool:
     """
     try:
         fcntl.flock(handle, how)
-    except OSError as error:
+    except OSError:
         if how & fcntl.LOCK_NB:
             os.close(handle)
             raise

@@ -22,6 +22,14 @@ def suffix_of(path: Path) -> str:
     return Path(plain_name(path)).suffix.lower()
 
 
+def bytes_of(path: Path) -> int:
+    """Return about how many bytes of text a file holds, 0 if it is not a regular file."""
+    if not path.is_file():
+        return 0
+    compressed = path.suffix.lower() in (*COMPRESSED, ".parquet")
+    return path.stat().st_size * (8 if compressed else 1)
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without its suffixes."""
     return Path(plain_name(path)).stem
