@@ -294,6 +294,8 @@ def _read(
     if sum(map(paths.bytes_of, files)) < BIG:
         table, report = make(None)
     else:
+        # A mistake in the first rows is answered before all bytes are read for the key.
+        part.open(source)
         told = (json.dumps(asdict(source.columns)), source.header, source.prompt_format)
         options = (source.path, source.subset, source.split, source.task, source.cap, *told)
         key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
