@@ -23,9 +23,20 @@ from . import messages
 from .rows import Result, Row, shown
 from .scene import LIBRARIES, ROOT, Scene, adopt
 
-FAMILIES = (
-    "races weights".split()
-)
+FAMILIES = [
+    "races",
+    "kills",
+    "interrupts",
+    "resume",
+    "numbers",
+    "weights",
+    "directories",
+    "disks",
+    "cached",
+    "bounds",
+    "data",
+    "names",
+]
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

@@ -35,7 +35,9 @@ def rows(seed: int) -> Iterator[Row]:
         yield row(f"train after {share:.3f} of its time", partial(train, [share]))
     for i in range(3):
         shares = [round(rng.uniform(0.1, 0.9), 3) for _ in range(4)]
-        label = "train " + ", ".join(f"{share:.2f}" for share in shares) + " into each of four tries"
+        label = (
+            "train " + ", ".join(f"{share:.2f}" for share in shares) + " into each of four tries"
+        )
         yield row(label, partial(train, shares))
     for when, name in EVENTS.items():
         yield row(f"train when {when}", partial(train_at, name))

@@ -7,8 +7,18 @@ from functools import partial
 
 from .rows import Row, named, shown
 from .scene import Scene
-from .stock import INPUTS, RESUME, START, TEXT, WRITERS, output, same_output, same_run, seconds
-from .stock import take_stopped
+from .stock import (
+    INPUTS,
+    RESUME,
+    START,
+    TEXT,
+    WRITERS,
+    output,
+    same_output,
+    same_run,
+    seconds,
+    take_stopped,
+)
 
 OTHER = [*START, "--seed", "7"]
 TRAINING = {
@@ -32,7 +42,9 @@ def rows(seed: int) -> Iterator[Row]:
         for i in range(10 if name == "export" else 4):
             share = round((i + rng.random()) / 10, 3) if i else 0.0
             label = f"two of {name}, {share:.3f} of a command apart"
-            yield Row("races", label, "one whole output, 1 for the other", partial(two, name, share))
+            yield Row(
+                "races", label, "one whole output, 1 for the other", partial(two, name, share)
+            )
 
 
 def together(scene: Scene, commands: tuple[list[str], list[str]], apart: float) -> list[int]:

@@ -99,17 +99,29 @@ SPOILED = ("model.safetensors", "state.json", "mlembed_config.json", "tokenizer.
 
 def rows(seed: int) -> Iterator[Row]:
     for label, (source, spoil) in DATA.items():
-        yield row(f"data changed: {label}", f"1, names {source or 'data'}", partial(spoiled, spoil, (source,)))
+        yield row(
+            f"data changed: {label}",
+            f"1, names {source or 'data'}",
+            partial(spoiled, spoil, (source,)),
+        )
     yield row("changed data that is allowed", "0, goes to the end", allowed)
     for options, key in KEYS.items():
         words = [*RESUME, *options.split()]
         yield row(f"with {options}", f"1, names {key}", partial(spoiled, None, (key,), argv=words))
     for label, text in CONFIGS.items():
         spoil = partial(spoil_config, text)
-        yield row(f"config.json: {label}", "1, names config.json", partial(spoiled, spoil, ("config.json",)))
+        yield row(
+            f"config.json: {label}",
+            "1, names config.json",
+            partial(spoiled, spoil, ("config.json",)),
+        )
     for label, text in METRICS.items():
         spoil = partial(spoil_metrics, text)
-        yield row(f"metrics.jsonl: {label}", "1, names its line", partial(spoiled, spoil, ("metrics.jsonl:3",)))
+        yield row(
+            f"metrics.jsonl: {label}",
+            "1, names its line",
+            partial(spoiled, spoil, ("metrics.jsonl:3",)),
+        )
     for label, spoil in CHECKPOINTS.items():
         yield row(label, "1, names checkpoints", partial(spoiled, spoil, ("checkpoint",)))
     for how in ("cut", "flipped", "missing", "empty", "a directory"):
@@ -119,8 +131,14 @@ def rows(seed: int) -> Iterator[Row]:
     yield row("a finished run of 12 steps to 16", "0, 16 steps", extended)
     yield row("a finished run again", "0, nothing to do", finished)
     yield row("a finished run to 11 steps", "1, names steps", partial(finished, steps=11))
-    yield row("an empty model/", "the same run", partial(healed, lambda run: (run / "model").mkdir()))
-    yield row("a file of the user's in the run", "the same run", partial(healed, lambda run: (run / "notes").touch()))
+    yield row(
+        "an empty model/", "the same run", partial(healed, lambda run: (run / "model").mkdir())
+    )
+    yield row(
+        "a file of the user's in the run",
+        "the same run",
+        partial(healed, lambda run: (run / "notes").touch()),
+    )
     yield row("a run that vanishes", "1, names the run", vanished)
 
 

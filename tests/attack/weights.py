@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from .rows import Row, refused
 from .scene import Scene
-from .stock import CLI, ENCODE, START, WRITERS
+from .stock import ENCODE, START, WRITERS
 
 Q = "layers.0.self_attn.q_proj.weight"
 NAMES = (Q, "norm.weight", "layers.1.mlp.down_proj.weight")
