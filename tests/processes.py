@@ -122,9 +122,7 @@ def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen
     """Start a real subprocess in a session of its own; kill what is left of it at the end."""
     options = {"cwd": ROOT, "text": True, **options}
     words = [str(word) for word in command]
-    process = subprocess.Popen(
-        words, start_new_session=True, preexec_fn=die_with_parent, **options
-    )
+    process = subprocess.Popen(words, start_new_session=True, preexec_fn=die_with_parent, **options)
     try:
         yield process
     finally:
@@ -242,8 +240,12 @@ def become(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> N
     # tests/test_endings.py has true ends.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:  # An interpreter that cannot write its last lines ends with 120.
+            os.write(2, f"Exception ignored in: {stream.name}\n{error}\n".encode())
+            code = code or 120
     os._exit(code or 0)
 
 

@@ -61,12 +61,10 @@ def main() -> int:
         print(*(f"{row.id}  ->  {row.expected}" for row in chosen), sep="\n")
         return 0
     warm()
-    from . import stock
-
     begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="attack-"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        stock.build(folder / "stock")
+        stock_of(folder)
         results = attacked(chosen, folder, args.workers, args.keep)
     finally:
         if not args.keep:
@@ -76,6 +74,13 @@ def main() -> int:
         print(f"docs/troubleshooting.md: no row provokes `{entry}`")
     print(f"{time.monotonic() - begun:.0f} s")
     return close(chosen, results) or min(1, len(unprovoked))
+
+
+def stock_of(folder: Path) -> None:
+    """Build the inputs that rows share."""
+    from . import stock
+
+    stock.build(folder / "stock")
 
 
 def rows(seed: int) -> list[Row]:

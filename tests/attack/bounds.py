@@ -90,13 +90,21 @@ ENDLESS: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("train --data /dev/null", [*START, "--data", "/dev/null"], ("/dev/null",)),
     ("data /dev/zero", [*CLI, "data", "/dev/zero"], ("/dev/zero",)),
     ("train --eval /dev/zero", [*START, "--eval", "/dev/zero"], ("/dev/zero",)),
-    ("evaluate --data /dev/zero", [*CLI, "evaluate", "model", "--data", "/dev/zero"], ("/dev/zero",)),
-    ("encode with --ranges /dev/zero", [*CLI, "encode", "model", "a", "--precision", "int8", "--ranges", "/dev/zero"], ("/dev/zero",)),
+    (
+        "evaluate --data /dev/zero",
+        [*CLI, "evaluate", "model", "--data", "/dev/zero"],
+        ("/dev/zero",),
+    ),
+    (
+        "encode with --ranges /dev/zero",
+        [*CLI, "encode", "model", "a", "--precision", "int8", "--ranges", "/dev/zero"],
+        ("/dev/zero",),
+    ),
     ("train by /dev/zero.json", [START[0], "/dev/zero.json"], ("/dev/zero.json",)),
     ("report /dev/zero", [*CLI, "report", "/dev/zero"], ("/dev/zero",)),
     ("train --tokenizer /dev/zero", [*START, "--tokenizer", "/dev/zero"], ("/dev/zero",)),
     ("train --init /dev/zero", [*START, "--init", "/dev/zero"], ("/dev/zero",)),
-]  # fmt: skip
+]
 
 
 def stream(path: Path, opening: bytes, block: bytes, blocks: int) -> None:
@@ -121,10 +129,19 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "3 GB of one line in a .gz of 13 MB": ("odd.jsonl.gz", lambda p: stream(p, b"", MIB, 3000)),
     "3 GB of one text in a .gz": ("odd.jsonl.gz", lambda p: stream(p, b'{"query": "', MIB, 3000)),
     "3 GB of one line in a .zst": ("odd.jsonl.zst", lambda p: zst(p, b"", MIB, 3000)),
-    "3 GB of one cell in a .csv.gz": ("odd.csv.gz", lambda p: stream(p, b'query,positive\n"', MIB, 3000)),
-    "3 GB of one line in a .tsv.gz": ("odd.tsv.gz", lambda p: stream(p, b"query\tpositive\n", MIB, 3000)),
-    "3 GB of one array in a .json.gz": ("odd.json.gz", lambda p: stream(p, b"[", b"[" * 2**20, 3000)),
-}  # fmt: skip
+    "3 GB of one cell in a .csv.gz": (
+        "odd.csv.gz",
+        lambda p: stream(p, b'query,positive\n"', MIB, 3000),
+    ),
+    "3 GB of one line in a .tsv.gz": (
+        "odd.tsv.gz",
+        lambda p: stream(p, b"query\tpositive\n", MIB, 3000),
+    ),
+    "3 GB of one array in a .json.gz": (
+        "odd.json.gz",
+        lambda p: stream(p, b"[", b"[" * 2**20, 3000),
+    ),
+}
 
 
 def bomb(name: str, make: Callable[[Path], None], command: str, scene: Scene) -> None:

@@ -20,25 +20,29 @@ def jsonl(*lines: str | bytes) -> bytes:
     return b"\n".join([*good[:2], *odd, *good[2:]]) + b"\n"
 
 
+BOMB_LINE = b"%c: &%c [%s]\n"
+# The third line of a .jsonl file.
+LINES: dict[str, str | bytes] = {
+    "a line that is not JSON": "{",
+    "a line of invalid UTF-8": b'{"query": "\xff", "positive": "b"}',
+    "a line that is a number": "3",
+    "a line that is null": "null",
+    "a line that is a string": '"x"',
+    "a row without its positive": '{"query": "a"}',
+    "a query that is null": '{"query": null, "positive": "b"}',
+    "a query that is a number": '{"query": 3, "positive": "b"}',
+    "a query that is an object": '{"query": {}, "positive": "b"}',
+    "an empty query": '{"query": "", "positive": "b"}',
+    "a lone surrogate": '{"query": "\\ud800", "positive": "b"}',
+    "an empty positive": '{"query": "a", "positive": []}',
+    "a number of 10,000 digits": '{"query": ' + "9" * 10_000 + "}",
+    "100,000 brackets": "[" * 100_000,
+    "20,000 nested objects": '{"a":' * 20_000 + "1" + "}" * 20_000,
+    "a query of nested lists": '{"query": [[["a"]]], "positive": "b"}',
+    "a NUL byte": b'{"query": "\x00", "positive": "b"}',
+}
 # A file, its bytes, and the place that the refusal names.
 ODD: dict[str, tuple[str, bytes, str]] = {
-    "a line that is not JSON": ("odd.jsonl", jsonl("{"), "odd.jsonl:3"),
-    "a line of invalid UTF-8": ("odd.jsonl", jsonl(b'{"query": "\xff", "positive": "b"}'), "odd.jsonl:3"),
-    "a line that is a number": ("odd.jsonl", jsonl("3"), "odd.jsonl:3"),
-    "a line that is null": ("odd.jsonl", jsonl("null"), "odd.jsonl:3"),
-    "a line that is a string": ("odd.jsonl", jsonl('"x"'), "odd.jsonl:3"),
-    "a row without its positive": ("odd.jsonl", jsonl('{"query": "a"}'), "odd.jsonl:3"),
-    "a query that is null": ("odd.jsonl", jsonl('{"query": null, "positive": "b"}'), "odd.jsonl:3"),
-    "a query that is a number": ("odd.jsonl", jsonl('{"query": 3, "positive": "b"}'), "odd.jsonl:3"),
-    "a query that is an object": ("odd.jsonl", jsonl('{"query": {}, "positive": "b"}'), "odd.jsonl:3"),
-    "an empty query": ("odd.jsonl", jsonl('{"query": "", "positive": "b"}'), "odd.jsonl:3"),
-    "a lone surrogate": ("odd.jsonl", jsonl('{"query": "\\ud800", "positive": "b"}'), "odd.jsonl:3"),
-    "an empty positive": ("odd.jsonl", jsonl('{"query": "a", "positive": []}'), "odd.jsonl:3"),
-    "a number of 10,000 digits": ("odd.jsonl", jsonl('{"query": ' + "9" * 10_000 + "}"), "odd.jsonl:3"),
-    "100,000 brackets": ("odd.jsonl", jsonl("[" * 100_000), "odd.jsonl:3"),
-    "20,000 nested objects": ("odd.jsonl", jsonl('{"a":' * 20_000 + "1" + "}" * 20_000), "odd.jsonl:3"),
-    "a query of nested lists": ("odd.jsonl", jsonl('{"query": [[["a"]]], "positive": "b"}'), "odd.jsonl:3"),
-    "a NUL byte": ("odd.jsonl", jsonl(b'{"query": "\x00", "positive": "b"}'), "odd.jsonl:3"),
     "nothing": ("odd.jsonl", b"", "odd.jsonl"),
     "blank lines alone": ("odd.jsonl", b"\n\n\n", "odd.jsonl"),
     "UTF-16": ("odd.jsonl", LINE.encode("utf-16"), "odd.jsonl"),
@@ -47,7 +51,11 @@ ODD: dict[str, tuple[str, bytes, str]] = {
     "a pickle": ("odd.jsonl", b"\x80\x04\x95\x10\x00\x8c\x02os\x94.", "odd.jsonl"),
     "gzip without its suffix": ("odd.jsonl", b"\x1f\x8b\x08\x00" + bytes(40), "odd.jsonl"),
     "no gzip with its suffix": ("odd.jsonl.gz", LINE.encode(), "odd.jsonl.gz"),
-    "half a gzip": ("odd.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab", "odd.jsonl.gz"),
+    "half a gzip": (
+        "odd.jsonl.gz",
+        b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab",
+        "odd.jsonl.gz",
+    ),
     "no zstd with its suffix": ("odd.jsonl.zst", LINE.encode(), "odd.jsonl.zst"),
     "no parquet": ("odd.parquet", LINE.encode(), "odd.parquet"),
     "an empty parquet": ("odd.parquet", b"", "odd.parquet"),
@@ -59,11 +67,17 @@ ODD: dict[str, tuple[str, bytes, str]] = {
     "a mixture of numbers": ("odd.json", b'{"sources": [3]}', "odd.json"),
     "a mixture with an unknown key": ("odd.json", b'{"sources": [{"pathh": "a"}]}', "odd.json"),
     "a mixture of itself": ("odd.json", b'{"sources": [{"path": "odd.json"}]}', "odd.json"),
-    "a YAML mixture with code": ("odd.yaml", b"sources: !!python/object/apply:os.system [touch PWNED]", "odd.yaml"),
+    "a YAML mixture with code": (
+        "odd.yaml",
+        b"sources: !!python/object/apply:os.system [touch PWNED]",
+        "odd.yaml",
+    ),
     "a YAML bomb": (
         "odd.yaml",
         b"a: &a [x,x,x,x,x,x,x,x,x]\n"
-        + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9))
+        + b"".join(
+            BOMB_LINE % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
+        )
         + b"sources: *j\n",
         "odd.yaml",
     ),
@@ -81,24 +95,36 @@ ODD: dict[str, tuple[str, bytes, str]] = {
     "a score of NaN": ("odd.csv", b"sentence1,sentence2,score\na,b,nan\nc,d,1\n", "odd.csv:2"),
     "a score of inf": ("odd.csv", b"sentence1,sentence2,score\na,b,inf\nc,d,1\n", "odd.csv:2"),
     "a score of -3": ("odd.csv", b"sentence1,sentence2,score\na,b,-3\nc,d,1\n", "odd.csv:2"),
-    "a score of 1e999": ("odd.jsonl", b'{"query": "a", "positive": "b", "score": 1e999}\n', "odd.jsonl:1"),
-    "n-way rows without a language": ("odd.jsonl", b'{"id": "1", "lang": "", "text": "a"}\n', "odd.jsonl:1"),
-    "n-way rows, an id that is a list": ("odd.jsonl", b'{"id": [1], "lang": "eng", "text": "a"}\n', "odd.jsonl:1"),
-}  # fmt: skip
+    "a score of 1e999": (
+        "odd.jsonl",
+        b'{"query": "a", "positive": "b", "score": 1e999}\n',
+        "odd.jsonl:1",
+    ),
+    "n-way rows without a language": (
+        "odd.jsonl",
+        b'{"id": "1", "lang": "", "text": "a"}\n',
+        "odd.jsonl:1",
+    ),
+    "n-way rows, an id that is a list": (
+        "odd.jsonl",
+        b'{"id": [1], "lang": "eng", "text": "a"}\n',
+        "odd.jsonl:1",
+    ),
+}
 LONE: dict[str, list[dict]] = {
     "one pair": GOOD[:1],
     "thirty equal pairs": GOOD[:1] * 30,
     "thirty queries of one positive": [{"query": f"{i}", "positive": "p"} for i in range(30)],
     "thirty positives of one query": [{"query": "q", "positive": f"{i}"} for i in range(30)],
     "an n-way table of one id": [{"id": "1", "lang": x, "text": x} for x in ("eng", "deu", "fra")],
-    "one id and one language nine times": [{"id": "1", "lang": "eng", "text": f"{i}"} for i in range(9)],
+    "one id and one language nine times": [
+        {"id": "1", "lang": "eng", "text": f"{i}"} for i in range(9)
+    ],
     "n-way rows of one language": [{"id": f"{i}", "lang": "eng", "text": f"{i}"} for i in range(9)],
     "texts alone": [{"text": f"{i}"} for i in range(9)],
-}  # fmt: skip
+}
 SCORED = "sentence1,sentence2,score\n"
 EVALS: dict[str, tuple[str, bytes]] = {
-    "an sts of one score": ("odd.csv", (SCORED + "a,b,3\nc,d,3\ne,f,3\n").encode()),
-    "an sts of one row": ("odd.csv", (SCORED + "a,b,3\n").encode()),
     "an sts of no row": ("odd.csv", SCORED.encode()),
     "an n-way table of one language": (
         "odd.jsonl",
@@ -120,7 +146,8 @@ QRELS = {
 
 
 def rows(seed: int) -> Iterator[Row]:
-    for label, (name, content, place) in ODD.items():
+    odd = {label: ("odd.jsonl", jsonl(line), "odd.jsonl:3") for label, line in LINES.items()}
+    for label, (name, content, place) in (odd | ODD).items():
         spoil = partial(written, name, content)
         argv = [*START, "--data", name, "--name", "new"]
         yield refused("data", f"train, {label}", argv, (place,), TEXT, spoil)

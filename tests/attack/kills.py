@@ -33,7 +33,7 @@ def rows(seed: int) -> Iterator[Row]:
     for i in range(18):
         share = round((i + rng.random()) / 18, 3)
         yield row(f"train after {share:.3f} of its time", partial(train, [share]))
-    for i in range(3):
+    for _ in range(3):
         shares = [round(rng.uniform(0.1, 0.9), 3) for _ in range(4)]
         label = (
             "train " + ", ".join(f"{share:.2f}" for share in shares) + " into each of four tries"

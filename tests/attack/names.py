@@ -1,5 +1,6 @@
 """Names of runs, files and options that are paths, commands, or not text."""
 
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -49,12 +50,9 @@ def rows(seed: int) -> Iterator[Row]:
             yield Row(
                 "names", f"{command} of {label}", "1, names it", partial(missing, command, path)
             )
-    for word in ("--nowhere", "--dimm", "extra", "--dim", "--help-me"):
-        yield (
-            refused("names", f"encode with {word}", [*ENCODE, word], (word.strip("-"),), ("model",))
-            if word != "extra"
-            else Row("names", "encode with extra", "0", more)
-        )
+    for word in ("--nowhere", "--dimm", "--dim", "--help-me"):
+        argv = [*ENCODE, word]
+        yield refused("names", f"encode with {word}", argv, (word.strip("-"),), ("model",))
     for argv, word in UNKNOWN:
         yield refused("names", f"mlembed {' '.join(argv)}", [*CLI, *argv], (word,), ("model",))
     for argv, word in TRAIN:
@@ -91,12 +89,27 @@ UNKNOWN = [
     (["export", "model", "out", "--push-to-hub", "a b/c"], "a b/c"),
     (["export", "model", "out", "--push-to-hub", "c"], "push-to-hub"),
     (["merge", "out", "model"], "models"),
-    (["merge", "out", "model", "model", "--method", "slerp", "--t", "0.5", "--weights", "1", "1"], "t:"),
+    (
+        [
+            "merge",
+            "out",
+            "model",
+            "model",
+            "--method",
+            "slerp",
+            "--t",
+            "0.5",
+            "--weights",
+            "1",
+            "1",
+        ],
+        "t:",
+    ),
     (["prune", "model", "out", "--shape", "nowhere"], "shape"),
     (["prune", "model", "out", "--by", "activation"], "data"),
     (["evaluate", "model", "--data", "nowhere"], "nowhere"),
     (["mine", "model", "out.jsonl", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-]  # fmt: skip
+]
 TRAIN = [
     (["tinny"], "tinny"),
     (["nowhere.json"], "nowhere.json"),
@@ -132,8 +145,6 @@ def quoted(name: str, scene: Scene) -> None:
     ]
     scene.check(lines, "prints no commands")
     for line in lines:
-        import shlex
-
         words = shlex.split(line)
         scene.check(f"runs/{name}" in words, f"not quoted: {line}")
 
@@ -159,10 +170,3 @@ def missing(command: str, path: str, scene: Scene) -> None:
         Path(path).name[:20].isprintable() is False or path[:20] in line or not path,
         "does not name it",
     )
-
-
-def more(scene: Scene) -> None:
-    """Encode one text more."""
-    scene.take("model")
-    ended = scene.run(*ENCODE, "extra")
-    scene.check(ended.status == 0 and len(ended.out.splitlines()) == 4, f"status {ended.status}")

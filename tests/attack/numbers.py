@@ -11,12 +11,10 @@ from typing import Any
 from mlembed import config
 
 from .rows import Row, refused
-from .stock import CLI, ENCODE, INPUTS, MINE, START, TEXT, TRAIN, WRITERS
+from .stock import CLI, ENCODE, INPUTS, START, TEXT, TRAIN, WRITERS
 
 # Fields of a run in which any whole number has a meaning.
 ANY = {"loss.num_negatives"}
-# Whole numbers that only say how often: a huge one is never reached.
-ENDLESS = {"steps", "eval_every", "save_every", "log_every", "keep_checkpoints", "profile"}
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,10 +79,9 @@ def leaf(name: str) -> str:
 
 
 def option_row(label: str, argv: list[str], option: str) -> Row:
-    """Return a row whose refusal names an option, in either spelling."""
-    # "exit_weights" and "exit-weights" are the same option.
+    """Return a row whose refusal names an option."""
     word = option.split()[0].split("=")[0].rpartition(".")[2]
-    return refused("numbers", label, argv, (word.replace("_", "-"),), INPUTS)
+    return refused("numbers", label, argv, (word,), INPUTS)
 
 
 def write_mixture(name: str, value: str, work: Path) -> None:
@@ -100,8 +97,7 @@ SOURCES = [
 BASE = WRITERS | {
     "text": ENCODE,
     "train": START,
-    "merge": [*CLI, "merge", "out", "model", "other"],
-    "mine": [*CLI, "mine", "model", "out.jsonl", "--data", "pairs.jsonl", *MINE],
+    "prune": [*CLI, "prune", "model", "out"],
 }
 COMMANDS = {
     "text": [
@@ -112,7 +108,7 @@ COMMANDS = {
     "export": ["--dim 0", "--dim 33", "--dim nan", "--exit 0", "--exit 3", "--rank 0", "--rank 99"],
     "prune": [
         *("--layers 0", "--layers -1", "--layers 3", "--layers nan", "--width 0", "--width 33"),
-        *("--width 7", "--ffn 0", "--ffn 49", "--ffn -1", f"--ffn {2**70}", "--keep-layers 0"),
+        *("--ffn 0", "--ffn 49", "--ffn -1", f"--ffn {2**70}", "--keep-layers 0"),
         *("--keep-layers 3", "--keep-layers 1 1", "--keep-layers 2 1", "--layers 1e0"),
     ],
     "merge": [

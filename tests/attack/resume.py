@@ -25,27 +25,32 @@ def change(name: str, edit: Callable[[list[str]], list[str]], work: Path) -> Non
     (work / name).write_text("".join(edit(lines(work, name))))
 
 
-DATA = {
-    "half of the pairs": ("pairs", partial(change, "pairs.jsonl", lambda x: x[: len(x) // 2])),
-    "one pair less": ("pairs", partial(change, "pairs.jsonl", lambda x: x[:-1])),
-    "one pair more": ("pairs", partial(change, "pairs.jsonl", lambda x: [*x, x[0].replace("cats", "emus")])),
-    "pairs in another order": ("pairs", partial(change, "pairs.jsonl", lambda x: x[::-1])),
-    "other texts": ("pairs", partial(change, "pairs.jsonl", lambda x: [y.replace("cats", "emus") for y in x])),
-    "one letter": ("pairs", partial(change, "pairs.jsonl", lambda x: [x[0].replace("one", "One", 1), *x[1:]])),
-    "no negatives": (
-        "pairs",
-        partial(change, "pairs.jsonl", lambda x: [json.dumps(json.loads(y) | {"negatives": []}) + "\n" for y in x]),
-    ),
-    "one letter of the n-way table": (
-        "nway", partial(change, "nway.jsonl", lambda x: [x[0].replace("one", "One"), *x[1:]])
-    ),
-    "an n-way table without its last id": ("nway", partial(change, "nway.jsonl", lambda x: x[:-3])),
-    "an evaluation that holds out training text": (
-        "", partial(change, "dev.jsonl", lambda x: [*x, *[
-            json.dumps({"id": "x", "lang": y, "text": "one cats ."}) + "\n" for y in ("eng", "deu", "fra")
-        ]])
-    ),
-}  # fmt: skip
+def emus(text: str) -> str:
+    return text.replace("cats", "emus")
+
+
+def plain(line: str) -> str:
+    """Return a pair without its negatives."""
+    return json.dumps(json.loads(line) | {"negatives": []}) + "\n"
+
+
+HELD_OUT = [
+    json.dumps({"id": "x", "lang": lang, "text": "one cats ."}) + "\n"
+    for lang in ("eng", "deu", "fra")
+]
+# The file, the source that the refusal names, and what becomes of its lines.
+DATA: dict[str, tuple[str, str, Callable[[list[str]], list[str]]]] = {
+    "half of the pairs": ("pairs.jsonl", "pairs", lambda x: x[: len(x) // 2]),
+    "one pair less": ("pairs.jsonl", "pairs", lambda x: x[:-1]),
+    "one pair more": ("pairs.jsonl", "pairs", lambda x: [*x, emus(x[0])]),
+    "pairs in another order": ("pairs.jsonl", "pairs", lambda x: x[::-1]),
+    "other texts": ("pairs.jsonl", "pairs", lambda x: list(map(emus, x))),
+    "one letter": ("pairs.jsonl", "pairs", lambda x: [x[0].replace("one", "One", 1), *x[1:]]),
+    "no negatives": ("pairs.jsonl", "pairs", lambda x: list(map(plain, x))),
+    "one letter of translations": ("nway.jsonl", "nway", lambda x: [emus(x[0]), *x[1:]]),
+    "translations without the last": ("nway.jsonl", "nway", lambda x: x[:-3]),
+    "an evaluation that holds out training text": ("dev.jsonl", "", lambda x: [*x, *HELD_OUT]),
+}
 KEYS = {
     "--seed 5": "seed",
     "--batch-size 4": "batch_size",
@@ -56,7 +61,7 @@ KEYS = {
     "--save-every 3": "save_every",
     "--steps 20": "steps",
     "--model.intermediate-size 64": "model.intermediate_size",
-    "--model.intermediate-size 64 --allow-changed model.intermediate_size": "model.intermediate_size",
+    "--model.intermediate-size 64 --allow-changed model.intermediate_size": "intermediate_size",
     "--model.hidden-size 16 --model.matryoshka-dims 8 16 --allow-changed model.hidden_size "
     "model.matryoshka_dims": "model.hidden_size",
     "--model.causal False --allow-changed model.causal": "model.causal",
@@ -98,12 +103,10 @@ SPOILED = ("model.safetensors", "state.json", "mlembed_config.json", "tokenizer.
 
 
 def rows(seed: int) -> Iterator[Row]:
-    for label, (source, spoil) in DATA.items():
-        yield row(
-            f"data changed: {label}",
-            f"1, names {source or 'data'}",
-            partial(spoiled, spoil, (source,)),
-        )
+    for label, (file, source, edit) in DATA.items():
+        spoil = partial(change, file, edit)
+        attack = partial(spoiled, spoil, (source,))
+        yield row(f"data changed: {label}", f"1, names {source or 'data'}", attack)
     yield row("changed data that is allowed", "0, goes to the end", allowed)
     for options, key in KEYS.items():
         words = [*RESUME, *options.split()]
@@ -124,6 +127,9 @@ def rows(seed: int) -> Iterator[Row]:
         )
     for label, spoil in CHECKPOINTS.items():
         yield row(label, "1, names checkpoints", partial(spoiled, spoil, ("checkpoint",)))
+    for name, kind in (("other", "seed"), ("narrow", "width")):
+        attack = partial(spoiled, partial(foreign, name), ("checkpoint",), take=f"runs/{name}")
+        yield row(f"the checkpoints of a run of another {kind}", "1, names checkpoints", attack)
     for how in ("cut", "flipped", "missing", "empty", "a directory"):
         for pattern in SPOILED:
             attack = partial(damaged, pattern, how, seed)
@@ -151,9 +157,10 @@ def spoiled(
     names: tuple[str, ...],
     scene: Scene,
     argv: list[str] = RESUME,
+    take: str = TEXT[0],
 ) -> None:
     """Resume what must not be resumed: a refusal that changes nothing."""
-    scene.take(*TEXT)
+    scene.take(*TEXT, take)
     take_stopped(scene)
     if spoil:
         spoil(scene.work)

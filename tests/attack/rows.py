@@ -44,7 +44,9 @@ def shown(ended: Ended) -> str:
 def named(scene: Scene, ended: Ended, *names: str) -> bool:
     """Check that a command refused, in one line that names everything in `names`."""
     scene.check(ended.status == 1, f"status {ended.status}, expected 1")
-    missing = [name for name in names if name not in "".join(ended.errors)]
+    # `exit_weights` and `exit-weights` are the same option.
+    line = "".join(ended.errors).replace("_", "-")
+    missing = [name for name in names if name.replace("_", "-") not in line]
     scene.check(not missing, f"does not name {', '.join(missing)}")
     return ended.status == 1
 

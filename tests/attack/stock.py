@@ -56,6 +56,8 @@ def build(stock: Path) -> None:
     scene.take(*TEXT, "texts.txt")
     times = {"train": trained(scene.run(*START)).seconds}
     trained(scene.run(*START, "--name", "other", "--seed", "7"))
+    narrow = ["--model.hidden-size", "16", "--model.matryoshka-dims", "8", "16"]
+    trained(scene.run(*START, "--name", "narrow", *narrow))
     for run, name in (("tiny", "model"), ("other", "other")):
         (scene.work / "runs" / run / "model").rename(stock / name)
         shutil.copytree(stock / name, scene.work / "runs" / run / "model")

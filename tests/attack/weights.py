@@ -52,6 +52,7 @@ def spoil(change: Callable, name: str, work: Path, model: str = "model") -> None
     save_file(tensors, path, {"format": "pt"})
 
 
+NEW = [*START, "--name", "new"]
 COMMANDS = {
     "encode": ENCODE,
     "encode int8": [*WRITERS["encode"], "--precision", "int8"],
@@ -62,8 +63,8 @@ COMMANDS = {
     "merge": WRITERS["merge"],
     "evaluate": WRITERS["evaluate"],
     "export": WRITERS["export"],
-    "train --init": [*START, "--init", "model", "--name", "new"],
-    "train --distill": [*START, "--distill.teacher", "model", "--name", "new"],
+    "train --init": [*NEW, "--init", "model", "--optim.lr", "2e-5"],
+    "train --distill": [*NEW, "--distill.teacher", "model", "--distill.features", "1"],
 }
 TAKE = ("pairs.jsonl", "nway.jsonl", "dev.jsonl", "texts.txt", "model", "other")
 
