@@ -51,7 +51,8 @@ def main() -> int:
     parser.add_argument("--n", type=int, help="number of rows, default all")
     parser.add_argument("--only", help="rows of one kind, or whose kind and input hold this text")
     parser.add_argument("--list", action="store_true", help="print the rows and run none")
-    parser.add_argument("--keep", action="store_true", help="keep the folders of rows with faults")
+    parser.add_argument("--keep", action="store_true", help="keep the inputs, and rows with faults")
+    parser.add_argument("--inputs", type=Path, help="inputs that a run with --keep has left")
     parser.add_argument("--workers", type=int, default=2, help="rows that run at once")
     args = parser.parse_args()
     chosen = select(args.seed, args.n, args.only)
@@ -64,10 +65,15 @@ def main() -> int:
     begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="attack-"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        stock_of(folder)
+        if args.inputs:
+            (folder / "stock").symlink_to(args.inputs.absolute())
+        else:
+            stock_of(folder)
         results = attacked(chosen, folder, args.workers, args.keep)
     finally:
-        if not args.keep:
+        if args.keep:
+            print(f"inputs and rows with faults: {folder}")
+        else:
             shutil.rmtree(folder, ignore_errors=True)
     unprovoked = messages.unprovoked(results) if not (args.n or args.only) else []
     for entry in unprovoked:
