@@ -153,7 +153,8 @@ class Run:
     resume: bool = machine(False)
     """Resume from the newest intact checkpoint of the run's directory."""
     allow_changed: tuple[str, ...] = machine(())
-    """Keys that may differ from the saved configuration when resuming, e.g. `steps optim.lr`."""
+    """Keys that may differ from the saved run when resuming, e.g. `steps optim.lr`; `data.NAME` or
+    `eval.NAME` for the text of one source, `data` or `eval` for that of all."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
@@ -198,8 +199,14 @@ class Run:
                 "distill.between_exits: expected another term beside it for a model of one exit, "
                 f"got none, with exits {self.model.exits}"
             )
-        if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
+        keys = [key for key in self.allow_changed if not key.startswith(("data.", "eval."))]
+        if odd_keys := sorted(set(keys) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")
+        if fixed := [key for key in keys if key == "tokenizer" or key.startswith("model.")]:
+            raise ValueError(
+                f"allow_changed: expected no key of the model or its tokenizer, got "
+                f"{', '.join(fixed)}; weights have one shape, so begin a new run with another name"
+            )
         if not self.data and not self.sources:
             raise ValueError("data: expected at least one source, got none")
         if self.tokenizer and self.init:

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data.eval_sets import STS, Bitext, Mining, Pool, Retrieval, Side, Task
+from ..data.eval_tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task
 from ..inference import cost
 from ..inference.encoder import Encoder, FullSize, Size
 from ..inference.search import Funnel, Nearest, not_finite
@@ -185,12 +185,10 @@ def _search(
 ) -> dict[FullSize, Nearest]:
     """Return the k nearest documents of each query at each size, from one pass over documents."""
     device = encoder.model.device
-    before = prompts.get("query", "")
-    query_vectors = encoder.encode_grid(queries, sizes, progress, before).to(device)
+    query_vectors = encoder.encode_grid(queries, sizes, progress, prompts.get("query")).to(device)
     nearest = {size: Nearest(len(queries), k) for size in sizes}
     for some in _chunks(documents):
-        before = prompts.get("document", "")
-        vectors = encoder.encode_grid(some, sizes, progress, before).to(device)
+        vectors = encoder.encode_grid(some, sizes, progress, prompts.get("document")).to(device)
         for size, found in nearest.items():
             found.add(query_vectors[size], vectors[size])
     return nearest

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..data import cldr
 from ..inference.encoder import Encoder
-from ..runtime import files
 from . import charts
 from .grid import Grid
 
@@ -89,7 +88,8 @@ def write_report(directory: Path, grid: Grid, extra: dict[str, Any]) -> None:
     """Write grid.json, in which null stands for NaN, and grid.png to a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     value = _finite({**extra, "cells": grid.cells})
-    files.write_text(directory / "grid.json", json.dumps(value, indent=1) + "\n")
+    text = json.dumps(value, indent=1) + "\n"
+    (directory / "grid.json").write_text(text, encoding="utf-8")
     title = f"{', '.join(grid.cells[0]['scores'])}: mean score by width, depth and vocabulary rank"
     charts.heat_map(grid.cells, directory / "grid.png", title)
 

@@ -6,10 +6,10 @@ while the next window is tokenised.
 Letters: E exits, N texts, D width.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..data import tokenizer
 from ..data.formats.text_reader import windows
 from ..modeling import hf_config, pretrained, sentence_files
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
+from ..runtime import files
 from ..runtime.workers import Workers, ahead, device_of
 from .vector_files import Quantiser
 
@@ -148,7 +149,7 @@ class Encoder(DeviceEncoder):
         exits: Sequence[int] | None = None,
         rank: int | None = None,
         progress: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Return raw vectors of several exits from one pass, fp32 [E, N, D] on the CPU.
@@ -157,10 +158,10 @@ class Encoder(DeviceEncoder):
 
         Args:
             exits: depths; those of training by default.
-            prompt: text to put before each text.
+            prompt: text to put before each text, None for the default prompt.
             out: fp32 [E, N, D] to write to.
         """
-        cfg = self.model.cfg
+        cfg, prompt = self.model.cfg, self._prompt(prompt, None)
         _check_texts(texts)
         exits = cfg.exits if exits is None else exits
         rank = _number("rank", rank)
@@ -180,14 +181,14 @@ class Encoder(DeviceEncoder):
         texts: Sequence[str],
         sizes: Iterable[FullSize],
         progress: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
         on_disk: bool = False,
     ) -> GridVectors:
         """Encode texts at several sizes, in one pass for each vocabulary rank.
 
         Args:
             sizes: (dim, exit, rank) without None, see `full_size`.
-            prompt: text to put before each text.
+            prompt: text to put before each text, None for the default prompt.
             on_disk: hold the vectors in an unnamed temporary file instead of memory.
 
         Raises:
@@ -396,14 +397,21 @@ class Encoder(DeviceEncoder):
             yield self.vectors(window, ids, bar)
 
 
-def disk_array(shape: tuple[int, ...], directory: Path | None = None) -> np.ndarray:
+def disk_array(shape: tuple[int, ...]) -> np.ndarray:
     """Return an fp32 array in an unnamed temporary file, which goes with the array.
 
-    Only what is written takes space. directory: the system's for temporary files by default.
+    Raises:
+        ValueError: the disk is full.
     """
     if 0 in shape:
         return np.empty(shape, np.float32)
-    with tempfile.TemporaryFile(dir=directory) as file:
+    with tempfile.TemporaryFile() as file:
+        size = 4 * math.prod(shape)
+        try:
+            files.reserve(file, size)
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise ValueError(f"{place}: no room for {size:,} bytes: {error.strerror}") from None
         return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
 
 

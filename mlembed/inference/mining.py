@@ -137,6 +137,7 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
     for table in tables:
         if table.nway or table.task not in TASKS:
             what = "an n-way table of translations" if table.nway else f"task {table.task}"
+            what = "single texts" if table.single else what
             raise ValueError(
                 f"data: expected pairs of a query and a document (task {' or '.join(TASKS)}), got "
                 f"{what}, {table.name}"

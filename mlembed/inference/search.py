@@ -6,6 +6,8 @@ Letters: Q queries, N documents, C documents of a chunk, K results, D the small 
 one.
 """
 
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encoder import FULL, Encoder, FullSize, Size, disk_array
+from .encoder import FULL, Encoder, FullSize, Size
 
 CHUNK = 16_384  # Documents that are encoded or compared at once.
 BLOCK = 2**24  # Scores that are held at once: 64 MiB.
@@ -106,7 +108,10 @@ class LazyVectors:
         directory: place of the file; the system's for temporary files by default.
         """
         self.encode = encode
-        self.vectors_ND = disk_array((count, width), directory)
+        self.file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+        self.file.truncate(4 * count * width)
+        self.vectors_ND = np.memmap(self.file, np.float32, "r+", shape=(count, width))
         self.encoded_N = np.zeros(count, dtype=bool)
 
     def ensure_encoded(self, rows: np.ndarray) -> None:
@@ -115,8 +120,15 @@ class LazyVectors:
         new = new[~self.encoded_N[new]]
         for begin in range(0, len(new), CHUNK):
             some = new[begin : begin + CHUNK]
-            self.vectors_ND[some] = self.encode(some)
-            self.encoded_N[some] = True
+            self.store(some, self.encode(some))
+
+    def store(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Write vectors of rows. OSError if the disk is full; the mapping would raise SIGBUS."""
+        for row, vector in zip(rows.tolist(), vectors, strict=True):
+            self.file.seek(vector.nbytes * row)
+            self.file.write(np.ascontiguousarray(vector, np.float32).data)
+        self.file.flush()
+        self.encoded_N[rows] = True
 
 
 # ---- two stages ----
@@ -187,7 +199,7 @@ class Funnel:
             raise ValueError("funnel: expected documents, got none")
         sizes = encoder.full_size(small), encoder.full_size(full)
         prompts = encoder.prompts if prompts is None else prompts
-        before = prompts.get("document", "")
+        before = prompts.get("document")
 
         def encode(rows: np.ndarray) -> np.ndarray:
             texts = [documents[row] for row in rows.tolist()]
@@ -200,8 +212,7 @@ class Funnel:
             vectors = encoder.encode_grid(documents[rows], sizes[: 1 + stored], progress, before)
             small_ND[rows] = vectors[sizes[0]]
             if stored:
-                lazy.vectors_ND[rows] = vectors[sizes[1]]
-                lazy.encoded_N[rows] = True
+                lazy.store(np.arange(len(documents))[rows], vectors[sizes[1]].numpy())
         return Funnel(encoder, sizes, small_ND, lazy, prompts)
 
     def search(
@@ -214,7 +225,7 @@ class Funnel:
         """
         if not 1 <= k <= shortlist:
             raise ValueError(f"shortlist: expected at least k = {k}, k at least 1, got {shortlist}")
-        before = self.prompts.get("query", "")
+        before = self.prompts.get("query")
         vectors = self.encoder.encode_grid(queries, self.sizes, progress, before)
         small_QD, full_QF = (vectors[size] for size in self.sizes)
         listed_QK = nearest(small_QD, self.small_ND, shortlist)[1].numpy()

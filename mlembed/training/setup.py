@@ -3,6 +3,7 @@
 All processes of a run call every function, with the same arguments.
 """
 
+import hashlib
 import math
 import os
 import signal
@@ -26,13 +27,13 @@ from ..data.batches import Batches, steps_of
 from ..data.eval_sets import read_all
 from ..data.formats.readers import normalise
 from ..data.streams import name_of
-from ..data.tables import Table, describe
+from ..data.tables import Table, describe, hashed
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log
 from ..runtime.distributed import World, main_works
-from . import gradcache, guards
+from . import gradcache, guards, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
@@ -51,7 +52,7 @@ class Text:
     """Training text, which shares no text with the evaluation, and the evaluation's tasks.
 
     held_out: texts of the evaluation, normalised. languages: texts by language, of the tables whose
-    rows name theirs.
+    rows name theirs. record: digests of all of it.
     """
 
     tables: list[Table]
@@ -59,6 +60,7 @@ class Text:
     tasks: list[Any]
     held_out: frozenset[str]
     languages: dict[str, int]
+    record: provenance.Record
 
 
 def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
@@ -68,8 +70,14 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
         ValueError: text that cannot be read, or that leaves nothing to train on; two sources of one
             name.
     """
-    tasks = read_all(run.eval)
-    held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
+    tasks = read_all(run.eval, run.bad_rows)
+    texts, evaluation = set[str](), []
+    for task in tasks:
+        total = hashlib.sha256()
+        for chunk in hashed(task.texts, total):
+            texts.update(map(normalise, chunk))
+        evaluation.append(provenance.of_task(task, total.hexdigest()))
+    held_out = frozenset(texts)
     tables, streams, languages = [], [], Counter[str]()
     for source in sources.all_of(run):
         if source.streaming:
@@ -89,9 +97,17 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             "data: expected sources of different names (a mixture can name them), got several "
             f"{', '.join(twice)}"
         )
+    single = [table.name for table in tables if table.single]
+    if single and not (run.distill.features or run.distill.logits):
+        raise ValueError(
+            f"data: expected pairs, from which the contrastive loss learns, got single texts in "
+            f"{', '.join(single)}; with a teacher, distill.features and distill.logits learn from "
+            "them"
+        )
     for task in tasks:
         say(f"eval   {task.name}: {len(task.texts)} texts")
-    return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())))
+    record = provenance.record(run, tables, streams, evaluation)
+    return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())), record)
 
 
 def prompts(run: config.Run) -> dict[str, str]:
@@ -280,10 +296,15 @@ def set_up(
     if workers_of(run, where):
         start_server()
     text = read_text(run, out.say)
-    tokens = load_tokenizer(run, resume_from, text)
+    configured = resume.as_saved(run)
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
+    tokens = load_tokenizer(run, resume_from, text)
     teacher, stored, distiller = teachers(run, text, resume_from, where)
+    digests = {**text.record, "distill": provenance.of_teacher(run.distill)}
+    about = {"config": configured, "steps": run.steps, "digests": digests}
+    if resume_from:
+        resume.check_record(resume_from, about, run.allow_changed, out.say)
     batches = Batches(
         text.tables, tokens, run, where,
         streams=text.streams, teacher=stored, held_out=text.held_out,
@@ -326,8 +347,9 @@ def set_up(
             "2e-5 is usual, above 1e-4 they may be lost"
         )
     saver = checkpoint.Saver(
-        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
-    )
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints,
+        about, lambda: resume.mark_saved(directory),
+    )  # fmt: skip
     return Job(
         run, where, directory, out, log.Stages(where.device), saver,
         text.tasks, text.languages, batches, tokens,

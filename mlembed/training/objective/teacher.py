@@ -245,9 +245,10 @@ def store(
     count = keys.shape[1]
     with files.atomic_directory(out) as partial:
         np.save(partial / "keys.npy", keys)
-        vectors = np.lib.format.open_memmap(
-            partial / "vectors.npy", "w+", dtype=kind, shape=(count, teacher.width)
-        )
+        path = partial / "vectors.npy"
+        vectors = np.lib.format.open_memmap(path, "w+", dtype=kind, shape=(count, teacher.width))
+        with path.open("r+b") as file:
+            files.reserve(file, path.stat().st_size)
         each = zip(_roles(tables, prompted), row_of, new, strict=True)
         distinct = ((query, row, text) for (text, query), row, is_new in each if is_new)
         with tqdm(total=count, disable=not progress, desc="teacher", file=sys.stderr) as bar:
@@ -287,11 +288,11 @@ def _sorted(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _roles(tables: Sequence[Table], prompted: bool) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether as a query); any text of an n-way table may be drawn as either."""
+    """Yield (text, whether as a query), twice for texts that may be drawn as either."""
     for table in tables:
         query = np.zeros(len(table.texts), dtype=bool)
-        query[table.starts[:-1]] = prompted and not table.nway
+        query[table.starts[:-1]] = prompted and not table.either
         for text, first in zip(table.texts, query.tolist(), strict=True):
-            if prompted and table.nway:
+            if prompted and table.either:
                 yield text, True
             yield text, first
