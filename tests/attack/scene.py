@@ -282,7 +282,9 @@ def alive() -> Iterator[int]:
 def adopt() -> None:
     """Make orphans of this process's children its own, so that they are seen."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent stops everything.
+    # The parent stops everything; commands die with the process that started them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- the child's side ----

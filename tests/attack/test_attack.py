@@ -41,16 +41,6 @@ sys.argv[1:] = ["--workers", "1"]
 sys.exit(attack.main())
 """
 FAULTS = "status traceback file refusal temporary process lines message row"
-    "status",
-    "traceback",
-    "file",
-    "refusal",
-    "temporary",
-    "process",
-    "lines",
-    "message",
-    "row",
-]
 
 
 def attacked(*argv):
