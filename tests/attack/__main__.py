@@ -99,7 +99,7 @@ def rows(seed: int) -> list[Row]:
 
 
 def select(seed: int, n: int | None, only: str | None) -> list[Row]:
-    """Return the rows of the arguments: N of them are a balanced sample of their kinds."""
+    """Return the rows of the arguments: for N of them kinds take turns."""
     every = rows(seed)
     if only:
         every = [row for row in every if row.kind == only] or [r for r in every if only in r.id]
@@ -111,7 +111,7 @@ def select(seed: int, n: int | None, only: str | None) -> list[Row]:
     rng, places = random.Random(seed), []
     for some in by_kind.values():
         rng.shuffle(some)
-        places += [((i + rng.random()) / len(some), row) for i, row in enumerate(some)]
+        places += [(i + rng.random(), row) for i, row in enumerate(some)]
     return [row for _, row in sorted(places, key=lambda place: place[0])[:n]]
 
 
@@ -151,11 +151,13 @@ def attempt(i: int) -> Result:
         got = "the row itself failed"
         scene.faults.append(traceback.format_exc())
     scene.close()
-    refusals = [line for ended in scene.ended for line in ended.errors]
-    scene.faults += [f"not in {messages.PAGE}: {x}" for x in refusals if not messages.entries_of(x)]
+    for line in (line for ended in scene.ended for line in ended.errors):
+        scene.check(messages.entries_of(line), f"not in {messages.PAGE}: {line}")
+    said = [line for ended in scene.ended for line in (ended.out + ended.err).splitlines()]
+    met = {entry for line in said if len(line) < 4000 for entry in messages.entries_of(line)}
     if not (keep and scene.faults):
         shutil.rmtree(place, ignore_errors=True)
-    return Result(got, scene.faults, refusals)
+    return Result(got, scene.faults, met)
 
 
 def close(chosen: list[Row], results: list[Result]) -> int:

@@ -1,7 +1,7 @@
 """The entries of docs/troubleshooting.md, and the messages that the attack provoked.
 
-An entry is a message in the first column of a table, between backticks, in which `..` stands for
-any text.
+An entry is a message in the first column of a table, between backticks, in which `..` and words
+like FILE stand for any text.
 """
 
 import re
@@ -12,7 +12,8 @@ from .rows import Result
 from .scene import ROOT
 
 PAGE = "docs/troubleshooting.md"
-# Below this line are messages of GPUs, clusters and the network, which the attack has not.
+ANY = ["FILE", "DIR", "KEY", "NAME", "PLACE", "OPTION", "STEP", "N", "X", "Y"]
+# Below this line are messages of GPUs, clusters and the network, which the attack does not provoke.
 APART = "<!-- not provoked by make attack -->"
 
 
@@ -27,7 +28,7 @@ def entries() -> dict[str, re.Pattern]:
 
 def pattern(text: str) -> re.Pattern:
     """Return the pattern of an entry's text."""
-    pieces = re.split(r"\.\.\.?", text)
+    pieces = re.split(rf"\.\.\.?|\b(?:{'|'.join(ANY)})\b", text)
     return re.compile(".*".join(re.escape(piece) for piece in pieces))
 
 
@@ -40,5 +41,5 @@ def unprovoked(results: Iterable[Result]) -> list[str]:
     """Return entries that no row provoked, but for those of the last section."""
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     apart = text.partition(APART)[2]
-    seen = {entry for r in results for message in r.messages for entry in entries_of(message)}
+    seen = {entry for result in results for entry in result.entries}
     return [entry for entry in entries() if entry not in seen and f"`{entry}`" not in apart]

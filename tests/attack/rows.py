@@ -28,11 +28,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a row, the faults of it, and the error messages that it provoked."""
+    """What came of a row, its faults, and the entries of docs/troubleshooting.md that it met."""
 
     got: str
     faults: list[str]
-    messages: list[str]
+    entries: set[str]
 
 
 def shown(ended: Ended) -> str:

@@ -23,6 +23,8 @@ from typing import Any
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
+GRACE = 8.0
+"""Seconds in which processes of a command that ended have to end, too."""
 SUBREAPER = 36  # of prctl
 GIB = 2**30
 LIBRARIES = [*processes.LIBRARIES, "transformers.models.xlm_roberta.modeling_xlm_roberta"]
@@ -251,12 +253,12 @@ def listing(folder: Path) -> dict[str, str]:
     return marks
 
 
-def orphans(seconds: float = 8.0) -> list[str]:
+def orphans() -> list[str]:
     """Return command lines of processes that commands left behind, and kill them.
 
     Helpers of multiprocessing end by themselves a moment after their parent, so they have time.
     """
-    end = time.monotonic() + seconds
+    end = time.monotonic() + GRACE
     while left := list(alive()):
         if time.monotonic() > end:
             names = []
