@@ -37,6 +37,8 @@ def main(
 ) -> None:
     """Score a model over width x depth x vocabulary rank.
 
+    The exit status is 1 if vectors were not of length one, so that a task has no score.
+
     Args:
         model: run, checkpoint, model directory or Hub id.
         data: cldr (the default without --mteb), directories in the format of Tatoeba, BEIR, BUCC or
@@ -106,6 +108,7 @@ def main(
         print("\n\n".join(part for part in parts if part))
         if partial:
             tables.write_report(partial, grid, extra)
+    grid.check()
 
 
 def _tasks(

@@ -116,12 +116,7 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         raise ValueError(f"{where}: path: expected str, got {entry['path']!r}")
     if isinstance(entry, dict) and not entry.get("path"):
         raise ValueError(f"{where}: path: expected one, got none")
-    try:
-        source: config.Source = strict.from_dict(config.Source, entry, where)
-    # The error of a value out of its range does not name the file.
-    except ValueError as error:
-        reason = str(error)
-        raise ValueError(reason if where in reason else f"{where}: {reason}") from None
+    source: config.Source = strict.from_dict(config.Source, entry, where)
     beside = str(mixture.parent / source.path)
     exists = Path(beside).exists() or paths.parallel_files(beside)
     if source.path != "cldr" and (exists or paths.suffix_of(Path(beside)) in paths.SUFFIXES):
