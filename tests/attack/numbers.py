@@ -13,6 +13,7 @@ from mlembed import config
 from .rows import Row, refused
 from .stock import CLI, ENCODE, INPUTS, START, TEXT, TRAIN, WRITERS
 
+NEW = [*START, "--name", "new"]
 # Fields of a run in which any whole number has a meaning.
 ANY = {"loss.num_negatives"}
 
@@ -48,7 +49,7 @@ def rows(seed: int) -> Iterator[Row]:
         option = "--" + name.replace("_", "-")
         for value in ("nan", "inf", "-inf") if kind is float else ("-7", "1e30", "nan"):
             if not (value == "-7" and name in ANY):
-                yield option_row(f"train {option} {value}", [*START, f"{option}={value}"], name)
+                yield option_row(f"train {option} {value}", [*NEW, f"{option}={value}"], name)
         # JSON knows no NaN, but Python reads and writes it.
         value = "NaN" if kind is float else "1e999"
         text = config_text(name, value)
@@ -96,7 +97,7 @@ SOURCES = [
 ]
 BASE = WRITERS | {
     "text": ENCODE,
-    "train": START,
+    "train": NEW,
     "prune": [*CLI, "prune", "model", "out"],
 }
 COMMANDS = {

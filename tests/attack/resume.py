@@ -237,7 +237,7 @@ def allowed(scene: Scene) -> None:
 
 
 def damaged(pattern: str, how: str, seed: int, scene: Scene) -> str:
-    """Damage a file of the newest checkpoint: the run goes on from the one before."""
+    """Damage a file of the newest checkpoint: the run resumes from the one before it."""
     scene.take(*TEXT)
     take_stopped(scene)
     newest = checkpoints(scene.work)[-1]
@@ -286,7 +286,7 @@ def finished(scene: Scene, steps: int = 12) -> None:
 
 
 def healed(spoil: Callable[[Path], None], scene: Scene) -> None:
-    """Resume a run beside something that does not matter."""
+    """Resume a run next to something that does not matter."""
     scene.take(*TEXT)
     spoil(take_stopped(scene))
     scene.outputs = {"runs"}

@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a row, its faults, and the entries of docs/troubleshooting.md that it met."""
+    """Outcome of a row, its faults, and the entries of docs/troubleshooting.md that it met."""
 
     got: str
     faults: list[str]
