@@ -79,7 +79,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         data = input.encode() if isinstance(input, str) else input
         (Path(folder) / "stdin").write_bytes(data)
-        codes = _fork(processes, (command, argv, str(cwd)), env, Path(folder), timeout)
+        codes = _fork(processes, (_command, argv, str(cwd)), env, Path(folder), timeout)
         out, err = (
             b"".join((Path(folder) / f"{name}{rank}").read_bytes() for rank in range(processes))
             for name in ("stdout", "stderr")
@@ -122,7 +122,9 @@ def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen
     """Start a real subprocess in a session of its own; kill what is left of it at the end."""
     options = {"cwd": ROOT, "text": True, **options}
     words = [str(word) for word in command]
-    process = subprocess.Popen(words, start_new_session=True, preexec_fn=die_with_parent, **options)
+    process = subprocess.Popen(
+        words, start_new_session=True, preexec_fn=_die_with_parent, **options
+    )
     try:
         yield process
     finally:
@@ -160,7 +162,7 @@ def _fork(
         group |= {"TORCHELASTIC_USE_AGENT_STORE": True}
         own = env | ({key: str(value) for key, value in group.items()} if size > 1 else {})
         streams = tuple(str(folder / f) for f in ("stdin", f"stdout{rank}", f"stderr{rank}"))
-        children.append(_server().Process(target=become, args=(streams, own, what)))
+        children.append(_server().Process(target=_child, args=(streams, own, what)))
     end = time.monotonic() + timeout
     try:
         for child in children:
@@ -212,11 +214,11 @@ def _kill_session(leader: int) -> None:
 # ---- the child's side ----
 
 
-def become(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> None:
+def _child(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> None:
     """Become a process as `subprocess` would start it, do what is asked, and exit."""
     gc.freeze()  # Collections would touch, and so copy, all memory that is shared with the parent.
     os.setsid()
-    die_with_parent()
+    _die_with_parent()
     for fd, path in enumerate(streams):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if fd else os.O_RDONLY
         os.dup2(os.open(path, flags), fd)
@@ -243,13 +245,14 @@ def become(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> N
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
-        except OSError as error:  # An interpreter that cannot write its last lines ends with 120.
+        except OSError as error:
+            # An interpreter that cannot write its last lines ends with status 120.
             os.write(2, f"Exception ignored in: {stream.name}\n{error}\n".encode())
             code = code or 120
     os._exit(code or 0)
 
 
-def command(argv: list[str], cwd: str) -> None:
+def _command(argv: list[str], cwd: str) -> None:
     """Do what `python argv..` does in directory `cwd`."""
     os.chdir(cwd)
     warnings.filterwarnings("ignore", "'mlembed.* found in sys.modules", RuntimeWarning)
@@ -279,7 +282,7 @@ def _function(path: str, module: str, name: str, args: tuple, folder: str) -> No
         del result
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends, however it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -174,7 +174,7 @@ class Scene:
                 streams = str(io / "0"), str(io / "1"), str(io / "2")
                 signals()
                 what = (limited, limits, words, str(cwd))
-                processes.become(streams, values, (cold_start, words, cwd) if cold else what)
+                processes._child(streams, values, (cold_start, words, cwd) if cold else what)
             finally:
                 os._exit(1)
         return Command(self, pid, words, io, limits)
@@ -324,4 +324,4 @@ def limited(limits: Limits, argv: list[str], cwd: str) -> None:
     for number in limits.closed:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
-    processes.command(argv, cwd)
+    processes._command(argv, cwd)
