@@ -1,20 +1,21 @@
-"""SIGTERM, SIGINT and SIGHUP in each phase of a command: saved, cleaned up, documented status."""
+"""Signals in each phase of a command: saved, cleaned up, documented status."""
 
 import signal
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from .kills import EVENTS, appears, begin
 from .rows import Row, shown
 from .scene import Scene
 from .stock import INPUTS, START, TEXT, WRITERS, output, same_output, same_run, seconds
 
-SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
+SIGNALS = {name: getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")}
+# Files whose appearance begins a phase.
 PHASES = {
-    "while it imports": 0.3,
-    "in the set-up": 0.05,
-    "later in the set-up": 0.15,
+    "while it imports": "",
+    "in the set-up": EVENTS["its directory is there"],
     "when config.json is there": EVENTS["config.json is there"],
     "in the steps": EVENTS["the first checkpoint is there"],
     "while saving": EVENTS["the third checkpoint is written"],
@@ -27,25 +28,26 @@ PHASES = {
 def rows(seed: int) -> Iterator[Row]:
     for label, number in SIGNALS.items():
         for phase, when in PHASES.items():
-            attack = partial(train, number, when, phase == "while it imports")
+            attack = partial(train, number, when)
             yield Row("signals", f"{label} to train {phase}", "130, then the same", attack)
     for name in WRITERS:
         for label, number in SIGNALS.items():
             for phase in ("midway", "when its output is begun"):
                 if label != "SIGHUP" or phase == "midway":
                     attack = partial(writer, name, number, phase == "midway")
-                    status = f"{130 if label == 'SIGINT' else 143}, then the same"
+                    status = f"{128 + number}, then the same"
                     yield Row("signals", f"{label} to {name} {phase}", status, attack)
 
 
-def train(number: int, when: str | float, cold: bool, scene: Scene) -> str:
+def train(number: int, when: str, scene: Scene) -> str:
     """Send a signal to a run, then finish it."""
     scene.take(*TEXT)
     scene.outputs = {"runs"}
-    command = scene.start(*START, cold=cold)
-    end = time.monotonic() + (0.0 if isinstance(when, str) else when)
-    past = appears(scene.work, when) if isinstance(when, str) else lambda: time.monotonic() >= end
-    command.until(past)
+    # Forks have imported everything, so a new interpreter is interrupted once it loads torch.
+    command = scene.start(*START, cold=not when)
+    maps = Path(f"/proc/{command.pid}/maps")
+    loading = lambda: "libtorch" in maps.read_text()  # noqa: E731
+    command.until(appears(scene.work, when) if when else loading)
     command.send(number)
     ended = command.wait()
     # A signal that comes after the last line finds the run finished.
@@ -70,7 +72,7 @@ def writer(name: str, number: int, midway: bool, scene: Scene) -> str:
     command.send(number)
     ended = command.wait()
     late = ended.status == 0
-    want = 130 if number == signal.SIGINT else 143
+    want = 128 + number
     scene.check(ended.status == want or late, f"status {ended.status}, expected {want}")
     left = [path.name for path in scene.work.glob(".out*")]
     scene.check(not left, f"left: {left}")
