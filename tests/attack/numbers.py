@@ -57,7 +57,7 @@ def rows(seed: int) -> Iterator[Row]:
             "numbers",
             f"config.json {name}: {value}",
             [TRAIN, "odd.json"],
-            (leaf(name),),
+            (f"{leaf(name)}|odd.json",),
             TEXT,
             partial(write_config, text),
         )
@@ -69,7 +69,7 @@ def rows(seed: int) -> Iterator[Row]:
             "numbers",
             f"mixture {name}: {value}",
             [*START, "--data", "mixture.json"],
-            (name,),
+            (f"{name}|mixture.json",),
             TEXT,
             partial(write_mixture, name, value),
         )

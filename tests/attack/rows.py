@@ -42,11 +42,15 @@ def shown(ended: Ended) -> str:
 
 
 def named(scene: Scene, ended: Ended, *names: str) -> bool:
-    """Check that a command refused, in one line that names everything in `names`."""
+    """Check that a command refused, in one line that names everything in `names`.
+
+    Words with a bar between them are alternatives.
+    """
     scene.check(ended.status == 1, f"status {ended.status}, expected 1")
     # `exit_weights` and `exit-weights` are the same option.
     line = "".join(ended.errors).replace("_", "-")
-    missing = [name for name in names if name.replace("_", "-") not in line]
+    spelt = {name: name.replace("_", "-").split("|") for name in names}
+    missing = [name for name, words in spelt.items() if not any(word in line for word in words)]
     scene.check(not missing, f"does not name {', '.join(missing)}")
     return ended.status == 1
 
