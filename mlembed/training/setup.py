@@ -82,8 +82,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
-            for roles in sources.roles_of(source):
-                say(f"train  {name_of(source)}: streamed; {roles.describe()}")
+            say(f"train  {name_of(source)}: {sources.describe_stream(source)}")
             continue
         for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
             tables.append(table)

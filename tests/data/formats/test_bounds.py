@@ -1,21 +1,12 @@
 """Files without an end, headers of megabytes and compressed bombs are refused, in bounded memory."""
 
 import gzip
-import json
-import os
-import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from mlembed.data.formats import bounds, json_array, readers
-from tests.data.samples import mistake, read
 
 MIB = 2**20
 ROWS = b'{"query": "a", "positive": "b"}\n{"query": "c", "positive": "d"}\n'
