@@ -109,7 +109,7 @@ def _collect(value: Any, notes: list[Any], arrays: list[np.ndarray]) -> None:
         for part in value:
             _collect(part, notes, arrays)
     elif not isinstance(value, Path):
-        notes.append(repr(value))
+        notes.append(str(value))
 
 
 def sample(files: Sequence[Path]) -> str:
