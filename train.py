@@ -92,6 +92,8 @@ def train_owned(run: config.Run, where: World, out: log.Log) -> int:
         if start == 0:
             score(job, 0)
         done = optimise(job, start)
+    for source, count in job.idle.items():
+        out.say(f"idle   source {source}: {count} batches taught nothing")
     if done == job.run.steps:
         with main_works(where, "finish"):
             finish(job)
@@ -206,8 +208,8 @@ def settle(job: Job) -> bool:
         # The step left weights and moments unchanged.
         save(job, step)
     raise ValueError(
-        f"non-finite {bad} at step {step + 1}, source {source}; the weights are those "
-        "before the step. Try a lower --optim.lr, or --non-finite skip to leave such steps out"
+        f"non-finite {bad} at step {step + 1}, source {source}; "
+        f"{guards.non_finite_advice(bad, step)}"
     )
 
 
@@ -224,6 +226,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
             batch = next(feed).to(where.device)
+        count_idle(job, batch, step)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -245,6 +248,18 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         norm, check = update(job, step, losses)
     job.unread.append(check)
     return Step(losses, queries, norm, tokens, flops, check)
+
+
+def count_idle(job: Job, batch: Batch, step: int) -> None:
+    """Count a batch that teaches nothing, and say so the first time for each source."""
+    contrastive = guards.contrastive_alone(job.run) and job.bank is None
+    if contrastive and guards.teaches_nothing(batch.host):
+        job.idle[batch.source] += 1
+        if job.idle[batch.source] == 1:
+            job.out.say(
+                f"idle   step {step + 1}, source {batch.source}: texts of one group, or equal "
+                "scores, in a batch, which teaches nothing; a larger --batch-size may help"
+            )
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:
@@ -292,7 +307,11 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
 
 
 def save(job: Job, step: int) -> None:
-    """Write a checkpoint of all that the next step depends on; all processes call it."""
+    """Write a checkpoint of all that the next step depends on; all processes call it.
+
+    Raises:
+        ValueError: a number of it is not finite on some process. Earlier checkpoints stay.
+    """
     job.out.check()
 
     def write_model_files(directory: Path) -> None:
@@ -306,6 +325,13 @@ def save(job: Job, step: int) -> None:
         tensors |= {BANK + name: x for name, x in job.bank.state().items()}
     if job.distiller is not None:
         tensors |= {DISTILLER + name: x for name, x in job.distiller.state().items()}
+    bad = guards.bad_tensor(tensors)
+    if any_process(bad is not None, job.where):
+        raise ValueError(
+            f"checkpoint: expected finite numbers after step {step}, got others in "
+            f"{bad or 'a tensor of another process'}: continue from the last checkpoint with a "
+            "lower --optim.lr"
+        )
     job.saver.save(step, tensors, write_model_files)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..config.choices import BadRows, Dtype
+from ..config.strict import check_number
 from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def main(
 ) -> None:
     """Score a model over width x depth x vocabulary rank.
 
+    The exit status is 1 if vectors were not of length one, so that a task has no score.
+
     Args:
         model: run, checkpoint, model directory or Hub id.
         data: cldr (the default without --mteb), directories in the format of Tatoeba, BEIR, BUCC or
@@ -55,6 +58,7 @@ def main(
         dtype: dtype of the weights, in which the model is scored and measured.
         device: auto, cpu or cuda.
     """
+    check_number("shortlist", shortlist, least=10, below=2**31)
     if out:
         check_new(Path(out), "directory")
     from ..data.eval_tasks import Retrieval
@@ -106,6 +110,7 @@ def main(
         print("\n\n".join(part for part in parts if part))
         if partial:
             tables.write_report(partial, grid, extra)
+    grid.check()
 
 
 def _tasks(

@@ -23,7 +23,7 @@ from ..config.choices import BadRows
 from ..runtime import cache
 from ..runtime.files import read_json, read_yaml
 from . import tables
-from .formats import data_sets, layouts, paths, readers
+from .formats import bounds, data_sets, layouts, paths, readers
 from .formats.layouts import SINGLE, Corpus, Item, Report
 from .formats.readers import Names, Row
 from .formats.roles import Roles
@@ -96,6 +96,8 @@ def _mixture(path: Path) -> list[config.Source] | None:
 
 def _object_of(path: Path) -> Any:
     """Return the object of a mixture's file, or None if its first line is a row, or begins rows."""
+    if path.stat().st_size > bounds.LINE:
+        return None
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"")
     if head.lstrip().startswith(b"["):
@@ -116,12 +118,7 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         raise ValueError(f"{where}: path: expected str, got {entry['path']!r}")
     if isinstance(entry, dict) and not entry.get("path"):
         raise ValueError(f"{where}: path: expected one, got none")
-    try:
-        source: config.Source = strict.from_dict(config.Source, entry, where)
-    # The error of a value out of its range does not name the file.
-    except ValueError as error:
-        reason = str(error)
-        raise ValueError(reason if where in reason else f"{where}: {reason}") from None
+    source: config.Source = strict.from_dict(config.Source, entry, where)
     beside = str(mixture.parent / source.path)
     exists = Path(beside).exists() or paths.parallel_files(beside)
     if source.path != "cldr" and (exists or paths.suffix_of(Path(beside)) in paths.SUFFIXES):
@@ -315,13 +312,16 @@ def _read(
 ) -> tuple[Table, Report]:
     make = functools.partial(_make, part, source, bad_rows, held_out)
     files = part.files + ([Path(source.corpus)] if source.corpus else [])
-    if sum(file.stat().st_size for file in files if file.is_file()) < BIG:
+    if sum(map(paths.bytes_of, files)) < BIG:
         table, report = make(None)
     else:
+        # A mistake in the first rows is answered before all bytes are read for the key.
+        part.open(source)
         told = (json.dumps(asdict(source.columns)), source.header, source.prompt_format)
         options = (source.path, source.subset, source.split, source.task, source.cap, *told)
         key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
-        table, report = cache.cached("text", key, lambda home: _save(*make(home), home), _open)
+        save = lambda home: _save(*make(home), home)  # noqa: E731
+        table, report = cache.cached("text", key, save, _open, part.where)
     return replace(table, source=source), report
 
 

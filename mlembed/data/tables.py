@@ -357,6 +357,37 @@ def check_items(where: str, report: Report, roles: Roles) -> None:
     raise ValueError(f"{where}: expected {wanted}, found none{report.first_bad}")
 
 
+def check_teaches(table: Table, negatives: bool = True, alone: bool = False) -> None:
+    """Check that a contrastive loss of a table is not always zero.
+
+    Texts of equal ids are never each other's negatives, so texts of one id have none.
+
+    Args:
+        negatives: whether hard negatives are drawn, if the table has any.
+        alone: whether a batch is one item, and no memory bank has others.
+
+    Raises:
+        ValueError: all texts are of one group, all scores are equal, or an item is alone and has no
+            hard negatives.
+    """
+    where = f"source {table.name}"
+    hard = negatives and not table.nway and bool((np.diff(table.starts) > 2).any())
+    if alone and not hard:
+        raise ValueError(
+            f"batch_size: expected 2 or more for {where}, which has no hard negatives, got 1"
+        )
+    # A query has the id of its positive.
+    groups = table.ids if hard else table.ids[table.starts[:-1]]
+    what = "ids" if table.nway else "groups of linked texts"
+    if table.task in ("clustering", "classification"):
+        # Their negatives are a query's own, which every row has.
+        return
+    if table.scores is not None:
+        groups, what = table.scores, "different scores"
+    if (groups == groups[0]).all():
+        raise ValueError(f"{where}: expected two {what} or more, got one")
+
+
 # ---- what was understood ----
 
 

@@ -53,8 +53,8 @@ def details(by_task: dict[str, Any], size: str = "full size") -> str:
     """Return the metrics other than `score`, a line or so for each task (percent)."""
     lines = []
     for task, result in by_task.items():
-        if broken := result.get("not_finite"):
-            lines.append(f"  {task}: no score: {broken} vectors contain NaN or Inf")
+        if broken := result.get("not_unit"):
+            lines.append(f"  {task}: no score: {broken} vectors are not of length one")
         floats = {k: v for k, v in result.items() if isinstance(v, float) and k != "score"}
         parts = [f"{name} {100 * value:.1f}" for name, value in floats.items()]
         for languages, mean in result.get("means", {}).items():

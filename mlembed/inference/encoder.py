@@ -24,7 +24,7 @@ from ..modeling import hf_config, pretrained, sentence_files
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
 from ..runtime import files
 from ..runtime.workers import Workers, ahead, device_of
-from .vector_files import Quantiser
+from .vector_files import Quantiser, check_unit
 
 # The most texts of a window, and the number of characters that ends one early.
 WINDOW = 32_768
@@ -235,14 +235,15 @@ class Encoder(DeviceEncoder):
 
         Raises:
             ValueError: a size that the model lacks, a sequence of another length than `texts`, an
-                unknown prompt or precision, a text that is not valid Unicode.
+                unknown prompt or precision, a text that is not valid Unicode, a vector that is not
+                of length one, because its numbers are zero or not finite.
         """
         quantise = Quantiser(precision, ranges)
         prompt = self._prompt(prompt, prompt_name)
         _check_texts(texts)
         width = self.full_size((_number("dim", dim), None, None))[0]
         quantise.check(width)
-        return quantise(self._vectors(texts, prompt, width, exit, rank, progress))
+        return quantise(check_unit(self._vectors(texts, prompt, width, exit, rank, progress)))
 
     def encode_widths(
         self,
@@ -263,8 +264,11 @@ class Encoder(DeviceEncoder):
         _check_texts(texts)
         dims_N = self._per_text("dim", dims, len(texts)).tolist()
         vectors = torch.from_numpy(self._vectors(texts, prompt, None, exit, rank, progress))
-        cuts = zip(vectors, dims_N, strict=True)
-        return [F.normalize(vector[: dim or None], dim=-1).numpy() for vector, dim in cuts]
+        cuts = enumerate(zip(vectors, dims_N, strict=True))
+        return [
+            check_unit(F.normalize(vector[None, : dim or None], dim=-1).numpy(), i)[0]
+            for i, (vector, dim) in cuts
+        ]
 
     def encode_query(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
         """`encode` with the prompt "query", if the model has it and no other prompt is given."""
@@ -307,8 +311,11 @@ class Encoder(DeviceEncoder):
         def parts() -> Iterator[np.ndarray]:
             sizes = np.int64(exit or 0), np.int64(rank or 0)
             windows = self._windows(texts, before, width, *sizes, self._window_limit(None))
+            count = 0
             with progress_bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
-                yield from map(quantise, self._mapped(windows, bar))
+                for vectors in self._mapped(windows, bar):
+                    yield quantise(check_unit(vectors, count))
+                    count += len(vectors)
 
         return parts()
 

@@ -396,7 +396,7 @@ def _rows(texts: MiningTexts, mined: Mined) -> Iterator[str]:
             "positive_score": round(score, 6),
             "negative_scores": scores,
         }
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+        yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)

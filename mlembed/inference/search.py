@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from .encoder import FULL, Encoder, FullSize, Size
+from .vector_files import UNIT
 
 CHUNK = 16_384  # Documents that are encoded or compared at once.
 BLOCK = 2**24  # Scores that are held at once: 64 MiB.
 
 
-def not_finite(vectors: Tensor) -> int:
-    """Count the rows that contain NaN or infinity."""
-    return int((~torch.isfinite(vectors).all(-1)).sum())
+def not_unit(vectors: Tensor) -> int:
+    """Count the rows that are not of length one: NaN, infinite or zero vectors."""
+    return int((~((vectors.norm(dim=-1) - 1).abs() < UNIT)).sum())
 
 
 class Nearest:
@@ -33,17 +34,17 @@ class Nearest:
     Memory does not grow with the number of documents.
 
     scores: [Q, <= k], falling. rows: int64 [Q, <= k], documents numbered in the order of adding.
-    not_finite: vectors of queries and documents that contain NaN or infinity.
+    not_unit: vectors of queries and documents that are not of length one.
     """
 
     def __init__(self, queries: int, k: int) -> None:
-        self.k, self.count, self.not_finite = k, 0, 0
+        self.k, self.count, self.not_unit = k, 0, 0
         self.scores = torch.empty(queries, 0)
         self.rows = torch.empty(queries, 0, dtype=torch.int64)
 
     def add(self, unit_QD: Tensor, unit_CD: Tensor) -> None:
         """Compare all queries with the next documents; both are unit rows on one device."""
-        self.not_finite += not_finite(unit_CD) + (0 if self.count else not_finite(unit_QD))
+        self.not_unit += not_unit(unit_CD) + (0 if self.count else not_unit(unit_QD))
         width = min(self.k, self.scores.shape[1] + len(unit_CD))
         scores = torch.empty(len(unit_QD), width, dtype=unit_QD.dtype)
         rows = torch.empty(len(unit_QD), width, dtype=torch.int64)

@@ -19,6 +19,25 @@ HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 Write = Callable[[np.ndarray], None]
 
 
+UNIT = 1e-3  # How far the length of a unit vector may be from one.
+
+
+def check_unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return fp32 vectors [N, D] of the texts `first`, `first + 1`, ..
+
+    Raises:
+        ValueError: vectors that are not of length one, which are NaN, infinite or zero.
+    """
+    lengths = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT))
+    if len(bad):
+        raise ValueError(
+            f"vectors: expected length one, got {len(bad)} of {len(vectors)} vectors of another "
+            f"length, the first of text {first + bad[0]}: {lengths[bad[0]]:.3g}"
+        )
+    return vectors
+
+
 # ---- quantising ----
 
 

@@ -204,5 +204,9 @@ def _is_cut(folder: Path, layer: dict[str, Any], width: int) -> bool:
         return False
     import torch  # The import takes a second, and command lines are read without it.
 
+    from . import weight_checks
+
     with open_tensors(file) as tensors:
-        return torch.equal(tensors.get_tensor("linear.weight"), torch.eye(rows, width))
+        weight = tensors.get_tensor("linear.weight")
+    weight_checks.check(f"{file}: linear.weight", weight)
+    return torch.equal(weight.float(), torch.eye(rows, width))

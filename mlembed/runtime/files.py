@@ -15,12 +15,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from safetensors import SafetensorError
 
 PARTIAL, PART = ".partial", 50  # Suffix of temporary names; characters of the name in them.
-ELSEWHERE = ChildProcessError, BrokenPipeError  # OSErrors of workers and of standard output.
 SHARDS = "shard-*.safetensors"  # Weights of a training checkpoint (checkpoint.py).
 LARGEST = 100_000_000  # Bytes of the largest text file that is read as a whole.
 DEEPEST = 100  # Levels of lists and objects in each other.
@@ -70,6 +69,18 @@ def free_name(path: Path) -> Path:
 
 
 # ---- atomic writes ----
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raise errors of writing in the block as a ValueError that names `target`."""
+    try:
+        yield
+    except (ChildProcessError, BrokenPipeError):  # OSErrors of workers and of standard output.
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{target}: could not be written: {reason}") from None
 
 
 @contextmanager
@@ -128,14 +139,10 @@ def atomic_files(target: Path) -> Iterator[Path]:
 def _folder(target: Path) -> Iterator[Path]:
     """Yield a temporary directory next to `target`. Raises ValueError if writing fails."""
     prefix = f".{target.name[:PART]}."
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(PARTIAL, prefix, target.parent) as folder:
             yield Path(folder)
-    except ELSEWHERE:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise _not_written(target, error) from None
 
 
 def _place(partial: Path, target: Path) -> None:
@@ -168,28 +175,27 @@ def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_new(target, "directory")
-    partial, old = (
-        target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}") for _ in "no"
-    )
+    names = (f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}" for _ in range(2))
+    partial, old = (target.with_name(name) for name in names)
     missing = [path for path in target.parents if not path.exists()]
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _set_modes(partial)
-        for path in sorted(partial.rglob("*")):
-            flush(path)
-        if replace and target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)  # This replaces an empty directory, never a full one.
-        except OSError:
-            check_new(target, "directory")  # Another process may have been first.
-            raise
-        flush(target.parent)
-    except ELSEWHERE:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise _not_written(target, error) from None
+        with writing(target):
+            partial.mkdir(parents=True)
+            yield partial
+            _set_modes(partial)
+            for path in sorted(partial.rglob("*")):
+                flush(path)
+            if replace and target.exists():
+                target.rename(old)
+            try:
+                partial.rename(target)  # This replaces an empty directory, never a full one.
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                else:
+                    check_new(target, "directory")  # Another process may have been first.
+                raise
+            flush(target.parent)
     finally:
         for path in (partial, old):
             shutil.rmtree(path, ignore_errors=True)
@@ -202,11 +208,6 @@ def remove_partials(directory: Path) -> None:
     """Remove what killed processes left in a directory that this process owns."""
     for path in directory.glob(f".*.????????{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _not_written(target: Path, error: Exception) -> ValueError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return ValueError(f"{target}: could not be written: {reason}")
 
 
 def _set_modes(directory: Path) -> None:
@@ -224,6 +225,22 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically. ValueError if it could not be written."""
     with atomic_file(path, replace=True) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file, which may be new: all of `text` or nothing of it.
+
+    Raises:
+        ValueError: writing failed (disk full).
+    """
+    with writing(path), path.open("ab", buffering=0) as file:
+        size, left = file.tell(), text.encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def reserve(file: IO[bytes], size: int) -> None:

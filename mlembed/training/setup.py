@@ -23,11 +23,11 @@ from mlembed_kernels.attention.attention import WIDTHS
 
 from .. import config
 from ..data import sources, tokenizer
-from ..data.batches import Batches, steps_of
+from ..data.batches import Batches, num_negatives, steps_of
 from ..data.eval_sets import read_all
 from ..data.formats.readers import normalise
 from ..data.streams import name_of
-from ..data.tables import Table, describe, hashed
+from ..data.tables import Table, check_teaches, describe, hashed
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
@@ -91,6 +91,10 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             say(f"train  {table.name}: {describe(table, report)}")
             for bad in report.bad_rows:
                 say(f"       bad row {bad}")
+            if guards.contrastive_alone(run):
+                negatives = num_negatives(run.loss, source, table.task) > 0
+                alone = run.batch_size == 1 and not run.loss.memory_bank
+                check_teaches(table, negatives, alone)
     names = [table.name for table in tables] + [name_of(source) for source in streams]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -167,6 +171,8 @@ def teachers(
     cfg = run.distill
     live = Teacher.load(cfg.teacher, cfg.prompt, where.device) if cfg.teacher else None
     stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
+    if stored and where.main:
+        stored.check()
     source = live or stored
     width, sample_ND = source.width if source else 0, None
     # A checkpoint holds the rotation, so a resumed run needs no sample.
@@ -258,8 +264,8 @@ class Job:
 
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
-    without a limit). unread: the check of the last step, until `settle` reads it. signals: times at
-    which this process got Ctrl-C or SIGTERM.
+    without a limit). unread: the check of the last step, until `settle` reads it. idle: batches
+    that taught nothing, by source. signals: times at which this process got Ctrl-C or SIGTERM.
     """
 
     run: config.Run
@@ -281,6 +287,7 @@ class Job:
     teacher: Teacher | None
     distiller: Distiller | None
     unread: list[guards.Check] = field(default_factory=list)
+    idle: Counter[str] = field(default_factory=Counter)
     signals: list[float] = field(default_factory=list)
 
     @property

@@ -238,7 +238,7 @@ def test_large_tables_equal_small_ones(cap, held_out, kind, large, tmp_path, mon
         assert report == counted
         assert table.texts[2:9] == want.texts[2:9]
     (entry,) = large.iterdir()
-    names = {"texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE}
+    names = {"texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE, cache.LOCK}
     assert {p.name for p in entry.iterdir()} - {"scores.npy"} == names
 
 

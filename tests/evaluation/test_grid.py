@@ -191,7 +191,10 @@ def test_vectors_that_are_not_finite(directory, searched, tasks, tmp_path):
             assert cell == written == old
         else:
             assert all(task["score"] is None for task in written["scores"].values())
-            assert "b: no score: 132 vectors contain NaN or Inf" in tables.details(cell["scores"])
+            assert all(task["not_unit"] > 0 for task in written["scores"].values())
+            assert "b: no score: 132 vectors are not of length one" in tables.details(
+                cell["scores"]
+            )
 
 
 # ---- search ----
