@@ -8,7 +8,8 @@ differs, as in the config of Qwen3-Embedding.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from ..runtime.files import read_json
+from ..runtime.files import field, read_bytes, read_object
+from ..runtime.model_files import check_tokenizer
 from .formats.readers import Decoder
 from .formats.text_reader import windows
 
@@ -33,6 +35,8 @@ VOCABULARIES = "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "tokenize
 WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+SENTENCES = "sentence_bert_config.json"
+LARGEST = 500_000_000  # bytes of a tokenizer.json; the largest that is known has 35 million
 # Characters of a word and of a text after which training takes the rest as another one. Its time
 # grows with the square of a word's length, and its regular expressions give up on long texts.
 LONGEST_WORD, LONGEST_TEXT = 1024, 2**20
@@ -100,13 +104,14 @@ def load(directory: Path) -> Tokenizer:
     tokenizer = _read(directory)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    if settings(directory, "sentence_bert_config.json").get("do_lower_case"):
+    if field(directory / SENTENCES, settings(directory, SENTENCES), "do_lower_case", bool, False):
         # As sentence-transformers does, for a vocabulary with capitals as well.
         others = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
-    empty, letter = tokenizer.encode("").ids, tokenizer.encode("a").ids
+    with _problems(directory / "tokenizer.json", "cannot encode a text"):
+        empty, letter = tokenizer.encode("").ids, tokenizer.encode("a").ids
     eos = eos_token(directory)
-    if empty and letter[-1] == empty[-1]:
+    if empty and letter and letter[-1] == empty[-1]:
         return tokenizer
     if eos is None or tokenizer.token_to_id(eos) is None:
         raise ValueError(
@@ -117,34 +122,53 @@ def load(directory: Path) -> Tokenizer:
 
 def _read(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
-    if path.is_file():
-        try:
-            return Tokenizer.from_file(str(path))
-        # The library raises no narrower exception.
-        except Exception as error:
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
-    vocabulary = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
+    if path.exists():
+        data = read_bytes(path, LARGEST)
+        with _problems(path, "not a tokenizer"):
+            return Tokenizer.from_buffer(data)
+    vocabulary = next((name for name in VOCABULARIES if (directory / name).exists()), None)
     if vocabulary is None:
         raise ValueError(f"tokenizer: expected {path}, which does not exist")
+    check_tokenizer(directory)
     from transformers import AutoTokenizer  # The import takes seconds.
 
-    try:
+    with _problems(directory / vocabulary, "could not be converted"):
         converted = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    # Each kind of tokenizer raises other exceptions.
-    except Exception as error:
-        raise ValueError(f"{directory / vocabulary}: could not be converted: {error}") from None
     backend = getattr(converted, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(f"{directory / vocabulary}: could not be converted: got {converted}")
     return Tokenizer.from_str(backend.to_str())
 
 
+@contextmanager
+def _problems(path: Path, what: str) -> Iterator[None]:
+    """Turn every error of a library that reads `path` into a ValueError with its first 300 letters.
+
+    A panic of the tokenizers library is a BaseException, and not an Exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {what}: {reason:.300}") from None
+
+
 def eos_token(directory: Path) -> str | None:
-    """Return the EOS that a directory's tokenizer_config.json names."""
-    token = settings(directory).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    """Return the EOS that a directory's tokenizer_config.json names.
+
+    Raises:
+        ValueError: the file cannot be read, or names a value that is not text.
+    """
+    path = directory / "tokenizer_config.json"
+    values = settings(directory)
+    token = values.get("eos_token")
+    if isinstance(token, dict):
+        return field(path, token, "content", str, None)
+    return field(path, values, "eos_token", str, None)
 
 
 def max_length(directory: Path) -> int | None:
@@ -152,18 +176,28 @@ def max_length(directory: Path) -> int | None:
 
     The limit is the smaller of tokenizer_config.json's `model_max_length` (transformers writes 1e30
     for none) and sentence_bert_config.json's `max_seq_length`.
+
+    Raises:
+        ValueError: a file that cannot be read, a limit that is not a number from 1 on.
     """
-    limits = (
-        settings(directory).get("model_max_length"),
-        settings(directory, "sentence_bert_config.json").get("max_seq_length"),
-    )
-    return min((int(limit) for limit in limits if limit and limit < 1e9), default=None)
+    limits = []
+    for name, key in (("tokenizer_config.json", "model_max_length"), (SENTENCES, "max_seq_length")):
+        path = directory / name
+        limit = field(path, settings(directory, name), key, float, None)
+        if limit is not None and limit < 1:
+            raise ValueError(f"{path}: {key}: expected 1 or more, got {limit:g}")
+        limits += [int(limit)] if limit is not None and limit < 1e9 else []
+    return min(limits, default=None)
 
 
 def settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    """Return a JSON file of a directory, {} if it does not exist. ValueError: invalid JSON."""
+    """Return the object of a JSON file of a directory, {} without the file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds another value.
+    """
     path = directory / name
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

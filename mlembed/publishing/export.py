@@ -37,7 +37,7 @@ from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained
 from ..modeling.transformer import Transformer
-from ..runtime import files
+from ..runtime import files, model_files
 from . import to_onnx
 
 MODULES = "sentence_transformers.models"
@@ -98,6 +98,7 @@ def export(
     origin = model_card.find_origin(source)
     with files.atomic_directory(out) as partial:
         write_model(partial, encoder, dim, exit, rank)
+        model_files.check_model(partial)
         with quiet():
             if "onnx" in formats:
                 to_onnx.write(partial)

@@ -25,20 +25,17 @@ CLASSES = {
     Options: ({}, ""),
 }
 NUMBERS = [
-    (cls, name, kind, optional, bounds)
+    (cls, name, hint, kind, bounds)
     for cls in CLASSES
-    for name, kind, optional, bounds in strict.numeric_fields(cls)
+    for name, hint, kind, bounds in strict.numeric_fields(cls)
 ]
 
 
-def made(cls, name, value):
-    """Construct and check a dataclass with one number, alone in its tuple if there are several."""
-    several = typing.get_origin(typing.get_type_hints(cls)[name]) is tuple
-    needed, prefix = CLASSES[cls]
-    one = cls(**needed | {name: (value,) if several else value})
+def check(cls, name, value):
+    """Construct a dataclass with one value, and check it."""
+    one = cls(**CLASSES[cls][0] | {name: value})
     if cls is Options:
         one.check()
-    return one
 
 
 def test_every_class_of_the_configuration_is_listed():
@@ -60,18 +57,21 @@ def test_a_number_needs_two_bounds():
 
 
 @pytest.mark.parametrize(
-    ("cls", "name", "kind", "optional", "bounds"), NUMBERS, ids=lambda x: getattr(x, "__name__", x)
+    ("cls", "name", "hint", "kind", "bounds"), NUMBERS, ids=lambda x: getattr(x, "__name__", x)
 )
-def test_number_outside_of_its_bounds_is_an_error(cls, name, kind, optional, bounds):
-    wrong = [True, "3", np.nan, np.inf, -np.inf, 2**70, 10**400, -(2**70), -3]
-    wrong += [] if optional else [None]
+def test_number_outside_of_its_bounds_is_an_error(cls, name, hint, kind, bounds):
+    several = typing.get_origin(hint) is tuple
+    wrong = [True, "3", [1], {}, np.nan, np.inf, -np.inf, 2**70, 10**400, -(2**70), -3]
+    wrong += [] if type(None) in typing.get_args(hint) else [None]
     if kind is int:
         wrong += [3.0, 2.5]
     low, high = bounds.items()
     wrong += [low[1]] * (low[0] == "above") + [high[1]] * (high[0] == "below")
+    # Several numbers are a tuple, each of which is checked.
+    wrong = [(value,) for value in wrong] + [None, 1] if several else wrong
     for value in wrong:
         with pytest.raises(ValueError) as error:
-            made(cls, name, value)
+            check(cls, name, value)
         assert re.match(rf"{re.escape(CLASSES[cls][1])}{name}: expected ", str(error.value)), value
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ...data.tables import Table
 from ...modeling import hf_config, weight_checks
-from ...runtime import files
+from ...runtime import files, model_files
 
 SLICE = 8192  # texts per update of the progress bar
 MAX_TOKENS = 16_384  # encoded at once, padding included
@@ -51,7 +51,7 @@ class Teacher:
         """
         from sentence_transformers import SentenceTransformer
 
-        directory = _weights(source)
+        directory = _directory(source)
         try:
             model = SentenceTransformer(
                 directory,
@@ -127,24 +127,19 @@ class Teacher:
             yield batch
 
 
-def _weights(source: str) -> str:
-    """Return the directory of a model whose weights are all in safetensors.
+def _directory(source: str) -> str:
+    """Return the directory of a model that sentence-transformers can open as data alone.
 
     Raises:
-        ValueError: the model is not found, or it or one of its modules has pickled weights, which
-            sentence-transformers would open; a weight is not finite (`weight_checks.check_file`).
+        ValueError: the model is not found, `model_files.check_model` rejects it, or a weight is not
+            finite (`weight_checks.check_file`).
     """
     try:
         directory = hf_config.resolve(source)
+        model_files.check_model(directory)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from None
-    stored = sorted(directory.rglob("*.safetensors"))
-    folders = {path.parent for path in stored}
-    pickled = {path.parent for path in directory.rglob("*.bin")} - folders
-    if not folders or pickled:
-        where = min(pickled, default=directory)
-        raise ValueError(f"teacher: expected weights in safetensors in {where}, got none")
-    for file in stored:
+    for file in sorted(directory.rglob("*.safetensors")):
         weight_checks.check_file(file)
     return str(directory)
 
@@ -185,10 +180,11 @@ class StoredVectors:
         if missing := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"teacher: expected {', '.join(missing)} in {directory}, got none")
         try:
-            prompted = bool(files.read_json(path / "teacher.json")["prompt"])
+            about = files.read_object(path / "teacher.json")
+            prompted = bool(files.field(path / "teacher.json", about, "prompt", str))
             vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
             keys = np.load(path / "keys.npy", mmap_mode="r", allow_pickle=False)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"teacher: cannot read {directory}: {error}") from None
         floats = vectors.dtype.str in ("<f2", "<f4", "<f8")
         right = keys.dtype == np.uint64 and vectors.ndim == 2 and floats
