@@ -245,8 +245,7 @@ def test_large_tables_equal_small_ones(cap, held_out, kind, large, tmp_path, mon
 def test_stored_tables_are_not_read_again(large, tmp_path, monkeypatch):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     table = table_of(path)
-    # The first rows are read, to answer a mistake at once.
-    monkeypatch.setattr(layouts, "items", lambda *_: 1 / 0)
+    monkeypatch.setattr(sources, "_make", lambda *_: 1 / 0)
     same_table(table_of(path), table)
     assert table_of(path, prompt="x").source.prompt == "x"  # which changes no text
 
