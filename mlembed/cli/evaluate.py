@@ -5,12 +5,13 @@ mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..config.choices import Dtype
+from ..config.choices import Dtype, Pooling
 from ..runtime.files import check_new
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def main(
     dim: tuple[int, ...] = (),
     exit: tuple[int, ...] = (),
     rank: tuple[int, ...] = (),
+    pooling: Pooling | None = None,
     funnel: str = "",
     shortlist: int = 100,
     query_prompt: str | None = None,
@@ -43,6 +45,7 @@ def main(
         dim: widths; by default those of training, with --mteb the full width.
         exit: depths, likewise.
         rank: vocabulary ranks, likewise.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         funnel: DIM:EXIT:RANK of the small vectors that make a shortlist, which full vectors rank
             again, for retrieval tasks; a part that is left empty is the largest.
         shortlist: documents of a query that the funnel ranks again.
@@ -63,7 +66,8 @@ def main(
 
     small = size_of(funnel) if funnel else None
     tasks = _tasks(data, mteb, bool(small))
-    encoder = Encoder.load(model, device, dtype)
+    say = partial(print, file=sys.stderr)
+    encoder = Encoder.load(model, device, dtype, pooling=pooling, say=say)
     cfg = encoder.model.cfg
     if mteb:
         dim, exit, rank = (

@@ -7,7 +7,8 @@ Letters: E exits, N texts, D width.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.choices import Pooling
 from ..data import tokenizer
 from ..data.formats.text_reader import windows
-from ..modeling import hf_config, pretrained, sentence_files
+from ..modeling import hf_config, pretrained, serving
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
 from ..runtime.workers import Workers, ahead, device_of
 from .vector_files import Quantiser
@@ -61,17 +63,23 @@ class GridVectors:
 class Encoder(DeviceEncoder):
     """A model with its tokenizer.
 
-    prompts: texts to put before other texts, by name. default_prompt: for texts for which none is
-    asked for. width: of vectors for which none is asked for, None for the model's.
+    The fields below and `max_length` are those of `Serving`.
     """
 
     prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
+    default_prompt_name: str | None = None
     width: int | None = None
+    normalize: bool = True
+    similarity: str = "cosine"
 
     @staticmethod
     def load(
-        source: str, device: str = "auto", dtype: str = "float32", compile: bool = False
+        source: str,
+        device: str = "auto",
+        dtype: str = "float32",
+        compile: bool = False,
+        pooling: Pooling | None = None,
+        say: Callable[[str], object] = warnings.warn,
     ) -> "Encoder":
         """Load a run, a directory that mlembed saved, a checkpoint of an architecture that
         `hf_config.from_checkpoint` supports, or a Hub id.
@@ -80,18 +88,20 @@ class Encoder(DeviceEncoder):
             device: auto (CUDA if available), cpu, cuda or cuda:0 ..
             dtype: dtype of the weights: float32, bfloat16 or float16. Vectors are always fp32.
             compile: compile the blocks with torch.compile, which takes a minute once.
+            pooling: of a directory that does not say how it is pooled.
+            say: gets a sentence that tells the pooling, if neither directory nor `pooling` does.
 
         Raises:
-            ValueError: nothing usable at `source`, an unavailable device, an unknown dtype.
+            ValueError: nothing usable at `source`, an unavailable device, an unknown dtype, another
+                pooling than the directory's.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         where = device_of(device)
         directory = hf_config.resolve(source)
-        model = pretrained.load(str(directory), dtype=getattr(torch, dtype))
+        cfg = hf_config.with_pooling(directory, pooling, say)
+        model = pretrained.load(str(directory), cfg, dtype=getattr(torch, dtype))
         text_to_ids = tokenizer.load(directory)
-        most = model.cfg.max_position_embeddings
-        limit = min(tokenizer.max_length(directory) or most, most)
         if text_to_ids.get_vocab_size() > model.cfg.vocab_size:
             raise ValueError(
                 f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
@@ -100,15 +110,13 @@ class Encoder(DeviceEncoder):
         model = model.to(where).eval()
         if compile:
             model.compile_blocks()
-        told = sentence_files.read(directory, model.cfg.hidden_size)
-        return Encoder(
-            model,
-            text_to_ids,
-            limit,
-            prompts=told.prompts,
-            default_prompt=told.default_prompt,
-            width=told.width,
-        )
+        return Encoder(model, text_to_ids, **vars(serving.read(directory, cfg)))
+
+    @property
+    def serving(self) -> serving.Serving:
+        """The settings to write beside the model."""
+        names = [one.name for one in fields(serving.Serving)]
+        return serving.Serving(**{name: getattr(self, name) for name in names})
 
     from_pretrained = load  # The name that Hugging Face's libraries use.
 
@@ -266,11 +274,14 @@ class Encoder(DeviceEncoder):
         return [F.normalize(vector[: dim or None], dim=-1).numpy() for vector, dim in cuts]
 
     def encode_query(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-        """`encode` with the prompt "query", if the model has it and no other prompt is given."""
+        """`encode` with the prompt "query" if no other is given, without one if the model has none.
+
+        A default prompt is for neither role, like in sentence-transformers.
+        """
         return self.encode(texts, *args, **self._role("query", options))
 
     def encode_document(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-        """`encode` with the prompt "document", if the model has it and no other prompt is given."""
+        """`encode` with the prompt "document", see `encode_query`."""
         return self.encode(texts, *args, **self._role("document", options))
 
     def stream(
@@ -319,7 +330,8 @@ class Encoder(DeviceEncoder):
         if prompt is not None and name is not None:
             raise ValueError("prompt: expected prompt or prompt_name, got both")
         if name is None:
-            return (self.default_prompt or "") if prompt is None else prompt
+            default = self.prompts.get(self.default_prompt_name or "", "")
+            return default if prompt is None else prompt
         if name not in self.prompts:
             known = ", ".join(self.prompts) or "none, as the model has no prompts"
             raise ValueError(f"prompt_name: expected one of {known}, got {name!r}")
@@ -328,7 +340,7 @@ class Encoder(DeviceEncoder):
     def _role(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         if options.get("prompt") is not None or options.get("prompt_name") is not None:
             return options
-        return options | {"prompt_name": name if name in self.prompts else None}
+        return options | ({"prompt_name": name} if name in self.prompts else {"prompt": ""})
 
     def _per_text(self, name: str, size: Any, count: int) -> Any:
         """Return sizes from a list or array, int64 [count], or from one number, int64 [].
