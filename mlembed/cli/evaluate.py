@@ -71,7 +71,7 @@ def main(
     cfg = encoder.model.cfg
     if mteb:
         dim, exit, rank = (
-            dim or (cfg.hidden_size,),
+            dim or encoder.full_size()[:1],
             exit or (cfg.num_hidden_layers,),
             rank or cfg.ranks[-1:],
         )

@@ -161,7 +161,8 @@ def score(
         Mining: scores.score_mining,
     }
     numbers = len({size[:0:-1] for size in sizes}) * len(task.texts) * encoder.model.cfg.hidden_size
-    vectors = encoder.encode_grid(task.texts, sizes, progress, on_disk=4 * numbers > IN_MEMORY)
+    before, on_disk = encoder.default_prompt, 4 * numbers > IN_MEMORY
+    vectors = encoder.encode_grid(task.texts, sizes, progress, before, on_disk)
     results = {}
     for size in sizes:
         unit = vectors[size]
@@ -220,7 +221,8 @@ def _pool_side(
     encoder: Encoder, side: Side, sizes: Sequence[FullSize], progress: bool
 ) -> dict[FullSize, float]:
     pool = itertools.chain(side.answers, side.others())
-    nearest = _search(encoder, side.queries, pool, 1, sizes, {}, progress)
+    prompts = dict.fromkeys(("query", "document"), encoder.default_prompt)
+    nearest = _search(encoder, side.queries, pool, 1, sizes, prompts, progress)
     return {
         size: scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)
         if not found.not_finite

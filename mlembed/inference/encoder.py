@@ -113,6 +113,11 @@ class Encoder(DeviceEncoder):
         return Encoder(model, text_to_ids, **vars(serving.read(directory, cfg)))
 
     @property
+    def default_prompt(self) -> str:
+        """The prompt of texts for which none is asked for and which are not in retrieval."""
+        return self.prompts.get(self.default_prompt_name or "", "")
+
+    @property
     def serving(self) -> serving.Serving:
         """The settings to write beside the model."""
         names = [one.name for one in fields(serving.Serving)]
@@ -330,8 +335,7 @@ class Encoder(DeviceEncoder):
         if prompt is not None and name is not None:
             raise ValueError("prompt: expected prompt or prompt_name, got both")
         if name is None:
-            default = self.prompts.get(self.default_prompt_name or "", "")
-            return default if prompt is None else prompt
+            return self.default_prompt if prompt is None else prompt
         if name not in self.prompts:
             known = ", ".join(self.prompts) or "none, as the model has no prompts"
             raise ValueError(f"prompt_name: expected one of {known}, got {name!r}")

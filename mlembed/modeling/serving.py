@@ -13,6 +13,7 @@ from .. import config
 from ..data import tokenizer
 from . import sentence_files
 
+MODULES = "sentence_transformers.models"
 LENGTH, SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.json"
 
 
@@ -73,9 +74,13 @@ def read(directory: Path, cfg: config.Model) -> Serving:
 
 
 def write(serving: Serving, directory: Path) -> None:
-    """Write the two files to a directory without modules, so `truncate_dim` tells the width."""
+    """Write the two files to a checkpoint, with its width as `truncate_dim`, since it has no Dense
+    modules, and whether it normalises in modules.json.
+    """
     files = serving.files()
     files[SETTINGS]["truncate_dim"] = serving.width
+    names = ["Transformer", *(["Normalize"] if serving.normalize else [])]
+    files["modules.json"] = [{"type": f"{MODULES}.{name}"} for name in names]
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (directory / name).write_text(text, encoding="utf-8")

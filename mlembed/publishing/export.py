@@ -31,13 +31,13 @@ from torch import Tensor
 from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained
+from ..modeling.serving import MODULES
 from ..runtime import files
 from . import probes, to_onnx
 
 if TYPE_CHECKING:
     from .model_card import Origin
 
-MODULES = "sentence_transformers.models"
 FORMATS = "sentence-transformers", "onnx"
 SHARD = 5_000_000_000  # Bytes of the largest file of weights, like transformers.
 

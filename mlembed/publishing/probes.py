@@ -7,6 +7,7 @@ done here, and onnxruntime if there is a graph.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,22 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars, and its reports of weights that no reader uses."""
+    """Silence transformers' progress bars, and reports of weights that no reader uses and of the
+    default prompt.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    sentences = getLogger("sentence_transformers")
+    before = sentences.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    sentences.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        sentences.setLevel(before)
         if bars:
             logging.enable_progress_bar()
 
@@ -174,9 +181,10 @@ def read_by_sentence_transformers(
     model.max_seq_length = limit
 
     def read(texts: list[str], prompt: str, name: str | None) -> np.ndarray:
-        by_name = {"prompt_name": name} if name else {"prompt": prompt}
         # The default prompt, or none, is for texts for which nobody asks for one.
-        return model.encode(texts, show_progress_bar=False, **({} if name == default else by_name))
+        by_name: dict[str, Any] = {"prompt_name": name} if name else {"prompt": prompt}
+        options = {} if name == default else by_name
+        return model.encode(texts, show_progress_bar=False, **options)
 
     return read
 
