@@ -89,7 +89,16 @@ def main(
         f"layers {' '.join(map(str, keep))} of {depth}, width {width} of {cfg.hidden_size}, mlp "
         f"{ffn} of {cfg.intermediate_size}, by {by}: {now:,} parameters of {before:,}"
     )
-    words = [model, out.name, "--keep-layers", *keep, "--width", width, "--ffn", ffn]
+    words = [
+        model_card.shown(model),
+        out.name,
+        "--keep-layers",
+        *keep,
+        "--width",
+        width,
+        "--ffn",
+        ffn,
+    ]
     if data:
         shown = map(model_card.shown, data)
         words += ["--data", *shown, "--texts", texts, "--seed", seed]
