@@ -89,19 +89,9 @@ def main(
         f"layers {' '.join(map(str, keep))} of {depth}, width {width} of {cfg.hidden_size}, mlp "
         f"{ffn} of {cfg.intermediate_size}, by {by}: {now:,} parameters of {before:,}"
     )
-    words = [
-        model_card.shown(model),
-        out.name,
-        "--keep-layers",
-        *keep,
-        "--width",
-        width,
-        "--ffn",
-        ffn,
-    ]
-    if data:
-        shown = map(model_card.shown, data)
-        words += ["--data", *shown, "--texts", texts, "--seed", seed]
+    source, *files = (model_card.shown(path) for path in (model, *data))
+    words = [source, out.name, "--keep-layers", *keep, "--width", width, "--ffn", ffn]
+    words += ["--data", *files, "--texts", texts, "--seed", seed] if files else []
     origin = model_card.find_origin(model).derived(f"Pruned to {what}.", ["prune", *words])
     report = export(pruned, out, source=origin)
     print(f"{out}: {what}")

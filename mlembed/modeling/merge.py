@@ -144,7 +144,7 @@ def shapes_and_serving(
 
     Args:
         pooling: of that directory, if it does not say it.
-        say: gets a line for each setting that another directory has and the merge has not.
+        say: gets a line for each setting in which another directory differs.
 
     Raises:
         ValueError: configurations that differ beyond nesting, with the directories and keys.

@@ -1,11 +1,11 @@
-"""How a model serves texts, beside its weights and tokenizer: read from a directory and written.
+"""Settings of a model that serves texts: length, prompts, width. Read from a directory, written.
 
 The settings are those that sentence-transformers keeps in two files of a directory. A training
 checkpoint has the two files as well, so that every command serves it like the finished model.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..data import tokenizer
 from . import sentence_files
 
 MODULES = "sentence_transformers.models"
+ROLES = {"query": "", "document": ""}
 LENGTH, SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.json"
 
 
@@ -47,11 +48,16 @@ class Serving:
                 "model_type": "SentenceTransformer",
                 "__version__": versions,
                 # MTEB asks for these two by name; text-embeddings-inference reads strings only.
-                "prompts": {"query": "", "document": ""} | self.prompts,
+                "prompts": ROLES | self.prompts,
                 "default_prompt_name": self.default_prompt_name,
                 "similarity_fn_name": self.similarity,
             },
         }
+
+
+def of(encoder: Any) -> Serving:
+    """Return the settings of an encoder, which has fields of the same names."""
+    return Serving(**{one.name: getattr(encoder, one.name) for one in fields(Serving)})
 
 
 def read(directory: Path, cfg: config.Model) -> Serving:
@@ -63,9 +69,11 @@ def read(directory: Path, cfg: config.Model) -> Serving:
     """
     most = cfg.max_position_embeddings
     files = sentence_files.read(directory, cfg.hidden_size)
+    # In sentence-transformers a default prompt is for neither queries nor documents.
+    roles = {} if files.default_prompt_name is None else ROLES
     return Serving(
         min(tokenizer.max_length(directory) or most, most),
-        files.prompts,
+        roles | files.prompts,
         files.default_prompt_name,
         files.width,
         files.normalize,

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from ..data import tokenizer
 from ..inference.encoder import Encoder
-from ..modeling import pretrained
-from ..modeling.serving import MODULES
+from ..modeling import pretrained, serving
 from ..runtime import files
 from . import probes, to_onnx
 
@@ -166,10 +165,10 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
     }
     contents: dict[str, Any] = {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"{MODULES}.{name}"}
+            {"idx": i, "name": str(i), "path": path, "type": f"{serving.MODULES}.{name}"}
             for i, (path, name) in enumerate(modules)
         ],
-        **encoder.serving.files(),
+        **serving.of(encoder).files(),
         "1_Pooling/config.json": {
             "word_embedding_dimension": cfg.hidden_size,
             **{f"pooling_mode_{mode}": on for mode, on in pooling.items()},

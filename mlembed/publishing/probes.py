@@ -154,7 +154,7 @@ def noise(
     return 4 * error if error < 1e-3 else 0.0
 
 
-# ---- readers: functions of texts, a prompt and its name, which is None for no prompt ----
+# ---- readers: functions of texts, a prompt and its name, None without a prompt ----
 
 
 def read_by_sentence_transformers(

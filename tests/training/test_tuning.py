@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from mlembed import config
 from mlembed.inference.encoder import Encoder
-from mlembed.modeling import hf_config
+from mlembed.modeling import hf_config, serving
 from mlembed.modeling.serving import Serving
 from mlembed.publishing.export import export
 from mlembed.training import setup
@@ -64,7 +64,7 @@ def test_one_line_says_how_the_model_serves(source, tuned):
 def test_every_command_serves_it_like_the_source(source, tuned, place):
     encoder = Encoder.load(str(tuned[0] / place), "cpu")
     before = Encoder.load(str(source), "cpu")
-    assert encoder.serving == before.serving
+    assert serving.of(encoder) == serving.of(before)
     assert encoder.max_length == 24 and encoder.encode(TEXTS).shape == (4, 16)
     assert encoder.model.cfg.pooling == "cls"
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_serves_like_its_checkpoint(source, tuned, tmp_path):
     run = config.load(tuned[0] / "config.json")
     step = tuned[0] / "checkpoints" / "step_00000001"
     gone = replace(run, init=str(tmp_path / "gone"))
-    assert setup.serving_of(gone, step, run.model) == Encoder.load(str(source), "cpu").serving
+    assert setup.serving_of(gone, step, run.model) == serving.of(Encoder.load(str(source), "cpu"))
 
 
 # ---- what goes before the settings of the source ----
