@@ -265,11 +265,16 @@ def _begin(target: Path, partial: Path) -> bool:
         return False
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError("expected a new directory, got one with other files")
-    for left in target.parent.glob(".step_*.partial"):  # Left by a process that was killed.
-        shutil.rmtree(left)
+    remove_partials(target.parent)
     target.parent.mkdir(exist_ok=True)  # A run's directory that was deleted is an error.
     partial.mkdir()
     return True
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left of checkpoints; only the owner of the run may call it."""
+    for left in directory.glob(".step_*.partial"):
+        shutil.rmtree(left)
 
 
 def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
