@@ -45,7 +45,7 @@ def record(
     Args:
         read, streams: the sources, in the order of batches. evaluation: entries of `of_task`.
     """
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"name": table.name, "items": f"{len(table)} rows", "sha256": table.sha256}
         | {"options": _options(table.source, table.task)}
         for table in read
