@@ -147,14 +147,14 @@ def _qwen3_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
             f"rope_type {kind!r:.80}, sliding windows {windows}, bias "
             f"{hf.get('attention_bias')!r:.80}"
         )
-    theta = field(path, rotary, "rope_theta", float, 0.0) or field(path, hf, "rope_theta", float, 0)
+    theta = field(path, hf, "rope_theta", float, Model.rope_theta)
     return {
         **_sizes(
             path, hf, ("vocab_size", "hidden_size"), (*SIZES, "num_key_value_heads", "head_dim")
         ),
         "style": "qwen3",
         "rms_norm_eps": field(path, hf, "rms_norm_eps", float, Model.rms_norm_eps),
-        "rope_theta": theta or 10_000.0,
+        "rope_theta": field(path, rotary, "rope_theta", float, theta),
         "causal": field(path, hf, "is_causal", bool, True),
     }
 

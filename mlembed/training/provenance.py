@@ -17,7 +17,7 @@ import numpy as np
 from .. import config
 from ..data import sources
 from ..data.batches import weights_of
-from ..data.streams import name_of, task_of
+from ..data.streams import name_of
 from ..data.tables import Table
 from ..modeling import hf_config
 from ..runtime.cache import digest
@@ -54,7 +54,7 @@ def record(
         reading = (asdict(source.columns), source.header, source.prompt_format, run.bad_rows)
         files = sources.files_of(source)
         where = () if files else (source.path, source.subset, source.split)
-        options = _options(source, task_of(source)) | {"rows": source.rows}
+        options = _options(source, sources.task_of(source)) | {"rows": source.rows}
         total = digest("stream", sample(files), *reading, *where)
         items = f"a stream of {len(files) or 'no'} files"
         entries.append(

@@ -227,6 +227,15 @@ class StoredVectors:
         return np.asarray(self.vectors_ND[at], dtype=np.float32)
 
 
+def check_vectors(texts: Sequence[str], vectors: np.ndarray) -> None:
+    """Raise ValueError, with its text, for a vector that is zero or not finite."""
+    if (bad := bad_rows(vectors)).size:
+        raise ValueError(
+            "teacher: expected finite vectors that are not zero, got another for the text "
+            f"{texts[bad[0]][:60]!r}"
+        )
+
+
 def bad_rows(vectors: np.ndarray) -> np.ndarray:
     """Return the rows that are zero or contain NaN or infinity, of floats [N, D]: int64.
 
@@ -283,11 +292,7 @@ def store(
                 some.sort(reverse=True)
                 roles, rows, texts = zip(*some, strict=True)
                 encoded = teacher.encode(texts, queries=sum(roles)).cpu().numpy()
-                if (bad := bad_rows(encoded)).size:
-                    raise ValueError(
-                        f"teacher: expected finite vectors that are not zero, got another for the "
-                        f"text {texts[bad[0]][:60]!r}"
-                    )
+                check_vectors(texts, encoded)
                 with np.errstate(over="ignore"):
                     cast = encoded.astype(kind)
                 if bad_rows(cast).size:
