@@ -243,7 +243,8 @@ def as_saved(run: config.Run) -> dict[str, Any]:
 
 def mark_saved(directory: Path) -> None:
     """Record that the run has saved a checkpoint, so that it never begins again without one."""
-    if not (identity := _identity(directory)).get("saved"):
+    identity = _identity(directory)
+    if identity and not identity.get("saved"):
         _write_identity(directory, {**identity, "saved": True})
 
 
