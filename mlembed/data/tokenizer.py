@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from ..runtime.files import field, read_bytes, read_object
 from ..runtime.model_files import check_tokenizer
 from .formats.readers import Decoder
+from .formats.text_reader import windows
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 # Fallback spellings of special tokens: ours, BERT's, XLM-R's.
@@ -36,11 +37,20 @@ WORDS = (
 )
 SENTENCES = "sentence_bert_config.json"
 LARGEST = 500_000_000  # bytes of a tokenizer.json; the largest that is known has 35 million
-CHUNK = 8192  # texts tokenised at once; an encoding is many times the size of its ids
+# Characters of a word and of a text after which training takes the rest as another one. Its time
+# grows with the square of a word's length, and its regular expressions give up on long texts.
+LONGEST_WORD, LONGEST_TEXT = 1024, 2**20
+# Tokenising stops after this number of characters a token of the maximum length, or a text.
+A_TOKEN, A_TEXT = 128, 2**18
+# Texts, and characters, tokenised at once; an encoding is many times the size of its ids.
+CHUNK, CHARACTERS = 8192, 2**22
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens, deterministically.
+
+    Words of more than LONGEST_WORD characters (base64, DNA, minified code) and texts of more than
+    LONGEST_TEXT are learnt from in pieces.
 
     Raises:
         ValueError: fewer tokens than the 256 bytes and two special tokens.
@@ -51,12 +61,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"(?m).{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -64,7 +72,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    parts = (
+        text[begin : begin + LONGEST_TEXT]
+        for text in texts
+        for begin in range(0, len(text), LONGEST_TEXT)
+    )
+    tokenizer.train_from_iterator(parts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     return append_eos(tokenizer, EOS)
 
 
@@ -213,7 +227,8 @@ def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Write the three files from which transformers 4 and 5 make a PreTrainedTokenizerFast."""
     portable = Tokenizer.from_str(tokenizer.to_str())
     portable.no_truncation()
-    portable.save(str(directory / "tokenizer.json"))
+    # Unlike `Tokenizer.save`, this raises OSError on a full disk.
+    (directory / "tokenizer.json").write_text(portable.to_str(pretty=True), encoding="utf-8")
     names = special_tokens(tokenizer)
     config = {
         # transformers 4 does not know the newest name, `TokenizersBackend`.
@@ -233,6 +248,10 @@ def tokenize(
 ) -> list[np.ndarray]:
     """Return one int32 array a text, at most `max_length` tokens, the last of them EOS.
 
+    A text is first cut to A_TOKEN characters for each of `max_length` tokens, and to no fewer than
+    A_TEXT, so that time and memory do not grow with a text of which nearly all is cut anyway. The
+    tokens are the same, unless a tokenizer drops most of these characters, as BERT's drops spaces.
+
     Args:
         first: number of the first text, for errors.
 
@@ -240,13 +259,13 @@ def tokenize(
         ValueError: a text holds a lone surrogate, which no encoding can represent.
     """
     tokenizer.enable_truncation(max_length)
-    ids = []
-    for begin in range(0, len(texts), CHUNK):
-        chunk = list(texts[begin : begin + CHUNK])
+    longest = max(A_TEXT, A_TOKEN * max_length)
+    ids: list[np.ndarray] = []
+    for chunk in windows((text[:longest] for text in texts), CHUNK, CHARACTERS):
         try:
             encodings = tokenizer.encode_batch_fast(chunk)
         except TypeError:
-            for number, text in enumerate(chunk, first + begin):
+            for number, text in enumerate(chunk, first + len(ids)):
                 Decoder().check(text, f"text {number}")
             raise
         ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
