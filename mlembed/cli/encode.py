@@ -15,6 +15,7 @@ import tyro
 
 from ..config.choices import Dtype, Invalid, Precision
 from ..config.strict import check_number
+from ..runtime.errors import printable
 from ..runtime.files import check_new
 
 
@@ -81,7 +82,7 @@ def main(
     quantise = vector_files.Quantiser(precision, stored)
     source = TextReader(input or "-", column, invalid)
     if understood := source.check():
-        print(f"{input}: {understood}", file=sys.stderr)
+        print(printable(f"{input}: {understood}"), file=sys.stderr)
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
     encoder.max_tokens = max_tokens

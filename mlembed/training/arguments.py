@@ -4,16 +4,14 @@
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
 from .. import config
 from ..config import recipes, strict
 from ..modeling import hf_config
+from ..runtime.errors import unboxed_errors
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -82,20 +80,11 @@ def _listed() -> Iterator[str]:
 
 
 def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
-    """Read the arguments with tyro, whose errors become ValueErrors of one line."""
+    """Read the arguments with tyro. ValueError for a mistake."""
     import tyro  # Benches read shapes where tyro is not installed.
 
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(config.Run, default=base, args=args, prog=prog)
-    except SystemExit as end:
-        if end.code == 0:  # --help
-            raise
-        # tyro draws a box around an error, our own ValueErrors included; keep its text.
-        words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue()).split()
-        reason = " ".join(words).split(" For full helptext")[0]
-        raise ValueError(re.sub(r"^(Value error |Error parsing \w+: )*", "", reason)) from None
+    with unboxed_errors():
+        return tyro.cli(config.Run, default=base, args=args, prog=prog)
 
 
 def _is_override(arg: str, known: Sequence[str]) -> bool:
