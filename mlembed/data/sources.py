@@ -21,6 +21,7 @@ from .. import config
 from ..config import strict
 from ..config.choices import BadRows
 from ..runtime import cache
+from ..runtime.errors import printable
 from ..runtime.files import read_json, read_yaml, save_array
 from . import tables
 from .formats import bounds, data_sets, layouts, paths, readers
@@ -149,7 +150,7 @@ def tables_of(
         raise ValueError(f"data: expected stored sources, got streams: {', '.join(streams)}")
     parts = [part for source in sources for part in read(source, bad_rows=bad_rows)]
     for table, report in parts:
-        say(f"{table.name}: {tables.describe(table, report)}")
+        say(printable(f"{table.name}: {tables.describe(table, report)}"))
     return [table for table, _ in parts]
 
 

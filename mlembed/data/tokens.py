@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..runtime import cache
+from ..runtime.errors import printable
 from ..runtime.files import read_json, save_array
 from . import tables
 from .tables import Table
@@ -132,7 +133,9 @@ def _chunks(
     closing = (mask[::-1] + [0]).index(0)
     source, queries = table.source, _queries(table)
     total = len(table.texts)
-    with tqdm(total=total, desc=f"tokens {table.name}", disable=not progress, delay=2) as bar:
+    with tqdm(
+        total=total, desc=printable(f"tokens {table.name}"), disable=not progress, delay=2
+    ) as bar:
         for begin in range(0, total, tables.CHUNK):
             chunk = list(table.texts[begin : begin + tables.CHUNK])
             prompts = [source.document_prompt] * len(chunk)
