@@ -10,7 +10,7 @@ import pytest
 
 from mlembed import config
 from mlembed.data import sources, tables
-from mlembed.data.formats import layouts, readers
+from mlembed.data.formats import layouts
 from mlembed.data.tables import StoredTexts
 from mlembed.runtime import cache
 from tests.data.samples import (

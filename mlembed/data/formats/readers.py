@@ -134,7 +134,7 @@ def _decompressed(path: Path | str, kind: str) -> io.RawIOBase:
 
 
 @contextlib.contextmanager
-def opened(path: Path | str) -> Iterator[BinaryIO]:
+def opened(path: Path | str) -> Iterator["io.BufferedReader[Any]"]:
     """Open a file for its decompressed bytes.
 
     Raises:
