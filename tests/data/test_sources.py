@@ -45,8 +45,8 @@ def test_directory(tmp_path):
 
 def test_missing_files(tmp_path):
     assert re.search(r"expected \.jsonl, .* files in .*, found none", mistake(tmp_path))
-    (tmp_path / "a.txt").write_text("{}")
-    assert re.search(r"expected \.jsonl, .*, got .*a\.txt", mistake(tmp_path / "a.txt"))
+    (tmp_path / "a.pdf").write_text("{}")
+    assert re.search(r"expected \.jsonl, .*, got .*a\.pdf", mistake(tmp_path / "a.pdf"))
 
 
 def test_empty_and_broken_parquet(tmp_path):
