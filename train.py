@@ -20,6 +20,7 @@ if __name__ == "__main__":
     with one_line_errors():
         RUN = arguments.parse(sys.argv[1:])
 
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -386,12 +387,13 @@ def finish(job: Job) -> None:
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     cwd, python = Path.cwd(), Path(sys.executable)
     python = python.relative_to(cwd) if python.is_relative_to(cwd) else python
+    command, named = f"{shlex.quote(str(python))} -m mlembed", shlex.quote(str(directory))
     out.say(
         f"model   {directory}/model: opens in sentence-transformers and transformers, "
         f"vectors within {worst:.0e}\n"
-        f'encode  {python} -m mlembed encode {directory} "Wednesday, May 4, 2050"\n'
-        f"export  {python} -m mlembed export {directory} OUT --dim {dim} --exit {exit}\n"
-        f"page    {python} -m mlembed report {directory}"
+        f'encode  {command} encode {named} "Wednesday, May 4, 2050"\n'
+        f"export  {command} export {named} OUT --dim {dim} --exit {exit}\n"
+        f"page    {command} report {named}"
     )
 
 

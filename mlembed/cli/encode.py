@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from ..config.choices import Dtype, Invalid, Pooling, Precision
+from ..config.strict import check_number
 from ..runtime.files import check_new
 
 
@@ -65,8 +66,7 @@ def main(
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
-    if max_tokens < 1:
-        raise ValueError(f"max-tokens: expected 1 or more, got {max_tokens}")
+    check_number("max-tokens", max_tokens, least=1, below=2**31)
     makes_ranges = precision in ("int8", "uint8") and ranges is None
     if makes_ranges and not out:
         raise ValueError(f"ranges: expected --ranges or --out for {precision}, got neither")

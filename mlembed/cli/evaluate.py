@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..config.choices import BadRows, Dtype, Pooling
+from ..config.strict import check_number
 from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main(
         dtype: dtype of the weights, in which the model is scored and measured.
         device: auto, cpu or cuda.
     """
+    check_number("shortlist", shortlist, least=10, below=2**31)
     if out:
         check_new(Path(out), "directory")
     from ..data.eval_tasks import Retrieval

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from ..config.choices import Pooling, PruneBy
+from ..config.strict import SEED, check_number
 from ..runtime.files import check_new
 
 
@@ -50,6 +51,8 @@ def main(
         seed: seed of the draw.
         device: auto, cpu or cuda.
     """
+    check_number("texts", texts, above=0, below=2**31)
+    check_number("seed", seed, int, **SEED)
     check_new(out, "directory")
     if shape and not (layers is width is ffn is None and not keep_layers):
         raise ValueError("shape: expected no layers, width, ffn or keep_layers with it, got some")

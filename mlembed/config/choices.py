@@ -3,6 +3,7 @@
 from typing import Literal
 
 BadRows = Literal["error", "skip"]
+CacheKind = Literal["factors", "text", "tokens"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Invalid = Literal["error", "replace"]
 Method = Literal["soup", "slerp"]

@@ -100,8 +100,8 @@ def merge(
 
 
 def check_weights(weights: Sequence[float]) -> list[float]:
-    """Return the weights. ValueError unless all are finite and 0 or more, and one is above 0."""
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
+    """Return the weights. ValueError unless all are 0..1e6, and one is at least 1e-6."""
+    if not all(0 <= w <= 1e6 for w in weights) or max(weights, default=0) < 1e-6:
         got = " ".join(map(str, weights)) or "none"
         raise ValueError(f"weights: expected numbers of 0 or more, one above 0, got {got}")
     return [float(w) for w in weights]

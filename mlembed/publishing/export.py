@@ -31,7 +31,7 @@ from torch import Tensor
 from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained, serving
-from ..runtime import files
+from ..runtime import files, model_files
 from . import probes, to_onnx
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def export(
     origin = model_card.find_origin(source) if isinstance(source, str) else source
     with files.atomic_directory(out) as partial:
         write_model(partial, encoder, dim, exit, rank)
+        model_files.check_model(partial)
         with probes.quiet():
             if "onnx" in formats:
                 to_onnx.write(partial)

@@ -39,10 +39,11 @@ from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
 from .objective.distill import Distiller
-from .objective.teacher import StoredVectors, Teacher
+from .objective.teacher import StoredVectors, Teacher, check_vectors
 from .optim import adamw, to_weights
 
 SAMPLE = 8192  # texts whose teacher's vectors give the principal axes; at least 8 a coordinate
+PROBES = 32  # texts whose vectors tell before training whether a live teacher works
 BANK, DISTILLER = "bank.", "distiller."  # prefixes of their tensors' names in a checkpoint
 
 # ---- text ----
@@ -83,8 +84,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
-            for roles in sources.roles_of(source):
-                say(f"train  {name_of(source)}: streamed; {roles.describe()}")
+            say(f"train  {name_of(source)}: {sources.describe_stream(source)}")
             continue
         for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
             tables.append(table)
@@ -221,6 +221,9 @@ def teachers(
     stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
     if stored and where.main:
         stored.check()
+    if live and text.tables:
+        texts = sample(text, PROBES, run.seed)
+        check_vectors(texts, live.encode(texts).cpu().numpy())
     source = live or stored
     width, sample_ND = source.width if source else 0, None
     # A checkpoint holds the rotation, so a resumed run needs no sample.

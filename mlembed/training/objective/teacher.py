@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ...config.choices import Pooling
 from ...data.tables import Table
 from ...modeling import hf_config, weight_checks
-from ...runtime import files
+from ...runtime import files, model_files
 
 SLICE = 8192  # texts per update of the progress bar
 MAX_TOKENS = 16_384  # encoded at once, padding included
@@ -59,7 +59,7 @@ class Teacher:
         """
         from sentence_transformers import SentenceTransformer
 
-        directory = _weights(source)
+        directory = _directory(source)
         try:
             model = SentenceTransformer(
                 directory,
@@ -177,24 +177,19 @@ def _choose_pooling(model: Any, directory: Path, pooling: Pooling | None) -> str
     return ""
 
 
-def _weights(source: str) -> str:
-    """Return the directory of a model whose weights are all in safetensors.
+def _directory(source: str) -> str:
+    """Return the directory of a model that sentence-transformers can open as data alone.
 
     Raises:
-        ValueError: the model is not found, or it or one of its modules has pickled weights, which
-            sentence-transformers would open; a weight is not finite (`weight_checks.check_file`).
+        ValueError: the model is not found, `model_files.check_model` rejects it, or a weight is not
+            finite (`weight_checks.check_file`).
     """
     try:
         directory = hf_config.resolve(source)
+        model_files.check_model(directory)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from None
-    stored = sorted(directory.rglob("*.safetensors"))
-    folders = {path.parent for path in stored}
-    pickled = {path.parent for path in directory.rglob("*.bin")} - folders
-    if not folders or pickled:
-        where = min(pickled, default=directory)
-        raise ValueError(f"teacher: expected weights in safetensors in {where}, got none")
-    for file in stored:
+    for file in sorted(directory.rglob("*.safetensors")):
         weight_checks.check_file(file)
     return str(directory)
 
@@ -235,10 +230,11 @@ class StoredVectors:
         if missing := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"teacher: expected {', '.join(missing)} in {directory}, got none")
         try:
-            prompted = bool(files.read_json(path / "teacher.json")["prompt"])
+            about = files.read_object(path / "teacher.json")
+            prompted = bool(files.field(path / "teacher.json", about, "prompt", str))
             vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
             keys = np.load(path / "keys.npy", mmap_mode="r", allow_pickle=False)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"teacher: cannot read {directory}: {error}") from None
         floats = vectors.dtype.str in ("<f2", "<f4", "<f8")
         right = keys.dtype == np.uint64 and vectors.ndim == 2 and floats
@@ -279,6 +275,15 @@ class StoredVectors:
                 f"{texts[int(lost[0])][:60]!r}"
             )
         return np.asarray(self.vectors_ND[at], dtype=np.float32)
+
+
+def check_vectors(texts: Sequence[str], vectors: np.ndarray) -> None:
+    """Raise ValueError, with its text, for a vector that is zero or not finite."""
+    if (bad := bad_rows(vectors)).size:
+        raise ValueError(
+            "teacher: expected finite vectors that are not zero, got another for the text "
+            f"{texts[bad[0]][:60]!r}"
+        )
 
 
 def bad_rows(vectors: np.ndarray) -> np.ndarray:
@@ -337,11 +342,7 @@ def store(
                 some.sort(reverse=True)
                 roles, rows, texts = zip(*some, strict=True)
                 encoded = teacher.encode(texts, queries=sum(roles)).cpu().numpy()
-                if (bad := bad_rows(encoded)).size:
-                    raise ValueError(
-                        f"teacher: expected finite vectors that are not zero, got another for the "
-                        f"text {texts[bad[0]][:60]!r}"
-                    )
+                check_vectors(texts, encoded)
                 with np.errstate(over="ignore"):
                     cast = encoded.astype(kind)
                 if bad_rows(cast).size:
