@@ -157,6 +157,8 @@ def _choose_pooling(model: Any, directory: Path, pooling: Pooling | None) -> str
         if pooling not in (stored, None):
             raise ValueError(f"pooling: expected {stored}, as {directory} says, got {pooling}")
         return ""
+    if (directory / hf_config.NESTING).is_file():
+        pooling = hf_config.with_pooling(directory, pooling, print).pooling
     if pooling is None:
         return (
             f"pooled by {mode}: nothing in {directory} says how; `mlembed export {directory} OUT "
