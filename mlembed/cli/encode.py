@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..config.choices import Dtype, Invalid, Precision
+from ..config.choices import Dtype, Invalid, Pooling, Precision
 from ..config.strict import check_number
 from ..runtime.files import check_new
 
@@ -28,6 +29,7 @@ def main(
     dim: int | None = None,
     exit: int | None = None,
     rank: int | None = None,
+    pooling: Pooling | None = None,
     prompt: str | None = None,
     prompt_name: str | None = None,
     precision: Precision = "float32",
@@ -49,6 +51,7 @@ def main(
         dim: width; full by default.
         exit: depth; full by default.
         rank: vocabulary rank; the stored rank by default.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         prompt: text to put before each text.
         prompt_name: name of a prompt of the model to put before each text.
         precision: number format of the vectors, quantised like sentence-transformers does.
@@ -83,7 +86,9 @@ def main(
     if understood := source.check():
         print(f"{input}: {understood}", file=sys.stderr)
     several = len(device) > 1
-    encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
+    where, alone = "cpu" if several else device[0], compile and not several
+    say = partial(print, file=sys.stderr)
+    encoder = Encoder.load(model, where, dtype, alone, pooling, say)
     encoder.max_tokens = max_tokens
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(

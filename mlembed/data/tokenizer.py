@@ -227,7 +227,8 @@ def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Write the three files from which transformers 4 and 5 make a PreTrainedTokenizerFast."""
     portable = Tokenizer.from_str(tokenizer.to_str())
     portable.no_truncation()
-    portable.save(str(directory / "tokenizer.json"))
+    # Unlike `Tokenizer.save`, this raises OSError on a full disk.
+    (directory / "tokenizer.json").write_text(portable.to_str(pretty=True), encoding="utf-8")
     names = special_tokens(tokenizer)
     config = {
         # transformers 4 does not know the newest name, `TokenizersBackend`.

@@ -1,11 +1,13 @@
 """Shapes read from checkpoints on disk or on the hub, and written as Hugging Face's config.json."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import config
 from ..config import Model
+from ..config.choices import Pooling
 from ..config.strict import from_dict
 from ..runtime.files import field, read_object
 from ..runtime.model_files import check_files
@@ -122,6 +124,41 @@ def _shape(path: Path, model: Model) -> Model:
     )
 
 
+def stored_pooling(directory: Path, cfg: Model) -> str | None:
+    """Return the pooling that a directory's files name, None if they do not."""
+    if (directory / NESTING).is_file():
+        return cfg.pooling
+    return sentence_files.read(directory, cfg.hidden_size).pooling
+
+
+def with_pooling(
+    directory: Path, pooling: Pooling | None, say: Callable[[str], object], key: str = "pooling"
+) -> Model:
+    """Return a directory's shape with the pooling that is asked for, if the directory names none.
+
+    Args:
+        say: gets a sentence that tells the pooling if nobody does.
+        key: the option, for messages.
+
+    Raises:
+        ValueError: another pooling than the directory's; see `from_checkpoint`.
+    """
+    cfg = from_checkpoint(directory, Model())
+    stored = stored_pooling(directory, cfg)
+    if pooling is None:
+        if stored is None:
+            say(unsaid(directory, cfg, key))
+        return cfg
+    if stored not in (pooling, None):
+        raise ValueError(f"{key}: expected {stored}, as {directory} says, got {pooling}")
+    return dataclasses.replace(cfg, pooling=pooling)
+
+
+def unsaid(directory: Path, cfg: Model, key: str) -> str:
+    """Return the sentence that tells the pooling of a directory that does not."""
+    return f"pooled by {cfg.pooling}: nothing in {directory} says how; --{key} decides"
+
+
 def _nested(sizes: tuple[int, ...], last: int) -> tuple[int, ...]:
     """Return exits or prefixes that end at `last`; () stands for the defaults."""
     if sizes[-1] == last:
@@ -147,14 +184,14 @@ def _qwen3_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
             f"rope_type {kind!r:.80}, sliding windows {windows}, bias "
             f"{hf.get('attention_bias')!r:.80}"
         )
-    theta = field(path, rotary, "rope_theta", float, 0.0) or field(path, hf, "rope_theta", float, 0)
+    theta = field(path, hf, "rope_theta", float, Model.rope_theta)
     return {
         **_sizes(
             path, hf, ("vocab_size", "hidden_size"), (*SIZES, "num_key_value_heads", "head_dim")
         ),
         "style": "qwen3",
         "rms_norm_eps": field(path, hf, "rms_norm_eps", float, Model.rms_norm_eps),
-        "rope_theta": theta or 10_000.0,
+        "rope_theta": field(path, rotary, "rope_theta", float, theta),
         "causal": field(path, hf, "is_causal", bool, True),
     }
 

@@ -72,15 +72,18 @@ class SentenceFiles:
     """Settings of a directory. Without its files: no pooling, vectors of the model's width.
 
     pooling: cls, mean, last or pooler. pooler: folder of the Dense layer with a pooler's weights.
-    width: of the vectors, None for the model's. default_prompt: goes before texts for which no
-    prompt is asked for.
+    width: of the vectors, None for the model's. default_prompt_name: prompt of texts for which none
+    is asked for. normalize: whether vectors have length one; they do where `similarity` is dot,
+    since mlembed compares by cosine.
     """
 
     pooling: str | None = None
     pooler: Path | None = None
     width: int | None = None
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
-    default_prompt: str | None = None
+    default_prompt_name: str | None = None
+    normalize: bool = True
+    similarity: str = "cosine"
 
 
 def read(directory: Path, width: int) -> SentenceFiles:
@@ -93,13 +96,20 @@ def read(directory: Path, width: int) -> SentenceFiles:
     _object(directory / "sentence_bert_config.json", TRANSFORMER)
     prompts, default = _prompts(directory, settings)
     pooling = _pooling(directory, width)
-    pooler, cut = _dense_layers(directory, width, pooling)
+    pooler, cut, normalize = _layers(directory, width, pooling)
     shorter = [n for n in (cut, settings.get("truncate_dim")) if n is not None]
     if any(type(n) is not int or not 1 <= n <= width for n in shorter):
         path = directory / "config_sentence_transformers.json"
         raise ValueError(f"{path}: truncate_dim: expected 1 to {width}, got {shorter[-1]!r:.80}")
+    similarity = settings.get("similarity_fn_name") or "cosine"
     return SentenceFiles(
-        "pooler" if pooler else pooling, pooler, min(shorter, default=None), prompts, default
+        "pooler" if pooler else pooling,
+        pooler,
+        min(shorter, default=None),
+        prompts,
+        default,
+        normalize or similarity == "dot",
+        similarity,
     )
 
 
@@ -124,7 +134,7 @@ def _check(path: Path, value: dict[str, Any], keys: dict[str, Any]) -> None:
 
 
 def _prompts(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, str], str | None]:
-    """Return prompts by name, null being an empty one, and the default prompt."""
+    """Return prompts by name, null being an empty one, and the name of the default prompt."""
     path = directory / "config_sentence_transformers.json"
     given = settings.get("prompts") or {}
     if not isinstance(given, dict) or not all(isinstance(t, str | None) for t in given.values()):
@@ -137,7 +147,7 @@ def _prompts(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, str],
             f"{path}: default_prompt_name: expected one of the prompts ({known}), got "
             f"{default!r:.80}"
         )
-    return prompts, None if default is None else prompts[default]
+    return prompts, default
 
 
 def _pooling(directory: Path, width: int) -> str | None:
@@ -156,10 +166,12 @@ def _pooling(directory: Path, width: int) -> str | None:
     return POOLINGS[named]
 
 
-def _dense_layers(
+def _layers(
     directory: Path, width: int, pooling: str | None
-) -> tuple[Path | None, int | None]:
-    """Return the folder of the layer that is a pooler, and the width that another one cuts to."""
+) -> tuple[Path | None, int | None, bool]:
+    """Return the folder of the layer that is a pooler, the width that another one cuts to, and
+    whether vectors are normalised, as they are without modules.
+    """
     path = directory / "modules.json"
     listed = modules(path) if path.exists() else []
     pooler, cut = None, None
@@ -183,7 +195,7 @@ def _dense_layers(
             raise ValueError(
                 f"{path}: expected Transformer, Pooling, at most one Dense and Normalize, got {got}"
             )
-    return pooler, cut
+    return pooler, cut, not listed or any(name == "Normalize" for _, name in listed)
 
 
 def _activation(layer: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ import importlib.metadata
 import json
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,21 @@ class Origin:
         name: of the run, or of what was loaded instead.
         checkpoint: path inside the run, for unfinished models.
         run, grid: the run's configuration and scores, {} if unknown.
+        how, command: what a command made of the model since, and the command, "" if nothing.
     """
 
     name: str = ""
     checkpoint: str = ""
     run: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
+    how: str = ""
+    command: str = ""
+
+    def derived(self, how: str, command: Sequence[object]) -> "Origin":
+        """Return the origin of what a command made of the model, which nobody has scored yet."""
+        words = ["python", "-m", "mlembed", *map(str, command)]
+        grid = {key: value for key, value in self.grid.items() if key != "cells"}
+        return replace(self, grid=grid, how=how, command=shlex.join(words))
 
 
 def find_origin(source: str) -> Origin:
@@ -128,7 +137,7 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         scores=scores((cut.dim, cut.exit, rank), origin.grid),
         sources=sources(run),
         ancestors=[(how, shown(path)) for how, path in ancestors.items() if path],
-        command=command(cut, origin, license),
+        command=origin.command or command(cut, origin, license),
         config=json.dumps(differences(run), indent=2, ensure_ascii=False),
         trained_commit=origin.grid.get("commit", NOT_RECORDED),
         export_commit=log.commit(),

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -409,7 +409,7 @@ def field(path: Path, values: dict[str, Any], key: str, kind: type, default: Any
     if not isinstance(value, kinds) or isinstance(value, bool) and kind is not bool:
         got = f"{value!r:.60}" if key in values else "none"
         raise ValueError(f"{path}: {key}: expected {KINDS_OF_VALUE[kind]}, got {got}")
-    return float(cast("float", value)) if kind is float else value
+    return float(values[key]) if kind is float else value
 
 
 def read_yaml(path: Path) -> Any:

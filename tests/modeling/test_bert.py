@@ -239,7 +239,7 @@ def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, 
     assert encoder.model.cfg.pooling == ours and encoder.max_length == 19
     theirs = read_by_sentence_transformers(tmp_path / "st")
     np.testing.assert_allclose(encoder.encode(SENTENCES), theirs, rtol=0, atol=1e-5)
-    assert export(encoder, tmp_path / "whole") < 1e-5
+    assert export(encoder, tmp_path / "whole").worst < 1e-5
     whole = read_by_sentence_transformers(tmp_path / "whole")
     np.testing.assert_allclose(whole, theirs, rtol=0, atol=1e-5)
     again = Encoder.load(str(tmp_path / "whole"), "cpu").encode(SENTENCES)

@@ -271,7 +271,9 @@ def test_pooling_of_sentence_transformers_modules(mode, pooling, checkpoint):
     types = [
         f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "LayerNorm")
     ]
-    (checkpoint / "modules.json").write_text(json.dumps([{"path": "", "type": t} for t in types]))
+    (checkpoint / "modules.json").write_text(
+        json.dumps([{"path": "1_Pooling", "type": t} for t in types])
+    )
     raises(
         checkpoint, "expected Transformer, Pooling, at most one Dense and Normalize, .*LayerNorm"
     )

@@ -24,7 +24,7 @@ class _Text:
         self.text, self.at, self.read = "", 0, 0
 
     def more(self) -> bool:
-        """Read on. Return False at the end of the file."""
+        """Read on. Return False at the end of the file. UnicodeError: invalid UTF-8."""
         data = self.file.read(max(CHUNK, len(self.text) - self.at))
         before = len(self.decoder.getstate()[0])
         try:
@@ -32,7 +32,7 @@ class _Text:
         except UnicodeDecodeError as error:
             place = self.read - before + error.start
             byte = f"byte 0x{error.object[error.start]:02x} at {place}"
-            raise ValueError(f"expected UTF-8, got {byte}") from None
+            raise UnicodeError(f"expected UTF-8, got {byte}") from None
         self.read += len(data)
         self.text, self.at = self.text[self.at :] + decoded, 0
         return bool(data)
@@ -94,5 +94,7 @@ def values(file: BinaryIO, name: str) -> Iterator[Any]:
         source.at += 1
         if source.next():
             raise ValueError("invalid JSON: expected nothing after the array, got text")
+    except UnicodeError as error:  # It may be in any of the next rows.
+        raise ValueError(f"{name}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{name}:{number}: {error}") from None

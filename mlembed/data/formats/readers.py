@@ -134,7 +134,7 @@ def _decompressed(path: Path | str, kind: str) -> io.RawIOBase:
 
 
 @contextlib.contextmanager
-def opened(path: Path | str) -> Iterator[BinaryIO]:
+def opened(path: Path | str) -> Iterator["io.BufferedReader[Any]"]:
     """Open a file for its decompressed bytes.
 
     Raises:
@@ -375,7 +375,7 @@ def _parquet(path: Path, names: Names, decoder: Decoder) -> Iterator[Row]:
             _check_parquet(file.metadata, path)
             for group in range(file.metadata.num_row_groups):
                 many = _rows_at_once(file.metadata.row_group(group))
-                for batch in file.iter_batches(many, [group], names):
+                for batch in map(_plain, file.iter_batches(many, [group], names)):
                     room -= batch.nbytes
                     if room < 0:
                         raise bounds.too_large(path)
@@ -406,6 +406,15 @@ def _rows_at_once(group: "pq.RowGroupMetaData") -> int:
     columns = map(group.column, range(group.num_columns))
     longest = max((c.total_uncompressed_size for c in columns if _is_dictionary(c)), default=1)
     return max(1, min(MANY, WIDE // max(1, longest)))
+
+
+def _plain(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    """Return a batch whose columns repeat the values of their dictionaries."""
+    import pyarrow as pa
+
+    kinds = map(pa.types.is_dictionary, batch.schema.types)
+    columns = [c.dictionary_decode() if d else c for c, d in zip(batch.columns, kinds, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _is_dictionary(column: "pq.ColumnChunkMetaData") -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...config.choices import Pooling
 from ...data.tables import Table
 from ...modeling import hf_config, weight_checks
 from ...runtime import files, model_files
@@ -33,21 +34,28 @@ class Teacher:
     """A sentence-transformers model, or a transformers model pooled as sentence-transformers does.
 
     That is the last token of a causal language model and the mean of others; see `pipeline`.
-    width: of its vectors. prompt: text before each query.
+    width: of its vectors. prompt: text before each query. note: tells the pooling of a directory
+    that does not, "" of others.
     """
 
     model: Any
     width: int
     prompt: str
+    note: str = ""
 
     @staticmethod
-    def load(source: str, prompt: str, device: torch.device) -> "Teacher":
+    def load(
+        source: str, prompt: str, device: torch.device, pooling: Pooling | None = None
+    ) -> "Teacher":
         """Load a run, a directory or a hub id, from safetensors and without code of its own.
 
         A default prompt of the model is not used, because documents have none.
 
+        Args:
+            pooling: of a directory that does not say how it is pooled.
+
         Raises:
-            ValueError: the model cannot be opened so.
+            ValueError: the model cannot be opened so, or is pooled in another way than `pooling`.
         """
         from sentence_transformers import SentenceTransformer
 
@@ -65,8 +73,9 @@ class Teacher:
             raise ValueError(f"teacher: cannot open {source}: {reason}") from None
         model.eval().requires_grad_(False)
         model.default_prompt_name = None
+        note = _choose_pooling(model, Path(directory), pooling)
         width = model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1]
-        return Teacher(model, int(width), prompt)
+        return Teacher(model, int(width), prompt, note)
 
     @property
     def pipeline(self) -> str:
@@ -125,6 +134,45 @@ class Teacher:
             batch.append(row)
         if batch:
             yield batch
+
+
+def _choose_pooling(model: Any, directory: Path, pooling: Pooling | None) -> str:
+    """Pool a model as asked, if its directory does not say how; return what to tell of it.
+
+    Raises:
+        ValueError: the directory says another pooling, or the model has no pooler.
+    """
+    from sentence_transformers.sentence_transformer import modules
+
+    place = next((i for i, module in enumerate(model) if isinstance(module, modules.Pooling)), None)
+    if place is None:  # A static model, for example, has none.
+        if pooling:
+            raise ValueError(f"pooling: expected none, as {directory} does not pool, got {pooling}")
+        return ""
+    mode = str(model[place].pooling_mode)
+    mode = "last" if mode == "lasttoken" else mode
+    if (directory / "modules.json").is_file():
+        dense = len(model) > place + 1 and isinstance(model[place + 1], modules.Dense)
+        stored = "pooler" if mode == "cls" and dense else mode
+        if pooling not in (stored, None):
+            raise ValueError(f"pooling: expected {stored}, as {directory} says, got {pooling}")
+        return ""
+    if pooling is None:
+        return (
+            f"pooled by {mode}: nothing in {directory} says how; `mlembed export {directory} OUT "
+            "--pooling ..` writes a directory that does"
+        )
+    width = model[place].embedding_dimension
+    if pooling == "pooler":
+        pooler = getattr(model[0].auto_model, "pooler", None)
+        if pooler is None:
+            raise ValueError(f"pooling: expected last, mean or cls of {directory}, got pooler")
+        weights = pooler.dense.weight.detach(), pooler.dense.bias.detach()
+        layer = modules.Dense(width, width, init_weight=weights[0], init_bias=weights[1])
+        model.append(layer.to(model.device))
+    names = {"last": "lasttoken", "pooler": "cls"}
+    model[place] = modules.Pooling(width, names.get(pooling, pooling))
+    return ""
 
 
 def _directory(source: str) -> str:
@@ -227,6 +275,15 @@ class StoredVectors:
         return np.asarray(self.vectors_ND[at], dtype=np.float32)
 
 
+def check_vectors(texts: Sequence[str], vectors: np.ndarray) -> None:
+    """Raise ValueError, with its text, for a vector that is zero or not finite."""
+    if (bad := bad_rows(vectors)).size:
+        raise ValueError(
+            "teacher: expected finite vectors that are not zero, got another for the text "
+            f"{texts[bad[0]][:60]!r}"
+        )
+
+
 def bad_rows(vectors: np.ndarray) -> np.ndarray:
     """Return the rows that are zero or contain NaN or infinity, of floats [N, D]: int64.
 
@@ -283,11 +340,7 @@ def store(
                 some.sort(reverse=True)
                 roles, rows, texts = zip(*some, strict=True)
                 encoded = teacher.encode(texts, queries=sum(roles)).cpu().numpy()
-                if (bad := bad_rows(encoded)).size:
-                    raise ValueError(
-                        f"teacher: expected finite vectors that are not zero, got another for the "
-                        f"text {texts[bad[0]][:60]!r}"
-                    )
+                check_vectors(texts, encoded)
                 with np.errstate(over="ignore"):
                     cast = encoded.astype(kind)
                 if bad_rows(cast).size:
