@@ -1,5 +1,6 @@
 """One-line errors of commands. Imports no torch, so that mistakes are answered quickly."""
 
+import errno
 import os
 import sys
 import unicodedata
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 # Characters that turn the direction of the text around them.
 TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # Error numbers of a full disk.
 
 
 def printable(text: str) -> str:
@@ -37,7 +39,10 @@ def one_line_errors() -> Iterator[None]:
     Ctrl-C exits with status 130. With MLEMBED_TRACEBACK set, errors keep their traceback.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, SafetensorError, MemoryError) as error:
@@ -46,5 +51,7 @@ def one_line_errors() -> Iterator[None]:
         reason = str(error) or "out of memory"
         if isinstance(error, OSError) and error.filename is not None:
             reason = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, OSError) and error.errno in FULL:  # Other writers name their file.
+            reason = f"standard output: {error.strerror}"
         tqdm.write(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
         sys.exit(1)
