@@ -22,9 +22,9 @@ def function(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a --dim 1e3", "--dim: expected INT, got '1e3'"),
-        ("a --top 1.0", "--top: expected INT, got '1.0'"),
-        ("a --t x", "--t: expected FLOAT, got 'x'"),
+        ("a --dim 1e3", "--dim: expected a whole number, got '1e3'"),
+        ("a --top 1.0", "--top: expected a whole number, got '1.0'"),
+        ("a --t x", "--t: expected a number, got 'x'"),
         ("a --tops 3", "Unrecognized options: --tops, 3 (near: --top)"),
         ("a --top", "Missing value for argument '--top'. Expected 1 values."),
     ],
