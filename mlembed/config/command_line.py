@@ -23,6 +23,10 @@ CHANGES = (
         r"\1: expected INT, got ",
     ),
     (r"^Error parsing (\S+): could not convert string to float: ", r"\1: expected FLOAT, got "),
+    (
+        r"^Error parsing (\S+): Could not find valid parse for arguments:",
+        r"\1: expected numbers, got",
+    ),
     (r"^(\S+): expected INT, got ", r"\1: expected a whole number, got "),
     (r"^(\S+): expected FLOAT, got ", r"\1: expected a number, got "),
     # tyro reports our own ValueErrors, too.
