@@ -50,7 +50,7 @@ def read(target: Any, args: Sequence[str], prog: str, **options: Any) -> Any:
         if end.code == 0:  # --help
             raise
         # tyro draws a box around an error.
-        text = " ".join(re.sub(r"[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue()).split())
+        text = " ".join(re.sub("[\u2500-\u257f]+|-{3,}", " ", stderr.getvalue()).split())
         for pattern, new in CHANGES:
             text = re.sub(pattern, new, text)
         raise ValueError(text) from None

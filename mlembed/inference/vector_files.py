@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config.choices import Precision
-from ..runtime.files import atomic_file, atomic_files
+from ..runtime.files import atomic_file, atomic_files, save_array
 
 HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
@@ -153,7 +153,7 @@ def save(path: Path, parts: Iterable[np.ndarray], quantise: Quantiser, width: in
                 write(part)
                 count += len(part)
         if makes_ranges and quantise.ranges is not None:
-            np.save(partial / beside(path).name, quantise.ranges)
+            save_array(partial / beside(path).name, quantise.ranges)
     rate = count / (time.perf_counter() - start)
     return f"{path}: {count} x {empty.shape[1]} {quantise.precision}, {rate:,.0f} texts/s"
 
