@@ -329,7 +329,7 @@ def store(
     kind = np.float16 if dtype == "fp16" else np.float32
     count = keys.shape[1]
     with files.atomic_directory(out) as partial:
-        np.save(partial / "keys.npy", keys)
+        files.save_array(partial / "keys.npy", keys)
         path = partial / "vectors.npy"
         vectors = np.lib.format.open_memmap(path, "w+", dtype=kind, shape=(count, teacher.width))
         with path.open("r+b") as file:
