@@ -48,7 +48,10 @@ FIRST = {
     "mlembed/training/provenance.py": "test_provenance test_resume_refusals",
     "mlembed/training/resume.py": "test_resume_refusals test_resume",
     "mlembed/training/gradcache.py": "test_gradcache test_trunk",
-    "mlembed/training/setup.py": "test_setup test_train test_resume",
+    "mlembed/modeling/hf_config.py": "test_hf_config test_pooling",
+    "mlembed/modeling/serving.py": "test_tuning test_publish test_sentence_files",
+    "mlembed/publishing/probes.py": "test_export_readers test_publish",
+    "mlembed/training/setup.py": "test_setup test_tuning test_train test_resume",
     "mlembed/training/step.py": "test_guards test_train test_resume",
     "train.py": "test_guards test_step_times test_no_wait test_gradcache test_train test_resume",
 }
