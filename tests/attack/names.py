@@ -41,7 +41,11 @@ def rows(seed: int) -> Iterator[Row]:
         )
     for label, name in CONTROL.items():
         yield refused(
-            "names", f"train --name with {label}", [*START, f"--name={name}"], ("name",), TEXT
+            "names",
+            f"train --name with {label}",
+            [*START, f"--name={name}"],
+            ("name|config.json",),
+            TEXT,
         )
     for name in PLAIN:
         yield Row("names", f"train --name {name!r}", "the same run, quoted", partial(quoted, name))
