@@ -12,7 +12,7 @@ A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*,
 
 import sys
 
-from mlembed.runtime.errors import one_line_errors
+from mlembed.runtime.errors import one_line_errors, printable
 from mlembed.training import arguments
 
 # A mistake in the arguments is answered before torch is imported, which takes seconds.
@@ -125,7 +125,7 @@ def optimise(job: Job, start: int) -> int:
     rates, logged, checks = Rates(job), start, list[guards.Check]()
     # A log file keeps every bar that a terminal overwrites.
     seconds = 0.1 if sys.stderr.isatty() else 30.0
-    options = {"desc": run.name, "disable": not where.main, "mininterval": seconds}
+    options = {"desc": printable(run.name), "disable": not where.main, "mininterval": seconds}
     trace = job.directory / f"trace_{start}.json" if where.main else None
     bar = tqdm(total=run.steps, initial=start, **options)
     with profiling.trace(run.profile, trace) as end_of_step, bar:
