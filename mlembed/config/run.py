@@ -225,7 +225,7 @@ class Run:
                     f"loss.custom_{name}: expected {len(nested)} for {nested}, got {given}"
                 )
         plain = Path(self.name).name == self.name != ".." and self.name.isprintable()
-        if not (plain and self.name):
+        if not (plain and 0 < len(self.name) <= 200):
             raise ValueError(f"name: expected a plain directory name, got {self.name!r}")
 
 
