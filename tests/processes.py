@@ -4,6 +4,7 @@
     run("-m", "mlembed", "encode", run, "a text")  as `python -m mlembed encode ..`
     run("-c", "print(1)")                       as `python -c ..`
     run(.., processes=2)                        the same command in each process of a gloo group
+    with forked("train.py", ..) as child:       a command while it runs: pid, streams, exit status
     gloo(2, function, *args)                    what function(where, *args) returns in each process
 
 A fork takes a tenth of a second where a new interpreter spends two to seven on imports. Each child
@@ -115,6 +116,50 @@ def gloo_once(size: int, function: Callable[..., Any], *args: Any) -> list:
     again whenever the parameter changes from test to test.
     """
     return gloo(size, function, *args)
+
+
+class Forked:
+    """A command while it runs. folder: with files stdout0 and stderr0."""
+
+    def __init__(self, child: Any, folder: Path) -> None:
+        self.child, self.folder, self.pid = child, folder, child.pid
+
+    def text(self, name: str = "stdout") -> str:
+        path = self.folder / f"{name}0"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, line: str, count: int = 1, seconds: float = 120) -> None:
+        """Wait until standard output holds `line` as often as `count`."""
+        end = time.monotonic() + seconds
+        while self.text().count(line) < count:
+            assert self.child.is_alive() and time.monotonic() < end, self.text("stderr")[-2000:]
+            time.sleep(0.01)
+
+    def status(self, seconds: float = 120) -> int:
+        """Wait for the end and return the exit status, negative after an unhandled signal."""
+        self.child.join(seconds)
+        assert self.child.exitcode is not None, "still running"
+        return self.child.exitcode
+
+
+@contextmanager
+def forked(
+    *argv: Any, cwd: str | Path = ROOT, env: Mapping[str, str] | None = None
+) -> Iterator[Forked]:
+    """Start `python argv..`, forked like by `run`, and kill what is left of it at the end."""
+    env = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "stdin").touch()
+        streams = tuple(str(folder / f) for f in ("stdin", "stdout0", "stderr0"))
+        what = (_command, [str(word) for word in argv], str(cwd))
+        child = _server().Process(target=_child, args=(streams, env, what))
+        child.start()
+        try:
+            yield Forked(child, folder)
+        finally:
+            _kill_session(child.pid)
+            child.join()
 
 
 @contextmanager
