@@ -50,6 +50,7 @@ LIBRARIES = [
 ]
 LIBRARIES += ["tensorboard", "torch.utils.tensorboard", "scipy.stats", "sentence_transformers"]
 LIBRARIES += ["transformers.models.qwen3.modeling_qwen3", "transformers.models.bert.modeling_bert"]
+HELD_UP = "held up"
 TIMEOUT = 900.0  # seconds, for a machine that is busy otherwise
 
 
@@ -144,15 +145,23 @@ class Forked:
 
 @contextmanager
 def forked(
-    *argv: Any, cwd: str | Path = ROOT, env: Mapping[str, str] | None = None
+    *argv: Any,
+    slow: Sequence[Any] = (),
+    cwd: str | Path = ROOT,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Forked]:
-    """Start `python argv..`, forked like by `run`, and kill what is left of it at the end."""
+    """Start `python argv..`, forked like by `run`, and kill what is left of it at the end.
+
+    Args:
+        slow: dotted name of a function, number of a call of it, and seconds that this call takes
+            longer; it prints HELD_UP first.
+    """
     env = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "stdin").touch()
         streams = tuple(str(folder / f) for f in ("stdin", "stdout0", "stderr0"))
-        what = (_command, [str(word) for word in argv], str(cwd))
+        what = (_command, [str(word) for word in argv], str(cwd), *slow)
         child = _server().Process(target=_child, args=(streams, env, what))
         child.start()
         try:
@@ -292,9 +301,11 @@ def _child(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> N
     os._exit(code or 0)
 
 
-def _command(argv: list[str], cwd: str) -> None:
-    """Do what `python argv..` does in directory `cwd`."""
+def _command(argv: list[str], cwd: str, slow: str = "", call: int = 0, seconds: float = 0) -> None:
+    """Do what `python argv..` does in directory `cwd`, with a function that is slow."""
     os.chdir(cwd)
+    if slow:
+        _hold_up(slow, call, seconds)
     warnings.filterwarnings("ignore", "'mlembed.* found in sys.modules", RuntimeWarning)
     if argv[0] == "-m":
         sys.argv, sys.path[0:0] = argv[1:], [cwd]
@@ -306,6 +317,21 @@ def _command(argv: list[str], cwd: str) -> None:
     else:
         sys.argv, sys.path[0:0] = argv, [str(Path(argv[0]).resolve().parent)]
         runpy.run_path(argv[0], run_name="__main__")
+
+
+def _hold_up(function: str, call: int, seconds: float) -> None:
+    """Make one call of a function take longer."""
+    module, _, name = function.rpartition(".")
+    real, calls = getattr(importlib.import_module(module), name), []
+
+    def held_up(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            print(HELD_UP, flush=True)
+            time.sleep(seconds)
+        return real(*args, **options)
+
+    setattr(sys.modules[module], name, held_up)
 
 
 def _function(path: str, module: str, name: str, args: tuple, folder: str) -> None:

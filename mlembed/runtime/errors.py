@@ -27,6 +27,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        process.check_stopped()
         if isinstance(error, BrokenPipeError) and process.drop_broken_streams():
             sys.exit(141)
         if not is_users(error) or os.environ.get("MLEMBED_TRACEBACK"):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 # Signals whose default is to end the process, and which people, terminals and schedulers send.
 NAMES = "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"
@@ -30,14 +30,15 @@ class _State:
 
     saves: whether the process saves its work, so that any signal ends it with status 130. since,
     number: when the first signal came, in seconds of `time.monotonic`, and which. held: whether
-    signals are only noted. quiet: whether no line tells of a signal. terminals: standard streams
-    that were terminals at the start.
+    signals are only noted. raised: whether Stopped was raised, to end the process. quiet: whether
+    no line tells of a signal. terminals: standard streams that were terminals at the start.
     """
 
     saves = False
     since: float | None = None
     number = 0
     held = False
+    raised = False
     quiet = False
     terminals: tuple[int, ...] = ()
 
@@ -55,7 +56,7 @@ def begin(saves: bool = False) -> None:
         saves: the exit status after a signal is 130, not 128 and the signal's number, and a
             standard stream whose reader is gone counts as SIGHUP, not as an error.
     """
-    _state.saves, _state.since, _state.held = saves, None, False
+    _state.saves, _state.since, _state.held, _state.raised = saves, None, False, False
     _state.quiet = int(os.environ.get("WORLD_SIZE", 1)) > 1
     for number in SIGNALS:
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -64,7 +65,7 @@ def begin(saves: bool = False) -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             _open_null(fd)
-            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", encoding="utf-8", closefd=False))
         elif saves and fd:
             setattr(sys, name, _LastingStream(getattr(sys, name)))
     _state.terminals = tuple(fd for fd in range(3) if os.isatty(fd))
@@ -88,11 +89,25 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):  # print() is not safe in a handler that interrupts print().
             os.write(2, ("\n" * bool(bars) + line).encode())
     if not _state.held:
-        raise Stopped(_status(number))
+        _raise()
+
+
+def _raise() -> NoReturn:
+    _state.raised = True
+    raise Stopped(_status(_state.number))
 
 
 def _status(number: int) -> int:
     return 130 if _state.saves else 128 + number
+
+
+def check_stopped() -> None:
+    """Raise Stopped again if it was raised: a library may have raised another error in its place.
+
+    torch.distributed.checkpoint does, for one.
+    """
+    if _state.raised:
+        _raise()
 
 
 @contextmanager
@@ -114,11 +129,12 @@ def interruptible() -> Iterator[None]:
     held, _state.held = _state.held, False
     try:
         if stopping() and not held:
-            raise Stopped(_status(_state.number))
+            _raise()
         yield
     except Stopped:
         if not held:
             raise
+        _state.raised = False
     finally:
         _state.held = held
 

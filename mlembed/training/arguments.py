@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from .. import config
 from ..config import recipes, strict
 from ..modeling import hf_config
+from ..runtime.process import Stopped
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -90,7 +91,7 @@ def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(config.Run, default=base, args=args, prog=prog)
     except SystemExit as end:
-        if end.code == 0:  # --help
+        if end.code == 0 or isinstance(end, Stopped):  # --help, or a signal
             raise
         # tyro draws a box around an error, our own ValueErrors included; keep its text.
         words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue()).split()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from mlembed import config
+from mlembed.runtime import process
 from mlembed.training import guards
 from train import guarded, settle
 
@@ -118,7 +119,7 @@ def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
     """One process knows at once; several read it in the next step, without waiting for this one."""
     job, _ = make("--log-every", 100)
     real, alone = train.guarded, job.where
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in process.SIGNALS}
 
     def guarded(job, step, feed):
         if step + 1 == at:
@@ -126,10 +127,13 @@ def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
         return real(replace(job, where=alone), step, feed)
 
     monkeypatch.setattr(train, "guarded", guarded)
+    process.begin()
     try:
         where = replace(alone, size=size)
-        assert train.optimise(replace(job, where=where), 0) == at + size - 1
+        with process.hold_signals():
+            assert train.optimise(replace(job, where=where), 0) == at + size - 1
     finally:
+        process.begin()  # forgets the signal
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert not job.unread
