@@ -40,10 +40,11 @@ from mlembed import config
 from mlembed.config import strict
 from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
+from mlembed.data.formats.layouts import SINGLE
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 from mlembed.modeling.flops import Flops, training_flops
-from mlembed.runtime import checkpoint, log, profiling, transfer
+from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
 from mlembed.training import gradcache, guards, resume, setup
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
@@ -66,10 +67,17 @@ def train(run: config.Run, where: World) -> int:
     """Train one run and return its exit status: 0 finished, 130 stopped by a signal and saved."""
     log.check_tracker(run.tracker)
     out = log.Log(Path(run.output_dir) / run.name, where.main)
+    # From before the set-up to the end, no other run writes to the directory.
+    with resume.owned(run, where, out.say) as out.check:
+        return train_owned(run, where, out)
+
+
+def train_owned(run: config.Run, where: World, out: log.Log) -> int:
+    """Train one run in a directory that it owns, and return its exit status."""
     directory, resume_from = resume.find_run(run, where, out.say)
     start = resume.step_of(resume_from)
     out.say(log.header(where.device))
-    if (directory / "model").exists():
+    if resume.is_finished(run, directory):
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, resume_from, out)
@@ -81,7 +89,11 @@ def train(run: config.Run, where: World) -> int:
     any_process(False, where)
     with process.hold_signals():
         if where.main:
-            resume.write_config(run, directory, start)
+            out.check()
+            # First, as an old model/ under a config.json of more steps would be a finished run.
+            if resume_from and start < job.run.steps:
+                resume.set_aside_end(directory, resume_from, out.say)
+            job.saver.about["run"] = resume.write_config(run, directory, start)
         out.open(run.tracker, start)
         if scored:
             out.metrics(start, "eval", scored)
@@ -89,6 +101,8 @@ def train(run: config.Run, where: World) -> int:
         with job.saver:
             done = optimise(job, start)
         stopped = any_process(process.stopping(), where)
+    for source, count in job.idle.items():
+        out.say(f"idle   source {source}: {count} batches taught nothing")
     if not stopped:
         with main_works(where, "finish"), process.interruptible():
             finish(job)
@@ -193,8 +207,8 @@ def settle(job: Job) -> bool:
         # The step left weights and moments unchanged.
         save(job, step)
     raise ValueError(
-        f"non-finite {bad} at step {step + 1}, source {source}; the weights are those "
-        "before the step. Try a lower --optim.lr, or --non-finite skip to leave such steps out"
+        f"non-finite {bad} at step {step + 1}, source {source}; "
+        f"{guards.non_finite_advice(bad, step)}"
     )
 
 
@@ -211,6 +225,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     for left in reversed(range(micro_batches)):
         with job.stages.of("data"):
             batch = next(feed).to(where.device)
+        count_idle(job, batch, step)
         if job.teacher is not None:
             assert batch.texts is not None
             with job.stages.of("teacher"):
@@ -232,6 +247,18 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         norm, check = update(job, step, losses)
     job.unread.append(check)
     return Step(losses, queries, norm, tokens, flops, check)
+
+
+def count_idle(job: Job, batch: Batch, step: int) -> None:
+    """Count a batch that teaches nothing, and say so the first time for each source."""
+    contrastive = guards.contrastive_alone(job.run) and job.bank is None
+    if contrastive and guards.teaches_nothing(batch.host):
+        job.idle[batch.source] += 1
+        if job.idle[batch.source] == 1:
+            job.out.say(
+                f"idle   step {step + 1}, source {batch.source}: texts of one group, or equal "
+                "scores, in a batch, which teaches nothing; a larger --batch-size may help"
+            )
 
 
 def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:
@@ -262,7 +289,7 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
         terms = {}
         with job.stages.of("loss"):
-            if run.distill.contrastive:
+            if run.distill.contrastive and batch.task != SINGLE:
                 terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
             if job.distiller is not None:
                 terms |= job.distiller.tables(exits_END, batch, run, where)
@@ -279,9 +306,16 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
 
 
 def save(job: Job, step: int) -> None:
-    """Write a checkpoint of all that the next step depends on; all processes call it."""
+    """Write a checkpoint of all that the next step depends on; all processes call it.
+
+    Raises:
+        ValueError: a number of it is not finite on some process. Earlier checkpoints stay.
+    """
+    job.out.check()
 
     def write_model_files(directory: Path) -> None:
+        # After a power failure no saved step may lack its line.
+        job.out.flush()
         pretrained.describe(job.run.model, directory)
         tokenizer.save(job.tokenizer, directory, job.run.max_length)
 
@@ -290,6 +324,13 @@ def save(job: Job, step: int) -> None:
         tensors |= {BANK + name: x for name, x in job.bank.state().items()}
     if job.distiller is not None:
         tensors |= {DISTILLER + name: x for name, x in job.distiller.state().items()}
+    bad = guards.bad_tensor(tensors)
+    if any_process(bad is not None, job.where):
+        raise ValueError(
+            f"checkpoint: expected finite numbers after step {step}, got others in "
+            f"{bad or 'a tensor of another process'}: continue from the last checkpoint with a "
+            "lower --optim.lr"
+        )
     job.saver.save(step, tensors, write_model_files)
 
 
@@ -340,6 +381,7 @@ def finish(job: Job) -> None:
     from mlembed.publishing.export import export
 
     run, directory, out = job.run, job.directory, job.out
+    out.check()
     if (encoder := full_encoder(job)) is None:
         return
     if job.tasks:
@@ -349,7 +391,8 @@ def finish(job: Job) -> None:
         untrained = scores[0]["tasks"] if scores else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}
         extra |= {"texts_by_language": job.languages, "device": log.device_name(job.where.device)}
-        tables.write_report(directory / "report", scored, extra)
+        with files.atomic_directory(directory / "report", replace=True) as partial:
+            tables.write_report(partial, scored, extra)
         by_kind = tables.by_kind(scored.cells[-1]["scores"], untrained)
         out.say(f"\n{scored.table()}\n\n{by_kind}")
         seconds = time.perf_counter() - began

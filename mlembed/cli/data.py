@@ -48,7 +48,9 @@ def main(
         tokens = tokenizers.load(resolve(init or tokenizer))
         length = lambda text: len(tokens.encode(text).ids)  # noqa: E731
     run = sources.expand(Run(data=data, columns=columns, header=header, eval=eval))
-    held_out = frozenset(normalise(text) for task in read_all(eval) for text in task.texts)
+    held_out = frozenset(
+        normalise(text) for task in read_all(eval, bad_rows) for text in task.texts
+    )
     names, refused = list[str](), 0
     for one in summary.summaries(run, held_out, bad_rows, length):
         if not one.error and one.name in names:

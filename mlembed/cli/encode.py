@@ -20,7 +20,7 @@ def main(
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
     input: str = "",
-    column: str = "text",
+    column: str = "",
     invalid: Invalid = "error",
     dim: int | None = None,
     exit: int | None = None,
@@ -41,7 +41,7 @@ def main(
         model: run, model directory or Hub id.
         texts: texts to encode; without them those of --input, or the lines of standard input.
         input: file of lines, or .jsonl, .json, .csv, .tsv or .parquet with a column of texts.
-        column: column of texts in a table.
+        column: column of texts in a table; by default text, after title if there is one.
         invalid: make invalid UTF-8 an error, or replace it by U+FFFD and report how many.
         dim: width; full by default.
         exit: depth; full by default.
@@ -77,7 +77,8 @@ def main(
     stored = None if ranges is None else vector_files.read_ranges(ranges)
     quantise = vector_files.Quantiser(precision, stored)
     source = TextReader(input or "-", column, invalid)
-    source.check()
+    if understood := source.check():
+        print(f"{input}: {understood}", file=sys.stderr)
     several = len(device) > 1
     encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
     encoder.max_tokens = max_tokens

@@ -5,16 +5,17 @@ mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..config.choices import Dtype
-from ..runtime.files import check_new
+from ..config.choices import BadRows, Dtype
+from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
-    from ..data.eval_sets import Task
+    from ..data.eval_tasks import Task
 
 
 def main(
@@ -29,11 +30,14 @@ def main(
     shortlist: int = 100,
     query_prompt: str | None = None,
     document_prompt: str | None = None,
+    bad_rows: BadRows = "error",
     out: str = "",
     dtype: Dtype = "float32",
     device: str = "auto",
 ) -> None:
     """Score a model over width x depth x vocabulary rank.
+
+    The exit status is 1 if vectors were not of length one, so that a task has no score.
 
     Args:
         model: run, checkpoint, model directory or Hub id.
@@ -48,13 +52,14 @@ def main(
         shortlist: documents of a query that the funnel ranks again.
         query_prompt: text to put before queries of retrieval, instead of the model's `query`.
         document_prompt: text to put before documents, instead of the model's `document`.
+        bad_rows: make a malformed row of --data an error, or skip such rows and say how many.
         out: new directory for grid.json and grid.png.
         dtype: dtype of the weights, in which the model is scored and measured.
         device: auto, cpu or cuda.
     """
     if out:
         check_new(Path(out), "directory")
-    from ..data.eval_sets import Retrieval
+    from ..data.eval_tasks import Retrieval
     from ..evaluation import tables
     from ..evaluation.grid import add_mteb, score_funnel, score_grid
     from ..inference.encoder import Encoder
@@ -62,7 +67,7 @@ def main(
     from ..runtime import log
 
     small = size_of(funnel) if funnel else None
-    tasks = _tasks(data, mteb, bool(small))
+    tasks = _tasks(data, mteb, bool(small), bad_rows)
     encoder = Encoder.load(model, device, dtype)
     cfg = encoder.model.cfg
     if mteb:
@@ -76,38 +81,45 @@ def main(
         if given is not None:
             prompts[name] = given
     progress = sys.stderr.isatty()
-    grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
-    if mteb:
-        where = Path(out) / "mteb" if out else None
-        add_mteb(encoder, model, mteb, grid, prompts, where, progress)
-    full, size = grid.cells[-1]["scores"], tables.size_name(encoder, grid.cells[-1])
-    parts = [grid.table(), tables.by_kind(full, {}, size), tables.details(full, size)]
-    parts.append(tables.prices(grid))
-    extra: dict[str, Any] = {
-        "commit": log.commit(),
-        "model": model,
-        "data": [*(data or [task.name for task in tasks]), *mteb],
-        "device": log.device_name(encoder.model.device),
-        "dtype": dtype,
-    }
-    if small:
-        extra["funnel"] = {"small": small, "shortlist": shortlist} | {
-            task.name: score_funnel(encoder, task, small, shortlist, prompts, progress, grid.cells)
-            for task in tasks
-            if isinstance(task, Retrieval)
+    with atomic_directory(Path(out)) if out else nullcontext() as partial:
+        grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
+        if mteb:
+            where = partial / "mteb" if partial else None
+            add_mteb(encoder, model, mteb, grid, prompts, where, progress)
+        full, size = grid.cells[-1]["scores"], tables.size_name(encoder, grid.cells[-1])
+        parts = [grid.table(), tables.by_kind(full, {}, size), tables.details(full, size)]
+        parts.append(tables.prices(grid))
+        extra: dict[str, Any] = {
+            "commit": log.commit(),
+            "model": model,
+            "data": [*(data or [task.name for task in tasks]), *mteb],
+            "device": log.device_name(encoder.model.device),
+            "dtype": dtype,
         }
-        parts.append(tables.funnels(extra["funnel"]))
-    print("\n\n".join(part for part in parts if part))
-    if out:
-        tables.write_report(Path(out), grid, extra)
+        if small:
+            extra["funnel"] = {"small": small, "shortlist": shortlist} | {
+                task.name: score_funnel(
+                    encoder, task, small, shortlist, prompts, progress, grid.cells
+                )
+                for task in tasks
+                if isinstance(task, Retrieval)
+            }
+            parts.append(tables.funnels(extra["funnel"]))
+        print("\n\n".join(part for part in parts if part))
+        if partial:
+            tables.write_report(partial, grid, extra)
+    grid.check()
 
 
-def _tasks(data: Sequence[str], mteb: Sequence[str], funnel: bool) -> "list[Task]":
+def _tasks(
+    data: Sequence[str], mteb: Sequence[str], funnel: bool, bad_rows: BadRows
+) -> "list[Task]":
     """Read the tasks of --data. ValueError for combinations that cannot be scored."""
-    from ..data.eval_sets import Retrieval, read_all
+    from ..data.eval_sets import read_all
+    from ..data.eval_tasks import Retrieval
     from ..evaluation.grid import load_mteb
 
-    tasks = read_all(data or (() if mteb else ("cldr",)))
+    tasks = read_all(data or (() if mteb else ("cldr",)), bad_rows)
     if shared := {task.name for task in tasks} & set(mteb):
         raise ValueError(f"mteb: expected names that differ from --data, got {', '.join(shared)}")
     if funnel and not any(isinstance(task, Retrieval) for task in tasks):

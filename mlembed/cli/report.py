@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..runtime.files import atomic_directory
+from ..runtime.files import atomic_directory, atomic_files
 
 
 def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
@@ -30,10 +30,6 @@ def main(run: Annotated[Path, tyro.conf.Positional], /, out: str = "") -> None:
             f"out: expected a directory without a report, got {earlier[0]}{more}; remove that or "
             "use --out"
         )
-    if out:
-        with atomic_directory(target) as partial:
-            figures = report_page.write(read, partial)
-    else:
-        target.mkdir(parents=True, exist_ok=True)
-        figures = report_page.write(read, target)
+    with atomic_directory(target) if out else atomic_files(paths[0]) as partial:
+        figures = report_page.write(read, partial)
     print(f"{target / 'report.html'}, and {figures} figures as SVG next to it")

@@ -8,8 +8,8 @@ from typing import Any
 class Columns:
     """Names of a source's columns by role; all empty: the names say it. Others stay unused.
 
-    Pairs need query and positive, n-way tables id, lang and text. Columns of a file without a
-    header are named by number, from 1 on.
+    Pairs need query and positive, n-way tables id, lang and text, single texts text alone. Columns
+    of a file without a header are named by number, from 1 on.
     """
 
     query: str = ""
@@ -30,12 +30,11 @@ class Columns:
     def __post_init__(self) -> None:
         if not self.given:
             return
-        nway = bool(self.id or self.lang or self.text)
-        needed = ("id", "lang", "text") if nway else ("query", "positive")
+        nway, single = bool(self.id or self.lang or self.text), self.given == {"text"}
+        needed = ("text",) if single else ("id", "lang", "text") if nway else ("query", "positive")
         if missing := [name for name in needed if not getattr(self, name)]:
             raise ValueError(f"columns.{missing[0]}: expected a column beside the others, got none")
-        odd = [f.name for f in fields(self) if getattr(self, f.name) and f.name not in needed]
-        if nway and odd:
+        if nway and (odd := [name for name in self.to_roles() if name not in needed]):
             raise ValueError(
                 f"columns.{odd[0]}: expected none beside id, lang, text, got {self.to_roles()}"
             )
@@ -43,9 +42,9 @@ class Columns:
             raise ValueError(f"columns.label: expected COLUMN=VALUE, got {self.label!r}")
 
     @property
-    def given(self) -> bool:
-        """Whether any column is named."""
-        return any(getattr(self, f.name) for f in fields(self))
+    def given(self) -> set[str]:
+        """Roles whose columns are named."""
+        return set(self.to_roles())
 
     def to_roles(self) -> dict[str, Any]:
         """Return {role: column or columns} of those that are named."""

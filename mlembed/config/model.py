@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .strict import check_rising, machine, positive
+from .strict import check_numbers, check_rising, machine, number
 
 # Exits of ML-Embed's released code; the last layer is added.
 ML_EMBED_EXITS = (1, 2, 4, 8, 16, 24, 32, 40, 48)
+# Bounds of widths and depths.
+WIDEST, DEEPEST = 2**16, 1000
 
 
 @dataclass(frozen=True)
@@ -16,35 +18,35 @@ class Model:
     style: Literal["qwen3", "bert"] = "qwen3"
     """qwen3: RMSNorm before each sublayer, rotary positions, SwiGLU, no biases. bert: LayerNorm
     after each sublayer, learned positions, GELU, biases."""
-    vocab_size: int = 8192
+    vocab_size: int = number(8192, above=0, most=2**24)
     """Number of tokens; the most that a tokenizer trained here may learn."""
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    intermediate_size: int = 768
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    layer_norm_eps: float = 1e-12
-    max_position_embeddings: int = 512
+    hidden_size: int = number(256, above=0, most=WIDEST)
+    num_hidden_layers: int = number(4, above=0, most=DEEPEST)
+    num_attention_heads: int = number(4, above=0, most=2**12)
+    num_key_value_heads: int = number(2, above=0, most=2**12)
+    head_dim: int = number(64, above=0, most=2**12)
+    intermediate_size: int = number(768, above=0, most=2**20)
+    rope_theta: float = number(10_000.0, least=1, most=1e12)
+    rms_norm_eps: float = number(1e-6, least=1e-30, most=1)
+    layer_norm_eps: float = number(1e-12, least=1e-30, most=1)
+    max_position_embeddings: int = number(512, above=0, most=2**24)
     """Length of the longest text, in tokens."""
-    position_offset: int = 0
+    position_offset: int = number(0, least=0, most=2**24)
     """Rows of a BERT's position table before position 0: 0, or 2 for RoBERTa and XLM-R."""
-    type_vocab_size: int = 2
+    type_vocab_size: int = number(2, above=0, most=2**16)
     """Rows of a BERT's segment table, whose first row is added to every token."""
     causal: bool = True
     """Each token attends only to earlier tokens (like Qwen3), otherwise to the whole text."""
     pooling: Literal["last", "mean", "cls", "pooler"] = "last"
     """Embedding of a text: its last token (EOS), the mean of all tokens, the first token ([CLS]),
     or BERT's pooler, tanh of a dense layer over the first token."""
-    exits: tuple[int, ...] = ()
+    exits: tuple[int, ...] = number((), above=0, most=DEEPEST)
     """Depths at which texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, .. all."""
-    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_dims: tuple[int, ...] = number((), above=0, most=WIDEST)
     """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = number((), above=0, most=WIDEST)
     """Nested ranks of the vocabulary U[:, :r] W[:r]; the last is stored. Empty: a plain table."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Dropout of the outputs of attention and of the MLP, in training."""
     attention: Literal["auto", "triton", "sdpa", "varlen", "flash_attn", "xformers"] = machine(
         "auto"
@@ -52,9 +54,7 @@ class Model:
     """Backend of attention. auto: our Triton kernel on CUDA, torch elsewhere."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-            positive(f"model.{name}", getattr(self, name))
-        positive("model.intermediate_size", self.intermediate_size)
+        check_numbers(self, "model.")
         L, D = self.num_hidden_layers, self.hidden_size
         if not self.exits:
             exits = tuple(x for x in ML_EMBED_EXITS if x < L) + (L,)
@@ -80,8 +80,6 @@ class Model:
                 "model.num_key_value_heads: expected a divisor of num_attention_heads "
                 f"{self.num_attention_heads}, got {self.num_key_value_heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout: expected 0..1 (1 excluded), got {self.dropout}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim: expected an even number, got {self.head_dim}")
         if self.style == "bert":
@@ -90,7 +88,6 @@ class Model:
             raise ValueError("model.pooling: expected last, mean or cls without style bert")
 
     def _check_bert(self) -> None:
-        positive("model.type_vocab_size", self.type_vocab_size)
         heads = self.num_attention_heads
         if self.causal:
             raise ValueError("model.causal: expected False with style bert, got True")

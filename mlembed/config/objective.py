@@ -3,39 +3,46 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .strict import machine, positive
+from .model import DEEPEST
+from .strict import check_numbers, machine, number
+
+# Bounds of temperatures: cosines are divided by them, in fp32, and above them softmaxes are flat.
+TEMPERATURE = {"least": 1e-4, "most": 100}
+# Bounds of the weights of terms.
+WEIGHT = {"least": 0, "most": 1e6}
+LEAST = 1e-6  # Terms whose weights are all below it would teach nothing.
 
 
 @dataclass(frozen=True)
 class Loss:
     """The 3D objective: sum over exits and prefixes of w_e w_m loss_em, weights summing to one."""
 
-    temperature: float = 0.05
+    temperature: float = number(0.05, **TEMPERATURE)
     """Temperature of sources without their own."""
     directions: Literal["query_to_doc", "symmetric", "gte"] = "symmetric"
     """Softmax of retrieval: over documents; the mean of that and one over queries; or GTE's single
     softmax over both, over pairs of queries and pairs of documents (arXiv 2308.03281, 3.1)."""
     count_positive_twice: bool = True
     """Count the positive in both sums that hold it, like the formula in GTE's paper."""
-    margin: float = 0.0
+    margin: float = number(0.0, least=0, below=2)
     """Subtracted from the positives' cosines of bitext (LaBSE, arXiv 2007.01852: 0.3)."""
     hard_negatives: Literal["shared", "own", "separate"] = "shared"
     """Hard negatives of retrieval and bitext. shared: candidates of all queries of the batch; own:
     of their own query, in one softmax with the batch's positives; separate: of their own query, in
     a second softmax whose loss is added (ML-Embed's released code)."""
-    num_negatives: int = 7
+    num_negatives: int = number(7, least=0, most=2**16)
     """Hard negatives drawn for a row, if the data has any; ML-Embed's numbers for each task."""
-    clustering_negatives: int = 9
-    classification_negatives: int = 1
+    clustering_negatives: int = number(9, least=0, most=2**16)
+    classification_negatives: int = number(1, least=0, most=2**16)
     exit_weights: Literal["uniform", "depth", "inverse", "log", "custom"] = "uniform"
     """w_e of an exit of depth l: equal (ML-Embed); proportional to l; 1 / l (2DMSE, 2402.14776 v1)
     or 1 / (1 + ln(1 + l)) (ESE, its v3), for all exits but the last, which weighs 1; or
     `custom_exit_weights`."""
-    custom_exit_weights: tuple[float, ...] = ()
+    custom_exit_weights: tuple[float, ...] = number((), **WEIGHT)
     matryoshka_weights: Literal["uniform", "ml-embed", "custom"] = "uniform"
     """w_m of a prefix. uniform: equal; ml-embed: 1 / (n sqrt(D / d)), n counting down from the full
     width; custom: `custom_matryoshka_weights`."""
-    custom_matryoshka_weights: tuple[float, ...] = ()
+    custom_matryoshka_weights: tuple[float, ...] = number((), **WEIGHT)
     normalise_weights: bool = True
     """Scale the weights to sum to one. Otherwise the rules above give them, except that `uniform`
     stays a mean over exits, like in ML-Embed: the scale of the published losses."""
@@ -45,32 +52,25 @@ class Loss:
     negatives_across: Literal["gather", "ring"] = machine("gather")
     """Exchange candidates between processes all at once, or in a ring, in which a process holds its
     own candidates and those of two others at most (in use, and arriving)."""
-    memory_bank: int = 0
+    memory_bank: int = number(0, least=0, most=2**31)
     """Number of documents of earlier steps, of the same source, that are further negatives (MoCo's
     queue, arXiv 1911.05722), without gradient. Holds the newest whole micro-batches."""
     bank_on: Literal["device", "host"] = machine("device")
     """Memory of the bank; pinned host memory is copied micro-batch by micro-batch."""
 
     def __post_init__(self) -> None:
-        positive("loss.temperature", self.temperature)
-        if self.memory_bank < 0:
-            raise ValueError(f"loss.memory_bank: expected 0 or more, got {self.memory_bank}")
+        check_numbers(self, "loss.")
         if self.memory_bank and self.ranks == "all":
             raise ValueError("loss.ranks: expected sampled with a memory bank, got all")
-        for name in ("num_negatives", "clustering_negatives", "classification_negatives"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("exit_weights", "matryoshka_weights"):
             given = getattr(self, f"custom_{name}")
-            if (getattr(self, name) == "custom") != bool(given) or any(w < 0 for w in given):
+            if (getattr(self, name) == "custom") != bool(given):
                 raise ValueError(
-                    f"loss.custom_{name}: expected numbers of 0 or more with loss.{name} custom "
-                    f"and no numbers otherwise, got {given} with {getattr(self, name)}"
+                    f"loss.custom_{name}: expected numbers with loss.{name} custom and no numbers "
+                    f"otherwise, got {given} with {getattr(self, name)}"
                 )
-            if given and not sum(given) > 0:
+            if given and max(given) < LEAST:
                 raise ValueError(f"loss.custom_{name}: expected one above 0, got {given}")
-        if not 0 <= self.margin < 2:
-            raise ValueError(f"loss.margin: expected 0..2 (2 excluded), got {self.margin}")
         if self.directions == "gte" and (self.negatives_across == "ring" or self.memory_bank):
             raise ValueError(
                 "loss.directions: expected query_to_doc or symmetric with a ring or a memory bank, "
@@ -82,33 +82,21 @@ class Loss:
 class Optim:
     """AdamW; the rate warms up linearly, then falls to `min_lr_ratio` of itself."""
 
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.05
+    lr: float = number(2e-3, least=1e-12, most=10)
+    min_lr_ratio: float = number(0.05, least=0, most=1)
     schedule: Literal["cosine", "linear"] = "cosine"
-    warmup_ratio: float = 0.05
+    warmup_ratio: float = number(0.05, least=0, most=1)
     """Share of the steps; `warmup_steps`, if it is above 0, takes precedence."""
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    warmup_steps: int = number(0, least=0, most=10**8)
+    betas: tuple[float, float] = number((0.9, 0.98), least=0, below=1)
+    eps: float = number(1e-8, least=1e-30, most=1)
+    weight_decay: float = number(0.01, least=0, most=10)
+    max_grad_norm: float = number(1.0, least=1e-12, most=1e9)
     weights: Literal["fp32", "bf16"] = "fp32"
     """fp32 master weights, or matrices in bf16 alone, rounded stochastically after each step."""
 
     def __post_init__(self) -> None:
-        positive("optim.lr", self.lr)
-        positive("optim.max_grad_norm", self.max_grad_norm)
-        positive("optim.eps", self.eps)
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps: expected 0 or more, got {self.warmup_steps}")
-        if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
-                "optim: expected weight_decay of 0 or more and betas in 0..1 (1 excluded), "
-                f"got {self.weight_decay} and {self.betas}"
-            )
-        for name in ("min_lr_ratio", "warmup_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name}: expected 0..1, got {getattr(self, name)}")
+        check_numbers(self, "optim.")
 
 
 @dataclass(frozen=True)
@@ -126,8 +114,8 @@ class Distill:
     """Directory of a teacher's vectors, written by `mlembed teacher`, instead of `teacher`."""
     prompt: str = ""
     """Text before each query of the teacher; its documents have no prompt."""
-    contrastive: float = 1.0
-    features: float = 0.0
+    contrastive: float = number(1.0, **WEIGHT)
+    features: float = number(0.0, **WEIGHT)
     """Mean squared difference of the vectors' coordinates."""
     feature_form: Literal["raw", "normalised", "ml-embed"] = "raw"
     """The vectors as they are; normalised; or the distillation of ML-Embed's released code: at
@@ -135,22 +123,22 @@ class Distill:
     align: Literal["truncate", "pca", "projection"] = "truncate"
     """Compare a prefix of width d with the teacher's first d coordinates (ML-Embed), with its
     first d principal components, or in the teacher's space, by d columns of a learnt matrix."""
-    logits: float = 0.0
+    logits: float = number(0.0, **WEIGHT)
     """Difference of the cosines of queries and documents, student's and teacher's."""
     logit_form: Literal["mse", "kl"] = "mse"
-    teacher_temperature: float = 0.05
+    teacher_temperature: float = number(0.05, **TEMPERATURE)
     """Temperature of the teacher's softmax with kl."""
     exits: Literal["last", "all"] = "last"
     """Exits at which `features` and `logits` apply."""
-    between_exits: float = 0.0
+    between_exits: float = number(0.0, **WEIGHT)
     """Weight of `logits` from every other exit to the last, at full width, without its gradient."""
 
     def __post_init__(self) -> None:
-        terms = ("contrastive", "features", "logits", "between_exits")
-        if min(getattr(self, name) for name in terms) < 0 or self.learns == 0:
+        check_numbers(self, "distill.")
+        if self.learns < LEAST:
+            terms = ("contrastive", "features", "logits", "between_exits")
             given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
             raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
-        positive("distill.teacher_temperature", self.teacher_temperature)
         if self.feature_form == "ml-embed" and self.align != "truncate":
             raise ValueError(
                 f"distill.align: expected truncate with feature_form ml-embed, got {self.align}"
@@ -184,17 +172,16 @@ TASKS = ("retrieval", "clustering", "classification", "bitext", "sts")
 class Depth:
     """How deep each group, a query with its documents, runs in training (layer-skip training)."""
 
-    exits: tuple[int, ...] = ()
+    exits: tuple[int, ...] = number((), above=0, most=DEEPEST)
     """Depths to leave at, some of model.exits, the last = all layers. Empty: all run to the end."""
-    shares: tuple[float, ...] = ()
+    shares: tuple[float, ...] = number((), least=0, most=1)
     """How much of a batch's tokens leaves at each, summing to one. Empty: equal shares."""
-    layer_dropout: float = 0.0
+    layer_dropout: float = number(0.0, least=0, below=1)
     """A text skips layer l of 0..L-1 with probability layer_dropout * (2^(l / (L-1)) - 1), as in
     LayerSkip's fine-tuning (arXiv 2404.16710)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.layer_dropout < 1:
-            raise ValueError(f"depth.layer_dropout: expected 0..1, got {self.layer_dropout}")
+        check_numbers(self, "depth.")
         if self.shares and len(self.shares) != len(self.exits):
             raise ValueError(
                 f"depth.shares: expected one for each of depth.exits {self.exits}, "

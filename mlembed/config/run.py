@@ -11,8 +11,17 @@ from ..runtime.files import read_json
 from .choices import BadRows
 from .columns import Columns
 from .model import Model
-from .objective import Depth, Distill, Loss, Optim
-from .strict import check_rising, flat_keys, from_dict, machine, positive
+from .objective import TEMPERATURE, Depth, Distill, Loss, Optim
+from .strict import (
+    SEED,
+    check_number,
+    check_numbers,
+    check_rising,
+    flat_keys,
+    from_dict,
+    machine,
+    number,
+)
 
 
 @dataclass(frozen=True)
@@ -25,16 +34,16 @@ class Source:
     """Name in logs and in the seed of its draws. Empty: that of the file or directory."""
     task: Literal["auto", "retrieval", "clustering", "classification", "bitext", "sts"] = "auto"
     """Selects the loss. auto: bitext for n-way tables and parallel files, retrieval otherwise."""
-    weight: float = 1.0
+    weight: float = number(1.0, least=0, most=1e12)
     """Share of the batches with `sampling` weights, relative to the other sources."""
-    cap: int = 0
+    cap: int = number(0, least=0, most=10**15)
     """Number of items to choose at random; 0: all."""
     prompt: str = ""
     """Text before each query, e.g. "Instruct: Find the answer\\nQuery: "."""
     document_prompt: str = ""
-    temperature: float = 0.0
+    temperature: float = number(0.0, least=0, most=TEMPERATURE["most"])
     """0: that of the loss."""
-    num_negatives: int = -1
+    num_negatives: int = number(-1, least=-1, most=2**16)
     """-1: that of the task."""
     corpus: str = ""
     """File with the documents (_id or doc_id, text [, title]) that rows name by their ids."""
@@ -49,7 +58,7 @@ class Source:
     split: str = "train"
     streaming: bool = False
     """Read batch by batch, instead of storing and shuffling the whole source."""
-    rows: int = 0
+    rows: int = number(0, least=0, most=10**15)
     """Number of rows of a stream, for `sampling` alpha and exhaust."""
 
     def __post_init__(self) -> None:
@@ -58,11 +67,9 @@ class Source:
         if self.prompt_format.count("{}") != 2:
             got = repr(self.prompt_format)
             raise ValueError(f"source {self.path}: prompt_format: expected {{}} twice, got {got}")
-        for name in ("weight", "temperature", "cap", "rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"source {self.path}: {name}: expected 0 or more, got {getattr(self, name)}"
-                )
+        check_numbers(self, f"source {self.path}: ")
+        if self.temperature:
+            check_number(f"source {self.path}: temperature", self.temperature, float, **TEMPERATURE)
 
 
 @dataclass(frozen=True)
@@ -97,25 +104,25 @@ class Run:
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
     distill: Distill = field(default_factory=Distill)
-    steps: int = 1000
+    steps: int = number(1000, above=0, most=10**8)
     """Optimiser steps."""
-    epochs: float = 0.0
+    epochs: float = number(0.0, least=0, most=1e6)
     """Passes over the items, instead of `steps`, if above 0."""
-    batch_size: int = 128
+    batch_size: int = number(128, above=0, most=2**24)
     """Pairs of a micro-batch over all processes; each is a negative of all other pairs."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = number(1, above=0, most=10**6)
     """Micro-batches of a step. Their gradients are averaged; they do not share negatives."""
-    max_length: int = 64
+    max_length: int = number(64, least=2, most=2**24)
     """Tokens of a text, EOS included; longer texts are cut and keep EOS."""
-    pack_tokens: int = 131_072
+    pack_tokens: int = number(131_072, above=0, below=2**31)
     """Most tokens of a packed forward, queries and documents together."""
     sampling: Literal["alpha", "weights", "exhaust"] = "alpha"
     """A batch's source is drawn in proportion to pairs ** `source_alpha` (GTE, 2308.03281), to the
     weights of `sources`, or to remaining batches, until every source is used up (ML-Embed)."""
-    source_alpha: float = 0.5
+    source_alpha: float = number(0.5, least=0, most=10)
     bad_rows: BadRows = "error"
     """A malformed row stops the run with its file and line, or is skipped, counted and listed."""
-    loader_workers: int = machine(-1)
+    loader_workers: int = machine(-1, least=-1, most=1024)
     """Processes that prepare batches; -1: two on CUDA, 0 on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on devices that multiply bf16 natively, fp32 on others."""
@@ -125,7 +132,7 @@ class Run:
     activation_checkpointing: Literal["none", "block", "selective"] = machine("none")
     """Recompute in the backward nothing, every block, or as many first blocks as it takes for the
     others' activations to fit `activation_gib`, and element-wise parts of compiled blocks."""
-    activation_gib: float = machine(0.0)
+    activation_gib: float = machine(0.0, least=0, most=2**20)
     """GiB of activations of a process, with selective checkpointing or the gradient cache. 0: as
     much as a probe finds."""
     gradient_cache: bool = machine(False)
@@ -136,35 +143,31 @@ class Run:
     """A process holds the whole model, or (FSDP2) a shard of weights, gradients and moments."""
     cpu_offload: bool = machine(False)
     """Keep fsdp's shards and moments in host memory, and update them there."""
-    seed: int = 0
-    eval_every: int = 0
+    seed: int = number(0, **SEED)
+    eval_every: int = number(0, least=0, most=10**8)
     """Steps between scores of the full size; 0: score only at the end."""
-    save_every: int = 500
+    save_every: int = number(500, least=0, most=10**8)
     """Steps between checkpoints; 0: save only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, above=0, most=10**8)
     non_finite: Literal["stop", "skip"] = machine("stop")
     """Stop the run at a non-finite loss or gradient, or skip the step. Either way weights and
     moments stay unchanged, and the first bad tensor is named."""
-    log_every: int = 10
-    profile: int = machine(0)
+    log_every: int = number(10, above=0, most=10**8)
+    profile: int = machine(0, least=0, most=10**8)
     """Steps to trace after the first ones, with named ranges, for Chrome's or Perfetto's viewer;
     nsys sees the ranges, too."""
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     resume: bool = machine(False)
     """Resume from the newest intact checkpoint of the run's directory."""
     allow_changed: tuple[str, ...] = machine(())
-    """Keys that may differ from the saved configuration when resuming, e.g. `steps optim.lr`."""
+    """Keys that may differ from the saved run when resuming, e.g. `steps optim.lr`; `data.NAME` or
+    `eval.NAME` for the text of one source, `data` or `eval` for that of all."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
-            positive(name, getattr(self, name))
-        for name in ("keep_checkpoints", "pack_tokens"):
-            positive(name, getattr(self, name))
-        for name in ("eval_every", "save_every", "seed", "activation_gib", "epochs", "profile"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected 2 or more tokens, got {self.max_length}")
+        check_numbers(self)
+        # The order of all micro-batches is in memory.
+        batches = self.steps * self.gradient_accumulation_steps
+        check_number("steps * gradient_accumulation_steps", batches, most=10**9)
         if self.max_length > self.model.max_position_embeddings:
             raise ValueError(
                 "max_length: expected at most model.max_position_embeddings "
@@ -198,14 +201,18 @@ class Run:
                 "distill.between_exits: expected another term beside it for a model of one exit, "
                 f"got none, with exits {self.model.exits}"
             )
-        if odd_keys := sorted(set(self.allow_changed) - set(flat_keys(Run))):
+        keys = [key for key in self.allow_changed if not key.startswith(("data.", "eval."))]
+        if odd_keys := sorted(set(keys) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")
+        if fixed := [key for key in keys if key == "tokenizer" or key.startswith("model.")]:
+            raise ValueError(
+                f"allow_changed: expected no key of the model or its tokenizer, got "
+                f"{', '.join(fixed)}; weights have one shape, so begin a new run with another name"
+            )
         if not self.data and not self.sources:
             raise ValueError("data: expected at least one source, got none")
         if self.tokenizer and self.init:
             raise ValueError("tokenizer: expected init or tokenizer, got both")
-        if self.loader_workers < -1:
-            raise ValueError(f"loader_workers: expected -1 or more, got {self.loader_workers}")
         for name, nested in (
             ("exit_weights", self.model.exits),
             ("matryoshka_weights", self.model.matryoshka_dims),

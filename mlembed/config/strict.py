@@ -3,11 +3,23 @@
 import dataclasses
 import difflib
 import json
+import math
+import operator
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
+
+# Bounds of a number: the comparison that holds inside, and its words.
+BOUNDS = {
+    "least": (operator.ge, "{} or more"),
+    "above": (operator.gt, "more than {}"),
+    "most": (operator.le, "at most {}"),
+    "below": (operator.lt, "less than {}"),
+}
+SEED = {"least": 0, "below": 2**63}  # Bounds of seeds: torch's generators take 64 bits.
 
 
 def near(name: str, names: typing.Iterable[str]) -> str:
@@ -28,13 +40,18 @@ def flat_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def machine(default: Any) -> Any:
+def number(default: Any, **bounds: float) -> Any:
+    """Declare a field of a number, a tuple of numbers, or None, within two of BOUNDS."""
+    return field(default=default, metadata={"bounds": bounds})
+
+
+def machine(default: Any, **bounds: float) -> Any:
     """Declare a field that fits a run to a machine, so that a resumed run may change it.
 
     The next machine may lack an attention backend or a compiler, have less memory, or run another
-    number of processes.
+    number of processes. A number has `bounds`, like that of `number`.
     """
-    return field(default=default, metadata={"machine": True})
+    return field(default=default, metadata={"machine": True, "bounds": bounds})
 
 
 def to_dict(run: Any) -> dict[str, Any]:
@@ -53,7 +70,19 @@ def without_machine(run: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:
-    """Invert `to_dict`. ValueError, which begins with `where`, for unknown keys and wrong types."""
+    """Invert `to_dict`.
+
+    Raises:
+        ValueError: unknown keys, wrong types, values that the class rejects; begins with `where`.
+    """
+    try:
+        return _from_dict(cls, data, where)
+    except ValueError as error:
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(where) else f"{where}: {reason}") from None
+
+
+def _from_dict(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
     hints = typing.get_type_hints(cls)
@@ -65,7 +94,7 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
+        return _from_dict(typing.cast(type, kind), value, where)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list):
         if inner[-1] is not Ellipsis and len(value) != len(inner):
@@ -74,7 +103,12 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal and value in inner:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # Bounds reject infinity, and so an integer that is beyond all floats.
+        return (
+            float(value)
+            if abs(value) < 2**1023
+            else math.copysign(math.inf, 1 if value > 0 else -1)
+        )
     if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
         return value
     expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
@@ -99,7 +133,51 @@ def check_rising(name: str, values: Sequence[int], top: int, what: str) -> None:
         raise ValueError(f"{name}: expected at most the {what} {top}, got {values[-1]}")
 
 
-def positive(name: str, value: float) -> None:
-    """Raise ValueError unless value > 0."""
-    if not value > 0:
-        raise ValueError(f"{name}: expected more than 0, got {value}")
+# ---- numbers ----
+
+
+def check_number(name: str, value: Any, kind: type = int, **bounds: float) -> None:
+    """Check a number's type and bounds. NaN is outside of all bounds, and a bool is not a number.
+
+    Raises:
+        ValueError: another type, with `name` and the value; a number out of `bounds`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        expected = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    for bound, limit in bounds.items():
+        holds, words = BOUNDS[bound]
+        if not holds(value, limit):
+            raise ValueError(f"{name}: expected {words.format(limit)}, got {value}")
+
+
+def check_numbers(values: object, prefix: str = "") -> None:
+    """Check every number of a dataclass, whose fields `number` and `machine` declare.
+
+    Raises:
+        ValueError: as `check_number`, the name being `prefix` and the field's.
+    """
+    for name, kind, optional, bounds in numeric_fields(type(values)):
+        given = getattr(values, name)
+        if given is None and optional:
+            continue
+        for value in given if isinstance(given, tuple | list) else (given,):
+            check_number(prefix + name, value, kind, **bounds)
+
+
+def numeric_fields(cls: type) -> list[tuple[str, type, bool, dict[str, float]]]:
+    """Return name, type (int or float), whether None is allowed, and bounds of each number, and of
+    each tuple of numbers.
+
+    Raises:
+        TypeError: a number is declared without two bounds.
+    """
+    found = []
+    for f, hint in zip(fields(cls), typing.get_type_hints(cls).values(), strict=True):
+        kinds = {hint, *typing.get_args(hint)}
+        for kind in kinds & {int, float}:
+            bounds = f.metadata.get("bounds", {})
+            if len(bounds) != 2:
+                raise TypeError(f"{cls.__name__}.{f.name}: expected two bounds, got {bounds}")
+            found.append((f.name, kind, type(None) in kinds, dict(bounds)))
+    return found

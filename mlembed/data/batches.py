@@ -23,6 +23,7 @@ from .. import config
 from ..runtime.distributed import World
 from . import depth
 from .collate import Batch, collate
+from .formats.layouts import SINGLE
 from .streams import Stream, name_of
 from .tables import Table
 from .tokens import Tokens, tokenise
@@ -46,8 +47,8 @@ def sizes_of(
 ) -> list[float]:
     """Return the number of items of each source, tables first.
 
-    An n-way table of many languages holds more than its ids: it counts half its texts. A stream's
-    number is its `rows`.
+    An n-way table of many languages holds more than its ids: it counts half its texts, like single
+    texts, two of which make a group. A stream's number is its `rows`.
 
     Raises:
         ValueError: a stream without `rows`.
@@ -58,7 +59,7 @@ def sizes_of(
                 f"source {source.path}: rows: expected the stream's number of rows, for epochs or "
                 f"sampling {run.sampling}, got 0"
             )
-    sizes = [len(table.texts) / 2 if table.nway else len(table) for table in tables]
+    sizes = [len(table.texts) / 2 if table.either else len(table) for table in tables]
     return [*sizes, *(float(source.rows) for source in streams)]
 
 
@@ -98,16 +99,17 @@ def source_order(
     if run.sampling == "alpha":
         p = np.array(sizes_of(run, tables, streams)) ** run.source_alpha
     else:
-        p = np.array(_weights(run, tables, streams))
+        p = np.array(weights_of(run, tables, streams))
         if not p.sum() > 0:
             raise ValueError("sources: expected a weight above 0, got only 0")
     rng = np.random.default_rng([run.seed, ORDER])
     return rng.choice(len(p), size=total, p=p / p.sum())
 
 
-def _weights(
+def weights_of(
     run: config.Run, tables: Sequence[Table], streams: Sequence[config.Source]
 ) -> list[float]:
+    """Return the weight of each table, which shares that of its source, then of each stream."""
     items: dict[config.Source, float] = {}
     sizes = sizes_of(run, tables)
     for table, size in zip(tables, sizes, strict=True):
@@ -138,6 +140,7 @@ def num_negatives(loss: config.Loss, source: config.Source, task: str) -> int:
         "clustering": loss.clustering_negatives,
         "classification": loss.classification_negatives,
         "sts": 0,
+        SINGLE: 0,
     }
     given = source.num_negatives >= 0
     count = source.num_negatives if given else by_task.get(task, loss.num_negatives)
@@ -273,12 +276,16 @@ class Batches(Dataset[Batch]):
 
     def _from_table(self, number: int, source: int) -> Batch:
         table, tokens = self.tables[source], self.tokens[source]
-        at = self.turn[number] * self.run.batch_size + np.arange(self.run.batch_size)
+        count = self.run.batch_size * (2 if table.single else 1)
+        at = self.turn[number] * count + np.arange(count)
         epochs, places = np.divmod(at, len(table))
         items_B = np.empty_like(at)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
             items_B[of_epoch] = self._permutation(source, epoch)[places[of_epoch]]
+        if table.single:
+            groups = items_B.reshape(-1, 2).tolist()
+            return self._collate(number, groups, tokens, table.ids, table, table.texts, None)
         bounds = table.starts[items_B], table.starts[items_B + 1]
         rng = np.random.default_rng([self.run.seed, TEXTS, number])
         groups = draw_rows(table.nway, *bounds, self.negatives[source], rng)

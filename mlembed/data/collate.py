@@ -38,7 +38,8 @@ class Batch:
             documents of each process. A query has its positive's id, and texts of equal ids are
             never each other's negatives. has_negatives: bool [all queries].
     source, task, temperature: the source's name, its loss, one of `config.TASKS`, and its
-        temperature, 0 for the run's.
+        temperature, 0 for the run's. A group of task SINGLE is two single texts, which only
+        distillation compares.
     """
 
     packs: tuple[PackedBatch, ...]

@@ -9,14 +9,15 @@
     xx-en.{dev,training,test}.{xx,en,gold}         a directory in BUCC's format (`Mining`)
     un.xx-yy.{xx,yy}, pool.yy  a directory: translations to find in a pool (`Pool`)
 
-Every task has a name and `texts`, all text in it, on which nothing may be trained.
+All files may be compressed. Malformed rows of tables and of BEIR's files can be left out, which is
+a warning; files that are aligned line by line have to be whole.
 """
 
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,161 +25,40 @@ from typing import Any
 import numpy as np
 
 from ..config import Columns
+from ..config.choices import BadRows
 from . import sources
+from .eval_tasks import STS, Bitext, Mining, Part, Pool, Retrieval, Side, Task
 from .formats import beir, layouts, paths, readers
+from .formats.layouts import Report
 from .formats.roles import Roles, as_number
 
 PIVOTS = ("en", "eng", "eng_Latn", "eng-Latn")  # codes of the language that others are matched with
 UN = re.compile(r"un\.([^.-]+)-([^.-]+)\.([^.-]+)")
+TATOEBA = re.compile(r"tatoeba\.([^.]+)-eng\.([^.]+)")
 BUCC = re.compile(r"([^.-]+-[^.-]+)\.(dev|training|test)\.([^.-]+)")
 
-
-class Reread:
-    """Texts that are read from disk each time they are iterated."""
-
-    def __init__(self, read: Callable[[], Iterator[str]]) -> None:
-        self._read, self._count = read, sum(1 for _ in read())
-
-    def __iter__(self) -> Iterator[str]:
-        return self._read()
-
-    def __len__(self) -> int:
-        return self._count
-
-
-@dataclass
-class Bitext:
-    """Groups of aligned texts: (language, kind) -> int64 rows of `texts` on either side.
-
-    tatoeba: whether the languages are those of LASER's files, for which means over sets of
-    languages are published.
-    """
-
-    name: str
-    texts: list[str] = field(default_factory=list)
-    groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    tatoeba: bool = False
-
-
-@dataclass
-class STS:
-    """Scored pairs: pair i is texts[2 i], texts[2 i + 1], its score scores[i] (fp64)."""
-
-    name: str
-    texts: list[str]
-    scores: np.ndarray
-
-
-@dataclass(frozen=True)
-class Part:
-    """One split of one language: rows of `texts` on either side, and gold, int64 [pairs, 2], which
-    lists the pairs of rows within source and target that are translations.
-    """
-
-    source: slice
-    target: slice
-    gold: np.ndarray
-
-
-@dataclass
-class Mining:
-    """For each language the part that tunes a threshold and the part that is reported, which are
-    the same if only one has gold. splits: the names of both.
-    """
-
-    name: str
-    texts: list[str] = field(default_factory=list)
-    parts: dict[str, tuple[Part, Part]] = field(default_factory=dict)
-    splits: dict[str, tuple[str, str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Side:
-    """Texts of one language and their translations, to be found among all of these and the lines of
-    a pool.
-    """
-
-    queries: list[str]
-    answers: list[str]
-    pool: Path | None
-
-    def others(self) -> Iterator[str]:
-        """Yield the lines of the pool, without lines that equal an answer."""
-        known = set(self.answers)
-        return (line for line in _lines(self.pool) if line not in known) if self.pool else iter(())
-
-
-@dataclass
-class Pool:
-    """Texts by target language whose translations are to be found in a pool."""
-
-    name: str
-    sides: dict[str, Side]
-    texts: Reread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.texts = Reread(self._texts)
-
-    def _texts(self) -> Iterator[str]:
-        for side in self.sides.values():
-            yield from side.queries
-            yield from side.answers
-            yield from side.others()
-
-
-@dataclass
-class Retrieval:
-    """Queries, documents on disk, and judgements of pairs of them.
-
-    queries: those that have judgements. order_N: int64, each document's position when all are
-    sorted by id, which breaks ties. judged: int64 [judgements, 3] of query, document, relevance, by
-    rising query and document; judged documents that the corpus lacks are N, N + 1, ..
-    own_Q: int64, the document of a query's own id, or -1. It is not an answer (ArguAna's queries
-    are in its corpus).
-    """
-
-    name: str
-    queries: list[str]
-    corpus: Path
-    order_N: np.ndarray
-    judged: np.ndarray
-    own_Q: np.ndarray
-    texts: Reread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.texts = Reread(self._texts)
-
-    def documents(self) -> Iterator[str]:
-        """Yield the documents as they are encoded: title and text."""
-        return (beir.titled(title, text) for *_, title, text in beir.documents(self.corpus))
-
-    def _texts(self) -> Iterator[str]:
-        yield from self.queries
-        for *_, title, text in beir.documents(self.corpus):
-            yield beir.titled(title, text)
-            if title:  # The passage may also occur without its title.
-                yield text
-
-
-Task = Bitext | STS | Mining | Pool | Retrieval
 
 # ---- which layout ----
 
 
-def read_all(sources: Sequence[str]) -> list[Task]:
+def read_all(sources: Sequence[str], bad_rows: BadRows = "error") -> list[Task]:
     """Return all tasks of all sources.
+
+    Args:
+        bad_rows: error: the first malformed row raises. skip: such rows are left out with a
+            warning.
 
     Raises:
         ValueError: two tasks of one name, whose scores would overwrite each other; as `read`.
     """
-    tasks = [task for source in sources for task in read(source)]
+    tasks = [task for source in sources for task in read(source, bad_rows)]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"eval: expected distinct file or directory names, got {', '.join(names)}")
     return tasks
 
 
-def read(source: str) -> list[Task]:
+def read(source: str, bad_rows: BadRows = "error") -> list[Task]:
     """Return the tasks of a source: `cldr`, a directory or file of one of the layouts above, a
     directory of such files and of BEIR's directories, or one split, DIRECTORY/qrels/SPLIT.tsv.
 
@@ -190,14 +70,27 @@ def read(source: str) -> list[Task]:
         return [nway("cldr", sources.cldr_tables()[1].to_pylist())]
     path = Path(source)
     if path.is_dir():
-        return _directory(path)
-    if path.suffix == ".tsv" and path.parent.name == "qrels" and path.is_file():
-        return [retrieval(path.parents[1], path.stem)]
+        return _directory(path, bad_rows)
+    if path.parent.name == "qrels" and path.is_file():
+        return [retrieval(path.parents[1], paths.stem_of(path), bad_rows)]
     (path,) = paths.files_of(source)
-    return [_table(path)]
+    return [_table(path, bad_rows)]
 
 
-def _table(path: Path) -> Task:
+def _report(name: str, bad_rows: BadRows) -> Report:
+    return Report(name, skip=bad_rows == "skip")
+
+
+def _warn(report: Report) -> None:
+    """Warn of the rows that were left out."""
+    if report.bad:
+        warnings.warn(
+            f"{report.name}: {report.bad} bad rows left out, first {report.bad_rows[0]}",
+            stacklevel=3,
+        )
+
+
+def _table(path: Path, bad_rows: BadRows) -> Task:
     """Return the task of a file of rows: scored pairs, translations by id or by column."""
     try:
         read = partial(readers.of_file, path)
@@ -206,18 +99,19 @@ def _table(path: Path) -> Task:
         reason = str(error)
         raise ValueError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from None
     name = paths.stem_of(path)
+    report = _report(name, bad_rows)
     if not roles.columns():
         for _ in readers.strict(rows):
             break
         raise ValueError(f"{path}: expected rows, found none")
     if roles.score:
-        return _sts(name, path, roles, rows)
+        return _sts(path, roles, rows, report)
     if roles.nway:
-        records = list(layouts.nway_rows(rows, roles, layouts.Report(name)))
+        records = list(layouts.nway_rows(rows, roles, report))
     elif roles.languages:
         records = [
             {"id": where, "lang": lang, "text": str(row[lang])}
-            for where, row in readers.strict(rows)
+            for where, row, _ in layouts.valid(rows, report, dict)
             for lang in roles.languages
             if readers.is_text(row.get(lang))
         ]
@@ -227,43 +121,41 @@ def _table(path: Path) -> Task:
             f"codes of languages, got {roles.describe()}"
         )
     if not records:
-        raise ValueError(f"{path}: expected rows, found none")
-    return nway(name, records)
+        raise ValueError(f"{path}: expected rows, found none{report.first_bad}")
+    task = nway(name, records, report)
+    _warn(report)
+    return task
 
 
-def _directory(path: Path) -> list[Task]:
-    if any(path.glob("tatoeba.*-*.*")):
+def _directory(path: Path, bad_rows: BadRows) -> list[Task]:
+    names = paths.by_plain_name(path)
+    if any(map(TATOEBA.fullmatch, names)):
         return [tatoeba(path)]
-    if (path / "corpus.jsonl").is_file() or (path / "queries.jsonl").is_file():
-        return [retrieval(path)]
-    names = [p.name for p in path.iterdir()]
+    if names.keys() & {"corpus.jsonl", "queries.jsonl"}:
+        return [retrieval(path, bad_rows=bad_rows)]
     if any(map(UN.fullmatch, names)):
         return [pool(path)]
     if any(map(BUCC.fullmatch, names)):
         return [mining(path)]
-    files = sorted(
-        p
-        for p in path.iterdir()
-        if paths.suffix_of(p) in paths.SUFFIXES or (p / "corpus.jsonl").is_file()
-    )
+    files = [
+        p for p in names.values() if paths.suffix_of(p) in paths.SUFFIXES or (p / "qrels").is_dir()
+    ]
     if not files:
         listed = ", ".join(paths.SUFFIXES)
         raise ValueError(
             f"eval: expected tatoeba.*, un.*, xx-en.dev.*, corpus.jsonl or {listed} in {path}, "
             "found none"
         )
-    return [task for file in files for task in read(str(file))]
+    return [task for file in files for task in read(str(file), bad_rows)]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    return (line for _, line in readers.strict(readers.lines(path)))
-
-
-def _aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
-    for path, other in ((first, second), (second, first)):
-        if not path.is_file():
-            raise ValueError(f"{other}: expected {path.name} beside it, found none")
-    a, b = list(_lines(first)), list(_lines(second))
+def _aligned(files: dict[str, Path], directory: Path, *names: str) -> tuple[list[str], list[str]]:
+    """Return the lines of two files of a directory."""
+    for name, other in (names, names[::-1]):
+        if name not in files:
+            raise ValueError(f"{directory / other}: expected {name} beside it, found none")
+    first, second = (files[name] for name in names)
+    a, b = list(readers.plain_lines(first)), list(readers.plain_lines(second))
     if len(a) != len(b) or not a:
         raise ValueError(
             f"{first}: expected as many lines as {second.name}, at least one, "
@@ -275,23 +167,24 @@ def _aligned(first: Path, second: Path) -> tuple[list[str], list[str]]:
 # ---- bitext ----
 
 
-def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
+def nway(name: str, records: Iterable[dict[str, Any]], report: Report | None = None) -> Bitext:
     """Return a task of every language against English, or against the language of most texts.
 
     Args:
-        records: rows {id, lang, text [, kind]}.
+        records: rows {id, lang, text [, kind]}. report: decides what becomes of a second text of
+            one id, language and kind; without it that is an error.
 
     Raises:
-        ValueError: two texts of one id, language and kind; no ids are shared.
+        ValueError: such a text; no ids are shared.
     """
-    task = Bitext(name)
+    task, report = Bitext(name), report or Report(name)
     places: dict[tuple[str, str, str], int] = {}
     for record in records:
         kind, lang, key = record.get("kind") or "", record["lang"], record["id"]
         if (kind, lang, key) in places:
-            raise ValueError(
-                f"{name}: expected one text of an id and language, got another of {key!r} in {lang}"
-            )
+            reason = f"expected one text of an id and language, got another of {key!r} in {lang}"
+            report.add_bad_row(name, reason)
+            continue
         places[kind, lang, key] = len(task.texts)
         task.texts.append(record["text"])
     pivot = next((p for p in PIVOTS if any(lang == p for _, lang, _ in places)), None)
@@ -312,10 +205,13 @@ def nway(name: str, records: Iterable[dict[str, Any]]) -> Bitext:
 
 def tatoeba(directory: Path) -> Bitext:
     """Read files tatoeba.xxx-eng.xxx and tatoeba.xxx-eng.eng, translations line by line."""
-    task = Bitext(directory.name, tatoeba=True)
-    for english in sorted(directory.glob("tatoeba.*-eng.eng")):
-        lang = english.name.split(".")[1].removesuffix("-eng")
-        a, b = _aligned(english.with_name(f"tatoeba.{lang}-eng.{lang}"), english)
+    task, files = Bitext(directory.name, tatoeba=True), paths.by_plain_name(directory)
+    for match in filter(None, map(TATOEBA.fullmatch, files)):
+        if match[2] != "eng":
+            continue
+        lang = match[1]
+        names = f"tatoeba.{lang}-eng.{lang}", match[0]
+        a, b = _aligned(files, directory, *names)
         first, n = len(task.texts), len(a)
         task.texts += a + b
         task.groups[lang, ""] = (first + np.arange(n), first + n + np.arange(n))
@@ -327,23 +223,25 @@ def tatoeba(directory: Path) -> Bitext:
 # ---- scored pairs ----
 
 
-def _sts(name: str, path: Path, roles: Roles, rows: Iterator[readers.Row]) -> STS:
+def _sts(path: Path, roles: Roles, rows: Iterator[readers.Row], report: Report) -> STS:
     """Return the scored pairs of a table; an empty cell is an empty text."""
-    texts, scores = list[str](), list[float]()
-    for where, row in readers.strict(rows):
+
+    def parse(row: dict[str, Any]) -> tuple[str, str, float]:
         score = as_number(row.get(roles.score))
         if score is None or not math.isfinite(score):
-            got = row.get(roles.score)
-            raise ValueError(f"{where}: {roles.score}: expected a number, got {got!r}")
-        for column in (roles.query, roles.positive):
-            text = row.get(column)
+            raise ValueError(f"{roles.score}: expected a number, got {row.get(roles.score)!r}")
+        pair = row.get(roles.query), row.get(roles.positive)
+        for column, text in zip((roles.query, roles.positive), pair, strict=True):
             if not isinstance(text, str | None):
-                raise ValueError(f"{where}: {column}: expected text, got {text!r}")
-            texts.append(text or "")
-        scores.append(score)
-    if not scores:
-        raise ValueError(f"{path}: expected rows, found none")
-    return STS(name, texts, np.array(scores))
+                raise ValueError(f"{column}: expected text, got {text!r}")
+        return pair[0] or "", pair[1] or "", score
+
+    parsed = [pair for _, _, pair in layouts.valid(rows, report, parse)]
+    if not parsed:
+        raise ValueError(f"{path}: expected rows, found none{report.first_bad}")
+    _warn(report)
+    texts = [text for *pair, _ in parsed for text in pair]
+    return STS(report.name, texts, np.array([score for *_, score in parsed]))
 
 
 # ---- mining ----
@@ -360,8 +258,8 @@ def mining(directory: Path) -> Mining:
         ValueError: a language without gold, a malformed line, two texts of one id, gold of an
             unknown id.
     """
-    task = Mining(directory.name)
-    matches = [m for p in sorted(directory.iterdir()) if (m := BUCC.fullmatch(p.name))]
+    task, files = Mining(directory.name), paths.by_plain_name(directory)
+    matches = [m for name in files if (m := BUCC.fullmatch(name))]
     for pair in sorted({m[1] for m in matches}):
         gold = {m[2] for m in matches if (m[1], m[3]) == (pair, "gold")}
         with_gold = [split for split in ("dev", "training", "test") if split in gold]
@@ -372,7 +270,7 @@ def mining(directory: Path) -> Mining:
         tuned = with_gold[0]
         reported = "test" if "test" in with_gold else with_gold[-1]
         parts = {
-            split: _part(task, directory, pair, split) for split in dict.fromkeys((tuned, reported))
+            split: _part(task, files, pair, split) for split in dict.fromkeys((tuned, reported))
         }
         lang = pair.removesuffix("-en")
         task.parts[lang] = parts[tuned], parts[reported]
@@ -380,12 +278,13 @@ def mining(directory: Path) -> Mining:
     return task
 
 
-def _part(task: Mining, directory: Path, pair: str, split: str) -> Part:
+def _part(task: Mining, files: dict[str, Path], pair: str, split: str) -> Part:
     places, slices = [], []
+    gold_file = files[f"{pair}.{split}.gold"]
     for side in pair.split("-"):
-        path = directory / f"{pair}.{split}.{side}"
-        if not path.is_file():
-            raise ValueError(f"{directory}: expected {path.name}, found none")
+        name = f"{pair}.{split}.{side}"
+        if (path := files.get(name)) is None:
+            raise ValueError(f"{gold_file.parent}: expected {name}, found none")
         first, place = len(task.texts), dict[str, int]()
         for where, (key, text) in beir.cells(path, ("id", "text")):
             if key in place:
@@ -394,14 +293,14 @@ def _part(task: Mining, directory: Path, pair: str, split: str) -> Part:
             task.texts.append(text)
         places.append(place)
         slices.append(slice(first, len(task.texts)))
-    path, gold = directory / f"{pair}.{split}.gold", []
-    for where, keys in beir.cells(path, ("id", "id")):
+    gold = []
+    for where, keys in beir.cells(gold_file, ("id", "id")):
         for key, place, side in zip(keys, places, pair.split("-"), strict=True):
             if key not in place:
                 raise ValueError(f"{where}: expected an id of {pair}.{split}.{side}, got {key!r}")
         gold.append([place[key] for key, place in zip(keys, places, strict=True)])
     if not gold:
-        raise ValueError(f"{path}: expected lines, found none")
+        raise ValueError(f"{gold_file}: expected lines, found none")
     return Part(slices[0], slices[1], np.unique(np.array(gold, dtype=np.int64), axis=0))
 
 
@@ -415,44 +314,49 @@ def pool(directory: Path) -> Pool:
         ValueError: a side is missing or differs in length.
     """
     sides: dict[str, Side] = {}
-    for match in filter(None, map(UN.fullmatch, sorted(p.name for p in directory.iterdir()))):
+    files = paths.by_plain_name(directory)
+    for match in filter(None, map(UN.fullmatch, files)):
         start, target, side = match.groups()
         if side not in (start, target):
             raise ValueError(f"{directory / match[0]}: expected .{start} or .{target} at its end")
-        first, second = (directory / f"un.{start}-{target}.{code}" for code in (start, target))
-        aligned = _aligned(first, second)
+        names = [f"un.{start}-{target}.{code}" for code in (start, target)]
+        aligned = _aligned(files, directory, *names)
         if side == target:
             if target in sides:
-                raise ValueError(f"{first}: expected one file towards {target}, got another")
-            among = directory / f"pool.{target}"
-            sides[target] = Side(*aligned, among if among.is_file() else None)
+                raise ValueError(
+                    f"{directory / names[0]}: expected one file towards {target}, got another"
+                )
+            sides[target] = Side(*aligned, files.get(f"pool.{target}"))
     return Pool(directory.name, sides)
 
 
 # ---- retrieval ----
 
 
-def retrieval(directory: Path, split: str = "") -> Retrieval:
+def retrieval(directory: Path, split: str = "", bad_rows: BadRows = "error") -> Retrieval:
     """Read BEIR's queries.jsonl, corpus.jsonl and qrels/SPLIT.tsv (beir.py).
 
     Args:
-        split: by default test, or the only split.
+        split: by default test, or the only split. bad_rows: with skip, malformed rows, second rows
+            of an id, and judgements of unknown queries and documents are left out.
 
     Raises:
-        ValueError: a file is missing, a line is malformed, two rows have one id, judgements of
-            unknown queries or of unknown documents only.
+        ValueError: a file is missing, such rows, judgements of unknown documents only.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    files = paths.by_plain_name(directory)
     for name in ("queries.jsonl", "corpus.jsonl"):
-        if not (directory / name).is_file():
+        if name not in files:
             raise ValueError(f"{directory}: expected {name}, found none")
-    corpus, path = directory / "corpus.jsonl", beir.choose_split(directory, split)
-    queries = dict(beir.by_id(directory / "queries.jsonl"))
-    place = {key: row for row, (key, _) in enumerate(beir.by_id(corpus))}
+    corpus, path = files["corpus.jsonl"], beir.choose_split(directory, split)
+    report, left_out = _report(directory.name, bad_rows), set[int]()
+    queries = dict(beir.by_id(files["queries.jsonl"], report, set()))
+    place = {key: row for row, (key, _) in enumerate(beir.by_id(corpus, report, left_out))}
     ids = list(place)
-    grades = beir.judgements(path, queries, place)
+    grades = beir.judgements(path, queries, place, report)
+    _warn(report)
     judged_queries = [key for key in queries if key in grades]
     judged = [
         [row, document, grade]
@@ -468,4 +372,5 @@ def retrieval(directory: Path, split: str = "") -> Retrieval:
         order_N,
         np.array(judged, np.int64),
         np.array([place.get(key, -1) for key in judged_queries], dtype=np.int64),
+        frozenset(left_out),
     )

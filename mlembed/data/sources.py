@@ -2,7 +2,8 @@
 
 An item is one draw. In a pair table (query, positive, optional negatives) it is a row; in an n-way
 table (id, lang, text) it is an id, all of whose texts are translations of each other, of which two
-are drawn as query and positive. roles.py knows which column is what.
+are drawn as query and positive; in a table of single texts it is a text.
+roles.py knows which column is what.
 """
 
 import functools
@@ -23,7 +24,7 @@ from ..runtime import cache
 from ..runtime.files import read_json, read_yaml
 from . import tables
 from .formats import data_sets, layouts, paths, readers
-from .formats.layouts import Corpus, Item, Report
+from .formats.layouts import SINGLE, Corpus, Item, Report
 from .formats.readers import Names, Row
 from .formats.roles import Roles
 from .tables import MIN_SCORE, Table
@@ -31,7 +32,7 @@ from .tables import MIN_SCORE, Table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 2  # of the files that `_save` writes
+VERSION = 3  # of the files that `_save` writes
 NO_IN_BATCH = "no_in_batch_neg"  # in the names of FlagEmbedding's files of classes
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 YAML = (".yaml", ".yml")
@@ -115,12 +116,7 @@ def _listed(entry: Any, mixture: Path, i: int) -> config.Source:
         raise ValueError(f"{where}: path: expected str, got {entry['path']!r}")
     if isinstance(entry, dict) and not entry.get("path"):
         raise ValueError(f"{where}: path: expected one, got none")
-    try:
-        source: config.Source = strict.from_dict(config.Source, entry, where)
-    # The error of a value out of its range does not name the file.
-    except ValueError as error:
-        reason = str(error)
-        raise ValueError(reason if where in reason else f"{where}: {reason}") from None
+    source: config.Source = strict.from_dict(config.Source, entry, where)
     beside = str(mixture.parent / source.path)
     exists = Path(beside).exists() or paths.parallel_files(beside)
     if source.path != "cldr" and (exists or paths.suffix_of(Path(beside)) in paths.SUFFIXES):
@@ -179,7 +175,7 @@ class _Part:
     def open(self, source: config.Source) -> tuple[Roles, str, Iterator[Row]]:
         """Return the roles of the columns, the task, and the rows."""
         if self.roles:
-            return self.roles, self._task(source.task, False), self.rows(None)
+            return self.roles, self._task(source.task, self.roles), self.rows(None)
         try:
             roles, task, rows = layouts.open_rows(self.rows, source.columns, source.task)
         except ValueError as error:
@@ -187,9 +183,14 @@ class _Part:
             raise ValueError(
                 reason if reason.startswith(self.where) else f"{self.where}: {reason}"
             ) from None
-        return roles, self._task(task, roles.nway), rows
+        return roles, self._task(task, roles), rows
 
-    def _task(self, task: str, nway: bool) -> str:
+    def _task(self, task: str, roles: Roles) -> str:
+        if roles.single:
+            if task != "auto":
+                raise ValueError(f"{self.where}: task: expected auto for single texts, got {task}")
+            return SINGLE
+        nway = roles.nway
         if nway and task not in ("auto", "retrieval", "bitext"):
             raise ValueError(
                 f"{self.where}: task: expected retrieval or bitext for an n-way table, got {task}"
@@ -205,7 +206,7 @@ def _parts(source: config.Source) -> list[_Part]:
     path = Path(source.path)
     if source.path == "cldr":
         return [_Part(source.name or "cldr", "cldr", _built_in)]
-    if data_sets.is_saved(path) or path.is_dir() and (source.subset or data_sets.is_clone(path)):
+    if _is_data_set(source):
         return [_data_set(source)]
     if path.exists():
         groups = paths.shards(paths.files_of(source.path))
@@ -222,6 +223,26 @@ def _parts(source: config.Source) -> list[_Part]:
             f"{source.path}, which does not exist"
         )
     return [_data_set(source)]
+
+
+def _is_data_set(source: config.Source) -> bool:
+    """Return whether the path is a directory that `datasets` reads."""
+    path = Path(source.path)
+    return data_sets.is_saved(path) or (
+        path.is_dir() and bool(source.subset or data_sets.is_clone(path))
+    )
+
+
+def files_of(source: config.Source) -> list[Path]:
+    """Return the files that a source and its corpus consist of; a Hub's data set has none."""
+    path = Path(source.path)
+    if _is_data_set(source):
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.exists():
+        files = paths.files_of(source.path)
+    else:
+        files = list(paths.parallel_files(source.path).values())
+    return [*files, *([Path(source.corpus)] if source.corpus else [])]
 
 
 def _built_in(names: Names) -> Iterator[Row]:
@@ -311,11 +332,14 @@ def _make(
     roles, task, rows = part.open(source)
     report.roles = roles.describe()
     options = (source.cap, held_out, directory)
+    if source.corpus and (roles.nway or roles.single):
+        raise ValueError(f"{part.where}: corpus: expected pairs of ids, got {roles.describe()}")
     if roles.nway:
-        if source.corpus:
-            raise ValueError(f"{part.where}: corpus: expected none for an n-way table, got one")
         texts = layouts.nway_rows(rows, roles, report)
         table = tables.nway_table(part.name, texts, report, *options)
+    elif roles.single:
+        single = layouts.single_texts(rows, roles, report)
+        table = tables.text_table(part.name, single, report, *options)
     else:
         corpus = Corpus(source.corpus) if source.corpus else None
         pairs = layouts.items(rows, roles, report, task, corpus, prompt_format=source.prompt_format)
@@ -324,7 +348,7 @@ def _make(
         except tables.ScaleError as error:
             raise ValueError(f"{part.where}: {roles.score}: {error}") from None
     report.items = len(table)
-    tables.check_items(part.where, report, roles.nway)
+    tables.check_items(part.where, report, roles)
     return replace(table, task=task), report
 
 
@@ -378,8 +402,9 @@ def items(
     corpus = Corpus(source.corpus) if source.corpus else None
     for part in _parts(source):
         roles, task, rows = part.open(source)
-        if roles.nway:
-            raise ValueError(f"{part.where}: expected pairs for a stream, got an n-way table")
+        if roles.nway or roles.single:
+            what = "an n-way table" if roles.nway else "single texts"
+            raise ValueError(f"{part.where}: expected pairs for a stream, got {what}")
         report.roles = roles.describe()
         for item in layouts.items(rows, roles, report, task, corpus, 1, source.prompt_format):
             if tables.overlaps(item.texts, held_out):
@@ -389,4 +414,4 @@ def items(
             else:
                 report.items += 1
                 yield item
-    tables.check_items(source.path, report)
+    tables.check_items(source.path, report, Roles())

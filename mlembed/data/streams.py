@@ -36,7 +36,7 @@ WINDOWS = 6  # first number of the seed of a window's permutation
 def name_of(source: config.Source) -> str:
     """Return a source's name in logs: its own, or that of its file, directory or data set."""
     path = Path(source.path)
-    stem = paths.stem_of(path) if paths.suffix_of(path) in paths.SUFFIXES else path.name
+    stem = paths.stem_of(path) if paths.is_data(path) else path.name
     return source.name or "-".join(filter(None, (stem, source.subset)))
 
 

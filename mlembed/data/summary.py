@@ -12,7 +12,7 @@ from .. import config
 from ..config.choices import BadRows
 from . import sources, streams
 from .formats.layouts import Report
-from .tables import Table, describe
+from .tables import Table, check_teaches, describe
 
 EXAMPLES = 3
 SHOWN = 160  # characters of a text of an example
@@ -78,6 +78,7 @@ def summaries(
                 )
                 continue
             for table, report in sources.read(source, bad_rows=bad_rows, held_out=held_out):
+                check_teaches(table, source.num_negatives != 0)
                 yield _summary(table, report, length)
         except (ValueError, OSError) as error:
             yield Summary(streams.name_of(source), error=str(error))

@@ -5,14 +5,18 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from .. import config
-from .formats.layouts import ROUNDING, Item, Report
+from ..runtime.cache import digest
+from .formats.layouts import ROUNDING, SINGLE, Item, Report
 from .formats.readers import normalise
+from .formats.roles import Roles
 
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 CHUNK = 8192  # texts that are read or written at once
@@ -24,10 +28,11 @@ class Table:
     """One source as text. Item i owns texts[starts[i]:starts[i + 1]].
 
     The texts of a pair are the query, the positive, then any hard negatives; the texts of an n-way
-    item are translations of each other. Texts with equal ids are never each other's negatives.
+    item are translations of each other; a single text is an item by itself. Texts with equal ids
+    are never each other's negatives.
 
     texts: a list, or memory-mapped. ids: int64 [texts]. starts: int64 [items + 1]. task: one of
-    `config.TASKS`. scores: fp32 [items] in 0..1, of task sts, else None.
+    `config.TASKS`, or SINGLE. scores: fp32 [items] in 0..1, of task sts, else None.
     """
 
     name: str
@@ -41,6 +46,43 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def single(self) -> bool:
+        """Whether items are single texts."""
+        return self.task == SINGLE
+
+    @property
+    def either(self) -> bool:
+        """Whether any text may be drawn as a query or as a document."""
+        return self.nway or self.single
+
+    @cached_property
+    def texts_sha256(self) -> str:
+        """Digest of the texts in their order."""
+        total = hashlib.sha256()
+        for _ in hashed(self.texts, total):
+            pass
+        return total.hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the items: all that a batch takes from a table, but for the source's options.
+
+        The name and format of files do not count.
+        """
+        arrays = [self.starts, self.ids, *([] if self.scores is None else [self.scores])]
+        return digest(self.nway, self.texts_sha256, arrays=map(np.ascontiguousarray, arrays))
+
+
+def hashed(texts: Iterable[str], total: "hashlib._Hash") -> Iterator[list[str]]:
+    """Yield the texts, CHUNK at a time, and add their lengths and bytes to a hash."""
+    texts = iter(texts)
+    while chunk := list(islice(texts, CHUNK)):
+        content = [text.encode("utf-8", "surrogatepass") for text in chunk]
+        total.update(np.array([len(one) for one in content], dtype=np.int64).tobytes())
+        total.update(b"".join(content))
+        yield chunk
 
 
 # ---- texts on disk ----
@@ -241,6 +283,29 @@ def nway_table(
     return Table(name, True, _selected(texts, chosen), np.repeat(key[several], size), starts)
 
 
+def text_table(
+    name: str,
+    given: Iterator[str],
+    report: Report,
+    cap: int,
+    held_out: AbstractSet[str],
+    directory: Path | None,
+) -> Table:
+    """Return the table of a source of single texts; arguments as of `pair_table`."""
+    texts, numbers = _buffer(directory), array("q")
+    for text in given:
+        if overlaps([text], held_out):
+            report.held_out += 1
+            continue
+        texts.extend([text])
+        numbers.append(text_id(text))
+    valid = _first_of_equals(numbers)
+    report.duplicates = int((~valid).sum())
+    rows = np.flatnonzero(_capped(valid, cap, name, report))
+    ids = np.array(numbers)[rows]
+    return Table(name, False, _selected(texts, rows), ids, np.arange(len(rows) + 1), task=SINGLE)
+
+
 class ScaleError(ValueError):
     """Scores whose scale is unknown; the message lacks their file and column."""
 
@@ -277,19 +342,50 @@ def _capped(valid: np.ndarray, cap: int, name: str, report: Report) -> np.ndarra
     return capped
 
 
-def check_items(where: str, report: Report, nway: bool = False) -> None:
+def check_items(where: str, report: Report, roles: Roles) -> None:
     """Raise ValueError, with the likely reason, if a source has no items."""
     if report.items:
         return
     wanted = "rows"
     if report.bad < report.rows:
-        wanted = "ids with two texts or more" if nway else "pairs"
+        wanted = "texts" if roles.single else "pairs"
+        wanted = "ids with two texts or more" if roles.nway else wanted
     if report.by_score:
         wanted = f"pairs with a score of {MIN_SCORE} or more"
     elif report.held_out:
         wanted += " without texts of the evaluation"
-    first = f"; {report.bad} bad rows, first {report.bad_rows[0]}" if report.bad else ""
-    raise ValueError(f"{where}: expected {wanted}, found none{first}")
+    raise ValueError(f"{where}: expected {wanted}, found none{report.first_bad}")
+
+
+def check_teaches(table: Table, negatives: bool = True, alone: bool = False) -> None:
+    """Check that a contrastive loss of a table is not always zero.
+
+    Texts of equal ids are never each other's negatives, so texts of one id have none.
+
+    Args:
+        negatives: whether hard negatives are drawn, if the table has any.
+        alone: whether a batch is one item, and no memory bank has others.
+
+    Raises:
+        ValueError: all texts are of one group, all scores are equal, or an item is alone and has no
+            hard negatives.
+    """
+    where = f"source {table.name}"
+    hard = negatives and not table.nway and bool((np.diff(table.starts) > 2).any())
+    if alone and not hard:
+        raise ValueError(
+            f"batch_size: expected 2 or more for {where}, which has no hard negatives, got 1"
+        )
+    # A query has the id of its positive.
+    groups = table.ids if hard else table.ids[table.starts[:-1]]
+    what = "ids" if table.nway else "groups of linked texts"
+    if table.task in ("clustering", "classification"):
+        # Their negatives are a query's own, which every row has.
+        return
+    if table.scores is not None:
+        groups, what = table.scores, "different scores"
+    if (groups == groups[0]).all():
+        raise ValueError(f"{where}: expected two {what} or more, got one")
 
 
 # ---- what was understood ----
@@ -299,6 +395,8 @@ def describe(table: Table, report: Report) -> str:
     """Return one line: counts, task, columns by role, unused columns, what is left out and why."""
     kind = "n-way ids" if table.nway else "pairs"
     counts = f"{len(table)} {kind}, {len(table.texts)} texts, {table.task}"
+    if table.single:
+        counts = f"{len(table)} single texts, for distillation alone"
     scale = f"; scores {report.scale}" if report.scale else ""
     return f"{counts}; {report.roles}{scale}{left_out(report)}"
 

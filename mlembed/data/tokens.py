@@ -4,7 +4,6 @@ The key of an entry digests the tokenizer, the length, the prompts and the texts
 texts are tokenised in memory.
 """
 
-import hashlib
 import io
 import json
 from array import array
@@ -57,13 +56,13 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
-        ValueError: two prompts for an n-way table, each of whose texts may be query or document.
+        ValueError: two prompts for a table each of whose texts may be query or document.
     """
     source = table.source
-    if table.nway and source.prompt != source.document_prompt:
+    if table.either and source.prompt != source.document_prompt:
         raise ValueError(
             f"source {table.name}: prompt: expected that of documents, {source.document_prompt!r}, "
-            f"as each text of an n-way table is drawn as either, got {source.prompt!r}"
+            f"as each text of it may be drawn as either, got {source.prompt!r}"
         )
     # The caller's tokenizer keeps its truncation, and the key does not depend on it.
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -115,14 +114,8 @@ def _queries(table: Table) -> np.ndarray | None:
 def _key(table: Table, tokenizer: Tokenizer, max_length: int) -> str:
     source, queries = table.source, _queries(table)
     notes = [VERSION, tokenizer.to_str(), max_length, source.prompt, source.document_prompt]
-    total = hashlib.sha256(json.dumps(notes).encode())
-    if queries is not None:
-        total.update(np.packbits(queries).tobytes())
-    for begin in range(0, len(table.texts), tables.CHUNK):
-        texts = [text.encode() for text in table.texts[begin : begin + tables.CHUNK]]
-        total.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())
-        total.update(b"".join(texts))
-    return total.hexdigest()
+    arrays = [] if queries is None else [np.packbits(queries)]
+    return cache.digest(*notes, table.texts_sha256, arrays=arrays)
 
 
 def _chunks(

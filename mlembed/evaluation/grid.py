@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data.eval_sets import STS, Bitext, Mining, Pool, Retrieval, Side, Task
+from ..data.eval_tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task
 from ..inference import cost
 from ..inference.encoder import Encoder, FullSize, Size
-from ..inference.search import Funnel, Nearest, not_finite
+from ..inference.search import Funnel, Nearest, not_unit
 from . import charts, scores
 from .charts import mean_score
 
@@ -43,6 +43,16 @@ class Grid:
     @property
     def dims(self) -> list[int]:
         return sorted({cell["dim"] for cell in self.cells})
+
+    def check(self) -> None:
+        """Raise ValueError if a task has no score at some size, because of its vectors."""
+        for cell in self.cells:
+            for task, result in cell["scores"].items():
+                if broken := result.get("not_unit"):
+                    raise ValueError(
+                        f"{task}: expected vectors of length one, got {broken} of another length "
+                        f"at width {cell['dim']}, exit {cell['exit']}, rank {cell['rank']}"
+                    )
 
     def rows(self) -> list[dict[int, dict[str, Any]]]:
         """Return the cells of each rank and exit by dim."""
@@ -102,7 +112,7 @@ def score_grid(
     costs: bool = True,
 ) -> Grid:
     """Score tasks at every (rank, exit, dim), the largest last. A score is NaN if a vector is not
-    finite or the metric is undefined.
+    of length one (`not_unit` counts them) or the metric is undefined.
 
     Args:
         dims, exits, ranks: those of training by default, in any order.
@@ -151,8 +161,8 @@ def score(
         judged = task.judged, task.order_N, task.own_Q
         return {
             size: scores.retrieval(found.scores.numpy(), found.rows.numpy(), *judged)
-            if not found.not_finite
-            else _no_score(found.not_finite)
+            if not found.not_unit
+            else _no_score(found.not_unit)
             for size, found in nearest.items()
         }
     metrics: dict[type, Callable[[Any, Tensor], dict[str, Any]]] = {
@@ -165,13 +175,13 @@ def score(
     results = {}
     for size in sizes:
         unit = vectors[size]
-        broken = not_finite(unit)
+        broken = not_unit(unit)
         results[size] = _no_score(broken) if broken else metrics[type(task)](task, unit)
     return results
 
 
 def _no_score(broken: int) -> dict[str, Any]:
-    return {"score": math.nan, "not_finite": broken}
+    return {"score": math.nan, "not_unit": broken}
 
 
 def _search(
@@ -185,12 +195,10 @@ def _search(
 ) -> dict[FullSize, Nearest]:
     """Return the k nearest documents of each query at each size, from one pass over documents."""
     device = encoder.model.device
-    before = prompts.get("query", "")
-    query_vectors = encoder.encode_grid(queries, sizes, progress, before).to(device)
+    query_vectors = encoder.encode_grid(queries, sizes, progress, prompts.get("query")).to(device)
     nearest = {size: Nearest(len(queries), k) for size in sizes}
     for some in _chunks(documents):
-        before = prompts.get("document", "")
-        vectors = encoder.encode_grid(some, sizes, progress, before).to(device)
+        vectors = encoder.encode_grid(some, sizes, progress, prompts.get("document")).to(device)
         for size, found in nearest.items():
             found.add(query_vectors[size], vectors[size])
     return nearest
@@ -207,24 +215,23 @@ def _pool(encoder: Encoder, task: Pool, sizes: Sequence[FullSize], progress: boo
     by_language = {
         lang: _pool_side(encoder, side, sizes, progress) for lang, side in task.sides.items()
     }
-    return {
-        size: {
-            "score": float(np.mean([by_size[size] for by_size in by_language.values()])),
-            "by_language": {lang: by_size[size] for lang, by_size in by_language.items()},
-        }
-        for size in sizes
-    }
+    results = {}
+    for size in sizes:
+        found = {lang: by_size[size] for lang, by_size in by_language.items()}
+        by_lang = {lang: result["score"] for lang, result in found.items()}
+        results[size] = {"score": float(np.mean(list(by_lang.values()))), "by_language": by_lang}
+        if broken := sum(result.get("not_unit", 0) for result in found.values()):
+            results[size]["not_unit"] = broken
+    return results
 
 
-def _pool_side(
-    encoder: Encoder, side: Side, sizes: Sequence[FullSize], progress: bool
-) -> dict[FullSize, float]:
+def _pool_side(encoder: Encoder, side: Side, sizes: Sequence[FullSize], progress: bool) -> Results:
     pool = itertools.chain(side.answers, side.others())
     nearest = _search(encoder, side.queries, pool, 1, sizes, {}, progress)
     return {
-        size: scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)
-        if not found.not_finite
-        else math.nan
+        size: {"score": scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)}
+        if not found.not_unit
+        else _no_score(found.not_unit)
         for size, found in nearest.items()
     }
 
@@ -256,6 +263,8 @@ def score_funnel(
     known = {(c["dim"], c["exit"], c["rank"]): c["scores"].get(task.name) for c in cells}
     new = [size for size in sizes.values() if not known.get(size)]
     known |= score(encoder, task, new, prompts, progress) if new else {}
+    if any(math.isnan(known[size]["score"]) for size in sizes.values()):
+        return dict.fromkeys(("full", "small", "funnel", "scanned", "encoded"), math.nan)
     funnel = Funnel.build(
         encoder, list(task.documents()), small, stored=False, prompts=prompts, progress=progress
     )

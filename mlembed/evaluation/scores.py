@@ -12,7 +12,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from ..data.eval_sets import STS, Bitext, Mining, Part
+from ..data.eval_tasks import STS, Bitext, Mining, Part
 from ..inference.search import nearest
 
 NEIGHBOURS = 4  # k of the margin, in LASER's and BUCC's evaluations.

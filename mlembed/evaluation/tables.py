@@ -7,7 +7,6 @@ from typing import Any
 
 from ..data import cldr
 from ..inference.encoder import Encoder
-from ..runtime import files
 from . import charts
 from .grid import Grid
 
@@ -54,8 +53,8 @@ def details(by_task: dict[str, Any], size: str = "full size") -> str:
     """Return the metrics other than `score`, a line or so for each task (percent)."""
     lines = []
     for task, result in by_task.items():
-        if broken := result.get("not_finite"):
-            lines.append(f"  {task}: no score: {broken} vectors contain NaN or Inf")
+        if broken := result.get("not_unit"):
+            lines.append(f"  {task}: no score: {broken} vectors are not of length one")
         floats = {k: v for k, v in result.items() if isinstance(v, float) and k != "score"}
         parts = [f"{name} {100 * value:.1f}" for name, value in floats.items()]
         for languages, mean in result.get("means", {}).items():
@@ -89,7 +88,8 @@ def write_report(directory: Path, grid: Grid, extra: dict[str, Any]) -> None:
     """Write grid.json, in which null stands for NaN, and grid.png to a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     value = _finite({**extra, "cells": grid.cells})
-    files.write_text(directory / "grid.json", json.dumps(value, indent=1) + "\n")
+    text = json.dumps(value, indent=1) + "\n"
+    (directory / "grid.json").write_text(text, encoding="utf-8")
     title = f"{', '.join(grid.cells[0]['scores'])}: mean score by width, depth and vocabulary rank"
     charts.heat_map(grid.cells, directory / "grid.png", title)
 

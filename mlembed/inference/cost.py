@@ -40,7 +40,7 @@ def measure(encoder: Encoder, exit: int, rank: int | None) -> dict[str, float]:
     """
 
     def encode(texts: list[str]) -> None:
-        encoder.encode_exits(texts, [exit], rank)
+        encoder.encode_exits(texts, [exit], rank, prompt="")
 
     encode([SHORT])
     encode([SHORT])

@@ -6,10 +6,10 @@ while the next window is tokenised.
 Letters: E exits, N texts, D width.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -22,8 +22,9 @@ from ..data import tokenizer
 from ..data.formats.text_reader import windows
 from ..modeling import hf_config, pretrained, sentence_files
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
+from ..runtime import files
 from ..runtime.workers import Workers, ahead, device_of
-from .vector_files import Quantiser
+from .vector_files import Quantiser, check_unit
 
 # The most texts of a window, and the number of characters that ends one early.
 WINDOW = 32_768
@@ -148,7 +149,7 @@ class Encoder(DeviceEncoder):
         exits: Sequence[int] | None = None,
         rank: int | None = None,
         progress: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Return raw vectors of several exits from one pass, fp32 [E, N, D] on the CPU.
@@ -157,10 +158,10 @@ class Encoder(DeviceEncoder):
 
         Args:
             exits: depths; those of training by default.
-            prompt: text to put before each text.
+            prompt: text to put before each text, None for the default prompt.
             out: fp32 [E, N, D] to write to.
         """
-        cfg = self.model.cfg
+        cfg, prompt = self.model.cfg, self._prompt(prompt, None)
         _check_texts(texts)
         exits = cfg.exits if exits is None else exits
         rank = _number("rank", rank)
@@ -180,14 +181,14 @@ class Encoder(DeviceEncoder):
         texts: Sequence[str],
         sizes: Iterable[FullSize],
         progress: bool = False,
-        prompt: str = "",
+        prompt: str | None = None,
         on_disk: bool = False,
     ) -> GridVectors:
         """Encode texts at several sizes, in one pass for each vocabulary rank.
 
         Args:
             sizes: (dim, exit, rank) without None, see `full_size`.
-            prompt: text to put before each text.
+            prompt: text to put before each text, None for the default prompt.
             on_disk: hold the vectors in an unnamed temporary file instead of memory.
 
         Raises:
@@ -234,14 +235,15 @@ class Encoder(DeviceEncoder):
 
         Raises:
             ValueError: a size that the model lacks, a sequence of another length than `texts`, an
-                unknown prompt or precision, a text that is not valid Unicode.
+                unknown prompt or precision, a text that is not valid Unicode, a vector that is not
+                of length one, because its numbers are zero or not finite.
         """
         quantise = Quantiser(precision, ranges)
         prompt = self._prompt(prompt, prompt_name)
         _check_texts(texts)
         width = self.full_size((_number("dim", dim), None, None))[0]
         quantise.check(width)
-        return quantise(self._vectors(texts, prompt, width, exit, rank, progress))
+        return quantise(check_unit(self._vectors(texts, prompt, width, exit, rank, progress)))
 
     def encode_widths(
         self,
@@ -262,8 +264,11 @@ class Encoder(DeviceEncoder):
         _check_texts(texts)
         dims_N = self._per_text("dim", dims, len(texts)).tolist()
         vectors = torch.from_numpy(self._vectors(texts, prompt, None, exit, rank, progress))
-        cuts = zip(vectors, dims_N, strict=True)
-        return [F.normalize(vector[: dim or None], dim=-1).numpy() for vector, dim in cuts]
+        cuts = enumerate(zip(vectors, dims_N, strict=True))
+        return [
+            check_unit(F.normalize(vector[None, : dim or None], dim=-1).numpy(), i)[0]
+            for i, (vector, dim) in cuts
+        ]
 
     def encode_query(self, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
         """`encode` with the prompt "query", if the model has it and no other prompt is given."""
@@ -306,8 +311,11 @@ class Encoder(DeviceEncoder):
         def parts() -> Iterator[np.ndarray]:
             sizes = np.int64(exit or 0), np.int64(rank or 0)
             windows = self._windows(texts, before, width, *sizes, self._window_limit(None))
+            count = 0
             with progress_bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
-                yield from map(quantise, self._mapped(windows, bar))
+                for vectors in self._mapped(windows, bar):
+                    yield quantise(check_unit(vectors, count))
+                    count += len(vectors)
 
         return parts()
 
@@ -396,14 +404,21 @@ class Encoder(DeviceEncoder):
             yield self.vectors(window, ids, bar)
 
 
-def disk_array(shape: tuple[int, ...], directory: Path | None = None) -> np.ndarray:
+def disk_array(shape: tuple[int, ...]) -> np.ndarray:
     """Return an fp32 array in an unnamed temporary file, which goes with the array.
 
-    Only what is written takes space. directory: the system's for temporary files by default.
+    Raises:
+        ValueError: the disk is full.
     """
     if 0 in shape:
         return np.empty(shape, np.float32)
-    with tempfile.TemporaryFile(dir=directory) as file:
+    with tempfile.TemporaryFile() as file:
+        size = 4 * math.prod(shape)
+        try:
+            files.reserve(file, size)
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise ValueError(f"{place}: no room for {size:,} bytes: {error.strerror}") from None
         return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
 
 

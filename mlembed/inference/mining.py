@@ -137,6 +137,7 @@ def gather(tables: Sequence[Table], corpus: Sequence[str] | None = None) -> Mini
     for table in tables:
         if table.nway or table.task not in TASKS:
             what = "an n-way table of translations" if table.nway else f"task {table.task}"
+            what = "single texts" if table.single else what
             raise ValueError(
                 f"data: expected pairs of a query and a document (task {' or '.join(TASKS)}), got "
                 f"{what}, {table.name}"
@@ -395,7 +396,7 @@ def _rows(texts: MiningTexts, mined: Mined) -> Iterator[str]:
             "positive_score": round(score, 6),
             "negative_scores": scores,
         }
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+        yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Letters: Q queries, N documents, C documents of a chunk, K results, D the small 
 one.
 """
 
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encoder import FULL, Encoder, FullSize, Size, disk_array
+from .encoder import FULL, Encoder, FullSize, Size
+from .vector_files import UNIT
 
 CHUNK = 16_384  # Documents that are encoded or compared at once.
 BLOCK = 2**24  # Scores that are held at once: 64 MiB.
 
 
-def not_finite(vectors: Tensor) -> int:
-    """Count the rows that contain NaN or infinity."""
-    return int((~torch.isfinite(vectors).all(-1)).sum())
+def not_unit(vectors: Tensor) -> int:
+    """Count the rows that are not of length one: NaN, infinite or zero vectors."""
+    return int((~((vectors.norm(dim=-1) - 1).abs() < UNIT)).sum())
 
 
 class Nearest:
@@ -31,17 +34,17 @@ class Nearest:
     Memory does not grow with the number of documents.
 
     scores: [Q, <= k], falling. rows: int64 [Q, <= k], documents numbered in the order of adding.
-    not_finite: vectors of queries and documents that contain NaN or infinity.
+    not_unit: vectors of queries and documents that are not of length one.
     """
 
     def __init__(self, queries: int, k: int) -> None:
-        self.k, self.count, self.not_finite = k, 0, 0
+        self.k, self.count, self.not_unit = k, 0, 0
         self.scores = torch.empty(queries, 0)
         self.rows = torch.empty(queries, 0, dtype=torch.int64)
 
     def add(self, unit_QD: Tensor, unit_CD: Tensor) -> None:
         """Compare all queries with the next documents; both are unit rows on one device."""
-        self.not_finite += not_finite(unit_CD) + (0 if self.count else not_finite(unit_QD))
+        self.not_unit += not_unit(unit_CD) + (0 if self.count else not_unit(unit_QD))
         width = min(self.k, self.scores.shape[1] + len(unit_CD))
         scores = torch.empty(len(unit_QD), width, dtype=unit_QD.dtype)
         rows = torch.empty(len(unit_QD), width, dtype=torch.int64)
@@ -106,7 +109,10 @@ class LazyVectors:
         directory: place of the file; the system's for temporary files by default.
         """
         self.encode = encode
-        self.vectors_ND = disk_array((count, width), directory)
+        self.file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+        self.file.truncate(4 * count * width)
+        self.vectors_ND = np.memmap(self.file, np.float32, "r+", shape=(count, width))
         self.encoded_N = np.zeros(count, dtype=bool)
 
     def ensure_encoded(self, rows: np.ndarray) -> None:
@@ -115,8 +121,15 @@ class LazyVectors:
         new = new[~self.encoded_N[new]]
         for begin in range(0, len(new), CHUNK):
             some = new[begin : begin + CHUNK]
-            self.vectors_ND[some] = self.encode(some)
-            self.encoded_N[some] = True
+            self.store(some, self.encode(some))
+
+    def store(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Write vectors of rows. OSError if the disk is full; the mapping would raise SIGBUS."""
+        for row, vector in zip(rows.tolist(), vectors, strict=True):
+            self.file.seek(vector.nbytes * row)
+            self.file.write(np.ascontiguousarray(vector, np.float32).data)
+        self.file.flush()
+        self.encoded_N[rows] = True
 
 
 # ---- two stages ----
@@ -187,7 +200,7 @@ class Funnel:
             raise ValueError("funnel: expected documents, got none")
         sizes = encoder.full_size(small), encoder.full_size(full)
         prompts = encoder.prompts if prompts is None else prompts
-        before = prompts.get("document", "")
+        before = prompts.get("document")
 
         def encode(rows: np.ndarray) -> np.ndarray:
             texts = [documents[row] for row in rows.tolist()]
@@ -200,8 +213,7 @@ class Funnel:
             vectors = encoder.encode_grid(documents[rows], sizes[: 1 + stored], progress, before)
             small_ND[rows] = vectors[sizes[0]]
             if stored:
-                lazy.vectors_ND[rows] = vectors[sizes[1]]
-                lazy.encoded_N[rows] = True
+                lazy.store(np.arange(len(documents))[rows], vectors[sizes[1]].numpy())
         return Funnel(encoder, sizes, small_ND, lazy, prompts)
 
     def search(
@@ -214,7 +226,7 @@ class Funnel:
         """
         if not 1 <= k <= shortlist:
             raise ValueError(f"shortlist: expected at least k = {k}, k at least 1, got {shortlist}")
-        before = self.prompts.get("query", "")
+        before = self.prompts.get("query")
         vectors = self.encoder.encode_grid(queries, self.sizes, progress, before)
         small_QD, full_QF = (vectors[size] for size in self.sizes)
         listed_QK = nearest(small_QD, self.small_ND, shortlist)[1].numpy()

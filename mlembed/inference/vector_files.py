@@ -12,11 +12,30 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config.choices import Precision
-from ..runtime.files import atomic_file
+from ..runtime.files import atomic_file, atomic_files
 
 HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
 Write = Callable[[np.ndarray], None]
+
+
+UNIT = 1e-3  # How far the length of a unit vector may be from one.
+
+
+def check_unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return fp32 vectors [N, D] of the texts `first`, `first + 1`, ..
+
+    Raises:
+        ValueError: vectors that are not of length one, which are NaN, infinite or zero.
+    """
+    lengths = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT))
+    if len(bad):
+        raise ValueError(
+            f"vectors: expected length one, got {len(bad)} of {len(vectors)} vectors of another "
+            f"length, the first of text {first + bad[0]}: {lengths[bad[0]]:.3g}"
+        )
+    return vectors
 
 
 # ---- quantising ----
@@ -127,19 +146,20 @@ def save(path: Path, parts: Iterable[np.ndarray], quantise: Quantiser, width: in
     """
     count, start, makes_ranges = 0, time.perf_counter(), quantise.makes_ranges
     empty = quantise(np.zeros((0, width), np.float32))
-    with writer(path, empty.dtype, empty.shape[1]) as write:
-        for part in parts:
-            write(part)
-            count += len(part)
+    with atomic_files(path) as partial:
+        with _plain_writer(partial / path.name, empty.dtype, empty.shape[1]) as write:
+            for part in parts:
+                write(part)
+                count += len(part)
         if makes_ranges and quantise.ranges is not None:
-            with atomic_file(beside(path)) as partial, partial.open("xb") as file:
-                np.save(file, quantise.ranges)
+            np.save(partial / beside(path).name, quantise.ranges)
     rate = count / (time.perf_counter() - start)
     return f"{path}: {count} x {empty.shape[1]} {quantise.precision}, {rate:,.0f} texts/s"
 
 
-def writer(path: Path, dtype: np.dtype, width: int) -> AbstractContextManager[Write]:
-    """Return a context that gives a function to call with vectors [n, width], any number of times.
+@contextmanager
+def writer(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
+    """Yield a function to call with vectors [n, width], any number of times.
 
     A .parquet file gets a column `embedding` of fixed-size lists, a row group a call; any other
     name is written as .npy, which np.load also maps. If the block fails, no file is left.
@@ -147,14 +167,20 @@ def writer(path: Path, dtype: np.dtype, width: int) -> AbstractContextManager[Wr
     Raises:
         ValueError: `path` exists.
     """
+    with atomic_file(path) as partial, _plain_writer(partial, np.dtype(dtype), width) as write:
+        yield write
+
+
+def _plain_writer(path: Path, dtype: np.dtype, width: int) -> AbstractContextManager[Write]:
+    """Return the context of `writer` for a file that is not atomic."""
     write_file = _parquet if path.suffix.lower() == ".parquet" else _npy
-    return write_file(path, np.dtype(dtype), width)
+    return write_file(path, dtype, width)
 
 
 @contextmanager
 def _npy(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
     rows = 0
-    with atomic_file(path) as partial, partial.open("xb") as file:
+    with path.open("xb") as file:
         file.write(_header(dtype, rows, width))
 
         def write(vectors: np.ndarray) -> None:
@@ -183,7 +209,7 @@ def _parquet(path: Path, dtype: np.dtype, width: int) -> Iterator[Write]:
     import pyarrow.parquet as pq
 
     schema = pa.schema([("embedding", pa.list_(pa.from_numpy_dtype(dtype), width))])
-    with atomic_file(path) as partial, pq.ParquetWriter(partial, schema) as file:
+    with pq.ParquetWriter(path, schema) as file:
 
         def write(vectors: np.ndarray) -> None:
             flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))

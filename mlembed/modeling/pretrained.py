@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import config
 from ..config import strict
 from ..runtime.files import SHARDS
-from . import sentence_files
+from . import sentence_files, weight_checks
 from .hf_config import NESTING, from_checkpoint, hf_config, resolve
 from .transformer import Transformer
 from .vocabulary import cached_factors
@@ -48,19 +48,25 @@ OURS = {theirs: ours for ours, theirs in (OUTSIDE | INSIDE).items()}
 HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return an encoder's weights by our names, without task heads and buffers of positions.
 
     Reads one file, several, or a training checkpoint's shards.
 
+    Args:
+        dtype: dtype to which the weights will be cast.
+
     Raises:
-        ValueError: no weights, or only pickles, which run code when they are read.
+        ValueError: no weights, or only pickles, which run code when they are read; a weight of
+            another dtype, or not finite (`weight_checks.check`).
     """
     if any(directory.glob(SHARDS)):
         # Importing torch.distributed takes a second.
         from ..runtime.checkpoint import read
 
         shards = read(directory, "model.")
+        for name, tensor in shards.items():
+            weight_checks.check(f"{directory}: {name}", tensor, dtype)
         return {name.removeprefix("model."): tensor for name, tensor in shards.items()}
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
@@ -75,6 +81,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             for name in tensors.keys():
                 if (ours := own_name(name)) is not None:
                     weights[ours] = tensors.get_tensor(name)
+                    weight_checks.check(f"{file}: {name}", weights[ours], dtype)
     return weights
 
 
@@ -136,7 +143,7 @@ def load(
     """
     directory = resolve(source)
     cfg = cfg or from_checkpoint(directory, config.Model())
-    weights = read_weights(directory)
+    weights = read_weights(directory, dtype)
     if not any(directory.glob(SHARDS)):
         _choose_pooler(weights, directory, cfg)
     table = weights.pop("embed_tokens.weight", None)
@@ -195,7 +202,9 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
             raise ValueError(f"{dense}: expected model.safetensors, found none")
         with safe_open(file, framework="pt") as tensors:
             for kind in ("weight", "bias"):
-                weights[f"pooler.{kind}"] = tensors.get_tensor(f"linear.{kind}")
+                name = f"linear.{kind}"
+                weights[f"pooler.{kind}"] = tensors.get_tensor(name)
+                weight_checks.check(f"{file}: {name}", weights[f"pooler.{kind}"])
     elif "pooler.weight" not in weights:
         raise ValueError(
             f"{directory}: expected the pooler's weights for model.pooling pooler, found none: "
@@ -206,7 +215,10 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
 def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
     """Return the saved U and W. ValueError if their product is not the merged table."""
     with safe_open(directory / FACTORS, framework="pt") as tensors:
-        U, W = tensors.get_tensor("U"), tensors.get_tensor("W")
+        stored = {name: tensors.get_tensor(name) for name in "UW"}
+    for name, tensor in stored.items():
+        weight_checks.check(f"{directory / FACTORS}: {name}", tensor)
+    U, W = (tensor.float() for tensor in stored.values())
     # Another library may have trained the table since; a sample of its rows shows that.
     fits = (len(U), W.shape[1]) == table.shape
     rows = slice(None, None, max(1, len(table) // 64))
@@ -234,12 +246,19 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
 
 
 def save(model: Transformer, directory: Path) -> None:
-    """Write config.json, model.safetensors (merged table, Hugging Face's names) and the nesting."""
-    cfg = model.cfg
+    """Write config.json, model.safetensors (merged table, Hugging Face's names) and the nesting.
+
+    Raises:
+        ValueError: a weight, by name, is not finite.
+    """
+    cfg, factors = model.cfg, dict[str, Tensor]()
     weights = {n: w.detach().float().cpu().contiguous() for n, w in model.state_dict().items()}
     if cfg.ranks:
         factors = {n: weights.pop(f"embed_tokens.{n}") for n in ("U", "W")}
         weights["embed_tokens.weight"] = factors["U"] @ factors["W"]
+    for name, tensor in (factors | weights).items():
+        weight_checks.check(f"weight {name}", tensor)
+    if factors:
         save_file(factors, directory / FACTORS, metadata={"format": "pt"})
     named = {hf_name(name, cfg): tensor for name, tensor in weights.items()}
     save_file(named, directory / "model.safetensors", metadata={"format": "pt"})

@@ -212,5 +212,9 @@ def _is_cut(folder: Path, layer: dict[str, Any], width: int) -> bool:
     import torch  # The import takes a second, and command lines are read without it.
     from safetensors import safe_open
 
+    from . import weight_checks
+
     with safe_open(file, framework="pt") as tensors:
-        return torch.equal(tensors.get_tensor("linear.weight"), torch.eye(rows, width))
+        weight = tensors.get_tensor("linear.weight")
+    weight_checks.check(f"{file}: linear.weight", weight)
+    return torch.equal(weight.float(), torch.eye(rows, width))

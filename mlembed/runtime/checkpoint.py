@@ -1,4 +1,4 @@
-"""Save, find and load checkpoints of training, atomically and with a hash of every file.
+"""Save and load checkpoints of training, atomically and with a hash of every file.
 
 `checkpoints/step_00000500/` holds safetensors, written by torch.distributed.checkpoint, with the
 shards of every process: `model.<name>`, `optimizer.<parameter>.<key>`, `rng.<device>.<rank>`, and
@@ -8,12 +8,10 @@ A checkpoint is written under another name, flushed to disk, then renamed; then 
 deleted.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
@@ -30,9 +28,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
 
+from . import intact
 from .files import SHARDS, flush
+from .intact import STATE, complete, seal_of, sha256_of
 
-STATE = "state.json"
 FILE = 2**30  # Approximate bytes of a file, which is assembled in memory before it is written.
 
 # A single process has no group. The filter is global, since filters of threads do not exist.
@@ -78,10 +77,21 @@ class Saver:
         directory: `checkpoints`, shared by all processes; no other run writes there.
         rank, size: this process, and the number of processes.
         keep: number of checkpoints to keep, the new one included.
+        about: further contents of each `state.json`, of the main process.
+        saved: called by the main process when a checkpoint is complete.
     """
 
-    def __init__(self, directory: Path, rank: int, size: int, keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        size: int,
+        keep: int,
+        about: dict[str, Any] | None = None,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
+        self.about, self.saved = about or {}, saved
         # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo") if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -170,7 +180,8 @@ class Saver:
             for written in self._everywhere(lambda: self._written(partial, write_beside)):
                 files |= written
             state = {"step": step, "processes": self.size, "files": dict(sorted(files.items()))}
-            self._on_main(lambda: _finish(state, partial, target))
+            self._on_main(lambda: _finish({**self.about, **state}, partial, target))
+            self._on_main(self.saved)
         except (ValueError, RuntimeError) as error:  # gloo raises RuntimeError if a process dies.
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -189,7 +200,7 @@ class Saver:
             paths += [path for path in others if path.is_file()]
         for path in paths:
             flush(path)
-        sums = _sha256_of(paths)
+        sums = sha256_of(paths)
         return {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sum}
             for path, sum in zip(paths, sums, strict=True)
@@ -256,7 +267,8 @@ def _begin(target: Path, partial: Path) -> bool:
         raise ValueError("expected a new directory, got one with other files")
     for left in target.parent.glob(".step_*.partial"):  # Left by a process that was killed.
         shutil.rmtree(left)
-    partial.mkdir(parents=True)
+    target.parent.mkdir(exist_ok=True)  # A run's directory that was deleted is an error.
+    partial.mkdir()
     return True
 
 
@@ -266,7 +278,7 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
         path = partial / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
             raise ValueError(f"{name}: expected a directory that all processes share")
-    text = json.dumps({**state, "sha256": _seal(state)}, indent=1) + "\n"
+    text = json.dumps({**state, "sha256": seal_of(state)}, indent=1) + "\n"
     (partial / STATE).write_text(text, encoding="utf-8")
     flush(partial / STATE)
     for path in (*partial.rglob("*"), partial):
@@ -277,11 +289,11 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints. ValueError if one cannot be deleted."""
-    for old in complete(directory)[:-keep]:
-        try:
-            (old / STATE).unlink()  # First, so that an interrupted deletion leaves none complete.
-            shutil.rmtree(old)
+    """Delete all but the newest checkpoints, intact and damaged. ValueError if one stays."""
+    damaged = sorted(directory.glob("damaged_step_*"))
+    for old in (*complete(directory)[:-keep], *damaged[:-keep]):
+        try:  # The next `_begin` ends a deletion that is interrupted.
+            shutil.rmtree(old.rename(old.with_name(f".step_{old.name}.partial")))
         except OSError as error:
             raise ValueError(f"{old}: could not be deleted: {error}") from None
 
@@ -294,99 +306,6 @@ def _one_line_failures() -> Iterator[None]:
     except dcp.CheckpointException as error:
         failures = [f"process {rank}: {one}" for rank, (one, _) in error.failures.items()]
         raise ValueError("; ".join(failures)) from error
-
-
-# ---- finding ----
-
-
-def complete(directory: Path) -> list[Path]:
-    """Return all checkpoints in a directory, oldest first."""
-    return sorted(path.parent for path in directory.glob(f"step_*/{STATE}"))
-
-
-def newest(
-    directory: Path, say: Callable[[str], None] = print, set_aside: bool = False
-) -> Path | None:
-    """Return the newest checkpoint whose files match their hashes, or None without a checkpoint.
-
-    It reads every byte, so only the main process should call it.
-
-    Args:
-        say: called with a line about each damaged checkpoint that is newer.
-        set_aside: rename these to `damaged_step_..`, so that their steps can be saved again.
-
-    Raises:
-        ValueError: all checkpoints are damaged; none is renamed.
-    """
-    bad: list[tuple[Path, str]] = []
-    good = None
-    for path in sorted(directory.glob("step_*"), reverse=True):
-        if (what := damage(path)) is None:
-            good = path
-            break
-        bad.append((path, what))
-    if good is None and complete(directory):
-        lines = "; ".join(f"{path.name}/{what}" for path, what in bad)
-        raise ValueError(f"{directory}: expected an intact checkpoint, all are damaged: {lines}")
-    if good is None:  # Only the remains of deletions.
-        return None
-    for path, what in bad:
-        note = ""
-        if set_aside:
-            names = (f"damaged_{path.name}{f'_{i}' if i else ''}" for i in range(10_000))
-            aside = next(path.with_name(name) for name in names if not (directory / name).exists())
-            path.rename(aside)
-            note = f", renamed to {aside.name}"
-        say(f"{path} is damaged{note}; {good.name} is used instead. {what}")
-    return good
-
-
-def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None.
-
-    Checked are the hash of `state.json`, and whether files are missing, surplus (shards that would
-    be read), or of another size or content.
-    """
-    try:
-        state = json.loads((path / STATE).read_bytes())
-        seal = state.pop("sha256")
-    except FileNotFoundError:
-        return f"{STATE}: no such file"
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        return f"{STATE}: expected the json that was written, got other text ({error})"
-    if seal != (actual := _seal(state)):
-        return f"{STATE}: expected sha256 {seal} of its contents, got {actual}"
-    wrong, whole = [], {}
-    for name, file in state["files"].items():
-        if not (path / name).is_file():
-            wrong.append(f"{name}: no such file")
-        elif (size := (path / name).stat().st_size) != file["bytes"]:
-            wrong.append(f"{name}: expected {file['bytes']} bytes, got {size}")
-        else:
-            whole[path / name] = file["sha256"]
-    for file, sum in zip(whole, _sha256_of(whole), strict=True):
-        if sum != whole[file]:
-            name = file.relative_to(path).as_posix()
-            wrong.append(f"{name}: expected sha256 {whole[file]}, got {sum}")
-    surplus = {file.name for file in path.glob("*.safetensors")} - state["files"].keys()
-    wrong += [f"{name}: not a file of this checkpoint" for name in sorted(surplus)]
-    return "; ".join(wrong) or None
-
-
-def _seal(state: dict[str, Any]) -> str:
-    """Return the sha256 of the contents of `state.json`."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256_of(paths: Iterable[Path]) -> list[str]:
-    """Return the sha256 of every file, reading several at once."""
-
-    def one(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(one, paths))
 
 
 # ---- loading ----
@@ -411,7 +330,7 @@ def restore(
     Raises:
         ValueError: names or shapes differ from the model's; files that cannot be read.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = intact.state(path)
     stored = _stored(path)
     into = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     moments: dict[str, list[str]] = {}

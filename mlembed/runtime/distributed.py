@@ -190,3 +190,12 @@ def broadcast(number: int, where: World) -> int:
     shared = torch.tensor([number], dtype=torch.int64, device=where.device)
     dist.broadcast(shared, src=0)
     return int(shared.item())
+
+
+def broadcast_text(text: str, where: World) -> str:
+    """Return the main process's text on all processes."""
+    if where.size == 1:
+        return text
+    shared = [text]
+    dist.broadcast_object_list(shared, src=0, device=where.device)
+    return shared[0]

@@ -4,17 +4,22 @@ A file or directory is written under a name of this process's own next to its pl
 disk, and renamed: other processes, and the next one after a crash, see all of it or nothing.
 """
 
+import itertools
 import json
 import os
 import shutil
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
+PARTIAL, PART = ".partial", 50  # Suffix of temporary names; characters of the name in them.
+ELSEWHERE = ChildProcessError, BrokenPipeError  # OSErrors of workers and of standard output.
 SHARDS = "shard-*.safetensors"  # Weights of a training checkpoint (checkpoint.py).
 
 
@@ -31,12 +36,19 @@ def check_new(path: Path, kind: str = "file", key: str = "out") -> None:
     Raises:
         ValueError: `path` exists, or no directory can be made for it.
     """
-    empty = kind == "directory" and path.is_dir() and not any(path.iterdir())
+    taken = path.is_symlink() or not path.is_dir() or path.is_mount() or any(path.iterdir())
+    empty = kind == "directory" and not taken
     if os.path.lexists(path) and not empty:
         raise ValueError(f"{key}: expected a new {kind}, got {path}, which exists")
     parent = next(above for above in path.absolute().parents if above.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"{key}: cannot create {path}: {parent} is not a writable directory")
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or `path`_1, `path`_2 .., the first at which nothing is."""
+    names = (path.with_name(f"{path.name}{f'_{i}' if i else ''}") for i in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 # ---- atomic writes ----
@@ -56,53 +68,153 @@ def atomic_file(target: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_new(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            partial = Path(folder) / target.name
-            yield partial
-            flush(partial)
-            if not replace:
-                check_new(target)
+    with _folder(target) as folder:
+        partial = folder / target.name
+        yield partial
+        flush(partial)
+        if replace:
             partial.replace(target)
+        else:
+            _place(partial, target)
         flush(target.parent)
-    except ChildProcessError:  # An OSError, but of a worker that computes, not of writing.
-        raise
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{target}: could not be written: {error}") from None
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a directory to write into, which becomes `target` if the block succeeds.
+def atomic_files(target: Path) -> Iterator[Path]:
+    """Yield a directory for the file `target.name` and others, which succeed together.
+
+    They move to the directory of `target`, `target` first. If one fails, none stays there.
 
     Raises:
-        ValueError: `target` exists and is not an empty directory; writing failed (disk full).
+        ValueError: one of the files exists there; writing failed (disk full).
     """
-    check_new(target, "directory")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    check_new(target)
+    placed = list[Path]()
+    with _folder(target) as folder:
+        yield folder
+        paths = sorted(folder.iterdir(), key=lambda path: (path.name != target.name, path))
+        for path in paths:
+            flush(path)
+        try:
+            for path in paths:
+                _place(path, target.with_name(path.name))
+                placed.append(target.with_name(path.name))
+        except BaseException:
+            for path in placed:
+                path.unlink(missing_ok=True)
+            raise
+        flush(target.parent)
+
+
+@contextmanager
+def _folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory next to `target`. Raises ValueError if writing fails."""
+    prefix = f".{target.name[:PART]}."
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(PARTIAL, prefix, target.parent) as folder:
+            yield Path(folder)
+    except ELSEWHERE:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _not_written(target, error) from None
+
+
+def _place(partial: Path, target: Path) -> None:
+    """Give a finished file its name. ValueError if another file has it."""
+    try:
+        try:
+            os.link(partial, target)  # Unlike a rename, it never replaces a file.
+        except FileExistsError:
+            raise
+        except OSError:  # The file system has no hard links: reserve the name, then replace.
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            partial.replace(target)
+    except FileExistsError:
+        check_new(target)
+        raise
+
+
+@contextmanager
+def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a directory to write into, which becomes `target` if the block succeeds.
+
+    Its files get the modes that the process's umask gives new files.
+
+    Args:
+        replace: remove an existing `target` on success; a full one is an error otherwise.
+
+    Raises:
+        ValueError: `target` exists, before or after the block, and is not an empty directory;
+            writing failed (disk full).
+    """
+    if not replace:
+        check_new(target, "directory")
+    partial, old = (
+        target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}") for _ in "no"
+    )
     missing = [path for path in target.parents if not path.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
+        _set_modes(partial)
         for path in sorted(partial.rglob("*")):
             flush(path)
-        partial.rename(target)  # This replaces an empty directory, never a full one.
+        if replace and target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)  # This replaces an empty directory, never a full one.
+        except OSError:
+            check_new(target, "directory")  # Another process may have been first.
+            raise
         flush(target.parent)
+    except ELSEWHERE:
+        raise
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{target}: could not be written: {error}") from None
+        raise _not_written(target, error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (partial, old):
+            shutil.rmtree(path, ignore_errors=True)
         for path in missing:  # Parents made here go again, unless they hold something by now.
             with suppress(OSError):
                 path.rmdir()
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left in a directory that this process owns."""
+    for path in directory.glob(f".*.????????{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _not_written(target: Path, error: Exception) -> ValueError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return ValueError(f"{target}: could not be written: {reason}")
+
+
+def _set_modes(directory: Path) -> None:
+    """Give files the mode that a new file has here: safetensors lets only their owner read them."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        probe = Path(folder) / "probe"
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    for path in directory.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically. ValueError if it could not be written."""
     with atomic_file(path, replace=True) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Reserve the first `size` bytes of a file on disk. OSError if the disk is full.
+
+    Without space, writing to a mapping of the file would end the process by SIGBUS.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def flush(path: Path) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import files, profiling
 
 METRICS = "metrics.jsonl"
+DROPPED = "metrics_dropped.jsonl"  # Lines after the checkpoint that a run resumed from.
 
 
 def header(device: torch.device) -> str:
@@ -52,47 +53,53 @@ def commit() -> str:
 
 
 class Log:
-    """Metrics of a run in `metrics.jsonl` and a tracker; only the main process writes."""
+    """Metrics of a run in `metrics.jsonl` and a tracker; only the main process writes.
+
+    check: called before each line; raises ValueError if the run no longer owns its directory.
+    """
 
     def __init__(self, directory: Path, main: bool) -> None:
         self.path, self.main = directory / METRICS, main
         self.track: Callable[[Mapping[str, float], int], None] = lambda values, step: None
         self.close: Callable[[], None] = lambda: None
+        self.check: Callable[[], None] = lambda: None
 
     def open(self, tracker: str, step: int) -> None:
-        """Begin to write after `step`; drop later lines, which the run will write again.
+        """Begin to write after `step`; move later lines, which are written again, to DROPPED.
 
         Raises:
-            ValueError: the tracker's package is not installed.
+            ValueError: a line of metrics.jsonl is broken; the tracker's package is not installed.
         """
         if not self.main:
             return
+        earlier, later = list[str](), list[str]()
+        for line in self.lines():
+            some = earlier if step and line["step"] <= step else later
+            some.append(json.dumps(line) + "\n")
+        if later:
+            with self.path.with_name(DROPPED).open("a", encoding="utf-8") as file:
+                file.writelines(later)
+            files.flush(self.path.with_name(DROPPED))
         if self.path.exists():
-            earlier = [line for line in self.lines() if step and line["step"] <= step]
-            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
+            files.write_text(self.path, "".join(earlier))
         if tracker != "none":
             self.track, self.close = _tracker(tracker, self.path.parent, step)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the logged lines, without a last line that a crash cut off.
+        """Return the lines logged so far. Raises like the function `lines`."""
+        return lines(self.path)
 
-        Raises:
-            ValueError: another line is not JSON.
-        """
-        if not self.path.exists():
-            return []
-        values = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                values.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{self.path}:{number}: invalid JSON: {error}") from None
-        return values
+    def flush(self) -> None:
+        """Wait until the lines logged so far are on disk."""
+        if self.path.exists():
+            files.flush(self.path)
+            files.flush(self.path.parent)
 
     def metrics(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Write a line {"step", "kind", **values}; the tracker gets numbers, nested ones too."""
         if not self.main:
             return
+        self.check()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)
@@ -102,6 +109,33 @@ class Log:
         if self.main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl, without a last line that a crash cut off.
+
+    Raises:
+        ValueError: another line is not JSON, or not an object with a step and a kind.
+    """
+    if not path.exists():
+        return []
+    values = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: invalid JSON: {error}") from None
+        if not (
+            isinstance(value, dict)
+            and type(value.get("step")) is int
+            and isinstance(value.get("kind"), str)
+        ):
+            got = line[:60].decode(errors="replace")
+            raise ValueError(
+                f'{path}:{number}: expected an object with a number "step" and a "kind", got {got}'
+            )
+        values.append(value)
+    return values
 
 
 class Stages:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import config
+from ..data.collate import Batch
 from ..modeling.transformer import Transformer
 from ..runtime.distributed import World, any_process
 from .engine import local
@@ -84,10 +85,41 @@ def bad_loss(loss_EM: Tensor, exits: Sequence[int], dims: Sequence[int]) -> str 
 
 def bad_weight(model: nn.Module) -> str | None:
     """Name the first parameter that is not finite; of a sharded one this process sees its shard."""
-    for name, parameter in model.named_parameters():
-        if not local(parameter).isfinite().all():
-            return f"weight {name}"
+    name = bad_tensor(dict(model.named_parameters()))
+    return name and f"weight {name}"
+
+
+def bad_tensor(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that is not finite, without a copy of it; None if all are.
+
+    The call waits for the device. Integers are finite.
+    """
+    for name, tensor in tensors.items():
+        part = local(tensor.detach())
+        floats = part.is_floating_point() and part.numel() > 0
+        # NaN is both the least and the most.
+        if floats and not torch.stack(part.aminmax()).isfinite().all():
+            return name
     return None
+
+
+def non_finite_advice(bad: str, step: int) -> str:
+    """Return what to try after a step with a number that is not finite, whose name is `bad`.
+
+    step: from 0. A rate can only be the cause once it has changed the weights.
+    """
+    if bad.startswith("weight"):
+        return (
+            "the update before it made it so: continue from the last checkpoint with a lower "
+            "--optim.lr"
+        )
+    skip = "--non-finite skip leaves such steps out"
+    if step:
+        return f"the weights are those before the step. Try a lower --optim.lr; {skip}"
+    return (
+        "no step has changed the weights yet: try --precision fp32, a higher --loss.temperature, "
+        f"or another --init; {skip}"
+    )
 
 
 def bad_gradient(norms: Mapping[str, Tensor]) -> str | None:
@@ -103,6 +135,25 @@ def bad_gradient(norms: Mapping[str, Tensor]) -> str | None:
         first = first.cuda() if dist.get_backend() == "nccl" else first
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
     return f"gradient of {names[int(first)]}" if first < len(names) else None
+
+
+# ---- batches that teach nothing ----
+
+
+def contrastive_alone(run: config.Run) -> bool:
+    """Return whether the contrastive loss is the only term of a run's loss."""
+    return run.distill.learns == run.distill.contrastive
+
+
+def teaches_nothing(batch: Batch) -> bool:
+    """Return whether the contrastive loss of a batch, on the host, is zero: all texts are of one
+    group, or all scores of this process are equal.
+    """
+    if batch.scores is not None:
+        return bool((batch.scores == batch.scores[0]).all())
+    ids = torch.cat([batch.query_ids, batch.doc_ids])
+    own = batch.task in ("clustering", "classification")
+    return not own and bool((ids == ids[0]).all())
 
 
 # ---- memory ----

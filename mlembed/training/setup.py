@@ -3,6 +3,7 @@
 All processes of a run call every function, with the same arguments.
 """
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -21,18 +22,18 @@ from mlembed_kernels.attention.attention import WIDTHS
 
 from .. import config
 from ..data import sources, tokenizer
-from ..data.batches import Batches, steps_of
+from ..data.batches import Batches, num_negatives, steps_of
 from ..data.eval_sets import read_all
 from ..data.formats.readers import normalise
 from ..data.streams import name_of
-from ..data.tables import Table, describe
+from ..data.tables import Table, check_teaches, describe, hashed
 from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
 from ..runtime.distributed import World, main_works
 from ..runtime.workers import end_with_parent
-from . import gradcache, guards
+from . import gradcache, guards, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
@@ -51,7 +52,7 @@ class Text:
     """Training text, which shares no text with the evaluation, and the evaluation's tasks.
 
     held_out: texts of the evaluation, normalised. languages: texts by language, of the tables whose
-    rows name theirs.
+    rows name theirs. record: digests of all of it.
     """
 
     tables: list[Table]
@@ -59,6 +60,7 @@ class Text:
     tasks: list[Any]
     held_out: frozenset[str]
     languages: dict[str, int]
+    record: provenance.Record
 
 
 def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
@@ -68,8 +70,14 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
         ValueError: text that cannot be read, or that leaves nothing to train on; two sources of one
             name.
     """
-    tasks = read_all(run.eval)
-    held_out = frozenset(normalise(text) for task in tasks for text in task.texts)
+    tasks = read_all(run.eval, run.bad_rows)
+    texts, evaluation = set[str](), []
+    for task in tasks:
+        total = hashlib.sha256()
+        for chunk in hashed(task.texts, total):
+            texts.update(map(normalise, chunk))
+        evaluation.append(provenance.of_task(task, total.hexdigest()))
+    held_out = frozenset(texts)
     tables, streams, languages = [], [], Counter[str]()
     for source in sources.all_of(run):
         if source.streaming:
@@ -83,15 +91,27 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             say(f"train  {table.name}: {describe(table, report)}")
             for bad in report.bad_rows:
                 say(f"       bad row {bad}")
+            if guards.contrastive_alone(run):
+                negatives = num_negatives(run.loss, source, table.task) > 0
+                alone = run.batch_size == 1 and not run.loss.memory_bank
+                check_teaches(table, negatives, alone)
     names = [table.name for table in tables] + [name_of(source) for source in streams]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             "data: expected sources of different names (a mixture can name them), got several "
             f"{', '.join(twice)}"
         )
+    single = [table.name for table in tables if table.single]
+    if single and not (run.distill.features or run.distill.logits):
+        raise ValueError(
+            f"data: expected pairs, from which the contrastive loss learns, got single texts in "
+            f"{', '.join(single)}; with a teacher, distill.features and distill.logits learn from "
+            "them"
+        )
     for task in tasks:
         say(f"eval   {task.name}: {len(task.texts)} texts")
-    return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())))
+    record = provenance.record(run, tables, streams, evaluation)
+    return Text(tables, streams, tasks, held_out, dict(sorted(languages.items())), record)
 
 
 def prompts(run: config.Run) -> dict[str, str]:
@@ -151,6 +171,8 @@ def teachers(
     cfg = run.distill
     live = Teacher.load(cfg.teacher, cfg.prompt, where.device) if cfg.teacher else None
     stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
+    if stored and where.main:
+        stored.check()
     source = live or stored
     width, sample_ND = source.width if source else 0, None
     # A checkpoint holds the rotation, so a resumed run needs no sample.
@@ -242,7 +264,8 @@ class Job:
 
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
-    without a limit). unread: the check of the last step, until `settle` reads it.
+    without a limit). unread: the check of the last step, until `settle` reads it. idle: batches
+    that taught nothing, by source.
     """
 
     run: config.Run
@@ -264,6 +287,7 @@ class Job:
     teacher: Teacher | None
     distiller: Distiller | None
     unread: list[guards.Check] = field(default_factory=list)
+    idle: Counter[str] = field(default_factory=Counter)
 
     @property
     def model(self) -> Transformer:
@@ -278,10 +302,15 @@ def set_up(
     if workers_of(run, where):
         start_server()
     text = read_text(run, out.say)
-    tokens = load_tokenizer(run, resume_from, text)
+    configured = resume.as_saved(run)
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
+    tokens = load_tokenizer(run, resume_from, text)
     teacher, stored, distiller = teachers(run, text, resume_from, where)
+    digests = {**text.record, "distill": provenance.of_teacher(run.distill)}
+    about = {"config": configured, "steps": run.steps, "digests": digests}
+    if resume_from:
+        resume.check_record(resume_from, about, run.allow_changed, out.say)
     batches = Batches(
         text.tables, tokens, run, where,
         streams=text.streams, teacher=stored, held_out=text.held_out,
@@ -324,8 +353,9 @@ def set_up(
             "2e-5 is usual, above 1e-4 they may be lost"
         )
     saver = checkpoint.Saver(
-        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints
-    )
+        directory / "checkpoints", where.rank, where.size, run.keep_checkpoints,
+        about, lambda: resume.mark_saved(directory),
+    )  # fmt: skip
     return Job(
         run, where, directory, out, log.Stages(where.device), saver,
         text.tasks, text.languages, batches, tokens,

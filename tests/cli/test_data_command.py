@@ -16,10 +16,10 @@ def data(*args):
 
 
 def test_dry_run(tmp_path):
-    rest = {"positive": "p" * 50, "url": "u", "query_lang": "en"}
-    rows = [{"query": f"q {i % 9}"} | rest for i in range(12)]
+    rest = {"url": "u", "query_lang": "en"}
+    rows = [{"query": f"q {i % 9}", "positive": "p" * (50 - i % 9)} | rest for i in range(12)]
     good = jsonl(tmp_path / "good.jsonl", [*rows, {"query": "", "positive": "p"}])
-    (tmp_path / "bad.csv").write_text("title,body\na,b\n")
+    (tmp_path / "bad.csv").write_text("title,body\na,b\nc,d\n")
     (tmp_path / "header.tsv").write_text("how tall is it\t3 m\n")
     done = data(good, tmp_path / "bad.csv", tmp_path / "header.tsv", "--bad-rows", "skip")
     assert done.returncode == 1 and "2 of 3 sources refused" in done.stderr
@@ -33,7 +33,7 @@ def test_dry_run(tmp_path):
     told = ("--columns.query", "title", "--columns.positive", "body")
     done = data(tmp_path / "bad.csv", *told, "--json")
     (line,) = done.stdout.splitlines()
-    assert done.returncode == 0 and json.loads(line)["report"]["items"] == 1
+    assert done.returncode == 0 and json.loads(line)["report"]["items"] == 2
 
 
 def test_texts_of_the_evaluation(tmp_path):

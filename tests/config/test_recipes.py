@@ -107,7 +107,7 @@ def test_second_stage_starts_from_the_first(folder, tmp_path):
     assert train(first, ALONE) == 0
     args = arguments("ml-embed-80m-stage2", folder, tmp_path)
     args[args.index("--init") + 1] = str(tmp_path / "ml-embed-80m-stage1")
-    second = parse([*args, "--optim.lr", "1e-30"])
+    second = parse([*args, "--optim.lr", "1e-12"])
     assert second.model.ranks == first.model.ranks and second.model.style != "bert"
     assert [source.task for source in second.sources] == ["auto", "classification"]
     assert second.sources[0].prompt == "Instruct: Find.\nQuery: "

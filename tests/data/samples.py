@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -95,3 +96,26 @@ def equal(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     return a == b
+
+
+# ---- BEIR's files ----
+
+CORPUS = [
+    {"_id": "d1", "title": "The sea", "text": "is wet."},
+    {"_id": "d10", "title": "", "text": " the sun \n"},
+    {"_id": 2, "text": "the moon"},
+    {"_id": "é", "title": "only a title", "text": ""},
+]
+QUERIES = [{"_id": f"q{i}", "text": text} for i, text in enumerate(["sea? ", "sun?", "moon?"])]
+HEADER = "query-id\tcorpus-id\tscore\n"
+QRELS = HEADER + "q2\t2\t1\nq0\td10\t0\nq0\td1\t2\nq2\té\t-1\n"
+
+
+def beir(path, corpus=CORPUS, queries=QUERIES, **splits):
+    (path / "qrels").mkdir(parents=True)
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    for split, content in (splits or {"test": QRELS}).items():
+        (path / "qrels" / f"{split}.tsv").write_text(content, encoding="utf-8")
+    return path

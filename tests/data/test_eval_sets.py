@@ -2,12 +2,12 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
 from mlembed.data import eval_sets
-from mlembed.data.formats.beir import judgements
-from tests.data.samples import jsonl, parquet
+from tests.data.samples import beir, jsonl, parquet
 
 WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 STS = "sentence1,sentence2,score\n"
@@ -276,111 +276,6 @@ def test_un_errors(change, message, tmp_path):
         read(files(tmp_path / "un", **contents))
 
 
-# ---- BEIR ----
-
-CORPUS = [
-    {"_id": "d1", "title": "The sea", "text": "is wet."},
-    {"_id": "d10", "title": "", "text": " the sun \n"},
-    {"_id": 2, "text": "the moon"},
-    {"_id": "é", "title": "only a title", "text": ""},
-]
-QUERIES = [{"_id": f"q{i}", "text": text} for i, text in enumerate(["sea? ", "sun?", "moon?"])]
-HEADER = "query-id\tcorpus-id\tscore\n"
-QRELS = HEADER + "q2\t2\t1\nq0\td10\t0\nq0\td1\t2\nq2\té\t-1\n"
-
-
-def beir(path, corpus=CORPUS, queries=QUERIES, **splits):
-    (path / "qrels").mkdir(parents=True)
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    for split, content in (splits or {"test": QRELS}).items():
-        (path / "qrels" / f"{split}.tsv").write_text(content, encoding="utf-8")
-    return path
-
-
-def test_beir(tmp_path):
-    (task,) = read(beir(tmp_path / "b"))
-    assert task.name == "b"
-    assert task.queries == ["sea? ", "moon?"]  # the other query has no judgements
-    documents = ["The sea is wet.", "the sun", "the moon", "only a title"]
-    assert list(task.documents()) == documents
-    assert task.order_N.tolist() == [1, 2, 0, 3]  # "2" < "d1" < "d10" < "é"
-    assert task.judged.tolist() == [[0, 0, 2], [0, 1, 0], [1, 2, 1], [1, 3, -1]]
-    # A titled passage is held out of training with its title and without.
-    texts = [*task.queries, documents[0], "is wet.", *documents[1:], ""]
-    assert sorted(task.texts) == sorted(texts) and len(task.texts) == len(texts)
-
-
-def test_splits_of_beir(tmp_path):
-    other = HEADER + "q1\td10\t1\n"
-    path = beir(tmp_path / "b", test=QRELS, train=other)
-    assert read(path)[0].queries == ["sea? ", "moon?"]
-    (task,) = read(path / "qrels" / "train.tsv")
-    assert (task.name, task.queries) == ("b-train", ["sun?"])
-    assert read(beir(tmp_path / "one", dev=other))[0].queries == ["sun?"]
-    two = beir(tmp_path / "two", dev=QRELS, train=other)
-    with pytest.raises(ValueError, match=r"expected qrels/test\.tsv, or one other .* got dev, tra"):
-        read(two)
-    # A directory of them, next to files.
-    files(tmp_path, s_csv=STS + "a,b,1\n")
-    (two / "qrels" / "dev.tsv").unlink()
-    assert [task.name for task in read(tmp_path)] == ["b", "one", "s", "two"]
-
-
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        (dict(corpus=["{"]), r"corpus\.jsonl:1: invalid JSON"),
-        (dict(corpus=[{"text": "x"}]), r"corpus\.jsonl:1: _id: expected text, got None"),
-        (dict(corpus=[*CORPUS, {"_id": "z"}]), r"corpus\.jsonl:5: text: expected text, got None"),
-        (dict(corpus=[{"_id": "z", "title": 3, "text": ""}]), r":1: title: expected text, got 3"),
-        (dict(corpus=[{"_id": "z", "text": "\ud83d"}]), r"corpus\.jsonl:1: text: expected text"),
-        (dict(corpus=[*CORPUS, CORPUS[1]]), r"corpus\.jsonl:5: _id: .* new one, got 'd10' again"),
-        (dict(queries=[*QUERIES, QUERIES[0]]), r"queries\.jsonl:4: _id: .* got 'q0' again"),
-        (dict(queries=QUERIES[:2]), r"test\.tsv:2: query-id: .* id of queries\.jsonl, got 'q2'"),
-        (dict(corpus=CORPUS[1:2], test=QRELS[:32]), r"test\.tsv: corpus-id: .* got '2' \.\."),
-        (dict(test=QRELS + "q1\td1\n"), r"test\.tsv:6: expected query-id TAB corpus-id TAB score"),
-        (dict(test=QRELS + "q1\td1\thigh\n"), r"test\.tsv:6: score: expected an integer, got 'hi"),
-        (
-            dict(test="q1\td1\tone\n"),
-            r"test\.tsv:1: expected the header query-id, corpus-id, score",
-        ),
-        (dict(test=HEADER), r"test\.tsv: expected judgements, found none"),
-    ],
-)
-def test_beir_errors(what, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        read(beir(tmp_path / "b", **what))
-
-
-def test_judged_documents_that_the_corpus_lacks(tmp_path):
-    """ArguAna has such documents: a warning, and they cannot be found."""
-    path = beir(tmp_path / "b", corpus=CORPUS[:3])
-    words = r"test\.tsv: 1 judged documents are missing from corpus\.jsonl .* first 'é'"
-    with pytest.warns(UserWarning, match=words):
-        (task,) = read(path)
-    assert task.judged.tolist() == [[0, 0, 2], [0, 1, 0], [1, 2, 1], [1, 3, -1]]
-    assert len(task.order_N) == 3
-
-
-def test_documents_with_the_id_of_a_query(tmp_path):
-    (task,) = read(beir(tmp_path / "b", corpus=[*CORPUS, {"_id": "q2", "text": "x"}]))
-    assert task.own_Q.tolist() == [-1, 4]
-
-
-def test_missing_files_of_beir(tmp_path):
-    for name in ("corpus", "queries"):
-        path = beir(tmp_path / name)
-        (path / f"{name}.jsonl").unlink()
-        with pytest.raises(ValueError, match=rf"expected {name}\.jsonl, found none"):
-            read(path)
-    path = beir(tmp_path / "qrels")
-    (path / "qrels" / "test.tsv").unlink()
-    with pytest.raises(ValueError, match=r"expected qrels/test\.tsv.*got none"):
-        read(path)
-
-
 # ---- other forms of the same ----
 
 
@@ -410,22 +305,43 @@ def test_bitext_without_english(tmp_path):
     assert list(other.groups) == [("fr", "")] and other.texts == task.texts
 
 
+# ---- rows that are left out ----
+
+
 @pytest.mark.parametrize(
-    "lines",
+    "rows, bad, error",
     [
-        "query-id\tcorpus-id\tscore\nq1\td1\t1.0\nq1\td2\t0\nq1\td1\t1\n",
-        "q1\td1\t1\nq1\td2\t0\n",
-        "q1 0 d1 1\nq1 0 d2 0\n",
-        "q1\t0\td1\t1\nq1\t0\td2\t0\n",
+        ([{"sentence1": f"a{i}", "sentence2": "b", "score": i} for i in range(4)],
+         {"sentence1": "x", "sentence2": "y", "score": "high"}, ":2: score: expected a number"),
+        ([{"sentence1": f"a{i}", "sentence2": "b", "score": i} for i in range(4)],
+         {"sentence1": 3, "sentence2": "y", "score": 1}, ":2: sentence1: expected text, got 3"),
+        ([{"id": i, "lang": lang, "text": f"{lang} {i}"} for i in "abc" for lang in ("de", "en")],
+         {"id": "a", "lang": "de", "text": "again"}, "x: expected one text of an id"),
+        ([{"id": i, "lang": lang, "text": f"{lang} {i}"} for i in "abc" for lang in ("de", "en")],
+         {"id": "d", "lang": "de", "text": ""}, ":2: text: expected text, got ''"),
+        ([{"de": f"de {i}", "fr": f"fr {i}"} for i in range(3)], ["a", 3], ":2: expected an obj"),
     ],
-)
-def test_forms_of_judgements(lines, tmp_path):
-    (tmp_path / "t.tsv").write_text(lines)
-    found = judgements(tmp_path / "t.tsv", {"q1"}, {"d1": 0, "d2": 1})
-    assert found == {"q1": {0: 1, 1: 0}}
+)  # fmt: skip
+def test_bad_rows_of_tables(rows, bad, error, tmp_path):
+    (want,) = read(jsonl(tmp_path / "x.jsonl", rows))
+    path = jsonl(tmp_path / "x.jsonl", [rows[0], bad, *rows[1:]])
+    with pytest.raises(ValueError, match=error):
+        read(path)
+    with pytest.warns(UserWarning, match=f"x: 1 bad rows left out, first .*{error}"):
+        (task,) = eval_sets.read(path, "skip")
+    assert task.texts == want.texts
 
 
-def test_conflicting_judgements(tmp_path):
-    (tmp_path / "t.tsv").write_text("q1 0 d1 1\nq1 0 d1 0\n")
-    with pytest.raises(ValueError, match=r"t\.tsv:2: score: expected the earlier 1 of 'q1' and"):
-        judgements(tmp_path / "t.tsv", {"q1"}, {"d1": 0})
+def test_compressed_directories(tmp_path):
+    """Every layout of files by name, compressed or in part."""
+    for make in (tatoeba, beir, lambda path: files(path, **UN), bucc):
+        directory = make(tmp_path / "same")
+        (want,) = read(directory)
+        texts = list(want.texts)
+        for number, path in enumerate(p for p in sorted(directory.rglob("*")) if p.is_file()):
+            if number % 3 != 1:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+                path.unlink()
+        (task,) = read(directory)
+        assert list(task.texts) == texts and task.name == want.name
+        shutil.rmtree(directory)

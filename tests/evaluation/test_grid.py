@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlembed.cli import evaluate
 from mlembed.data import eval_sets
-from mlembed.data.eval_sets import STS, Bitext
+from mlembed.data.eval_tasks import STS, Bitext
 from mlembed.evaluation import grid, scores, tables
 from mlembed.evaluation.charts import mean_score
 from mlembed.evaluation.grid import Grid, score_grid
@@ -191,7 +191,10 @@ def test_vectors_that_are_not_finite(directory, searched, tasks, tmp_path):
             assert cell == written == old
         else:
             assert all(task["score"] is None for task in written["scores"].values())
-            assert "b: no score: 132 vectors contain NaN or Inf" in tables.details(cell["scores"])
+            assert all(task["not_unit"] > 0 for task in written["scores"].values())
+            assert "b: no score: 132 vectors are not of length one" in tables.details(
+                cell["scores"]
+            )
 
 
 # ---- search ----
@@ -264,6 +267,13 @@ def test_prompts(encoder, searched):
     assert score(prompted) == (pytest.approx(want, abs=1e-6), plain[1]) and want != plain[0]
     assert score(encoder, prompts=prompts) == score(prompted)
     assert score(prompted, prompts={}) == plain
+
+    # Texts for which the model has no other prompt get its default one, as in `encode`.
+    default = Encoder(encoder.model, encoder.tokenizer, 32, default_prompt="sun sun sun ")
+    assert score(default) == score(default, prompts={}) != plain
+    both = {"query": "sun sun sun ", "document": "sun sun sun "}
+    assert score(default)[0] == score(encoder, prompts=both)[0]
+    assert score(default, prompts=dict.fromkeys(both, ""))[0] == plain[0]
 
 
 # ---- tables ----

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlembed.data.eval_sets import STS, Bitext, Mining, Part
+from mlembed.data.eval_tasks import STS, Bitext, Mining, Part
 from mlembed.evaluation import scores
 
 

@@ -115,6 +115,9 @@ def test_encode_grid(encoder, on_disk, hooked, monkeypatch):
     for size in sizes:
         assert vectors[size].dtype == torch.float32
         assert_near(vectors[size], encoder.encode(TEXTS, *size, prompt="x "), 1e-6)
+    default = replace(encoder, default_prompt="x ").encode_grid(TEXTS, sizes)
+    for size in sizes:
+        assert_near(vectors[size], default[size], 1e-6)
     assert files == ([(2, 9, 24), (1, 9, 24)] if on_disk else [])
     assert hooked.encode_grid([], sizes, on_disk=on_disk)[24, 1, 3].shape == (0, 24)
     with pytest.raises(ValueError, match=r"exit: expected 1\.\.3"):

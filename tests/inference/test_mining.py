@@ -388,7 +388,7 @@ def test_positives_of_all_files_count(encoder, tmp_path):
         (Options(skip=-1), "skip: expected 0 or more, got -1"),
         (Options(relative_margin=-0.1), "relative_margin: expected 0 or more"),
         (Options(absolute_margin=float("nan")), "absolute_margin: expected 0 or more, got nan"),
-        (Options(max_score=1.5), r"max_score: expected -1..1 \(a cosine\), got 1.5"),
+        (Options(max_score=1.5), "max_score: expected at most 1, got 1.5"),
         (Options(top=28, skip=5), r"top: expected at least skip \+ negatives, 29, got 28"),
         (Options(exit=4), r"exit: expected 1..3 \(the depth\), got 4"),
         (Options(dim=25), "dim: expected 1..24"),

@@ -36,15 +36,16 @@ def test_nearest_is_a_stable_sort(chunk, block, monkeypatch):
             np.testing.assert_allclose(scores, np.take_along_axis(products, want, 1), atol=1e-5)
 
 
-def test_vectors_that_are_not_finite():
+def test_vectors_that_are_not_of_length_one():
     """Queries count once, for any number of chunks."""
-    vectors = torch.eye(4)
+    vectors = torch.eye(5)[:, :4]
     vectors[1, 2], vectors[3, 0] = torch.nan, torch.inf
-    assert search.not_finite(vectors) == 2
+    assert search.not_unit(vectors) == 3
+    vectors = vectors[:4]
     nearest = Nearest(4, 1)
     for documents in vectors.split(2):
         nearest.add(vectors, documents)
-    assert nearest.not_finite == 4
+    assert nearest.not_unit == 4
 
 
 def test_rank_again():

@@ -16,7 +16,7 @@ from mlembed import config
 from mlembed.data.packing import pack
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
-from mlembed.runtime import checkpoint
+from mlembed.runtime import checkpoint, intact
 from mlembed.training.optim import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -120,9 +120,9 @@ def test_checkpoint_before_the_first_step(tmp_path):
 def test_checkpoint_is_a_model_directory_of_json_and_safetensors(tmp_path, trained):
     path = save(tmp_path, 12, *trained)
     assert path.name == "step_00000012"
-    state = json.loads((path / checkpoint.STATE).read_text())
+    state = json.loads((path / intact.STATE).read_text())
     assert (state["step"], state["processes"]) == (12, 1)
-    assert state["files"].keys() == {p.name for p in path.iterdir()} - {checkpoint.STATE}
+    assert state["files"].keys() == {p.name for p in path.iterdir()} - {intact.STATE}
     assert pretrained.load(str(path)).cfg == SHAPE
     for file in path.rglob("*"):
         if file.suffix == ".json":
@@ -138,7 +138,7 @@ def test_pruning_keeps_the_newest(keep, tmp_path):
     for i, step in enumerate(steps, 1):
         with saver(tmp_path, keep) as one:
             one.save(step, ONES, nothing)
-        left = [int(p.name.removeprefix("step_")) for p in checkpoint.complete(tmp_path)]
+        left = [int(p.name.removeprefix("step_")) for p in intact.complete(tmp_path)]
         assert left == steps[:i][-keep:]
     assert len(names(tmp_path)) == min(keep, 5)
 
@@ -160,15 +160,15 @@ def test_incomplete_directory_is_not_a_checkpoint(tmp_path, trained):
         shutil.copytree(tmp_path / "step_00000005", tmp_path / f".step_000000{step}.partial")
     left = tmp_path / ".step_00000010.partial" / "shard-00007-left.safetensors"
     left.write_bytes(b"old")
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000005"]
-    assert checkpoint.complete(tmp_path / "none") == []
+    assert [p.name for p in intact.complete(tmp_path)] == ["step_00000005"]
+    assert intact.complete(tmp_path / "none") == []
     with pytest.raises(ValueError, match="step_00000009"):
         save(tmp_path, 9, *trained)
     assert names(cut) == ["model.safetensors"]
     save(tmp_path, 10, *trained)
-    assert [p.name for p in checkpoint.complete(tmp_path)][-1] == "step_00000010"
+    assert [p.name for p in intact.complete(tmp_path)][-1] == "step_00000010"
     assert not list(tmp_path.glob(".*"))
-    assert checkpoint.damage(tmp_path / "step_00000010") is None
+    assert intact.damage(tmp_path / "step_00000010") is None
     assert not (tmp_path / "step_00000010" / left.name).exists()
 
 
@@ -272,7 +272,7 @@ def test_tensors_may_change_after_save(held, tmp_path, trained):
         one.save(1, tensors, nothing)
         for tensor in tensors.values():
             tensor.fill_(3)
-        assert checkpoint.complete(tmp_path) == []
+        assert intact.complete(tmp_path) == []
         held.set()
     found = checkpoint.read(tmp_path / "step_00000001", "")
     assert found.keys() == before.keys()
@@ -284,8 +284,8 @@ def test_save_waits_for_the_one_before(held, tmp_path):
         one.save(1, ONES, nothing)
         threading.Timer(0.5, held.set).start()
         one.save(2, ONES, nothing)
-        assert held.is_set() and checkpoint.complete(tmp_path)[0].name == "step_00000001"
-    assert [path.name for path in checkpoint.complete(tmp_path)][-1] == "step_00000002"
+        assert held.is_set() and intact.complete(tmp_path)[0].name == "step_00000001"
+    assert [path.name for path in intact.complete(tmp_path)][-1] == "step_00000002"
 
 
 def fails(path):
@@ -334,7 +334,7 @@ def test_failed_deletion_names_the_checkpoint(tmp_path, monkeypatch):
         one.save(2, ONES, nothing)
         with pytest.raises(ValueError, match="step_00000001: could not be deleted: busy"):
             one.wait()
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_00000002"]
+    assert [path.name for path in intact.complete(tmp_path)] == ["step_00000002"]
 
 
 # ---- a full disk ----
@@ -394,58 +394,58 @@ def test_damage_is_named_and_the_one_before_is_used(name, how, two, tmp_path):
     older, newer = (directory / f"step_0000000{step}" for step in (1, 2))
     assert names(newer) == sorted(FILES)
     lines: list[str] = []
-    assert checkpoint.newest(directory, lines.append) == newer and lines == []
+    assert intact.newest(directory, lines.append) == newer and lines == []
     message = damaged(newer / name, how)
-    if name == checkpoint.STATE and how != "missing":
+    if name == intact.STATE and how != "missing":
         message = "expected"
-    assert checkpoint.newest(directory, lines.append) == older
+    assert intact.newest(directory, lines.append) == older
     words = rf"{newer} is damaged; step_00000001 is used instead\. {name}: {message}"
     assert re.match(words, lines[0])
     assert "\n" not in lines[0] and names(directory) == [older.name, newer.name]
 
     before = {file.name: file.read_bytes() for file in newer.iterdir()}
-    assert checkpoint.newest(directory, lines.append, set_aside=True) == older
+    assert intact.newest(directory, lines.append, set_aside=True) == older
     aside = directory / "damaged_step_00000002"
     assert f"renamed to {aside.name}" in lines[1] and names(directory) == [aside.name, older.name]
     assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
     model, optimizer = fresh()
-    assert checkpoint.newest(directory, lines.append) == older and restore(older, model, optimizer)
-    assert save(directory, 2, model, optimizer) == newer and checkpoint.damage(newer) is None
+    assert intact.newest(directory, lines.append) == older and restore(older, model, optimizer)
+    assert save(directory, 2, model, optimizer) == newer and intact.damage(newer) is None
     damaged(newer / name, how)
-    checkpoint.newest(directory, lines.append, set_aside=True)
+    intact.newest(directory, lines.append, set_aside=True)
     assert (directory / "damaged_step_00000002_1").is_dir() and aside.is_dir()
 
 
 def test_every_bit_of_the_state_counts(two, tmp_path):
     shutil.copytree(two / "step_00000002", tmp_path / "c")
-    file = tmp_path / "c" / checkpoint.STATE
+    file = tmp_path / "c" / intact.STATE
     data = file.read_bytes()
     for bit in range(0, 8 * len(data), 29):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
-        assert checkpoint.damage(file.parent), bit
+        assert intact.damage(file.parent), bit
     file.write_bytes(data)
-    assert checkpoint.damage(file.parent) is None
+    assert intact.damage(file.parent) is None
 
 
 def test_surplus_shard_is_damage(two, tmp_path):
     """It would be read with the others."""
     shutil.copytree(two / "step_00000002", tmp_path / "c")
     shutil.copy(two / "step_00000001" / FILES[0], tmp_path / "c" / "shard-00009-x.safetensors")
-    wrong = checkpoint.damage(tmp_path / "c")
+    wrong = intact.damage(tmp_path / "c")
     assert wrong == "shard-00009-x.safetensors: not a file of this checkpoint"
 
 
 def test_all_damaged_is_an_error(two, tmp_path):
     directory = tmp_path / "c"
-    assert checkpoint.newest(directory) is None
+    assert intact.newest(directory) is None
     shutil.copytree(two, directory)
     for path in directory.iterdir():
         (path / "config.json").unlink()
     message = r"intact checkpoint, all are damaged: step_00000002/config\.json: .*01/"
     with pytest.raises(ValueError, match=message):
-        checkpoint.newest(directory, set_aside=True)
+        intact.newest(directory, set_aside=True)
     assert names(directory) == ["step_00000001", "step_00000002"]
 
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from mlembed import config
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
-from mlembed.runtime import checkpoint
+from mlembed.runtime import checkpoint, intact
 from mlembed.runtime.distributed import World, world
 from mlembed.training.optim import adamw
 
@@ -194,7 +194,7 @@ def test_one_process_loads_what_several_saved(size, kind, root, results):
     found, state = load(ALONE, path)
     equal(without_rng(found), without_rng(results(size)[0][kind]))
     assert state["processes"] == size
-    assert checkpoint.damage(path) is None
+    assert intact.damage(path) is None
     model = pretrained.load(str(path))
     assert model.cfg == SHAPE
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
@@ -304,12 +304,12 @@ def test_kill_while_saving(victims, tmp_path):
         if rank not in victims:
             assert re.search("ValueError.*step_00000002: could not be written", errors[rank])
     said: list[str] = []
-    assert [path.name for path in checkpoint.complete(directory)] == ["step_00000001"]
-    assert checkpoint.newest(directory, said.append) == directory / "step_00000001" and not said
+    assert [path.name for path in intact.complete(directory)] == ["step_00000001"]
+    assert intact.newest(directory, said.append) == directory / "step_00000001" and not said
     with checkpoint.Saver(directory, 0, 1, 2) as saver:
         saver.save(2, {"model.a": torch.ones(2)}, lambda path: None)
     assert sorted(p.name for p in directory.iterdir()) == ["step_00000001", "step_00000002"]
-    assert checkpoint.damage(directory / "step_00000002") is None
+    assert intact.damage(directory / "step_00000002") is None
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import os
 import stat
+from contextlib import suppress
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mlembed.runtime import files
 
@@ -91,6 +94,45 @@ def test_file_that_appears_meanwhile_stays(tmp_path):
     assert target.read_text() == "theirs" and names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_file_that_appears_at_the_last_moment_stays(links, tmp_path, monkeypatch):
+    """Between the last look and the rename, on file systems with and without hard links."""
+    target = tmp_path / "a"
+
+    def late(source, place):
+        target.write_text("theirs")
+        if not links:
+            raise PermissionError("no hard links here")
+        return link(source, place)
+
+    link = os.link
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(ValueError, match=f"expected a new file, got {target}, which exists"):
+        write(target, "ours")
+    assert target.read_text() == "theirs" and names(tmp_path) == ["a"]
+
+
+def test_file_appears_without_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *paths: os.unlink(tmp_path / "none"))
+    write(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "new" and names(tmp_path) == ["a"]
+
+
+def test_files_appear_together_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "b"
+    with files.atomic_files(target) as partial:
+        for name in "abc":
+            (partial / name).write_text(name)
+        assert not target.exists()
+    assert names(target.parent) == ["a", "b", "c"]
+    target.unlink()
+    words = f"expected a new file, got {target.with_name('a')}, which exists"
+    with pytest.raises(ValueError, match=words), files.atomic_files(target) as partial:
+        for name in "abc":
+            (partial / name).write_text("new")
+    assert names(target.parent) == ["a", "c"] and target.with_name("a").read_text() == "a"
+
+
 def test_writers_of_one_file_do_not_meet(tmp_path):
     target = tmp_path / "a"
     with files.atomic_file(target, replace=True) as first:
@@ -148,9 +190,9 @@ def test_directory_of_another_stays(first, tmp_path):
         target.mkdir()
         (target / "theirs.txt").write_text("precious")
 
-    words = "expected a new directory" if first else "could not be written"
     if first:
         appear()
+    words = f"out: expected a new directory, got {target}, which exists"
     with pytest.raises(ValueError, match=words), files.atomic_directory(target) as partial:
         assert not first
         (partial / "a.txt").write_text("a")
@@ -158,13 +200,62 @@ def test_directory_of_another_stays(first, tmp_path):
     assert names(tmp_path) == ["t"] and names(target) == ["theirs.txt"]
 
 
-def test_empty_directory_is_filled_and_a_killed_run_replaced(tmp_path):
+def test_empty_directory_is_filled(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / ".t.partial").mkdir()
-    (tmp_path / ".t.partial" / "old.txt").write_text("old")
+    (tmp_path / ".t.partial" / "mine.txt").write_text("a user's")
     with files.atomic_directory(tmp_path / "t") as partial:
         (partial / "new.txt").write_text("new")
-    assert names(tmp_path) == ["t"] and names(tmp_path / "t") == ["new.txt"]
+    assert names(tmp_path) == [".t.partial", "t"] and names(tmp_path / "t") == ["new.txt"]
+    assert names(tmp_path / ".t.partial") == ["mine.txt"]
+
+
+def test_writers_of_one_directory_do_not_meet(tmp_path):
+    """The first to end wins; the other says so, and removes its own files only."""
+    words = f"out: expected a new directory, got {tmp_path / 't'}, which exists"
+    with pytest.raises(ValueError, match=words), files.atomic_directory(tmp_path / "t") as first:
+        (first / "a").write_text("first")
+        with files.atomic_directory(tmp_path / "t") as second:
+            (second / "a").write_text("second")
+        assert (first / "a").read_text() == "first"
+    assert names(tmp_path) == ["t"] and (tmp_path / "t" / "a").read_text() == "second"
+
+
+@pytest.mark.parametrize("error", [None, OSError("disk full")])
+def test_directory_replaces_on_request(error, tmp_path):
+    write(tmp_path / "t" / "old")
+    with suppress(ValueError), files.atomic_directory(tmp_path / "t", replace=True) as partial:
+        (partial / "new").touch()
+        if error:
+            raise error
+    assert names(tmp_path) == ["t"] and names(tmp_path / "t") == ["old" if error else "new"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_directory_replaces_neither_links_nor_files(kind, tmp_path):
+    target = tmp_path / "t"
+    (tmp_path / "empty").mkdir()
+    target.symlink_to("empty") if kind == "link" else target.touch()
+    words = f"out: expected a new directory, got {target}, which exists"
+    with pytest.raises(ValueError, match=words), files.atomic_directory(target):
+        raise AssertionError("refused before the block")
+    assert names(tmp_path) == ["empty", "t"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_of_a_directory_follow_the_umask(umask, tmp_path):
+    """safetensors writes files that only their owner can read."""
+    before = os.umask(umask)
+    try:
+        with files.atomic_directory(tmp_path / "t") as partial:
+            (partial / "sub").mkdir()
+            for path in (partial / "a.safetensors", partial / "sub" / "b.safetensors"):
+                save_file({"x": torch.ones(2)}, path)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    files_at = dict.fromkeys(("a.safetensors", "b.safetensors"), 0o666 & ~umask)
+    assert modes == {**files_at, "t": 0o777 & ~umask, "sub": 0o777 & ~umask}
 
 
 def test_failed_write_names_the_directory(tmp_path):

@@ -126,7 +126,9 @@ def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
             signal.raise_signal(signal.SIGTERM)
         return real(replace(job, where=alone), step, feed)
 
+    save = train.save
     monkeypatch.setattr(train, "guarded", guarded)
+    monkeypatch.setattr(train, "save", lambda job, step: save(replace(job, where=alone), step))
     process.begin()
     try:
         where = replace(alone, size=size)
@@ -187,6 +189,32 @@ def test_bad_weights_always_stop(make, tmp_path):
         settle(job)
     job.saver.wait()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["weight", "moment"])
+def test_a_checkpoint_is_finite(make, tmp_path, kind):
+    """An update may spoil weights though gradients are finite; the checkpoint before it stays."""
+    job, feed = make()
+    guarded(job, 0, feed)
+    train.save(job, 1)
+    guarded(job, 1, feed)
+    weight = dict(job.model.named_parameters())[NAME]
+    spoilt = weight if kind == "weight" else job.optimizer.state[weight]["exp_avg"]
+    with torch.no_grad():
+        spoilt[1, 2] = math.nan
+    name = f"model.{NAME}" if kind == "weight" else f"optimizer.{NAME}.exp_avg"
+    with pytest.raises(ValueError, match=f"finite numbers after step 2, got others in {name}: "):
+        train.save(job, 2)
+    job.saver.wait()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_advice_names_a_plausible_cause():
+    rate = "lower --optim.lr"
+    assert rate in guards.non_finite_advice("contrastive loss of exit 2 at width 8 (inf)", 1)
+    assert rate in guards.non_finite_advice(f"weight {NAME}", 1)
+    first = guards.non_finite_advice("contrastive loss of exit 2 at width 8 (inf)", 0)
+    assert rate not in first and "--precision fp32" in first
 
 
 def test_bad_loss_and_bad_weight():

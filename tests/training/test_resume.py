@@ -16,7 +16,7 @@ import processes
 import pytest
 from factories import SMALL, loss_trace, small_text
 
-from mlembed.runtime import checkpoint
+from mlembed.runtime import intact
 from mlembed.runtime.distributed import World
 from mlembed.training.arguments import parse
 from mlembed.training.resume import find_run
@@ -154,7 +154,7 @@ def test_sigterm_to_all_processes_saves_and_stops(arguments, tmp_path):
             os.kill(number, signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert "continue with --resume" in out and process.returncode != 0
-    (saved,) = checkpoint.complete(run / "checkpoints")
+    (saved,) = intact.complete(run / "checkpoints")
     assert saved.name == f"step_{loss_trace(run)[-1]['step']:08d}" and not partial(run)
     assert "terminate called" not in err
 
@@ -181,7 +181,7 @@ def test_damaged_checkpoint_is_set_aside(arguments, whole, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(whole, run)
     shutil.rmtree(run / "model")
-    newest = checkpoint.complete(run / "checkpoints")[-1]
+    newest = intact.complete(run / "checkpoints")[-1]
     assert newest.name == f"step_{STEPS:08d}"
     file = max(newest.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -197,6 +197,9 @@ def test_damaged_checkpoint_is_set_aside(arguments, whole, tmp_path):
 
 
 # ---- a changed configuration ----
+
+
+MORE = ["--steps", STEPS + 2, "--allow-changed", "steps"]  # A finished run goes on.
 
 
 def find(args):
@@ -217,7 +220,7 @@ def test_resume_lists_changed_keys(arguments, whole):
 
 @pytest.mark.parametrize("launcher", ["TORCHELASTIC", "SLURM"])
 def test_restart_resumes_without_the_option(arguments, whole, tmp_path, monkeypatch, launcher):
-    args = [*arguments, "--output-dir", whole.parent, "--steps", STEPS]
+    args = [*arguments, "--output-dir", whole.parent, *MORE]
     with pytest.raises(ValueError, match="expected a new directory, found files in it"):
         find(args)
     monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
@@ -231,16 +234,14 @@ def test_hardware_settings_may_change(arguments, whole):
     machine = ["--no-gradient-cache", "--activation-gib", 3]
     machine += ["--loss.negatives-across", "ring", "--loss.bank-on", "host"]
     machine += ["--non-finite", "skip", "--engine", "fsdp", "--cpu-offload"]
-    args = [*arguments, "--output-dir", whole.parent, "--resume", "--steps", STEPS, *machine]
+    args = [*arguments, "--output-dir", whole.parent, "--resume", *MORE, *machine]
     assert find(args)[1] is not None
 
 
 def test_allowed_change_is_recorded(arguments, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "tiny")
-    shutil.rmtree(tmp_path / "tiny" / "model")
     before = (tmp_path / "tiny" / "config.json").read_text()
-    args = [*arguments, "--output-dir", tmp_path, "--resume", "--steps", STEPS + 2]
-    finished([*args, "--allow-changed", "steps", "output_dir"])
+    finished([*arguments, "--output-dir", tmp_path, "--resume", *MORE, "output_dir"])
     run = tmp_path / "tiny"
     assert loss_trace(run)[:STEPS] == loss_trace(whole) and len(loss_trace(run)) == STEPS + 2
     assert (run / f"config_until_{STEPS}.json").read_text() == before

@@ -1,27 +1,19 @@
-"""Read BEIR's files: queries.jsonl and corpus.jsonl (_id, text [, title]), qrels/SPLIT.tsv."""
+"""Read BEIR's files: queries.jsonl and corpus.jsonl (_id, text [, title]), qrels/SPLIT.tsv.
+
+All may be compressed, and judgements may be a table of rows too (qrels/SPLIT.jsonl), as in the
+repositories of the Hub.
+"""
 
 import warnings
 from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
-from . import readers, roles
+from . import paths, readers, roles
+from .layouts import Report
 
 QRELS = ("query-id", "corpus-id", "score")
-
-
-def documents(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (file:line, id, title, text) of a .jsonl file. A text may be empty, but not missing.
-
-    Raises:
-        ValueError: a malformed line.
-    """
-    for where, row in readers.strict(readers.of_file(path)):
-        key, text = readers.id_text(row.get("_id")), row.get("text")
-        title = row.get("title") or ""
-        for name, value in (("_id", key), ("title", title), ("text", text)):
-            if not isinstance(value, str) or readers.SURROGATE.search(value):
-                raise ValueError(f"{where}: {name}: expected text, got {value!r}")
-        yield where, key, str(title), str(text)
 
 
 def titled(title: str, text: str) -> str:
@@ -29,12 +21,53 @@ def titled(title: str, text: str) -> str:
     return f"{title} {text}".strip() if title else text.strip()
 
 
-def by_id(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) of a .jsonl file. ValueError: a malformed line, or two rows of one id."""
+def _document(row: dict[str, Any] | ValueError) -> tuple[str, str, str]:
+    """Return (id, title, text) of a row. A text may be empty, but not missing."""
+    if isinstance(row, ValueError):
+        raise row
+    key, text, title = readers.id_text(row.get("_id")), row.get("text"), row.get("title") or ""
+    for name, value in (("_id", key), ("title", title), ("text", text)):
+        if not isinstance(value, str) or readers.SURROGATE.search(value):
+            raise ValueError(f"{name}: expected text, got {value!r}")
+    return key, str(title), str(text)
+
+
+def documents(
+    path: Path, left_out: AbstractSet[int] = frozenset()
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (id, title, text) of a file that `by_id` has read.
+
+    Args:
+        left_out: numbers of rows, from 0, to leave out.
+    """
+    for number, (where, row) in enumerate(readers.of_file(path)):
+        if number not in left_out:
+            try:
+                yield _document(row)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+
+def by_id(path: Path, report: Report, left_out: set[int]) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of a file of queries or documents.
+
+    Args:
+        report: decides what becomes of malformed rows and of second rows of an id. left_out: gets
+            the numbers of those that are left out, from 0.
+
+    Raises:
+        ValueError: such a row, unless the report skips them.
+    """
     known = set[str]()
-    for where, key, _, text in documents(path):
-        if key in known:
-            raise ValueError(f"{where}: _id: expected a new one, got {key!r} again")
+    for number, (where, row) in enumerate(readers.of_file(path)):
+        try:
+            key, _, text = _document(row)
+            if key in known:
+                raise ValueError(f"_id: expected a new one, got {key!r} again")
+        except ValueError as error:
+            report.add_bad_row(where, str(error))
+            left_out.add(number)
+            continue
         known.add(key)
         yield key, text
 
@@ -45,7 +78,12 @@ def choose_split(directory: Path, split: str) -> Path:
     Raises:
         ValueError: the split does not exist, or there are several and none is test.
     """
-    splits = sorted(p.stem for p in (directory / "qrels").glob("*.tsv"))
+    files = {
+        paths.stem_of(path): path
+        for path in sorted((directory / "qrels").glob("*"))
+        if paths.suffix_of(path) in (".tsv", ".jsonl", ".parquet")
+    }
+    splits = list(files)
     chosen = split or ("test" if "test" in splits else splits[0] if len(splits) == 1 else "")
     if chosen not in splits:
         got = ", ".join(splits) or "none"
@@ -53,7 +91,7 @@ def choose_split(directory: Path, split: str) -> Path:
             f"{directory}: expected qrels/test.tsv, or one other (name it: "
             f"{directory}/qrels/SPLIT.tsv), got {got}"
         )
-    return directory / "qrels" / f"{chosen}.tsv"
+    return files[chosen]
 
 
 def cells(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
@@ -65,11 +103,21 @@ def cells(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]
         yield where, row
 
 
-def _judged(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Yield (file:line, query, document, grade) of BEIR's three columns with a header, or of TREC's
-    four, query 0 document grade, without one. A grade like 1.0 is a whole number.
+def _rows(path: Path) -> Iterator[tuple[str, list[Any] | ValueError]]:
+    """Yield (file:line, cells) of BEIR's three columns with a header, or of TREC's four, query 0
+    document grade, without one, or of a table with BEIR's columns.
     """
-    for number, (where, line) in enumerate(readers.strict(readers.lines(path))):
+    if paths.suffix_of(path) != ".tsv":
+        for where, values in readers.of_file(path):
+            if isinstance(values, ValueError):
+                yield where, values
+            else:
+                yield where, [values.get(name) for name in QRELS]
+        return
+    for number, (where, line) in enumerate(readers.lines(path)):
+        if isinstance(line, ValueError):
+            yield where, line
+            continue
         row = line.split("\t") if "\t" in line else line.split()
         if len(row) == 4:
             row = [row[0], *row[2:]]
@@ -77,49 +125,70 @@ def _judged(path: Path) -> Iterator[tuple[str, str, str, int]]:
             continue
         if not number and len(row) == 3 and roles.as_number(row[2]) is None:
             raise ValueError(f"{where}: expected the header {', '.join(QRELS)}, got {row}")
-        if len(row) != 3:
-            raise ValueError(f"{where}: expected {' TAB '.join(QRELS)}, got {line[:80]!r}")
-        grade = roles.as_number(row[2])
-        if grade is None or not abs(grade) < 2**31 or grade != int(grade):
-            raise ValueError(f"{where}: score: expected an integer, got {row[2]!r}")
-        yield where, row[0], row[1], int(grade)
+        yield where, row
+
+
+def _judgement(row: list[Any] | ValueError) -> tuple[str, str, int]:
+    """Return (query, document, grade) of a row's cells. A grade like 1.0 is a whole number."""
+    if isinstance(row, ValueError):
+        raise row
+    if len(row) != 3:
+        raise ValueError(f"expected {' TAB '.join(QRELS)}, got {' '.join(row)[:80]!r}")
+    query, document = map(readers.id_text, row[:2])
+    for name, value in zip(QRELS, (query, document), strict=False):
+        if not readers.is_text(value):
+            raise ValueError(f"{name}: expected an id, got {value!r}")
+    grade = roles.as_number(row[2])
+    if grade is None or not abs(grade) < 2**31 or grade != int(grade):
+        raise ValueError(f"score: expected an integer, got {row[2]!r}")
+    return query, document, int(grade)
 
 
 def judgements(
-    path: Path, queries: Collection[str], place: dict[str, int]
+    path: Path, queries: Collection[str], place: dict[str, int], report: Report
 ) -> dict[str, dict[int, int]]:
     """Return {query id: {row of a document: grade}}.
 
     Judged documents that are missing from the corpus, as in ArguAna, get the rows after it in
-    `place` and a warning: nothing can find them, as in BEIR and MTEB.
+    `place` and a warning: nothing can find them, as in BEIR and MTEB. If bad rows are skipped,
+    these judgements are left out, and a query has a document of the corpus to find.
 
     Args:
         queries: their ids. place: {id: row} of the corpus; ids of missing documents are added.
+        report: decides what becomes of bad rows.
 
     Raises:
-        ValueError: a malformed line, an unknown query, a pair that is judged twice and differently,
-            or no judgement of a corpus document.
+        ValueError: no judgement of a corpus document; unless bad rows are skipped, a malformed
+            line, an unknown query, a pair that is judged twice and differently.
     """
     grades: dict[str, dict[int, int]] = {}
     N = len(place)
-    for where, query, document, grade in _judged(path):
-        if query not in queries:
-            raise ValueError(f"{where}: query-id: expected an id of queries.jsonl, got {query!r}")
-        of_query, row = grades.setdefault(query, {}), place.setdefault(document, len(place))
-        if of_query.setdefault(row, grade) != grade:
-            raise ValueError(
-                f"{where}: score: expected the earlier {of_query[row]} of {query!r} and "
-                f"{document!r}, got {grade}"
-            )
+    for where, row in _rows(path):
+        try:
+            query, document, grade = _judgement(row)
+            if query not in queries:
+                raise ValueError(f"query-id: expected an id of queries.jsonl, got {query!r}")
+            if report.skip and document not in place:
+                raise ValueError(f"corpus-id: expected an id of corpus.jsonl, got {document!r}")
+            earlier = grades.get(query, {}).get(place.get(document, -1), grade)
+            if earlier != grade:
+                raise ValueError(
+                    f"score: expected the earlier {earlier} of {query!r} and {document!r}, got "
+                    f"{grade}"
+                )
+        except ValueError as error:
+            report.add_bad_row(where, str(error))
+        else:
+            grades.setdefault(query, {})[place.setdefault(document, len(place))] = grade
     if not grades:
-        raise ValueError(f"{path}: expected judgements, found none")
+        raise ValueError(f"{path}: expected judgements, found none{report.first_bad}")
     missing = list(place)[N:]
     if all(row >= N for of_query in grades.values() for row in of_query):
         raise ValueError(f"{path}: corpus-id: expected ids of corpus.jsonl, got {missing[0]!r} ..")
     if missing:
         warnings.warn(
             f"{path}: {len(missing)} judged documents are missing from corpus.jsonl and cannot be "
-            f"found, first {missing[0]!r}",
+            f"found, first {missing[0]!r}; --bad-rows skip leaves their judgements out",
             stacklevel=2,
         )
     return grades

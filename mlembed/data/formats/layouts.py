@@ -23,6 +23,7 @@ SHOWN = 50  # bad rows that a report lists; it counts all
 PEEK = 1000  # rows that show the columns of a source
 CHUNK = 8192  # documents of a corpus that become Arrow at once
 ROUNDING = 0.01  # by which a score may lie outside of its scale, whose end it then is
+SINGLE = "texts"  # the task of a source of single texts, which have no contrastive loss
 TASKS = {  # FlagEmbedding's types of rows
     "normal": "retrieval",
     "only_1neg": "retrieval",
@@ -47,7 +48,7 @@ class Report:
     held_out: int = 0
     """Texts left out because evaluation uses them, or another text of their pair."""
     duplicates: int = 0
-    """Pairs that occurred before, or texts of an n-way table's id and language."""
+    """Pairs or single texts that occurred before, or texts of an n-way id and language."""
     by_score: int = 0
     by_label: int = 0
     """Rows of another value of the column that tells pairs apart."""
@@ -73,6 +74,11 @@ class Report:
         self.bad += 1
         if len(self.bad_rows) < SHOWN:
             self.bad_rows.append(f"{where}: {reason}")
+
+    @property
+    def first_bad(self) -> str:
+        """The end of an error's message: how many rows are bad, and the first; "" for none."""
+        return f"; {self.bad} bad rows, first {self.bad_rows[0]}" if self.bad else ""
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,7 @@ class _Pairs:
         return query, positives, negatives, score
 
 
-def _valid(
+def valid(
     rows: Iterable[Row], report: Report, parse: Callable[[dict[str, Any]], T]
 ) -> Iterator[tuple[str, dict[str, Any], T]]:
     """Yield (location, row, parsed row) of the valid rows, and count all of them."""
@@ -301,7 +307,7 @@ def items(
     """Yield the valid items of rows of pairs, with scores in 0..most as the rows give them."""
     known = {*found.columns(), *found.unused}
     pairs = _Pairs(found, task, corpus, most, prompt_format, known)
-    for where, row, parsed in _valid(rows, report, pairs.parse):
+    for where, row, parsed in valid(rows, report, pairs.parse):
         if parsed is None:
             report.by_label += 1
             continue
@@ -324,6 +330,17 @@ def _nway_row(row: dict[str, Any], found: Roles) -> dict[str, str]:
 
 def nway_rows(rows: Iterable[Row], found: Roles, report: Report) -> Iterator[dict[str, str]]:
     """Yield the valid rows of an n-way table, {id, lang, text [, kind]}."""
-    for _, _, texts in _valid(rows, report, partial(_nway_row, found=found)):
+    for _, _, texts in valid(rows, report, partial(_nway_row, found=found)):
         report.count_languages(texts["lang"])
         yield texts
+
+
+def _single_text(row: dict[str, Any], found: Roles) -> str:
+    text, title = _text(row, found.text), row.get(found.title) if found.title else None
+    return f"{title} {text}" if is_text(title) else text
+
+
+def single_texts(rows: Iterable[Row], found: Roles, report: Report) -> Iterator[str]:
+    """Yield the valid texts of a source of single texts, each after its title, if it has one."""
+    for _, _, text in valid(rows, report, partial(_single_text, found=found)):
+        yield text

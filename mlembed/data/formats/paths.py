@@ -7,6 +7,7 @@ from pathlib import Path
 # A directory is read as the first of these kinds that it holds. A csv next to parquet describes it.
 KINDS = ((".jsonl", ".parquet"), (".csv", ".tsv"), (".json",))
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind)
+TEXT = ".txt"  # One text a line; in a directory it may be a note about the data.
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*")
 SHARD = re.compile(r"(.*?)[-_.]?(\d{3,})(?:-of-\d+)?")
@@ -22,6 +23,16 @@ def suffix_of(path: Path) -> str:
     return Path(plain_name(path)).suffix.lower()
 
 
+def by_plain_name(directory: Path) -> dict[str, Path]:
+    """Return {name: file} of a directory, sorted, names without the suffix of a compression."""
+    return {plain_name(path): path for path in sorted(directory.iterdir())}
+
+
+def is_data(path: Path) -> bool:
+    """Return whether a file's name is that of a data file."""
+    return suffix_of(path) in (*SUFFIXES, TEXT)
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without its suffixes."""
     return Path(plain_name(path)).stem
@@ -31,20 +42,21 @@ def files_of(source: str) -> list[Path]:
     """Return the data files of a path: the file itself, or the files of a directory, sorted.
 
     A directory's files are its .jsonl and .parquet files; without any, its .csv and .tsv files;
-    without any, its .json files. Data files of the other kinds are left out with a warning. All but
-    .parquet may be compressed (.gz, .zst).
+    without any, its .json files, and without any, its .txt files. Data files of the other kinds but
+    .txt are left out with a warning. All but .parquet may be compressed (.gz, .zst).
 
     Raises:
         ValueError: the path does not exist, or holds no data files.
     """
     path = Path(source)
-    listed = ", ".join(SUFFIXES)
+    listed = ", ".join((*SUFFIXES, TEXT))
     if path.is_dir():
-        data = sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES and p.is_file())
-        for kind in KINDS:
+        data = sorted(p for p in path.iterdir() if is_data(p) and p.is_file())
+        for kind in (*KINDS, (TEXT,)):
             files = [p for p in data if suffix_of(p) in kind]
             if files:
-                others = [p.name for p in data if p not in files and suffix_of(p) != ".json"]
+                notes = (".json", TEXT)
+                others = [p.name for p in data if p not in files and suffix_of(p) not in notes]
                 if others:
                     warnings.warn(
                         f"{source}: {', '.join(others)} left out, beside {' and '.join(kind)}: "
@@ -57,7 +69,7 @@ def files_of(source: str) -> list[Path]:
         raise ValueError(f"data: expected a file or directory, got {source}, which does not exist")
     if not path.is_file():
         raise ValueError(f"data: expected a regular file, got {source}")
-    if suffix_of(path) not in SUFFIXES:
+    if not is_data(path):
         raise ValueError(f"data: expected {listed}, got {source}")
     return [path]
 
@@ -97,6 +109,6 @@ def parallel_files(source: str) -> dict[str, Path]:
         code = name.removeprefix(f"{path.name}.")
         if code == name or not LANGUAGE.fullmatch(code) or not other.is_file():
             continue
-        if f".{code}" not in SUFFIXES and f".{code}" not in COMPRESSED:
+        if f".{code}" not in (*SUFFIXES, TEXT, *COMPRESSED):
             files[code] = other
     return files if len(files) > 1 else {}

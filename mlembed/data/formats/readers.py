@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from .paths import COMPRESSED, suffix_of
+from .paths import COMPRESSED, TEXT, suffix_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,6 +160,11 @@ def lines_of(file: BinaryIO, name: str, decoder: Decoder) -> Iterator[Line]:
         yield f"{name}:{number}", attempt(decoder.decode, line)
 
 
+def plain_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file. ValueError: a line of invalid UTF-8."""
+    return (line for _, line in strict(lines(path)))
+
+
 def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
     """Yield rows of files whose lines are translations of each other.
 
@@ -193,7 +198,7 @@ def of_parallel(files: dict[str, Path], name: str) -> Iterator[Row]:
 def of_file(
     path: Path, names: Names = None, decoder: Decoder | None = None, header: bool = True
 ) -> Iterator[Row]:
-    """Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file.
+    """Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file, or {text} of lines of .txt.
 
     Args:
         names: columns of parquet to read. decoder: for json and parquet. header: whether the first
@@ -207,7 +212,16 @@ def of_file(
         return _parquet(path, names, decoder or Decoder())
     if suffix in (".csv", ".tsv"):
         return _csv(path, header) if suffix == ".csv" else _tsv(path, header)
-    return _json(path, decoder)
+    return _texts(path) if suffix == TEXT else _json(path, decoder)
+
+
+def _texts(path: Path) -> Iterator[Row]:
+    """Yield a row of each line that is not empty."""
+    for where, line in lines(path):
+        if isinstance(line, ValueError):
+            yield where, ValueError(f"text: {line}")
+        elif line.strip():
+            yield where, {"text": line}
 
 
 def _json(path: Path, decoder: Decoder | None) -> Iterator[Row]:

@@ -12,6 +12,7 @@ out in silence: `config.Columns` settles such cases. `Roles.describe` says what 
     [text, text ..] a line                               query, positive, negatives
     {"set": [..]}                                        texts that mean the same
     id, lang, text                                       rows of one id are translations
+    text [, title]                                       single texts, for distillation
 """
 
 import re
@@ -70,11 +71,11 @@ CODES = set(
 class Roles:
     """Columns of a source by role; "" is a role that no column has.
 
-    Pairs have a query, n-way tables an id.
+    Pairs have a query, n-way tables an id, single texts a text alone.
 
-    label: COLUMN=VALUE of the rows that are pairs. kind: of the texts of an n-way table. type: of
-    FlagEmbedding, which names a task. languages: codes that name the columns of query and positive.
-    unused: columns without a role.
+    title: comes before a single text. label: COLUMN=VALUE of the rows that are pairs. kind: of the
+    texts of an n-way table. type: of FlagEmbedding, which names a task. languages: codes that name
+    the columns of query and positive. unused: columns without a role.
     """
 
     query: str = ""
@@ -89,6 +90,7 @@ class Roles:
     id: str = ""
     lang: str = ""
     text: str = ""
+    title: str = ""
     kind: str = ""
     languages: tuple[str, ...] = ()
     unused: tuple[str, ...] = field(default=(), compare=False)
@@ -98,11 +100,16 @@ class Roles:
         """Whether rows of one id are translations of each other."""
         return bool(self.id)
 
+    @property
+    def single(self) -> bool:
+        """Whether rows are single texts, which belong to no pair."""
+        return bool(self.text) and not self.id
+
     def by_role(self) -> dict[str, tuple[str, ...]]:
         """Return {role: columns} of the roles that have any."""
         names = (
             *("query", "positive", "negatives", "score", "label", "prompt", "type"),
-            *("query_lang", "positive_lang", "id", "lang", "text", "kind"),
+            *("query_lang", "positive_lang", "id", "lang", "text", "title", "kind"),
         )
         given = {name: getattr(self, name) for name in names}
         columns = {name: (c,) if isinstance(c, str) else c for name, c in given.items() if c}
@@ -143,12 +150,13 @@ def recognise(
     if columns.given:
         return _as_told(names, columns)
     plain = {_plain(name): name for name in reversed(names)}
-    roles = _nway(plain, evaluation) or _pairs(plain, names)
+    roles = _nway(plain, evaluation) or _pairs(plain, names) or _texts(plain)
     if not roles:
         got = ", ".join(names) or "none"
         raise ValueError(
-            f"expected columns query, positive [, negatives, score], or id, lang, text, or names "
-            f"that docs/data.md lists, got {got}; name them: --columns.query .. --columns.positive"
+            f"expected columns query, positive [, negatives, score], or id, lang, text, or text, "
+            f"or names that docs/data.md lists, got {got}; name them: --columns.query .. "
+            "--columns.positive .., or --columns.text .."
         )
     if _plain(roles.get("score", "")) in CLASSES and task != "sts" and not evaluation:
         _check_similarities(roles["score"], rows)
@@ -210,6 +218,13 @@ def _pairs(plain: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     if "type" in plain and _plain(roles["positive"]) == "pos":
         roles["type"] = plain["type"]
     return roles
+
+
+def _texts(plain: Mapping[str, str]) -> dict[str, Any]:
+    """Return the roles of single texts; {} without a column text, or with one of another role."""
+    if "text" not in plain or "lang" in plain or any(map(suggests_role, plain)):
+        return {}
+    return {name: plain[name] for name in ("text", "title") if name in plain}
 
 
 def _single(role: str, candidates: Sequence[str]) -> str:

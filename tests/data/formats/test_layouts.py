@@ -134,7 +134,7 @@ def test_corpora_that_cannot_be_used(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"query": "q", "positive": "1"}])
     assert "corpus: expected a file, got none.jsonl" in mistake(path, corpus="none.jsonl")
     path = jsonl(tmp_path / "n.jsonl", [{"id": "1", "lang": "en", "text": "a"}])
-    words = "n.jsonl: corpus: expected none for an n-way table"
+    words = "n.jsonl: corpus: expected pairs of ids, got id=id lang=lang"
     assert words in mistake(path, corpus=corpus(tmp_path))
 
 

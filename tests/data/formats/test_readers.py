@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlembed.data import sources
-from mlembed.data.formats import readers
+from mlembed.data.formats import beir, readers
 from mlembed.data.formats.text_reader import TextReader, windows
 from tests.data.samples import items, jsonl, mistake, parquet, read, reports, source, table_of
 
@@ -313,7 +314,8 @@ def test_json_column(tmp_path):
     rows = [{"text": "a", "title": "A"}, {"text": "", "title": "\u2028"}]
     content = "\n\n".join(json.dumps(row) for row in rows).encode()
     path = written(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + content)
-    assert list(TextReader(path)) == ["a", ""]
+    assert list(TextReader(path)) == ["A a", ""]  # like BEIR's documents
+    assert list(TextReader(path, "text")) == ["a", ""]
     assert list(TextReader(path, "title")) == ["A", "\u2028"]
 
 
@@ -392,6 +394,24 @@ def test_input_files(tmp_path):
         TextReader(str(tmp_path)).check()
     with pytest.raises(ValueError, match="input: expected a file, got .*nowhere.txt, which does"):
         TextReader(str(tmp_path / "nowhere.txt")).check()
+
+
+def test_titles_are_those_of_the_evaluation(tmp_path):
+    """BEIR's documents are the same texts for `encode` and for `evaluate`, in every format."""
+    rows = [
+        {"_id": "1", "title": "The sea", "text": "is wet."},
+        {"_id": "2", "title": "", "text": " sun \n"},
+        {"_id": "3", "title": "only a title", "text": ""},
+    ]
+    path = jsonl(tmp_path / "corpus.jsonl", rows)
+    want = [beir.titled(title, text) for _, title, text in beir.documents(Path(path))]
+    assert list(TextReader(path)) == want
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    reader = TextReader(str(tmp_path / "corpus.parquet"))
+    assert reader.check() == "text=title+text; unused: _id" and list(reader) == want
+    (tmp_path / "c.csv").write_text("_id,title,text\n1,The sea,is wet.\n")
+    assert list(TextReader(str(tmp_path / "c.csv"))) == want[:1]
+    assert TextReader(path, "text").check() == "text=text; unused: _id, title"
 
 
 def test_windows():
