@@ -74,7 +74,7 @@ def begin(saves: bool = False) -> None:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if _state.since is not None:
         # A terminal and SLURM signal all processes, and torchrun forwards the signal once more.
-        if time.monotonic() - _state.since > (2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5):
+        if time.monotonic() - _state.since > (2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 1.0):
             os._exit(_status(number))
         return
     _state.since, _state.number = time.monotonic(), number
