@@ -19,7 +19,7 @@ from mlembed.runtime import process
 if __name__ == "__main__":
     process.begin(saves=True)
 
-from mlembed.runtime.errors import one_line_errors
+from mlembed.runtime.errors import one_line_errors, out_of_memory
 from mlembed.training import arguments
 
 if __name__ == "__main__":
@@ -119,7 +119,8 @@ def optimise(job: Job, start: int) -> int:
     saves it. The caller holds signals.
     """
     run, where, out = job.run, job.where, job.out
-    feed = iter(loader(job, start))
+    with guards.loader_errors():
+        feed = iter(loader(job, start))
     job.stages.begin()
     rates, logged, checks = Rates(job), start, list[guards.Check]()
     # A log file keeps every bar that a terminal overwrites.
@@ -168,13 +169,13 @@ def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """Run one optimiser step; advise if memory runs out.
 
     Raises:
-        ValueError: out of memory; what `settle` raises.
+        ValueError: out of memory; what `loader_errors` and `settle` raise.
     """
     run = job.run
     try:
         return one_step(job, step, feed)
     except RuntimeError as error:
-        if not guards.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         tokens = max(pack.plan.tokens for pack in job.batches[batches_of(run, step)[0]].packs)
         free = gradcache.free_bytes(job.where.device)
@@ -223,7 +224,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     flops, tokens, queries = Flops(), 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
-        with job.stages.of("data"):
+        with job.stages.of("data"), guards.loader_errors():
             batch = next(feed).to(where.device)
         count_idle(job, batch, step)
         if job.teacher is not None:

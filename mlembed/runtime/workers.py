@@ -197,11 +197,15 @@ def device_of(name: str) -> "torch.device":
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process soon after `parent`, the process that started it, however that ends."""
+    """End this process soon after the process that started it, however that ends.
+
+    parent: this process's parent, which may be a fork server of the process that started it.
+    """
+    starter = multiprocessing.parent_process()  # None in a spawned process that still starts.
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.3)
+        while os.getppid() == parent and (starter is None or starter.is_alive()):
+            time.sleep(0.1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -13,7 +13,7 @@ from .. import config
 from ..config import strict
 from ..modeling import hf_config
 from ..runtime import files, intact, lock, log
-from ..runtime.distributed import World, broadcast, broadcast_text
+from ..runtime.distributed import World, broadcast, broadcast_text, main_works
 from . import provenance
 from .provenance import READING
 
@@ -85,7 +85,8 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
         return directory, None
     logged = log.lines(directory / log.METRICS)
     checkpoints = directory / "checkpoints"
-    newest = intact.newest(checkpoints, say, set_aside=True) if where.main else None
+    with main_works(where, "check"):  # It reads every byte.
+        newest = intact.newest(checkpoints, say, set_aside=True) if where.main else None
     step = broadcast(-1 if newest is None else step_of(newest), where)
     if step < 0:
         _check_never_saved(directory, logged)

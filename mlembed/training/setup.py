@@ -31,7 +31,7 @@ from ..modeling import hf_config, pretrained, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
-from ..runtime.distributed import World, main_works
+from ..runtime.distributed import World, main_works, together
 from ..runtime.workers import end_with_parent
 from . import gradcache, guards, provenance, resume
 from .engine import Engine
@@ -328,6 +328,8 @@ def set_up(
     limited = run.gradient_cache or run.activation_checkpointing == "selective"
     cost = ActivationCost.measure(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
+    # Reading may take hours longer on one process, and what follows has collectives.
+    together(where, "set up")
     engine = Engine.of(model, run, where, half)
     optimizer = adamw(model, run.optim, run.seed)
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from mlembed import config
 from mlembed.runtime import process
+from mlembed.runtime.errors import out_of_memory
 from mlembed.training import guards
 from train import guarded, settle
 
@@ -234,8 +235,8 @@ def test_bad_loss_and_bad_weight():
 def test_host_allocator_is_recognised():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**58, dtype=torch.uint8)
-    assert guards.out_of_memory(error.value)
-    assert not guards.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     advice = guards.oom_advice(error.value, config.Run(), 3, 1000, math.inf, 0.0)
     assert "at step 3" in advice and f"asked for {2**28:.3g} GiB" in advice
     assert "--gradient-cache" in advice and "--pack-tokens 500" in advice
@@ -255,7 +256,7 @@ CUDA = "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capaci
 def test_advice_by_numbers(cached, graphs, option):
     """A request of 3 GiB with 1 free lacks 2, or 2.2 with the margin."""
     error = torch.OutOfMemoryError(CUDA)
-    assert guards.out_of_memory(error)
+    assert out_of_memory(error)
     run = config.Run(gradient_cache=cached)
     advice = guards.oom_advice(error, run, 7, 4096, graphs * 2**30, 2.0**30)
     assert option in advice and "short by at least 2 GiB" in advice and "step 7" in advice
