@@ -369,7 +369,7 @@ def score(job: Job, step: int) -> dict[str, Any] | None:
 
 
 def lacks_score(job: Job, step: int) -> bool:
-    """Return whether the score of a step at which the run starts is to be logged, on all alike."""
+    """Return, on all processes, whether the step at which the run starts lacks its score."""
     due = job.run.eval_every and step < job.run.steps and step % job.run.eval_every == 0
     lines = job.out.lines() if step and due and job.where.main else []
     logged = any(line["kind"] == "eval" and line["step"] == step for line in lines)

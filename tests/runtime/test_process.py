@@ -170,7 +170,7 @@ def test_a_reader_that_is_gone_ends_a_command(arguments):
 
 
 def test_a_reader_that_is_gone_stops_a_run():
-    """Of a run that saves it counts as SIGHUP, and later output goes nowhere."""
+    """A run that saves takes it for SIGHUP, and later output goes nowhere."""
     code = """
 process.begin(saves=True)
 with process.hold_signals():
