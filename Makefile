@@ -5,6 +5,8 @@
 # make test-libraries   test what depends on libraries with their oldest and newest versions
 # make test-readers open exports with the oldest sentence-transformers that they are for
 # make mutate       break the product on purpose, list what no test notices: SEED=1 N=20, ten minutes
+# make attack       spoil runs, models, data and disks on purpose, list what is not refused or bit-equal:
+#                   SEED=1 N=40, five minutes; ONLY=kills
 # make golden       same numbers as an earlier commit, bit for bit: BASE=COMMIT, 90 seconds
 # make check        lint, format and types
 #
@@ -39,7 +41,7 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := $(RUN) -m pytest $(SPREAD) --durations 20
 
 .PHONY: train test test-all test-readers test-libraries test-oldest test-newest
-.PHONY: test-toolchains test-toolchains-quick mutate golden check setup clean
+.PHONY: test-toolchains test-toolchains-quick mutate attack golden check setup clean
 
 train: setup
 	$(RUN) train.py tiny $(ARGS)
@@ -65,6 +67,10 @@ test-oldest test-newest: test-%: .venv-%/.ready
 mutate: setup
 	$(RUN) -m tests.mutation $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N)) \
 		$(if $(NAMED),--named) $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+attack: setup
+	$(RUN) -m tests.attack $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N)) \
+		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
 
 # The oldest Triton that pyproject.toml admits, that of constraints.txt, and the newest. Compiled
 # kernels stay in .cache/triton, so that a run that was stopped continues.

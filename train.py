@@ -26,6 +26,7 @@ if __name__ == "__main__":
     with one_line_errors():
         RUN = arguments.parse(sys.argv[1:])
 
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,11 +43,11 @@ from mlembed.data import tokenizer
 from mlembed.data.collate import Batch
 from mlembed.data.formats.layouts import SINGLE
 from mlembed.inference.encoder import Encoder
-from mlembed.modeling import pretrained
+from mlembed.modeling import pretrained, serving
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
-from mlembed.training import gradcache, guards, resume, setup
+from mlembed.training import gradcache, guards, resume
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -318,7 +319,8 @@ def save(job: Job, step: int) -> None:
         # After a power failure no saved step may lack its line.
         job.out.flush()
         pretrained.describe(job.run.model, directory)
-        tokenizer.save(job.tokenizer, directory, job.run.max_length)
+        tokenizer.save(job.tokenizer, directory, job.serving.max_length)
+        serving.write(job.serving, directory)
 
     tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
     if job.bank is not None:
@@ -340,8 +342,7 @@ def full_encoder(job: Job) -> Encoder | None:
     model = job.engine.full_model()
     if model is None:
         return None
-    prompts = setup.prompts(job.run)
-    return Encoder(model, job.tokenizer, job.run.max_length, bf16=job.bf16, prompts=prompts)
+    return Encoder(model, job.tokenizer, bf16=job.bf16, **vars(job.serving))
 
 
 def score(job: Job, step: int) -> dict[str, Any] | None:
@@ -398,16 +399,17 @@ def finish(job: Job) -> None:
         out.say(f"\n{scored.table()}\n\n{by_kind}")
         seconds = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {seconds:.0f} s)")
-    worst = export(encoder, directory / "model", source=str(directory))
+    worst = export(encoder, directory / "model", source=str(directory)).worst
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     cwd, python = Path.cwd(), Path(sys.executable)
     python = python.relative_to(cwd) if python.is_relative_to(cwd) else python
+    command, named = f"{shlex.quote(str(python))} -m mlembed", shlex.quote(str(directory))
     out.say(
         f"model   {directory}/model: opens in sentence-transformers and transformers, "
         f"vectors within {worst:.0e}\n"
-        f'encode  {python} -m mlembed encode {directory} "Wednesday, May 4, 2050"\n'
-        f"export  {python} -m mlembed export {directory} OUT --dim {dim} --exit {exit}\n"
-        f"page    {python} -m mlembed report {directory}"
+        f'encode  {command} encode {named} "Wednesday, May 4, 2050"\n'
+        f"export  {command} export {named} OUT --dim {dim} --exit {exit}\n"
+        f"page    {command} report {named}"
     )
 
 

@@ -13,8 +13,9 @@
 #
 # All nodes must see the run's directory and the data. Two minutes before the time limit, and on
 # preemption, SIGTERM reaches every process, and the run saves and stops. A job that SLURM requeues
-# resumes by itself (SLURM_RESTART_COUNT), and so does a run whose process crashed (--max-restarts).
-# After the time limit, submit the job again with --resume.
+# resumes by itself (SLURM_RESTART_COUNT), on these or other nodes, and so does a run whose process
+# crashed (--max-restarts). If a node died with the run, the next one waits a minute for its
+# heartbeat. After the time limit, submit the job again with --resume.
 set -euo pipefail
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes%%$'\n'*}

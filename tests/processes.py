@@ -296,8 +296,13 @@ def _child(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> N
     # tests/test_endings.py has true ends.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            # An interpreter that cannot write its last lines ends with status 120.
+            os.write(2, f"Exception ignored in: {stream.name}\n{error}\n".encode())
+            code = code or 120
     os._exit(code or 0)
 
 

@@ -6,12 +6,14 @@ mlembed encode MODEL --input texts.txt --out vectors.npy
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..config.choices import Dtype, Invalid, Precision
+from ..config.choices import Dtype, Invalid, Pooling, Precision
+from ..config.strict import check_number
 from ..runtime.files import check_new
 
 
@@ -25,6 +27,7 @@ def main(
     dim: int | None = None,
     exit: int | None = None,
     rank: int | None = None,
+    pooling: Pooling | None = None,
     prompt: str | None = None,
     prompt_name: str | None = None,
     precision: Precision = "float32",
@@ -46,6 +49,7 @@ def main(
         dim: width; full by default.
         exit: depth; full by default.
         rank: vocabulary rank; the stored rank by default.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         prompt: text to put before each text.
         prompt_name: name of a prompt of the model to put before each text.
         precision: number format of the vectors, quantised like sentence-transformers does.
@@ -59,8 +63,7 @@ def main(
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
-    if max_tokens < 1:
-        raise ValueError(f"max-tokens: expected 1 or more, got {max_tokens}")
+    check_number("max-tokens", max_tokens, least=1, below=2**31)
     makes_ranges = precision in ("int8", "uint8") and ranges is None
     if makes_ranges and not out:
         raise ValueError(f"ranges: expected --ranges or --out for {precision}, got neither")
@@ -80,7 +83,9 @@ def main(
     if understood := source.check():
         print(f"{input}: {understood}", file=sys.stderr)
     several = len(device) > 1
-    encoder = Encoder.load(model, "cpu" if several else device[0], dtype, compile and not several)
+    where, alone = "cpu" if several else device[0], compile and not several
+    say = partial(print, file=sys.stderr)
+    encoder = Encoder.load(model, where, dtype, alone, pooling, say)
     encoder.max_tokens = max_tokens
     with encoder.on(device, compile) if several else nullcontext(encoder) as ready:
         parts = ready.stream(

@@ -3,6 +3,7 @@
 mlembed evaluate MODEL [--data DIR_OR_FILE ..] [--mteb TASK ..] [--out report]
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..config.choices import BadRows, Dtype
+from ..config.choices import BadRows, Dtype, Pooling
+from ..config.strict import check_number
 from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def main(
     dim: tuple[int, ...] = (),
     exit: tuple[int, ...] = (),
     rank: tuple[int, ...] = (),
+    pooling: Pooling | None = None,
     funnel: str = "",
     shortlist: int = 100,
     query_prompt: str | None = None,
@@ -47,6 +50,7 @@ def main(
         dim: widths; by default those of training, with --mteb the full width.
         exit: depths, likewise.
         rank: vocabulary ranks, likewise.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         funnel: DIM:EXIT:RANK of the small vectors that make a shortlist, which full vectors rank
             again, for retrieval tasks; a part that is left empty is the largest.
         shortlist: documents of a query that the funnel ranks again.
@@ -57,6 +61,7 @@ def main(
         dtype: dtype of the weights, in which the model is scored and measured.
         device: auto, cpu or cuda.
     """
+    check_number("shortlist", shortlist, least=10, below=2**31)
     if out:
         check_new(Path(out), "directory")
     from ..data.eval_tasks import Retrieval
@@ -68,11 +73,12 @@ def main(
 
     small = size_of(funnel) if funnel else None
     tasks = _tasks(data, mteb, bool(small), bad_rows)
-    encoder = Encoder.load(model, device, dtype)
+    say = functools.partial(print, file=sys.stderr)
+    encoder = Encoder.load(model, device, dtype, pooling=pooling, say=say)
     cfg = encoder.model.cfg
     if mteb:
         dim, exit, rank = (
-            dim or (cfg.hidden_size,),
+            dim or encoder.full_size()[:1],
             exit or (cfg.num_hidden_layers,),
             rank or cfg.ranks[-1:],
         )

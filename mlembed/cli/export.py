@@ -3,11 +3,14 @@
 mlembed export RUN OUT [--dim 96] [--exit 2] [--rank 64] [--format onnx]
 """
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from ..config.choices import Pooling
 from ..runtime.files import check_new
 
 
@@ -18,6 +21,7 @@ def main(
     dim: int | None = None,
     exit: int | None = None,
     rank: int | None = None,
+    pooling: Pooling | None = None,
     format: tuple[str, ...] = ("sentence-transformers",),
     license: str = "",
     push_to_hub: str = "",
@@ -31,6 +35,7 @@ def main(
         dim: width; full by default.
         exit: depth; full by default.
         rank: vocabulary rank; the stored rank by default.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         format: sentence-transformers, onnx (adds onnx/model.onnx), or both.
         license: license of the weights for the model card, e.g. apache-2.0.
         push_to_hub: upload the directory to this new repository of the Hub, e.g. me/small-model.
@@ -48,12 +53,11 @@ def main(
     from ..inference.encoder import Encoder
     from ..publishing.export import export, push
 
-    encoder = Encoder.load(model, "cpu")
+    encoder = Encoder.load(model, "cpu", pooling=pooling, say=partial(print, file=sys.stderr))
     card = {"source": model, "license": license, "repo": push_to_hub}
-    worst = export(encoder, out, dim, exit, rank, formats=format, **card)
-    readers = ["sentence-transformers", "transformers"]
-    readers += ["onnxruntime"] if "onnx" in format else []
-    named = f"{', '.join(readers[:-1])} and {readers[-1]}"
-    print(f"{out}: for {named}, vectors within {worst:.1e}")
+    report = export(encoder, out, dim, exit, rank, formats=format, **card)
+    *others, last = report.differences
+    print(f"{out}: for {', '.join(others)} and {last}, vectors within {report.worst:.1e}")
+    print(report.describe())
     if push_to_hub:
         print(f"pushed to {push(out, push_to_hub, private)}")

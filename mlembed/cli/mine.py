@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from ..config import Columns
-from ..config.choices import BadRows
+from ..config.choices import BadRows, Pooling
 from ..config.mining import Options
 from ..runtime.files import check_new
 
@@ -26,6 +26,7 @@ def main(
     columns: Columns = Columns(),  # noqa: B008
     header: bool = True,
     bad_rows: BadRows = "error",
+    pooling: Pooling | None = None,
     device: str = "auto",
 ) -> None:
     """Mine hard negatives for pairs, aware of their positives.
@@ -39,6 +40,7 @@ def main(
         columns: columns of the pairs by role, where their names do not say it.
         header: whether the first row of .csv and .tsv names the columns.
         bad_rows: make a malformed row an error, or skip such rows and report how many.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         device: auto, cpu or cuda.
     """
     options.check()
@@ -48,7 +50,9 @@ def main(
     from ..inference.encoder import Encoder
     from ..inference.mining import Column, gather, write
 
-    tables = sources.tables_of(data, bad_rows, columns, header, partial(print, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    tables = sources.tables_of(data, bad_rows, columns, header, say)
     texts = gather(tables, Column(layouts.Corpus(corpus)) if corpus else None)
-    report = write(Encoder.load(model, device), texts, options, out, sys.stderr.isatty())
+    encoder = Encoder.load(model, device, pooling=pooling, say=say)
+    report = write(encoder, texts, options, out, sys.stderr.isatty())
     print(f"{out}: {report}")

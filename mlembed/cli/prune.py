@@ -4,13 +4,17 @@ mlembed prune MODEL OUT --shape ml-embed-80m [--data FILES]
 mlembed prune MODEL OUT --layers 8 --width 320 --ffn 2048
 """
 
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..config.choices import PruneBy
-from ..runtime.files import atomic_directory, check_new
+from ..config.choices import Pooling, PruneBy
+from ..config.strict import SEED, check_number
+from ..runtime.files import check_new
 
 
 def main(
@@ -22,6 +26,7 @@ def main(
     width: int | None = None,
     ffn: int | None = None,
     keep_layers: tuple[int, ...] = (),
+    pooling: Pooling | None = None,
     by: PruneBy | None = None,
     data: tuple[str, ...] = (),
     texts: int = 4096,
@@ -32,12 +37,13 @@ def main(
 
     Args:
         model: run, checkpoint or model directory, or hub id.
-        out: new directory, to read with `train.py --init` or transformers.
+        out: new directory, to read with `train.py --init`, sentence-transformers or transformers.
         shape: name of a published shape, instead of layers, width and ffn.
         layers: number of layers to keep, evenly spaced; all by default.
         width: width of the residual stream; the model's by default.
         ffn: inner width of the MLP; the model's by default.
         keep_layers: layers to keep, from 1 on, instead of evenly spaced ones.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         by: what stays of width and MLP: the first coordinates and units, or those that a sample of
             `data` makes largest. By default activation with data, first without.
         data: what train.py's --data takes.
@@ -45,6 +51,8 @@ def main(
         seed: seed of the draw.
         device: auto, cpu or cuda.
     """
+    check_number("texts", texts, above=0, below=2**31)
+    check_number("seed", seed, int, **SEED)
     check_new(out, "directory")
     if shape and not (layers is width is ffn is None and not keep_layers):
         raise ValueError("shape: expected no layers, width, ffn or keep_layers with it, got some")
@@ -56,13 +64,14 @@ def main(
         raise ValueError(
             f"data: expected text for activation and none otherwise, got {given}, {by}"
         )
-    from ..data import tokenizer
     from ..inference.encoder import Encoder
-    from ..modeling import pretrained
     from ..modeling.prune import choose, prune, pruned_config, sample, spread, target
     from ..modeling.transformer import num_parameters
+    from ..publishing import model_card
+    from ..publishing.export import export
 
-    encoder = Encoder.load(model, device)
+    say = partial(print, file=sys.stderr)
+    encoder = Encoder.load(model, device, pooling=pooling, say=say)
     cfg = encoder.model.cfg
     if shape:
         wanted = target(cfg, shape)
@@ -76,12 +85,17 @@ def main(
     limits = encoder.max_length, encoder.max_tokens
     batches = sample(encoder.tokenizer, *limits, data, texts, seed) if data else None
     small = prune(encoder.model, choose(encoder.model, keep, width, ffn, batches))
-    with atomic_directory(out) as partial:
-        pretrained.save(small, partial)
-        tokenizer.save(encoder.tokenizer, partial, encoder.max_length)
+    served = min(encoder.width or width, width)
+    pruned = replace(encoder, model=small, width=served if served < width else None)
     before, now = num_parameters(cfg), num_parameters(small.cfg)
-    print(
-        f"{out}: layers {' '.join(map(str, keep))} of {depth}, width {width} of "
-        f"{cfg.hidden_size}, mlp {ffn} of {cfg.intermediate_size}, by {by}: "
-        f"{now:,} parameters of {before:,}"
+    what = (
+        f"layers {' '.join(map(str, keep))} of {depth}, width {width} of {cfg.hidden_size}, mlp "
+        f"{ffn} of {cfg.intermediate_size}, by {by}: {now:,} parameters of {before:,}"
     )
+    source, *files = (model_card.shown(path) for path in (model, *data))
+    words = [source, out.name, "--keep-layers", *keep, "--width", width, "--ffn", ffn]
+    words += ["--data", *files, "--texts", texts, "--seed", seed] if files else []
+    origin = model_card.find_origin(model).derived(f"Pruned to {what}.", ["prune", *words])
+    report = export(pruned, out, source=origin)
+    print(f"{out}: {what}")
+    print(report.describe())

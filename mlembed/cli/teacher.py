@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..config import Columns
-from ..config.choices import BadRows
+from ..config.choices import BadRows, Pooling
 from ..runtime.files import check_new
 
 
@@ -25,6 +25,7 @@ def main(
     columns: Columns = Columns(),  # noqa: B008
     header: bool = True,
     bad_rows: BadRows = "error",
+    pooling: Pooling | None = None,
     device: str = "auto",
 ) -> None:
     """Store a teacher's vectors of training text, for `--distill.embeddings OUT`.
@@ -38,6 +39,7 @@ def main(
         columns: columns by role, where their names do not say it.
         header: whether the first row of .csv and .tsv names the columns.
         bad_rows: make a malformed row an error, or skip such rows and report how many.
+        pooling: last, mean, cls or pooler, of a model whose directory does not say it.
         device: auto, cpu or cuda.
     """
     check_new(out, "directory")
@@ -47,8 +49,11 @@ def main(
     from ..training.objective.teacher import Teacher, store
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    tables = sources.tables_of(data, bad_rows, columns, header, partial(print, file=sys.stderr))
+    say = partial(print, file=sys.stderr)
+    tables = sources.tables_of(data, bad_rows, columns, header, say)
     chosen = torch.device(where if device == "auto" else device)
-    teacher = Teacher.load(model, prompt, chosen)
+    teacher = Teacher.load(model, prompt, chosen, pooling)
+    if teacher.note:
+        say(teacher.note)
     count = store(teacher, tables, out, dtype, {"model": model}, progress=True)
     print(f"{out}: {count} vectors of width {teacher.width}, by {teacher.pipeline}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from .choices import Pooling
 from .strict import check_numbers, check_rising, machine, number
 
 # Exits of ML-Embed's released code; the last layer is added.
@@ -37,7 +38,7 @@ class Model:
     """Rows of a BERT's segment table, whose first row is added to every token."""
     causal: bool = True
     """Each token attends only to earlier tokens (like Qwen3), otherwise to the whole text."""
-    pooling: Literal["last", "mean", "cls", "pooler"] = "last"
+    pooling: Pooling = "last"
     """Embedding of a text: its last token (EOS), the mean of all tokens, the first token ([CLS]),
     or BERT's pooler, tanh of a dense layer over the first token."""
     exits: tuple[int, ...] = number((), above=0, most=DEEPEST)

@@ -144,7 +144,7 @@ def check_number(name: str, value: Any, kind: type = int, **bounds: float) -> No
     """
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         expected = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.80}")
     for bound, limit in bounds.items():
         holds, words = BOUNDS[bound]
         if not holds(value, limit):
@@ -157,27 +157,27 @@ def check_numbers(values: object, prefix: str = "") -> None:
     Raises:
         ValueError: as `check_number`, the name being `prefix` and the field's.
     """
-    for name, kind, optional, bounds in numeric_fields(type(values)):
+    for name, hint, kind, bounds in numeric_fields(type(values)):
         given = getattr(values, name)
-        if given is None and optional:
-            continue
-        for value in given if isinstance(given, tuple | list) else (given,):
-            check_number(prefix + name, value, kind, **bounds)
+        several = typing.get_origin(hint) is tuple
+        if several and not isinstance(given, tuple | list):
+            raise ValueError(f"{prefix}{name}: expected numbers, got {given!r:.80}")
+        if given is not None or type(None) not in typing.get_args(hint):
+            for value in given if several else (given,):
+                check_number(prefix + name, value, kind, **bounds)
 
 
-def numeric_fields(cls: type) -> list[tuple[str, type, bool, dict[str, float]]]:
-    """Return name, type (int or float), whether None is allowed, and bounds of each number, and of
-    each tuple of numbers.
+def numeric_fields(cls: type) -> list[tuple[str, Any, type, dict[str, float]]]:
+    """Return name, type, int or float, and bounds of each number and of each tuple of numbers.
 
     Raises:
         TypeError: a number is declared without two bounds.
     """
     found = []
     for f, hint in zip(fields(cls), typing.get_type_hints(cls).values(), strict=True):
-        kinds = {hint, *typing.get_args(hint)}
-        for kind in kinds & {int, float}:
+        for kind in {hint, *typing.get_args(hint)} & {int, float}:
             bounds = f.metadata.get("bounds", {})
             if len(bounds) != 2:
                 raise TypeError(f"{cls.__name__}.{f.name}: expected two bounds, got {bounds}")
-            found.append((f.name, kind, type(None) in kinds, dict(bounds)))
+            found.append((f.name, hint, kind, dict(bounds)))
     return found

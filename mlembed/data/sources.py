@@ -23,7 +23,7 @@ from ..config.choices import BadRows
 from ..runtime import cache
 from ..runtime.files import read_json, read_yaml
 from . import tables
-from .formats import data_sets, layouts, paths, readers
+from .formats import bounds, data_sets, layouts, paths, readers
 from .formats.layouts import SINGLE, Corpus, Item, Report
 from .formats.readers import Names, Row
 from .formats.roles import Roles
@@ -96,6 +96,8 @@ def _mixture(path: Path) -> list[config.Source] | None:
 
 def _object_of(path: Path) -> Any:
     """Return the object of a mixture's file, or None if its first line is a row, or begins rows."""
+    if path.stat().st_size > bounds.LINE:
+        return None
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"")
     if head.lstrip().startswith(b"["):
@@ -151,9 +153,23 @@ def tables_of(
     return [table for table, _ in parts]
 
 
-def roles_of(source: config.Source) -> list[Roles]:
-    """Return the roles of the columns of each part of a source, from its first rows."""
-    return [part.open(source)[0] for part in _parts(source)]
+def task_of(source: config.Source) -> str:
+    """Return the task of a stream, one of `config.TASKS`, from its first rows.
+
+    Raises:
+        ValueError: parts of different tasks; as `read`.
+    """
+    tasks = sorted({part.open(source)[1] for part in _parts(source)})
+    if len(tasks) > 1:
+        raise ValueError(f"{source.path}: expected one task of a stream, got {', '.join(tasks)}")
+    return tasks[0]
+
+
+def describe_stream(source: config.Source) -> str:
+    """Return what `tables.describe` says of a table, as far as the first rows of a stream tell."""
+    roles = "; ".join(part.open(source)[0].describe() for part in _parts(source))
+    rows = f"{source.rows} rows as declared" if source.rows else "rows not declared"
+    return f"streamed, {rows}, {task_of(source)}; {roles}"
 
 
 # ---- the parts of a source ----
@@ -169,7 +185,6 @@ class _Part:
     where: str
     rows: Callable[[Names], Iterator[Row]]
     files: list[Path] = field(default_factory=list)
-    parallel: bool = False
     roles: Roles | None = None
 
     def open(self, source: config.Source) -> tuple[Roles, str, Iterator[Row]]:
@@ -190,8 +205,7 @@ class _Part:
             if task != "auto":
                 raise ValueError(f"{self.where}: task: expected auto for single texts, got {task}")
             return SINGLE
-        nway = roles.nway
-        if nway and task not in ("auto", "retrieval", "bitext"):
+        if roles.nway and task not in ("auto", "retrieval", "bitext"):
             raise ValueError(
                 f"{self.where}: task: expected retrieval or bitext for an n-way table, got {task}"
             )
@@ -199,7 +213,7 @@ class _Part:
             return task
         if NO_IN_BATCH in self.where:
             return "classification"
-        return "bitext" if nway or self.parallel else "retrieval"
+        return "bitext" if roles.nway or roles.languages else "retrieval"
 
 
 def _parts(source: config.Source) -> list[_Part]:
@@ -216,7 +230,7 @@ def _parts(source: config.Source) -> list[_Part]:
         codes = tuple(by_code)
         two = Roles(*codes, languages=codes) if len(codes) == 2 else None
         files = list(by_code.values())
-        return [_Part(source.name or path.name, source.path, lines, files, True, two)]
+        return [_Part(source.name or path.name, source.path, lines, files, two)]
     if paths.suffix_of(path) in paths.SUFFIXES or not HUB_ID.fullmatch(source.path):
         raise ValueError(
             f"data: expected a file, directory, `name` of parallel files or hub id, got "
@@ -310,13 +324,16 @@ def _read(
 ) -> tuple[Table, Report]:
     make = functools.partial(_make, part, source, bad_rows, held_out)
     files = part.files + ([Path(source.corpus)] if source.corpus else [])
-    if sum(file.stat().st_size for file in files if file.is_file()) < BIG:
+    if sum(map(paths.bytes_of, files)) < BIG:
         table, report = make(None)
     else:
+        # A mistake in the first rows is answered before all bytes are read for the key.
+        part.open(source)
         told = (json.dumps(asdict(source.columns)), source.header, source.prompt_format)
         options = (source.path, source.subset, source.split, source.task, source.cap, *told)
         key = cache.digest(VERSION, part.name, bad_rows, sorted(held_out), *options, files=files)
-        table, report = cache.cached("text", key, lambda home: _save(*make(home), home), _open)
+        save = lambda home: _save(*make(home), home)  # noqa: E731
+        table, report = cache.cached("text", key, save, _open, part.where)
     return replace(table, source=source), report
 
 

@@ -12,6 +12,7 @@ is known once an end was read.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
@@ -20,12 +21,13 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from torch.utils.data import get_worker_info
 
 from .. import config
 from ..config.choices import BadRows
 from . import sources, tables
 from .formats import paths
-from .formats.layouts import Item
+from .formats.layouts import Item, Report
 from .tokenizer import tokenize
 from .tokens import Tokens
 
@@ -38,13 +40,6 @@ def name_of(source: config.Source) -> str:
     path = Path(source.path)
     stem = paths.stem_of(path) if paths.is_data(path) else path.name
     return source.name or "-".join(filter(None, (stem, source.subset)))
-
-
-def task_of(source: config.Source) -> str:
-    """Return one of `config.TASKS`; auto is bitext for parallel files, else retrieval."""
-    if source.task != "auto":
-        return source.task
-    return "bitext" if paths.parallel_files(source.path) else "retrieval"
 
 
 class Stream:
@@ -66,13 +61,14 @@ class Stream:
     ) -> None:
         self.source, self.seed, self.number = source, seed, number
         self.bad_rows, self.held_out, self.window = bad_rows, held_out, window or WINDOW
-        self.task = task_of(source)
+        self.task = sources.task_of(source)
         self.length: int | None = None  # items of an epoch
         self._forget()
 
     def _forget(self) -> None:
         """Drop the state of this process."""
         self.reader: Iterator[Item] | None = None
+        self.report = Report(self.source.path)
         self.next = 0  # the window that the reader gives next
         self.windows: dict[int, list[Item]] = {}
         # Numbers of windows, the ids of their texts, and where each item's begin.
@@ -80,7 +76,7 @@ class Stream:
         self.process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        local = ("reader", "next", "windows", "linked", "process")
+        local = ("reader", "next", "windows", "linked", "process", "report")
         return {k: v for k, v in self.__dict__.items() if k not in local}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,7 +130,10 @@ class Stream:
         return self.windows.get(w, [])
 
     def _read(self) -> Iterator[Item]:
-        return sources.items(self.source, bad_rows=self.bad_rows, held_out=self.held_out)
+        self.report = Report(name_of(self.source))
+        return sources.items(
+            self.source, bad_rows=self.bad_rows, held_out=self.held_out, report=self.report
+        )
 
     def _advance(self, hold: bool) -> int:
         """Read the next window, to hold it or to skip it, and return its number of items."""
@@ -152,8 +151,18 @@ class Stream:
                 f"got {total}{'' if ended else ' or more'}"
             )
         if ended:
+            if self.length is None:
+                self._say()
             self.reader, self.length = None, total
         return size
+
+    def _say(self) -> None:
+        """Print what became of the rows, once a run: by the first worker of the main process."""
+        worker = get_worker_info()
+        if os.environ.get("RANK", "0") == "0" and (worker is None or worker.id == 0):
+            report = self.report
+            counts = f"{report.rows} rows read, {report.items} pairs{tables.left_out(report)}"
+            print(f"stream {report.name}: {counts}", file=sys.stderr, flush=True)
 
     # ---- their texts ----
 

@@ -70,12 +70,8 @@ def summaries(
     for source in sources.all_of(run):
         try:
             if source.streaming:
-                roles = "; ".join(roles.describe() for roles in sources.roles_of(source))
-                yield Summary(
-                    streams.name_of(source),
-                    f"streamed; {roles}",
-                    report=asdict(Report(source.name)),
-                )
+                name, line = streams.name_of(source), sources.describe_stream(source)
+                yield Summary(name, line, report=asdict(Report(name)))
                 continue
             for table, report in sources.read(source, bad_rows=bad_rows, held_out=held_out):
                 check_teaches(table, source.num_negatives != 0)

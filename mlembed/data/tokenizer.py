@@ -8,7 +8,8 @@ differs, as in the config of Qwen3-Embedding.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from ..runtime.files import read_json
+from ..runtime.files import field, read_bytes, read_object
+from ..runtime.model_files import check_tokenizer
 from .formats.readers import Decoder
+from .formats.text_reader import windows
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 # Fallback spellings of special tokens: ours, BERT's, XLM-R's.
@@ -32,11 +35,22 @@ VOCABULARIES = "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "tokenize
 WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHUNK = 8192  # texts tokenised at once; an encoding is many times the size of its ids
+SENTENCES = "sentence_bert_config.json"
+LARGEST = 500_000_000  # bytes of a tokenizer.json; the largest that is known has 35 million
+# Characters of a word and of a text after which training takes the rest as another one. Its time
+# grows with the square of a word's length, and its regular expressions give up on long texts.
+LONGEST_WORD, LONGEST_TEXT = 1024, 2**20
+# Tokenising stops after this number of characters a token of the maximum length, or a text.
+A_TOKEN, A_TEXT = 128, 2**18
+# Texts, and characters, tokenised at once; an encoding is many times the size of its ids.
+CHUNK, CHARACTERS = 8192, 2**22
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens, deterministically.
+
+    Words of more than LONGEST_WORD characters (base64, DNA, minified code) and texts of more than
+    LONGEST_TEXT are learnt from in pieces.
 
     Raises:
         ValueError: fewer tokens than the 256 bytes and two special tokens.
@@ -47,12 +61,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"(?m).{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -60,7 +72,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    parts = (
+        text[begin : begin + LONGEST_TEXT]
+        for text in texts
+        for begin in range(0, len(text), LONGEST_TEXT)
+    )
+    tokenizer.train_from_iterator(parts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     return append_eos(tokenizer, EOS)
 
 
@@ -86,13 +104,14 @@ def load(directory: Path) -> Tokenizer:
     tokenizer = _read(directory)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    if settings(directory, "sentence_bert_config.json").get("do_lower_case"):
+    if field(directory / SENTENCES, settings(directory, SENTENCES), "do_lower_case", bool, False):
         # As sentence-transformers does, for a vocabulary with capitals as well.
         others = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
-    empty, letter = tokenizer.encode("").ids, tokenizer.encode("a").ids
+    with _problems(directory / "tokenizer.json", "cannot encode a text"):
+        empty, letter = tokenizer.encode("").ids, tokenizer.encode("a").ids
     eos = eos_token(directory)
-    if empty and letter[-1] == empty[-1]:
+    if empty and letter and letter[-1] == empty[-1]:
         return tokenizer
     if eos is None or tokenizer.token_to_id(eos) is None:
         raise ValueError(
@@ -103,34 +122,53 @@ def load(directory: Path) -> Tokenizer:
 
 def _read(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
-    if path.is_file():
-        try:
-            return Tokenizer.from_file(str(path))
-        # The library raises no narrower exception.
-        except Exception as error:
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
-    vocabulary = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
+    if path.exists():
+        data = read_bytes(path, LARGEST)
+        with _problems(path, "not a tokenizer"):
+            return Tokenizer.from_buffer(data)
+    vocabulary = next((name for name in VOCABULARIES if (directory / name).exists()), None)
     if vocabulary is None:
         raise ValueError(f"tokenizer: expected {path}, which does not exist")
+    check_tokenizer(directory)
     from transformers import AutoTokenizer  # The import takes seconds.
 
-    try:
+    with _problems(directory / vocabulary, "could not be converted"):
         converted = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    # Each kind of tokenizer raises other exceptions.
-    except Exception as error:
-        raise ValueError(f"{directory / vocabulary}: could not be converted: {error}") from None
     backend = getattr(converted, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(f"{directory / vocabulary}: could not be converted: got {converted}")
     return Tokenizer.from_str(backend.to_str())
 
 
+@contextmanager
+def _problems(path: Path, what: str) -> Iterator[None]:
+    """Turn every error of a library that reads `path` into a ValueError with its first 300 letters.
+
+    A panic of the tokenizers library is a BaseException, and not an Exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {what}: {reason:.300}") from None
+
+
 def eos_token(directory: Path) -> str | None:
-    """Return the EOS that a directory's tokenizer_config.json names."""
-    token = settings(directory).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    """Return the EOS that a directory's tokenizer_config.json names.
+
+    Raises:
+        ValueError: the file cannot be read, or names a value that is not text.
+    """
+    path = directory / "tokenizer_config.json"
+    values = settings(directory)
+    token = values.get("eos_token")
+    if isinstance(token, dict):
+        return field(path, token, "content", str, None)
+    return field(path, values, "eos_token", str, None)
 
 
 def max_length(directory: Path) -> int | None:
@@ -138,18 +176,28 @@ def max_length(directory: Path) -> int | None:
 
     The limit is the smaller of tokenizer_config.json's `model_max_length` (transformers writes 1e30
     for none) and sentence_bert_config.json's `max_seq_length`.
+
+    Raises:
+        ValueError: a file that cannot be read, a limit that is not a number from 1 on.
     """
-    limits = (
-        settings(directory).get("model_max_length"),
-        settings(directory, "sentence_bert_config.json").get("max_seq_length"),
-    )
-    return min((int(limit) for limit in limits if limit and limit < 1e9), default=None)
+    limits = []
+    for name, key in (("tokenizer_config.json", "model_max_length"), (SENTENCES, "max_seq_length")):
+        path = directory / name
+        limit = field(path, settings(directory, name), key, float, None)
+        if limit is not None and limit < 1:
+            raise ValueError(f"{path}: {key}: expected 1 or more, got {limit:g}")
+        limits += [int(limit)] if limit is not None and limit < 1e9 else []
+    return min(limits, default=None)
 
 
 def settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    """Return a JSON file of a directory, {} if it does not exist. ValueError: invalid JSON."""
+    """Return the object of a JSON file of a directory, {} without the file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds another value.
+    """
     path = directory / name
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
@@ -179,7 +227,8 @@ def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Write the three files from which transformers 4 and 5 make a PreTrainedTokenizerFast."""
     portable = Tokenizer.from_str(tokenizer.to_str())
     portable.no_truncation()
-    portable.save(str(directory / "tokenizer.json"))
+    # Unlike `Tokenizer.save`, this raises OSError on a full disk.
+    (directory / "tokenizer.json").write_text(portable.to_str(pretty=True), encoding="utf-8")
     names = special_tokens(tokenizer)
     config = {
         # transformers 4 does not know the newest name, `TokenizersBackend`.
@@ -199,6 +248,10 @@ def tokenize(
 ) -> list[np.ndarray]:
     """Return one int32 array a text, at most `max_length` tokens, the last of them EOS.
 
+    A text is first cut to A_TOKEN characters for each of `max_length` tokens, and to no fewer than
+    A_TEXT, so that time and memory do not grow with a text of which nearly all is cut anyway. The
+    tokens are the same, unless a tokenizer drops most of these characters, as BERT's drops spaces.
+
     Args:
         first: number of the first text, for errors.
 
@@ -206,13 +259,13 @@ def tokenize(
         ValueError: a text holds a lone surrogate, which no encoding can represent.
     """
     tokenizer.enable_truncation(max_length)
-    ids = []
-    for begin in range(0, len(texts), CHUNK):
-        chunk = list(texts[begin : begin + CHUNK])
+    longest = max(A_TEXT, A_TOKEN * max_length)
+    ids: list[np.ndarray] = []
+    for chunk in windows((text[:longest] for text in texts), CHUNK, CHARACTERS):
         try:
             encodings = tokenizer.encode_batch_fast(chunk)
         except TypeError:
-            for number, text in enumerate(chunk, first + begin):
+            for number, text in enumerate(chunk, first + len(ids)):
                 Decoder().check(text, f"text {number}")
             raise
         ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]

@@ -80,7 +80,8 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
-    return cache.cached("tokens", _key(table, tokenizer, max_length), build, _open)
+    key = _key(table, tokenizer, max_length)
+    return cache.cached("tokens", key, build, _open, f"{source.path}: {table.name}")
 
 
 def _write(

@@ -111,7 +111,7 @@ class MTEBEncoder:
         """
         texts = [text for batch in inputs for text in batch["text"]]
         name = get_prompt_name(self.prompts, task_metadata, prompt_type)
-        prompt = self.prompts[name] if name else self.encoder.default_prompt or ""
+        prompt = self.prompts[name] if name else self.encoder.default_prompt
         if self.passes:
             size = self.encoder.full_size(self.size)
             return self.passes.vectors(texts, size, prompt, show_progress_bar).numpy()

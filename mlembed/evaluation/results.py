@@ -4,7 +4,6 @@ Missing values stay missing, and null and NaN may stand for a number; a malforme
 ValueError. A crash may have cut off the last line of metrics.jsonl, which is then left out.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ..runtime.log import METRICS
 LARGEST = 2**53  # A float, and so a figure, holds every count up to here.
 
 EXPECTED = dict.fromkeys(("dim", "exit", "parameters", "bytes_per_vector"), "an integer from 1 on")
+MEASURED = {"latency_ms", "texts_per_second", "memory_mib"}
 EXPECTED["rank"] = "an integer from 1 on or null"
 
 
@@ -76,7 +76,7 @@ def read(run: Path) -> Results:
     config = grid.get("run")
     if not isinstance(config, dict):
         path = run / "config.json"
-        config = read_object(path) if path.is_file() else {}
+        config = files.read_object(path, strict=False) if path.is_file() else {}
     newest = max(path.stat().st_mtime for path in read_from)
     return Results(
         run,
@@ -92,11 +92,14 @@ def read_grid(path: Path) -> dict[str, Any]:
     """Read grid.json, whose cells then have what every figure needs: sizes, and a score a task,
     None for null. ValueError otherwise.
     """
-    grid = read_object(path)
+    grid = files.read_object(path, strict=False)
     untrained = mapping(grid.get("untrained"))
     grid["untrained"] = {task: result for task, result in untrained.items() if mapping(result)}
     for result in grid["untrained"].values():
         result["score"] = number(result["score"]) if _is_number(result.get("score")) else None
+    texts = files.field(path, grid, "texts_by_language", dict, {})
+    for code in texts:
+        files.field(path, texts, code, int)
     if not isinstance(grid.get("cells"), list) or not grid["cells"]:
         raise ValueError(f'{path}: expected "cells", a list of at least one')
     for i, cell in enumerate(grid["cells"]):
@@ -108,6 +111,8 @@ def read_grid(path: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{path}: cells[{i}].{key}: expected {expected}, got {value!r:.60}"
                 )
+        for key in cell.keys() & MEASURED:
+            cell[key] = number(cell[key])
         scores = cell.get("scores")
         if not isinstance(scores, dict) or not all(
             isinstance(task, dict) and (task.get("score") is None or _is_number(task["score"]))
@@ -117,6 +122,8 @@ def read_grid(path: Path) -> dict[str, Any]:
                 f"{path}: cells[{i}].scores: expected a score of each task, got {scores!r:.60}"
             )
         for task in scores.values():
+            if "by_language" in task:
+                task["by_language"] = mapping(task["by_language"])
             task["score"] = None if task.get("score") is None else number(task["score"])
     return grid
 
@@ -129,9 +136,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = files.parse_json(line.decode(), path, at, strict=False)
                 valid = type(entry["step"]) is int and abs(entry["step"]) <= LARGEST
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError):
                 valid = False
             if valid:
                 lines.append(entry)
@@ -140,14 +147,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                     f'{path}:{at}: expected a JSON object with an integer "step", got {line!r:.60}'
                 )
     return lines
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object. ValueError otherwise."""
-    value = files.read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {value!r:.60}")
-    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,8 @@ Letters: E exits, N texts, D width.
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.choices import Pooling
 from ..data import tokenizer
 from ..data.formats.text_reader import windows
-from ..modeling import hf_config, pretrained, sentence_files
+from ..modeling import hf_config, pretrained, serving
 from ..modeling.packed_forward import DeviceEncoder, Window, process, progress_bar
 from ..runtime import files
 from ..runtime.workers import Workers, ahead, device_of
@@ -62,17 +64,23 @@ class GridVectors:
 class Encoder(DeviceEncoder):
     """A model with its tokenizer.
 
-    prompts: texts to put before other texts, by name. default_prompt: for texts for which none is
-    asked for. width: of vectors for which none is asked for, None for the model's.
+    The fields below and `max_length` are those of `Serving`.
     """
 
     prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
+    default_prompt_name: str | None = None
     width: int | None = None
+    normalize: bool = True
+    similarity: str = "cosine"
 
     @staticmethod
     def load(
-        source: str, device: str = "auto", dtype: str = "float32", compile: bool = False
+        source: str,
+        device: str = "auto",
+        dtype: str = "float32",
+        compile: bool = False,
+        pooling: Pooling | None = None,
+        say: Callable[[str], object] = warnings.warn,
     ) -> "Encoder":
         """Load a run, a directory that mlembed saved, a checkpoint of an architecture that
         `hf_config.from_checkpoint` supports, or a Hub id.
@@ -81,18 +89,20 @@ class Encoder(DeviceEncoder):
             device: auto (CUDA if available), cpu, cuda or cuda:0 ..
             dtype: dtype of the weights: float32, bfloat16 or float16. Vectors are always fp32.
             compile: compile the blocks with torch.compile, which takes a minute once.
+            pooling: of a directory that does not say how it is pooled.
+            say: gets a sentence that tells the pooling, if neither directory nor `pooling` does.
 
         Raises:
-            ValueError: nothing usable at `source`, an unavailable device, an unknown dtype.
+            ValueError: nothing usable at `source`, an unavailable device, an unknown dtype, another
+                pooling than the directory's.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         where = device_of(device)
         directory = hf_config.resolve(source)
-        model = pretrained.load(str(directory), dtype=getattr(torch, dtype))
+        cfg = hf_config.with_pooling(directory, pooling, say)
+        model = pretrained.load(str(directory), cfg, dtype=getattr(torch, dtype))
         text_to_ids = tokenizer.load(directory)
-        most = model.cfg.max_position_embeddings
-        limit = min(tokenizer.max_length(directory) or most, most)
         if text_to_ids.get_vocab_size() > model.cfg.vocab_size:
             raise ValueError(
                 f"{directory}: expected a tokenizer of at most {model.cfg.vocab_size} tokens, "
@@ -101,15 +111,12 @@ class Encoder(DeviceEncoder):
         model = model.to(where).eval()
         if compile:
             model.compile_blocks()
-        told = sentence_files.read(directory, model.cfg.hidden_size)
-        return Encoder(
-            model,
-            text_to_ids,
-            limit,
-            prompts=told.prompts,
-            default_prompt=told.default_prompt,
-            width=told.width,
-        )
+        return Encoder(model, text_to_ids, **vars(serving.read(directory, cfg)))
+
+    @property
+    def default_prompt(self) -> str:
+        """The prompt of texts for which none is asked for."""
+        return self.prompts.get(self.default_prompt_name or "", "")
 
     from_pretrained = load  # The name that Hugging Face's libraries use.
 
@@ -327,7 +334,7 @@ class Encoder(DeviceEncoder):
         if prompt is not None and name is not None:
             raise ValueError("prompt: expected prompt or prompt_name, got both")
         if name is None:
-            return (self.default_prompt or "") if prompt is None else prompt
+            return self.default_prompt if prompt is None else prompt
         if name not in self.prompts:
             known = ", ".join(self.prompts) or "none, as the model has no prompts"
             raise ValueError(f"prompt_name: expected one of {known}, got {name!r}")

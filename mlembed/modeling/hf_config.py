@@ -1,20 +1,27 @@
 """Shapes read from checkpoints on disk or on the hub, and written as Hugging Face's config.json."""
 
 import dataclasses
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import config
 from ..config import Model
+from ..config.choices import Pooling
 from ..config.strict import from_dict
-from ..runtime.files import read_json
+from ..runtime.files import field, read_object
+from ..runtime.model_files import check_files
 from . import sentence_files
 
 # The nesting (exits, prefixes, ranks) in a model directory of ours.
 NESTING = "mlembed_config.json"
 # Values of model_type for style "bert".
 BERTS = "bert", "roberta", "xlm-roberta"
+# Names of sizes in Hugging Face's files that are ours, too.
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings"),
+)
 # Files to download from the hub: weights that run no code when read, configurations, vocabularies.
 DOWNLOADS = ["*.json", "*.safetensors", "vocab.txt", "merges.txt", "*.model"]
 
@@ -35,20 +42,23 @@ def resolve(source: str) -> Path:
                 f"{path}: expected a finished run with model/, found none; "
                 f"use one of its checkpoints, {path}/checkpoints/step_*"
             )
-        return path / "model"
+        path = path / "model"
     if path.is_dir():
+        check_files(path)
         return path
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ValueError(f"model: expected a directory or a hub id, got {source}, which is neither")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=DOWNLOADS))
+        path = Path(snapshot_download(source, allow_patterns=DOWNLOADS))
     except Exception as error:  # The hub's client raises many kinds of exceptions.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"model: {source}: not a local directory, and not available on the hub: {reason}"
         ) from None
+    check_files(path)
+    return path
 
 
 def from_checkpoint(directory: Path, model: Model) -> Model:
@@ -68,23 +78,35 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
             support.
     """
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"init: expected a checkpoint directory with config.json, got {directory}")
-    if (nesting := directory / NESTING).is_file():
-        stored = read_json(nesting)
-        if not isinstance(stored, dict) or "model" not in stored:
-            raise ValueError(f"{nesting}: expected an object with key 'model', got another value")
-        saved = from_dict(Model, stored["model"], str(nesting))
-        most = min(saved.hidden_size, saved.vocab_size)
-        ranks = saved.ranks or tuple(rank for rank in model.ranks if rank <= most)
-        return dataclasses.replace(
-            saved, attention=model.attention, dropout=model.dropout, ranks=ranks
-        )
-    hf = read_json(path)
+    try:
+        if (nesting := directory / NESTING).exists():
+            path = nesting
+            return _own_shape(path, model)
+        return _shape(path, model)
+    except ValueError as error:
+        # The checks of `Model` name the field alone.
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {reason}" if str(directory) not in reason else reason) from None
+
+
+def _own_shape(path: Path, model: Model) -> Model:
+    stored = read_object(path)
+    if "model" not in stored:
+        raise ValueError(f"{path}: expected an object with key 'model', got another value")
+    saved = from_dict(Model, stored["model"], str(path))
+    most = min(saved.hidden_size, saved.vocab_size)
+    ranks = saved.ranks or tuple(rank for rank in model.ranks if rank <= most)
+    return dataclasses.replace(saved, attention=model.attention, dropout=model.dropout, ranks=ranks)
+
+
+def _shape(path: Path, model: Model) -> Model:
+    hf, directory = read_object(path), path.parent
     kind = hf.get("model_type")
     if kind not in ("qwen3", *BERTS):
         known = ", ".join(map(repr, ("qwen3", *BERTS)))
-        raise ValueError(f"{path}: expected model_type {known}, got {kind!r}")
+        raise ValueError(f"{path}: expected model_type {known}, got {kind!r:.80}")
     shape = _bert_shape(path, hf) if kind in BERTS else _qwen3_shape(path, hf)
     stored_pooling = sentence_files.read(directory, shape["hidden_size"]).pooling
     if stored_pooling == "pooler" and kind == "qwen3":
@@ -102,6 +124,41 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     )
 
 
+def stored_pooling(directory: Path, cfg: Model) -> str | None:
+    """Return the pooling that a directory's files name, None if they do not."""
+    if (directory / NESTING).is_file():
+        return cfg.pooling
+    return sentence_files.read(directory, cfg.hidden_size).pooling
+
+
+def with_pooling(
+    directory: Path, pooling: Pooling | None, say: Callable[[str], object], key: str = "pooling"
+) -> Model:
+    """Return a directory's shape with the pooling that is asked for, if the directory names none.
+
+    Args:
+        say: gets a sentence that tells the pooling if nobody does.
+        key: the option, for messages.
+
+    Raises:
+        ValueError: another pooling than the directory's; see `from_checkpoint`.
+    """
+    cfg = from_checkpoint(directory, Model())
+    stored = stored_pooling(directory, cfg)
+    if pooling is None:
+        if stored is None:
+            say(unsaid(directory, cfg, key))
+        return cfg
+    if stored not in (pooling, None):
+        raise ValueError(f"{key}: expected {stored}, as {directory} says, got {pooling}")
+    return dataclasses.replace(cfg, pooling=pooling)
+
+
+def unsaid(directory: Path, cfg: Model, key: str) -> str:
+    """Return the sentence that tells the pooling of a directory that does not."""
+    return f"pooled by {cfg.pooling}: nothing in {directory} says how; --{key} decides"
+
+
 def _nested(sizes: tuple[int, ...], last: int) -> tuple[int, ...]:
     """Return exits or prefixes that end at `last`; () stands for the defaults."""
     if sizes[-1] == last:
@@ -110,38 +167,40 @@ def _nested(sizes: tuple[int, ...], last: int) -> tuple[int, ...]:
 
 
 def _qwen3_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
-    rotary = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or rotary
+    rotary = field(path, hf, "rope_parameters", dict, {})
+    scaling = field(path, hf, "rope_scaling", dict, None) or rotary
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     # transformers 4 wrote three other keys instead of layer_types.
-    layers = hf.get("layer_types")
-    first = hf.get("max_window_layers", 28)
-    sliding = hf.get("use_sliding_window") and first < hf.get("num_hidden_layers", 32)
-    windows = "sliding_attention" in layers if layers else bool(sliding)
+    layers = field(path, hf, "layer_types", list, [])
+    first = field(path, hf, "max_window_layers", int, 28)
+    depth = field(path, hf, "num_hidden_layers", int, 32)
+    sliding = field(path, hf, "use_sliding_window", bool, False) and first < depth
+    windows = "sliding_attention" in layers if layers else sliding
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: expected hidden_act 'silu', got {hf['hidden_act']!r}")
+        raise ValueError(f"{path}: expected hidden_act 'silu', got {hf['hidden_act']!r:.80}")
     if kind != "default" or windows or hf.get("attention_bias"):
         raise ValueError(
             f"{path}: expected plain rotary positions, full attention and no attention bias, got "
-            f"rope_type {kind!r}, sliding windows {windows}, bias {hf.get('attention_bias')}"
+            f"rope_type {kind!r:.80}, sliding windows {windows}, bias "
+            f"{hf.get('attention_bias')!r:.80}"
         )
-    same = [f.name for f in fields(Model) if f.name in hf and f.name != "rope_theta"]
-    theta = rotary.get("rope_theta") or hf.get("rope_theta") or 10_000.0
+    theta = field(path, hf, "rope_theta", float, Model.rope_theta)
     return {
-        **_required(path, hf, "vocab_size", "hidden_size"),
-        **{name: hf[name] for name in same},
+        **_sizes(
+            path, hf, ("vocab_size", "hidden_size"), (*SIZES, "num_key_value_heads", "head_dim")
+        ),
         "style": "qwen3",
-        "rope_theta": float(theta),
-        "causal": hf.get("is_causal", True),
+        "rms_norm_eps": field(path, hf, "rms_norm_eps", float, Model.rms_norm_eps),
+        "rope_theta": field(path, rotary, "rope_theta", float, theta),
+        "causal": field(path, hf, "is_causal", bool, True),
     }
 
 
 def _bert_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
     """Read BERT's shape; RoBERTa's positions begin after its padding token's: 514 rows hold 512."""
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    shape = _required(path, hf, *sizes, "intermediate_size", "max_position_embeddings")
-    pad = hf.get("pad_token_id")
-    offset = 0 if hf["model_type"] == "bert" else 1 + (1 if pad is None else pad)
+    shape = _sizes(path, hf, SIZES)
+    pad = field(path, hf, "pad_token_id", int, 1)
+    offset = 0 if hf["model_type"] == "bert" else 1 + pad
     wanted = {
         "hidden_act": ("gelu", hf.get("hidden_act", "gelu")),
         "position_embedding_type": ("absolute", hf.get("position_embedding_type", "absolute")),
@@ -151,25 +210,30 @@ def _bert_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
     }
     for name, (want, got) in wanted.items():
         if want != got:
-            raise ValueError(f"{path}: {name}: expected {want!r}, got {got!r}")
+            raise ValueError(f"{path}: {name}: expected {want!r}, got {got!r:.80}")
     heads = shape["num_attention_heads"]
     return {
         **shape,
         "style": "bert",
         "num_key_value_heads": heads,
         "head_dim": max(1, shape["hidden_size"] // max(1, heads)),
-        "layer_norm_eps": hf.get("layer_norm_eps", 1e-12),
+        "layer_norm_eps": field(path, hf, "layer_norm_eps", float, 1e-12),
         "max_position_embeddings": shape["max_position_embeddings"] - offset,
         "position_offset": offset,
-        "type_vocab_size": hf.get("type_vocab_size", 2),
+        "type_vocab_size": field(path, hf, "type_vocab_size", int, 2),
         "causal": False,
     }
 
 
-def _required(path: Path, hf: dict[str, Any], *names: str) -> dict[str, Any]:
-    if missing := [name for name in names if name not in hf]:
-        raise ValueError(f"{path}: expected {', '.join(names)}, got none of {', '.join(missing)}")
-    return {name: hf[name] for name in names}
+def _sizes(
+    path: Path, hf: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, int]:
+    if missing := [name for name in required if name not in hf]:
+        raise ValueError(
+            f"{path}: expected {', '.join(required)}, got none of {', '.join(missing)}"
+        )
+    names = [*required, *(name for name in optional if hf.get(name) is not None)]
+    return {name: field(path, hf, name, int) for name in names}
 
 
 # ---- writing ----
@@ -187,12 +251,10 @@ def hf_config(cfg: config.Model) -> dict[str, Any]:
 
 def _common_config(cfg: config.Model, architecture: str, kind: str) -> dict[str, Any]:
     """Return the fields of `config.json` that are the same for Qwen3 and BERT."""
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    names = (*sizes, "intermediate_size", "max_position_embeddings")
     return {
         "architectures": [architecture],
         "model_type": kind,
-        **{name: getattr(cfg, name) for name in names},
+        **{name: getattr(cfg, name) for name in SIZES},
         "use_cache": False,
         "dtype": "float32",
         "torch_dtype": "float32",

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import config
 from ..config import strict
 from ..runtime.files import SHARDS
+from ..runtime.model_files import open_tensors
 from . import sentence_files, weight_checks
 from .hf_config import NESTING, from_checkpoint, hf_config, resolve
 from .transformer import Transformer
@@ -77,7 +77,7 @@ def read_weights(directory: Path, dtype: torch.dtype = torch.float32) -> dict[st
         )
     weights = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():
                 if (ours := own_name(name)) is not None:
                     weights[ours] = tensors.get_tensor(name)
@@ -155,13 +155,14 @@ def load(
             weights["embed_tokens.weight"] = U.float() @ W.float()
     elif not cfg.ranks:
         weights["embed_tokens.weight"] = table
-    elif (directory / FACTORS).is_file():
+    elif (directory / FACTORS).exists():
         U, W = _saved_factors(directory, table)
     else:
         U, W = cached_factors(table, cfg.ranks[-1], counts)
     if cfg.ranks:
         weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
         weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
+    _check_sizes(directory, cfg, weights)
     model = _empty(cfg)
     state = model.state_dict()
     for name in sorted(state.keys() | weights.keys()):
@@ -170,6 +171,36 @@ def load(
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
     return _fill(model, weights, dtype)
+
+
+def _check_sizes(directory: Path, cfg: config.Model, weights: dict[str, Tensor]) -> None:
+    """Compare the sizes in `cfg` with the weights, before a model of those sizes is built.
+
+    ValueError, with the file of the sizes and the name of a weight, if they differ.
+    """
+    nesting = directory / NESTING
+    path = nesting if nesting.exists() else directory / "config.json"
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    depth, D = len(layers), cfg.hidden_size
+    if cfg.num_hidden_layers > depth:
+        raise ValueError(
+            f"{path}: num_hidden_layers: expected at most {depth}, the layers in the weights, "
+            f"got {cfg.num_hidden_layers}"
+        )
+    rank = cfg.ranks[-1] if cfg.ranks else 0
+    table = {"embed_tokens.U": [cfg.vocab_size, rank], "embed_tokens.W": [rank, D]}
+    wanted = table if rank else {"embed_tokens.weight": [cfg.vocab_size, D]}
+    if cfg.style == "bert":
+        rows = cfg.position_offset + cfg.max_position_embeddings
+        wanted["embed_places.positions.weight"] = [rows, D]
+        wanted["embed_places.segments.weight"] = [cfg.type_vocab_size, D]
+    wanted["layers.0.self_attn.q_proj.weight"] = [cfg.num_attention_heads * cfg.head_dim, D]
+    wanted["layers.0.self_attn.k_proj.weight"] = [cfg.num_key_value_heads * cfg.head_dim, D]
+    wanted["layers.0.mlp.up_proj.weight"] = [cfg.intermediate_size, D]
+    for name, want in wanted.items():
+        got = list(weights[name].shape) if name in weights else "none"
+        if got != want:
+            raise ValueError(f"{path}: {name}: expected shape {want}, got {got}")
 
 
 def _empty(cfg: config.Model) -> Transformer:
@@ -194,13 +225,13 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
         weights.pop("pooler.bias", None)
         return
     # An export's Dense module repeats the weights of its encoder's pooler.
-    ours = (directory / NESTING).is_file()
+    ours = (directory / NESTING).exists()
     dense = None if ours else sentence_files.read(directory, cfg.hidden_size).pooler
     if dense is not None:
         file = dense / "model.safetensors"
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(f"{dense}: expected model.safetensors, found none")
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             for kind in ("weight", "bias"):
                 name = f"linear.{kind}"
                 weights[f"pooler.{kind}"] = tensors.get_tensor(name)
@@ -214,7 +245,7 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
 
 def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
     """Return the saved U and W. ValueError if their product is not the merged table."""
-    with safe_open(directory / FACTORS, framework="pt") as tensors:
+    with open_tensors(directory / FACTORS) as tensors:
         stored = {name: tensors.get_tensor(name) for name in "UW"}
     for name, tensor in stored.items():
         weight_checks.check(f"{directory / FACTORS}: {name}", tensor)

@@ -6,15 +6,16 @@ tanh Dense layer of [CLS] (LaBSE's pooler), at most one Dense layer that cuts ve
 of a smaller width have, and Normalize, which does not change cosines.
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import read_json
+from ..runtime.files import field, read_object
+from ..runtime.model_files import modules, open_tensors
 
 ANY = object()  # A key that is followed, or that does not change vectors of unit length.
 # Keys by file, each with the values that are followed.
-MODULE = {"idx": ANY, "name": ANY, "path": ANY, "type": ANY, "kwargs": ({}, [], None)}
 TRANSFORMER = {
     "max_seq_length": ANY,
     "do_lower_case": ANY,
@@ -71,15 +72,18 @@ class SentenceFiles:
     """Settings of a directory. Without its files: no pooling, vectors of the model's width.
 
     pooling: cls, mean, last or pooler. pooler: folder of the Dense layer with a pooler's weights.
-    width: of the vectors, None for the model's. default_prompt: goes before texts for which no
-    prompt is asked for.
+    width: of the vectors, None for the model's. default_prompt_name: prompt of texts for which none
+    is asked for. normalize: whether vectors have length one; they do where `similarity` is dot,
+    since mlembed compares by cosine.
     """
 
     pooling: str | None = None
     pooler: Path | None = None
     width: int | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    default_prompt_name: str | None = None
+    normalize: bool = True
+    similarity: str = "cosine"
 
 
 def read(directory: Path, width: int) -> SentenceFiles:
@@ -92,23 +96,28 @@ def read(directory: Path, width: int) -> SentenceFiles:
     _object(directory / "sentence_bert_config.json", TRANSFORMER)
     prompts, default = _prompts(directory, settings)
     pooling = _pooling(directory, width)
-    pooler, cut = _dense_layers(directory, width, pooling)
+    pooler, cut, normalize = _layers(directory, width, pooling)
     shorter = [n for n in (cut, settings.get("truncate_dim")) if n is not None]
-    if any(not isinstance(n, int) or not 1 <= n <= width for n in shorter):
+    if any(type(n) is not int or not 1 <= n <= width for n in shorter):
         path = directory / "config_sentence_transformers.json"
-        raise ValueError(f"{path}: truncate_dim: expected 1 to {width}, got {shorter[-1]!r}")
+        raise ValueError(f"{path}: truncate_dim: expected 1 to {width}, got {shorter[-1]!r:.80}")
+    similarity = settings.get("similarity_fn_name") or "cosine"
     return SentenceFiles(
-        "pooler" if pooler else pooling, pooler, min(shorter, default=None), prompts, default
+        "pooler" if pooler else pooling,
+        pooler,
+        min(shorter, default=None),
+        prompts,
+        default,
+        normalize or similarity == "dot",
+        similarity,
     )
 
 
 def _object(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
     """Return the object of a file, {} if there is no file, with keys of the given values alone."""
-    if not path.is_file():
+    if not path.exists():
         return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+    value = read_object(path)
     _check(path, value, keys)
     return value
 
@@ -116,62 +125,57 @@ def _object(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
 def _check(path: Path, value: dict[str, Any], keys: dict[str, Any]) -> None:
     for key, got in value.items():
         if key not in keys:
-            raise ValueError(f"{path}: expected only {', '.join(keys)}, got {key}, not followed")
+            raise ValueError(
+                f"{path}: expected only {', '.join(keys)}, got {key:.80}, not followed"
+            )
         if keys[key] is not ANY and got not in keys[key]:
             expected = " or ".join(map(repr, keys[key]))
-            raise ValueError(f"{path}: {key}: expected {expected}, got {got!r}")
+            raise ValueError(f"{path}: {key}: expected {expected}, got {got!r:.80}")
 
 
 def _prompts(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, str], str | None]:
-    """Return prompts by name, null being an empty one, and the default prompt."""
+    """Return prompts by name, null being an empty one, and the name of the default prompt."""
     path = directory / "config_sentence_transformers.json"
     given = settings.get("prompts") or {}
     if not isinstance(given, dict) or not all(isinstance(t, str | None) for t in given.values()):
-        raise ValueError(f"{path}: prompts: expected texts by name, got {given}")
+        raise ValueError(f"{path}: prompts: expected texts by name, got {given!r:.80}")
     prompts = {name: text or "" for name, text in given.items()}
-    default = settings.get("default_prompt_name")
+    default = field(path, settings, "default_prompt_name", str, None)
     if default is not None and default not in prompts:
         known = ", ".join(prompts) or "none"
         raise ValueError(
-            f"{path}: default_prompt_name: expected one of the prompts ({known}), got {default!r}"
+            f"{path}: default_prompt_name: expected one of the prompts ({known}), got "
+            f"{default!r:.80}"
         )
-    return prompts, None if default is None else prompts[default]
+    return prompts, default
 
 
 def _pooling(directory: Path, width: int) -> str | None:
     path = directory / "1_Pooling" / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     pooling = _object(path, POOLING)
     for key in ("word_embedding_dimension", "embedding_dimension"):
         if pooling.get(key, width) != width:
-            raise ValueError(f"{path}: {key}: expected {width}, got {pooling[key]!r}")
+            raise ValueError(f"{path}: {key}: expected {width}, got {pooling[key]!r:.80}")
     modes = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on]
     mode = str(pooling.get("pooling_mode") or "+".join(modes))
     named = mode.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
     if named not in POOLINGS:
-        raise ValueError(f"{path}: expected one pooling, cls, mean or lasttoken, got {mode!r}")
+        raise ValueError(f"{path}: expected one pooling, cls, mean or lasttoken, got {mode!r:.80}")
     return POOLINGS[named]
 
 
-def _dense_layers(
+def _layers(
     directory: Path, width: int, pooling: str | None
-) -> tuple[Path | None, int | None]:
-    """Return the folder of the layer that is a pooler, and the width that another one cuts to."""
+) -> tuple[Path | None, int | None, bool]:
+    """Return the folder of the layer that is a pooler, the width that another one cuts to, and
+    whether vectors are normalised, as they are without modules.
+    """
     path = directory / "modules.json"
-    listed = read_json(path) if path.is_file() else []
-    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
-        raise ValueError(f"{path}: expected a list of modules, got {listed!r}")
-    names = []
-    for module in listed:
-        _check(path, module, MODULE)
-        kind = str(module.get("type", ""))
-        if not kind.startswith("sentence_transformers."):
-            raise ValueError(f"{path}: expected modules of sentence_transformers, got {kind!r}")
-        names.append(kind.rpartition(".")[2])
+    listed = modules(path) if path.exists() else []
     pooler, cut = None, None
-    for module, name in zip(listed, names, strict=True):
-        folder = directory / str(module.get("path", ""))
+    for folder, name in listed:
         if name == "Normalize":
             _object(folder / "config.json", NORMALIZE)
         elif name == "Dense" and cut is None:
@@ -182,15 +186,16 @@ def _dense_layers(
                 cut = int(layer["out_features"])
             else:
                 raise ValueError(
-                    f"{folder}/config.json: expected a tanh layer of {width} x {width} with a bias "
-                    f"after cls pooling, or one that cuts vectors, got {layer} after {pooling}"
+                    f"{path}: {folder.name}: expected a tanh layer of {width} x {width} with a "
+                    f"bias after cls pooling, or one that cuts vectors, got {layer!r:.200} after "
+                    f"{pooling}"
                 )
         elif name not in ("Transformer", "Pooling"):
-            got = ", ".join(names)
+            got = ", ".join(name for _, name in listed)
             raise ValueError(
                 f"{path}: expected Transformer, Pooling, at most one Dense and Normalize, got {got}"
             )
-    return pooler, cut
+    return pooler, cut, not listed or any(name == "Normalize" for _, name in listed)
 
 
 def _activation(layer: dict[str, Any]) -> str:
@@ -205,16 +210,15 @@ def _is_pooler(layer: dict[str, Any], width: int) -> bool:
 def _is_cut(folder: Path, layer: dict[str, Any], width: int) -> bool:
     """Return whether a layer keeps the first numbers of a vector and does nothing else."""
     rows, file = layer.get("out_features"), folder / "model.safetensors"
-    if _activation(layer) != "Identity" or layer.get("bias", True) or not file.is_file():
+    if _activation(layer) != "Identity" or layer.get("bias", True) or not file.exists():
         return False
-    if layer.get("in_features") != width or not isinstance(rows, int) or not 1 <= rows <= width:
+    if layer.get("in_features") != width or type(rows) is not int or not 1 <= rows <= width:
         return False
     import torch  # The import takes a second, and command lines are read without it.
-    from safetensors import safe_open
 
     from . import weight_checks
 
-    with safe_open(file, framework="pt") as tensors:
+    with open_tensors(file) as tensors:
         weight = tensors.get_tensor("linear.weight")
     weight_checks.check(f"{file}: linear.weight", weight)
     return torch.equal(weight.float(), torch.eye(rows, width))

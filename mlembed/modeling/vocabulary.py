@@ -164,7 +164,7 @@ def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tu
         return tensors["U"], tensors["W"]
 
     try:
-        return cache.cached("factors", key, build, read, digests=True)
+        return cache.cached("factors", key, build, read, f"table {list(table.shape)}, rank {rank}")
     except OSError:
         # Neither the cache nor the temporary directory has room, or somebody deleted the entry.
         return factors()

@@ -6,8 +6,9 @@ A check is one pass without a copy, about 0.1 s for 1 GB in any dtype on one cor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from ..runtime.model_files import open_tensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,7 +42,7 @@ def check_file(file: Path) -> None:
 
     Buffers of positions are integers.
     """
-    with safe_open(file, framework="pt") as tensors:
+    with open_tensors(file) as tensors:
         for name in tensors.keys():
             if not name.endswith("position_ids"):
                 check(f"{file}: {name}", tensors.get_tensor(name))

@@ -8,8 +8,8 @@ import importlib.metadata
 import json
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .. import config
 from ..config import strict
 from ..data import streams
+from ..evaluation import results
 from ..evaluation.charts import millions
 from ..evaluation.grid import Grid
 from ..evaluation.languages import language
-from ..evaluation.results import read_object
 from ..inference.encoder import Encoder
 from ..modeling.transformer import num_parameters
-from ..runtime import log
+from ..runtime import files, log
+from ..runtime.errors import printable
 
 TEXTS = '"Wednesday, May 4, 2050", "mercredi 4 mai 2050"'
 NOT_RECORDED = "not recorded"
@@ -57,12 +58,21 @@ class Origin:
         name: of the run, or of what was loaded instead.
         checkpoint: path inside the run, for unfinished models.
         run, grid: the run's configuration and scores, {} if unknown.
+        how, command: what a command made of the model since, and the command, "" if nothing.
     """
 
     name: str = ""
     checkpoint: str = ""
     run: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
+    how: str = ""
+    command: str = ""
+
+    def derived(self, how: str, command: Sequence[object]) -> "Origin":
+        """Return the origin of what a command made of the model, which nobody has scored yet."""
+        words = ["python", "-m", "mlembed", *map(str, command)]
+        grid = {key: value for key, value in self.grid.items() if key != "cells"}
+        return replace(self, grid=grid, how=how, command=shlex.join(words))
 
 
 def find_origin(source: str) -> Origin:
@@ -71,7 +81,7 @@ def find_origin(source: str) -> Origin:
     A checkpoint has no scores, as a run scores its finished model.
 
     Raises:
-        ValueError: a configuration or report that is not a JSON object.
+        ValueError: a configuration or report that train.py would not have written.
     """
     if not source or not Path(source).exists():
         return Origin(source)
@@ -80,12 +90,12 @@ def find_origin(source: str) -> Origin:
     checkpoint = ""
     if place.parent.name == "checkpoints":
         directory, checkpoint = place.parents[1], f"{place.parent.name}/{place.name}"
-    run, grid = (
-        read_object(path) if path.is_file() else {}
-        for path in (directory / "config.json", directory / "report/grid.json")
-    )
-    if "steps" not in run:  # The configuration is a model's, not a run's.
+    path, scored = directory / "config.json", directory / "report" / "grid.json"
+    if not path.exists() or "steps" not in files.read_object(path):
+        # The configuration is a model's, not a run's.
         return Origin(place.name)
+    run = strict.to_dict(config.load(str(path)))
+    grid = results.read_grid(scored) if scored.exists() else {}
     if checkpoint:
         grid.pop("cells", None)
     return Origin(str(run.get("name") or directory.name), checkpoint, run, grid)
@@ -108,7 +118,8 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"code": _code, "quoted": _quoted, "millions": millions}
+    filters: dict[str, Any] = {"code": _code, "quoted": _quoted, "plain": _plain}
+    templates.filters |= filters | {"millions": millions}
     return templates.get_template("model_card.md.j2").render(
         front_matter=front_matter(origin, {*texts, *scored_codes}, license),
         cut=cut,
@@ -126,7 +137,7 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         scores=scores((cut.dim, cut.exit, rank), origin.grid),
         sources=sources(run),
         ancestors=[(how, shown(path)) for how, path in ancestors.items() if path],
-        command=command(cut, origin, license),
+        command=origin.command or command(cut, origin, license),
         config=json.dumps(differences(run), indent=2, ensure_ascii=False),
         trained_commit=origin.grid.get("commit", NOT_RECORDED),
         export_commit=log.commit(),
@@ -162,12 +173,11 @@ def hub_id(init: str) -> str | None:
     """Return the hub's model that training began from, through any number of runs; None if
     unknown.
     """
-    if not init:
-        return None
-    if not Path(init).exists():
-        return init if re.fullmatch(r"\w[\w.-]*/[\w.-]+", init) else None
-    before = str(find_origin(init).run.get("init", ""))
-    return hub_id(before) if before != init else None
+    seen: set[str] = set()
+    while init and init not in seen and Path(init).exists():
+        seen.add(init)
+        init = str(find_origin(init).run.get("init", ""))
+    return init if init not in seen and re.fullmatch(r"\w[\w.-]*/[\w.-]+", init) else None
 
 
 def _quoted(text: str) -> str:
@@ -175,8 +185,15 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def _plain(text: Any) -> str:
+    """Escape a text of one line, so that Markdown and a table's cell show its letters alone."""
+    line = " ".join(printable(str(text)).split())
+    return re.sub(r"[\\`*\[\]<>|&]", lambda odd: f"\\{odd[0]}", line)
+
+
 def _code(text: str) -> str:
     """Fence a text, so that Markdown shows each letter; it would drop what looks like a tag."""
+    text = printable(text).replace("\n", "\\n")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
@@ -220,7 +237,9 @@ def command(cut: Cut, origin: Origin, license: str) -> str:
     words += ["--exit", str(cut.exit), *(["--rank", str(cut.rank)] if cut.rank else [])]
     if cut.formats != ("sentence-transformers",):
         words += ["--format", *cut.formats]
-    return shlex.join([*words, *(["--license", license] if license else [])])
+    words += ["--license", license] if license else []
+    # A line break in a name would end the block of code in the model card.
+    return printable(shlex.join(words)).replace("\n", "\\n")
 
 
 def sources(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -3,11 +3,11 @@
     input_ids, attention_mask: int64 [batch, sequence], padded on the right
     last_hidden_state: fp32 [batch, sequence, D]; sentence_embedding: fp32 [batch, dim]
 
-The graph is the model that transformers reads back, then the pooling, Dense modules and Normalize
-of modules.json. Readers look for these names: optimum, and through it sentence-transformers' onnx
-backend, and transformers.js open onnx/model.onnx and use last_hidden_state, after which they pool
-themselves, or sentence_embedding. The graph has no segment ids as input, as a text has but one
-segment; readers feed the inputs that a graph names.
+The graph is the model that transformers reads back, then the pooling, Dense modules and Normalize,
+if any, of modules.json. Readers look for these names: optimum, and through it the onnx backend of
+sentence-transformers, and transformers.js open onnx/model.onnx and use last_hidden_state, after
+which they pool themselves, or sentence_embedding. The graph has no segment ids as input, as a text
+has but one segment; readers feed the inputs that a graph names.
 
 A protobuf ends at 2 GiB. Larger weights go to onnx/model.onnx_data, the name that transformers.js
 and text-embeddings-inference use.
@@ -56,11 +56,13 @@ class Pipeline(nn.Module):
         )
         pooling = read_json(directory / "1_Pooling" / "config.json")
         self.pooling = next(k for k, on in pooling.items() if k.startswith("pooling_mode_") and on)
+        modules = read_json(directory / "modules.json")
         self.dense = nn.ModuleList(
             _dense(directory / module["path"])
-            for module in read_json(directory / "modules.json")
+            for module in modules
             if module["type"].endswith(".Dense")
         )
+        self.normalize = any(module["type"].endswith(".Normalize") for module in modules)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return last_hidden_state [B, S, D] and sentence_embedding [B, dim]."""
@@ -76,7 +78,7 @@ class Pipeline(nn.Module):
             pooled = hidden[rows, attention_mask.sum(1) - 1]
         for layer in self.dense:
             pooled = layer(pooled)
-        return hidden, F.normalize(pooled, dim=-1)
+        return hidden, F.normalize(pooled, dim=-1) if self.normalize else pooled
 
 
 def _dense(directory: Path) -> nn.Module:

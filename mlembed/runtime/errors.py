@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,25 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import process
+
+# Characters that turn the direction of the text around them.
+TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    """Return text with the characters escaped that would steer a terminal, or turn its line.
+
+    These are control characters, line and paragraph separators, lone surrogates, and overrides of
+    the writing direction; the newline, the tab and every other character stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    odd = unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in TURNS
+    return ascii(char)[1:-1] if odd and char not in "\n\t" else char
 
 
 @contextmanager
@@ -56,7 +76,7 @@ def print_line(error: BaseException, place: str = "") -> None:
     if isinstance(error, OSError) and error.filename is not None:
         reason = f"{error.filename}: {error.strerror}"
     if out_of_memory(error) and not isinstance(error, ValueError):
-        reason = f"memory: out of memory: {reason}"
+        reason = f"memory: out of memory{': ' * bool(reason)}{reason}"
     if not is_users(error):
         reason = f"{type(error).__name__}: {reason}"
-    tqdm.write(f"error: {place}{' '.join(reason.split())}", file=sys.stderr)
+    tqdm.write(f"error: {place}{printable(' '.join(reason.split()))}", file=sys.stderr)

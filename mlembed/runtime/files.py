@@ -6,6 +6,7 @@ disk, and renamed: other processes, and the next one after a crash, see all of i
 
 import itertools
 import json
+import math
 import os
 import shutil
 import stat
@@ -19,8 +20,24 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 PARTIAL, PART = ".partial", 50  # Suffix of temporary names; characters of the name in them.
-ELSEWHERE = ChildProcessError, BrokenPipeError  # OSErrors of workers and of standard output.
 SHARDS = "shard-*.safetensors"  # Weights of a training checkpoint (checkpoint.py).
+LARGEST = 100_000_000  # Bytes of the largest text file that is read as a whole.
+DEEPEST = 100  # Levels of lists and objects in each other.
+KINDS_OF_FILE = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+KINDS_OF_VALUE = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "an object",
+    list: "a list",
+}
 
 
 # ---- names that must be free ----
@@ -52,6 +69,18 @@ def free_name(path: Path) -> Path:
 
 
 # ---- atomic writes ----
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raise errors of writing in the block as a ValueError that names `target`."""
+    try:
+        yield
+    except (ChildProcessError, BrokenPipeError):  # OSErrors of workers and of standard output.
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{target}: could not be written: {reason}") from None
 
 
 @contextmanager
@@ -110,14 +139,10 @@ def atomic_files(target: Path) -> Iterator[Path]:
 def _folder(target: Path) -> Iterator[Path]:
     """Yield a temporary directory next to `target`. Raises ValueError if writing fails."""
     prefix = f".{target.name[:PART]}."
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(PARTIAL, prefix, target.parent) as folder:
             yield Path(folder)
-    except ELSEWHERE:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise _not_written(target, error) from None
 
 
 def _place(partial: Path, target: Path) -> None:
@@ -150,28 +175,27 @@ def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_new(target, "directory")
-    partial, old = (
-        target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}") for _ in "no"
-    )
+    names = (f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}" for _ in range(2))
+    partial, old = (target.with_name(name) for name in names)
     missing = [path for path in target.parents if not path.exists()]
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _set_modes(partial)
-        for path in sorted(partial.rglob("*")):
-            flush(path)
-        if replace and target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)  # This replaces an empty directory, never a full one.
-        except OSError:
-            check_new(target, "directory")  # Another process may have been first.
-            raise
-        flush(target.parent)
-    except ELSEWHERE:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise _not_written(target, error) from None
+        with writing(target):
+            partial.mkdir(parents=True)
+            yield partial
+            _set_modes(partial)
+            for path in sorted(partial.rglob("*")):
+                flush(path)
+            if replace and target.exists():
+                target.rename(old)
+            try:
+                partial.rename(target)  # This replaces an empty directory, never a full one.
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                else:
+                    check_new(target, "directory")  # Another process may have been first.
+                raise
+            flush(target.parent)
     finally:
         for path in (partial, old):
             shutil.rmtree(path, ignore_errors=True)
@@ -184,11 +208,6 @@ def remove_partials(directory: Path) -> None:
     """Remove what killed processes left in a directory that this process owns."""
     for path in directory.glob(f".*.????????{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _not_written(target: Path, error: Exception) -> ValueError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return ValueError(f"{target}: could not be written: {reason}")
 
 
 def _set_modes(directory: Path) -> None:
@@ -206,6 +225,22 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically. ValueError if it could not be written."""
     with atomic_file(path, replace=True) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file, which may be new: all of `text` or nothing of it.
+
+    Raises:
+        ValueError: writing failed (disk full).
+    """
+    with writing(path), path.open("ab", buffering=0) as file:
+        size, left = file.tell(), text.encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def reserve(file: IO[bytes], size: int) -> None:
@@ -226,23 +261,155 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-# ---- JSON and YAML ----
+# ---- JSON and YAML of others ----
 
 
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file.
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Check that `path` is a file that can be read to its end.
+
+    A pipe, a socket or a device could block for ever, or never end.
 
     Raises:
-        ValueError: no such file, invalid UTF-8 or invalid JSON, with its place.
+        ValueError: `path` does not exist, is not a regular file, or has more than `most` bytes.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        about = path.stat()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(about.st_mode):
+        kind = KINDS_OF_FILE.get(stat.S_IFMT(about.st_mode), "another kind")
+        raise ValueError(f"{path}: expected a regular file, got {kind}")
+    if most is not None and about.st_size > most:
+        raise ValueError(f"{path}: expected at most {most:,} bytes, got {about.st_size:,}")
+
+
+def read_bytes(path: Path, most: int = LARGEST) -> bytes:
+    """Return the bytes of a regular file. ValueError as in `check_regular`."""
+    check_regular(path, most)
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a regular file, without a byte-order mark. ValueError if it has none."""
+    try:
+        return read_bytes(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from None
+
+
+def read_json(path: Path, strict: bool = True) -> Any:
+    """Return the value of a JSON file: `parse_json` of `read_text`."""
+    return parse_json(read_text(path), path, strict=strict)
+
+
+def read_object(path: Path, strict: bool = True) -> dict[str, Any]:
+    """Return the object of a JSON file. ValueError for another value, and as in `read_json`."""
+    return check_object(read_json(path, strict), path)
+
+
+def check_object(value: Any, where: Path | str) -> dict[str, Any]:
+    """Return `value` if it is a JSON object. ValueError, which begins with `where`, otherwise."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {value!r:.60}")
+    return value
+
+
+def parse_json(text: str, path: Path, line: int = 0, strict: bool = True) -> Any:
+    """Return the value of a JSON text that someone else may have written.
+
+    Args:
+        path, line: place of the text, for errors; the line is that of a file of several texts.
+        strict: reject NaN and infinity, which JSON does not have and Python's library writes,
+            integers of more than 40 digits, and lone surrogates, which cannot be printed.
+
+    Raises:
+        ValueError: invalid JSON; a key that repeats, of which readers take different values;
+            nesting beyond 100 levels.
+    """
+    numbers = {"parse_constant": _constant, "parse_float": _float, "parse_int": _integer}
+    options: dict[str, Any] = numbers if strict else {}
+    where = f"{path}:{line}" if line else str(path)
+    try:
+        value = json.loads(text, object_pairs_hook=_distinct, **options)
+        _check(value, strict)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from None
+        place = f"{path}:{max(1, line) + error.lineno - 1}"
+        raise ValueError(f"{place}: invalid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: invalid JSON: nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: expected Unicode text, got a lone surrogate") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: invalid JSON: {error}") from None
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"expected distinct keys, got {twice!r:.60} twice")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 40:
+        raise ValueError(f"expected at most 40 digits, got a number of {len(digits)}")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _constant(digits)
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"expected finite numbers, got {name:.60}")
+
+
+def _check(value: Any, strict: bool) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        lower = []
+        for item in level:
+            if isinstance(item, dict):
+                lower += [*item, *item.values()]
+            elif isinstance(item, list):
+                lower += item
+            elif strict and isinstance(item, str) and not item.isascii():
+                item.encode()
+        if not lower:
+            return
+        level = lower
+    raise RecursionError
+
+
+def field(path: Path, values: dict[str, Any], key: str, kind: type, default: Any = ...) -> Any:
+    """Return the value of `key` in a JSON object, of the given type.
+
+    Args:
+        kind: int, float, bool, str, dict or list; an integer is also a float, and no bool is an
+            integer.
+        default: value in place of null or a missing key, which are errors without it.
+
+    Raises:
+        ValueError: a value of another type, with the file, key and value.
+    """
+    value = values.get(key)
+    if value is None and default is not ...:
+        return default
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) and kind is not bool:
+        got = f"{value!r:.60}" if key in values else "none"
+        raise ValueError(f"{path}: {key}: expected {KINDS_OF_VALUE[kind]}, got {got}")
+    return float(values[key]) if kind is float else value
 
 
 def read_yaml(path: Path) -> Any:
@@ -283,11 +450,9 @@ def read_yaml(path: Path) -> Any:
     for kind in ("bool", "int", "float", "timestamp"):
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", scalar)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: invalid UTF-8 at byte {error.start}: {error.reason}") from None
+        return yaml.load(read_text(path), Loader)  # noqa: S506
+    except RecursionError:
+        raise ValueError(f"{path}: invalid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

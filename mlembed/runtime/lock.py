@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from . import files
+
 LOCK, OWNER = ".lock", ".owner.json"
 BEAT = 10.0  # Seconds between heartbeats.
 STALE = 60.0  # Seconds without a heartbeat after which an owner on another machine is dead.
@@ -214,19 +216,19 @@ def _locked(lock: int, directory: Path) -> bool:
 def _sign(directory: Path, lock: int, locked: bool) -> int:
     """Replace the file of a dead owner by this process's, and return its descriptor.
 
-    Two machines that replace it at once are told apart by the check that follows the set-up: the
-    file of one of them is gone.
+    If two machines replace it at once, the check after the set-up stops the one whose file is gone.
 
     Raises:
         _Busy: the owner is alive.
     """
     path = directory / OWNER
     with suppress(FileNotFoundError):
-        at = path.stat().st_mtime
+        found, owner = path.stat(), _owner(directory)
         os.utime(lock)  # Both times are by the clock of the file system.
-        owner = _owner(directory)
-        left = (owner or Owner(boot="")).seconds_left(os.fstat(lock).st_mtime - at, locked)
-        if left:
+        age = os.fstat(lock).st_mtime - found.st_mtime
+        left = (owner or Owner(boot="")).seconds_left(age, locked)
+        # The file of a process that was killed before it could write is empty.
+        if left and (found.st_size or not locked):
             raise _Busy(owner, left)
         path.unlink()
     try:
@@ -234,11 +236,12 @@ def _sign(directory: Path, lock: int, locked: bool) -> int:
     except FileExistsError:
         raise _Busy(_owner(directory), STALE) from None
     try:
-        os.write(file, f"{json.dumps(asdict(Owner()))}\n".encode())
-    except OSError as error:
+        with files.writing(path):
+            os.write(file, f"{json.dumps(asdict(Owner()))}\n".encode())
+    except ValueError:
         os.close(file)
         path.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written: {error.strerror}") from None
+        raise
     return file
 
 

@@ -59,7 +59,7 @@ class Log:
     """
 
     def __init__(self, directory: Path, main: bool) -> None:
-        self.path, self.main = directory / METRICS, main
+        self.path, self.main, self.tracker = directory / METRICS, main, "none"
         self.track: Callable[[Mapping[str, float], int], None] = lambda values, step: None
         self.close: Callable[[], None] = lambda: None
         self.check: Callable[[], None] = lambda: None
@@ -77,11 +77,11 @@ class Log:
             some = earlier if step and line["step"] <= step else later
             some.append(json.dumps(line) + "\n")
         if later:
-            with self.path.with_name(DROPPED).open("a", encoding="utf-8") as file:
-                file.writelines(later)
+            files.append(self.path.with_name(DROPPED), "".join(later))
             files.flush(self.path.with_name(DROPPED))
         if self.path.exists():
             files.write_text(self.path, "".join(earlier))
+        self.tracker = tracker
         if tracker != "none":
             self.track, self.close = _tracker(tracker, self.path.parent, step)
 
@@ -100,9 +100,9 @@ class Log:
         if not self.main:
             return
         self.check()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)
+        files.append(self.path, json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        with files.writing(self.path.with_name(self.tracker)):
+            self.track({f"{kind}/{k}": v for k, v in flat(values)}, step)
 
     def say(self, text: str = "") -> None:
         """Print above the progress bar."""

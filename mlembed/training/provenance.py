@@ -17,7 +17,7 @@ import numpy as np
 from .. import config
 from ..data import sources
 from ..data.batches import weights_of
-from ..data.streams import name_of, task_of
+from ..data.streams import name_of
 from ..data.tables import Table
 from ..modeling import hf_config
 from ..runtime.cache import digest
@@ -45,31 +45,31 @@ def record(
     Args:
         read, streams: the sources, in the order of batches. evaluation: entries of `of_task`.
     """
-    weighted = run.sampling == "weights"
-    weights = weights_of(run, read, streams) if weighted else [None] * (len(read) + len(streams))
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"name": table.name, "items": f"{len(table)} rows", "sha256": table.sha256}
-        | {"options": _options(table.source, table.task, weight)}
-        for table, weight in zip(read, weights, strict=False)
+        | {"options": _options(table.source, table.task)}
+        for table in read
     ]
-    for source, weight in zip(streams, weights[len(read) :], strict=True):
+    for source in streams:
         reading = (asdict(source.columns), source.header, source.prompt_format, run.bad_rows)
         files = sources.files_of(source)
         where = () if files else (source.path, source.subset, source.split)
-        options = _options(source, task_of(source), weight) | {"rows": source.rows}
+        options = _options(source, sources.task_of(source)) | {"rows": source.rows}
         total = digest("stream", sample(files), *reading, *where)
         items = f"a stream of {len(files) or 'no'} files"
         entries.append(
             {"name": name_of(source), "items": items, "sha256": total, "options": options}
         )
+    if run.sampling == "weights":  # The files of a source share its weight.
+        for entry, weight in zip(entries, weights_of(run, read, streams), strict=True):
+            entry["options"]["weight"] = weight
     return {"data": entries, "eval": list(evaluation)}
 
 
-def _options(source: config.Source, task: str, weight: float | None) -> dict[str, Any]:
+def _options(source: config.Source, task: str) -> dict[str, Any]:
     """Return the options of a source that its batches depend on beyond its items."""
-    names = ("temperature", "num_negatives", "prompt", "document_prompt")
-    options = {name: getattr(source, name) for name in names}
-    return {"task": task, **options} | ({} if weight is None else {"weight": weight})
+    names = ("weight", "temperature", "num_negatives", "prompt", "document_prompt")
+    return {"task": task, **{name: getattr(source, name) for name in names}}
 
 
 def of_teacher(cfg: config.Distill) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def _collect(value: Any, notes: list[Any], arrays: list[np.ndarray]) -> None:
         for part in value:
             _collect(part, notes, arrays)
     elif not isinstance(value, Path):
-        notes.append(repr(value))
+        notes.append(str(value))
 
 
 def sample(files: Sequence[Path]) -> str:

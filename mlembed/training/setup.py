@@ -27,8 +27,9 @@ from ..data.eval_sets import read_all
 from ..data.formats.readers import normalise
 from ..data.streams import name_of
 from ..data.tables import Table, check_teaches, describe, hashed
-from ..modeling import hf_config, pretrained, vocabulary
+from ..modeling import hf_config, pretrained, serving, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
+from ..modeling.serving import Serving
 from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
 from ..runtime.distributed import World, main_works, together
@@ -38,10 +39,11 @@ from .engine import Engine
 from .gradcache import ActivationCost
 from .objective.bank import Bank
 from .objective.distill import Distiller
-from .objective.teacher import StoredVectors, Teacher
+from .objective.teacher import StoredVectors, Teacher, check_vectors
 from .optim import adamw, to_weights
 
 SAMPLE = 8192  # texts whose teacher's vectors give the principal axes; at least 8 a coordinate
+PROBES = 32  # texts whose vectors tell before training whether a live teacher works
 BANK, DISTILLER = "bank.", "distiller."  # prefixes of their tensors' names in a checkpoint
 
 # ---- text ----
@@ -82,8 +84,7 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
     for source in sources.all_of(run):
         if source.streaming:
             streams.append(source)
-            for roles in sources.roles_of(source):
-                say(f"train  {name_of(source)}: streamed; {roles.describe()}")
+            say(f"train  {name_of(source)}: {sources.describe_stream(source)}")
             continue
         for table, report in sources.read(source, bad_rows=run.bad_rows, held_out=held_out):
             tables.append(table)
@@ -130,6 +131,53 @@ def prompts(run: config.Run) -> dict[str, str]:
     return by_name
 
 
+def serving_of(run: config.Run, resume_from: Path | None, cfg: config.Model) -> Serving:
+    """Return how the trained model serves: like `init`, or like the checkpoint.
+
+    Prompts of the training data go before those of `init`. Texts are as long as in training without
+    `init`, or if `init` serves only shorter ones.
+    """
+    made, asked = prompts(run), has_prompts(run)
+    if not run.init:
+        return Serving(run.max_length, made)
+    source = serving.read(hf_config.resolve(str(resume_from or run.init)), cfg)
+    return replace(
+        source,
+        max_length=max(source.max_length, run.max_length),
+        prompts=source.prompts | (made if asked else {}),
+    )
+
+
+def has_prompts(run: config.Run) -> bool:
+    """Return whether a source of the training text has a prompt."""
+    return any(source.prompt or source.document_prompt for source in sources.all_of(run))
+
+
+def describe_serving(run: config.Run, served: Serving, cfg: config.Model) -> str:
+    """Say how a tuned model serves, where this differs from `init`, and how it is trained."""
+    directory = hf_config.resolve(run.init)
+    source, stored = serving.read(directory, cfg), hf_config.stored_pooling(directory, cfg)
+    parts = [f"texts of up to {served.max_length} tokens"]
+    if served.max_length != source.max_length:
+        parts[0] += f" (not {source.max_length}, as training has longer ones)"
+    named = ", ".join(name for name, prompt in served.prompts.items() if prompt)
+    if served.prompts != source.prompts:
+        parts.append(f"prompts of the training data ({named or 'none that all sources share'})")
+    elif named:
+        parts.append(f"prompts {named}")
+    if served.width:
+        parts.append(f"vectors of width {served.width}")
+    why = "" if stored == cfg.pooling else f" (not {stored}, as model.pooling says)"
+    if stored is None:
+        why = " (nothing there says how; --model.pooling decides)"
+    parts.append(f"pooled by {cfg.pooling}{why}")
+    without = ", without prompts" if named and not has_prompts(run) else ""
+    return (
+        f"{', '.join(parts)}, like {run.init}; trained on texts of up to {run.max_length} tokens"
+        f"{without}"
+    )
+
+
 # ---- tokenizer, model, teacher ----
 
 
@@ -173,6 +221,9 @@ def teachers(
     stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
     if stored and where.main:
         stored.check()
+    if live and text.tables:
+        texts = sample(text, PROBES, run.seed)
+        check_vectors(texts, live.encode(texts).cpu().numpy())
     source = live or stored
     width, sample_ND = source.width if source else 0, None
     # A checkpoint holds the rotation, so a resumed run needs no sample.
@@ -278,6 +329,7 @@ class Job:
     languages: dict[str, int]
     batches: Batches
     tokenizer: Tokenizer
+    serving: Serving
     engine: Engine
     optimizer: torch.optim.Optimizer
     bf16: bool
@@ -320,6 +372,7 @@ def set_up(
     if where.main:
         vocabulary.warn_beyond_break_even(model.cfg)
     run, half = replace(run, model=model.cfg), bf16(run, where.device)
+    served = serving_of(run, resume_from, model.cfg)
     compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
@@ -347,8 +400,11 @@ def set_up(
         f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
     )
     if teacher is not None:
-        out.say(f"teach  {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}")
+        note = f", {teacher.note}" if teacher.note else ""
+        out.say(f"teach  {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}{note}")
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
+    if run.init and not resume_from:
+        out.say(f"serve  {describe_serving(run, served, model.cfg)}")
     if run.init and run.optim.lr > config.TUNING_LR:
         out.say(
             f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
@@ -360,7 +416,7 @@ def set_up(
     )  # fmt: skip
     return Job(
         run, where, directory, out, log.Stages(where.device), saver,
-        text.tasks, text.languages, batches, tokens,
+        text.tasks, text.languages, batches, tokens, served,
         engine, optimizer, half, cost, budget, bank, teacher, distiller,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlembed import config
 from mlembed.data import sources, tables
-from mlembed.data.formats import layouts, readers
+from mlembed.data.formats import layouts
 from mlembed.data.tables import StoredTexts
 from mlembed.runtime import cache
 from tests.data.samples import (
@@ -45,8 +45,8 @@ def test_directory(tmp_path):
 
 def test_missing_files(tmp_path):
     assert re.search(r"expected \.jsonl, .* files in .*, found none", mistake(tmp_path))
-    (tmp_path / "a.txt").write_text("{}")
-    assert re.search(r"expected \.jsonl, .*, got .*a\.txt", mistake(tmp_path / "a.txt"))
+    (tmp_path / "a.pdf").write_text("{}")
+    assert re.search(r"expected \.jsonl, .*, got .*a\.pdf", mistake(tmp_path / "a.pdf"))
 
 
 def test_empty_and_broken_parquet(tmp_path):
@@ -238,14 +238,14 @@ def test_large_tables_equal_small_ones(cap, held_out, kind, large, tmp_path, mon
         assert report == counted
         assert table.texts[2:9] == want.texts[2:9]
     (entry,) = large.iterdir()
-    names = {"texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE}
+    names = {"texts.arrow", "ids.npy", "starts.npy", "about.json", cache.WHOLE, cache.LOCK}
     assert {p.name for p in entry.iterdir()} - {"scores.npy"} == names
 
 
 def test_stored_tables_are_not_read_again(large, tmp_path, monkeypatch):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     table = table_of(path)
-    monkeypatch.setattr(readers, "of_file", lambda *_: 1 / 0)
+    monkeypatch.setattr(sources, "_make", lambda *_: 1 / 0)
     same_table(table_of(path), table)
     assert table_of(path, prompt="x").source.prompt == "x"  # which changes no text
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from mlembed import config
-from mlembed.data import streams, tokenizer
+from mlembed.data import sources, streams, tokenizer
 from mlembed.data.batches import Batches, steps_of
 from mlembed.data.streams import Stream
 from mlembed.runtime.distributed import World
@@ -270,6 +270,24 @@ def test_name_and_task(tmp_path):
     assert streams.name_of(source("a/b.jsonl", name="own")) == "own"
     for code in ("de", "fr"):
         (tmp_path / f"talks.{code}").write_text("eins\nzwei\n", encoding="utf-8")
-    assert streams.task_of(source(tmp_path / "talks")) == "bitext"
-    assert streams.task_of(source("a/b.jsonl")) == "retrieval"
-    assert streams.task_of(source("a/b.jsonl", task="sts")) == "sts"
+    assert sources.task_of(source(tmp_path / "talks")) == "bitext"
+    path = jsonl(tmp_path / "b.jsonl", [{"query": "q", "positive": "p", "score": 1}])
+    assert sources.task_of(source(path)) == "retrieval"
+    assert sources.task_of(source(path, task="sts")) == "sts"
+    typed = {"query": "q", "pos": ["p"], "neg": ["n"], "type": "symmetric_class"}
+    path = jsonl(tmp_path / "c.jsonl", [typed])
+    stream = streams.Stream(source(path, rows=7), 0, 0)
+    assert stream.task == "classification"
+    line = "streamed, 7 rows as declared, classification; query=query positive=pos negatives=neg"
+    assert sources.describe_stream(source(path, rows=7)) == f"{line} type=type; unused: none"
+
+
+def test_rows_are_counted_once(tmp_path, capfd):
+    rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(5)] + [
+        {"query": "", "positive": 3}
+    ]
+    stream = streams.Stream(source(jsonl(tmp_path / "s.jsonl", rows)), 0, 0, "skip")
+    for batch in range(4):
+        stream.items(3 * batch, 3)
+    said = capfd.readouterr().err
+    assert said == "stream s: 6 rows read, 5 pairs; left out: 1 bad rows\n"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import unicodedata
 
 import numpy as np
@@ -68,6 +69,49 @@ import sys
 from mlembed.data import tokenizer
 sys.stdout.write(tokenizer.train({texts!r}, 400).to_str())
 """
+
+
+LETTERS = np.random.default_rng(0)
+WORDS_OF_A_MILLION = {
+    "random": "".join(LETTERS.choice(list("abcdefghijklmnopqrstuvwxyz"), 10**6)),
+    "one letter": "a" * 10**6,
+    "DNA": "".join(LETTERS.choice(list("ACGT"), 10**6)),
+    "code": "".join(LETTERS.choice(list("(){};=.,+!"), 10**6)),
+    "marks": "a" + "\u0301\u0316" * (5 * 10**5),
+    "CJK": "".join(LETTERS.choice([*map(chr, range(0x4E00, 0x4E40))], 3 * 10**5)),
+}
+
+
+@pytest.mark.parametrize("name", WORDS_OF_A_MILLION)
+def test_long_word_is_learnt_from_in_bounded_time(name):
+    start = time.process_time()
+    tokenizer.train([*TEXTS, WORDS_OF_A_MILLION[name]], 320)
+    assert time.process_time() - start < 10
+
+
+def test_white_space_of_millions_of_characters():
+    """The regular expressions of the library give up after ten million steps."""
+    some = tokenizer.train([" " * 11_000_000 + "x", *TEXTS], 300)
+    assert ids_of(some, [" " * 11_000_000 + "x"], 8)[0][-1] == some.token_to_id(EOS)
+
+
+def test_words_of_ordinary_length_are_learnt_from_whole():
+    """Also where a script has no spaces: a text of 1024 characters may be one token."""
+    text = "漢字かな交じり文"
+    some = tokenizer.train([text * 128] * 2, 300)
+    assert max(some.get_vocab(), key=len) == "".join(some.encode(text * 128).tokens[:-1])
+    assert text * 129 == some.decode(some.encode(text * 129).ids)
+
+
+def test_long_text_is_cut_before_it_is_tokenised(plain):
+    """The tokens are the same, in time and memory that do not grow with the text."""
+    text = "the quick brown fox jumps over the lazy dog " * 7000
+    assert len(text) > tokenizer.A_TEXT
+    whole = plain.encode(text).ids[:99]
+    assert ids_of(plain, ["a", text, "b"])[1] == [*whole, plain.token_to_id(EOS)]
+    start = time.process_time()
+    ids_of(plain, ["x" * 10**7] * 3)
+    assert time.process_time() - start < 5
 
 
 def test_training_is_repeatable(learnt):

@@ -269,7 +269,13 @@ def test_prompts(encoder, searched):
     assert score(prompted, prompts={}) == plain
 
     # Texts for which the model has no other prompt get its default one, as in `encode`.
-    default = Encoder(encoder.model, encoder.tokenizer, 32, default_prompt="sun sun sun ")
+    default = Encoder(
+        encoder.model,
+        encoder.tokenizer,
+        32,
+        prompts={"sun": "sun sun sun "},
+        default_prompt_name="sun",
+    )
     assert score(default) == score(default, prompts={}) != plain
     both = {"query": "sun sun sun ", "document": "sun sun sun "}
     assert score(default)[0] == score(encoder, prompts=both)[0]

@@ -115,7 +115,8 @@ def test_encode_grid(encoder, on_disk, hooked, monkeypatch):
     for size in sizes:
         assert vectors[size].dtype == torch.float32
         assert_near(vectors[size], encoder.encode(TEXTS, *size, prompt="x "), 1e-6)
-    default = replace(encoder, default_prompt="x ").encode_grid(TEXTS, sizes)
+    default = replace(encoder, prompts={"x": "x "}, default_prompt_name="x")
+    default = default.encode_grid(TEXTS, sizes)
     for size in sizes:
         assert_near(vectors[size], default[size], 1e-6)
     assert files == ([(2, 9, 24), (1, 9, 24)] if on_disk else [])

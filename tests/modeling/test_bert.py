@@ -126,7 +126,7 @@ def test_pooling_of_a_plain_checkpoint(asked, given, tmp_path):
         ({"embedding_size": 12}, "embedding_size: expected 24, got 12"),
         ({"model_type": "electra"}, "expected model_type 'qwen3', 'bert', .*got 'electra'"),
         ({"max_position_embeddings": 30}, r"positions.weight: expected shape \[30, 24\], got \[31"),
-        ({"num_hidden_layers": 4}, r"layers.3.\S+: expected shape \[.*\], got none"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers: expected at most 3, the layers in the"),
     ],
 )
 def test_unsupported_variants(change, message, tmp_path):
@@ -239,7 +239,7 @@ def test_sentence_transformers_directories(pooling, has_dense, kind, old, ours, 
     assert encoder.model.cfg.pooling == ours and encoder.max_length == 19
     theirs = read_by_sentence_transformers(tmp_path / "st")
     np.testing.assert_allclose(encoder.encode(SENTENCES), theirs, rtol=0, atol=1e-5)
-    assert export(encoder, tmp_path / "whole") < 1e-5
+    assert export(encoder, tmp_path / "whole").worst < 1e-5
     whole = read_by_sentence_transformers(tmp_path / "whole")
     np.testing.assert_allclose(whole, theirs, rtol=0, atol=1e-5)
     again = Encoder.load(str(tmp_path / "whole"), "cpu").encode(SENTENCES)

@@ -217,8 +217,8 @@ def test_weights_that_are_not_shares(weights):
 
 
 def test_error_names_the_keys_that_differ():
-    other = random_model(replace(CFG, intermediate_size=38, exits=(2,)))
-    with pytest.raises(ValueError, match=r"intermediate_size 37 and 38; model.exits \(1, 2\) and"):
+    other = random_model(replace(CFG, intermediate_size=38, causal=False))
+    with pytest.raises(ValueError, match="intermediate_size 37 and 38; model.causal True and"):
         merge([random_model(CFG), other], [1, 1])
     merged, _ = merge([random_model(CFG), random_model(replace(CFG, dropout=0.1))], [1, 1])
     assert merged.cfg == CFG  # weights do not depend on dropout
@@ -302,13 +302,13 @@ def test_runs_and_training_checkpoints(tokens, tmp_path):
 def test_errors_write_nothing(tokens, tmp_path):
     other = tokenizer.train([*TEXTS, "something else altogether, else something"] * 2, 290)
     a = write_model(tmp_path / "a", CFG, tokens)
-    b = write_model(tmp_path / "b", replace(CFG, exits=(2,)), tokens)
+    b = write_model(tmp_path / "b", replace(CFG, causal=False), tokens)
     c = write_model(tmp_path / "c", CFG, other)
     with pytest.raises(ValueError, match="same tokenizer, got another model in .*c than in .*a"):
         main(tmp_path / "out", (a, c))
     with pytest.raises(ValueError, match="models: expected two or more, got 1"):
         main(tmp_path / "out", (a,))
-    with pytest.raises(ValueError, match="same configuration, got model.exits"):
+    with pytest.raises(ValueError, match="got model.causal True and False in .*a and .*b"):
         main(tmp_path / "out", (a, b))
     with pytest.raises(ValueError, match="out: expected a new directory, got .*a, which exists"):
         main(tmp_path / "a", (a, a))

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
-from mlembed.publishing import export as exporting
-from mlembed.publishing.export import PROBES, export
+from mlembed.publishing import probes
+from mlembed.publishing.export import export
+from mlembed.publishing.probes import PROBES
 
 READERS = [path for path in os.environ.get("MLEMBED_READERS", "").split(os.pathsep) if path]
 PROMPTS = {"query": "Instruct: find\nQuery: "}
@@ -199,7 +200,7 @@ DAMAGE = {  # file, and a change of its JSON or its weights
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_check_detects(encoder, damage, tmp_path):
     export(encoder, tmp_path / "out", 5, 1, 3)
-    assert exporting.check(tmp_path / "out", encoder, 5, 1, 3) < 1e-5
+    assert probes.check(tmp_path / "out", encoder, 5, 1, 3).worst < 1e-5
     name, change = DAMAGE[damage]
     path = tmp_path / "out" / name
     content = load_file(path) if path.suffix == ".safetensors" else read_json(path)
@@ -209,8 +210,8 @@ def test_check_detects(encoder, damage, tmp_path):
         save_file(content, path, metadata={"format": "pt"})
     else:
         path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="expected"), exporting.quiet():
-        exporting.check(tmp_path / "out", encoder, 5, 1, 3)
+    with pytest.raises(ValueError, match="expected"), probes.quiet():
+        probes.check(tmp_path / "out", encoder, 5, 1, 3)
 
 
 def test_probes_have_many_lengths(encoder):
@@ -221,7 +222,7 @@ def test_probes_have_many_lengths(encoder):
 
 def test_plain_shares_fp32_weights(encoder):
     before = {name: weight.clone() for name, weight in encoder.model.state_dict().items()}
-    plain = exporting.plain(encoder.model)
+    plain = probes.plain(encoder.model)
     for name, weight in encoder.model.state_dict().items():
         assert plain.state_dict()[name].data_ptr() == weight.data_ptr(), name
     plain.double()  # like `noise`, which leaves the model as it was
@@ -233,7 +234,7 @@ def test_noise_is_the_error_of_fp32():
     def noise(encoder: Encoder) -> float:
         expected = encoder.encode(PROBES)
         size = encoder.model.cfg.num_hidden_layers
-        return exporting.noise(encoder, PROBES, expected, 24, size, 11)
+        return probes.noise(encoder, PROBES, expected, 24, size, 11)
 
     usual = noise(build())
     assert 0 < usual < 1e-5

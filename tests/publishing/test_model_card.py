@@ -157,7 +157,7 @@ def test_find_origin(tmp_path, monkeypatch):
     for source in ("runs/second", "runs/second/model"):
         for path in (source, str(tmp_path / source)):
             origin = model_card.find_origin(path)
-            assert origin.name == "second" and origin.grid == GRID
+            assert origin.name == "second" and origin.grid == {**GRID, "untrained": {}}
     exported = tmp_path / "runs" / "second" / "cut"  # a model from elsewhere
     exported.mkdir()
     assert model_card.find_origin(str(exported)).run == {}

@@ -1,10 +1,13 @@
 """Entries of the disk cache are complete or absent, and built once."""
 
 import contextlib
+import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +45,16 @@ def test_entry_is_built_once(home):
     assert sorted(p.name for p in (home / "kind").iterdir()) == ["key", "other"]
 
 
+KEY = "0123456789abcdef" * 4
+# Opens an entry and uses it until a line arrives.
+USER = """
+import sys
+from mlembed.runtime import cache
+
+build = lambda directory: (directory / "a").write_text("built")
+print(cache.cached("kind", sys.argv[1], build, lambda d: (d / "a").read_text()), flush=True)
+sys.stdin.readline()
+"""
 BUILDER = """
 import sys, time
 from pathlib import Path
@@ -76,7 +89,7 @@ def test_processes_build_an_entry_once(home, tmp_path):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_first_of_two_writers_wins(damaged, home, monkeypatch):
     """Another machine does not see the lock; both open what it wrote."""
-    monkeypatch.setattr(cache, "_lock", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(cache, "_building", lambda kind, key: contextlib.nullcontext())
     if damaged:
         cache.cached("kind", "key", writes("zero"), content)
         (home / "kind" / "key" / "a").write_text("longer than it was")
@@ -84,28 +97,57 @@ def test_first_of_two_writers_wins(damaged, home, monkeypatch):
     def other():
         assert cache.cached("kind", "key", writes("theirs"), content) == "theirs"
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         assert cache.cached("kind", "key", writes("mine", other), content) == "theirs"
+    assert len(warned) == 2 * damaged
     assert [p.name for p in (home / "kind").iterdir()] == ["key"]
 
 
-@pytest.mark.parametrize("digests", [False, True])
-def test_damage_is_found_by_sizes_or_digests(digests, home):
-    cache.cached("kind", "key", writes("one"), content, digests)
-    file = home / "kind" / "key" / "a"
-    file.write_text("oNe")
-    want = "new" if digests else "oNe"
-    assert cache.cached("kind", "key", writes("new"), content, digests) == want
-    file.unlink()
-    assert cache.cached("kind", "key", writes("two"), content, digests) == "two"
+DAMAGE = {
+    "a is not what was written": lambda entry: (entry / "a").write_text("oNe"),
+    "a is missing": lambda entry: (entry / "a").unlink(),
+    "b is surplus": lambda entry: (entry / "b").touch(),
+    "no list": lambda entry: (entry / cache.WHOLE).unlink(),
+    "no list ": lambda entry: (entry / cache.WHOLE).write_text("{}"),
+    "no list  ": lambda entry: (entry / cache.WHOLE).write_text("[" * 100_000),
+    "no list   ": lambda entry: (entry / cache.WHOLE).write_text('{"a": 3}'),
+    "does not open": lambda entry: list_files(entry, (entry / "a").write_bytes(b"\xff")),
+}
 
 
-@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_text("{")])
-def test_entry_without_its_list_of_files_is_built_again(change, home):
+def list_files(entry, _):
+    """Write a correct list of files, as a faulty build would."""
+    files = {"a": cache.digest(files=[entry / "a"])}
+    (entry / cache.WHOLE).write_text(json.dumps({"files": files}))
+
+
+@pytest.mark.parametrize("problem", DAMAGE)
+def test_damaged_entry_is_built_again(problem, home):
     cache.cached("kind", "key", writes("one"), content)
-    change(home / "kind" / "key" / cache.WHOLE)
-    assert cache.cached("kind", "key", writes("two"), content) == "two"
+    DAMAGE[problem](home / "kind" / "key")
+    with pytest.warns(UserWarning, match=problem.strip()) as warned:
+        assert cache.cached("kind", "key", writes("two"), content) == "two"
+    assert len(warned) == 1
+    assert cache.cached("kind", "key", fails, content) == "two"
+    assert [p.name for p in (home / "kind").iterdir()] == ["key"]
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && shift 0 && exec "$@"'
+
+
+def test_read_only_cache(home):
+    """A whole entry is used; another one is built elsewhere, with a warning."""
+    cache.cached("kind", KEY, writes("one"), content)
+    (home / "kind" / KEY / cache.LOCK).unlink()
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, str(home)]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("this machine mounts nothing")
+    for key, out, warned in ((KEY, "one\n", 0), ("0" * 64, "built\n", 1)):
+        done = subprocess.run(
+            [*mount, sys.executable, "-c", USER, key], capture_output=True, text=True, input="\n"
+        )
+        assert done.stdout == out and done.stderr.count("Warning") == warned, done.stderr
 
 
 def test_entry_deleted_before_it_is_opened_is_built_again(home):
@@ -114,10 +156,44 @@ def test_entry_deleted_before_it_is_opened_is_built_again(home):
 
     def deleted_at_first(directory):
         if not calls:
-            calls.append((directory / "a").unlink())
+            calls.append(shutil.rmtree(directory))
         return content(directory)
 
     assert cache.cached("kind", "key", writes("two"), deleted_at_first) == "two"
+
+
+def test_leftovers_of_a_killed_build_are_removed(home):
+    """Those of a running build stay."""
+    (home / "locks").mkdir(parents=True)
+    (home / "locks" / f"kind-{'1' * 64}").touch()
+    (home / "kind" / f".partial-{'2' * 64}-abc_1").mkdir(parents=True)
+    code = USER.replace("lambda directory: (directory", "lambda d: print(input()) or (d")
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    two = [subprocess.Popen([*command, key], **pipes) for key in (KEY, "3" * 64)]
+    while len(list(home.glob("kind/.partial-*/*"))) < 2:
+        time.sleep(0.01)
+    two[0].send_signal(signal.SIGKILL)
+    two[0].wait()
+    cache.remove_leftovers.cache_clear()
+    cache.cached("other", "4" * 64, writes("one"), content)
+    assert [p.name for p in (home / "locks").iterdir()] == [f"kind-{'3' * 64}"]
+    assert [p.name[:12] for p in (home / "kind").iterdir()] == [".partial-333"]
+    out, _ = two[1].communicate(b"go\n")
+    assert out == b"go\nbuilt\n" and not list((home / "locks").iterdir())
+
+
+def test_entry_in_use_is_not_removed(home):
+    command = [sys.executable, "-c", USER, KEY]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as user:
+        assert user.stdout.readline() == "built\n"
+        (entry,) = cache.entries()
+        assert entry.in_use and not entry.remove() and entry.path.is_dir()
+        user.communicate("\n")
+    (entry,) = cache.entries()
+    assert not entry.in_use and entry.remove() and not entry.remove()
+    assert not list((home / "kind").iterdir())
 
 
 def test_failed_build_leaves_nothing(home):

@@ -199,7 +199,7 @@ def test_owner_sends_heartbeats(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"pid": 1}', json.dumps(vars(lock.Owner()) | {"pid": "x"})]
+    "text", ["{", "[1]", '{"pid": 1}', json.dumps(vars(lock.Owner()) | {"pid": "x"})]
 )
 def test_damaged_owner_counts_by_its_heartbeat(text, tmp_path):
     left_by(tmp_path).write_text(text)
@@ -209,6 +209,18 @@ def test_damaged_owner_counts_by_its_heartbeat(text, tmp_path):
     os.utime(tmp_path / lock.OWNER, (0, 0))
     with lock.owned(tmp_path):
         pass
+
+
+def test_owner_that_was_killed_before_it_wrote_is_dead(tmp_path):
+    left_by(tmp_path).write_text("")
+    with lock.owned(tmp_path) as check:
+        check()
+
+
+def test_empty_owner_counts_by_its_heartbeat_without_locks(tmp_path, no_locks):
+    left_by(tmp_path).write_text("")
+    with pytest.raises(ValueError, match="got an unknown process"), lock.owned(tmp_path):
+        raise AssertionError("owned twice")
 
 
 # ---- a directory that is lost ----

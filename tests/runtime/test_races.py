@@ -125,3 +125,26 @@ def test_deleted_directory_is_an_error_and_stays_deleted(arguments, tmp_path):
     words = f"error: {run}: expected the directory of this run, which was deleted"
     assert process.returncode == 1 and not run.exists(), err[-3000:]
     assert [line for line in err.splitlines() if "error: " in line][0].startswith(words)
+
+
+def test_requeued_run_waits_for_the_node_that_died(arguments, undisturbed, tmp_path):
+    """The node's heartbeat is 57 s old: a start by hand is refused, after a requeue it waits."""
+    command, run = [*arguments, "--output-dir", tmp_path], tmp_path / "tiny"
+    command += ["--allow-changed", "output_dir"]
+    shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("model", f"*{STEPS:08d}"))
+    owner = {"host": "node3", "pid": 1, "since": "2026-01-02 03:04:05", "boot": "b", "namespace": 1}
+
+    def node_dies():
+        (run / lock.OWNER).write_text(json.dumps(owner))
+        os.utime(run / lock.OWNER, (time.time() - 57,) * 2)
+
+    node_dies()
+    done = processes.run(*command, "--resume")
+    words = f"error: expected no run at work in {run}, got pid 1 on node3 since 2026-01-02 03:04:05"
+    assert done.returncode == 1 and done.stderr.startswith(words)
+    assert "without a heartbeat it counts as dead in" in done.stderr
+    node_dies()
+    done = processes.run(*command, env=os.environ | {"SLURM_RESTART_COUNT": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{run}: waiting for pid 1 on node3" in done.stdout
+    assert loss_trace(run) == loss_trace(undisturbed)

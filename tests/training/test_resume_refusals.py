@@ -9,12 +9,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 from factories import SMALL, loss_trace, metrics, small_job, small_text, write_jsonl
 
-from mlembed.config import Run
+from mlembed.config import Distill, Run
 from mlembed.runtime import intact
+from mlembed.training import provenance
 from mlembed.training.arguments import parse
 from mlembed.training.optim import learning_rate
 from train import save
@@ -24,6 +26,7 @@ STEPS = 6
 ARGS = ["tiny", *SMALL, "--tracker", "none", "--save-every", "2", "--keep-checkpoints", "3"]
 DATA = ["--data", "pairs.jsonl", "nway.jsonl"]
 EVAL = ["--eval", "dev.jsonl"]
+MORE = [{"query": "a", "positive": "b"}, {"query": "c", "positive": "d"}]
 
 
 def train(folder, *args, code=0, data=(*DATA, *EVAL), steps=STEPS):
@@ -133,7 +136,7 @@ def test_changed_file_is_refused_by_name(change, key, message, stopped):
 @pytest.mark.parametrize(
     ("data", "key", "message"),
     [
-        ([*DATA, "more.jsonl", *EVAL], "data.more", "expected no such source, got 1 rows"),
+        ([*DATA, "more.jsonl", *EVAL], "data.more", "expected no such source, got 2 rows"),
         ([*DATA[:2], *EVAL], "data.nway", "expected 12 rows .*, got no such source"),
         (
             ["--data", "nway.jsonl", "pairs.jsonl", *EVAL],
@@ -142,6 +145,12 @@ def test_changed_file_is_refused_by_name(change, key, message, stopped):
         ),
         ([*DATA, *EVAL, "new.jsonl"], "eval.new", "expected no such source, got 2 texts"),
         (["--data", "warm.json", *EVAL], "data.pairs", "expected temperature 0.0, got .*0.5"),
+        (["--data", "heavy.json", *EVAL], "data.pairs", "expected weight 1.0, got weight 3.0"),
+        (
+            ["--data", "heavy.json", *EVAL, "--sampling", "weights"],
+            "",
+            "other values for sampling; --allow",
+        ),
         (["--data", "asked.json", *EVAL], "data.pairs", "expected prompt '', got prompt 'ask '"),
         (
             ["--data", "streamed.json", *EVAL],
@@ -151,17 +160,18 @@ def test_changed_file_is_refused_by_name(change, key, message, stopped):
     ],
 )
 def test_other_sources_are_refused_by_name(data, key, message, stopped):
-    write_jsonl(stopped / "more.jsonl", [{"query": "a", "positive": "b"}])
+    write_jsonl(stopped / "more.jsonl", MORE)
     new = [{"id": 1, "lang": lang, "text": f"new {lang}"} for lang in ("eng", "fra")]
     write_jsonl(stopped / "new.jsonl", new)
     for name, option in (
         ("warm", {"temperature": 0.5}),
+        ("heavy", {"weight": 3}),
         ("asked", {"prompt": "ask "}),
         ("streamed", {"streaming": True, "rows": 120}),
     ):
         listed = [{"path": "pairs.jsonl", **option}, {"path": "nway.jsonl"}]
         (stopped / f"{name}.json").write_text(json.dumps({"sources": listed}))
-    assert re.search(f"{key}: {message}", refused(stopped, data=data))
+    assert re.search(f"{key}.*{message}", refused(stopped, data=data))
 
 
 def test_allowed_change_goes_on_and_is_said(stopped):
@@ -171,9 +181,10 @@ def test_allowed_change_goes_on_and_is_said(stopped):
     out = train(stopped, "--resume", "--allow-changed", "data.pairs", "eval")
     assert re.search(r"data.pairs: 120 rows \(.*\) before, now 60 rows", out)
     assert re.search(r"eval.dev: 9 texts \(.*\) before, now 9 texts", out)
-    # The checkpoints from here on belong to the new data.
-    shutil.rmtree(stopped / "runs" / "tiny" / "model")
-    assert "before, now" not in train(stopped, "--resume")
+    # The checkpoints from here on are of the new data.
+    *_, before, after = intact.complete(stopped / "runs" / "tiny" / "checkpoints")
+    items = [intact.state(path)["digests"]["data"][0]["items"] for path in (before, after)]
+    assert items == ["120 rows", "60 rows"]
 
 
 def test_same_rows_in_another_file_are_the_same_data(finished, stopped):
@@ -185,6 +196,48 @@ def test_same_rows_in_another_file_are_the_same_data(finished, stopped):
     (stopped / "pairs.jsonl").unlink()
     train(stopped, "--resume", data=["--data", "other.csv", "nway.jsonl", *EVAL])
     assert trace(stopped) == trace(finished)
+
+
+def test_file_added_to_a_directory_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
+    small_text(tmp_path / "text")
+    data = ["--data", "text", "--eval"]
+    train(tmp_path, data=data, steps=2)
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "model")
+    write_jsonl(tmp_path / "text" / "more.jsonl", MORE)
+    line = refused(tmp_path, data=data, steps=2)
+    assert re.search("resume: data.more: expected no such source, got 2 rows [^;]*$", line)
+
+
+def test_other_vectors_of_a_teacher_are_refused(tmp_path):
+    np.save(tmp_path / "vectors.npy", np.zeros((3, 2)))
+    cfg = Distill(embeddings=str(tmp_path), features=1.0)
+    before = {"data": [], "eval": [], "distill": provenance.of_teacher(cfg)}
+    np.save(tmp_path / "vectors.npy", np.ones((3, 2)))
+    now = {**before, "distill": provenance.of_teacher(cfg)}
+    lines: list[str] = []
+    with pytest.raises(ValueError, match="--allow-changed distill.embeddings$"):
+        provenance.compare(before, now, ["data", "eval"], lines.append)
+    assert lines == []
+    provenance.compare(before, now, ["distill.embeddings"], lines.append)
+    provenance.compare(now, now, [], lines.append)
+    assert len(lines) == 1
+
+
+def test_sample_of_large_files_covers_sizes_and_both_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "WHOLE", 100)
+    monkeypatch.setattr(provenance, "END", 10)
+    one, other = tmp_path / "a", tmp_path / "b"
+    digests = []
+    for content in (b"a" * 200, b"b" + b"a" * 199, b"a" * 199 + b"b", b"a" * 201):
+        one.write_bytes(content)
+        other.write_bytes(b"z")
+        digests.append(provenance.sample([one, other]))
+    assert len(set(digests)) == 4 and digests[0] != provenance.sample([other, one])
+    one.write_bytes(b"a" * 100 + b"b" + b"a" * 99)
+    assert provenance.sample([one, other]) == digests[0]
+    monkeypatch.setattr(provenance, "WHOLE", 1000)
+    assert provenance.sample([one, other]) != digests[0]
 
 
 def test_changed_stream_is_refused(tmp_path):
@@ -230,37 +283,22 @@ def test_renamed_step_is_refused(stopped):
     assert "step_00000005: expected the checkpoint of step 5, got that of step 4" in line
 
 
-@pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """Return the checkpoints 8 of runs with another id alone, or another seed or width."""
-    paths = {}
-    for name, option in (
-        ("id", []),
-        ("seed", ["--seed", 7]),
-        ("width", ["--model.hidden-size", 16, "--model.matryoshka-dims", 8, 16]),
-    ):
-        folder = tmp_path_factory.mktemp(name)
-        small_text(folder)
-        train(folder, *option, "--save-every", 0, steps=8)
-        paths[name] = folder / "runs" / "tiny" / "checkpoints" / "step_00000008"
-    return paths
-
-
-@pytest.mark.parametrize("name", ["id", "seed", "width"])
-def test_checkpoint_of_another_run_is_refused(name, others, stopped):
+def test_checkpoint_of_another_run_is_refused(stopped, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    small_text(other)
+    shape = ["--model.hidden-size", 16, "--model.matryoshka-dims", 8, 16]
+    train(other, "--seed", 7, *shape, steps=8)
     place = stopped / "runs" / "tiny" / "checkpoints" / "step_00000008"
-    shutil.copytree(others[name], place)
-    line = refused(stopped, steps=8)
-    assert re.search(
-        r"step_00000008: expected a checkpoint of this run, whose id is \w+, got", line
-    )
+    shutil.copytree(other / "runs" / "tiny" / "checkpoints" / place.name, place)
+    line = refused(stopped)
+    assert re.search(r"00008: expected a checkpoint of this run, whose id is \w+, got one of", line)
     # Without its id the checkpoint still tells its configuration, and without that its shape.
     reseal(place, lambda state: state.pop("run"))
-    want = {"id": "for save_every", "seed": "seed, steps", "width": "model.hidden_size,"}[name]
-    assert want in refused(stopped)
+    line = refused(stopped)
+    assert "other values for model.hidden_size, model.matryoshka_dims, seed, steps; another" in line
     reseal(place, lambda state: state.pop("config"))
-    if name == "width":
-        assert "expected the run's shape, got hidden_size 16 instead of 32" in refused(stopped)
+    assert "expected the run's shape, got hidden_size 16 instead of 32" in refused(stopped)
 
 
 def test_edited_configuration_is_refused(stopped):
@@ -283,8 +321,13 @@ def test_shape_and_tokenizer_never_change(key):
 def test_only_damaged_checkpoints_are_an_error(stopped):
     for path in intact.complete(stopped / "runs" / "tiny" / "checkpoints"):
         (path / intact.STATE).unlink()
-    line = refused(stopped)
-    assert re.search("all are damaged: .*04/state.json: no such file; .*02/.*; restore one", line)
+    message = "all are damaged: .*04/state.json: no such file; .*02/.*; restore one"
+    assert re.search(message, refused(stopped))
+    args = [TRAIN, *ARGS, *DATA, *EVAL, "--steps", STEPS, "--resume"]
+    two = processes.run(*args, processes=2, cwd=stopped)
+    assert two.returncode == 1
+    # Neither process waits for the other.
+    assert [bool(re.search(message, line)) for line in two.stderr.splitlines()] == [True, True]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "earlier version"])

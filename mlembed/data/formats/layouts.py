@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import Columns
-from . import paths, readers, roles
+from . import bounds, paths, readers, roles
+from .bounds import shown
 from .readers import Names, Row, T, id_text, is_text
 from .roles import Roles
 
@@ -117,7 +118,7 @@ def open_rows(
         ValueError: as `roles.recognise`; types of several tasks.
     """
     known = set(Roles(**columns.to_roles()).columns())
-    head = [row for _, row in islice(read(None), PEEK) if isinstance(row, dict)]
+    head = _first_rows(read(None))
     if not head:
         return Roles(), task, read(None)
     rows = [inner for row in head for inner in roles.unwrap(row, 0, known)]
@@ -127,6 +128,18 @@ def open_rows(
     outer = dict.fromkeys(name for row in head for name in row)
     used = set(found.columns()) | ({"translation", "set"} - known)
     return found, task, _unwrapped(read([name for name in outer if name in used]), known)
+
+
+def _first_rows(rows: Iterator[Row]) -> list[dict[str, Any]]:
+    """Return the valid rows among the first PEEK, or fewer if they are long."""
+    head, room = [], bounds.LINE
+    for _, row in islice(rows, PEEK):
+        if isinstance(row, dict):
+            head.append(row)
+            room -= len(str(row))
+        if room < 0:
+            break
+    return head
 
 
 def _unwrapped(rows: Iterator[Row], known: set[str]) -> Iterator[Row]:
@@ -178,9 +191,9 @@ class Corpus:
             key, text, title = id_text(row.get(name)), row.get("text"), row.get("title")
             for column, value in ((name, key), ("text", text)):
                 if not is_text(value):
-                    raise ValueError(f"{where}: {column}: expected text, got {value!r}")
+                    raise ValueError(f"{where}: {column}: expected text, got {shown(value)}")
             if key in self.place:
-                raise ValueError(f"{where}: {name}: expected a new id, got {key!r} again")
+                raise ValueError(f"{where}: {name}: expected a new id, got {shown(key)} again")
             self.place[key] = len(self.place)
             chunk.append(f"{title} {text}" if is_text(title) else str(text))
             if len(chunk) == CHUNK:
@@ -192,14 +205,14 @@ class Corpus:
         """Return the document of an id. ValueError, with the column: an unknown id."""
         place = self.place.get(id_text(key)) if isinstance(key, str | int) else None
         if place is None:
-            raise ValueError(f"{column}: expected an id of {self.path}, got {key!r}")
+            raise ValueError(f"{column}: expected an id of {self.path}, got {shown(key)}")
         return self.column[place].as_py()
 
 
 def _text(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
     if not is_text(value):
-        raise ValueError(f"{column}: expected text, got {value!r}")
+        raise ValueError(f"{column}: expected text, got {shown(value)}")
     return str(value)
 
 
@@ -214,7 +227,7 @@ def _texts(row: dict[str, Any], column: str, corpus: Corpus | None) -> list[str]
     texts = [str(item) if is_text(item) else roles.text_of(item) for item in values]
     if not all(texts):
         kind = "a list of texts" if isinstance(value, list) else "text"
-        raise ValueError(f"{column}: expected {kind}, got {value!r}")
+        raise ValueError(f"{column}: expected {kind}, got {shown(value)}")
     return texts
 
 
@@ -226,7 +239,7 @@ def _score(row: dict[str, Any], column: str, most: float) -> float | None:
     number = roles.as_number(value)
     if number is None or not -ROUNDING <= number <= most + ROUNDING:
         scale = "0..1 or, all of the source, 0..5" if most == 5 else "0..1"
-        raise ValueError(f"{column}: expected a number {scale}, got {value!r}")
+        raise ValueError(f"{column}: expected a number {scale}, got {shown(value)}")
     return number
 
 
@@ -261,13 +274,15 @@ class _Pairs:
         query = _text(row, names.query)
         prompt = row.get(names.prompt) if names.prompt else None
         if prompt is not None and not isinstance(prompt, str):
-            raise ValueError(f"{names.prompt}: expected text, got {prompt!r}")
+            raise ValueError(f"{names.prompt}: expected text, got {shown(prompt)}")
         if prompt:
             before, between, after = self.prompt_format.split("{}")
             query = f"{before}{prompt}{between}{query}{after}"
         positives = _texts(row, names.positive, self.corpus)
         if not positives:
-            raise ValueError(f"{names.positive}: expected text, got {row.get(names.positive)!r}")
+            raise ValueError(
+                f"{names.positive}: expected text, got {shown(row.get(names.positive))}"
+            )
         negatives = [
             text for column in names.negatives for text in _texts(row, column, self.corpus)
         ]

@@ -23,6 +23,14 @@ def suffix_of(path: Path) -> str:
     return Path(plain_name(path)).suffix.lower()
 
 
+def bytes_of(path: Path) -> int:
+    """Return about how many bytes of text a file holds, 0 if it is not a regular file."""
+    if not path.is_file():
+        return 0
+    compressed = path.suffix.lower() in (*COMPRESSED, ".parquet")
+    return path.stat().st_size * (8 if compressed else 1)
+
+
 def by_plain_name(directory: Path) -> dict[str, Path]:
     """Return {name: file} of a directory, sorted, names without the suffix of a compression."""
     return {plain_name(path): path for path in sorted(directory.iterdir())}

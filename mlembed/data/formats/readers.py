@@ -1,7 +1,8 @@
 """Read text files: lines, rows of jsonl, json, csv, tsv and parquet, parallel files.
 
 Every reader is a stream of (location, value) or (location, ValueError), where the location is
-file:line or, for parquet and JSON arrays, file:row, both from 1; `strict` raises the errors.
+file:line or, for parquet and JSON arrays, file:row, both from 1; `strict` raises the errors. Lines,
+rows and compressed files above the sizes of bounds.py are errors, so that memory is bounded.
 roles.py knows what the columns of a row mean.
 
 A line ends at a line feed, alone or after a carriage return, as Unicode's other separators occur
@@ -12,7 +13,6 @@ inside sentences. A byte order mark at the beginning of a file is not part of it
 import contextlib
 import csv
 import io
-import itertools
 import json
 import re
 import unicodedata
@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from . import bounds, json_array
+from .bounds import shown
 from .paths import COMPRESSED, TEXT, suffix_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 T = TypeVar("T")
 Line = tuple[str, str | ValueError]
@@ -37,8 +40,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UNKNOWN = "\ufffd"
-MANY = 4096  # rows of parquet or Arrow that become Python objects at once
+CHUNK = 8192  # bytes of a file that show what it is
+MANY = 256  # rows of parquet or Arrow that become Python objects at once
 BUFFER = 2**20  # bytes of parquet in memory; without it a whole row group is
+WIDE = 2**26  # bytes of the rows of parquet that become Arrow at once
+LONG = 10_000  # characters of a text that is normalised in pieces
+PIECE = re.compile(r"\S{1,1000}\s*|\s+")
 LONGEST_NAME = 40  # characters of a column's name in a header
 
 
@@ -47,6 +54,10 @@ LONGEST_NAME = 40  # characters of a column's name in a header
 
 def normalise(text: str) -> str:
     """Return the form in which two texts count as the same."""
+    if len(text) > LONG:
+        # The time of a word grows with the square of its combining marks.
+        text = "".join(unicodedata.normalize("NFKC", piece) for piece in PIECE.findall(text))
+        return text.casefold().strip()
     return unicodedata.normalize("NFKC", text).casefold().strip()
 
 
@@ -116,14 +127,14 @@ def attempt(function: Callable[..., T], *arguments: Any) -> T | ValueError:
 # ---- lines ----
 
 
-def _decompressed(path: Path | str, kind: str) -> Any:
+def _decompressed(path: Path | str, kind: str) -> io.RawIOBase:
     import pyarrow as pa
 
-    return pa.input_stream(str(path), compression=kind)
+    return bounds.Decompressed(pa.input_stream(str(path), compression=kind), path)
 
 
 @contextlib.contextmanager
-def opened(path: Path | str) -> Iterator[BinaryIO]:
+def opened(path: Path | str) -> Iterator["io.BufferedReader[Any]"]:
     """Open a file for its decompressed bytes.
 
     Raises:
@@ -132,7 +143,7 @@ def opened(path: Path | str) -> Iterator[BinaryIO]:
     kind = COMPRESSED.get(Path(path).suffix.lower())
     try:
         # Not `pa.input_stream` for all, as a named pipe cannot be sought.
-        plain: Any = _decompressed(path, kind) if kind else io.FileIO(path)
+        plain = _decompressed(path, kind) if kind else io.FileIO(path)
         with io.BufferedReader(plain) as file:
             head = file.peek(2)[:2]
             if head in UTF_16:
@@ -152,7 +163,7 @@ def lines(path: Path | str, decoder: Decoder | None = None) -> Generator[Line]:
 
 def lines_of(file: BinaryIO, name: str, decoder: Decoder) -> Iterator[Line]:
     """Yield the lines of an open file, at name:line."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(bounds.lines(file, name), 1):
         if number == 1:
             line = line.removeprefix(BOM)
         if line.endswith(b"\n"):
@@ -226,41 +237,16 @@ def _texts(path: Path) -> Iterator[Row]:
 
 def _json(path: Path, decoder: Decoder | None) -> Iterator[Row]:
     """Yield rows of a value a line, or of one array over all lines."""
-    stream = lines(path, decoder)
-    head = list(itertools.islice(stream, 1))
-    if head and isinstance(head[0][1], str) and _begins_array(head[0][1]):
-        with contextlib.closing(stream), opened(path) as file:
-            for number, row in enumerate(_array(path, file.read().removeprefix(BOM)), 1):
+    with opened(path) as file:
+        if json_array.BEGIN.match(file.peek(CHUNK)):
+            for number, row in enumerate(json_array.values(file, str(path)), 1):
                 yield f"{path}:{number}", attempt(_row, row)
-        return
-    for where, line in itertools.chain(head, stream):
-        if isinstance(line, ValueError):
-            yield where, line
-        elif line.strip():
-            yield where, attempt(_row_of_line, line)
-
-
-def _begins_array(line: str) -> bool:
-    """Return whether the first line of a file begins an array of rows, and is not itself a row."""
-    if not line.lstrip().startswith("["):
-        return False
-    try:
-        value = json.loads(line)
-    except RecursionError:
-        return False
-    except ValueError:
-        return line.strip() == "[" or line.lstrip()[1:].lstrip().startswith(("{", "["))
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict | list)
-
-
-def _array(path: Path, data: bytes) -> list[Any]:
-    try:
-        return list(json.loads(data))
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{data[error.start]:02x} at {error.start}"
-        raise ValueError(f"{path}: expected UTF-8, got {byte}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: invalid JSON: {error}") from None
+            return
+        for where, line in lines_of(file, str(path), decoder or Decoder()):
+            if isinstance(line, ValueError):
+                yield where, line
+            elif line.strip():
+                yield where, attempt(_row_of_line, line)
 
 
 def _row_of_line(line: str) -> dict[str, Any]:
@@ -278,17 +264,18 @@ def _row(value: Any) -> dict[str, Any]:
         return {str(place): text for place, text in enumerate(value, 1)}
     if not isinstance(value, dict):
         raise ValueError(f"expected an object or a list of texts, got {type(value).__name__}")
+    bounds.check_names(list(value))
     return value
 
 
 def _csv(path: Path, header: bool) -> Iterator[Row]:
     """Yield rows of RFC 4180. An empty cell is None."""
     # Documents over 128 Ki characters are errors by default.
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(bounds.LINE)
     with opened(path) as file:
         # Bytes that are not UTF-8 come as lone surrogates, which UTF-8 itself cannot hold.
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(bounds.lines(text, str(path)), strict=True)
         names: list[str] = []
         while True:
             where = f"{path}:{reader.line_num + 1}"
@@ -298,7 +285,7 @@ def _csv(path: Path, header: bool) -> Iterator[Row]:
                 return
             except csv.Error as error:
                 reason = str(error)
-                if "unexpected end" in reason:
+                if "unexpected end" in reason or "field limit" in reason:
                     reason = "a quote that begins here is not closed"
                 yield where, ValueError(f"not csv: {reason}")
                 continue
@@ -315,7 +302,7 @@ def _tsv(path: Path, header: bool) -> Iterator[Row]:
     """Yield rows of a line each. A quote is a character, unless it encloses a whole cell."""
     names: list[str] = []
     with opened(path) as file:
-        for number, data in enumerate(file, 1):
+        for number, data in enumerate(bounds.lines(file, str(path)), 1):
             where = f"{path}:{number}"
             line = data.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
             line = line.removesuffix("\n").removesuffix("\r")
@@ -353,9 +340,11 @@ def column_names(cells: list[str], header: bool, where: str) -> list[str]:
     """
     if not header:
         return [str(place) for place in range(1, len(cells) + 1)]
+    if isinstance(error := attempt(bounds.check_names, cells), ValueError):
+        raise ValueError(f"{where}: header: {error}")
     names = ["(index)" if not place and not cell else cell for place, cell in enumerate(cells)]
     if not all(map(is_text, names)) or len(set(names)) < len(names):
-        raise ValueError(f"{where}: header: expected distinct names, got {cells}")
+        raise ValueError(f"{where}: header: expected distinct names, got {shown(cells)}")
     for name in names:
         # Names of columns are short words; texts and ids of a first row are not.
         if name.isdecimal() or len(name) > LONGEST_NAME or len(name.split()) > 3:
@@ -380,16 +369,60 @@ def _parquet(path: Path, names: Names, decoder: Decoder) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, room = 0, bounds.most_bytes(path)
     try:
         with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=MANY, columns=names):
-                for row in from_arrow(batch, decoder):
-                    number += 1
-                    yield f"{path}:{number}", row
+            _check_parquet(file.metadata, path)
+            for group in range(file.metadata.num_row_groups):
+                many = _rows_at_once(file.metadata.row_group(group))
+                for batch in map(_plain, file.iter_batches(many, [group], names)):
+                    room -= batch.nbytes
+                    if room < 0:
+                        raise bounds.too_large(path)
+                    for row in from_arrow(batch, decoder):
+                        number += 1
+                        yield f"{path}:{number}", row
     except (pa.ArrowException, OSError) as error:
         where = f"{path}: after row {number}" if number else path
         raise ValueError(f"{where}: not parquet: {str(error).splitlines()[0]}") from None
+
+
+def _check_parquet(about: "pq.FileMetaData", path: Path) -> None:
+    """Raise ValueError for more columns, or larger parts, than a file of this size can have."""
+    try:
+        bounds.check_names(about.schema.names)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for group in map(about.row_group, range(about.num_row_groups)):
+        if group.total_byte_size > bounds.most_bytes(path):
+            raise bounds.too_large(path)
+
+
+def _rows_at_once(group: "pq.RowGroupMetaData") -> int:
+    """Return how many rows of a group become Arrow at once.
+
+    A value that a column's dictionary holds once may be in each of them.
+    """
+    columns = map(group.column, range(group.num_columns))
+    longest = max((c.total_uncompressed_size for c in columns if _is_dictionary(c)), default=1)
+    return max(1, min(MANY, WIDE // max(1, longest)))
+
+
+def _plain(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    """Return a batch whose columns repeat the values of their dictionaries."""
+    import pyarrow as pa
+
+    kinds = map(pa.types.is_dictionary, batch.schema.types)
+    columns = [c.dictionary_decode() if d else c for c, d in zip(batch.columns, kinds, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _is_dictionary(column: "pq.ColumnChunkMetaData") -> bool:
+    """Return whether most of a column's bytes are its dictionary."""
+    if not column.has_dictionary_page:
+        return False
+    size = column.data_page_offset - column.dictionary_page_offset
+    return 2 * size > column.total_compressed_size
 
 
 def from_arrow(

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...config.choices import Pooling
 from ...data.tables import Table
 from ...modeling import hf_config, weight_checks
-from ...runtime import files
+from ...runtime import files, model_files
 
 SLICE = 8192  # texts per update of the progress bar
 MAX_TOKENS = 16_384  # encoded at once, padding included
@@ -33,25 +34,32 @@ class Teacher:
     """A sentence-transformers model, or a transformers model pooled as sentence-transformers does.
 
     That is the last token of a causal language model and the mean of others; see `pipeline`.
-    width: of its vectors. prompt: text before each query.
+    width: of its vectors. prompt: text before each query. note: tells the pooling of a directory
+    that does not, "" of others.
     """
 
     model: Any
     width: int
     prompt: str
+    note: str = ""
 
     @staticmethod
-    def load(source: str, prompt: str, device: torch.device) -> "Teacher":
+    def load(
+        source: str, prompt: str, device: torch.device, pooling: Pooling | None = None
+    ) -> "Teacher":
         """Load a run, a directory or a hub id, from safetensors and without code of its own.
 
         A default prompt of the model is not used, because documents have none.
 
+        Args:
+            pooling: of a directory that does not say how it is pooled.
+
         Raises:
-            ValueError: the model cannot be opened so.
+            ValueError: the model cannot be opened so, or is pooled in another way than `pooling`.
         """
         from sentence_transformers import SentenceTransformer
 
-        directory = _weights(source)
+        directory = _directory(source)
         try:
             model = SentenceTransformer(
                 directory,
@@ -65,8 +73,9 @@ class Teacher:
             raise ValueError(f"teacher: cannot open {source}: {reason}") from None
         model.eval().requires_grad_(False)
         model.default_prompt_name = None
+        note = _choose_pooling(model, Path(directory), pooling)
         width = model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1]
-        return Teacher(model, int(width), prompt)
+        return Teacher(model, int(width), prompt, note)
 
     @property
     def pipeline(self) -> str:
@@ -127,24 +136,58 @@ class Teacher:
             yield batch
 
 
-def _weights(source: str) -> str:
-    """Return the directory of a model whose weights are all in safetensors.
+def _choose_pooling(model: Any, directory: Path, pooling: Pooling | None) -> str:
+    """Pool a model as asked, if its directory does not say how; return what to tell of it.
 
     Raises:
-        ValueError: the model is not found, or it or one of its modules has pickled weights, which
-            sentence-transformers would open; a weight is not finite (`weight_checks.check_file`).
+        ValueError: the directory says another pooling, or the model has no pooler.
+    """
+    from sentence_transformers.sentence_transformer import modules
+
+    place = next((i for i, module in enumerate(model) if isinstance(module, modules.Pooling)), None)
+    if place is None:  # A static model, for example, has none.
+        if pooling:
+            raise ValueError(f"pooling: expected none, as {directory} does not pool, got {pooling}")
+        return ""
+    mode = str(model[place].pooling_mode)
+    mode = "last" if mode == "lasttoken" else mode
+    if (directory / "modules.json").is_file():
+        dense = len(model) > place + 1 and isinstance(model[place + 1], modules.Dense)
+        stored = "pooler" if mode == "cls" and dense else mode
+        if pooling not in (stored, None):
+            raise ValueError(f"pooling: expected {stored}, as {directory} says, got {pooling}")
+        return ""
+    if pooling is None:
+        return (
+            f"pooled by {mode}: nothing in {directory} says how; `mlembed export {directory} OUT "
+            "--pooling ..` writes a directory that does"
+        )
+    width = model[place].embedding_dimension
+    if pooling == "pooler":
+        pooler = getattr(model[0].auto_model, "pooler", None)
+        if pooler is None:
+            raise ValueError(f"pooling: expected last, mean or cls of {directory}, got pooler")
+        weights = pooler.dense.weight.detach(), pooler.dense.bias.detach()
+        layer = modules.Dense(width, width, init_weight=weights[0], init_bias=weights[1])
+        model.append(layer.to(model.device))
+    names = {"last": "lasttoken", "pooler": "cls"}
+    model[place] = modules.Pooling(width, names.get(pooling, pooling))
+    return ""
+
+
+def _directory(source: str) -> str:
+    """Return the directory of a model that sentence-transformers can open as data alone.
+
+    Raises:
+        ValueError: the model is not found, `model_files.check_model` rejects it, or a weight is not
+            finite (`weight_checks.check_file`).
     """
     try:
         directory = hf_config.resolve(source)
+        model_files.check_model(directory)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from None
-    stored = sorted(directory.rglob("*.safetensors"))
-    folders = {path.parent for path in stored}
-    pickled = {path.parent for path in directory.rglob("*.bin")} - folders
-    if not folders or pickled:
-        where = min(pickled, default=directory)
-        raise ValueError(f"teacher: expected weights in safetensors in {where}, got none")
-    for file in stored:
+    for file in sorted(directory.rglob("*.safetensors")):
         weight_checks.check_file(file)
     return str(directory)
 
@@ -185,10 +228,11 @@ class StoredVectors:
         if missing := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"teacher: expected {', '.join(missing)} in {directory}, got none")
         try:
-            prompted = bool(files.read_json(path / "teacher.json")["prompt"])
+            about = files.read_object(path / "teacher.json")
+            prompted = bool(files.field(path / "teacher.json", about, "prompt", str))
             vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
             keys = np.load(path / "keys.npy", mmap_mode="r", allow_pickle=False)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"teacher: cannot read {directory}: {error}") from None
         floats = vectors.dtype.str in ("<f2", "<f4", "<f8")
         right = keys.dtype == np.uint64 and vectors.ndim == 2 and floats
@@ -229,6 +273,15 @@ class StoredVectors:
                 f"{texts[int(lost[0])][:60]!r}"
             )
         return np.asarray(self.vectors_ND[at], dtype=np.float32)
+
+
+def check_vectors(texts: Sequence[str], vectors: np.ndarray) -> None:
+    """Raise ValueError, with its text, for a vector that is zero or not finite."""
+    if (bad := bad_rows(vectors)).size:
+        raise ValueError(
+            "teacher: expected finite vectors that are not zero, got another for the text "
+            f"{texts[bad[0]][:60]!r}"
+        )
 
 
 def bad_rows(vectors: np.ndarray) -> np.ndarray:
@@ -287,11 +340,7 @@ def store(
                 some.sort(reverse=True)
                 roles, rows, texts = zip(*some, strict=True)
                 encoded = teacher.encode(texts, queries=sum(roles)).cpu().numpy()
-                if (bad := bad_rows(encoded)).size:
-                    raise ValueError(
-                        f"teacher: expected finite vectors that are not zero, got another for the "
-                        f"text {texts[bad[0]][:60]!r}"
-                    )
+                check_vectors(texts, encoded)
                 with np.errstate(over="ignore"):
                     cast = encoded.astype(kind)
                 if bad_rows(cast).size:

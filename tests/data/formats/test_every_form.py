@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -121,6 +123,7 @@ ROWS = {
     "flag": {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1], "type": "normal"},
     "tevatron": {"query": "q", "positive_passages": [passage("p")], "query_id": "7"},
     "languages": {"en": "q", "sw": "p", "id": "3"},
+    "single texts": {"_id": "1", "title": "t", "text": "u"} | PLAIN,
     "nway": {"id": "1", "lang": "en", "text": "t", "kind": "k"} | PLAIN,
 }  # fmt: skip
 OTHER = {
@@ -144,3 +147,15 @@ def test_named_columns_count_and_unused_ones_do_not(layout, tmp_path):
             changed = [one | {column: OTHER[column]} for one in rows]
         after = digest(written(tmp_path / "p.jsonl", changed))
         assert (after != before) == (column in found.columns()), column
+
+
+def test_table_of_the_documentation():
+    """Each row is the first line of a file, and what is understood of that file."""
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\| `(.*)` \| (.*; unused: .*) \|$", page, re.M)
+    files = sorted((Path(__file__).parents[1] / "files").iterdir())
+    first = {path.read_text(encoding="utf-8").splitlines()[0]: path for path in files}
+    assert len(first) == len(files) == len(rows) and first.keys() == {line for line, _ in rows}
+    for line, understood in rows:
+        table, report = read(first[line])
+        assert report.roles == understood and len(table) and report.bad == 0
