@@ -14,7 +14,7 @@ from factories import WORDS, small_text, tiny_encoder, tiny_tokenizer, write_enc
 
 FLUSH = "mlembed.runtime.files.flush"
 COMMANDS = {
-    "export": (["export", "MODEL", "OUT"], "mlembed.publishing.export.check", "SIGTERM"),
+    "export": (["export", "MODEL", "OUT"], "mlembed.publishing.probes.check", "SIGTERM"),
     "prune": (["prune", "MODEL", "OUT", "--width", "16"], FLUSH, "SIGHUP"),
     "merge": (["merge", "OUT", "MODEL", "MODEL"], FLUSH, "SIGINT"),
     "mine": (["mine", "MODEL", "OUT.jsonl", "--data", "PAIRS"], FLUSH, "SIGTERM"),

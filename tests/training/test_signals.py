@@ -26,7 +26,7 @@ PHASES = {
     "last score": ("mlembed.evaluation.grid.score_grid", 3, 60, STEPS),
     "report": ("mlembed.evaluation.tables.write_report", 1, 60, STEPS),
     "export": ("mlembed.publishing.export.export", 1, 60, STEPS),
-    "probes": ("mlembed.publishing.export.check", 1, 60, STEPS),
+    "probes": ("mlembed.publishing.probes.check", 1, 60, STEPS),
 }
 NAMES = "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGQUIT", "SIGUSR2", "SIGXCPU"
 
