@@ -19,7 +19,7 @@ from mlembed.runtime import process
 if __name__ == "__main__":
     process.begin(saves=True)
 
-from mlembed.runtime.errors import one_line_errors, out_of_memory
+from mlembed.runtime.errors import one_line_errors, out_of_memory, printable
 from mlembed.training import arguments
 
 if __name__ == "__main__":
@@ -126,7 +126,7 @@ def optimise(job: Job, start: int) -> int:
     rates, logged, checks = Rates(job), start, list[guards.Check]()
     # A log file keeps every bar that a terminal overwrites.
     seconds = 0.1 if sys.stderr.isatty() else 30.0
-    options = {"desc": run.name, "disable": not where.main, "mininterval": seconds}
+    options = {"desc": printable(run.name), "disable": not where.main, "mininterval": seconds}
     trace = job.directory / f"trace_{start}.json" if where.main else None
     bar = tqdm(total=run.steps, initial=start, **options)
     with profiling.trace(run.profile, trace) as end_of_step, bar:

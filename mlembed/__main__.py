@@ -46,9 +46,9 @@ def main() -> int:
         if name == "train":  # Its arguments are a run's keys, which have a parser of their own.
             command.main(rest)
         else:
-            import tyro
+            from .config import command_line
 
-            tyro.cli(command.main, prog=f"mlembed {name}", args=rest)
+            command_line.call(command.main, rest, f"mlembed {name}")
     return 0
 
 

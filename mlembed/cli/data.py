@@ -11,6 +11,7 @@ import tyro
 
 from ..config import Columns, Run
 from ..config.choices import BadRows
+from ..runtime.errors import printable
 
 
 def main(
@@ -58,9 +59,9 @@ def main(
         names.append(one.name)
         refused += bool(one.error)
         if json:
-            print(json_lines.dumps(one.to_dict(), ensure_ascii=False))
+            print(printable(json_lines.dumps(one.to_dict(), ensure_ascii=False)))
         else:
-            print(one.text("tokens" if tokenizer or init else "characters"))
+            print(printable(one.text("tokens" if tokenizer or init else "characters")))
     if refused:
         print(f"{refused} of {len(names)} sources refused", file=sys.stderr)
         sys.exit(1)

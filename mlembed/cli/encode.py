@@ -14,6 +14,7 @@ import tyro
 
 from ..config.choices import Dtype, Invalid, Pooling, Precision
 from ..config.strict import check_number
+from ..runtime.errors import printable
 from ..runtime.files import check_new
 
 
@@ -81,7 +82,7 @@ def main(
     quantise = vector_files.Quantiser(precision, stored)
     source = TextReader(input or "-", column, invalid)
     if understood := source.check():
-        print(f"{input}: {understood}", file=sys.stderr)
+        print(printable(f"{input}: {understood}"), file=sys.stderr)
     several = len(device) > 1
     where, alone = "cpu" if several else device[0], compile and not several
     say = partial(print, file=sys.stderr)

@@ -14,6 +14,7 @@ import tyro
 
 from ..config.choices import BadRows, Dtype, Pooling
 from ..config.strict import check_number
+from ..runtime.errors import printable
 from ..runtime.files import atomic_directory, check_new
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def main(
                 if isinstance(task, Retrieval)
             }
             parts.append(tables.funnels(extra["funnel"]))
-        print("\n\n".join(part for part in parts if part))
+        print(printable("\n\n".join(part for part in parts if part)))
         if partial:
             tables.write_report(partial, grid, extra)
     grid.check()

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..runtime import cache
-from ..runtime.files import read_json
+from ..runtime.errors import printable
+from ..runtime.files import read_json, save_array
 from . import tables
 from .tables import Table
 from .tokenizer import tokenize
@@ -76,7 +77,7 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
     def build(directory: Path) -> None:
         with (directory / "flat.bin").open("wb") as file:
             offsets, truncated = _write(file, _chunks(table, tokenizer, max_length, progress))
-        np.save(directory / "offsets.npy", offsets)
+        save_array(directory / "offsets.npy", offsets)
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 
@@ -132,7 +133,9 @@ def _chunks(
     closing = (mask[::-1] + [0]).index(0)
     source, queries = table.source, _queries(table)
     total = len(table.texts)
-    with tqdm(total=total, desc=f"tokens {table.name}", disable=not progress, delay=2) as bar:
+    with tqdm(
+        total=total, desc=printable(f"tokens {table.name}"), disable=not progress, delay=2
+    ) as bar:
         for begin in range(0, total, tables.CHUNK):
             chunk = list(table.texts[begin : begin + tables.CHUNK])
             prompts = [source.document_prompt] * len(chunk)

@@ -6,6 +6,7 @@ same figure gives the same bytes.
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -57,7 +58,10 @@ def svg(figure: Figure) -> str:
     file = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    document = file.getvalue().decode("utf-8")
+    # Labels are comments, too, and XML does not allow control characters there.
+    document = re.sub(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", file.getvalue().decode("utf-8")
+    )
     return document[document.index("<svg") :]  # The prolog names a file on another machine.
 
 

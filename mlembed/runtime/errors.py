@@ -19,7 +19,8 @@ def printable(text: str) -> str:
     """Return text with the characters escaped that would steer a terminal, or turn its line.
 
     These are control characters, line and paragraph separators, lone surrogates, and overrides of
-    the writing direction; the newline, the tab and every other character stay.
+    the writing direction; the newline, the tab and every other character stay. Escapes are those of
+    JSON, so a line of JSON keeps its value.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -28,7 +29,7 @@ def printable(text: str) -> str:
 
 def _escaped(char: str) -> str:
     odd = unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in TURNS
-    return ascii(char)[1:-1] if odd and char not in "\n\t" else char
+    return f"\\u{ord(char):04x}" if odd and char not in "\n\t" else char
 
 
 @contextmanager

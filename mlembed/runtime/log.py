@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import files, profiling
+from .errors import printable
 
 METRICS = "metrics.jsonl"
 DROPPED = "metrics_dropped.jsonl"  # Lines after the checkpoint that a run resumed from.
@@ -107,7 +108,7 @@ class Log:
     def say(self, text: str = "") -> None:
         """Print above the progress bar."""
         if self.main:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
 

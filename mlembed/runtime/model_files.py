@@ -84,7 +84,7 @@ def check_files(directory: Path) -> None:
                 f"{directory}: expected a model of at most {MOST_FILES:,} files, got more"
             )
         if path.is_symlink():
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(home) for home in homes):
                 raise ValueError(
                     f"{path}: expected a file of the model's directory, got a link to {target}: "

@@ -4,17 +4,13 @@
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
 from .. import config
-from ..config import recipes, strict
+from ..config import command_line, recipes, strict
 from ..modeling import hf_config
-from ..runtime.process import Stopped
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -49,7 +45,7 @@ def parse(args: Sequence[str]) -> config.Run:
     keys = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}
     if "steps" in keys and "epochs" not in keys:
         base = dataclasses.replace(base, epochs=0.0)
-    run = _override(base, rest, f"train.py {name}")
+    run: config.Run = command_line.read(config.Run, rest, f"train.py {name}", default=base)
     if run.init and run.optim.lr > config.TUNING_LR and name == "tiny" and "optim.lr" not in keys:
         raise ValueError(
             f"optim.lr: expected a rate for the trained weights of --init, like --optim.lr 2e-5; "
@@ -80,23 +76,6 @@ def _listed() -> Iterator[str]:
     for doc, names in by_doc.items():
         yield from textwrap.wrap(", ".join(names), width=100, break_on_hyphens=False)
         yield f"    {doc}"
-
-
-def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
-    """Read the arguments with tyro, whose errors become ValueErrors of one line."""
-    import tyro  # Benches read shapes where tyro is not installed.
-
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(config.Run, default=base, args=args, prog=prog)
-    except SystemExit as end:
-        if end.code == 0 or isinstance(end, Stopped):  # --help, or a signal
-            raise
-        # tyro draws a box around an error, our own ValueErrors included; keep its text.
-        words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue()).split()
-        reason = " ".join(words).split(" For full helptext")[0]
-        raise ValueError(re.sub(r"^(Value error |Error parsing \w+: )*", "", reason)) from None
 
 
 def _is_override(arg: str, known: Sequence[str]) -> bool:

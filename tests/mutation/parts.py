@@ -47,7 +47,7 @@ FIRST = {
     "mlembed/runtime/failures.py": "test_failures test_endings",
     "mlembed/runtime/process.py": "test_process test_stopping test_signals",
     "mlembed/runtime/intact.py": "test_checkpoint test_resume",
-    "mlembed/training/provenance.py": "test_resume_refusals",
+    "mlembed/training/provenance.py": "test_provenance test_resume_refusals",
     "mlembed/training/resume.py": "test_resume_refusals test_resume",
     "mlembed/training/gradcache.py": "test_gradcache test_trunk",
     "mlembed/training/setup.py": "test_setup test_train test_resume",
