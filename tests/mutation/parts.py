@@ -44,6 +44,8 @@ FIRST = {
     "mlembed/config/run.py": "test_config test_batches",
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
     "mlembed/runtime/distributed.py": "test_waiting test_distributed",
+    "mlembed/runtime/failures.py": "test_failures test_endings",
+    "mlembed/runtime/process.py": "test_process test_stopping test_signals",
     "mlembed/runtime/intact.py": "test_checkpoint test_resume",
     "mlembed/training/provenance.py": "test_provenance test_resume_refusals",
     "mlembed/training/resume.py": "test_resume_refusals test_resume",
