@@ -1,4 +1,4 @@
-"""Which checkpoints a run deletes, and deletions that are interrupted."""
+"""Deletion of old checkpoints, and deletions that are interrupted."""
 
 import pytest
 import torch
