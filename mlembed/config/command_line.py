@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..runtime.process import Stopped
+
 TITLES = "Value error|Required options|Unrecognized options|Invalid choice|Missing argument"
 NONE_OR = r"no type matching \{None\}\|%s could be instantiated from \["
 WHOLE = rf"(?:invalid literal for int\(\) with base 10: |{NONE_OR % 'INT'})"
@@ -40,7 +42,7 @@ def read(target: Any, args: Sequence[str], prog: str, **options: Any) -> Any:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(target, args=args, prog=prog, **options)
     except SystemExit as end:
-        if end.code == 0:  # --help
+        if end.code == 0 or isinstance(end, Stopped):  # --help, or a signal
             raise
         # tyro draws a box around an error.
         text = " ".join(re.sub("[\u2500-\u257f]+|-{3,}", " ", stderr.getvalue()).split())
