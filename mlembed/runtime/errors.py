@@ -43,7 +43,8 @@ def unboxed_errors() -> Iterator[None]:
         if end.code == 0:  # --help
             raise
         # The first line is the box's title.
-        text = re.sub("\u256d.*|[\u2500-\u257f]+|-{3,}", " ", stderr.getvalue())
+        text = stderr.getvalue().strip().partition("\n")[2] or stderr.getvalue()
+        text = re.sub("[\u2500-\u257f]+|-{3,}|(?m:^\\|)|(?m:\\|$)", " ", text)
         ends = " (?:For full helptext|Argument helptext|Got errors)"
         reason = re.split(ends, " ".join(text.split()))[0]
         error = re.sub(r"^(Error parsing (?!--)\w+: |Error parsing )*", "", reason)

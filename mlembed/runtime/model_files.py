@@ -184,7 +184,7 @@ def modules(path: Path) -> list[tuple[Path, str]]:
                 f"{where}: type: expected a module of sentence_transformers that only computes "
                 f"(Transformer, Pooling, Dense, ..), got {kind!r:.80}"
             )
-        inside = folder or match[1] in ("Transformer", "StaticEmbedding")
+        inside = "path" not in module or folder or match[1] in ("Transformer", "StaticEmbedding")
         exists = match[1] not in WEIGHTED or (path.parent / folder).is_dir()
         if not (inside and FOLDER.fullmatch(folder) and exists):
             raise ValueError(f"{where}: path: expected a folder of the model, got {folder!r:.80}")
