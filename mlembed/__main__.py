@@ -1,10 +1,7 @@
 """The command `mlembed`: `mlembed encode MODEL "a text"`, or `python -m mlembed` in a checkout."""
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
 from importlib import import_module
-from typing import Any
 
 COMMANDS = {
     "train": "train a model by a recipe, with the train.py of a checkout",
@@ -27,21 +24,6 @@ def usage() -> str:
     return "usage: mlembed COMMAND ...\n\n" + "\n".join(lines) + "\n\nmlembed COMMAND --help"
 
 
-def parsed(command: Callable[..., None], prog: str, args: Sequence[str]) -> Callable[[], None]:
-    """Return a command with its arguments read. ValueError for a mistake in them."""
-    import tyro
-
-    from .runtime.errors import unboxed_errors
-
-    @wraps(command)
-    def bound(*values: Any, **options: Any) -> Callable[[], None]:
-        return partial(command, *values, **options)
-
-    with unboxed_errors():
-        made: Callable[[], None] = tyro.cli(bound, prog=prog, args=args)
-    return made
-
-
 def main() -> int:
     """Run the command that the first argument names. Return the exit status.
 
@@ -62,7 +44,9 @@ def main() -> int:
         if name == "train":  # Its arguments are a run's keys, which have a parser of their own.
             command.main(rest)
         else:
-            parsed(command.main, f"mlembed {name}", rest)()
+            from .config import command_line
+
+            command_line.call(command.main, rest, f"mlembed {name}")
     return 0
 
 

@@ -25,8 +25,8 @@ def main(
 ) -> None:
     """List the entries of MLEMBED_CACHE with size, last use and what each is made from.
 
-    An entry that a running process uses is never removed. Whatever is removed is computed again
-    when it is needed.
+    An entry that a running process uses is never removed. A removed entry is computed again when it
+    is needed.
 
     Args:
         kinds: kinds to list, all by default.

@@ -165,6 +165,8 @@ class Run:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if self.epochs:
+            check_number("epochs", self.epochs, float, least=1e-6)
         # The order of all micro-batches is in memory.
         batches = self.steps * self.gradient_accumulation_steps
         check_number("steps * gradient_accumulation_steps", batches, most=10**9)

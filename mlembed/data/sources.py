@@ -22,7 +22,7 @@ from ..config import strict
 from ..config.choices import BadRows
 from ..runtime import cache
 from ..runtime.errors import printable
-from ..runtime.files import read_json, read_yaml
+from ..runtime.files import read_json, read_yaml, save_array
 from . import tables
 from .formats import bounds, data_sets, layouts, paths, readers
 from .formats.layouts import SINGLE, Corpus, Item, Report
@@ -371,10 +371,10 @@ def _make(
 
 
 def _save(table: Table, report: Report, directory: Path) -> None:
-    np.save(directory / "ids.npy", table.ids)
-    np.save(directory / "starts.npy", table.starts)
+    save_array(directory / "ids.npy", table.ids)
+    save_array(directory / "starts.npy", table.starts)
     if table.scores is not None:
-        np.save(directory / "scores.npy", table.scores)
+        save_array(directory / "scores.npy", table.scores)
     about = {"name": table.name, "nway": table.nway, "task": table.task, "report": asdict(report)}
     (directory / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..runtime import cache
 from ..runtime.errors import printable
-from ..runtime.files import read_json
+from ..runtime.files import read_json, save_array
 from . import tables
 from .tables import Table
 from .tokenizer import tokenize
@@ -77,7 +77,7 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
     def build(directory: Path) -> None:
         with (directory / "flat.bin").open("wb") as file:
             offsets, truncated = _write(file, _chunks(table, tokenizer, max_length, progress))
-        np.save(directory / "offsets.npy", offsets)
+        save_array(directory / "offsets.npy", offsets)
         about = json.dumps({"truncated": truncated}) + "\n"
         (directory / "about.json").write_text(about, encoding="utf-8")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import strict
 from ..inference.encoder import Encoder, FullSize, GridVectors
+from ..inference.vector_files import check_unit
 from ..modeling.transformer import num_parameters
 
 
@@ -114,7 +115,7 @@ class MTEBEncoder:
         prompt = self.prompts[name] if name else self.encoder.default_prompt
         if self.passes:
             size = self.encoder.full_size(self.size)
-            return self.passes.vectors(texts, size, prompt, show_progress_bar).numpy()
+            return check_unit(self.passes.vectors(texts, size, prompt, show_progress_bar).numpy())
         return self.encoder.encode(texts, *self.size, prompt=prompt, progress=show_progress_bar)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:

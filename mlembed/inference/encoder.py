@@ -273,7 +273,7 @@ class Encoder(DeviceEncoder):
         vectors = torch.from_numpy(self._vectors(texts, prompt, None, exit, rank, progress))
         cuts = enumerate(zip(vectors, dims_N, strict=True))
         return [
-            check_unit(F.normalize(vector[None, : dim or None], dim=-1).numpy(), i)[0]
+            check_unit(F.normalize(vector[None, : dim or None], dim=-1).numpy(), [i])[0]
             for i, (vector, dim) in cuts
         ]
 
@@ -321,7 +321,7 @@ class Encoder(DeviceEncoder):
             count = 0
             with progress_bar(len(texts) if isinstance(texts, Sequence) else None, progress) as bar:
                 for vectors in self._mapped(windows, bar):
-                    yield quantise(check_unit(vectors, count))
+                    yield quantise(check_unit(vectors, range(count, count + len(vectors))))
                     count += len(vectors)
 
         return parts()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .encoder import FULL, Encoder, FullSize, Size
-from .vector_files import UNIT
+from .vector_files import UNIT, check_unit
 
 CHUNK = 16_384  # Documents that are encoded or compared at once.
 BLOCK = 2**24  # Scores that are held at once: 64 MiB.
@@ -124,8 +124,13 @@ class LazyVectors:
             self.store(some, self.encode(some))
 
     def store(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Write vectors of rows. OSError if the disk is full; the mapping would raise SIGBUS."""
-        for row, vector in zip(rows.tolist(), vectors, strict=True):
+        """Write vectors of rows.
+
+        Raises:
+            OSError: the disk is full; the mapping would raise SIGBUS.
+            ValueError: a vector is not of length one.
+        """
+        for row, vector in zip(rows.tolist(), check_unit(vectors, rows), strict=True):
             self.file.seek(vector.nbytes * row)
             self.file.write(np.ascontiguousarray(vector, np.float32).data)
         self.file.flush()
@@ -194,7 +199,7 @@ class Funnel:
             prompts: `query` and `document`, to put before these; the encoder's own by default.
 
         Raises:
-            ValueError: no documents, a size that the model lacks.
+            ValueError: no documents, a size that the model lacks, a vector not of length one.
         """
         if not documents:
             raise ValueError("funnel: expected documents, got none")
@@ -211,9 +216,10 @@ class Funnel:
         for begin in range(0, len(documents), CHUNK):
             rows = slice(begin, begin + CHUNK)
             vectors = encoder.encode_grid(documents[rows], sizes[: 1 + stored], progress, before)
-            small_ND[rows] = vectors[sizes[0]]
+            numbers = np.arange(len(documents))[rows]
+            small_ND[rows] = torch.from_numpy(check_unit(vectors[sizes[0]].numpy(), numbers))
             if stored:
-                lazy.store(np.arange(len(documents))[rows], vectors[sizes[1]].numpy())
+                lazy.store(numbers, vectors[sizes[1]].numpy())
         return Funnel(encoder, sizes, small_ND, lazy, prompts)
 
     def search(
@@ -222,13 +228,15 @@ class Funnel:
         """Return the k nearest by full vectors among the `shortlist` nearest by small ones.
 
         Raises:
-            ValueError: k or shortlist below 1, or k above the shortlist.
+            ValueError: k or shortlist below 1, k above the shortlist, a vector not of length one.
         """
         if not 1 <= k <= shortlist:
             raise ValueError(f"shortlist: expected at least k = {k}, k at least 1, got {shortlist}")
         before = self.prompts.get("query")
         vectors = self.encoder.encode_grid(queries, self.sizes, progress, before)
         small_QD, full_QF = (vectors[size] for size in self.sizes)
+        for unit in (small_QD, full_QF):
+            check_unit(unit.numpy())
         listed_QK = nearest(small_QD, self.small_ND, shortlist)[1].numpy()
         self.full.ensure_encoded(listed_QK)
         scores_QK = np.empty(listed_QK.shape, dtype=np.float32)

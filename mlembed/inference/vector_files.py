@@ -3,7 +3,7 @@
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config.choices import Precision
-from ..runtime.files import atomic_file, atomic_files
+from ..runtime.files import atomic_file, atomic_files, save_array
 
 HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
@@ -22,8 +22,8 @@ Write = Callable[[np.ndarray], None]
 UNIT = 1e-3  # How far the length of a unit vector may be from one.
 
 
-def check_unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
-    """Return fp32 vectors [N, D] of the texts `first`, `first + 1`, ..
+def check_unit(vectors: np.ndarray, texts: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """Return fp32 vectors [N, D]. texts: their numbers, 0 to N - 1 by default.
 
     Raises:
         ValueError: vectors that are not of length one, which are NaN, infinite or zero.
@@ -31,9 +31,10 @@ def check_unit(vectors: np.ndarray, first: int = 0) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1)
     bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT))
     if len(bad):
+        number = bad[0] if texts is None else texts[bad[0]]
         raise ValueError(
             f"vectors: expected length one, got {len(bad)} of {len(vectors)} vectors of another "
-            f"length, the first of text {first + bad[0]}: {lengths[bad[0]]:.3g}"
+            f"length, the first of text {number}: {lengths[bad[0]]:.3g}"
         )
     return vectors
 
@@ -152,7 +153,7 @@ def save(path: Path, parts: Iterable[np.ndarray], quantise: Quantiser, width: in
                 write(part)
                 count += len(part)
         if makes_ranges and quantise.ranges is not None:
-            np.save(partial / beside(path).name, quantise.ranges)
+            save_array(partial / beside(path).name, quantise.ranges)
     rate = count / (time.perf_counter() - start)
     return f"{path}: {count} x {empty.shape[1]} {quantise.precision}, {rate:,.0f} texts/s"
 

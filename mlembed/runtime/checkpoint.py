@@ -167,7 +167,7 @@ class Saver:
         target = self.directory / f"step_{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
         try:
-            if not self._on_main(lambda: _begin(target, partial)):
+            if not self._on_main(lambda: _begin(target, partial, self.about.get("run"))):
                 return
             with _one_line_failures():
                 dcp.save(
@@ -186,7 +186,7 @@ class Saver:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"{target}: could not be written: {error}") from error
-        self._on_main(lambda: _prune(self.directory, self.keep))
+        self._on_main(lambda: _prune(target, self.keep))
 
     def _written(self, partial: Path, write_beside: Callable[[Path], None]) -> dict[str, Any]:
         """Flush the files that this process wrote; return the size and sha256 of each.
@@ -259,17 +259,24 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
 
-def _begin(target: Path, partial: Path) -> bool:
-    """Prepare the directory of a checkpoint; return False if it has been saved before."""
+def _begin(target: Path, partial: Path, run: str | None) -> bool:
+    """Prepare the directory of a checkpoint; return False if the run has saved it before."""
     if (target / STATE).is_file():
+        if run and (other := intact.state(target).get("run", run)) != run:
+            raise ValueError(f"expected a new directory, got a checkpoint of run {other}")
         return False
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError("expected a new directory, got one with other files")
-    for left in target.parent.glob(".step_*.partial"):  # Left by a process that was killed.
-        shutil.rmtree(left)
+    remove_partials(target.parent)
     target.parent.mkdir(exist_ok=True)  # A run's directory that was deleted is an error.
     partial.mkdir()
     return True
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left of checkpoints; only the owner of the run may call it."""
+    for left in directory.glob(".step_*.partial"):
+        shutil.rmtree(left)
 
 
 def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
@@ -288,10 +295,14 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
     flush(target.parent)
 
 
-def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints, intact and damaged. ValueError if one stays."""
-    damaged = sorted(directory.glob("damaged_step_*"))
-    for old in (*complete(directory)[:-keep], *damaged[:-keep]):
+def _prune(newest: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints, intact and damaged. ValueError if one stays.
+
+    Checkpoints of later steps than the run's newest are not its own, and stay.
+    """
+    damaged = sorted(newest.parent.glob("damaged_step_*"))
+    own = [path for path in complete(newest.parent) if path.name <= newest.name]
+    for old in (*own[:-keep], *damaged[:-keep]):
         try:  # The next `_begin` ends a deletion that is interrupted.
             shutil.rmtree(old.rename(old.with_name(f".step_{old.name}.partial")))
         except OSError as error:

@@ -1,12 +1,10 @@
 """One-line errors of commands. Imports no torch, so that mistakes are answered quickly."""
 
-import io
 import os
-import re
 import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -30,26 +28,6 @@ def printable(text: str) -> str:
 def _escaped(char: str) -> str:
     odd = unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in TURNS
     return f"\\u{ord(char):04x}" if odd and char not in "\n\t" else char
-
-
-@contextmanager
-def unboxed_errors() -> Iterator[None]:
-    """Turn the box that tyro draws around a mistake in arguments into a ValueError of one line."""
-    stderr = io.StringIO()
-    try:
-        with redirect_stderr(stderr):
-            yield
-    except SystemExit as end:
-        if end.code == 0:  # --help
-            raise
-        # The first line is the box's title.
-        text = stderr.getvalue().strip().partition("\n")[2] or stderr.getvalue()
-        text = re.sub("[\u2500-\u257f]+|-{3,}|(?m:^\\|)|(?m:\\|$)", " ", text)
-        ends = " (?:For full helptext|Argument helptext|Got errors)"
-        reason = re.split(ends, " ".join(text.split()))[0]
-        error = re.sub(r"^(Error parsing (?!--)\w+: |Error parsing )*", "", reason)
-        kind = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \[(.*)\]\.?$"
-        raise ValueError(re.sub(kind, r"expected \1, got \2", error)) from None
 
 
 @contextmanager

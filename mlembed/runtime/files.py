@@ -15,9 +15,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PARTIAL, PART = ".partial", 50  # Suffix of temporary names; characters of the name in them.
 SHARDS = "shard-*.safetensors"  # Weights of a training checkpoint (checkpoint.py).
@@ -241,6 +244,21 @@ def append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def save_array(path: Path, array: "np.ndarray") -> None:
+    """Write an .npy file. On a full disk `np.save` may lose the last block without an error.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    import numpy as np
+
+    array = np.asarray(array, order="C")
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
 
 
 def reserve(file: IO[bytes], size: int) -> None:

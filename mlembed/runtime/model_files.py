@@ -85,7 +85,7 @@ def check_files(directory: Path) -> None:
                 f"{directory}: expected a model of at most {MOST_FILES:,} files, got more"
             )
         if path.is_symlink():
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(home) for home in homes):
                 raise ValueError(
                     f"{path}: expected a file of the model's directory, got a link to {target}: "
@@ -184,7 +184,7 @@ def modules(path: Path) -> list[tuple[Path, str]]:
                 f"{where}: type: expected a module of sentence_transformers that only computes "
                 f"(Transformer, Pooling, Dense, ..), got {kind!r:.80}"
             )
-        inside = "path" not in module or folder or match[1] in ("Transformer", "StaticEmbedding")
+        inside = folder or match[1] in ("Transformer", "StaticEmbedding")
         exists = match[1] not in WEIGHTED or (path.parent / folder).is_dir()
         if not (inside and FOLDER.fullmatch(folder) and exists):
             raise ValueError(f"{where}: path: expected a folder of the model, got {folder!r:.80}")

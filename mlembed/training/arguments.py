@@ -9,9 +9,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from .. import config
-from ..config import recipes, strict
+from ..config import command_line, recipes, strict
 from ..modeling import hf_config
-from ..runtime.errors import unboxed_errors
 
 
 def parse(args: Sequence[str]) -> config.Run:
@@ -46,7 +45,7 @@ def parse(args: Sequence[str]) -> config.Run:
     keys = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}
     if "steps" in keys and "epochs" not in keys:
         base = dataclasses.replace(base, epochs=0.0)
-    run = _override(base, rest, f"train.py {name}")
+    run: config.Run = command_line.read(config.Run, rest, f"train.py {name}", default=base)
     if run.init and run.optim.lr > config.TUNING_LR and name == "tiny" and "optim.lr" not in keys:
         raise ValueError(
             f"optim.lr: expected a rate for the trained weights of --init, like --optim.lr 2e-5; "
@@ -77,14 +76,6 @@ def _listed() -> Iterator[str]:
     for doc, names in by_doc.items():
         yield from textwrap.wrap(", ".join(names), width=100, break_on_hyphens=False)
         yield f"    {doc}"
-
-
-def _override(base: config.Run, args: Sequence[str], prog: str) -> config.Run:
-    """Read the arguments with tyro. ValueError for a mistake."""
-    import tyro  # Benches read shapes where tyro is not installed.
-
-    with unboxed_errors():
-        return tyro.cli(config.Run, default=base, args=args, prog=prog)
 
 
 def _is_override(arg: str, known: Sequence[str]) -> bool:

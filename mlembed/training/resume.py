@@ -12,7 +12,7 @@ from typing import Any
 from .. import config
 from ..config import strict
 from ..modeling import hf_config
-from ..runtime import files, intact, lock, log
+from ..runtime import checkpoint, files, intact, lock, log
 from ..runtime.distributed import World, broadcast, broadcast_text
 from . import provenance
 from .provenance import READING
@@ -39,6 +39,7 @@ def owned(run: config.Run, where: World, say: Any) -> Iterator[Callable[[], None
             try:
                 check = stack.enter_context(lock.owned(directory, patience, say))
                 files.remove_partials(directory)
+                checkpoint.remove_partials(directory / "checkpoints")
             except OSError as error:
                 reason = f"{error.filename}: {error.strerror}"
             except ValueError as error:
@@ -242,7 +243,8 @@ def as_saved(run: config.Run) -> dict[str, Any]:
 
 def mark_saved(directory: Path) -> None:
     """Record that the run has saved a checkpoint, so that it never begins again without one."""
-    if not (identity := _identity(directory)).get("saved"):
+    identity = _identity(directory)
+    if identity and not identity.get("saved"):
         _write_identity(directory, {**identity, "saved": True})
 
 

@@ -63,7 +63,7 @@ def as_links(pattern: str, cache: Path) -> None:
 def remains(cache: Path) -> None:
     """Leave what killed processes leave: partial entries and locks."""
     for entry in [path.parent for path in every(cache, "whole.json")]:
-        partial_ = entry.parent / ".partial-abcd1234"
+        partial_ = entry.parent / f".partial-{entry.name}-abcd1234"
         shutil.copytree(entry, partial_ / entry.name, dirs_exist_ok=True)
         os.utime(partial_, (1e9, 1e9))
         shutil.rmtree(entry)

@@ -35,7 +35,7 @@ WRITERS = {
     "report": [*CLI, "report", "runs/tiny", "--out", "out"],
 }
 """Commands that write, each on inputs of `INPUTS`."""
-INPUTS = ("pairs.jsonl", "dev.jsonl", "texts.txt", "model", "other", "runs")
+INPUTS = (*TEXT, "texts.txt", "model", "other", "runs/tiny")
 ENCODE = [*CLI, "encode", "model", "one two cats", "three", "1 : four owls of the wood"]
 
 

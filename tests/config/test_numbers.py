@@ -85,6 +85,7 @@ def test_number_outside_of_its_bounds_is_an_error(cls, name, hint, kind, bounds)
         ("--loss.temperature inf", "loss.temperature: expected at most 100, got inf"),
         ("--depth.exits 2 4 --depth.shares nan 0.5", "depth.shares: expected 0 or more, got nan"),
         ("--distill.contrastive nan", "distill.contrastive: expected 0 or more, got nan"),
+        ("--epochs 1e-300", "epochs: expected 1e-06 or more, got 1e-300"),
         ("--epochs nan", "epochs: expected 0 or more, got nan"),
         ("--epochs inf", "epochs: expected at most 1000000.0, got inf"),
         ("--activation-gib nan", "activation_gib: expected 0 or more, got nan"),

@@ -1,6 +1,7 @@
 """Items to tables: ids, scores, and what is left out."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,30 @@ from tests.data.samples import (
 
 def pairs_of(names, rows):
     return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+# ---- digests ----
+
+
+def test_digest_is_of_the_items(tmp_path):
+    texts = [f"text {i}" for i in range(tables.CHUNK + 5)]
+    count = len(texts)
+    table = tables.Table("a", False, texts, np.arange(count), np.arange(0, count + 1, 3))
+    scored = replace(table, scores=np.linspace(0, 1, len(table), dtype=np.float32))
+    changed = [
+        replace(table, texts=[*texts[:-1], "another"]),
+        replace(table, texts=["text 0t", "ext 1", *texts[2:]]),
+        replace(table, ids=table.ids // 2),
+        replace(table, starts=table.starts + (table.starts > 0)),
+        replace(table, nway=True),
+        scored,
+        replace(scored, scores=scored.scores / 2),
+    ]
+    assert len({one.sha256 for one in (table, *changed)}) == 1 + len(changed)
+    writer = tables.TextWriter(tmp_path / "texts.arrow")
+    for begin in range(0, count, 1000):
+        writer.extend(texts[begin : begin + 1000])
+    assert replace(table, name="b", texts=writer.close()).sha256 == table.sha256
 
 
 # ---- pair tables ----

@@ -239,8 +239,9 @@ def test_damaged_file_is_replaced(cache, computed):
     whole = file.read_bytes()
     file.unlink()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    for _ in range(2):
-        assert same(cached_factors(table, 11, counts), want) and len(computed) == 2
+    with pytest.warns(UserWarning, match="is not what was written; it is built again"):
+        assert same(cached_factors(table, 11, counts), want)
+    assert same(cached_factors(table, 11, counts), want) and len(computed) == 2
     assert file.read_bytes() == whole
 
 

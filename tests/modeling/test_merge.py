@@ -279,6 +279,7 @@ def test_command_writes_what_others_read(cfg, tokens, tmp_path, capsys):
 def test_runs_and_training_checkpoints(tokens, tmp_path):
     """Merge a run's last checkpoints, which a shell's `step_*` lists, and its finished model."""
     run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
     cfg = replace(NESTED, vocab_size=tokens.get_vocab_size())
 
     def write_shape(path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
+from mlembed.inference.search import Funnel
 from mlembed.modeling import pretrained, weight_checks
 
 NAME = "layers.0.self_attn.q_proj.weight"
@@ -156,7 +157,9 @@ def test_command_refuses_a_weight(name, good, data, tmp_path):
     assert not list(out.iterdir())
 
 
-@pytest.mark.parametrize("name", ["encode", "int8", "binary", "two devices", "mine", "teacher"])
+@pytest.mark.parametrize(
+    "name", ["encode", "int8", "binary", "two devices", "mine", "teacher", "export"]
+)
 def test_command_refuses_vectors_of_zeros(name, good, data, tmp_path):
     """The last norm's weight is finite, and multiplies every vector by 0."""
     directory = spoilt(good, tmp_path / "zero", torch.zeros_like, "norm.weight")
@@ -195,3 +198,9 @@ def test_text_is_numbered(good, tmp_path):
     with pytest.raises(ValueError, match="first of text 1: nan"):
         encoder.encode_widths(["cats", "dogs", "one"], [8, 16, None])
     assert np.isfinite(encoder.encode(["cats", "one"])).all()
+    for stored in (True, False):
+        with pytest.raises(ValueError, match="first of text 1: nan"):
+            Funnel.build(encoder, ["cats", "dogs", "one"], (8, None, None), stored=stored)
+    funnel = Funnel.build(encoder, ["cats", "one"], (8, None, None), stored=False)
+    with pytest.raises(ValueError, match="first of text 1: nan"):
+        funnel.search(["one", "dogs"], 1)

@@ -45,7 +45,7 @@ FIRST = {
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
     "mlembed/runtime/distributed.py": "test_waiting test_distributed",
     "mlembed/runtime/intact.py": "test_checkpoint test_resume",
-    "mlembed/training/provenance.py": "test_resume_refusals",
+    "mlembed/training/provenance.py": "test_provenance test_resume_refusals",
     "mlembed/training/resume.py": "test_resume_refusals test_resume",
     "mlembed/training/gradcache.py": "test_gradcache test_trunk",
     "mlembed/training/setup.py": "test_setup test_train test_resume",

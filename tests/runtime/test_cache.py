@@ -163,7 +163,7 @@ def test_entry_deleted_before_it_is_opened_is_built_again(home):
 
 
 def test_leftovers_of_a_killed_build_are_removed(home):
-    """Those of a running build stay."""
+    """A running build keeps its own."""
     (home / "locks").mkdir(parents=True)
     (home / "locks" / f"kind-{'1' * 64}").touch()
     (home / "kind" / f".partial-{'2' * 64}-abc_1").mkdir(parents=True)

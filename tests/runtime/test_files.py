@@ -4,6 +4,7 @@ import os
 import stat
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -287,3 +288,24 @@ def test_read_json_names_the_place(data, message, tmp_path):
 def test_read_json(tmp_path):
     (tmp_path / "a.json").write_text('{"é": [1]}', encoding="utf-8")
     assert files.read_json(tmp_path / "a.json") == {"é": [1]}
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 32)])
+def test_save_array_is_read_by_numpy(shape, tmp_path):
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    for one in (array, array.T):
+        files.save_array(tmp_path / "a.npy", one)
+        again = np.load(tmp_path / "a.npy")
+        assert again.dtype == one.dtype and np.array_equal(again, one)
+
+
+def test_save_array_notices_that_its_last_byte_is_missing(tmp_path):
+    """np.save does not, as of numpy 2.3."""
+    resource = pytest.importorskip("resource")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (383, most[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.save_array(tmp_path / "a.npy", np.ones((2, 32), np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)

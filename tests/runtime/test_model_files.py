@@ -147,6 +147,14 @@ def test_other_kinds_of_models(name, directory):
 # ---- files ----
 
 
+@pytest.mark.parametrize("target", ["loop.json", "nothing.json"])
+def test_a_link_that_leads_nowhere(directory, target):
+    """A link to itself, or to nothing, is an error of the system that names the link."""
+    (directory / "loop.json").symlink_to(target)
+    with pytest.raises(OSError, match="loop.json"):
+        model_files.check_files(directory)
+
+
 def test_links(directory, tmp_path):
     """Links within the directory, and of the hub's cache to its blobs, are files of the model."""
     secret, weights = tmp_path / "secret", directory / "model.safetensors"

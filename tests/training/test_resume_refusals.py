@@ -9,14 +9,12 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import processes
 import pytest
 from factories import SMALL, loss_trace, metrics, small_job, small_text, write_jsonl
 
-from mlembed.config import Distill, Run
+from mlembed.config import Run
 from mlembed.runtime import intact
-from mlembed.training import provenance
 from mlembed.training.arguments import parse
 from mlembed.training.optim import learning_rate
 from train import save
@@ -207,37 +205,6 @@ def test_file_added_to_a_directory_is_refused(tmp_path):
     write_jsonl(tmp_path / "text" / "more.jsonl", MORE)
     line = refused(tmp_path, data=data, steps=2)
     assert re.search("resume: data.more: expected no such source, got 2 rows [^;]*$", line)
-
-
-def test_other_vectors_of_a_teacher_are_refused(tmp_path):
-    np.save(tmp_path / "vectors.npy", np.zeros((3, 2)))
-    cfg = Distill(embeddings=str(tmp_path), features=1.0)
-    before = {"data": [], "eval": [], "distill": provenance.of_teacher(cfg)}
-    np.save(tmp_path / "vectors.npy", np.ones((3, 2)))
-    now = {**before, "distill": provenance.of_teacher(cfg)}
-    lines: list[str] = []
-    with pytest.raises(ValueError, match="--allow-changed distill.embeddings$"):
-        provenance.compare(before, now, ["data", "eval"], lines.append)
-    assert lines == []
-    provenance.compare(before, now, ["distill.embeddings"], lines.append)
-    provenance.compare(now, now, [], lines.append)
-    assert len(lines) == 1
-
-
-def test_sample_of_large_files_covers_sizes_and_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "WHOLE", 100)
-    monkeypatch.setattr(provenance, "END", 10)
-    one, other = tmp_path / "a", tmp_path / "b"
-    digests = []
-    for content in (b"a" * 200, b"b" + b"a" * 199, b"a" * 199 + b"b", b"a" * 201):
-        one.write_bytes(content)
-        other.write_bytes(b"z")
-        digests.append(provenance.sample([one, other]))
-    assert len(set(digests)) == 4 and digests[0] != provenance.sample([other, one])
-    one.write_bytes(b"a" * 100 + b"b" + b"a" * 99)
-    assert provenance.sample([one, other]) == digests[0]
-    monkeypatch.setattr(provenance, "WHOLE", 1000)
-    assert provenance.sample([one, other]) != digests[0]
 
 
 def test_changed_stream_is_refused(tmp_path):

@@ -157,6 +157,8 @@ def _choose_pooling(model: Any, directory: Path, pooling: Pooling | None) -> str
         if pooling not in (stored, None):
             raise ValueError(f"pooling: expected {stored}, as {directory} says, got {pooling}")
         return ""
+    if (directory / hf_config.NESTING).is_file():
+        pooling = hf_config.with_pooling(directory, pooling, print).pooling
     if pooling is None:
         return (
             f"pooled by {mode}: nothing in {directory} says how; `mlembed export {directory} OUT "
@@ -327,7 +329,7 @@ def store(
     kind = np.float16 if dtype == "fp16" else np.float32
     count = keys.shape[1]
     with files.atomic_directory(out) as partial:
-        np.save(partial / "keys.npy", keys)
+        files.save_array(partial / "keys.npy", keys)
         path = partial / "vectors.npy"
         vectors = np.lib.format.open_memmap(path, "w+", dtype=kind, shape=(count, teacher.width))
         with path.open("r+b") as file:
