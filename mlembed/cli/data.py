@@ -46,7 +46,7 @@ def main(
         from ..data import tokenizer as tokenizers
         from ..modeling.hf_config import resolve
 
-        tokens = tokenizers.load(resolve(init or tokenizer))
+        tokens = tokenizers.load(resolve(init or tokenizer, "init" if init else "tokenizer"))
         length = lambda text: len(tokens.encode(text).ids)  # noqa: E731
     run = sources.expand(Run(data=data, columns=columns, header=header, eval=eval))
     held_out = frozenset(
