@@ -47,7 +47,8 @@ def main(
         from ..modeling.hf_config import resolve
 
         tokens = tokenizers.load(resolve(init or tokenizer))
-        length = lambda text: len(tokens.encode(text).ids)  # noqa: E731
+        longest = tokenizers.LONGEST_TEXT
+        length = lambda text: len(tokens.encode(text[:longest]).ids)  # noqa: E731
     run = sources.expand(Run(data=data, columns=columns, header=header, eval=eval))
     held_out = frozenset(
         normalise(text) for task in read_all(eval, bad_rows) for text in task.texts
