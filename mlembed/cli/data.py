@@ -5,6 +5,7 @@ mlembed data FILE_OR_DIR .. [--tokenizer DIR] [--json]
 
 import json as json_lines
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import tyro
@@ -41,7 +42,7 @@ def main(
     from ..data.eval_sets import read_all
     from ..data.formats.readers import normalise
 
-    length = len
+    length: Callable[[str], int] = len
     if tokenizer or init:
         from ..data import tokenizer as tokenizers
         from ..modeling.hf_config import resolve
