@@ -256,6 +256,23 @@ def test_two_processes_equal_one(encoder):
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_command(directory, sent):
+    """Processes start for seconds, during which nobody tells them that the command is gone."""
+    with start(directory, "--device", "cpu", "cpu") as process:
+        end = time.monotonic() + 120
+        while len(processes.session(process.pid)) < 4:  # and one that tracks shared memory
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, sent)
+        process.stdin.close()
+        assert process.wait(60) in (-sent, 128 + sent)
+        end = time.monotonic() + 10  # less than a second on a machine that does nothing else
+        while processes.session(process.pid):
+            assert time.monotonic() < end, processes.session(process.pid)
+            time.sleep(0.05)
+
+
 # ---- memory ----
 
 
