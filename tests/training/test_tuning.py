@@ -24,7 +24,7 @@ TEXTS = ["WEDNESDAY, May 4, 2050", "", "one two three " * 3, "one two three " * 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A foreign directory: cls, 16 of 32 numbers, not normalised, 24 tokens, prompts, lower case."""
+    """A foreign directory: cls, 16 of 32 numbers, not normalised, 24 tokens, prompts."""
     out = tmp_path_factory.mktemp("tuning") / "source"
     encoder = replace(
         tiny_encoder(pooling="cls", matryoshka_dims=(16, 32)),
