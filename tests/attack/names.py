@@ -142,7 +142,7 @@ TRAIN = [
     (["tiny", "--loss.temperature", "x"], "temperature"),
     (["tiny", "--init", "a", "--tokenizer", "b"], "a"),
     (["tiny", "--model.style", "bert"], "model.causal"),
-    (["tiny", "--model.style", "bert", "--model.causal", "False"], "key-value heads"),
+    (["tiny", "--model.style", "bert", "--model.no-causal"], "key-value heads"),
     (["tiny", "--model.pooling", "pooler"], "model.pooling"),
     (["tiny", "--model.head-dim", "7"], "model.head_dim"),
     (["tiny", "--model.num-key-value-heads", "3"], "model.num_key_value_heads"),
@@ -154,7 +154,6 @@ TRAIN = [
     (["tiny", "--cpu-offload"], "engine"),
     (["tiny", "--optim.weights", "bf16", "--precision", "fp32"], "precision"),
     (["tiny", "--distill.teacher", "model"], "distill"),
-    (["tiny", "--tokenizer", "model", "--init", "model"], "tokenizer"),
     (["tiny", "--data", "pairs.jsonl", "pairs.jsonl"], "pairs"),
     (["tiny", "--data", "pairs.jsonl", "--columns.query", "query"], "columns.positive"),
     (
