@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..runtime.process import Stopped
+
 TITLES = "Value error|Required options|Unrecognized options|Invalid choice|Missing argument"
 # Changes to the text of tyro's box, one after the other.
 CHANGES = (
@@ -23,6 +25,12 @@ CHANGES = (
         r"\1: expected INT, got ",
     ),
     (r"^Error parsing (\S+): could not convert string to float: ", r"\1: expected FLOAT, got "),
+    (
+        r"^Error parsing (\S+): Could not find valid parse for arguments:",
+        r"\1: expected numbers, got",
+    ),
+    (r"^(\S+): expected INT, got ", r"\1: expected a whole number, got "),
+    (r"^(\S+): expected FLOAT, got ", r"\1: expected a number, got "),
     # tyro reports our own ValueErrors, too.
     (r"^Error parsing \w+: ", ""),
 )
@@ -41,7 +49,7 @@ def read(target: Any, args: Sequence[str], prog: str, **options: Any) -> Any:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(target, args=args, prog=prog, **options)
     except SystemExit as end:
-        if end.code == 0:  # --help
+        if end.code == 0 or isinstance(end, Stopped):  # --help, or a signal
             raise
         # tyro draws a box around an error.
         text = " ".join(re.sub("[\u2500-\u257f]+|-{3,}", " ", stderr.getvalue()).split())

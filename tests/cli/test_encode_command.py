@@ -91,7 +91,7 @@ def test_closed_pipe_ends_the_command(directory):
             for _ in range(12):  # windows
                 process.stdin.write(b"a\n" * WINDOW)
             raise AssertionError("all of it was read")
-        assert process.wait(60) == 0 and process.stderr.read() == b""
+        assert process.wait(60) == 141 and process.stderr.read() == b""
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):
@@ -134,12 +134,8 @@ def test_json_lines_to_npy(encoder, directory, tmp_path):
 
 def error_of(*arguments: str | Path | bytes) -> str:
     """Return the error of the command in this process: starting another takes seconds."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(ValueError) as caught:
-            tyro.cli(encode.main, args=[os.fsdecode(one) for one in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ValueError) as caught:
+        tyro.cli(encode.main, args=[os.fsdecode(one) for one in arguments])
     return str(caught.value)
 
 
@@ -191,7 +187,6 @@ def test_command_compiles_in_the_process_that_encodes(device, compile, monkeypat
     def load(model, where, dtype, compile):
         raise Loaded(compile)
 
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.setattr(Encoder, "load", load)
     with pytest.raises(Loaded) as loaded:
         encode.main("model", ("a text",), device=device, compile=compile)
@@ -210,7 +205,9 @@ def test_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
         (partial,) = tmp_path.iterdir()
         assert partial.name.startswith(".out.npy.")
         process.send_signal(sent)
-        assert process.wait(60) == status and process.stderr.read() == b""
+        assert process.wait(60) == status
+        line = f"got {sent.name}, stopping; a second signal stops at once"
+        assert process.stderr.read().decode().strip() == line
         assert list(tmp_path.iterdir()) == []
 
 
@@ -236,7 +233,9 @@ def test_two_processes_equal_one(encoder):
         assert both.encode([]).shape == (0, 24)
         processes = both.workers.processes
         processes[1].kill()
-        with pytest.raises(ChildProcessError, match="worker cpu: it died, exit status -9"):
+        with pytest.raises(
+            ChildProcessError, match="worker cpu: it was killed, most likely for memory"
+        ):
             both.encode(texts)
     assert not any(process.is_alive() for process in processes)
 

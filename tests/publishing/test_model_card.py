@@ -198,6 +198,9 @@ def test_base_model_of_a_second_stage(encoder, tmp_path):
     assert card(encoder, third).data.base_model is None  # an unknown directory
 
 
+ASKED = 'Instruct: "find"\nQuery: '
+
+
 def run_snippets(text: str, count: int) -> list[np.ndarray]:
     snippets = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert len(snippets) == count
@@ -209,16 +212,23 @@ def run_snippets(text: str, count: int) -> list[np.ndarray]:
     return results
 
 
-@pytest.mark.parametrize("prompt", ["", 'Instruct: "find"\nQuery: '])
+@pytest.mark.parametrize(
+    ("prompt", "default"),
+    [("", None), (ASKED, None), (ASKED, "title")],
+    ids=["", "query", "default"],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_snippets_run_and_agree(kind, prompt, tmp_path, monkeypatch):
+def test_snippets_run_and_agree(kind, prompt, default, tmp_path, monkeypatch):
     if prompt and kind != "qwen3":
         pytest.skip("prompts are the same of every kind")
-    encoder = replace(build(kind), prompts={"query": prompt} if prompt else {})
+    prompts = {default or "query": prompt} if prompt else {}
+    encoder = replace(build(kind), prompts=prompts, default_prompt_name=default)
     formats = ("sentence-transformers", "onnx") if prompt else ("sentence-transformers",)
     export(encoder, tmp_path / "small", 5, 1, 3, formats=formats)
     monkeypatch.chdir(tmp_path)
-    results = run_snippets(Path("small/README.md").read_text(), 4 if prompt else 3)
+    text = Path("small/README.md").read_text()
+    assert ("without a name it takes `title`" in text) == bool(default)
+    results = run_snippets(text, 4 if prompt else 3)
     texts = json.loads(f"[{model_card.TEXTS}]")
     ours = encoder.encode([prompt + text for text in texts], 5, 1, 3)
     for vectors in results:
