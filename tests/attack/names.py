@@ -79,7 +79,7 @@ UNKNOWN = [
     (["traim"], "traim"),
     (["../train"], "../train"),
     (["encode"], "model"),
-    (["export", "model"], "out"),
+    (["export", "model"], "export"),
     (["mine", "model", "out.jsonl"], "data"),
     (["data"], "data"),
     (["encode", "model", "a", "--precision", "int3"], "precision"),
