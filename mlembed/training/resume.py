@@ -85,16 +85,28 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
         _check_config(run, before, saved)
         return directory, None
     logged = log.lines(directory / log.METRICS)
-    checkpoints = directory / "checkpoints"
-    newest = intact.newest(checkpoints, say, set_aside=True) if where.main else None
-    step = broadcast(-1 if newest is None else step_of(newest), where)
-    if step < 0:
+    path = _newest(directory / "checkpoints", where, say)
+    if path is None:
         _check_never_saved(directory, logged)
         _check_config(run, before, saved)
         return directory, None
-    path = checkpoints / f"step_{step:08d}"
     _check_checkpoint(run, before, path)
     return directory, path
+
+
+def _newest(checkpoints: Path, where: World, say: Any) -> Path | None:
+    """Return the newest intact checkpoint, which the main process finds; all raise its error."""
+    newest, reason = None, ""
+    with main_works(where, "check"):  # It reads every byte.
+        if where.main:
+            try:
+                newest = intact.newest(checkpoints, say, set_aside=True)
+            except (OSError, ValueError) as error:
+                reason = str(error)
+    if reason := broadcast_text(reason, where):
+        raise ValueError(reason)
+    step = broadcast(-1 if newest is None else step_of(newest), where)
+    return None if step < 0 else checkpoints / f"step_{step:08d}"
 
 
 def step_of(path: Path | None) -> int:
