@@ -107,7 +107,7 @@ def _object_of(path: Path) -> Any:
         first = json.loads(head)
         if not isinstance(first, dict) or "sources" not in first and len(first) > 1:
             return None
-    except ValueError:
+    except (ValueError, RecursionError):
         # The first line may begin an object over several lines.
         pass
     return read_json(path)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config.choices import Precision
-from ..runtime.files import atomic_file, atomic_files, save_array
+from ..runtime.files import atomic_file, atomic_files, check_regular, save_array
 
 HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
@@ -110,6 +110,7 @@ class Quantiser:
 def read_ranges(path: Path) -> np.ndarray:
     """Read fp32 [2, D] from an .npy file. ValueError for anything else."""
     try:
+        check_regular(path)
         # The file is mapped, as a header may claim any number of values.
         ranges = np.load(path, mmap_mode="r", allow_pickle=False)
     # A header nests too deep for the parser in the last two cases.

@@ -360,3 +360,10 @@ def test_every_shared_file_reads():
     for table, report in found:
         assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
         assert report.roles.endswith(("unused: none", "unused: source")) and not report.bad
+
+
+def test_a_mixture_that_nests_too_deep(tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text('{"sources": ' + "[" * 200_000)
+    with pytest.raises(ValueError, match=r"mixture\.json: invalid JSON: nested too deeply"):
+        sources.expand(config.Run(data=(str(path),)))

@@ -1,5 +1,7 @@
 """Quantised vectors, and files of vectors that are complete or absent."""
 
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -79,7 +81,8 @@ def test_wrong_ranges(some, tmp_path):
     with pytest.raises(ValueError, match=r"ranges: expected \[2, D\], got \(3, 19\)"):
         vector_files.read_ranges(tmp_path / "r.npy")
     np.save(tmp_path / "o.npy", np.array([[{}], [{}]]), allow_pickle=True)
-    for name in ("o.npy", "nowhere.npy"):
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("o.npy", "nowhere.npy", "pipe.npy"):
         with pytest.raises(ValueError, match="ranges: expected an .npy file"):
             vector_files.read_ranges(tmp_path / name)
 
