@@ -265,7 +265,6 @@ def test_no_process_outlives_the_command(directory, sent):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
         os.kill(process.pid, sent)
-        process.stdin.close()
         assert process.wait(60) in (-sent, 128 + sent)
         end = time.monotonic() + 10  # less than a second on a machine that does nothing else
         while processes.session(process.pid):
