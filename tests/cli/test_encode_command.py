@@ -200,7 +200,7 @@ class Loaded(Exception):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("device", [("cpu",), ("cpu", "cpu")], ids=len)
 def test_command_compiles_in_the_process_that_encodes(device, compile, monkeypatch):
-    def load(model, where, dtype, compile):
+    def load(model, where, dtype, compile, *others):
         raise Loaded(compile)
 
     monkeypatch.setattr(Encoder, "load", load)
