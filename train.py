@@ -12,21 +12,26 @@ A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/step_*,
 
 import sys
 
-from mlembed.runtime.errors import one_line_errors, printable
+from mlembed.runtime import process
+
+# A signal, and a mistake in the arguments, is answered before torch is imported, which takes
+# seconds.
+if __name__ == "__main__":
+    process.begin(saves=True)
+
+from mlembed.runtime.errors import one_line_errors, out_of_memory, printable
 from mlembed.training import arguments
 
-# A mistake in the arguments is answered before torch is imported, which takes seconds.
 if __name__ == "__main__":
     with one_line_errors():
         RUN = arguments.parse(sys.argv[1:])
 
 import shlex
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +46,7 @@ from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained, serving
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
-from mlembed.runtime.distributed import World, any_process, main_works, world
+from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
 from mlembed.training import gradcache, guards, resume
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
@@ -77,50 +82,46 @@ def train_owned(run: config.Run, where: World, out: log.Log) -> int:
         out.say(f"{directory} is finished: nothing to do")
         return 0
     job = set_up(run, where, directory, resume_from, out)
+    # A score that a signal ended is made up for. A signal up to here leaves no new files, so that
+    # the same command may start again.
+    scored = score(job, start) if lacks_score(job, start) else None
     # No process writes to the directory before all have read it, and none writes before `set_up`
     # has found the arguments to be right.
     any_process(False, where)
-    if where.main:
-        out.check()
-        # First, as an old model/ under a config.json of more steps would be a finished run.
-        if resume_from and start < job.run.steps:
-            resume.set_aside_end(directory, resume_from, out.say)
-        job.saver.about["run"] = resume.write_config(run, directory, start)
-    out.open(run.tracker, start)
-    # The saver finishes its checkpoint before the process group, or the process, ends.
-    with job.saver:
-        if start == 0:
-            score(job, 0)
-        done = optimise(job, start)
+    with process.hold_signals():
+        if where.main:
+            out.check()
+            # First, as an old model/ under a config.json of more steps would be a finished run.
+            if resume_from and start < job.run.steps:
+                resume.set_aside_end(directory, resume_from, out.say)
+            job.saver.about["run"] = resume.write_config(run, directory, start)
+        out.open(run.tracker, start)
+        if scored:
+            out.metrics(start, "eval", scored)
+        # The saver finishes its checkpoint before the process group, or the process, ends.
+        with job.saver:
+            done = optimise(job, start)
+        stopped = any_process(process.stopping(), where)
     for source, count in job.idle.items():
         out.say(f"idle   source {source}: {count} batches taught nothing")
-    if done == job.run.steps:
-        with main_works(where, "finish"):
+    if not stopped:
+        with main_works(where, "finish"), process.interruptible():
             finish(job)
+    else:
+        out.say(f"stopped and saved after step {done}; continue with --resume")
     out.close()
-    return 0 if done == job.run.steps else 130
+    return 130 if stopped else 0
 
 
 def optimise(job: Job, start: int) -> int:
     """Run steps start..steps-1, log, save and score as configured, and return the steps done.
 
     A signal ends the run after the current step, of several processes up to two steps later, and
-    saves it; a second Ctrl-C ends it at once.
+    saves it. The caller holds signals.
     """
-    run, where, signals = job.run, job.where, job.signals
-    signals.clear()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        # torchrun forwards a signal that a terminal or SLURM has sent to all processes already, so
-        # a second one within two seconds is the same.
-        if signals and number == signal.SIGINT and time.monotonic() - signals[0] > 2:
-            raise KeyboardInterrupt
-        signals.append(time.monotonic())
-
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    feed = iter(loader(job, start))
+    run, where, out = job.run, job.where, job.out
+    with guards.loader_errors():
+        feed = iter(loader(job, start))
     job.stages.begin()
     rates, logged, checks = Rates(job), start, list[guards.Check]()
     # A log file keeps every bar that a terminal overwrites.
@@ -147,21 +148,21 @@ def optimise(job: Job, start: int) -> int:
                 logged = done
             if scores:
                 # Score before saving, so that a saved step has logged its score.
-                score(job, done)
+                if scored := score(job, done):
+                    out.metrics(done, "eval", scored)
                 job.stages.begin()
                 rates.begin()
                 logged = done
             # Processes agree in the check of a step, which the next one reads if nobody has.
             checks = [*checks[-1:], result.check]
-            stopped = any(check.stop for check in checks) if where.size > 1 else bool(signals)
+            stopped = any(check.stop for check in checks) if where.size > 1 else process.stopping()
+            if scores:  # The main process may have scored for hours.
+                stopped = any_process(process.stopping(), where)
             if saves or stopped:
                 settle(job)
                 save(job, done)
-            if stopped and not last:
-                job.out.say(f"stopped and saved after step {done}; continue with --resume")
+            if stopped:
                 return done
-    for number, handler in before.items():
-        signal.signal(number, handler)
     return run.steps
 
 
@@ -169,13 +170,13 @@ def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """Run one optimiser step; advise if memory runs out.
 
     Raises:
-        ValueError: out of memory; what `settle` raises.
+        ValueError: out of memory; what `loader_errors` and `settle` raise.
     """
     run = job.run
     try:
         return one_step(job, step, feed)
     except RuntimeError as error:
-        if not guards.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         tokens = max(pack.plan.tokens for pack in job.batches[batches_of(run, step)[0]].packs)
         free = gradcache.free_bytes(job.where.device)
@@ -224,7 +225,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     flops, tokens, queries = Flops(), 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
-        with job.stages.of("data"):
+        with job.stages.of("data"), guards.loader_errors():
             batch = next(feed).to(where.device)
         count_idle(job, batch, step)
         if job.teacher is not None:
@@ -344,21 +345,36 @@ def full_encoder(job: Job) -> Encoder | None:
     return Encoder(model, job.tokenizer, bf16=job.bf16, **vars(job.serving))
 
 
-def score(job: Job, step: int) -> None:
-    """Log the score of the full size; `finish` scores the whole grid."""
+def score(job: Job, step: int) -> dict[str, Any] | None:
+    """Score the full size, print the mean and return what to log; `finish` scores the whole grid.
+
+    Returns:
+        None without an evaluation, on other processes, and where a signal ended the scoring.
+    """
     from mlembed.evaluation import charts, grid
 
     if not job.tasks:
-        return
+        return None
     with main_works(job.where, f"score {step}"):
-        if (encoder := full_encoder(job)) is None:
-            return
+        encoder = full_encoder(job)
+        if encoder is None or process.stopping():
+            return None
         shape = job.run.model
         full = shape.matryoshka_dims[-1:], shape.exits[-1:], shape.ranks[-1:]
-        (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
-        percent = charts.mean_score(cell)
-        job.out.metrics(step, "eval", {"score": percent, "tasks": cell["scores"]})
-        job.out.say(f"step {step}: score {percent:.1f} % at full size")
+        with process.interruptible():
+            (cell,) = grid.score_grid(encoder, job.tasks, *full, costs=False).cells
+            percent = charts.mean_score(cell)
+            job.out.say(f"step {step}: score {percent:.1f} % at full size")
+            return {"score": percent, "tasks": cell["scores"]}
+    return None
+
+
+def lacks_score(job: Job, step: int) -> bool:
+    """Return, on all processes, whether the step at which the run starts lacks its score."""
+    due = job.run.eval_every and step < job.run.steps and step % job.run.eval_every == 0
+    lines = job.out.lines() if step and due and job.where.main else []
+    logged = any(line["kind"] == "eval" and line["step"] == step for line in lines)
+    return step == 0 or bool(broadcast(bool(due and not logged), job.where))
 
 
 def finish(job: Job) -> None:

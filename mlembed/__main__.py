@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from .runtime import process
+
 COMMANDS = {
     "train": "train a model by a recipe, with the train.py of a checkout",
     "data": "read training data and say what it is taken for, without training",
@@ -30,16 +32,16 @@ def main() -> int:
     A command's file is imported when it runs, and what needs torch only once its arguments are
     read, so that help and mistakes are answered quickly.
     """
-    name, rest = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
-    if name in ("-h", "--help"):
-        print(usage())
-        return 0
-    if name not in COMMANDS:
-        print(f"error: command: expected one of {', '.join(COMMANDS)}, got {name}", file=sys.stderr)
-        return 1
+    process.begin()
     from .runtime.errors import one_line_errors
 
     with one_line_errors():
+        name, rest = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
+        if name in ("-h", "--help"):
+            print(usage())
+            return 0
+        if name not in COMMANDS:
+            raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {name}")
         command = import_module(f"mlembed.cli.{name}")
         if name == "train":  # Its arguments are a run's keys, which have a parser of their own.
             command.main(rest)

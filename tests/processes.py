@@ -4,6 +4,7 @@
     run("-m", "mlembed", "encode", run, "a text")  as `python -m mlembed encode ..`
     run("-c", "print(1)")                       as `python -c ..`
     run(.., processes=2)                        the same command in each process of a gloo group
+    with forked("train.py", ..) as child:       a command while it runs: pid, streams, exit status
     gloo(2, function, *args)                    what function(where, *args) returns in each process
 
 A fork takes a tenth of a second where a new interpreter spends two to seven on imports. Each child
@@ -49,6 +50,7 @@ LIBRARIES = [
 ]
 LIBRARIES += ["tensorboard", "torch.utils.tensorboard", "scipy.stats", "sentence_transformers"]
 LIBRARIES += ["transformers.models.qwen3.modeling_qwen3", "transformers.models.bert.modeling_bert"]
+HELD_UP = "held up"
 TIMEOUT = 900.0  # seconds, for a machine that is busy otherwise
 
 
@@ -117,6 +119,58 @@ def gloo_once(size: int, function: Callable[..., Any], *args: Any) -> list:
     return gloo(size, function, *args)
 
 
+class Forked:
+    """A command while it runs. folder: with files stdout0 and stderr0."""
+
+    def __init__(self, child: Any, folder: Path) -> None:
+        self.child, self.folder, self.pid = child, folder, child.pid
+
+    def text(self, name: str = "stdout") -> str:
+        path = self.folder / f"{name}0"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, line: str, count: int = 1, seconds: float = 120) -> None:
+        """Wait until standard output holds `line` as often as `count`."""
+        end = time.monotonic() + seconds
+        while self.text().count(line) < count:
+            assert self.child.is_alive() and time.monotonic() < end, self.text("stderr")[-2000:]
+            time.sleep(0.01)
+
+    def status(self, seconds: float = 120) -> int:
+        """Wait for the end and return the exit status, negative after an unhandled signal."""
+        self.child.join(seconds)
+        assert self.child.exitcode is not None, "still running"
+        return self.child.exitcode
+
+
+@contextmanager
+def forked(
+    *argv: Any,
+    slow: Sequence[Any] = (),
+    cwd: str | Path = ROOT,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Forked]:
+    """Start `python argv..`, forked like by `run`, and kill what is left of it at the end.
+
+    Args:
+        slow: dotted name of a function, number of a call of it, and seconds that this call takes
+            longer; it prints HELD_UP first.
+    """
+    env = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "stdin").touch()
+        streams = tuple(str(folder / f) for f in ("stdin", "stdout0", "stderr0"))
+        what = (_command, [str(word) for word in argv], str(cwd), *slow)
+        child = _server().Process(target=_child, args=(streams, env, what))
+        child.start()
+        try:
+            yield Forked(child, folder)
+        finally:
+            _kill_session(child.pid)
+            child.join()
+
+
 @contextmanager
 def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen]:
     """Start a real subprocess in a session of its own; kill what is left of it at the end."""
@@ -130,6 +184,17 @@ def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen
     finally:
         _kill_session(process.pid)
         process.communicate()
+
+
+def session(leader: int) -> dict[int, int]:
+    """Return the processes of a session that still run, with the ids of their parents."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, _, its, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its) == leader and state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
 
 
 def on_path() -> dict[str, str]:
@@ -252,9 +317,11 @@ def _child(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> N
     os._exit(code or 0)
 
 
-def _command(argv: list[str], cwd: str) -> None:
-    """Do what `python argv..` does in directory `cwd`."""
+def _command(argv: list[str], cwd: str, slow: str = "", call: int = 0, seconds: float = 0) -> None:
+    """Do what `python argv..` does in directory `cwd`, with a function that is slow."""
     os.chdir(cwd)
+    if slow:
+        _hold_up(slow, call, seconds)
     warnings.filterwarnings("ignore", "'mlembed.* found in sys.modules", RuntimeWarning)
     if argv[0] == "-m":
         sys.argv, sys.path[0:0] = argv[1:], [cwd]
@@ -266,6 +333,21 @@ def _command(argv: list[str], cwd: str) -> None:
     else:
         sys.argv, sys.path[0:0] = argv, [str(Path(argv[0]).resolve().parent)]
         runpy.run_path(argv[0], run_name="__main__")
+
+
+def _hold_up(function: str, call: int, seconds: float) -> None:
+    """Make one call of a function take longer."""
+    module, _, name = function.rpartition(".")
+    real, calls = getattr(importlib.import_module(module), name), []
+
+    def held_up(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            print(HELD_UP, flush=True)
+            time.sleep(seconds)
+        return real(*args, **options)
+
+    setattr(sys.modules[module], name, held_up)
 
 
 def _function(path: str, module: str, name: str, args: tuple, folder: str) -> None:

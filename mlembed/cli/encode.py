@@ -4,8 +4,6 @@ mlembed encode MODEL "a text" "another" [--dim 48] [--exit 2] [--rank 64]
 mlembed encode MODEL --input texts.txt --out vectors.npy
 """
 
-import os
-import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -63,10 +61,11 @@ def main(
         compile: compile blocks with torch.compile.
         out: new .npy or .parquet file; without it vectors are printed, one a line.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Exit by cleaning up.
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
+    if not device:
+        raise ValueError("device: expected one or more, got none")
     check_number("max-tokens", max_tokens, least=1, below=2**31)
     makes_ranges = precision in ("int8", "uint8") and ranges is None
     if makes_ranges and not out:
@@ -106,10 +105,7 @@ def main(
             width = encoder.full_size((dim, None, None))[0]
             print(vector_files.save(target, parts, quantise, width), file=sys.stderr)
         else:
-            try:
-                for part in parts:
-                    vector_files.print_vectors(part)
-            except BrokenPipeError:  # `| head` has read enough.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            for part in parts:
+                vector_files.print_vectors(part)
     if source.replaced:
         print(f"invalid UTF-8: {source.replaced} bytes replaced by U+FFFD", file=sys.stderr)

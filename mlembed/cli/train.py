@@ -4,10 +4,12 @@ mlembed train RECIPE [--key value ..]
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..runtime.process import SIGNALS
 from ..training import arguments
 
 ROOT = Path(__file__).parents[2]  # of a checkout, or of site-packages
@@ -26,4 +28,5 @@ def main(args: Sequence[str]) -> None:
             "train: expected an installation from a checkout, which has train.py, got a wheel: "
             "clone the repository, then `pip install -e .`"
         )
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # The script handles a signal that comes now.
     os.execv(sys.executable, [sys.executable, str(script), *args])

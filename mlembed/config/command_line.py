@@ -7,22 +7,23 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..runtime.process import Stopped
+
 TITLES = "Value error|Required options|Unrecognized options|Invalid choice|Missing argument"
+NONE_OR = r"no type matching \{None\}\|%s could be instantiated from \["
+WHOLE = rf"(?:invalid literal for int\(\) with base 10: |{NONE_OR % 'INT'})"
+NUMBER = rf"(?:could not convert string to float: |{NONE_OR % 'FLOAT'})"
 # Changes to the text of tyro's box, one after the other.
 CHANGES = (
     (rf"^({TITLES}) ", ""),
     (r" (For full helptext|Argument helptext|Got errors:|Are you sure).*", ""),
     (r" Perhaps you meant: (--[\w.-]+).*", r" (near: \1)"),
+    (rf"^Error parsing (\S+): {WHOLE}(.*?)\]?\.?$", r"\1: expected a whole number, got \2"),
+    (rf"^Error parsing (\S+): {NUMBER}(.*?)\]?\.?$", r"\1: expected a number, got \2"),
     (
-        r"^Error parsing (\S+): no type matching \{None\}\|(\w+) could be instantiated from "
-        r"\[(.*)\]\.?$",
-        r"\1: expected \2, got \3",
+        r"^Error parsing (\S+): Could not find valid parse for arguments:",
+        r"\1: expected numbers, got",
     ),
-    (
-        r"^Error parsing (\S+): invalid literal for int\(\) with base 10: ",
-        r"\1: expected INT, got ",
-    ),
-    (r"^Error parsing (\S+): could not convert string to float: ", r"\1: expected FLOAT, got "),
     # tyro reports our own ValueErrors, too.
     (r"^Error parsing \w+: ", ""),
 )
@@ -41,7 +42,7 @@ def read(target: Any, args: Sequence[str], prog: str, **options: Any) -> Any:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(target, args=args, prog=prog, **options)
     except SystemExit as end:
-        if end.code == 0:  # --help
+        if end.code == 0 or isinstance(end, Stopped):  # --help, or a signal
             raise
         # tyro draws a box around an error.
         text = " ".join(re.sub("[\u2500-\u257f]+|-{3,}", " ", stderr.getvalue()).split())

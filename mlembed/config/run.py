@@ -224,7 +224,8 @@ class Run:
                 raise ValueError(
                     f"loss.custom_{name}: expected {len(nested)} for {nested}, got {given}"
                 )
-        if self.name == ".." or not self.name or Path(self.name).name != self.name:
+        plain = Path(self.name).name == self.name != ".." and self.name.isprintable()
+        if not (plain and 0 < len(self.name) <= 200):
             raise ValueError(f"name: expected a plain directory name, got {self.name!r}")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -36,6 +37,9 @@ FILE = 2**30  # Approximate bytes of a file, which is assembled in memory before
 
 # A single process has no group. The filter is global, since filters of threads do not exist.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+# Processes wait for the slowest one to write, and notice at once if it dies.
+WRITING = timedelta(days=7)
 
 T = TypeVar("T")
 
@@ -93,7 +97,7 @@ class Saver:
         self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
         self.about, self.saved = about or {}, saved
         # A group of its own, so that the writing thread's messages and training's do not mix.
-        self.group = dist.new_group(backend="gloo") if size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=WRITING) if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
 

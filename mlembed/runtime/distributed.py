@@ -3,7 +3,6 @@
 import gc
 import os
 import time
-import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from .failures import Failures
 
 # torch 2.13 renamed these two, and warns of the older names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -47,6 +48,7 @@ def world(device: str = "auto") -> Iterator[World]:
 
     Keep models and losses local to a function called inside, and close savers there: gloo aborts
     if graphs that used the group are alive when it is destroyed. `_release` removes some of them.
+    If the block fails on one of several processes, `Failures` ends all of them.
 
     Raises:
         ValueError: `device` is cuda, and there is no CUDA device.
@@ -59,30 +61,25 @@ def world(device: str = "auto") -> Iterator[World]:
     where = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(where)
-    part = None
-    if size > 1:
-        store, *_ = next(dist.rendezvous("env://"))
-        backend = "nccl" if kind == "cuda" else "gloo"
-        part = fresh(store, rank, size)
+    if size == 1:
+        yield World(rank, size, where)
+        return
+    store, *_ = next(dist.rendezvous("env://"))
+    backend = "nccl" if kind == "cuda" else "gloo"
+    part = fresh(store, rank, size)
+    failures = Failures(part, rank, size)
+    try:
         # Without its device NCCL would guess it in the first collective, and warn.
         own = where if kind == "cuda" else None
         dist.init_process_group(backend, store=part, rank=rank, world_size=size, device_id=own)
-    try:
         yield World(rank, size, where, part)
     except BaseException as error:
-        _clear_frames(error)
-        raise
+        failures.end(error)
     finally:
-        if size > 1:
+        failures.close()
+        if dist.is_initialized():
             _release()
             dist.destroy_process_group()
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drop the variables of functions that an error ended: models, graphs and savers among them."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 def _release() -> None:
@@ -149,7 +146,7 @@ def main_works(where: World, what: str) -> Iterator[None]:
 
     The main process evaluates and exports alone, while NCCL ends a run whose collective takes ten
     minutes (gloo: thirty). So the others ask the store instead, for as long as it takes. If the
-    main process dies, its launcher or the loss of its store ends them.
+    main process fails or dies, `Failures` or its launcher ends them.
 
     what: names the work, once in a run.
     """
@@ -159,6 +156,18 @@ def main_works(where: World, what: str) -> Iterator[None]:
     if where.main:
         where.store.set(f"done/{what}", "")
     while not where.store.check([f"done/{what}"]):
+        time.sleep(0.05)
+
+
+def together(where: World, what: str) -> None:
+    """Wait until all processes are here, for as long as it takes, unlike in a collective.
+
+    what: names the place, once in a run.
+    """
+    if where.store is None:
+        return
+    where.store.add(f"arrived/{what}", 1)
+    while where.store.add(f"arrived/{what}", 0) < where.size:
         time.sleep(0.05)
 
 

@@ -53,6 +53,10 @@ class Owner:
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host} since {self.since}"
 
+    def here(self) -> bool:
+        """Return whether its ids of processes are this process's, too."""
+        return self.boot == _boot() and self.namespace == _namespace()
+
     def alive(self) -> bool:
         """Return whether its namespace, which is this process's, has a process of its id."""
         try:
@@ -70,8 +74,7 @@ class Owner:
             age: seconds since its heartbeat, by the clock of the file system.
             locked: this process has the kernel's lock, so no other process of this machine has it.
         """
-        here = self.boot == _boot()
-        if here and (locked or (self.namespace == _namespace() and not self.alive())):
+        if (locked and self.boot == _boot()) or (self.here() and not self.alive()):
             return 0.0
         # Setting the clock back puts a heartbeat into the future.
         return max(0.0, STALE - abs(age))

@@ -5,16 +5,21 @@ Both return results in the order of the items, and hold only the items in progre
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import torch
+from .process import shield_children
+
+if TYPE_CHECKING:
+    import torch
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -75,11 +80,12 @@ class Workers:
             for number, arguments in enumerate(self.arguments):
                 pipes = [context.Pipe() for _ in range(LANES)]
                 ends = [child for _, child in pipes]
-                work = (self.make, arguments, ends)
+                work = (_EndWithParent(), self.make, arguments, ends)
                 process = context.Process(target=_serve, args=work, daemon=True)
                 self.processes.append(process)
                 self._lanes += [(number, parent) for parent, _ in pipes]
-                process.start()
+                with shield_children():
+                    process.start()
                 for end in ends:  # Only the child holds them, so that a crash is detected.
                     end.close()
             for lane in self._lanes:
@@ -100,7 +106,7 @@ class Workers:
                 continue
             process.join(ENDING if idle else 0)
             if process.is_alive():
-                process.terminate()
+                process.kill()
                 process.join()
         if not idle:
             for _number, lane in self._lanes:
@@ -125,7 +131,7 @@ class Workers:
                 yield pending.popleft().result()
         except (KeyboardInterrupt, SystemExit):
             for process in self.processes:
-                process.terminate()
+                process.kill()
             raise
         finally:  # Waits for items in progress, so that all lanes are free again.
             threads.shutdown(cancel_futures=True)
@@ -151,7 +157,12 @@ class Workers:
                 self.processes[number].join(ENDING)
                 status = self.processes[number].exitcode
             reason = f"worker {name}: it died, exit status {status}"
-            if seconds is not None:
+            if status == -signal.SIGKILL:
+                reason = (
+                    f"worker {name}: it was killed, most likely for memory: try fewer devices, or "
+                    "a lower --max-tokens"
+                )
+            elif seconds is not None:
                 reason += (
                     "; start processes from a file that runs its code under "
                     'if __name__ == "__main__":'
@@ -165,8 +176,10 @@ class Workers:
         raise ChildProcessError(f"worker {name}: {kind}: {reason}")
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str) -> "torch.device":
     """Return the device auto (CUDA if available), cpu, cuda or cuda:0 .. ValueError otherwise."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -183,13 +196,35 @@ def device_of(name: str) -> torch.device:
 # ---- in the process ----
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process soon after the process that started it, however that ends.
+
+    parent: this process's parent, which may be a fork server of the process that started it.
+    """
+    starter = multiprocessing.parent_process()  # None in a spawned process that still starts.
+
+    def watch() -> None:
+        while os.getppid() == parent and (starter is None or starter.is_alive()):
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _EndWithParent:
+    """Argument of a spawned process; reading it calls `end_with_parent`, before slow imports."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return end_with_parent, (os.getpid(),)
+
+
 def _serve(
+    _: None,
     make: Callable[..., Callable[[Any], Any]],
     arguments: tuple[Any, ...],
     lanes: list[Connection],
 ) -> None:
     """Answer until the parent closes its end, or is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
     try:
         function = make(*arguments)
     except Exception as error:

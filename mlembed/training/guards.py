@@ -1,7 +1,9 @@
 """Find NaN and infinities of a step on the device, name the first, and advise on memory."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -156,12 +158,32 @@ def teaches_nothing(batch: Batch) -> bool:
     return not own and bool((ids == ids[0]).all())
 
 
-# ---- memory ----
+# ---- memory, and processes that were killed for it ----
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Return whether the allocator of the device or of the host raised the error."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """Tell in one line what ended a loader's worker.
+
+    Raises:
+        ValueError: a worker was killed, or raised ValueError.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
+        text = str(error)
+        # torch puts the traceback of the worker before the reason.
+        if text.startswith("Caught ValueError in DataLoader worker"):
+            raise ValueError(text.rpartition("\nValueError: ")[2].strip()) from None
+        lost = re.search(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed)", text)
+        if lost or isinstance(error, ConnectionError | EOFError):
+            # The loader's destructor fails as well, and would print a traceback.
+            sys.unraisablehook = lambda unraisable: None
+            raise ValueError(
+                "loader: a process that prepares batches was killed, most likely for memory; "
+                "continue with --resume and fewer --loader-workers"
+            ) from None
+        raise
 
 
 def oom_advice(

@@ -13,7 +13,7 @@ from .. import config
 from ..config import strict
 from ..modeling import hf_config
 from ..runtime import checkpoint, files, intact, lock, log
-from ..runtime.distributed import World, broadcast, broadcast_text
+from ..runtime.distributed import World, broadcast, broadcast_text, main_works
 from . import provenance
 from .provenance import READING
 
@@ -97,11 +97,12 @@ def find_run(run: config.Run, where: World, say: Any) -> tuple[Path, Path | None
 def _newest(checkpoints: Path, where: World, say: Any) -> Path | None:
     """Return the newest intact checkpoint, which the main process finds; all raise its error."""
     newest, reason = None, ""
-    if where.main:
-        try:
-            newest = intact.newest(checkpoints, say, set_aside=True)
-        except (OSError, ValueError) as error:
-            reason = str(error)
+    with main_works(where, "check"):  # It reads every byte.
+        if where.main:
+            try:
+                newest = intact.newest(checkpoints, say, set_aside=True)
+            except (OSError, ValueError) as error:
+                reason = str(error)
     if reason := broadcast_text(reason, where):
         raise ValueError(reason)
     step = broadcast(-1 if newest is None else step_of(newest), where)

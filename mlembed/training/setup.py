@@ -6,7 +6,6 @@ All processes of a run call every function, with the same arguments.
 import hashlib
 import math
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,8 +31,9 @@ from ..modeling import hf_config, pretrained, serving, vocabulary
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.serving import Serving
 from ..modeling.transformer import Transformer, num_parameters
-from ..runtime import checkpoint, log
-from ..runtime.distributed import World, main_works
+from ..runtime import checkpoint, log, process
+from ..runtime.distributed import World, main_works, together
+from ..runtime.workers import end_with_parent
 from . import gradcache, guards, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
@@ -184,7 +184,8 @@ def describe_serving(run: config.Run, served: Serving, cfg: config.Model) -> str
 def load_tokenizer(run: config.Run, resume_from: Path | None, text: Text) -> Tokenizer:
     """Load the tokenizer of a checkpoint, of `init` or by name, or train one on the text."""
     if source := resume_from or run.init or run.tokenizer:
-        return tokenizer.load(hf_config.resolve(str(source)))
+        key = "init" if run.init else "tokenizer"
+        return tokenizer.load(hf_config.resolve(str(source), key))
     if not text.tables:
         raise ValueError("tokenizer: expected one, or init, where all text is streamed, got none")
     return tokenizer.train((t for table in text.tables for t in table.texts), run.model.vocab_size)
@@ -316,7 +317,7 @@ class Job:
     out: log and console. tasks: evaluation sets. languages: training texts by language, where rows
     name theirs. bf16: autocast. cost, budget: bytes of graphs, and how many may be kept (inf
     without a limit). unread: the check of the last step, until `settle` reads it. idle: batches
-    that taught nothing, by source. signals: times at which this process got Ctrl-C or SIGTERM.
+    that taught nothing, by source.
     """
 
     run: config.Run
@@ -340,7 +341,6 @@ class Job:
     distiller: Distiller | None
     unread: list[guards.Check] = field(default_factory=list)
     idle: Counter[str] = field(default_factory=Counter)
-    signals: list[float] = field(default_factory=list)
 
     @property
     def model(self) -> Transformer:
@@ -382,6 +382,8 @@ def set_up(
     limited = run.gradient_cache or run.activation_checkpointing == "selective"
     cost = ActivationCost.measure(model, half) if limited else None
     budget = gradcache.budget_bytes(run, model, where.device) if limited else math.inf
+    # Reading may take hours longer on one process, and what follows has collectives.
+    together(where, "set up")
     engine = Engine.of(model, run, where, half)
     optimizer = adamw(model, run.optim, run.seed)
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
@@ -449,13 +451,11 @@ def start_server() -> None:
     """Start the process that a loader's workers are forked from; its imports take seconds.
 
     It is a new interpreter, because NCCL, CUDA and the threads of this process do not survive a
-    fork. SIGTERM, which a scheduler sends to all processes, must not end it: signals that are
-    ignored stay so in a new program.
+    fork. It and its workers inherit that signals are blocked: this process ends them.
     """
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     forkserver.set_forkserver_preload(["mlembed.data.batches"])
-    forkserver.ensure_running()
-    signal.signal(signal.SIGTERM, before)
+    with process.shield_children():
+        forkserver.ensure_running()
 
 
 def batches_of(run: config.Run, step: int) -> range:
@@ -465,10 +465,9 @@ def batches_of(run: config.Run, step: int) -> range:
 
 
 def prepare_worker(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which reach loader workers, too: the run ends its workers.
+    """Make a loader's worker end with the run, and tokenise in one thread.
 
-    A worker tokenises in one thread, like everything else that it does.
+    A signal that reaches all processes of a run leaves it alone: the run ends its workers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(os.getppid())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import config
 from ..modeling import flops
 from ..modeling.flops import Flops
-from ..runtime import log, transfer
+from ..runtime import log, process, transfer
 from . import guards
 from .objective.distill import rows_of
 from .objective.loss import ranks_of, weights
@@ -124,7 +124,7 @@ def update(job: Job, step: int, losses: Terms) -> tuple[Tensor, guards.Check]:
     numbers = [norm, *losses.values()]
     if distiller is not None:
         numbers += distiller.gradients()
-    answers = guards.agree(numbers, bool(job.signals), job.where)
+    answers = guards.agree(numbers, process.stopping(), job.where)
     found = answers[0]
     prepare(job.optimizer, norm, run.optim.max_grad_norm, found)
     job.optimizer.step()

@@ -41,7 +41,11 @@ def rows(seed: int) -> Iterator[Row]:
         )
     for label, name in CONTROL.items():
         yield refused(
-            "names", f"train --name with {label}", [*START, f"--name={name}"], ("name",), TEXT
+            "names",
+            f"train --name with {label}",
+            [*START, f"--name={name}"],
+            ("name|config.json",),
+            TEXT,
         )
     for name in PLAIN:
         yield Row("names", f"train --name {name!r}", "the same run, quoted", partial(quoted, name))
@@ -54,7 +58,9 @@ def rows(seed: int) -> Iterator[Row]:
         argv = [*ENCODE, word]
         yield refused("names", f"encode with {word}", argv, (word.strip("-"),), ("model",))
     for argv, word in UNKNOWN:
-        yield refused("names", f"mlembed {' '.join(argv)}", [*CLI, *argv], (word,), ("model",))
+        yield refused(
+            "names", f"mlembed {' '.join(argv)}", [*CLI, *argv], (word,), ("model", "pairs.jsonl")
+        )
     for argv, word in TRAIN:
         yield refused("names", f"train.py {' '.join(argv)}", [START[0], *argv], (word,), TEXT)
 
@@ -73,7 +79,7 @@ UNKNOWN = [
     (["traim"], "traim"),
     (["../train"], "../train"),
     (["encode"], "model"),
-    (["export", "model"], "out"),
+    (["export", "model"], "export"),
     (["mine", "model", "out.jsonl"], "data"),
     (["data"], "data"),
     (["encode", "model", "a", "--precision", "int3"], "precision"),
@@ -108,6 +114,13 @@ UNKNOWN = [
     (["prune", "model", "out", "--shape", "nowhere"], "shape"),
     (["prune", "model", "out", "--by", "activation"], "data"),
     (["evaluate", "model", "--data", "nowhere"], "nowhere"),
+    (["evaluate", "model", "--mteb", "NoSuchTask"], "mteb"),
+    (["cache", "--older-than", "old"], "older-than"),
+    (["mine", "model", "out.csv", "--data", "pairs.jsonl"], "out"),
+    (["prune", "model", "out", "--shape", "ml-embed-80m", "--layers", "1"], "shape"),
+    (["encode", "model", "a", "--prompt", "a", "--prompt-name", "query"], "prompt"),
+    (["encode", "model", "--input", "nowhere.txt"], "nowhere.txt"),
+    (["encode", "model", "a", "--precision", "int8", "--ranges", "nowhere.npy"], "nowhere.npy"),
     (["mine", "model", "out.jsonl", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
 ]
 TRAIN = [
@@ -128,6 +141,28 @@ TRAIN = [
     (["tiny", "--device", "cuda"], "cuda"),
     (["tiny", "--loss.temperature", "x"], "temperature"),
     (["tiny", "--init", "a", "--tokenizer", "b"], "a"),
+    (["tiny", "--model.style", "bert"], "model.causal"),
+    (["tiny", "--model.style", "bert", "--model.no-causal"], "key-value heads"),
+    (["tiny", "--model.pooling", "pooler"], "model.pooling"),
+    (["tiny", "--model.head-dim", "7"], "model.head_dim"),
+    (["tiny", "--model.num-key-value-heads", "3"], "model.num_key_value_heads"),
+    (["tiny", "--model.exits", "1", "2"], "model.exits"),
+    (["tiny", "--model.matryoshka-dims", "8"], "model.matryoshka_dims"),
+    (["tiny", "--loss.memory-bank", "512", "--loss.ranks", "all"], "loss.ranks"),
+    (["tiny", "--depth.exits", "3"], "depth.exits"),
+    (["tiny", "--depth.exits", "4", "--depth.shares", "0.5", "0.5"], "depth.shares"),
+    (["tiny", "--cpu-offload"], "engine"),
+    (["tiny", "--optim.weights", "bf16", "--precision", "fp32"], "precision"),
+    (["tiny", "--distill.teacher", "model"], "distill"),
+    (["tiny", "--data", "pairs.jsonl", "pairs.jsonl"], "pairs"),
+    (["tiny", "--data", "pairs.jsonl", "--columns.query", "query"], "columns.positive"),
+    (
+        ["tiny", "--data", "pairs.jsonl", "--columns.query", "a", "--columns.positive", "b"],
+        "columns",
+    ),
+    (["tiny", "--allow-changed", "stepz"], "stepz"),
+    (["tiny", "--steps", "1.5"], "steps"),
+    (["tiny", "--optim.lr", "x"], "lr"),
 ]
 
 

@@ -48,7 +48,8 @@ def named(scene: Scene, ended: Ended, *names: str) -> bool:
     """
     scene.check(ended.status == 1, f"status {ended.status}, expected 1")
     # `exit_weights` and `exit-weights` are the same option.
-    line = "".join(ended.errors).replace("_", "-")
+    # The dry run says on standard output why it refuses a source.
+    line = ("".join(ended.errors) or ended.out).replace("_", "-")
     spelt = {name: name.replace("_", "-").split("|") for name in names}
     missing = [name for name, words in spelt.items() if not any(word in line for word in words)]
     scene.check(not missing, f"does not name {', '.join(missing)}")

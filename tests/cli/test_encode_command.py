@@ -91,7 +91,7 @@ def test_closed_pipe_ends_the_command(directory):
             for _ in range(12):  # windows
                 process.stdin.write(b"a\n" * WINDOW)
             raise AssertionError("all of it was read")
-        assert process.wait(60) == 0 and process.stderr.read() == b""
+        assert process.wait(60) == 141 and process.stderr.read() == b""
 
 
 def test_lines_to_npy(encoder, directory, tmp_path):
@@ -134,13 +134,25 @@ def test_json_lines_to_npy(encoder, directory, tmp_path):
 
 def error_of(*arguments: str | Path | bytes) -> str:
     """Return the error of the command in this process: starting another takes seconds."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(ValueError) as caught:
-            tyro.cli(encode.main, args=[os.fsdecode(one) for one in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ValueError) as caught:
+        tyro.cli(encode.main, args=[os.fsdecode(one) for one in arguments])
     return str(caught.value)
+
+
+def test_text_of_ten_million_letters(encoder, directory):
+    """Its end is cut before it is tokenised; memory and time stay bounded."""
+    done = good(directory, stdin=b"a" * 10**7 + b"\n" + b"a" * 10**6 + b"\n")
+    first, second = done.stdout.splitlines()
+    assert first == second
+
+
+@pytest.mark.parametrize("source", ["-", "/dev/zero"])
+def test_line_without_end(source, directory):
+    words = ["sh", "-c", 'yes | tr -d "\\n" | "$0" "$@"', *HEAD, directory, "--input", source]
+    with processes.started(words, env=ENVIRONMENT, stderr=PIPE) as process:
+        error = process.stderr.read()
+    name = "standard input" if source == "-" else source
+    assert error == f"error: {name}:1: expected lines of at most 64 MiB, got a longer one\n"
 
 
 def test_invalid_utf8(encoder, directory, tmp_path):
@@ -191,7 +203,6 @@ def test_command_compiles_in_the_process_that_encodes(device, compile, monkeypat
     def load(model, where, dtype, compile):
         raise Loaded(compile)
 
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.setattr(Encoder, "load", load)
     with pytest.raises(Loaded) as loaded:
         encode.main("model", ("a text",), device=device, compile=compile)
@@ -210,7 +221,9 @@ def test_interrupted_run_leaves_nothing(directory, tmp_path, sent, status):
         (partial,) = tmp_path.iterdir()
         assert partial.name.startswith(".out.npy.")
         process.send_signal(sent)
-        assert process.wait(60) == status and process.stderr.read() == b""
+        assert process.wait(60) == status
+        line = f"got {sent.name}, stopping; a second signal stops at once"
+        assert process.stderr.read().decode().strip() == line
         assert list(tmp_path.iterdir()) == []
 
 
@@ -236,9 +249,28 @@ def test_two_processes_equal_one(encoder):
         assert both.encode([]).shape == (0, 24)
         processes = both.workers.processes
         processes[1].kill()
-        with pytest.raises(ChildProcessError, match="worker cpu: it died, exit status -9"):
+        with pytest.raises(
+            ChildProcessError, match="worker cpu: it was killed, most likely for memory"
+        ):
             both.encode(texts)
     assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_command(directory, sent):
+    """Processes start for seconds, during which nobody tells them that the command is gone."""
+    with start(directory, "--device", "cpu", "cpu") as process:
+        end = time.monotonic() + 120
+        while len(processes.session(process.pid)) < 4:  # and one that tracks shared memory
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, sent)
+        process.stdin.close()
+        assert process.wait(60) in (-sent, 128 + sent)
+        end = time.monotonic() + 10  # less than a second on a machine that does nothing else
+        while processes.session(process.pid):
+            assert time.monotonic() < end, processes.session(process.pid)
+            time.sleep(0.05)
 
 
 # ---- memory ----

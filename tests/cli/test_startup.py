@@ -46,7 +46,12 @@ ANSWERS = [
     *((["mlembed", name, "--help"], 0, "usage: ", 1.0) for name in COMMANDS),
     (["mlembed", "encode"], 1, "error: Missing from mlembed encode: ", 0.5),
     (["mlembed", "encode", "x", "--dims", "3"], 1, "--dims, 3 (near: --dim)", 0.5),
-    (["mlembed", "encode", "x", "--dim", "1e3"], 1, "error: --dim: expected INT, got '1e3'", 0.5),
+    (
+        ["mlembed", "encode", "x", "--dim", "1e3"],
+        1,
+        "error: --dim: expected a whole number, got '1e3'",
+        0.5,
+    ),
     (["mlembed", "encode", "x", "a", "--max-tokens", "0"], 1, "max-tokens: expected 1", 0.5),
     (["mlembed", "mine", "x", "y", "--data", "z", "--top", "0"], 1, "top: expected more", 0.5),
     *(
@@ -56,7 +61,7 @@ ANSWERS = [
             ([], 2, "usage: python train.py"),
             (["tyni"], 1, "near: tiny"),
             (["tiny", "--optim.lrr", "1"], 1, "no such key (near: optim.lr"),
-            (["tiny", "--steps", "many"], 1, "error: --steps: expected INT, got 'many'"),
+            (["tiny", "--steps", "many"], 1, "error: --steps: expected a whole number, got 'many'"),
             (["tiny", "--steps", "0"], 1, "error: steps: expected more than 0, got 0"),
         )
     ),

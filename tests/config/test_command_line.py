@@ -14,6 +14,7 @@ def function(
     dim: int | None = None,
     top: int = 3,
     t: float = 0.5,
+    dims: tuple[int, ...] = (),
 ):
     """Print arguments."""
     print(texts, dim, top, t)
@@ -22,9 +23,10 @@ def function(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a --dim 1e3", "--dim: expected INT, got '1e3'"),
-        ("a --top 1.0", "--top: expected INT, got '1.0'"),
-        ("a --t x", "--t: expected FLOAT, got 'x'"),
+        ("a --dim 1e3", "--dim: expected a whole number, got '1e3'"),
+        ("a --top 1.0", "--top: expected a whole number, got '1.0'"),
+        ("a --t x", "--t: expected a number, got 'x'"),
+        ("a --dims 1e3 8", "--dims: expected numbers, got ['1e3', '8']"),
         ("a --tops 3", "Unrecognized options: --tops, 3 (near: --top)"),
         ("a --top", "Missing value for argument '--top'. Expected 1 values."),
     ],

@@ -314,6 +314,7 @@ SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
         (Run, dict(max_length=513), "max_length: .*max_position_embeddings 512, got 513"),
         (Run, dict(data=()), "data: expected at least one source"),
         *((Run, dict(name=name), "name: expected a plain") for name in ("", "a/b", ".", "..")),
+        *((Run, dict(name=name), "name: expected a pl") for name in ("a\nb", "\udcff", 201 * "x")),
         (Run, dict(optim=Optim(weights="bf16"), engine="fsdp"), "optim.weights: expected fp32"),
         (Run, dict(cpu_offload=True), "engine: expected fsdp with cpu_offload, got ddp"),
         (Run, dict(loss=Loss(memory_bank=1023)), "at least the 1024 documents .*, got 1023"),

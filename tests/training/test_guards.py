@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from mlembed import config
+from mlembed.runtime import process
+from mlembed.runtime.errors import out_of_memory
 from mlembed.training import guards
 from train import guarded, settle
 
@@ -118,7 +120,7 @@ def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
     """One process knows at once; several read it in the next step, without waiting for this one."""
     job, _ = make("--log-every", 100)
     real, alone = train.guarded, job.where
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in process.SIGNALS}
 
     def guarded(job, step, feed):
         if step + 1 == at:
@@ -128,10 +130,13 @@ def test_a_signal_ends_the_run_once_all_know(make, monkeypatch, at, size):
     save = train.save
     monkeypatch.setattr(train, "guarded", guarded)
     monkeypatch.setattr(train, "save", lambda job, step: save(replace(job, where=alone), step))
+    process.begin()
     try:
         where = replace(alone, size=size)
-        assert train.optimise(replace(job, where=where), 0) == at + size - 1
+        with process.hold_signals():
+            assert train.optimise(replace(job, where=where), 0) == at + size - 1
     finally:
+        process.begin()  # forgets the signal
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert not job.unread
@@ -230,8 +235,8 @@ def test_bad_loss_and_bad_weight():
 def test_host_allocator_is_recognised():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**58, dtype=torch.uint8)
-    assert guards.out_of_memory(error.value)
-    assert not guards.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     advice = guards.oom_advice(error.value, config.Run(), 3, 1000, math.inf, 0.0)
     assert "at step 3" in advice and f"asked for {2**28:.3g} GiB" in advice
     assert "--gradient-cache" in advice and "--pack-tokens 500" in advice
@@ -251,7 +256,7 @@ CUDA = "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capaci
 def test_advice_by_numbers(cached, graphs, option):
     """A request of 3 GiB with 1 free lacks 2, or 2.2 with the margin."""
     error = torch.OutOfMemoryError(CUDA)
-    assert guards.out_of_memory(error)
+    assert out_of_memory(error)
     run = config.Run(gradient_cache=cached)
     advice = guards.oom_advice(error, run, 7, 4096, graphs * 2**30, 2.0**30)
     assert option in advice and "short by at least 2 GiB" in advice and "step 7" in advice
