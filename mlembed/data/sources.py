@@ -173,6 +173,11 @@ def describe_stream(source: config.Source) -> str:
     return f"streamed, {rows}, {task_of(source)}; {roles}"
 
 
+def is_local(source: config.Source) -> bool:
+    """Return whether a source is on this machine, and has an end."""
+    return Path(source.path).exists() or bool(paths.parallel_files(source.path))
+
+
 # ---- the parts of a source ----
 
 

@@ -1,5 +1,6 @@
 """One-line errors of commands. Imports no torch, so that mistakes are answered quickly."""
 
+import errno
 import os
 import sys
 import unicodedata
@@ -13,6 +14,7 @@ from . import process
 
 # Characters that turn the direction of the text around them.
 TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # Error numbers of a full disk.
 
 
 def printable(text: str) -> str:
@@ -76,6 +78,8 @@ def print_line(error: BaseException, place: str = "") -> None:
     reason = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         reason = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno in FULL:  # Other writers name their file.
+        reason = f"standard output: {error.strerror}"
     if out_of_memory(error) and not isinstance(error, ValueError):
         reason = f"memory: out of memory{': ' * bool(reason)}{reason}"
     if not is_users(error):

@@ -84,6 +84,17 @@ def test_wrong_ranges(some, tmp_path):
             vector_files.read_ranges(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "shape", [f"(2, {10**12})", "(2, 3" + "0" * 20_000 + ")", "-" * 9000 + "1"]
+)
+def test_header_of_ranges_claims_too_much(shape, tmp_path):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    size = len(header).to_bytes(4, "little")
+    (tmp_path / "r.npy").write_bytes(b"\x93NUMPY\x02\x00" + size + header + bytes(24))
+    with pytest.raises(ValueError, match="ranges: expected an .npy file"):
+        vector_files.read_ranges(tmp_path / "r.npy")
+
+
 # ---- files ----
 
 

@@ -143,52 +143,12 @@ def test_pruning_keeps_the_newest(keep, tmp_path):
     assert len(names(tmp_path)) == min(keep, 5)
 
 
-def test_pruning_keeps_as_many_damaged_ones(tmp_path):
-    for name in ("step_00000001", "step_00000001_1", "step_00000003", "step_00000002"):
-        (tmp_path / f"damaged_{name}").mkdir()
-    with saver(tmp_path, 2) as one:
-        one.save(4, ONES, nothing)
-    left = [f"damaged_step_0000000{step}" for step in (2, 3)]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [*left, "step_00000004"]
-
-
-def test_interrupted_deletion_ends_with_the_next_checkpoint(tmp_path, monkeypatch):
-    """A process that is killed while it deletes leaves some files of an earlier checkpoint."""
-
-    def killed(path):
-        (path / "config.json").unlink()
-        raise KeyboardInterrupt
-
-    with saver(tmp_path, keep=1) as one, monkeypatch.context() as patch:
-        one.save(1, {"model.x": torch.ones(2)}, lambda path: (path / "config.json").touch())
-        one.wait()
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoint._prune(tmp_path, -1)
-    assert intact.complete(tmp_path) == [] and len(list(tmp_path.iterdir())) == 1
-    with saver(tmp_path, keep=1) as one:
-        one.save(2, ONES, nothing)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
-
-
 def test_step_is_saved_once(tmp_path, trained):
     path = save(tmp_path, 5, *trained)
     written = {file.name: file.read_bytes() for file in path.iterdir()}
     train(*trained, 1)
     assert save(tmp_path, 5, *trained) == path
     assert {file.name: file.read_bytes() for file in path.iterdir()} == written
-
-
-def test_checkpoints_of_another_run_stay(tmp_path):
-    for run, step in (("a", 4), ("a", 6), ("b", 2), ("b", 3), ("b", 4)):
-        keep = 2 if run == "a" else 1
-        with checkpoint.Saver(tmp_path, 0, 1, keep, {"run": run}) as one:
-            one.save(step, ONES, nothing)
-            if (run, step) == ("b", 4):
-                with pytest.raises(ValueError, match="new directory, got a checkpoint of run a"):
-                    one.wait()
-    # Run b deletes neither those of run a nor its own newest.
-    assert names(tmp_path) == ["step_00000003", "step_00000004", "step_00000006"]
 
 
 def test_incomplete_directory_is_not_a_checkpoint(tmp_path, trained):

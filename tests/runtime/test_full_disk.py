@@ -99,3 +99,11 @@ def test_run_names_the_log_that_is_full(tracker, tmp_path):
     assert f"error: {full}: could not be written: File too large" in done.stderr
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) > 2 and all(line.endswith("\n") and json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("command", ["encode MODEL one two", "data PAIRS"])
+def test_standard_output_that_is_full_is_named(command, given):
+    names = {"MODEL": "model", "PAIRS": "pairs.jsonl"}
+    words = [str(given / names[word]) if word in names else word for word in command.split()]
+    done = limited(60, "mlembed", *words)
+    assert (done.returncode, done.stderr) == (1, "error: standard output: File too large\n")
