@@ -306,9 +306,8 @@ def test_only_damaged_checkpoints_are_an_error(stopped):
     assert re.search(message, refused(stopped))
     args = [TRAIN, *ARGS, *DATA, *EVAL, "--steps", STEPS, "--resume"]
     two = processes.run(*args, processes=2, cwd=stopped)
-    assert two.returncode == 1
-    # Neither process waits for the other.
-    assert [bool(re.search(message, line)) for line in two.stderr.splitlines()] == [True, True]
+    # The second process does not wait for the first, which looks for checkpoints.
+    assert two.returncode == 1 and re.search(message, two.stderr)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "earlier version"])
