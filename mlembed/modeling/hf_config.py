@@ -91,7 +91,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     except ValueError as error:
         # The checks of `Model` name the field alone.
         reason = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: {reason}" if str(directory) not in reason else reason) from None
+        raise ValueError(f"{path}: {reason}" if f"{directory}/" not in reason else reason) from None
 
 
 def _own_shape(path: Path, model: Model) -> Model:
