@@ -186,6 +186,17 @@ def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen
         process.communicate()
 
 
+def session(leader: int) -> dict[int, int]:
+    """Return the processes of a session that still run, with the ids of their parents."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, _, its, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its) == leader and state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
 def on_path() -> dict[str, str]:
     """Return the environment with this process's import path, for a test file run as a script."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -5,6 +5,7 @@ mlembed data FILE_OR_DIR .. [--tokenizer DIR] [--json]
 
 import json as json_lines
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import tyro
@@ -41,13 +42,14 @@ def main(
     from ..data.eval_sets import read_all
     from ..data.formats.readers import normalise
 
-    length = len
+    length: Callable[[str], int] = len
     if tokenizer or init:
         from ..data import tokenizer as tokenizers
         from ..modeling.hf_config import resolve
 
-        tokens = tokenizers.load(resolve(init or tokenizer))
-        length = lambda text: len(tokens.encode(text).ids)  # noqa: E731
+        tokens = tokenizers.load(resolve(init or tokenizer, "init" if init else "tokenizer"))
+        longest = tokenizers.LONGEST_TEXT
+        length = lambda text: len(tokens.encode(text[:longest]).ids)  # noqa: E731
     run = sources.expand(Run(data=data, columns=columns, header=header, eval=eval))
     held_out = frozenset(
         normalise(text) for task in read_all(eval, bad_rows) for text in task.texts

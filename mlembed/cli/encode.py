@@ -64,6 +64,8 @@ def main(
     target = Path(out)
     if texts and input:
         raise ValueError("texts: expected some or --input, got both")
+    if not device:
+        raise ValueError("device: expected one or more, got none")
     check_number("max-tokens", max_tokens, least=1, below=2**31)
     makes_ranges = precision in ("int8", "uint8") and ranges is None
     if makes_ranges and not out:

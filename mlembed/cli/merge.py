@@ -61,10 +61,10 @@ def main(
     merged, fits = merge(loaded, counts, method, cfg)
     ratios = [f"{weight / sum(counts):.3g}" for weight in counts]
     names = [shown(model) for model in models]
-    parts = ", ".join(f"{name} ({ratio})" for name, ratio in zip(names, ratios, strict=True))
+    parts = ", ".join(f"{name} (weight {ratio})" for name, ratio in zip(names, ratios, strict=True))
     words = ["python", "-m", "mlembed", "merge", out.name, *names, "--method", method]
     command = shlex.join([*words, "--weights", *ratios])
-    origin = Origin(how=f"{method.capitalize()} of {parts}, with weights.", command=command)
+    origin = Origin(how=f"{method.capitalize()} of {parts}.", command=command)
     report = export(Encoder(merged, tokens, **vars(served)), out, source=origin)
     print(f"{out}: {method} of {len(models)} models, weights {' '.join(ratios)}")
     for fit in fits:

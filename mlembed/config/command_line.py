@@ -10,27 +10,20 @@ from typing import Any
 from ..runtime.process import Stopped
 
 TITLES = "Value error|Required options|Unrecognized options|Invalid choice|Missing argument"
+NONE_OR = r"no type matching \{None\}\|%s could be instantiated from \["
+WHOLE = rf"(?:invalid literal for int\(\) with base 10: |{NONE_OR % 'INT'})"
+NUMBER = rf"(?:could not convert string to float: |{NONE_OR % 'FLOAT'})"
 # Changes to the text of tyro's box, one after the other.
 CHANGES = (
     (rf"^({TITLES}) ", ""),
     (r" (For full helptext|Argument helptext|Got errors:|Are you sure).*", ""),
     (r" Perhaps you meant: (--[\w.-]+).*", r" (near: \1)"),
-    (
-        r"^Error parsing (\S+): no type matching \{None\}\|(\w+) could be instantiated from "
-        r"\[(.*)\]\.?$",
-        r"\1: expected \2, got \3",
-    ),
-    (
-        r"^Error parsing (\S+): invalid literal for int\(\) with base 10: ",
-        r"\1: expected INT, got ",
-    ),
-    (r"^Error parsing (\S+): could not convert string to float: ", r"\1: expected FLOAT, got "),
+    (rf"^Error parsing (\S+): {WHOLE}(.*?)\]?\.?$", r"\1: expected a whole number, got \2"),
+    (rf"^Error parsing (\S+): {NUMBER}(.*?)\]?\.?$", r"\1: expected a number, got \2"),
     (
         r"^Error parsing (\S+): Could not find valid parse for arguments:",
         r"\1: expected numbers, got",
     ),
-    (r"^(\S+): expected INT, got ", r"\1: expected a whole number, got "),
-    (r"^(\S+): expected FLOAT, got ", r"\1: expected a number, got "),
     # tyro reports our own ValueErrors, too.
     (r"^Error parsing \w+: ", ""),
 )

@@ -29,6 +29,7 @@ from ..config.choices import BadRows
 from . import sources
 from .eval_tasks import STS, Bitext, Mining, Part, Pool, Retrieval, Side, Task
 from .formats import beir, layouts, paths, readers
+from .formats.bounds import shown
 from .formats.layouts import Report
 from .formats.roles import Roles, as_number
 
@@ -182,7 +183,8 @@ def nway(name: str, records: Iterable[dict[str, Any]], report: Report | None = N
     for record in records:
         kind, lang, key = record.get("kind") or "", record["lang"], record["id"]
         if (kind, lang, key) in places:
-            reason = f"expected one text of an id and language, got another of {key!r} in {lang}"
+            got = f"another of {shown(key)} in {lang}"
+            reason = f"expected one text of an id and language, got {got}"
             report.add_bad_row(name, reason)
             continue
         places[kind, lang, key] = len(task.texts)
@@ -229,11 +231,11 @@ def _sts(path: Path, roles: Roles, rows: Iterator[readers.Row], report: Report) 
     def parse(row: dict[str, Any]) -> tuple[str, str, float]:
         score = as_number(row.get(roles.score))
         if score is None or not math.isfinite(score):
-            raise ValueError(f"{roles.score}: expected a number, got {row.get(roles.score)!r}")
+            raise ValueError(f"{roles.score}: expected a number, got {shown(row.get(roles.score))}")
         pair = row.get(roles.query), row.get(roles.positive)
         for column, text in zip((roles.query, roles.positive), pair, strict=True):
             if not isinstance(text, str | None):
-                raise ValueError(f"{column}: expected text, got {text!r}")
+                raise ValueError(f"{column}: expected text, got {shown(text)}")
         return pair[0] or "", pair[1] or "", score
 
     parsed = [pair for _, _, pair in layouts.valid(rows, report, parse)]
@@ -288,7 +290,7 @@ def _part(task: Mining, files: dict[str, Path], pair: str, split: str) -> Part:
         first, place = len(task.texts), dict[str, int]()
         for where, (key, text) in beir.cells(path, ("id", "text")):
             if key in place:
-                raise ValueError(f"{where}: id: expected a new one, got {key!r} again")
+                raise ValueError(f"{where}: id: expected a new one, got {shown(key)} again")
             place[key] = len(place)
             task.texts.append(text)
         places.append(place)
@@ -297,7 +299,8 @@ def _part(task: Mining, files: dict[str, Path], pair: str, split: str) -> Part:
     for where, keys in beir.cells(gold_file, ("id", "id")):
         for key, place, side in zip(keys, places, pair.split("-"), strict=True):
             if key not in place:
-                raise ValueError(f"{where}: expected an id of {pair}.{split}.{side}, got {key!r}")
+                got = shown(key)
+                raise ValueError(f"{where}: expected an id of {pair}.{split}.{side}, got {got}")
         gold.append([place[key] for key, place in zip(keys, places, strict=True)])
     if not gold:
         raise ValueError(f"{gold_file}: expected lines, found none")

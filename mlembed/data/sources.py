@@ -107,7 +107,7 @@ def _object_of(path: Path) -> Any:
         first = json.loads(head)
         if not isinstance(first, dict) or "sources" not in first and len(first) > 1:
             return None
-    except ValueError:
+    except (ValueError, RecursionError):
         # The first line may begin an object over several lines.
         pass
     return read_json(path)
@@ -171,6 +171,11 @@ def describe_stream(source: config.Source) -> str:
     roles = "; ".join(part.open(source)[0].describe() for part in _parts(source))
     rows = f"{source.rows} rows as declared" if source.rows else "rows not declared"
     return f"streamed, {rows}, {task_of(source)}; {roles}"
+
+
+def is_local(source: config.Source) -> bool:
+    """Return whether a source is on this machine, and has an end."""
+    return Path(source.path).exists() or bool(paths.parallel_files(source.path))
 
 
 # ---- the parts of a source ----

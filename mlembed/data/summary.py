@@ -12,7 +12,8 @@ from .. import config
 from ..config.choices import BadRows
 from . import sources, streams
 from .formats.layouts import Report
-from .tables import Table, check_teaches, describe
+from .tables import Table, check_teaches, describe, left_out
+from .tokens import check_prompts
 
 EXAMPLES = 3
 SHOWN = 160  # characters of a text of an example
@@ -71,9 +72,17 @@ def summaries(
         try:
             if source.streaming:
                 name, line = streams.name_of(source), sources.describe_stream(source)
-                yield Summary(name, line, report=asdict(Report(name)))
+                report = Report(name)
+                if sources.is_local(source):
+                    # Training reads to the end, and may find a mistake there.
+                    for _ in sources.items(
+                        source, bad_rows=bad_rows, held_out=held_out, report=report
+                    ):
+                        pass
+                yield Summary(name, f"{line}{left_out(report)}", report=asdict(report))
                 continue
             for table, report in sources.read(source, bad_rows=bad_rows, held_out=held_out):
+                check_prompts(table)
                 check_teaches(table, source.num_negatives != 0)
                 yield _summary(table, report, length)
         except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ from .formats.roles import Roles
 
 MIN_SCORE = 0.8  # a scored pair counts as a positive from 4 of 5 on (F2LLM, arXiv 2510.02294)
 CHUNK = 8192  # texts that are read or written at once
+LONG = 2**24  # characters of texts that are written at once
 SPOOL = "spool.arrow"  # all texts of a table, before it is known which stay
 
 
@@ -114,31 +115,33 @@ class StoredTexts(Sequence[str]):
         return self.column[int(row)].as_py()
 
     def __iter__(self) -> Iterator[str]:
-        for begin in range(0, len(self), CHUNK):
-            yield from self[begin : begin + CHUNK]
+        for chunk in self.column.chunks:
+            yield from chunk.to_pylist()
 
 
 class TextWriter:
-    """Writes texts to an Arrow file, CHUNK at a time."""
+    """Writes texts to an Arrow file, CHUNK at a time, or fewer if they are long."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        self.path, self.buffer = path, list[str]()
+        self.path, self.buffer, self.room = path, list[str](), LONG
         self.file = pa.ipc.new_file(str(path), pa.schema([("text", pa.large_string())]))
 
     def extend(self, texts: Iterable[str]) -> None:
         """Append texts."""
-        self.buffer += texts
-        if len(self.buffer) >= CHUNK:
-            self._write()
+        for text in texts:
+            self.buffer.append(text)
+            self.room -= len(text)
+            if len(self.buffer) == CHUNK or self.room < 0:
+                self._write()
 
     def _write(self) -> None:
         import pyarrow as pa
 
         column = pa.array(self.buffer, pa.large_string())
         self.file.write_batch(pa.record_batch([column], names=["text"]))
-        self.buffer = []
+        self.buffer, self.room = [], LONG
 
     def close(self) -> StoredTexts:
         """Finish the file and map it."""
@@ -158,9 +161,8 @@ def _selected(texts: list[str] | TextWriter, rows: np.ndarray) -> Sequence[str]:
         return [texts[row] for row in rows.tolist()]
     spool = texts.close()
     writer = TextWriter(spool.path.with_name("texts.arrow"))
-    for begin in range(0, len(rows), CHUNK):
-        # Row by row, as Arrow's take would copy all texts into one array first, each time.
-        writer.extend([spool[row] for row in rows[begin : begin + CHUNK].tolist()])
+    # Row by row, as Arrow's take would copy all texts into one array first, each time.
+    writer.extend(spool[row] for row in rows.tolist())
     spool.path.unlink()
     return writer.close()
 

@@ -59,12 +59,7 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
     Raises:
         ValueError: two prompts for a table each of whose texts may be query or document.
     """
-    source = table.source
-    if table.either and source.prompt != source.document_prompt:
-        raise ValueError(
-            f"source {table.name}: prompt: expected that of documents, {source.document_prompt!r}, "
-            f"as each text of it may be drawn as either, got {source.prompt!r}"
-        )
+    check_prompts(table)
     # The caller's tokenizer keeps its truncation, and the key does not depend on it.
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_truncation()
@@ -82,7 +77,17 @@ def tokenise(table: Table, tokenizer: Tokenizer, max_length: int, progress: bool
         (directory / "about.json").write_text(about, encoding="utf-8")
 
     key = _key(table, tokenizer, max_length)
-    return cache.cached("tokens", key, build, _open, f"{source.path}: {table.name}")
+    return cache.cached("tokens", key, build, _open, f"{table.source.path}: {table.name}")
+
+
+def check_prompts(table: Table) -> None:
+    """Raise ValueError for two prompts of a table each of whose texts may be query or document."""
+    source = table.source
+    if table.either and source.prompt != source.document_prompt:
+        raise ValueError(
+            f"source {table.name}: prompt: expected that of documents, {source.document_prompt!r}, "
+            f"as each text of it may be drawn as either, got {source.prompt!r}"
+        )
 
 
 def _write(

@@ -97,9 +97,12 @@ def read_grid(path: Path) -> dict[str, Any]:
     grid["untrained"] = {task: result for task, result in untrained.items() if mapping(result)}
     for result in grid["untrained"].values():
         result["score"] = number(result["score"]) if _is_number(result.get("score")) else None
-    texts = files.field(path, grid, "texts_by_language", dict, {})
-    for code in texts:
-        files.field(path, texts, code, int)
+    texts = grid.get("texts_by_language")
+    if texts is None:
+        grid.pop("texts_by_language", None)
+    else:
+        for code in files.field(path, grid, "texts_by_language", dict):
+            files.field(path, texts, code, int)
     if not isinstance(grid.get("cells"), list) or not grid["cells"]:
         raise ValueError(f'{path}: expected "cells", a list of at least one')
     for i, cell in enumerate(grid["cells"]):

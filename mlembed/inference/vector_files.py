@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config.choices import Precision
-from ..runtime.files import atomic_file, atomic_files, save_array
+from ..runtime.files import atomic_file, atomic_files, check_regular, save_array
 
 HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
@@ -110,8 +110,11 @@ class Quantiser:
 def read_ranges(path: Path) -> np.ndarray:
     """Read fp32 [2, D] from an .npy file. ValueError for anything else."""
     try:
-        ranges = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        check_regular(path)
+        # The file is mapped, as a header may claim any number of values.
+        ranges = np.load(path, mmap_mode="r", allow_pickle=False)
+    # A header nests too deep for the parser in the last two cases.
+    except (OSError, ValueError, EOFError, RecursionError, MemoryError) as error:
         raise ValueError(f"ranges: expected an .npy file, got {path}: {error}") from None
     if not isinstance(ranges, np.ndarray):
         raise ValueError("ranges: expected [2, D], got an archive")

@@ -29,8 +29,11 @@ DOWNLOADS = ["*.json", "*.safetensors", "vocab.txt", "merges.txt", "*.model"]
 # ---- reading ----
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, key: str = "model") -> Path:
     """Return the model directory of a finished run, a local directory, or a downloaded hub id.
+
+    Args:
+        key: the option that the error names.
 
     Raises:
         ValueError: none of them, or a run that is not finished.
@@ -47,7 +50,7 @@ def resolve(source: str) -> Path:
         check_files(path)
         return path
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"model: expected a directory or a hub id, got {source}, which is neither")
+        raise ValueError(f"{key}: expected a directory or a hub id, got {source}, which is neither")
     from huggingface_hub import snapshot_download
 
     try:
@@ -55,7 +58,7 @@ def resolve(source: str) -> Path:
     except Exception as error:  # The hub's client raises many kinds of exceptions.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"model: {source}: not a local directory, and not available on the hub: {reason}"
+            f"{key}: {source}: not a local directory, and not available on the hub: {reason}"
         ) from None
     check_files(path)
     return path
@@ -88,7 +91,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
     except ValueError as error:
         # The checks of `Model` name the field alone.
         reason = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: {reason}" if str(directory) not in reason else reason) from None
+        raise ValueError(f"{path}: {reason}" if f"{directory}/" not in reason else reason) from None
 
 
 def _own_shape(path: Path, model: Model) -> Model:

@@ -282,14 +282,13 @@ def save(model: Transformer, directory: Path) -> None:
     Raises:
         ValueError: a weight, by name, is not finite.
     """
-    cfg, factors = model.cfg, dict[str, Tensor]()
+    cfg = model.cfg
     weights = {n: w.detach().float().cpu().contiguous() for n, w in model.state_dict().items()}
+    for name, tensor in weights.items():
+        weight_checks.check(f"weight {name}", tensor)
     if cfg.ranks:
         factors = {n: weights.pop(f"embed_tokens.{n}") for n in ("U", "W")}
         weights["embed_tokens.weight"] = factors["U"] @ factors["W"]
-    for name, tensor in (factors | weights).items():
-        weight_checks.check(f"weight {name}", tensor)
-    if factors:
         save_file(factors, directory / FACTORS, metadata={"format": "pt"})
     named = {hf_name(name, cfg): tensor for name, tensor in weights.items()}
     save_file(named, directory / "model.safetensors", metadata={"format": "pt"})

@@ -186,7 +186,7 @@ def _layers(
                 cut = int(layer["out_features"])
             else:
                 raise ValueError(
-                    f"{path}: {folder.name}: expected a tanh layer of {width} x {width} with a "
+                    f"{folder}/config.json: expected a tanh layer of {width} x {width} with a "
                     f"bias after cls pooling, or one that cuts vectors, got {layer!r:.200} after "
                     f"{pooling}"
                 )

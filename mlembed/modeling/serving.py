@@ -87,8 +87,10 @@ def write(serving: Serving, directory: Path) -> None:
     """
     files = serving.files()
     files[SETTINGS]["truncate_dim"] = serving.width
-    names = ["Transformer", *(["Normalize"] if serving.normalize else [])]
-    files["modules.json"] = [{"type": f"{MODULES}.{name}"} for name in names]
+    modules = {"Transformer": "", **({"Normalize": "1_Normalize"} if serving.normalize else {})}
+    files["modules.json"] = [
+        {"type": f"{MODULES}.{name}", "path": path} for name, path in modules.items()
+    ]
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (directory / name).write_text(text, encoding="utf-8")

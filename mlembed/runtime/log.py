@@ -120,6 +120,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    files.check_regular(path)
     values = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:

@@ -25,6 +25,7 @@ MODULE = re.compile(
     r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)"
     r"(?:\.[A-Z]\w*|\.[a-z_]+)?\.(Transformer|Pooling|Dense|Normalize|LayerNorm|Dropout|StaticEmbedding)"
 )
+WEIGHTED = "Transformer", "Dense", "LayerNorm", "StaticEmbedding"
 FOLDER = re.compile(r"(?:[A-Za-z0-9_][\w.-]*)?")
 SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 ACTIVATION = re.compile(
@@ -183,8 +184,9 @@ def modules(path: Path) -> list[tuple[Path, str]]:
                 f"{where}: type: expected a module of sentence_transformers that only computes "
                 f"(Transformer, Pooling, Dense, ..), got {kind!r:.80}"
             )
-        whole = folder or match[1] in ("Transformer", "StaticEmbedding")
-        if not (whole and FOLDER.fullmatch(folder)):
+        inside = folder or match[1] in ("Transformer", "StaticEmbedding")
+        exists = match[1] not in WEIGHTED or (path.parent / folder).is_dir()
+        if not (inside and FOLDER.fullmatch(folder) and exists):
             raise ValueError(f"{where}: path: expected a folder of the model, got {folder!r:.80}")
         if module.get("kwargs"):
             raise ValueError(f"{where}: kwargs: expected none, got {module['kwargs']!r:.80}")
@@ -207,7 +209,7 @@ def _weights(folder: Path, kind: str) -> dict[str, list[int]]:
                 )
     files = sorted(folder.glob("*.safetensors"))
     pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
-    if not files and (pickles or kind in ("Transformer", "Dense", "LayerNorm", "StaticEmbedding")):
+    if not files and (pickles or kind in WEIGHTED):
         raise ValueError(f"expected weights in safetensors in {folder}, got none")
     return {name: shape for path in files for name, shape in shapes(path).items()}
 

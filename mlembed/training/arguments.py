@@ -63,7 +63,7 @@ def _from_init(base: config.Run, args: Sequence[str], default: str) -> config.Ru
     init = finder.parse_known_args(args)[0].init
     if not init:
         return base
-    model = hf_config.from_checkpoint(hf_config.resolve(init), base.model)
+    model = hf_config.from_checkpoint(hf_config.resolve(init, "init"), base.model)
     longest = min(base.max_length, model.max_position_embeddings)
     return dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
 

@@ -184,7 +184,8 @@ def describe_serving(run: config.Run, served: Serving, cfg: config.Model) -> str
 def load_tokenizer(run: config.Run, resume_from: Path | None, text: Text) -> Tokenizer:
     """Load the tokenizer of a checkpoint, of `init` or by name, or train one on the text."""
     if source := resume_from or run.init or run.tokenizer:
-        return tokenizer.load(hf_config.resolve(str(source)))
+        key = "init" if run.init else "tokenizer"
+        return tokenizer.load(hf_config.resolve(str(source), key))
     if not text.tables:
         raise ValueError("tokenizer: expected one, or init, where all text is streamed, got none")
     return tokenizer.train((t for table in text.tables for t in table.texts), run.model.vocab_size)

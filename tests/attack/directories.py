@@ -35,7 +35,7 @@ WHOLE: dict[str, str | bytes] = {
 ODD: dict[str, Any] = {
     "null": None,
     "a string": "32",
-    "a list": [1, 2],
+    "a list": ["x"],
     "an object": {"a": 1},
     "true": True,
     "-1": -1,
@@ -203,7 +203,7 @@ def weight_files() -> Iterator[Row]:
                 "directories",
                 f"{name}, model.safetensors: {label}",
                 argv,
-                ("model.safetensors",),
+                ("model.safetensors|embed_tokens",),
                 (*TEXT, "model", "other"),
                 partial(replaced, "model.safetensors", HEADERS[label]),
             )

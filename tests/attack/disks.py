@@ -37,13 +37,13 @@ def rows(seed: int) -> Iterator[Row]:
         for stream, number in STREAMS.items():
             yield row(
                 f"{name}, {stream} closed",
-                "0 or 1, no traceback",
+                "documented, no traceback",
                 partial(closed, name, number, False),
             )
         for stream in ("stdout", "stderr"):
             yield row(
                 f"{name}, {stream} full",
-                "0 or 1, no traceback",
+                "documented, no traceback",
                 partial(closed, name, STREAMS[stream], True),
             )
     yield row("encode of texts from a closed stdin", "1", no_texts)
@@ -130,7 +130,9 @@ def closed(name: str, number: int, full: bool, scene: Scene) -> None:
     # With texts as arguments nobody reads standard input.
     ended = scene.run(*COMMANDS[name], limits=limits)
     scene.outputs = {"runs"} if name == "train" else {"out", "out.jsonl", "out.npy"}
-    scene.check(ended.status in (0, 1), f"status {ended.status}, expected 0 or 1")
+    # A run takes a stream that cannot be written for a closed terminal: it saves and ends.
+    known = (0, 1, 130) if name == "train" else (0, 1, 120, 141)
+    scene.check(ended.status in known, f"status {ended.status}, expected one of {known}")
     if ended.status == 0 and name == "train":
         same_run(scene)
     elif ended.status == 0 and name in WRITERS:

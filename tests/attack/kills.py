@@ -1,13 +1,15 @@
 """SIGKILL at any instant, and at chosen files: the next try gives the undisturbed result."""
 
+import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from .rows import Row, shown
+from .rows import Row, named, shown
 from .scene import Command, Scene
 from .stock import INPUTS, RESUME, START, TEXT, WRITERS, output, same_output, same_run, seconds
 
@@ -41,6 +43,7 @@ def rows(seed: int) -> Iterator[Row]:
         yield row(label, partial(train, shares))
     for when, name in EVENTS.items():
         yield row(f"train when {when}", partial(train_at, name))
+    yield Row("kills", "a worker of the loader", "1, names the loader, then the same", worker)
     for name in WRITERS:
         for share in (round(rng.uniform(0.2, 0.6), 3), round(rng.uniform(0.6, 1.0), 3)):
             yield row(f"{name} after {share:.3f} of its time", partial(writer, name, share))
@@ -94,6 +97,29 @@ def train_at(name: str, scene: Scene) -> str:
     command.until(appears(scene.work, name))
     kill(scene, command)
     return finish(scene)
+
+
+def worker(scene: Scene) -> str:
+    """Kill the process that prepares batches."""
+    scene.take(*TEXT)
+    scene.outputs = {"runs"}
+    command = scene.start(*START, "--loader-workers", "1")
+    command.until((scene.work / "runs/tiny/checkpoints/step_00000002").is_dir)
+    for pid in descendants(command.pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # The workers are forks of a server, which is a fork of the command.
+            if not descendants(pid) and "tracker" not in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+    named(scene, command.wait(), "loader")
+    return finish(scene)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and theirs."""
+    with suppress(FileNotFoundError):
+        below = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return [one for child in below for one in (child, *descendants(child))]
+    return []
 
 
 def appears(work: Path, name: str) -> Callable[[], bool]:

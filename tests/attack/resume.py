@@ -64,7 +64,7 @@ KEYS = {
     "--model.intermediate-size 64 --allow-changed model.intermediate_size": "intermediate_size",
     "--model.hidden-size 16 --model.matryoshka-dims 8 16 --allow-changed model.hidden_size "
     "model.matryoshka_dims": "model.hidden_size",
-    "--model.causal False --allow-changed model.causal": "model.causal",
+    "--model.no-causal --allow-changed model.causal": "model.causal",
     "--model.rope-theta 500 --allow-changed model.rope_theta": "model.rope_theta",
     "--model.ranks 8 --allow-changed model.ranks": "model.ranks",
     "--steps 3 --allow-changed steps": "steps",

@@ -6,6 +6,7 @@ tracebacks, more than one line for a mistake, time, memory, processes and files 
 
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import re
 import resource
@@ -172,7 +173,7 @@ class Scene:
         if not (pid := os.fork()):
             try:
                 streams = str(io / "0"), str(io / "1"), str(io / "2")
-                signals()
+                fresh()
                 what = (limited, limits, words, str(cwd))
                 processes._child(streams, values, (cold_start, words, cwd) if cold else what)
             finally:
@@ -296,8 +297,9 @@ def adopt() -> None:
 # ---- the child's side ----
 
 
-def signals() -> None:
-    """Give a fork the signal handlers of a new interpreter."""
+def fresh() -> None:
+    """Give a fork of the pool's process the state of a new interpreter, which may have children."""
+    multiprocessing.current_process()._config["daemon"] = False
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

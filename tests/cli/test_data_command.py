@@ -36,6 +36,25 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0 and json.loads(line)["report"]["items"] == 2
 
 
+def test_what_training_refuses_is_refused(tmp_path):
+    """The end of a stream, and prompts."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(1200)]
+    jsonl(tmp_path / "stream.jsonl", [*rows, {"query": "q"}])
+    nway = [{"id": str(i), "lang": code, "text": f"{code}{i}"} for i in range(9) for code in "ab"]
+    jsonl(tmp_path / "nway.jsonl", nway)
+    listed = [
+        {"path": "stream.jsonl", "streaming": True, "name": "a"},
+        {"path": "nway.jsonl", "streaming": True, "name": "b"},
+        {"path": "nway.jsonl", "prompt": "query: ", "name": "c"},
+    ]
+    (tmp_path / "mixture.json").write_text(json.dumps({"sources": listed}))
+    done = data(tmp_path / "mixture.json")
+    assert done.returncode == 1 and "3 of 3 sources refused" in done.stderr
+    assert "stream.jsonl:1201: positive: expected text, got None" in done.stdout
+    assert "nway.jsonl: expected pairs for a stream, got an n-way table" in done.stdout
+    assert "source c: prompt: expected that of documents, '', " in done.stdout
+
+
 def test_texts_of_the_evaluation(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(4)]
     held_out = [{"sentence1": "Q1", "sentence2": "other", "score": 1}]

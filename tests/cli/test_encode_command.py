@@ -139,6 +139,22 @@ def error_of(*arguments: str | Path | bytes) -> str:
     return str(caught.value)
 
 
+def test_text_of_ten_million_letters(encoder, directory):
+    """Its end is cut before it is tokenised; memory and time stay bounded."""
+    done = good(directory, stdin=b"a" * 10**7 + b"\n" + b"a" * 10**6 + b"\n")
+    first, second = done.stdout.splitlines()
+    assert first == second
+
+
+@pytest.mark.parametrize("source", ["-", "/dev/zero"])
+def test_line_without_end(source, directory):
+    words = ["sh", "-c", 'yes | tr -d "\\n" | "$0" "$@"', *HEAD, directory, "--input", source]
+    with processes.started(words, env=ENVIRONMENT, stderr=PIPE) as process:
+        error = process.stderr.read()
+    name = "standard input" if source == "-" else source
+    assert error == f"error: {name}:1: expected lines of at most 64 MiB, got a longer one\n"
+
+
 def test_invalid_utf8(encoder, directory, tmp_path):
     source, out = tmp_path / "a.txt", tmp_path / "out.npy"
     source.write_bytes(b"fine\r\n\xff\xfe broken\n")
@@ -184,7 +200,7 @@ class Loaded(Exception):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("device", [("cpu",), ("cpu", "cpu")], ids=len)
 def test_command_compiles_in_the_process_that_encodes(device, compile, monkeypatch):
-    def load(model, where, dtype, compile):
+    def load(model, where, dtype, compile, *others):
         raise Loaded(compile)
 
     monkeypatch.setattr(Encoder, "load", load)
@@ -238,6 +254,22 @@ def test_two_processes_equal_one(encoder):
         ):
             both.encode(texts)
     assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_command(directory, sent):
+    """Processes start for seconds, during which nobody tells them that the command is gone."""
+    with start(directory, "--device", "cpu", "cpu") as process:
+        end = time.monotonic() + 120
+        while len(processes.session(process.pid)) < 4:  # and one that tracks shared memory
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, sent)
+        assert process.wait(60) in (-sent, 128 + sent)
+        end = time.monotonic() + 10  # less than a second on a machine that does nothing else
+        while processes.session(process.pid):
+            assert time.monotonic() < end, processes.session(process.pid)
+            time.sleep(0.05)
 
 
 # ---- memory ----

@@ -13,7 +13,7 @@ from factories import tiny_encoder, tiny_tokenizer, write_encoder, write_jsonl
 from mlembed.__main__ import COMMANDS
 from mlembed.config.mining import Options
 
-# What each command needs besides the option; {m} is a model, {o} a new path.
+# Arguments that each command needs next to the option; {m} is a model, {o} a new path.
 NEEDED = {
     "encode": "{m} a_text",
     "evaluate": "{m} --data {d}",

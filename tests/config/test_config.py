@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from transformers import Qwen3Config
@@ -410,6 +411,17 @@ def test_attention_backend_is_not_the_checkpoints(stored, tmp_path):
     assert hf_config.from_checkpoint(tmp_path, Model(attention="sdpa")).attention == "sdpa"
     args = ["tiny", "--init", str(tmp_path), "--model.attention", "varlen", "--optim.lr=1e-5"]
     assert arguments.parse(args).model.attention == "varlen"
+
+
+def test_a_shape_that_is_refused_names_its_file(tmp_path, monkeypatch):
+    """A directory called `model`, as the fields are, is no reason to leave out the file."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("model")
+    folder.mkdir()
+    (folder / "mlembed_config.json").write_text('{"model": {"head_dim": -2}}')
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model/mlembed_config.json: model.head_dim: expected"):
+        hf_config.from_checkpoint(folder, Model())
 
 
 def test_tiny_asks_for_a_rate_of_trained_weights(tmp_path):

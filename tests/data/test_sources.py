@@ -250,6 +250,23 @@ def test_stored_tables_are_not_read_again(large, tmp_path, monkeypatch):
     assert table_of(path, prompt="x").source.prompt == "x"  # which changes no text
 
 
+@pytest.mark.parametrize("name", ["ids.npy", "starts.npy", "texts.arrow", "about.json"])
+def test_poisoned_table_is_read_again(name, large, tmp_path, monkeypatch):
+    """Bytes change, the size stays."""
+    path = jsonl(tmp_path / "p.jsonl", PAIRS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "BIG", 2**26)
+        want = table_of(path)
+    table_of(path)
+    (entry,) = large.iterdir()
+    whole = (entry / name).read_bytes()
+    half = len(whole) // 2
+    (entry / name).write_bytes(whole[:half] + b"\xff" * (len(whole) - half))
+    with pytest.warns(UserWarning, match=f"{name} is not what was written; it is built again"):
+        same_table(table_of(path), want)
+    assert (entry / name).read_bytes() == whole
+
+
 def test_keys_of_stored_tables(large, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", PAIRS)
     changes = [{}, {"name": "x"}, {"cap": 2}, {"task": "bitext"}, {"held_out": {"eins"}}]
@@ -343,3 +360,10 @@ def test_every_shared_file_reads():
     for table, report in found:
         assert len(table) > 0 and len(table.texts) >= 2 * len(table), table.name
         assert report.roles.endswith(("unused: none", "unused: source")) and not report.bad
+
+
+def test_a_mixture_that_nests_too_deep(tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text('{"sources": ' + "[" * 200_000)
+    with pytest.raises(ValueError, match=r"mixture\.json: invalid JSON: nested too deeply"):
+        sources.expand(config.Run(data=(str(path),)))

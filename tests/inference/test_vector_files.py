@@ -1,5 +1,7 @@
 """Quantised vectors, and files of vectors that are complete or absent."""
 
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -79,9 +81,21 @@ def test_wrong_ranges(some, tmp_path):
     with pytest.raises(ValueError, match=r"ranges: expected \[2, D\], got \(3, 19\)"):
         vector_files.read_ranges(tmp_path / "r.npy")
     np.save(tmp_path / "o.npy", np.array([[{}], [{}]]), allow_pickle=True)
-    for name in ("o.npy", "nowhere.npy"):
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("o.npy", "nowhere.npy", "pipe.npy"):
         with pytest.raises(ValueError, match="ranges: expected an .npy file"):
             vector_files.read_ranges(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "shape", [f"(2, {10**12})", "(2, 3" + "0" * 20_000 + ")", "-" * 9000 + "1"]
+)
+def test_header_of_ranges_claims_too_much(shape, tmp_path):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    size = len(header).to_bytes(4, "little")
+    (tmp_path / "r.npy").write_bytes(b"\x93NUMPY\x02\x00" + size + header + bytes(24))
+    with pytest.raises(ValueError, match="ranges: expected an .npy file"):
+        vector_files.read_ranges(tmp_path / "r.npy")
 
 
 # ---- files ----

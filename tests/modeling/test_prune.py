@@ -354,7 +354,7 @@ def test_train_py_trains_a_pruned_model(source, tmp_path):
         ({"shape": "ml-embed-80m", "layers": 3}, "shape: expected no layers"),
         ({"shape": "ml-embed-80m"}, "shape: vocab_size: expected 151936"),
         ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl"),
-        ({"texts": 0, "data": ("pairs.jsonl",)}, "texts: expected 1 or more"),
+        ({"texts": 0, "data": ("pairs.jsonl",)}, "texts: expected more than 0, got 0"),
     ],
 )
 def test_errors_write_nothing(source, tmp_path, monkeypatch, options, reason):

@@ -158,7 +158,8 @@ def test_command_refuses_a_weight(name, good, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["encode", "int8", "binary", "two devices", "mine", "teacher", "export"]
+    "name",
+    ["encode", "int8", "binary", "two devices", "mine", "teacher", "export", "prune"],
 )
 def test_command_refuses_vectors_of_zeros(name, good, data, tmp_path):
     """The last norm's weight is finite, and multiplies every vector by 0."""

@@ -60,7 +60,7 @@ NAMED = {
 EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     (
         "train.py",
-        "train",
+        "train_owned",
         "any_process(False, where)",
         "any_process(True, where)",
     ): "processes wait for each other here, and nothing reads the result",

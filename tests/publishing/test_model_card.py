@@ -244,3 +244,15 @@ def test_snippets_name_the_hub_repository(encoder):
         assert snippet.count('"me/small"') == 1 and '"small"' not in snippet
     assert 'name = snapshot_download("me/small")\n' in snippets[2]
     assert "mlembed export MODEL small --dim 5" in text
+
+
+def test_names_are_not_markup():
+    """Names of others stay in their line, cell and block of code."""
+    odd = "a|b\n# title <b>*x*</b> [l](u) \x1b[2J `c`"
+    plain = model_card._plain(odd)
+    assert plain == r"a\|b # title \<b\>\*x\*\</b\> \[l\](u) \u001b\[2J \`c\`".replace(
+        r"\u001b", r"\\u001b"
+    )
+    assert "\n" not in model_card._code(odd)
+    cut = model_card.Cut("out\n```", 8, 1, None, ("sentence-transformers",))
+    assert "\n" not in model_card.command(cut, model_card.Origin("run"), "")

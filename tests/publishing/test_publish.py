@@ -123,7 +123,9 @@ def test_a_base_merges_with_its_tune(method, ranks, tmp_path, capsys):
         most = cfg.ranks[-1] if ranks else 32
         best = X[:, :most] * S[:most] @ Y[:most]
         torch.testing.assert_close(merged.embed_tokens.table().double(), best, atol=1e-5, rtol=0)
-    assert f"{method.capitalize()} of base (0.5), tune (0.5)" in card(tmp_path / "out")
+    assert f"{method.capitalize()} of base (weight 0.5), tune (weight 0.5)." in card(
+        tmp_path / "out"
+    )
 
 
 def test_order_and_number_of_bases_do_not_matter(tmp_path):

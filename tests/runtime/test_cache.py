@@ -55,6 +55,18 @@ build = lambda directory: (directory / "a").write_text("built")
 print(cache.cached("kind", sys.argv[1], build, lambda d: (d / "a").read_text()), flush=True)
 sys.stdin.readline()
 """
+# Opens the entries that lines name, and says of each how often this process built it.
+RACER = """
+import sys
+from mlembed.runtime import cache
+
+for line in sys.stdin:
+    built = []
+    def build(directory):
+        built.append((directory / "a").write_text("one"))
+    print(cache.cached("kind", line.strip(), build, lambda d: (d / "a").read_text()), len(built))
+    sys.stdout.flush()
+"""
 BUILDER = """
 import sys, time
 from pathlib import Path
@@ -84,6 +96,23 @@ def test_processes_build_an_entry_once(home, tmp_path):
     assert [one.communicate()[0] for one in three] == ["one\n"] * 3
     assert log.read_text() == "built\n"
     assert [p.name for p in (home / "kind").iterdir()] == ["key"]
+
+
+def test_ten_races_for_a_damaged_entry(home):
+    """Two processes that find the same damage at once build the entry once, in every race."""
+    command = [sys.executable, "-W", "ignore", "-c", RACER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    two = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for number in range(10):
+        cache.cached("kind", f"{number}", writes("one"), content)
+        (home / "kind" / f"{number}" / "a").write_text("two")
+        for one in two:
+            one.stdin.write(f"{number}\n")
+            one.stdin.flush()
+        assert sorted(one.stdout.readline() for one in two) == ["one 0\n", "one 1\n"]
+    for one in two:
+        one.communicate()
+    assert len(list((home / "kind").iterdir())) == 10 and not list((home / "locks").iterdir())
 
 
 @pytest.mark.parametrize("damaged", [False, True])

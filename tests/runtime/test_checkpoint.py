@@ -151,18 +151,6 @@ def test_step_is_saved_once(tmp_path, trained):
     assert {file.name: file.read_bytes() for file in path.iterdir()} == written
 
 
-def test_checkpoints_of_another_run_stay(tmp_path):
-    for run, step in (("a", 4), ("a", 6), ("b", 2), ("b", 3), ("b", 4)):
-        keep = 2 if run == "a" else 1
-        with checkpoint.Saver(tmp_path, 0, 1, keep, {"run": run}) as one:
-            one.save(step, ONES, nothing)
-            if (run, step) == ("b", 4):
-                with pytest.raises(ValueError, match="new directory, got a checkpoint of run a"):
-                    one.wait()
-    # Run b deletes neither those of run a nor its own newest.
-    assert names(tmp_path) == ["step_00000003", "step_00000004", "step_00000006"]
-
-
 def test_incomplete_directory_is_not_a_checkpoint(tmp_path, trained):
     save(tmp_path, 5, *trained)
     cut = tmp_path / "step_00000009"  # Left by an interrupted deletion.

@@ -3,6 +3,7 @@
 import os
 import stat
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,3 +310,75 @@ def test_save_array_notices_that_its_last_byte_is_missing(tmp_path):
             files.save_array(tmp_path / "a.npy", np.ones((2, 32), np.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 200_000, "nested too deeply"),
+        ("[" * 101 + "]" * 101, "nested too deeply"),
+        ('{"a": 1, "b": 2, "a": 3}', "expected distinct keys, got 'a' twice"),
+        ("[1e999]", "expected finite numbers, got 1e999"),
+        ("[NaN]", "expected finite numbers, got NaN"),
+        ("1" * 5000, "expected at most 40 digits, got a number of 5000"),
+        ('["\\ud800"]', "lone surrogate"),
+        ("", "invalid JSON"),
+    ],
+)
+def test_odd_json_is_one_line(text, message, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json(:1)?: .*{message}") as caught:
+        files.read_json(path)
+    assert len(str(caught.value)) < 300
+
+
+def test_lenient_json(tmp_path):
+    """Files of runs may hold NaN; a byte-order mark is left out."""
+    path = tmp_path / "a.json"
+    path.write_text('\ufeff{"a": NaN}', encoding="utf-8")
+    assert files.read_object(path, strict=False)["a"] != 0
+    with pytest.raises(ValueError, match=r"a\.json:7: invalid JSON"):
+        files.parse_json("{", path, line=7)
+    with pytest.raises(ValueError, match=r"a\.json: expected a JSON object, got \[\]"):
+        files.check_object([], path)
+
+
+def test_only_regular_files_are_read(tmp_path, monkeypatch):
+    """Opening a pipe would wait for a writer, and reading a device would not end."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = ((pipe, "a pipe"), (Path("/dev/zero"), "a device"), (tmp_path / "dir", "a directory"))
+    for path, kind in places:
+        with pytest.raises(ValueError, match=f"{path}: expected a regular file, got {kind}"):
+            files.read_json(path)
+    with pytest.raises(ValueError, match="loop: Too many levels"):
+        files.read_json(tmp_path / "loop")
+    (tmp_path / "large").write_bytes(b"123")
+    with pytest.raises(ValueError, match="large: expected at most 2 bytes, got 3"):
+        files.read_bytes(tmp_path / "large", 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "odd"),
+    [
+        (int, 3, (True, 3.0, "3", [3])),
+        (float, 3, (False, "3", None)),
+        (bool, True, (1, "true")),
+        (str, "a", (1, ["a"])),
+        (dict, {}, ([], "a")),
+        (list, [], ({}, "a")),
+    ],
+)
+def test_fields_have_types(kind, good, odd):
+    path = Path("a.json")
+    value = files.field(path, {"k": good}, "k", kind)
+    assert value == good and type(value) is kind
+    assert files.field(path, {"k": None}, "k", kind, "default") == "default"
+    for one in odd:
+        with pytest.raises(ValueError, match="a.json: k: expected (an?|true|text) ?.*, got "):
+            files.field(path, {"k": one}, "k", kind)
+    with pytest.raises(ValueError, match="a.json: k: expected .*, got none"):
+        files.field(path, {}, "k", kind)

@@ -16,7 +16,7 @@ from mlembed.evaluation import grid
 from mlembed.publishing import export, probes
 from mlembed.runtime import distributed
 from mlembed.runtime.distributed import World, any_process, main_works, world
-from mlembed.training import setup
+from mlembed.training import resume, setup
 
 LIMIT, WORK = timedelta(seconds=0.5), 2.0  # of a collective; seconds that the main process works
 
@@ -92,6 +92,32 @@ def factorised(where):
 def test_the_main_process_factorises_first(tmp_path):
     first, *others = (one for (one,) in gloo(2, factorised))
     assert all(first < other for other in others)
+
+
+def set_up(where, folder):
+    """Return the seconds that one process's slow reading takes, with that of its checkpoints."""
+    limited(where)
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        slow = slowly(setup.read_text) if where.rank else setup.read_text
+        patch.setattr(setup, "read_text", slow)
+        patch.setattr(resume.intact, "newest", slowly(lambda *args, **options: None))
+        assert resume._newest(folder / "checkpoints", where, print) is None
+        data = [str(folder / "pairs.jsonl")]
+        job = small_job(folder / str(where.rank), data, "--steps", 1, where=where)
+    group = job.saver.group._get_backend(torch.device("cpu"))
+    job.saver.close()
+    return time.monotonic() - began, group.options._timeout
+
+
+def test_reading_takes_longer_on_one_process(tmp_path):
+    """A checkpoint may take days to write."""
+    rows = [{"query": f"{i} cats", "positive": f"{i} dogs"} for i in range(8)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for name in "01":
+        (tmp_path / name).mkdir()
+    for seconds, timeout in gloo(2, set_up, tmp_path):
+        assert seconds >= 2 * WORK and timeout >= timedelta(days=1)
 
 
 def test_one_process_waits_for_none():

@@ -63,7 +63,7 @@ def test_batches_of_one_pair(tmp_path):
 
 
 def test_idle_batches_are_counted(tmp_path, capsys):
-    """Of 17 pairs 16 have one positive, so that a batch of 8 of them has only one group."""
+    """A batch of 8 of the 16 pairs with the same positive has only one group."""
     rows = pairs(*((f"q {i}", "b") for i in range(16)), ("x y", "z"))
     job = small_job(tmp_path, [write_jsonl(tmp_path / "x.jsonl", rows)], "--steps", 6)
     train.optimise(job, 0)

@@ -159,6 +159,24 @@ def test_sigterm_to_all_processes_saves_and_stops(arguments, tmp_path):
     assert "terminate called" not in err
 
 
+def test_workers_save_and_stop_when_torchrun_is_killed(arguments, tmp_path):
+    args = [*arguments, "--save-every", 0, "--steps", 100_000, "--output-dir", tmp_path]
+    run = tmp_path / "tiny"
+    with launch(args, 2) as process:
+        while process.poll() is None and reached(run) < 2:
+            time.sleep(0.01)
+        workers = children(process)
+        process.kill()
+        end = time.monotonic() + 60
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        out, err = process.communicate()
+    assert "continue with --resume" in out and "Traceback" not in err
+    (saved,) = intact.complete(run / "checkpoints")
+    assert saved.name == f"step_{loss_trace(run)[-1]['step']:08d}" and not partial(run)
+
+
 def test_another_number_of_processes(arguments, whole, tmp_path):
     """Without dropout, which each process draws by itself, losses are those of one process."""
     args = [*arguments, "--model.dropout", 0, "--output-dir", tmp_path, "--save-every", 4]

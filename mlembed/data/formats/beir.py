@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import paths, readers, roles
+from .bounds import shown
 from .layouts import Report
 
 QRELS = ("query-id", "corpus-id", "score")
@@ -28,7 +29,7 @@ def _document(row: dict[str, Any] | ValueError) -> tuple[str, str, str]:
     key, text, title = readers.id_text(row.get("_id")), row.get("text"), row.get("title") or ""
     for name, value in (("_id", key), ("title", title), ("text", text)):
         if not isinstance(value, str) or readers.SURROGATE.search(value):
-            raise ValueError(f"{name}: expected text, got {value!r}")
+            raise ValueError(f"{name}: expected text, got {shown(value)}")
     return key, str(title), str(text)
 
 
@@ -63,7 +64,7 @@ def by_id(path: Path, report: Report, left_out: set[int]) -> Iterator[tuple[str,
         try:
             key, _, text = _document(row)
             if key in known:
-                raise ValueError(f"_id: expected a new one, got {key!r} again")
+                raise ValueError(f"_id: expected a new one, got {shown(key)} again")
         except ValueError as error:
             report.add_bad_row(where, str(error))
             left_out.add(number)
@@ -137,10 +138,10 @@ def _judgement(row: list[Any] | ValueError) -> tuple[str, str, int]:
     query, document = map(readers.id_text, row[:2])
     for name, value in zip(QRELS, (query, document), strict=False):
         if not readers.is_text(value):
-            raise ValueError(f"{name}: expected an id, got {value!r}")
+            raise ValueError(f"{name}: expected an id, got {shown(value)}")
     grade = roles.as_number(row[2])
     if grade is None or not abs(grade) < 2**31 or grade != int(grade):
-        raise ValueError(f"score: expected an integer, got {row[2]!r}")
+        raise ValueError(f"score: expected an integer, got {shown(row[2])}")
     return query, document, int(grade)
 
 
@@ -167,14 +168,15 @@ def judgements(
         try:
             query, document, grade = _judgement(row)
             if query not in queries:
-                raise ValueError(f"query-id: expected an id of queries.jsonl, got {query!r}")
+                raise ValueError(f"query-id: expected an id of queries.jsonl, got {shown(query)}")
             if report.skip and document not in place:
-                raise ValueError(f"corpus-id: expected an id of corpus.jsonl, got {document!r}")
+                got = shown(document)
+                raise ValueError(f"corpus-id: expected an id of corpus.jsonl, got {got}")
             earlier = grades.get(query, {}).get(place.get(document, -1), grade)
             if earlier != grade:
                 raise ValueError(
-                    f"score: expected the earlier {earlier} of {query!r} and {document!r}, got "
-                    f"{grade}"
+                    f"score: expected the earlier {earlier} of {shown(query)} and "
+                    f"{shown(document)}, got {grade}"
                 )
         except ValueError as error:
             report.add_bad_row(where, str(error))

@@ -62,8 +62,14 @@ def rows_of(
     # A stream may not know its columns.
     if names is not None and data.column_names:
         data = data.select_columns(list(names))
+    import pyarrow as pa
+
     number, decoder = 0, Decoder()
-    for batch in data.with_format("arrow").iter(batch_size=MANY):
-        for row in from_arrow(batch, decoder):
-            number += 1
-            yield f"{name}:{number}", row
+    try:
+        for batch in data.with_format("arrow").iter(batch_size=MANY):
+            for row in from_arrow(batch, decoder):
+                number += 1
+                yield f"{name}:{number}", row
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: cannot be read after row {number}: {reason}") from None

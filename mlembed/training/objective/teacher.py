@@ -234,7 +234,8 @@ class StoredVectors:
             prompted = bool(files.field(path / "teacher.json", about, "prompt", str))
             vectors = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
             keys = np.load(path / "keys.npy", mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        # A header may nest too deep for its parser, or claim more than memory holds.
+        except (ValueError, OSError, EOFError, RecursionError, MemoryError) as error:
             raise ValueError(f"teacher: cannot read {directory}: {error}") from None
         floats = vectors.dtype.str in ("<f2", "<f4", "<f8")
         right = keys.dtype == np.uint64 and vectors.ndim == 2 and floats
