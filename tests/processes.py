@@ -176,9 +176,7 @@ def started(command: Sequence[Any], **options: Any) -> Iterator[subprocess.Popen
     """Start a real subprocess in a session of its own; kill what is left of it at the end."""
     options = {"cwd": ROOT, "text": True, **options}
     words = [str(word) for word in command]
-    process = subprocess.Popen(
-        words, start_new_session=True, preexec_fn=_die_with_parent, **options
-    )
+    process = subprocess.Popen(words, start_new_session=True, preexec_fn=_begin, **options)
     try:
         yield process
     finally:
@@ -283,7 +281,7 @@ def _child(streams: tuple[str, str, str], env: dict[str, str], what: tuple) -> N
     """Become a process as `subprocess` would start it, do what is asked, and exit."""
     gc.freeze()  # Collections would touch, and so copy, all memory that is shared with the parent.
     os.setsid()
-    _die_with_parent()
+    _begin()
     for fd, path in enumerate(streams):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if fd else os.O_RDONLY
         os.dup2(os.open(path, flags), fd)
@@ -364,7 +362,13 @@ def _function(path: str, module: str, name: str, args: tuple, folder: str) -> No
         del result
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however it ends."""
+def _begin() -> None:
+    """Ask Linux to kill this process when its parent ends, however it ends.
+
+    Signals that a shell or nohup ignores for the tests get their default action.
+    """
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

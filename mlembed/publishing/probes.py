@@ -146,8 +146,8 @@ def noise(
     """Return the difference that fp32 allows between two readers: four times our own error.
 
     Our error is the distance to float64; a reader errs as well, and sums in another order. An error
-    above 1e-3 allows nothing, as it would hide a wrong reader. Only deep or badly conditioned models
-    need this allowance.
+    above 1e-3 allows nothing, as it would hide a wrong reader. Only deep or badly conditioned
+    models need this allowance.
     """
     exact = replace(ours, model=plain(ours.model).double()).encode(texts, *size, prompt=prompt)
     error = float(np.abs(exact - expected).max())

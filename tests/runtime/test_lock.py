@@ -215,6 +215,7 @@ def test_owner_that_was_killed_before_it_wrote_is_dead(tmp_path):
     left_by(tmp_path).write_text("")
     with lock.owned(tmp_path) as check:
         check()
+        assert f'"pid": {os.getpid()}' in (tmp_path / lock.OWNER).read_text()
 
 
 def test_empty_owner_counts_by_its_heartbeat_without_locks(tmp_path, no_locks):

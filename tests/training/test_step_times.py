@@ -110,6 +110,5 @@ def test_scores_between_steps_measure_no_costs(job, monkeypatch):
     words = [(word, mark) for word in ("cat", "dog", "owl") for mark in (".", "!")]
     rows = [{"id": w, "lang": {".": "eng", "!": "deu"}[m], "text": w + m} for w, m in words]
     monkeypatch.setattr(cost, "measure", lambda *args: pytest.fail("costs were measured"))
-    train.score(replace(job, tasks=[nway("dev", rows)]), 1)
-    (line,) = metrics(job.directory, "eval")
+    line = train.score(replace(job, tasks=[nway("dev", rows)]), 1)
     assert 0 <= line["score"] <= 100
