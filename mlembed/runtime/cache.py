@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import flush
+from .files import check_regular, flush, read_object
 
 T = TypeVar("T")
 WHOLE = "whole.json"  # {"source": .., "files": {name: digest}}; written last.
@@ -152,10 +152,9 @@ def _put(made: Path, place: Path, damaged: os.stat_result | None) -> None:
 def _about(place: Path) -> dict[str, Any]:
     """Return what an entry says of itself, {} if it cannot be read."""
     try:
-        about = json.loads((place / WHOLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(place / WHOLE)
+    except ValueError:
         return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _problem(place: Path) -> str:
@@ -168,10 +167,13 @@ def _problem(place: Path) -> str:
         if odd := sorted(names ^ files.keys()):
             return f"{odd[0]} {'is surplus' if odd[0] in names else 'is missing'}"
         for name, stored in files.items():
+            check_regular(place / name)  # A device has no end.
             if digest(files=[place / name]) != stored:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    except ValueError as error:
+        return str(error).removeprefix(f"{place}/")
     return ""
 
 

@@ -29,7 +29,7 @@ def rows(seed: int) -> Iterator[Row]:
             yield row(
                 f"{name} under umask {umask:03o}", "modes follow it", partial(modes, name, umask)
             )
-        for count in (64, 24, 12):
+        for count in (64, 32, 24):
             yield row(
                 f"{name} with {count} descriptors", "1, or the same", partial(few, name, count)
             )

@@ -31,6 +31,7 @@ GIB = 2**30
 LIBRARIES = [*processes.LIBRARIES, "transformers.models.xlm_roberta.modeling_xlm_roberta"]
 # A refusal may leave the record of who owns a run.
 OWNER = re.compile(r"(^|/)\.(lock|owner\.json)$")
+DELETED = re.compile(r"(^|/)checkpoints/\.step_[^/]*\.partial(/|$)")
 PARTIAL = re.compile(r"(^|/)\.[^/]*partial|(^|/)\.[^/]+\.\w{6,8}(/|$)|\.tmp|\.incomplete")
 
 
@@ -216,7 +217,11 @@ class Scene:
                 if self.before.get(path) != after.get(path)
             }
             odd = sorted(
-                path for path in changed if not (within(path, self.outputs) or OWNER.search(path))
+                path
+                for path in changed
+                if not (within(path, self.outputs) or OWNER.search(path))
+                # A run cleans what a killed deletion of a checkpoint has left.
+                and not (path not in after and DELETED.search(path))
             )
             self.check(not odd, f"changed: {', '.join(odd[:4])}")
             partial = sorted(path for path in changed & after.keys() if PARTIAL.search(path))

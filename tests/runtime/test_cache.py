@@ -137,12 +137,20 @@ DAMAGE = {
     "a is not what was written": lambda entry: (entry / "a").write_text("oNe"),
     "a is missing": lambda entry: (entry / "a").unlink(),
     "b is surplus": lambda entry: (entry / "b").touch(),
+    "a: expected a regular file, got a device": lambda entry: link(entry / "a"),
+    "no list    ": lambda entry: link(entry / cache.WHOLE),
     "no list": lambda entry: (entry / cache.WHOLE).unlink(),
     "no list ": lambda entry: (entry / cache.WHOLE).write_text("{}"),
     "no list  ": lambda entry: (entry / cache.WHOLE).write_text("[" * 100_000),
     "no list   ": lambda entry: (entry / cache.WHOLE).write_text('{"a": 3}'),
     "does not open": lambda entry: list_files(entry, (entry / "a").write_bytes(b"\xff")),
 }
+
+
+def link(path):
+    """Make a file endless."""
+    path.unlink()
+    path.symlink_to("/dev/zero")
 
 
 def list_files(entry, _):
