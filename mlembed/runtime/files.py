@@ -141,11 +141,19 @@ def atomic_files(target: Path) -> Iterator[Path]:
 @contextmanager
 def _folder(target: Path) -> Iterator[Path]:
     """Yield a temporary directory next to `target`. Raises ValueError if writing fails."""
-    prefix = f".{target.name[:PART]}."
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(PARTIAL, prefix, target.parent) as folder:
-            yield Path(folder)
+    partial = _partial(target)
+    try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            yield partial
+    finally:  # A signal may come right after the directory is made.
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: Path) -> Path:
+    """Return a new name for what becomes `target`."""
+    return target.with_name(f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
 
 
 def _place(partial: Path, target: Path) -> None:
@@ -178,8 +186,7 @@ def atomic_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_new(target, "directory")
-    names = (f".{target.name[:PART]}.{uuid.uuid4().hex[:8]}{PARTIAL}" for _ in range(2))
-    partial, old = (target.with_name(name) for name in names)
+    partial, old = _partial(target), _partial(target)
     missing = [path for path in target.parents if not path.exists()]
     try:
         with writing(target):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .rows import Row, named, refused
 from .scene import GIB, Limits, Scene
-from .stock import CLI, START
+from .stock import CLI, START, TEXT
 
 MILLION = 1_000_000
 TIGHT = Limits(seconds=60, rss=2.0 * GIB)
@@ -48,7 +48,7 @@ def rows(seed: int) -> Iterator[Row]:
         yield row(f"train on a word of {label}", "0, bounded", partial(trained, text))
         yield row(f"encode a text of {label}", "0, bounded", partial(encoded, text))
     for label, argv, names in ENDLESS:
-        yield refused("bounds", label, argv, names, ("model", "dev.jsonl"), limits=TIGHT)
+        yield refused("bounds", label, argv, names, ("model", *TEXT), limits=TIGHT)
     for label, (name, make) in BOMBS.items():
         yield row(f"data: {label}", "1, names the file", partial(bomb, name, make, "data"))
         yield row(f"encode: {label}", "1, names the file", partial(bomb, name, make, "encode"))

@@ -34,6 +34,8 @@ def ones(pattern: str, cache: Path) -> None:
 def flip(pattern: str, cache: Path) -> None:
     for path in every(cache, pattern):
         content = bytearray(path.read_bytes())
+        if len(content) < 9:
+            continue
         content[-9] ^= 1
         path.write_bytes(content)
 

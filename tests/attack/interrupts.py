@@ -45,8 +45,12 @@ def train(number: int, when: str, scene: Scene) -> str:
     scene.outputs = {"runs"}
     # Forks have imported everything, so a new interpreter is interrupted once it loads torch.
     command = scene.start(*START, cold=not when)
-    maps = Path(f"/proc/{command.pid}/maps")
-    loading = lambda: "libtorch" in maps.read_text()  # noqa: E731
+    about = Path(f"/proc/{command.pid}")
+
+    def loading() -> bool:  # Before its exec it is a fork of a process that has loaded torch.
+        begun = "train.py" in (about / "cmdline").read_text()
+        return begun and "libtorch" in (about / "maps").read_text()
+
     command.until(appears(scene.work, when) if when else loading)
     command.send(number)
     ended = command.wait()
