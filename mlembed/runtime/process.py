@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +70,7 @@ def begin(saves: bool = False) -> None:
         elif saves and fd:
             setattr(sys, name, _LastingStream(getattr(sys, name)))
     _state.terminals = tuple(fd for fd in range(3) if os.isatty(fd))
+    sys.unraisablehook = _on_swallowed
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -90,6 +92,19 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
             os.write(2, ("\n" * bool(bars) + line).encode())
     if not _state.held:
         _raise()
+
+
+def _on_swallowed(about: Any) -> None:
+    """Raise Stopped again a moment later, if it came in a callback that Python lets no error leave.
+
+    A finaliser or a weak reference's callback is one: Python would print the error and go on.
+    """
+    if not isinstance(about.exc_value, Stopped):
+        sys.__unraisablehook__(about)
+        return
+    _state.since, _state.quiet = None, True
+    main = threading.main_thread().ident, _state.number
+    threading.Timer(0.01, signal.pthread_kill, main).start()
 
 
 def _raise() -> NoReturn:

@@ -89,5 +89,7 @@ def zeros(argv: list[str], zero: Callable[[Path], None], scene: Scene) -> None:
     """Try a model whose vectors are all 0, which cannot be of length one."""
     scene.take(*TAKE)
     zero(scene.work)
+    # `evaluate` counts such vectors in its report, and ends with status 1.
+    scene.outputs = {"out"} if argv == WRITERS["evaluate"] else set()
     scene.run(*argv)
     scene.check(scene.ended[-1].status == 1, f"status {scene.ended[-1].status}, expected 1")

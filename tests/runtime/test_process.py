@@ -51,6 +51,25 @@ def test_a_signal_cleans_up(name, saves):
         assert signalled(process, name) == (status, "cleaned\n", line(name))
 
 
+def test_a_signal_in_a_callback_is_not_lost():
+    """Python swallows what a weak reference's callback raises."""
+    code = """
+import weakref
+process.begin()
+class Thing: pass
+thing = Thing()
+reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+try:
+    del thing
+    time.sleep(60)
+finally:
+    print("cleaned", flush=True)
+"""
+    with python(code) as process:
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out, err) == (143, "cleaned\n", line("SIGTERM"))
+
+
 def test_a_second_signal_ends_at_once():
     """Cleaning up takes longer here than anybody waits; signals of one moment are one."""
     slow = WAIT.replace("SAVES", "True").replace("finally:", "finally:\n    time.sleep(60)")
