@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -126,9 +126,9 @@ class Workers:
             for item in items:
                 pending.append(threads.submit(self._ask, item))
                 if len(pending) > len(self._lanes):
-                    yield pending.popleft().result()
+                    yield _result(pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield _result(pending.popleft())
         except (KeyboardInterrupt, SystemExit):
             for process in self.processes:
                 process.kill()
@@ -174,6 +174,13 @@ class Workers:
         if kind == "ValueError":
             raise ValueError(reason)
         raise ChildProcessError(f"worker {name}: {kind}: {reason}")
+
+
+def _result(future: Future[Any]) -> Any:
+    """Wait in parts, since a signal that comes just before a wait does not end it."""
+    while not future.done():
+        wait([future], timeout=1.0)
+    return future.result()
 
 
 def device_of(name: str) -> "torch.device":
