@@ -141,7 +141,7 @@ def _check_config(run: config.Run, before: config.Run, where: Path, ignore: Any 
 
 
 def _check_never_saved(directory: Path, logged: list[dict[str, Any]]) -> None:
-    """Check that a run without a checkpoint has not saved one, so that it may begin again.
+    """Check that a run without a checkpoint never saved one, so that it may start from step 0.
 
     A run of an earlier version does not tell; its logged steps count as saved.
     """

@@ -255,7 +255,7 @@ def damaged(pattern: str, how: str, seed: int, scene: Scene) -> str:
     scene.outputs = {"runs"}
     ended = scene.run(*RESUME)
     scene.check(ended.status == 0, f"status {ended.status}, expected 0")
-    scene.check("damaged" in ended.out + ended.err, "nothing is said of the damage")
+    scene.check("damaged" in ended.out + ended.err, "no line names the damaged checkpoint")
     same_run(scene)
     return shown(ended)
 

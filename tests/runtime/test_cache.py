@@ -179,7 +179,7 @@ def test_read_only_cache(home):
     (home / "kind" / KEY / cache.LOCK).unlink()
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, str(home)]
     if subprocess.run([*mount, "true"], capture_output=True).returncode:
-        pytest.skip("this machine mounts nothing")
+        pytest.skip("needs unshare and the right to mount a directory read-only")
     for key, out, warned in ((KEY, "one\n", 0), ("0" * 64, "built\n", 1)):
         done = subprocess.run(
             [*mount, sys.executable, "-c", USER, key], capture_output=True, text=True, input="\n"
