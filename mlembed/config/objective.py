@@ -114,6 +114,9 @@ class Distill:
     """Directory of a teacher's vectors, written by `mlembed teacher`, instead of `teacher`."""
     prompt: str = ""
     """Text before each query of the teacher; its documents have no prompt."""
+    keep: bool = False
+    """Keep the teacher's vectors in memory, rounded to fp16, so that later epochs encode nothing: 2
+    bytes a coordinate and about 200 a text, in each process."""
     contrastive: float = number(1.0, **WEIGHT)
     features: float = number(0.0, **WEIGHT)
     """Mean squared difference of the vectors' coordinates."""
@@ -150,6 +153,8 @@ class Distill:
                 "distill.prompt: expected none without distill.teacher (stored embeddings have "
                 f"theirs), got {self.prompt!r}"
             )
+        if self.keep and not self.teacher:
+            raise ValueError("distill.keep: expected False without distill.teacher, got True")
         needs, has = bool(self.features or self.logits), bool(self.teacher or self.embeddings)
         if needs != has:
             raise ValueError(
