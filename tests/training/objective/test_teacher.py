@@ -26,6 +26,7 @@ from teacher_models import (
 from transformers import AutoModel, AutoTokenizer
 
 from mlembed.cli import teacher as command
+from mlembed.config import Distill
 from mlembed.data.tables import Table
 from mlembed.training.objective import sentence_teacher, teacher
 from mlembed.training.objective.packed_teacher import PackedTeacher
@@ -151,6 +152,59 @@ def test_each_text_is_encoded_once(bert, monkeypatch):
     bert.encode(["one", "two", "one"], queries=1)
     assert sorted(seen) == ["one", "two"]
     assert bert.encode([]).shape == (0, bert.width)
+
+
+# ---- kept vectors ----
+
+
+@pytest.fixture
+def keeping(saved) -> Teacher:
+    return Teacher.load(str(saved["bert"]), "ask ", CPU, keep=True)
+
+
+def test_kept_vectors_are_rounded(saved, keeping):
+    fresh = Teacher.load(str(saved["bert"]), "ask ", CPU).encode(TEXTS, queries=QUERIES)
+    first = keeping.encode(TEXTS, queries=QUERIES)
+    assert (first - fresh).abs().max() < 2**-11  # Coordinates are below 1.
+    assert torch.equal(first, first.half().float()) and not torch.equal(first, fresh)
+
+
+def test_kept_texts_are_not_encoded_again(keeping, monkeypatch):
+    seen, encode = [], keeping.model.encode
+
+    def watched(texts, bar):
+        seen.append(list(texts))
+        return encode(texts, bar)
+
+    monkeypatch.setattr(keeping.model, "encode", watched)
+    first = keeping.encode(["one", "two", "one"], queries=1)
+    again = keeping.encode(["one", "two", "one"], queries=1)
+    assert seen == [["ask one", "two", "one"]] and torch.equal(first, again)
+    # A query without its prompt is another text, and a document with it the same.
+    third = keeping.encode(["two", "one", "ask one"], queries=1)
+    assert seen[1:] == [["ask two"]] and torch.equal(third[1:], first[[2, 0]])
+    assert not third.is_inference() and third.dtype == torch.float32
+    (bytes_each,) = {len(vector) for vector in keeping.kept.values()}
+    assert len(keeping.kept) == 4 and bytes_each == 2 * keeping.width
+
+
+def test_vectors_beyond_fp16_are_not_kept(keeping, monkeypatch):
+    seen = []
+
+    def large(texts, bar):
+        seen.append(list(texts))
+        scale = [1e5 if text == "large" else 1.0 for text in texts]
+        return torch.tensor(scale)[:, None].expand(-1, keeping.width)
+
+    monkeypatch.setattr(keeping.model, "encode", large)
+    for _ in range(2):
+        assert keeping.encode(["small", "large"])[:, 0].tolist() == [1, 1e5]
+    assert seen == [["small", "large"], ["large"]]
+
+
+def test_keeping_needs_a_teacher():
+    with pytest.raises(ValueError, match="distill.keep: expected False without distill.teacher"):
+        Distill(embeddings="somewhere", features=1.0, keep=True)
 
 
 # ---- models that are not opened ----
