@@ -20,7 +20,9 @@ from sentence_transformers.sentence_transformer.modules import (
     StaticEmbedding,
 )
 from teacher_models import QWEN_LENGTH, TEXTS, by_sentence_transformers, plain, sentence, trained
+from tokenizers import Tokenizer
 
+from mlembed.modeling.blocks import BertBlock
 from mlembed.publishing.export import export
 from mlembed.training.objective.packed_teacher import PackedTeacher
 from mlembed.training.objective.sentence_teacher import SentenceTeacher
@@ -167,6 +169,13 @@ def test_bf16_is_that_of_the_run(tmp_path, capsys):
         ) in capsys.readouterr().out
 
 
+def test_blocks_are_compiled_if_asked(tmp_path):
+    directory = sentence("bert", tmp_path / "model")
+    for compile in (False, True):
+        made = PackedTeacher.load(directory, None, CPU, compile=compile)
+        assert (made.trunk.model._before is not BertBlock.before) == compile
+
+
 # ---- directories that it leaves to sentence-transformers ----
 
 
@@ -194,6 +203,15 @@ def headed(out: Path) -> Path:
     sentence("bert", out)
     weights = load_file(out / "model.safetensors") | {"score.weight": torch.ones(1, 20)}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def wider(out: Path) -> Path:
+    """A tokenizer with a token that the table has no row for."""
+    sentence("bert", out)
+    tokens = Tokenizer.from_file(str(out / "tokenizer.json"))
+    tokens.add_tokens(["zzz"])
+    tokens.save(str(out / "tokenizer.json"))
     return out
 
 
@@ -244,6 +262,7 @@ UNSUPPORTED = {
         lambda out: sentence("xlm-r", out, tokens={"truncation_side": "left"}),
         "transformers tokenises 'one two one two one ' differently",
     ),
+    "more tokens": (wider, "its tokenizer has more than [0-9]+ tokens"),
     "a head": (headed, "mlembed's bert does not have the weight score.weight"),
 }
 
@@ -266,7 +285,9 @@ def test_a_run_says_who_encodes(tmp_path, capsys):
     directory = sentence("distilbert", tmp_path / "model")
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"query": t, "positive": t * 2} for t in "abcd"])
     options = ("--distill.teacher", directory, "--distill.features", 1, "--distill.align", "pca")
-    small_job(tmp_path, [data], *options).saver.close()
+    job = small_job(tmp_path, [data], *options, "--distill.keep")
+    job.saver.close()
+    assert len(job.teacher.kept) == 8  # It has encoded all texts to find their principal axes.
     assert (
         f"teach  {directory}: Transformer, Pooling (mean), width 20; encoded by "
         "sentence-transformers, because config.json: expected model_type"
