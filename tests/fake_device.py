@@ -84,7 +84,8 @@ class FakeDevice(TorchDispatchMode):
         """Do what there is no CUDA for: pin memory, and tell whether it is pinned."""
         if func is aten.is_pinned.default:
             return self._is_pinned(args[0])
-        if func is aten._pin_memory.default:
+        # In inference mode the outer operation arrives.
+        if func in (aten._pin_memory.default, aten.pin_memory.default):
             return self._pin(args[0].clone())
         if kwargs.get("pin_memory"):
             return self._pin(func(*args, **{**kwargs, "pin_memory": False}))

@@ -56,4 +56,7 @@ def main(
     if teacher.note:
         say(teacher.note)
     count = store(teacher, tables, out, dtype, {"model": model}, progress=True)
-    print(f"{out}: {count} vectors of width {teacher.width}, by {teacher.pipeline}")
+    print(
+        f"{out}: {count} vectors of width {teacher.width}, by {teacher.pipeline}; "
+        f"{teacher.model.encoder}"
+    )

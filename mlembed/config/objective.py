@@ -109,11 +109,14 @@ class Distill:
 
     teacher: str = ""
     """Directory or hub id of a sentence-transformers or transformers model, which encodes each
-    batch's texts with its own tokenizer."""
+    batch's texts with its own tokenizer, in the run's precision if mlembed supports it."""
     embeddings: str = ""
     """Directory of a teacher's vectors, written by `mlembed teacher`, instead of `teacher`."""
     prompt: str = ""
     """Text before each query of the teacher; its documents have no prompt."""
+    keep: bool = False
+    """Keep the teacher's vectors in memory, rounded to fp16, so that later epochs encode nothing.
+    Each process holds 2 bytes a coordinate and about 200 a text; a resumed run encodes again."""
     contrastive: float = number(1.0, **WEIGHT)
     features: float = number(0.0, **WEIGHT)
     """Mean squared difference of the vectors' coordinates."""
@@ -150,6 +153,8 @@ class Distill:
                 "distill.prompt: expected none without distill.teacher (stored embeddings have "
                 f"theirs), got {self.prompt!r}"
             )
+        if self.keep and not self.teacher:
+            raise ValueError("distill.keep: expected False without distill.teacher, got True")
         needs, has = bool(self.features or self.logits), bool(self.teacher or self.embeddings)
         if needs != has:
             raise ValueError(

@@ -102,6 +102,7 @@ class DeviceEncoder:
         select: Callable[[Tensor, np.ndarray], Tensor],
         bar: tqdm,
         depths: np.ndarray | None = None,
+        to_host: bool = True,
     ) -> Tensor:
         """Return `select` of all packs, fp32 [K, n, d] on the CPU, in the order of ids.
 
@@ -111,9 +112,11 @@ class DeviceEncoder:
         Args:
             select: called with a pack's vectors [E, n, D] and the indices of its texts.
             depths: last layer of each text, if they differ.
+            to_host: without it, results stay on the model's device and the host does not wait.
         """
         device = self.model.device
         cuda = device.type == "cuda"
+        to_host &= cuda
         lengths = np.array([len(text) for text in ids], dtype=np.int64)
         most = self.max_tokens
         if not cuda:
@@ -134,15 +137,16 @@ class DeviceEncoder:
                 selected_KND = select(vectors_END.float(), rows)
                 if not begin:
                     shape = len(selected_KND), len(ids), selected_KND.shape[-1]
-                    out = torch.empty(shape, pin_memory=cuda)
+                    where = torch.device("cpu") if to_host else device
+                    out = torch.empty(shape, pin_memory=to_host, device=where)
                 for target, vectors in zip(out, selected_KND, strict=True):
                     target[begin : begin + len(rows)].copy_(vectors, non_blocking=True)
                 begin += len(rows)
                 bar.update(len(rows))
-        if cuda:
+        if to_host:
             torch.cuda.synchronize(device)
         ordered = torch.empty_like(out, pin_memory=False)
-        ordered[:, torch.from_numpy(np.concatenate(packs))] = out
+        ordered[:, transfer.moved(torch.from_numpy(np.concatenate(packs)), out.device)] = out
         return ordered
 
 

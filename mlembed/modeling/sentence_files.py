@@ -72,18 +72,25 @@ class SentenceFiles:
     """Settings of a directory. Without its files: no pooling, vectors of the model's width.
 
     pooling: cls, mean, last or pooler. pooler: folder of the Dense layer with a pooler's weights.
-    width: of the vectors, None for the model's. default_prompt_name: prompt of texts for which none
-    is asked for. normalize: whether vectors have length one; they do where `similarity` is dot,
-    since mlembed compares by cosine.
+    cut, truncate_dim: widths to which a Dense layer and sentence-transformers, after all modules,
+    cut vectors, None for all of them. default_prompt_name: prompt of texts for which none is asked
+    for. normalize: whether vectors have length one; they do where `similarity` is dot, since
+    mlembed compares by cosine.
     """
 
     pooling: str | None = None
     pooler: Path | None = None
-    width: int | None = None
+    cut: int | None = None
+    truncate_dim: int | None = None
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt_name: str | None = None
     normalize: bool = True
     similarity: str = "cosine"
+
+    @property
+    def width(self) -> int | None:
+        """Width of the vectors, None for the model's."""
+        return min((n for n in (self.cut, self.truncate_dim) if n is not None), default=None)
 
 
 def read(directory: Path, width: int) -> SentenceFiles:
@@ -97,15 +104,16 @@ def read(directory: Path, width: int) -> SentenceFiles:
     prompts, default = _prompts(directory, settings)
     pooling = _pooling(directory, width)
     pooler, cut, normalize = _layers(directory, width, pooling)
-    shorter = [n for n in (cut, settings.get("truncate_dim")) if n is not None]
-    if any(type(n) is not int or not 1 <= n <= width for n in shorter):
+    truncate = settings.get("truncate_dim")
+    if truncate is not None and (type(truncate) is not int or not 1 <= truncate <= width):
         path = directory / "config_sentence_transformers.json"
-        raise ValueError(f"{path}: truncate_dim: expected 1 to {width}, got {shorter[-1]!r:.80}")
+        raise ValueError(f"{path}: truncate_dim: expected 1 to {width}, got {truncate!r:.80}")
     similarity = settings.get("similarity_fn_name") or "cosine"
     return SentenceFiles(
         "pooler" if pooler else pooling,
         pooler,
-        min(shorter, default=None),
+        cut,
+        truncate,
         prompts,
         default,
         normalize or similarity == "dot",

@@ -218,7 +218,12 @@ def teachers(
 ) -> tuple[Teacher | None, StoredVectors | None, Distiller | None]:
     """Load the teacher, or open its stored vectors, and make the distiller."""
     cfg = run.distill
-    live = Teacher.load(cfg.teacher, cfg.prompt, where.device) if cfg.teacher else None
+    live = None
+    if cfg.teacher:
+        device, half, compiled = where.device, bf16(run, where.device), compiles(run, where.device)
+        live = Teacher.load(
+            cfg.teacher, cfg.prompt, device, bf16=half, compile=compiled, keep=cfg.keep
+        )
     stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
     if stored and where.main:
         stored.check()
@@ -273,6 +278,11 @@ def bf16(run: config.Run, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def compiles(run: config.Run, device: torch.device) -> bool:
+    """Return whether to compile the blocks: as configured, or on CUDA."""
+    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
 def try_attention(run: config.Run, model: Transformer, tokens: Tokenizer, half: bool) -> None:
@@ -374,7 +384,7 @@ def set_up(
         vocabulary.warn_beyond_break_even(model.cfg)
     run, half = replace(run, model=model.cfg), bf16(run, where.device)
     served = serving_of(run, resume_from, model.cfg)
-    compiled = run.compile == "on" or (run.compile == "auto" and where.device.type == "cuda")
+    compiled = compiles(run, where.device)
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
     if run.model.attention != "auto":
@@ -402,7 +412,8 @@ def set_up(
     )
     if teacher is not None:
         note = f", {teacher.note}" if teacher.note else ""
-        out.say(f"teach  {run.distill.teacher}: {teacher.pipeline}, width {teacher.width}{note}")
+        what = f"{teacher.pipeline}, width {teacher.width}{note}"
+        out.say(f"teach  {run.distill.teacher}: {what}; {teacher.model.encoder}")
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     if run.init and not resume_from:
         out.say(f"serve  {describe_serving(run, served, model.cfg)}")

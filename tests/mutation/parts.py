@@ -54,6 +54,7 @@ FIRST = {
     "mlembed/modeling/hf_config.py": "test_hf_config test_pooling",
     "mlembed/modeling/serving.py": "test_tuning test_publish test_sentence_files",
     "mlembed/publishing/probes.py": "test_export_readers test_publish",
+    "mlembed/training/objective/sentence_teacher.py": "test_teacher test_packed_teacher",
     "mlembed/training/setup.py": "test_setup test_tuning test_train test_resume",
     "mlembed/training/step.py": "test_guards test_train test_resume",
     "train.py": "test_guards test_step_times test_no_wait test_gradcache test_train test_resume",

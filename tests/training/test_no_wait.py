@@ -12,11 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from factories import small_job, small_text, write_jsonl
+from factories import small_job, small_text, tiny_encoder, write_jsonl
 from fake_device import DEVICE, fake_device
 
 import train
 from mlembed.config import Distill
+from mlembed.modeling.packed_forward import DeviceEncoder
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime import distributed, transfer
 from mlembed.runtime.distributed import World
@@ -25,6 +26,8 @@ from mlembed.training.objective import candidates
 from mlembed.training.objective.bank import Bank
 from mlembed.training.objective.distill import Distiller
 from mlembed.training.objective.loss import weights
+from mlembed.training.objective.packed_teacher import PackedTeacher
+from mlembed.training.objective.teacher import Teacher
 from mlembed.training.optim import adamw, to_weights
 from mlembed.training.step import LossSpec, update
 
@@ -114,6 +117,17 @@ def test_objectives_and_models(data, tmp_path, name):
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distillation(data, tmp_path, name):
     assert unexpected(steps(tmp_path, data, EXITS, DISTILLED[name])) == []
+
+
+def test_a_live_teacher():
+    encoder = tiny_encoder()
+    trunk = DeviceEncoder(encoder.model.to(DEVICE), encoder.tokenizer, 24, max_tokens=40)
+    teacher = Teacher(PackedTeacher(trunk, "", cut=32, normalize=True, width=32), 32, "ask ")
+    texts = ["one", "two three " * 9, "one", "four"]
+    with fake_device() as device:
+        vectors = teacher.encode(texts, queries=2)
+    assert unexpected(device) == [] and "mlembed::attention" in device.operators
+    assert vectors.device == DEVICE and vectors.shape == (4, 32)
 
 
 @pytest.mark.parametrize("task", TASKS)

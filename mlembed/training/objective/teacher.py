@@ -23,29 +23,36 @@ from tqdm import tqdm
 from ...config.choices import Pooling
 from ...data.tables import Table
 from ...modeling import hf_config, weight_checks
-from ...runtime import files, model_files
+from ...runtime import files, model_files, transfer
+from .packed_teacher import PackedTeacher, UnsupportedError
+from .sentence_teacher import SentenceTeacher
 
 SLICE = 8192  # texts per update of the progress bar
-MAX_TOKENS = 16_384  # encoded at once, padding included
 
 
 @dataclass
 class Teacher:
-    """A sentence-transformers model, or a transformers model pooled as sentence-transformers does.
+    """A model that encodes text for distillation: a run, a directory or a hub id.
 
-    That is the last token of a causal language model and the mean of others; see `pipeline`.
-    width: of its vectors. prompt: text before each query. note: tells the pooling of a directory
-    that does not, "" of others.
+    mlembed's trunk encodes all models that it supports (`PackedTeacher`), and sentence-transformers
+    the others. prompt: text before each query. kept: fp16 vectors of texts encoded before, by
+    digest of the prompted text; None keeps none. Each takes 2 bytes a coordinate and about 200.
     """
 
-    model: Any
+    model: PackedTeacher | SentenceTeacher
     width: int
     prompt: str
-    note: str = ""
+    kept: dict[bytes, bytes] | None = None
 
     @staticmethod
     def load(
-        source: str, prompt: str, device: torch.device, pooling: Pooling | None = None
+        source: str,
+        prompt: str,
+        device: torch.device,
+        pooling: Pooling | None = None,
+        bf16: bool = False,
+        compile: bool = False,
+        keep: bool = False,
     ) -> "Teacher":
         """Load a run, a directory or a hub id, from safetensors and without code of its own.
 
@@ -53,131 +60,73 @@ class Teacher:
 
         Args:
             pooling: of a directory that does not say how it is pooled.
+            bf16, compile: of mlembed's trunk; sentence-transformers encodes in bf16 on CUDA alone.
+            keep: keep vectors for the texts of later calls.
 
         Raises:
             ValueError: the model cannot be opened so, or is pooled in another way than `pooling`.
         """
-        from sentence_transformers import SentenceTransformer
-
         directory = _directory(source)
+        model: PackedTeacher | SentenceTeacher
         try:
-            model = SentenceTransformer(
-                directory,
-                device=str(device),
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-            )
-        # The libraries raise many kinds of errors for a model that they cannot open.
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"teacher: cannot open {source}: {reason}") from None
-        model.eval().requires_grad_(False)
-        model.default_prompt_name = None
-        note = _choose_pooling(model, Path(directory), pooling)
-        width = model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1]
-        return Teacher(model, int(width), prompt, note)
+            model = PackedTeacher.load(directory, pooling, device, bf16, compile)
+        except UnsupportedError as why:
+            model = SentenceTeacher.load(directory, pooling, device, str(why))
+        return Teacher(model, model.width, prompt, {} if keep else None)
 
     @property
     def pipeline(self) -> str:
         """The model's modules in order, with the pooling: "Transformer, Pooling (mean)"."""
-        names = []
-        for module in self.model:
-            mode = getattr(module, "pooling_mode", "")
-            mode = mode if isinstance(mode, str) else " and ".join(mode)
-            names.append(type(module).__name__ + (f" ({mode})" if mode else ""))
-        return ", ".join(names)
+        return self.model.pipeline
+
+    @property
+    def note(self) -> str:
+        """The clause that tells the pooling of a directory that does not, "" of others."""
+        return self.model.note
 
     # Not inference_mode, because losses may keep these vectors for their backward.
     @torch.no_grad()
     def encode(self, texts: Sequence[str], queries: int = 0, progress: bool = False) -> Tensor:
-        """Encode texts to fp32 [N, width] on the model's device, under bf16 autocast on CUDA.
+        """Encode texts to fp32 [N, width] on the model's device.
 
         Vectors are what the model's modules return, normalised only if a module normalises. The
         first `queries` texts get the prompt. Each distinct text is encoded once.
         """
         inputs = [self.prompt + text for text in texts[:queries]] + list(texts[queries:])
         place = {text: i for i, text in enumerate(dict.fromkeys(inputs))}
-        distinct = list(place)
-        device = self.model.device
-        out = torch.empty(len(distinct), self.width, device=device)
-        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        with half, tqdm(total=len(distinct), disable=not progress, desc="teacher") as bar:
-            for rows in self._batches(distinct):
-                out[rows] = self.model.encode(
-                    [distinct[row] for row in rows],
-                    batch_size=len(rows),
-                    convert_to_tensor=True,
-                    show_progress_bar=False,
-                ).to(out)
-                bar.update(len(rows))
-        rows_N = [place[text] for text in inputs]
-        return out[torch.tensor(rows_N, dtype=torch.long, device=device)]
+        distinct, device = list(place), self.model.device
+        if not distinct:
+            return torch.empty(0, self.width, device=device)
+        with tqdm(total=len(distinct), disable=not progress, desc="teacher") as bar:
+            encode = self.model.encode if self.kept is None else self._remember
+            vectors = encode(distinct, bar)
+        rows_N = torch.tensor([place[text] for text in inputs])
+        return vectors[transfer.moved(rows_N, device)]
 
-    def _lengths(self, texts: list[str]) -> list[int]:
-        """Return the tokens of each text before truncation."""
-        tokenizer = self.model.tokenizer
-        # A static model has a tokenizer of the tokenizers library.
-        if hasattr(tokenizer, "encode_batch"):
-            return [len(text.ids) for text in tokenizer.encode_batch(texts)]
-        return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    def _remember(self, texts: list[str], bar: tqdm) -> Tensor:
+        """Return vectors rounded to fp16, and encode only texts that have none yet.
 
-    def _batches(self, texts: list[str]) -> Iterator[list[int]]:
-        """Yield rows by falling length, at most MAX_TOKENS tokens when padded to the longest."""
-        limit = self.model.max_seq_length or 2**31
-        slices = (texts[i : i + SLICE] for i in range(0, len(texts), SLICE))
-        lengths = [min(n, limit) for some in slices for n in self._lengths(some)]
-        batch: list[int] = []
-        for row in sorted(range(len(texts)), key=lengths.__getitem__, reverse=True):
-            if batch and (len(batch) + 1) * max(1, lengths[batch[0]]) > MAX_TOKENS:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+        Vectors beyond fp16's range stay fp32 and are encoded each time.
+        """
+        assert self.kept is not None
+        keys = [_digest(text, False) for text in texts]
+        new = [row for row, key in enumerate(keys) if key not in self.kept]
+        out = np.empty((len(texts), self.width), np.float32)
+        if new:
+            encoded = self.model.encode([texts[row] for row in new], bar).cpu().numpy()
+            with np.errstate(over="ignore"):
+                halves = encoded.astype(np.float16)
+            beyond = set(bad_rows(halves).tolist())
+            fits = ((i, row) for i, row in enumerate(new) if i not in beyond)
+            self.kept.update((keys[row], halves[i].tobytes()) for i, row in fits)
+            out[new] = encoded
+        known = [row for row, key in enumerate(keys) if key in self.kept]
+        halves = np.frombuffer(b"".join(self.kept[keys[row]] for row in known), np.float16)
+        out[known] = halves.reshape(-1, self.width)
+        return transfer.moved(torch.from_numpy(out), self.model.device)
 
 
-def _choose_pooling(model: Any, directory: Path, pooling: Pooling | None) -> str:
-    """Pool a model as asked, if its directory does not say how; return what to tell of it.
-
-    Raises:
-        ValueError: the directory says another pooling, or the model has no pooler.
-    """
-    from sentence_transformers.sentence_transformer import modules
-
-    place = next((i for i, module in enumerate(model) if isinstance(module, modules.Pooling)), None)
-    if place is None:  # A static model, for example, has none.
-        if pooling:
-            raise ValueError(f"pooling: expected none, as {directory} does not pool, got {pooling}")
-        return ""
-    mode = str(model[place].pooling_mode)
-    mode = "last" if mode == "lasttoken" else mode
-    if (directory / "modules.json").is_file():
-        dense = len(model) > place + 1 and isinstance(model[place + 1], modules.Dense)
-        stored = "pooler" if mode == "cls" and dense else mode
-        if pooling not in (stored, None):
-            raise ValueError(f"pooling: expected {stored}, as {directory} says, got {pooling}")
-        return ""
-    if (directory / hf_config.NESTING).is_file():
-        pooling = hf_config.with_pooling(directory, pooling, print).pooling
-    if pooling is None:
-        return (
-            f"pooled by {mode}: nothing in {directory} says how; `mlembed export {directory} OUT "
-            "--pooling ..` writes a directory that does"
-        )
-    width = model[place].embedding_dimension
-    if pooling == "pooler":
-        pooler = getattr(model[0].auto_model, "pooler", None)
-        if pooler is None:
-            raise ValueError(f"pooling: expected last, mean or cls of {directory}, got pooler")
-        weights = pooler.dense.weight.detach(), pooler.dense.bias.detach()
-        layer = modules.Dense(width, width, init_weight=weights[0], init_bias=weights[1])
-        model.append(layer.to(model.device))
-    names = {"last": "lasttoken", "pooler": "cls"}
-    model[place] = modules.Pooling(width, names.get(pooling, pooling))
-    return ""
-
-
-def _directory(source: str) -> str:
+def _directory(source: str) -> Path:
     """Return the directory of a model that sentence-transformers can open as data alone.
 
     Raises:
@@ -191,7 +140,7 @@ def _directory(source: str) -> str:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from None
     for file in sorted(directory.rglob("*.safetensors")):
         weight_checks.check_file(file)
-    return str(directory)
+    return directory
 
 
 # ---- stored ----
@@ -300,10 +249,14 @@ def bad_rows(vectors: np.ndarray) -> np.ndarray:
     return np.flatnonzero((largest == 0) | (largest >= infinity))
 
 
-def _key(text: str, query: bool) -> tuple[int, int]:
+def _digest(text: str, query: bool) -> bytes:
     person = b"query" if query else b"document"
     content = text.encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(content, digest_size=16, person=person).digest()
+    return hashlib.blake2b(content, digest_size=16, person=person).digest()
+
+
+def _key(text: str, query: bool) -> tuple[int, int]:
+    digest = _digest(text, query)
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 

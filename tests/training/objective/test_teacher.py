@@ -11,96 +11,30 @@ import numpy as np
 import processes
 import pytest
 import torch
-from factories import randomise, write_jsonl
+from factories import write_jsonl
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import (
-    Normalize,
-    Pooling,
-    StaticEmbedding,
-    Transformer,
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from teacher_models import (
+    BERT_LENGTH,
+    TEXTS,
+    WORDS,
+    by_sentence_transformers,
+    plain,
+    sentence,
+    trained,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3Model,
-)
+from transformers import AutoModel, AutoTokenizer
 
 from mlembed.cli import teacher as command
+from mlembed.config import Distill
 from mlembed.data.tables import Table
-from mlembed.training.objective import teacher
+from mlembed.training.objective import sentence_teacher, teacher
+from mlembed.training.objective.packed_teacher import PackedTeacher
+from mlembed.training.objective.sentence_teacher import SentenceTeacher
 from mlembed.training.objective.teacher import StoredVectors, Teacher, store
 
 CPU = torch.device("cpu")
-WORDS = ["one two three", "four five", "ein zwei drei vier", "раз два три", "the quick brown fox"]
-# An empty text, several scripts, unseen words, one text beyond the model's length, and one twice.
-TEXTS = ["one", "", *WORDS, "two two", "比利时 fox", "one", "long " * 50, " space around \n"]
 QUERIES = 3
-BERT_LENGTH, QWEN_LENGTH = 16, 12
-
-
-def trained(kind: str) -> PreTrainedTokenizerFast:
-    """Train WordPiece with [CLS] and [SEP], padded right, or byte BPE with EOS, padded left."""
-    if kind == "bert":
-        read = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        read.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special)
-        read.train_from_iterator(WORDS, trainer)
-        read.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-        names = ("pad_token", "unk_token", "cls_token", "sep_token")
-        options = {"model_max_length": BERT_LENGTH, **dict(zip(names, special, strict=True))}
-    else:
-        read = Tokenizer(models.BPE())
-        read.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        special, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
-        read.train_from_iterator(WORDS, trainer)
-        read.post_processor = processors.TemplateProcessing(
-            single="$A <eos>", special_tokens=[("<eos>", 1)]
-        )
-        options = {"model_max_length": QWEN_LENGTH, "padding_side": "left"}
-        options |= {"pad_token": "<pad>", "eos_token": "<eos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=read, **options)
-
-
-def plain(kind: str, out: Path) -> Path:
-    """Save a model of transformers alone."""
-    read = trained(kind)
-    if kind == "bert":
-        shape = BertConfig(
-            vocab_size=len(read), hidden_size=20, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=31, max_position_embeddings=BERT_LENGTH, pad_token_id=0,
-        )  # fmt: skip
-        model = BertModel(shape)
-    else:
-        shape = Qwen3Config(
-            vocab_size=len(read), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, intermediate_size=37, pad_token_id=0,
-            max_position_embeddings=64,
-        )  # fmt: skip
-        model = Qwen3Model(shape)
-    randomise(model).save_pretrained(out)
-    read.save_pretrained(out)
-    return out
-
-
-def sentence(kind: str, out: Path, **options) -> Path:
-    """Save a model of sentence-transformers: BERT's normalised mean, Qwen3's raw last token."""
-    words = Transformer(str(plain(kind, out.with_name(out.name + "-plain"))))
-    width = words.get_embedding_dimension()
-    pooling = Pooling(width, "mean" if kind == "bert" else "lasttoken")
-    modules = [words, pooling, *([Normalize()] if kind == "bert" else [])]
-    SentenceTransformer(modules=modules, device="cpu", **options).save(str(out))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +53,9 @@ def bert(saved) -> Teacher:
     return Teacher.load(str(saved["bert"]), "", CPU)
 
 
-def by_sentence_transformers(path: Path, texts: list[str]) -> np.ndarray:
-    model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
-    return model.encode(texts, prompt="", batch_size=4, show_progress_bar=False)
+@pytest.fixture(scope="module")
+def library(saved) -> SentenceTeacher:
+    return SentenceTeacher.load(saved["bert"], None, CPU, "a test asks for it")
 
 
 # ---- encoding ----
@@ -130,9 +64,16 @@ def by_sentence_transformers(path: Path, texts: list[str]) -> np.ndarray:
 # One text at a time, a few, or all at once.
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("kind", ["bert", "qwen3", "plain"])
-def test_vectors_are_those_of_sentence_transformers(saved, kind, max_tokens, monkeypatch):
-    monkeypatch.setattr(teacher, "MAX_TOKENS", max_tokens)
-    made = Teacher.load(str(saved[kind]), "ask ", CPU)
+@pytest.mark.parametrize("way", ["packed", "sentence"])
+def test_vectors_are_those_of_sentence_transformers(saved, kind, way, max_tokens, monkeypatch):
+    monkeypatch.setattr(sentence_teacher, "MAX_TOKENS", max_tokens)
+    if way == "packed":
+        made = Teacher.load(str(saved[kind]), "ask ", CPU)
+        assert isinstance(made.model, PackedTeacher)
+        made.model.trunk.max_tokens = max_tokens
+    else:
+        model = SentenceTeacher.load(saved[kind], None, CPU, "")
+        made = Teacher(model, model.width, "ask ")
     got = made.encode(TEXTS, queries=QUERIES)
     read = ["ask " + text for text in TEXTS[:QUERIES]] + TEXTS[QUERIES:]
     want = by_sentence_transformers(saved[kind], read)
@@ -176,14 +117,14 @@ def test_only_modules_normalise(saved, bert):
     assert (raw - 1).abs().min() > 0.1
 
 
-def test_batches_are_as_full_as_allowed(bert, monkeypatch):
-    monkeypatch.setattr(teacher, "MAX_TOKENS", 100)
+def test_batches_are_as_full_as_allowed(library, monkeypatch):
+    monkeypatch.setattr(sentence_teacher, "MAX_TOKENS", 100)
     # Some are longer than the model reads.
     texts = ["one " * n for n in range(1, 30)]
-    ids = bert.model.tokenizer(texts)["input_ids"]
+    ids = library.model.tokenizer(texts)["input_ids"]
     lengths = [min(len(tokens), BERT_LENGTH) for tokens in ids]
     assert max(map(len, ids)) > BERT_LENGTH > min(lengths)
-    batches = list(bert._batches(texts))
+    batches = list(library._batches(texts))
     assert sorted(row for rows in batches for row in rows) == list(range(len(texts)))
     for rows, after in zip(batches, [*batches[1:], None], strict=True):
         longest = max(lengths[row] for row in rows)
@@ -203,14 +144,67 @@ def test_each_text_is_encoded_once(bert, monkeypatch):
     seen = []
     encode = bert.model.encode
 
-    def watched(texts, **options):
+    def watched(texts, bar):
         seen.extend(texts)
-        return encode(texts, **options)
+        return encode(texts, bar)
 
     monkeypatch.setattr(bert.model, "encode", watched)
     bert.encode(["one", "two", "one"], queries=1)
     assert sorted(seen) == ["one", "two"]
     assert bert.encode([]).shape == (0, bert.width)
+
+
+# ---- kept vectors ----
+
+
+@pytest.fixture
+def keeping(saved) -> Teacher:
+    return Teacher.load(str(saved["bert"]), "ask ", CPU, keep=True)
+
+
+def test_kept_vectors_are_rounded(saved, keeping):
+    fresh = Teacher.load(str(saved["bert"]), "ask ", CPU).encode(TEXTS, queries=QUERIES)
+    first = keeping.encode(TEXTS, queries=QUERIES)
+    assert (first - fresh).abs().max() < 2**-11  # Coordinates are below 1.
+    assert torch.equal(first, first.half().float()) and not torch.equal(first, fresh)
+
+
+def test_kept_texts_are_not_encoded_again(keeping, monkeypatch):
+    seen, encode = [], keeping.model.encode
+
+    def watched(texts, bar):
+        seen.append(list(texts))
+        return encode(texts, bar)
+
+    monkeypatch.setattr(keeping.model, "encode", watched)
+    first = keeping.encode(["one", "two", "one"], queries=1)
+    again = keeping.encode(["one", "two", "one"], queries=1)
+    assert seen == [["ask one", "two", "one"]] and torch.equal(first, again)
+    # A query without its prompt is another text, and a document with it the same.
+    third = keeping.encode(["two", "one", "ask one"], queries=1)
+    assert seen[1:] == [["ask two"]] and torch.equal(third[1:], first[[2, 0]])
+    assert not third.is_inference() and third.dtype == torch.float32
+    (bytes_each,) = {len(vector) for vector in keeping.kept.values()}
+    assert len(keeping.kept) == 4 and bytes_each == 2 * keeping.width
+
+
+def test_vectors_beyond_fp16_are_not_kept(keeping, monkeypatch):
+    seen = []
+
+    def large(texts, bar):
+        seen.append(list(texts))
+        scale = [1e5 if text == "large" else 1.0 for text in texts]
+        return torch.tensor(scale)[:, None].expand(-1, keeping.width)
+
+    monkeypatch.setattr(keeping.model, "encode", large)
+    for _ in range(2):
+        assert keeping.encode(["small", "large"])[:, 0].tolist() == [1, 1e5]
+    assert seen == [["small", "large"], ["large"]]
+
+
+def test_keeping_needs_a_teacher():
+    with pytest.raises(ValueError, match="distill.keep: expected False without distill.teacher"):
+        Distill(embeddings="somewhere", features=1.0, keep=True)
 
 
 # ---- models that are not opened ----
