@@ -27,30 +27,29 @@ from collections.abc import Sequence
 from mlembed.runtime import files
 from mlembed.runtime.errors import one_line_errors
 
+from . import plan
+from .plan import Piece
 from .settings import Proof, check_settings, parse
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the pieces that are left, and write the page after each."""
+    """Print what is done and what is left, and run what is left."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         sys.exit(0 if arguments else 2)
     with one_line_errors():
         proof = parse([argument for argument in arguments if argument != "--list"])
         check_settings(proof)
-        prove(proof, "--list" in arguments)
+        pieces = plan.pieces(proof)
+        left = plan.left(proof, pieces)
+        for piece in pieces:
+            print(f"{'left' if piece in left else 'done'}  {piece.name}: {piece.about}")
+        if "--list" not in arguments:
+            prove(proof, left)
 
 
-def prove(proof: Proof, listing: bool) -> None:
-    """Run what is left. The page is written as soon as the source is scored."""
-    from . import plan
-
-    pieces = plan.pieces(proof)
-    left = plan.left(proof, pieces)
-    for piece in pieces:
-        print(f"{'left' if piece in left else 'done'}  {piece.name}: {piece.about}")
-    if listing:
-        return
+def prove(proof: Proof, left: Sequence[Piece]) -> None:
+    """Run the pieces that are left, and write the page after each that follows the first scores."""
     for piece in left:
         print(f"{piece.name}: {piece.about}", flush=True)
         began = time.perf_counter()
@@ -60,7 +59,7 @@ def prove(proof: Proof, listing: bool) -> None:
             write(proof)
     if not left:
         write(proof)
-    print(f"{proof.folder}/proof.md, proof.json, proof.svg")
+    print(f"{proof.folder}: proof.md, proof.json, proof.svg")
 
 
 def write(proof: Proof) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mlembed import config
 from mlembed.data.batches import Batches
+from mlembed.publishing.probes import quiet
 from mlembed.runtime import files
 from mlembed.runtime.distributed import World
 from mlembed.runtime.workers import device_of
@@ -50,9 +51,9 @@ def train(proof: Proof, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     random.seed(seed)
     texts, teacher = batches(run, World(0, 1, device))
-    student = SentenceTransformer(proof.model, device=str(device), local_files_only=True)
-    student.max_seq_length = run.max_length
-    with files.atomic_directory(proof.trained(f"peer-{seed}")) as partial:
+    with quiet(), files.atomic_directory(proof.trained(f"peer-{seed}")) as partial:
+        student = SentenceTransformer(proof.model, device=str(device), local_files_only=True)
+        student.max_seq_length = run.max_length
         result = optimise(student, texts, teacher, seconds, bf16(run, device))
         student.save(str(partial), create_model_card=False)
     return {"training": result | {"command": ABOUT}}
@@ -106,7 +107,7 @@ def optimise(
     half: bool,
 ) -> dict[str, Any]:
     """Train until the seconds are over, at least one step."""
-    trunk = student[0].auto_model
+    trunk: Any = student[0].auto_model
     trunk.get_input_embeddings().requires_grad_(False)
     layers, width = trunk.config.num_hidden_layers, trunk.config.hidden_size
     loss_of_batch = loss_of(student, layers, width).train()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from .report import COMPETITORS
 
 # Text stays text, and equal input gives an equal file.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mlembed", "font.family": "sans-serif"}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "mlembed", "font.family": "sans-serif"}
 COLOURS = {"ours": "#1d6fb8", "cut": "#8a8a8a", "peer": "#c8642b", "corner": "#3b8f4a"}
 
 
@@ -56,8 +56,9 @@ def mark(
     if cells:
         scale = 1e6 if x == "parameters" else 1
         points = sorted((cell[x] / scale, cell["percent"]) for cell in cells)
-        options = {"label": label} if label else {}
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[who], markersize=4, **options)
+        xs, ys = zip(*points, strict=True)
+        # matplotlib leaves labels with an underscore out of the legend.
+        axes.plot(xs, ys, "o-", color=COLOURS[who], markersize=4, label=label or "_")
 
 
 def corners(axes: Axes, proof: dict[str, Any]) -> None:

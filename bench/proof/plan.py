@@ -77,13 +77,15 @@ def compare(proof: Proof) -> dict[str, Any]:
 
 
 def score(proof: Proof, model: str, small: bool) -> dict[str, Any]:
-    """Score a model at its full rank or at the small one."""
+    """Score a model at its full rank or at the small one, `corner` at its one size."""
     from . import scoring, tasks
 
     chosen = tasks.read(Path(proof.data), proof.languages.split(), proof.pairs)
-    # The size that was trained alone has one exit and one width.
-    sizes = (None, None) if model != "corner" else scoring.last(proof.trained(model))
-    return scoring.score(proof.trained(model), proof.rank if small else None, chosen, *sizes)
+    encoder = scoring.load(proof.trained(model), proof.rank if small else None)
+    depth, width = encoder.model.cfg.num_hidden_layers, encoder.model.cfg.hidden_size
+    if model == "corner":
+        return scoring.score(encoder, chosen, [depth], [width])
+    return scoring.score(encoder, chosen, scoring.quarters(depth), scoring.widths(width))
 
 
 def train_ours(proof: Proof, seed: int) -> dict[str, Any]:

@@ -45,9 +45,9 @@ def report(proof: Proof) -> dict[str, Any]:
         "text": proof.read("text") if proof.piece("text").exists() else None,
         "training": training(proof),
         "sizes": {
-            name: found
+            name: row
             for name, size in sizes(full, proof.rank).items()
-            if (found := {who: cell for who, some in cells.items() if (cell := at(some, *size))})
+            if (row := {who: one for who, some in cells.items() if (one := at(some, *size))})
         },
         "cells": {
             who: [{k: v for k, v in cell.items() if k not in DETAILS} for cell in some]

@@ -27,13 +27,16 @@ TRIAL = 24  # Steps whose time is measured, of which the last half counts.
 
 def ours(proof: Proof, seed: int) -> dict[str, Any]:
     """Train the recipe from the source, with the steps of the first seed."""
-    first = f"ours-{proof.seeds[0]}"
-    steps = proof.read(first)["training"]["steps"] if proof.piece(first).exists() else None
-    return train(proof, f"ours-{seed}", ["--seed", str(seed)], steps)
+    name, first = f"ours-{seed}", proof.seeds[0]
+    steps = None if seed == first else proof.read(f"ours-{first}")["training"]["steps"]
+    return train(proof, name, ["--seed", str(seed)], 60 * proof.minutes, steps)
 
 
 def corner(proof: Proof) -> dict[str, Any]:
-    """Train half the depth at the small rank and full width, from the source's first layers."""
+    """Train half the depth at the small rank and full width, from the source's first layers.
+
+    It gets the seconds that our run of the first seed took.
+    """
     half = proof.folder / "models" / "half"
     encoder = Encoder.load(proof.model, "cpu", say=lambda _: None)
     cfg = encoder.model.cfg
@@ -44,13 +47,16 @@ def corner(proof: Proof) -> dict[str, Any]:
     shape = {"exits": exit, "matryoshka-dims": cfg.hidden_size, "ranks": proof.rank}
     options = [word for key, value in shape.items() for word in (f"--model.{key}", str(value))]
     teacher = ["--distill.teacher", proof.model]
-    return train(proof, "corner", [*teacher, *options, "--seed", str(proof.seeds[0])], init=half)
+    options += [*teacher, "--seed", str(proof.seeds[0])]
+    seconds = proof.read(f"ours-{proof.seeds[0]}")["training"]["seconds"]
+    return train(proof, "corner", options, seconds, init=half)
 
 
 def train(
     proof: Proof,
     name: str,
     options: list[str],
+    seconds: float,
     steps: int | None = None,
     init: Path | None = None,
 ) -> dict[str, Any]:
@@ -59,7 +65,8 @@ def train(
     Its checkpoints are removed once its model is written.
 
     Args:
-        steps: as many as fit into the minutes, by default. init: directory, the source by default.
+        seconds: of training. steps: by default those that fit into them. init: directory, of the
+            source by default.
 
     Raises:
         ValueError: train.py failed; its last line.
@@ -73,7 +80,7 @@ def train(
         steps, again = config.load(saved).steps, ["--resume"]
     else:
         shutil.rmtree(directory, ignore_errors=True)
-        steps, again = steps or measured_steps(proof, name, begin), []
+        steps, again = steps or measured_steps(proof, name, begin, seconds), []
     last = ["--name", name, "--steps", str(steps)]
     last += ["--log-every", str(max(1, steps // 50)), "--save-every", str(max(1, steps // 3))]
     last += ["--keep-checkpoints", "1"]
@@ -83,16 +90,16 @@ def train(
     return {"training": trained(directory) | {"command": command}}
 
 
-def measured_steps(proof: Proof, name: str, arguments: list[str]) -> int:
-    """Return the steps that fit into the minutes, by the time of a few."""
+def measured_steps(proof: Proof, name: str, arguments: list[str], seconds: float) -> int:
+    """Return the steps that fit into the seconds, by the time of a few."""
     trial = f"{name}-trial"
     shutil.rmtree(proof.runs / trial, ignore_errors=True)
     half = TRIAL // 2
     last = ["--name", trial, "--steps", str(TRIAL), "--log-every", str(half), "--save-every", "0"]
     run(proof, trial, [*arguments, *last], until=TRIAL)
-    seconds = window_seconds(train_lines(proof.runs / trial)[-1], half) / half
+    a_step = window_seconds(train_lines(proof.runs / trial)[-1], half) / half
     shutil.rmtree(proof.runs / trial, ignore_errors=True)
-    return max(1, round(60 * proof.minutes / seconds))
+    return max(1, round(seconds / a_step))
 
 
 def run(proof: Proof, name: str, arguments: list[str], until: int = 0) -> None:

@@ -75,7 +75,7 @@ def write_evaluation(folder: Path) -> None:
                 writer = csv.writer(file)
                 writer.writerow(("row", "genre", "sentence1", "sentence2", "score"))
                 for i, thing in enumerate(sentences("eng", split)):
-                    other = words.format(thing[: 4 + i])
+                    other = words.format(thing[: 9 + i % 5])
                     writer.writerow((i, "images", words.format(thing), other, i % 6))
     corpus = [{"_id": f"d{i}", "title": "", "text": x} for i, x in enumerate(sentences("fra", "d"))]
     queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate(sentences("eng", "q"))]
