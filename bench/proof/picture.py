@@ -41,10 +41,11 @@ def draw(proof: dict[str, Any]) -> Figure:
     right.set_xscale("log", base=2)
     ticks = sorted({c["bytes_per_vector"] for some in proof["cells"].values() for c in some})
     right.set_xticks(ticks, [str(tick) for tick in ticks])
-    left.legend(fontsize=8, frameon=False, loc="lower right")
+    left.legend(fontsize=8, frameon=False, loc="center")
     for axes in (left, right):
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
+        axes.margins(y=0.1)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -40,6 +40,7 @@ def report(proof: Proof) -> dict[str, Any]:
         "machine": machine(device),
         "environment": environment(device),
         "source": proof.source or described(Path(proof.model)),
+        "command": proof.command,
         "settings": {key: settings[key] for key in SHOWN},
         "measured": {"tokens_a_text": LENGTH, "timed_texts": TEXTS, "megabytes": MEGABYTES},
         "text": proof.read("text") if proof.piece("text").exists() else None,
@@ -57,7 +58,7 @@ def report(proof: Proof) -> dict[str, Any]:
 
 
 SHOWN = "minutes", "seeds", "languages", "pairs", "rank", "recipe", "options"
-DETAILS = "points", "scripts"
+DETAILS = "points", "scripts", "languages"
 MEGABYTES = "weights in fp32, the vocabulary as factors at a rank, without tokenizer"
 
 
@@ -111,7 +112,8 @@ def averaged(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         "score": mean(every),
         "spread": max(every) - min(every),
         "numbers": tasks.numbers(points),
-        "scripts": tasks.by_script(points),
+        "scripts": tasks.bitext(points, "script"),
+        "languages": tasks.bitext(points, "name"),
         "points": points,
     }
 

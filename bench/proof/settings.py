@@ -60,6 +60,19 @@ class Proof:
         return text
 
     @property
+    def command(self) -> str:
+        """The command that repeats this proof, with words instead of paths."""
+        words = ["MODEL=DIR", "DATA=DIR", "OUT=DIR", *["MIXTURE=FILE"] * bool(self.mixture)]
+        for one in fields(Proof):
+            value = getattr(self, one.name)
+            if one.name not in ("model", "data", "out", "mixture", "source") and (
+                value != one.default
+            ):
+                value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"{one.name.upper()}={value}")
+        return self.without_paths(["python", "-m", "bench", "proof", *words])
+
+    @property
     def runs(self) -> Path:
         """Folder of the runs of train.py."""
         return self.folder / "runs"

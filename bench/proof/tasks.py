@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -139,13 +139,13 @@ def score(points: Parts) -> float:
     return float(np.mean(list(numbers(points).values())))
 
 
-def by_script(points: Parts) -> dict[str, float]:
-    """Return the mean points of bitext by script: of Tatoeba's and the tables' languages."""
-    scripts: dict[str, list[float]] = {}
+def bitext(points: Parts, by: Literal["name", "script"]) -> dict[str, float]:
+    """Return the mean points of bitext, Tatoeba's and the tables', by language or by script."""
+    groups: dict[str, list[float]] = {}
     for kind in ("tatoeba", "bitext"):
         for name, value in points[kind].items():
-            scripts.setdefault(language(name.split()[-1]).script, []).append(value)
-    return {script: float(np.mean(values)) for script, values in sorted(scripts.items())}
+            groups.setdefault(getattr(language(name.split()[-1]), by), []).append(value)
+    return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
 
 
 # ---- what training may not see ----

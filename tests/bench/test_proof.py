@@ -116,7 +116,9 @@ def test_score_is_the_mean_of_four_numbers_computed_by_hand(files, scored):
     assert tasks.score(cell["points"]) == pytest.approx(by_hand, abs=1e-3)
     latin = [*expected["tatoeba"].values(), bitext["flores fra_Latn"], bitext["tico fra"]]
     scripts = {"Latin": np.mean(latin), "Tamil": bitext["flores tam_Taml"]}
-    assert tasks.by_script(cell["points"]) == pytest.approx(scripts, abs=1e-3)
+    assert tasks.bitext(cell["points"], "script") == pytest.approx(scripts, abs=1e-3)
+    languages = {"French": scripts["Latin"], "Tamil": scripts["Tamil"]}
+    assert tasks.bitext(cell["points"], "name") == pytest.approx(languages, abs=1e-3)
 
 
 def test_costs_are_those_of_the_cut_model(scored):
@@ -175,7 +177,9 @@ def test_training_text_may_not_share_a_text(files, tmp_path):
     rows = [{"query": "a query", "positive": f" {text.upper()}!!"}]
     path = tmp_path / "leak.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"leak: expected training text without .* got 1 .*TWO CATS"):
+    with pytest.raises(
+        ValueError, match=r"leak: expected training text without .* got 1 .*TWO CATS"
+    ):
         tasks.check_disjoint(str(path), every)
 
 
@@ -299,7 +303,8 @@ def test_numbers_of_the_page_are_those_of_the_json(whole, proof):
             f"{cell['megabytes']:.0f}",
             str(cell["bytes_per_vector"]),
         ]
-    assert "deu" not in page.script_table(whole) and "| Tamil |" in text
+    assert "German" not in text and "| Tamil | " in text and "| French | " in text
+    assert whole["command"] == "python -m bench proof MODEL=DIR DATA=DIR OUT=DIR RANK=8"
     assert "| ours-0 | 1.5 | 7 | 0.01 M |" in text
     assert str(proof.folder) not in json.dumps(whole) and proof.model not in text
 
@@ -336,7 +341,11 @@ def test_whole_command_survives_a_kill(files, tmp_path):
     arguments += ["MINUTES=0.01", "RECIPE=tiny", f"OPTIONS={options}"]
     first = call(arguments)
     end = time.monotonic() + 300
-    while not (out / "runs").exists() and time.monotonic() < end and first.poll() is None:
+    while (
+        not (out / "runs" / "ours-0" / "config.json").exists()
+        and time.monotonic() < end
+        and first.poll() is None
+    ):
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
