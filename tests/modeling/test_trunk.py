@@ -263,11 +263,11 @@ def test_recomputed_blocks_fit_the_budget():
     light = [8 * t for t in tokens]
     for recompute in range(5):
         need = sum(light[:recompute]) + sum(whole[recompute:])
-        assert cost.blocks([deep, one], 4, need) == recompute
+        assert cost.blocks(NESTED, [deep, one], need) == recompute
         if recompute:
             more = sum(light[: recompute - 1]) + sum(whole[recompute - 1 :])
-            assert cost.blocks([deep, one], 4, more - 1) == recompute
-    assert cost.blocks([deep, one], 4, 0) == 4
+            assert cost.blocks(NESTED, [deep, one], more - 1) == recompute
+    assert cost.blocks(NESTED, [deep, one], 0) == 4
 
 
 def test_ended_texts_save_nothing():

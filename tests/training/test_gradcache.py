@@ -44,7 +44,9 @@ def job_of(folder, where, options, keep):
     if keep == "none":
         job = replace(job, budget=1.0)
     if keep == "half":
-        sizes = [gradcache.graph_bytes(job.cost, pack, 0, 2) for pack in job.batches[0].packs]
+        sizes = [
+            gradcache.graph_bytes(job.cost, job.run.model, pack, 0) for pack in job.batches[0].packs
+        ]
         job = replace(job, budget=sum(sizes) / 2)
     return job
 
@@ -288,7 +290,7 @@ def test_largest_graphs_that_fit_are_kept(folder):
     """The final pack, which runs to full depth, keeps its graph only if all do."""
     job = job_of(folder, ALONE, [*SKIP, *PACKS], "none")
     packs = job.batches[3].packs
-    sizes = [gradcache.graph_bytes(job.cost, pack, 0, 2) for pack in packs]
+    sizes = [gradcache.graph_bytes(job.cost, job.run.model, pack, 0) for pack in packs]
     assert len(packs) > 2 and len(set(sizes)) > 1
     for share in (0.0, 0.3, 0.6, 0.9, 1.0, 2.0):
         budget = share * sum(sizes)
@@ -307,9 +309,9 @@ def test_graph_bytes(folder):
     cost = ActivationCost(1000.0, 10.0, 1.0)
     deep, shallow = pack.plan_at(2).tokens, pack.plan_at(1).tokens
     assert deep < shallow
-    assert gradcache.graph_bytes(cost, pack, 0, 2) == 2000 + 10 * (deep + shallow)
-    assert gradcache.graph_bytes(cost, pack, 1, 2) == 1000 + shallow + 10 * deep
-    assert gradcache.graph_bytes(cost, pack, 2, 2) == deep + shallow
+    assert gradcache.graph_bytes(cost, job.run.model, pack, 0) == 2000 + 10 * (deep + shallow)
+    assert gradcache.graph_bytes(cost, job.run.model, pack, 1) == 1000 + shallow + 10 * deep
+    assert gradcache.graph_bytes(cost, job.run.model, pack, 2) == deep + shallow
 
 
 def test_budget_leaves_room_for_moments(folder, monkeypatch):
@@ -332,7 +334,7 @@ def test_selective_and_cache_share_the_budget(folder):
     """A graph that fits the budget alone recomputes nothing, a larger one some of its layers."""
     job = job_of(folder, ALONE, ["--activation-checkpointing", "selective", *PACKS], "none")
     packs = job.batches[0].packs
-    sizes = [gradcache.graph_bytes(job.cost, pack, 0, 2) for pack in packs]
+    sizes = [gradcache.graph_bytes(job.cost, job.run.model, pack, 0) for pack in packs]
     _, again, _ = gradcache.choose_graphs(job.run, job.cost, packs, max(sizes))
     assert again == [0] * len(packs)
     _, again, _ = gradcache.choose_graphs(job.run, job.cost, packs, 0.8 * max(sizes))
