@@ -63,11 +63,10 @@ def merge(
     """Return the merged model, fp32 on the CPU, and the errors of its ranks ([] for a plain table).
 
     Args:
-        models: one or more of the same configuration but for exits, prefixes and ranks, each
-            requested after the one before it was merged.
+        models: one or more of the same configuration but for the nesting (NESTED), each requested
+            after the one before it was merged.
         weights: 0 or more, one per model, not all 0; only their ratios count.
-        nesting: the configuration whose exits, prefixes and ranks are kept; the first model's by
-            default.
+        nesting: the configuration whose nesting is kept; the first model's by default.
 
     Raises:
         ValueError: other weights, configurations that differ (with the keys).

@@ -21,6 +21,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 OPTIONS = ["--optim.max-grad-norm", "1e9", "--steps", "4", "--seed", "3"]
 SKIP = ["--depth.exits", "1", "2", "--depth.shares", "0.3", "0.7"]
 ACCUMULATED = ["--loss.ranks", "all", "--gradient-accumulation-steps", "2", *SKIP]
+# Two exits that share the last of three layers.
+LAST = ["--model.num-hidden-layers", "3", "--model.exits", "2", "3", "--model.last-layers", "1"]
+LAST += ["--depth.exits", "2", "3"]
 DROPOUT = ["--model.dropout", "0.3"]
 # Objective -> (arguments, the step). By this seed steps 0 and 3 are of pairs, 1 and 2 n-way.
 OBJECTIVES = {
@@ -30,6 +33,7 @@ OBJECTIVES = {
     "all ranks, accumulated": (ACCUMULATED, 0),
     # At this step no pack has a layer that all its texts skip, which the first would run even so.
     "layer dropout": ([*SKIP, "--depth.layer-dropout", "0.2"], 3),
+    "last layers": (LAST, 3),
 }
 # Several packs, in different numbers on two processes.
 PACKS = ["--pack-tokens", "23"]
