@@ -39,7 +39,7 @@ def test_texts_that_exit_early_count_until_their_exit():
 
 
 def test_last_layers_count_at_every_exit():
-    """Of three layers, the first runs 5 tokens, the second 3, and the last 5 and then 3."""
+    """The first of three layers runs 5 tokens, the second 3, and the last 5 and then 3."""
     shape = replace(SHAPE, num_hidden_layers=3, exits=(2, 3), last_layers=1)
     batch = pack(TEXTS, np.array([3, 2]))
     got = training_flops(shape, batch, None)

@@ -5,14 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import assert_same_model, random_model, tiny_encoder
+from factories import assert_same_model, tiny_encoder
 from torch import Tensor, nn
 from transformer_truth import SHAPES, as_transformers, build, hf_exits, texts
 
 from mlembed import config
 from mlembed.data.packing import pack
-from mlembed.modeling import merge, pretrained
-from mlembed.modeling.prune import choose, prune
+from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer, num_parameters
 
 LAYERS = 5
@@ -152,7 +151,7 @@ def test_encoder_mixes_exits():
         encoder.encode(words, exit=2)
 
 
-# ---- other models made of one ----
+# ---- directories ----
 
 
 def test_saved_models_keep_their_last_layers(tmp_path):
@@ -161,33 +160,6 @@ def test_saved_models_keep_their_last_layers(tmp_path):
     assert_same_model(pretrained.load(str(tmp_path)), model)
     small = pretrained.cut(model, 3, 11)
     assert (small.cfg.last_layers, small.cfg.exits, small.cfg.ranks) == (2, (3,), (3, 11))
-
-
-@pytest.mark.parametrize(
-    ("layers", "exits", "last"),
-    [
-        ((1, 2, 4, 5), (3, 4), 2),  # the layers of exit 4
-        ((1, 4, 5), (3,), 2),
-        ((2, 4, 5), (3,), 2),
-        ((1, 3, 4, 5), (4,), 2),
-        ((4, 5), (1, 2), 0),
-        ((1, 2, 5), (1, 2, 3), 0),
-    ],
-)
-def test_pruned_models_keep_last_layers_that_stay(layers, exits, last):
-    model = build(shape())
-    small = prune(model, choose(model, layers, 24, 37))
-    assert (small.cfg.exits, small.cfg.last_layers) == (exits, last)
-    if len(exits) > 1 and last:
-        batch = pack(texts((5, 1, 9)))
-        assert torch.equal(small(batch), model(batch, exits=exits))
-
-
-def test_a_model_merges_with_one_of_other_exits():
-    cfg = replace(shape(), ranks=())
-    plain = random_model(replace(cfg, exits=(1, 5), last_layers=0), seed=1)
-    merged, _ = merge.merge([random_model(cfg), plain], [1.0, 0.0])
-    assert_same_model(merged, random_model(cfg))
 
 
 # ---- errors ----
