@@ -172,8 +172,7 @@ def budget_of(
         return float("inf") if keep == "all" else 0.0
     if keep == "budget":
         return run.activation_gib * 2**30
-    layers = run.model.num_hidden_layers
-    return HALF * sum(gradcache.graph_bytes(kept, pack, 0, layers) for pack in packs)
+    return HALF * sum(gradcache.graph_bytes(kept, run.model, pack, 0) for pack in packs)
 
 
 class Cached(Trained):

@@ -43,6 +43,9 @@ class Model:
     or BERT's pooler, tanh of a dense layer over the first token."""
     exits: tuple[int, ...] = number((), above=0, most=DEEPEST)
     """Depths at which texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, .. all."""
+    last_layers: int = number(0, least=0, most=DEEPEST)
+    """Number of last layers that every exit ends with, H: exit l runs layers 1..l - H, then the
+    last H. 0: exit l runs layers 1..l."""
     matryoshka_dims: tuple[int, ...] = number((), above=0, most=WIDEST)
     """Nested widths, the last = hidden_size. Empty: powers of two from 8, and hidden_size."""
     ranks: tuple[int, ...] = number((), above=0, most=WIDEST)
@@ -56,9 +59,9 @@ class Model:
 
     def __post_init__(self) -> None:
         check_numbers(self, "model.")
-        L, D = self.num_hidden_layers, self.hidden_size
+        L, D, H = self.num_hidden_layers, self.hidden_size, self.last_layers
         if not self.exits:
-            exits = tuple(x for x in ML_EMBED_EXITS if x < L) + (L,)
+            exits = tuple(x for x in ML_EMBED_EXITS if H < x < L) + (L,)
             object.__setattr__(self, "exits", exits)
         if not self.matryoshka_dims:
             powers = tuple(2**i for i in range(3, 15) if 2**i < D)
@@ -71,6 +74,8 @@ class Model:
             raise ValueError(
                 f"model.exits: expected to end at the last layer {L}, got {self.exits}"
             )
+        if self.exits[0] <= H:
+            raise ValueError(f"model.exits: expected more than last_layers {H}, got {self.exits}")
         if self.matryoshka_dims[-1] != D:
             raise ValueError(
                 f"model.matryoshka_dims: expected to end at hidden_size {D}, "
@@ -105,9 +110,23 @@ class Model:
         """Raise ValueError for a width, depth or vocabulary rank outside of this shape."""
         if dim is not None and not 1 <= dim <= self.hidden_size:
             raise ValueError(f"dim: expected 1..{self.hidden_size} (the width), got {dim}")
-        if exit is not None and not 1 <= exit <= self.num_hidden_layers:
-            raise ValueError(f"exit: expected 1..{self.num_hidden_layers} (the depth), got {exit}")
+        if exit is not None and not self.last_layers < exit <= self.num_hidden_layers:
+            depths = f"{self.last_layers + 1}..{self.num_hidden_layers}"
+            raise ValueError(f"exit: expected {depths} (the depth), got {exit}")
         if rank is not None and not self.ranks:
             raise ValueError(f"rank: expected none for a plain vocabulary table, got {rank}")
         if rank is not None and not 1 <= rank <= self.ranks[-1]:
             raise ValueError(f"rank: expected 1..{self.ranks[-1]} (the stored rank), got {rank}")
+
+    def layers_of(self, exit: int) -> tuple[int, ...]:
+        """Return the layers that an exit runs, in their order, from 1 on."""
+        L, H = self.num_hidden_layers, self.last_layers
+        return (*range(1, exit - H + 1), *range(L - H + 1, L + 1))
+
+    def depths_of(self, layer: int) -> tuple[int, ...]:
+        """Return the depth that a text needs for each run of a layer, from 1 on, in a forward.
+
+        The last layers run once for every exit.
+        """
+        shared = layer > self.num_hidden_layers - self.last_layers
+        return self.exits if shared else (layer + self.last_layers,)

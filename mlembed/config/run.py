@@ -184,6 +184,11 @@ class Run:
                     f"depth.exits: expected some of {where} {self.model.exits}, including the "
                     f"last, got {self.depth.exits}"
                 )
+        if self.depth.layer_dropout and self.model.last_layers:
+            raise ValueError(
+                "depth.layer_dropout: expected 0 with model.last_layers, "
+                f"got {self.depth.layer_dropout}"
+            )
         if self.optim.weights == "bf16" and self.precision == "fp32":
             raise ValueError("precision: expected bf16 or auto with optim.weights bf16, got fp32")
         if self.optim.weights == "bf16" and self.engine == "fsdp":

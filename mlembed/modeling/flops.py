@@ -1,6 +1,7 @@
 """Floating-point operations of training a model, by formula, and the peak rates of devices.
 
-Forward, of the tokens T_l and the pairs P_l of a token and one it sees that run through layer l:
+Forward, of the tokens T_l and the pairs P_l of a token and one it sees that run through layer l,
+summed over exits for the last layers that all exits end with:
 
     products    2 T_l (2 (Hq + Hkv) K D + 3 D I), 2 D I instead of 3 D I in a BERT
     attention   4 Hq K P_l: scores, and sums of values
@@ -66,21 +67,23 @@ def training_flops(
         keeps: whether the pack keeps its graph, or is encoded again for it. recompute: number of
             first layers that the backward computes again.
     """
-    products, scores = [], []
+    scores, layers = 0.0, []
     plans: dict[int, tuple[int, float]] = {}
-    for depth in range(1, m.exits[-1] + 1):
-        skip, plan = pack.skip_layers.get(depth), pack.plan_at(depth)
-        plan = skip.plan if skip else plan
-        if plan is None:
-            break
-        if id(plan) not in plans:
-            plans[id(plan)] = plan.tokens, _pairs(plan.cu_seqlens.tolist(), m.causal)
-        tokens, pairs = plans[id(plan)]
-        products.append(2.0 * tokens * layer_weights(m))
-        scores.append(2.0 * m.num_attention_heads * m.head_dim * pairs)
-    layers = [x + 2 * y for x, y in zip(products, scores, strict=True)]
+    for layer in range(1, m.num_hidden_layers + 1):
+        layers.append(0.0)
+        for depth in m.depths_of(layer):
+            skip, plan = pack.skip_layers.get(depth), pack.plan_at(depth)
+            plan = skip.plan if skip else plan
+            if plan is None:
+                break
+            if id(plan) not in plans:
+                plans[id(plan)] = plan.tokens, _pairs(plan.cu_seqlens.tolist(), m.causal)
+            tokens, pairs = plans[id(plan)]
+            score = 2.0 * m.num_attention_heads * m.head_dim * pairs
+            scores += score
+            layers[-1] += 2.0 * tokens * layer_weights(m) + 2 * score
     forward = sum(layers) + _outside(m, pack, rank)
-    again = sum(scores) + sum(layers[:recompute]) + (0.0 if keeps else forward)
+    again = scores + sum(layers[:recompute]) + (0.0 if keeps else forward)
     return Flops(forward, 2 * forward, again)
 
 

@@ -23,7 +23,8 @@ rank r, which training made meaningful: the command reports the distance to it f
 models have the same W, to the bit, W stays and U is merged: then every rank is exactly the merge of
 that rank. A plain table counts as its factors of full rank, so a base model merges with its tune.
 
-Exits, prefixes and ranks change no tensor but the vocabulary's: those of one model are kept.
+Exits, the last layers that they share, prefixes and ranks change no tensor but the vocabulary's:
+those of one model are kept.
 
 Sums are in float64. Memory holds the merge so far, one model, and the factors of all models.
 
@@ -50,7 +51,7 @@ from .vocabulary import Fit, Tables, coefficients, factorise
 
 # Fields of a configuration that may differ, as weights do not depend on them, and the nesting.
 RUNTIME = {"attention", "dropout"}
-NESTED = ("exits", "matryoshka_dims", "ranks")
+NESTED = ("exits", "last_layers", "matryoshka_dims", "ranks")
 
 
 def merge(
@@ -62,11 +63,10 @@ def merge(
     """Return the merged model, fp32 on the CPU, and the errors of its ranks ([] for a plain table).
 
     Args:
-        models: one or more of the same configuration but for exits, prefixes and ranks, each
-            requested after the one before it was merged.
+        models: one or more of the same configuration but for the nesting (NESTED), each requested
+            after the one before it was merged.
         weights: 0 or more, one per model, not all 0; only their ratios count.
-        nesting: the configuration whose exits, prefixes and ranks are kept; the first model's by
-            default.
+        nesting: the configuration whose nesting is kept; the first model's by default.
 
     Raises:
         ValueError: other weights, configurations that differ (with the keys).

@@ -262,7 +262,7 @@ def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
-    """Return a copy that ends at layer `exit` with vocabulary rank `rank`; both are slices."""
+    """Return a copy of the layers that `exit` runs, with vocabulary rank `rank`, a slice."""
     cfg = model.cfg
     cfg.check(exit=exit, rank=rank)
     exits = (*(e for e in cfg.exits if e < exit), exit)
@@ -272,7 +272,16 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     if ranks:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]
         weights["embed_tokens.W"] = weights["embed_tokens.W"][: ranks[-1]]
-    small = _fill(small, {name: weights[name] for name in small.state_dict()})
+    layers = cfg.layers_of(exit)
+
+    def source(name: str) -> str:
+        """Return the name in the whole model."""
+        if not name.startswith("layers."):
+            return name
+        _, layer, part = name.split(".", 2)
+        return f"layers.{layers[int(layer)] - 1}.{part}"
+
+    small = _fill(small, {name: weights[source(name)] for name in small.state_dict()})
     return small.train(model.training)
 
 

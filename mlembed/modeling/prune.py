@@ -77,10 +77,11 @@ def spread(layers: int, count: int) -> tuple[int, ...]:
 def prune(model: Transformer, selection: Selection) -> Transformer:
     """Return a copy with the selected layers, coordinates and units, fp32, on the CPU.
 
-    Exits: if the layers are the first ones, the exits among them and the last layer, as in
-    `pretrained.cut`; otherwise the default ones, since every layer gets other inputs than in
-    training. Prefixes: those below the new width, and the width. Ranks: those up to the new width
-    (W loses columns like any table); a plain table if none is left.
+    Exits: if the layers are those that an exit runs, the exits up to it, as in `pretrained.cut`;
+    otherwise the default ones, since every layer gets other inputs than in training. `last_layers`
+    stays if these layers and an earlier one are kept, otherwise it becomes 0. Prefixes: those below
+    the new width, and the width. Ranks: those up to the new width (W loses columns like any table);
+    a plain table if none is left.
     """
     width, ffn = len(selection.width_D), len(selection.units[0])
     cfg = pruned_config(model.cfg, selection.layers, width, ffn)
@@ -135,14 +136,16 @@ def pruned_config(cfg: config.Model, layers: Sequence[int], width: int, ffn: int
             f"width: expected {cfg.hidden_size} of a BERT, whose heads together have that width "
             f"and stay, got {width}"
         )
-    L = len(layers)
-    first = list(layers) == list(range(1, L + 1))
+    L, H = len(layers), cfg.last_layers
+    whole = L > H and tuple(layers[L - H :]) == cfg.layers_of(L)[L - H :]
+    cut = whole and tuple(layers) == cfg.layers_of(L)
     return replace(
         cfg,
         num_hidden_layers=L,
         hidden_size=width,
         intermediate_size=ffn,
-        exits=(*(e for e in cfg.exits if e < L), L) if first else (),
+        exits=(*(e for e in cfg.exits if e < L), L) if cut else (),
+        last_layers=H if whole else 0,
         matryoshka_dims=(*(d for d in cfg.matryoshka_dims if d < width), width),
         ranks=tuple(rank for rank in cfg.ranks if rank <= width),
     )

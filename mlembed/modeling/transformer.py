@@ -3,6 +3,11 @@
     x = E(r)[ids];  for each layer:  x = layer(x)        (blocks.py has the layers of both styles)
     exit l of a text:  pool(norm(x after layer l))
 
+With `last_layers` H, exit l runs the last H of L layers after layer l - H, before its pooling:
+
+    for each layer 1..L - H:  x = layer(x)
+    exit l of a text:  y = x after layer l - H;  for each of the last H layers:  y = layer(y)
+
 All exits share the pooling and Qwen3's final norm; BERT's layers end in norms of their own. Packs
 are ordered deepest text first: after the last layer of a text its rows are dropped, and later
 layers run on a shorter prefix of the rows.
@@ -161,19 +166,20 @@ class Transformer(nn.Module):
 
         Args:
             batch: N packed texts on the model's device.
-            exits: rising depths in 1..num_hidden_layers; the configured ones by default.
+            exits: rising depths in last_layers + 1..num_hidden_layers; the configured ones by
+                default.
             rank: vocabulary rank, 1..stored; the stored one by default.
             recompute: number of first layers that save only their input for the backward, which
                 computes them again. It reaches them last, when the other layers' memory is free.
 
         Raises:
-            ValueError: an exit deeper than the model, a rank or a token that is not stored, a text
+            ValueError: an exit outside of these, a rank or a token that is not stored, a text
                 longer than a BERT's position table, a configured attention that this machine or
                 dtype does not support.
         """
         exits = self.cfg.exits if exits is None else exits
         strict.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
-        self.cfg.check(rank=rank)
+        self.cfg.check(exit=exits[0], rank=rank)
         x_TD = self.embed_tokens(batch.ids_T, rank, batch.token_index)
         if self.cfg.style == "bert":
             most = self.cfg.max_position_embeddings
@@ -185,34 +191,53 @@ class Transformer(nn.Module):
         pooled = []
         spans = Spans(f"exit {exit}" for exit in exits)
         spans.next()
-        for depth, layer in enumerate(self.layers[: exits[-1]], 1):
+        last = self.cfg.last_layers
+        recompute = recompute if torch.is_grad_enabled() else 0
+        # Texts of depth d run layers 1..d - last and then the last layers.
+        for depth, layer in enumerate(self.layers[: exits[-1] - last], last + 1):
             plan = batch.plan_at(depth)
             if plan is None:
                 break
+            if plan.tokens < len(x_TD):
+                x_TD, _ = Exit.apply(x_TD, plan.cu_seqlens[:0].long(), plan.tokens)
             run: Callable[..., Tensor] = self._skip if depth in batch.skip_layers else self.block
-            early = depth == exits[-1] and self._ends_early and depth not in batch.skip_layers
+            early = not last and depth == exits[-1] and self._ends_early
+            early &= depth not in batch.skip_layers
             if early:
                 run = partial(self.block, rows_N=self._rows(plan))
-            again = depth <= recompute and torch.is_grad_enabled()
+            again = depth - last <= recompute
             x_TD = layer(x_TD, run, tables, batch.skip_layers.get(depth, plan), recompute=again)
-            further = batch.plan_at(depth + 1) if depth < exits[-1] else None
-            staying = 0 if further is None else further.tokens
-            if depth in exits:
-                if early:
-                    exit_nD = self._pooled(x_TD)
-                else:
-                    x_TD, exit_nD = self._exit(x_TD, plan, staying)
-                # Texts that ended before come last: their rows are zeros.
-                pooled.append(F.pad(exit_nD, (0, 0, 0, len(batch) - plan.sequences)))
-                spans.next()
-            elif staying < len(x_TD):
-                x_TD, _ = Exit.apply(x_TD, plan.cu_seqlens[:0].long(), staying)
+            if depth not in exits:
+                continue
+            if last:
+                exit_nD = self._through_last(x_TD, tables, plan, recompute)
+            elif early:
+                exit_nD = self._pooled(x_TD)
+            else:
+                further = batch.plan_at(depth + 1) if depth < exits[-1] else None
+                x_TD, exit_nD = self._exit(x_TD, plan, 0 if further is None else further.tokens)
+            # Texts that ended before come last: their rows are zeros.
+            pooled.append(F.pad(exit_nD, (0, 0, 0, len(batch) - plan.sequences)))
+            spans.next()
         spans.close()
         # Exits may be deeper than all texts.
         if deeper := len(exits) - len(pooled):
             zeros_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))
             pooled += [zeros_ND] * deeper
         return torch.stack(pooled)
+
+    def _through_last(
+        self, x_TD: Tensor, tables: tuple[Tensor, ...], plan: AttentionPlan, recompute: int
+    ) -> Tensor:
+        """Return the vectors fp32 [n, D] that the last layers and the pooling make of an exit's n
+        texts.
+        """
+        early, L = self._ends_early, len(self.layers)
+        for number in range(L - self.cfg.last_layers + 1, L + 1):
+            rows_N = self._rows(plan) if early and number == L else None
+            run, again = partial(self.block, rows_N=rows_N), number <= recompute
+            x_TD = self.layers[number - 1](x_TD, run, tables, plan, recompute=again)
+        return self._pooled(x_TD) if early else self._exit(x_TD, plan, 0)[1]
 
     @property
     def _ends_early(self) -> bool:

@@ -156,7 +156,10 @@ class Sharded(Engine):
             offload_policy=CPUOffloadPolicy() if on_host else OffloadPolicy(),
             reshard_after_forward=False,
         )
-        for layer in model.layers:
+        # The last layers that run at every exit stay with the root, which is reduced once, after
+        # the whole backward.
+        once = model.cfg.num_hidden_layers - model.cfg.last_layers
+        for layer in model.layers[:once]:
             fully_shard(layer, **options)
         self.root: FSDPModule = fully_shard(model, **options)
         self.parts = [part for part in model.modules() if isinstance(part, FSDPModule)]

@@ -122,21 +122,26 @@ class ActivationCost:
             small - SIZES[0] * per_token, per_token, itemsize * model.cfg.hidden_size
         )
 
-    def of_layer(self, packs: Sequence[PackedBatch], depth: int) -> tuple[float, float]:
-        """Return the bytes that a layer saves for the packs, and those if it is recomputed."""
-        plans = [plan for pack in packs if (plan := pack.plan_at(depth)) is not None]
-        tokens = sum(plan.tokens for plan in plans)
-        return len(plans) * self.fixed + tokens * self.per_token, tokens * self.input
+    def of_layers(self, m: config.Model, packs: Sequence[PackedBatch]) -> list[tuple[float, float]]:
+        """Return the bytes that each layer saves for the packs, and those if it is recomputed."""
+        costs = []
+        for layer in range(1, m.num_hidden_layers + 1):
+            runs = [pack.plan_at(depth) for depth in m.depths_of(layer) for pack in packs]
+            plans = [plan for plan in runs if plan is not None]
+            tokens = sum(plan.tokens for plan in plans)
+            saved = len(plans) * self.fixed + tokens * self.per_token
+            costs.append((saved, tokens * self.input))
+        return costs
 
-    def blocks(self, packs: Sequence[PackedBatch], layers: int, budget: float) -> int:
+    def blocks(self, m: config.Model, packs: Sequence[PackedBatch], budget: float) -> int:
         """Return how many layers, from the first on, to recompute to fit `budget`; at most all."""
-        costs = [self.of_layer(packs, depth) for depth in range(1, layers + 1)]
+        costs = self.of_layers(m, packs)
         total = sum(saved for saved, _ in costs)
         for recompute, (saved, light) in enumerate(costs):
             if total <= budget:
                 return recompute
             total += light - saved
-        return layers
+        return len(costs)
 
 
 def _saved_bytes(model: Transformer, tokens: int, bf16: bool) -> int:
@@ -179,15 +184,15 @@ def choose_graphs(
         cost: bytes that blocks save; needed for the gradient cache and selective checkpointing.
         budget: bytes for graphs. A pack that is encoded again may use the whole budget.
     """
-    layers = run.model.num_hidden_layers
-    deepest = [i for i, pack in enumerate(packs) if pack.plan_at(layers) is not None]
+    depth = run.model.num_hidden_layers
+    deepest = [i for i, pack in enumerate(packs) if pack.plan_at(depth) is not None]
     final = min(deepest, key=lambda i: packs[i].plan.tokens)
     if not run.gradient_cache:
         recompute = layers_to_recompute(run, cost, packs, budget)
         return [True] * len(packs), [recompute] * len(packs), final
     assert cost is not None
     each = [layers_to_recompute(run, cost, [pack], budget) for pack in packs]
-    sizes = [graph_bytes(cost, *pair, layers) for pair in zip(packs, each, strict=True)]
+    sizes = [graph_bytes(cost, run.model, *pair) for pair in zip(packs, each, strict=True)]
     if sum(sizes) <= budget:
         return [True] * len(packs), each, final
     keeps, left = [False] * len(packs), budget
@@ -205,13 +210,13 @@ def layers_to_recompute(
     if run.activation_checkpointing != "selective":
         return layers if run.activation_checkpointing == "block" else 0
     assert cost is not None
-    return cost.blocks(packs, layers, budget)
+    return cost.blocks(run.model, packs, budget)
 
 
-def graph_bytes(cost: ActivationCost, pack: PackedBatch, recompute: int, layers: int) -> float:
+def graph_bytes(cost: ActivationCost, m: config.Model, pack: PackedBatch, recompute: int) -> float:
     """Return the bytes of a pack's graph whose first `recompute` layers are recomputed."""
-    costs = [cost.of_layer([pack], depth) for depth in range(1, layers + 1)]
-    return sum(light if i < recompute else saved for i, (saved, light) in enumerate(costs))
+    costs = enumerate(cost.of_layers(m, [pack]))
+    return sum(light if i < recompute else saved for i, (saved, light) in costs)
 
 
 # ---- how much memory there is ----

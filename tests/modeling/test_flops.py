@@ -38,6 +38,19 @@ def test_texts_that_exit_early_count_until_their_exit():
     assert both.forward - deep.forward == 2 * PAIR * (9 + 4 - 9)
 
 
+def test_last_layers_count_at_every_exit():
+    """The first of three layers runs 5 tokens, the second 3, and the last 5 and then 3."""
+    shape = replace(SHAPE, num_hidden_layers=3, exits=(2, 3), last_layers=1)
+    batch = pack(TEXTS, np.array([3, 2]))
+    got = training_flops(shape, batch, None)
+    first, second = (2 * WEIGHTS * tokens + PAIR * pairs for tokens, pairs in ((5, 9), (3, 6)))
+    assert got == Flops(2 * (first + second), 4 * (first + second), PAIR / 2 * 30)
+    again = training_flops(shape, batch, None, recompute=2).recomputed - got.recomputed
+    assert again == first + second
+    alone = training_flops(shape, pack(TEXTS, np.array([2, 2])), None)
+    assert alone.forward == 2 * first
+
+
 def test_skipped_layers_count_only_the_texts_that_run_them():
     runs_LN = np.array([[True, True], [False, True]])
     got = training_flops(SHAPE, pack(TEXTS, np.array([2, 2]), runs_LN), None)
@@ -66,10 +79,11 @@ def test_recomputed_operations_are_apart():
 
 
 @pytest.mark.parametrize("style", ["qwen3", "bert"])
-def test_products_are_those_of_torch_s_counter(style):
+@pytest.mark.parametrize("last", [0, 1])
+def test_products_are_those_of_torch_s_counter(style, last):
     """The counter sees products of the forward and backward, and not our attention."""
     ranks = {} if style == "bert" else {"ranks": (3, 11)}
-    shape = odd_shape(style, exits=(1, 3), **ranks)
+    shape = odd_shape(style, exits=(1 + last, 3), last_layers=last, **ranks)
     batch = pack(TEXTS)
     model = random_model(shape).train()
     with FlopCounterMode(display=False) as counter:
@@ -81,9 +95,10 @@ def test_products_are_those_of_torch_s_counter(style):
     got = training_flops(shape, batch, 3 if ranks else None)
     heads = shape.num_attention_heads * shape.head_dim
     pairs = 9 if shape.causal else 13
+    runs = 3 + last  # The last layer runs at both exits.
     # The reference looks every token up, not every distinct one.
     lookups = 2 * (5 - 3) * 3 * 24 if ranks else 0
-    assert products == got.forward - 3 * 4 * heads * pairs + lookups
+    assert products == got.forward - runs * 4 * heads * pairs + lookups
     assert isinstance(out, torch.Tensor)
 
 

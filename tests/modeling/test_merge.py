@@ -216,6 +216,13 @@ def test_weights_that_are_not_shares(weights):
         merge(models, weights)
 
 
+def test_models_of_other_exits():
+    """Exits and the last layers that they share are those of the first model."""
+    cfg = replace(CFG, exits=(2,), last_layers=1)
+    merged, _ = merge([random_model(cfg), random_model(CFG, 1)], [1.0, 0.0])
+    assert_same_model(merged, random_model(cfg))
+
+
 def test_error_names_the_keys_that_differ():
     other = random_model(replace(CFG, intermediate_size=38, causal=False))
     with pytest.raises(ValueError, match="intermediate_size 37 and 38; model.causal True and"):

@@ -107,6 +107,26 @@ def test_exits_and_prefixes():
     assert pruned_config(CFG, (1,), 1, 37).matryoshka_dims == (1,)
 
 
+@pytest.mark.parametrize(
+    ("layers", "exits", "last"),
+    [
+        ((1, 2, 4, 5), (3, 4), 2),  # the layers of exit 4
+        ((1, 4, 5), (3,), 2),
+        ((2, 4, 5), (3,), 2),
+        ((1, 3, 4, 5), (4,), 2),
+        ((4, 5), (1, 2), 0),
+        ((1, 2, 5), (1, 2, 3), 0),
+    ],
+)
+def test_last_layers_that_stay(layers, exits, last):
+    """Exits go on ending with the last layers if these and another one are selected."""
+    model = random_model(replace(NESTED, exits=(3, 5), last_layers=2))
+    small = prune(model, choose(model, layers, 24, 37))
+    assert (small.cfg.exits, small.cfg.last_layers) == (exits, last)
+    if layers == (1, 2, 4, 5):
+        assert_same_model(small, pretrained.cut(model, 4, None))
+
+
 @pytest.mark.parametrize(("width", "ranks"), [(11, (3, 11)), (7, (3,)), (2, ())])
 def test_ranks_up_to_the_new_width(width, ranks):
     model = random_model(NESTED)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_truth import ALL_EXITS, SHAPES, alone, as_transformers, build, hf_exits, texts
 
 from mlembed.data.packing import pack
-from mlembed.training.gradcache import ActivationCost
+from mlembed.training.gradcache import ActivationCost, graph_bytes
 
 NESTED = SHAPES["qwen3"]
 CFG = replace(NESTED, ranks=())
@@ -191,7 +191,7 @@ WIDE = replace(
 )
 
 
-def saved_bytes(model, batch, recompute) -> int:
+def saved_bytes(model, batch, recompute, exits=(4,)) -> int:
     """Return the bytes that a forward saves, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes = {}
@@ -203,7 +203,7 @@ def saved_bytes(model, batch, recompute) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = model(batch, exits=(4,), recompute=recompute)
+        out = model(batch, exits=exits, recompute=recompute)
     del out
     return sum(sizes.values())
 
@@ -254,6 +254,28 @@ def test_lean_blocks_save_only_products():
     assert lean >= 2 * (2 * D + 2 * q + 3 * kv + 2 * F_)
 
 
+def test_last_layers_save_at_every_exit():
+    """Half of the tokens end at exit 3: the first layer and the last two run all of them there, the
+    second layer half, and so do the last two at exit 4.
+    """
+    cfg = replace(WIDE, exits=(3, 4), last_layers=2)
+    model = build(cfg).train()
+    cost = ActivationCost.measure(model, False)
+    batch = pack(texts((32,) * 32), np.repeat([4, 3], 16))
+    whole, half = 1024, 512
+    saved = [(tokens, runs) for tokens, runs in ((whole, 1), (half, 1), *[(whole + half, 2)] * 2)]
+    for recompute in range(5):
+        got = saved_bytes(model, batch, recompute, (3, 4))
+        predicted = graph_bytes(cost, cfg, batch, recompute)
+        light = sum(tokens for tokens, _ in saved[:recompute]) * cost.input
+        kept = sum(cost.fixed * n + cost.per_token * tokens for tokens, n in saved[recompute:])
+        assert predicted == pytest.approx(light + kept)
+        # The rows that the second layer reads are also read by the last layers at exit 3.
+        shared = half * cost.input
+        other = whole * (2 * 4 * CFG.head_dim + 8 * 20 + 8 * WIDE.hidden_size + 64)
+        assert predicted - shared <= got * 1.01 and got <= predicted + other
+
+
 def test_recomputed_blocks_fit_the_budget():
     cost = ActivationCost(fixed=10, per_token=100, input=8)
     deep = pack([np.zeros(5, int), np.zeros(3, int)], np.array([4, 2]))
@@ -263,11 +285,11 @@ def test_recomputed_blocks_fit_the_budget():
     light = [8 * t for t in tokens]
     for recompute in range(5):
         need = sum(light[:recompute]) + sum(whole[recompute:])
-        assert cost.blocks([deep, one], 4, need) == recompute
+        assert cost.blocks(NESTED, [deep, one], need) == recompute
         if recompute:
             more = sum(light[: recompute - 1]) + sum(whole[recompute - 1 :])
-            assert cost.blocks([deep, one], 4, more - 1) == recompute
-    assert cost.blocks([deep, one], 4, 0) == 4
+            assert cost.blocks(NESTED, [deep, one], more - 1) == recompute
+    assert cost.blocks(NESTED, [deep, one], 0) == 4
 
 
 def test_ended_texts_save_nothing():

@@ -39,11 +39,12 @@ FIRST = {
     "kernels/attention/plan.py": f"test_plan {ATTENTION}",
     "kernels/optimiser/_op.py": "test_adamw",
     # Tests import the configuration from its package.
-    "mlembed/config/model.py": "test_numbers test_config test_transformer",
+    "mlembed/config/model.py": "test_numbers test_config test_transformer test_last_layers",
     "mlembed/config/objective.py": "test_numbers test_config test_loss test_distill",
     "mlembed/config/run.py": "test_numbers test_config test_batches",
     "mlembed/data/tables.py": "test_tables test_groups",
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
+    "mlembed/modeling/transformer.py": "test_transformer test_trunk test_last_layers",
     "mlembed/runtime/distributed.py": "test_waiting test_distributed",
     "mlembed/runtime/failures.py": "test_failures test_endings",
     "mlembed/runtime/process.py": "test_process test_stopping test_signals",

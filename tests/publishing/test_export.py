@@ -98,6 +98,7 @@ def agree(encoder: Encoder, out: Path, dim: int, exit: int, rank: int | None) ->
         ({"causal": False, "pooling": "cls"}, (12, 2, 7)),
         ({"ranks": ()}, (24, 3, None)),
         ({"ranks": ()}, (5, 1, None)),
+        ({"exits": (2, 3), "last_layers": 1}, (12, 2, 7)),
     ],
     ids=str,
 )
@@ -105,6 +106,18 @@ def test_readers_agree(tokens, changes, corner, tmp_path):
     encoder = build(tokens=tokens, **changes)
     assert 0 <= export(encoder, tmp_path / "out", *corner).worst < 1e-5
     agree(encoder, tmp_path / "out", *corner)
+
+
+@pytest.mark.parametrize("kind", ["bert", "minilm", "xlm-roberta"])
+def test_exits_that_end_with_the_last_layer(kind, tmp_path):
+    """Layers 1 and 3 are an ordinary model of two layers, whose exits end with its last one."""
+    encoder, out = build(kind, exits=(2, 3), last_layers=1), tmp_path / "out"
+    assert export(encoder, out, 12, 2, 7).worst < 1e-5
+    vectors = encoder.encode(TEXTS, 12, 2, 7)
+    close(by_sentence_transformers(out), vectors)
+    again = Encoder.load(str(out), "cpu")
+    assert (again.model.cfg.exits, again.model.cfg.last_layers) == ((2,), 1)
+    close(again.encode(TEXTS, 12), vectors)
 
 
 def test_defaults_are_the_full_size(encoder, tmp_path):

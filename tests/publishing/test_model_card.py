@@ -88,6 +88,15 @@ def test_unknown_origin(encoder, tmp_path):
     assert "Exported from owner/some-model" in read.text
 
 
+def test_layers_of_an_exit(tmp_path):
+    text = card(build(), "").text
+    assert "\n1 of 3 layers, width 5 of 24, vocabulary rank 3; " in text
+    shared = build(exits=(2, 3), last_layers=1)
+    text = card(shared, "", (5, 2, 3)).text
+    assert "\n2 of 3 layers (the first 1 and the last 1), width 5 of 24" in text
+    assert "\n3 of 3 layers, width 5 of 24" in card(shared, "", (5, 3, 3)).text
+
+
 def rows(text: str, title: str) -> list[list[str]]:
     """Cells of the first table below a heading."""
     part = text.split(f"## {title}\n", 1)[1].split("\n## ")[0]

@@ -33,7 +33,6 @@ ALONE = World(0, 1, torch.device("cpu"))
 STEPS, MAX_NORM = 2, 0.7
 # Depths of the texts of a pack.
 DEEP, SHALLOW = (3, 3, 2, 1), (2, 1, 1)
-LAYERS_AND_ROOT = MODEL.num_hidden_layers + 1
 # The names that versions of torch have for each.
 COLLECTIVES = {
     "gathers": ("all_gather_single", "all_gather_into_tensor"),
@@ -50,6 +49,7 @@ class Case:
     half: bool = False
     offload: bool = False
     compiled: bool = False
+    last_layers: int = 0
 
 
 CASES = {
@@ -59,6 +59,9 @@ CASES = {
     "fsdp dropout": Case("fsdp", dropout=0.3, recompute=2),
     "fsdp compiled": Case("fsdp", compiled=True),
     "fsdp bf16": Case("fsdp", half=True),
+    # The exits share a layer, which gets several gradients in one backward.
+    "ddp last layers": Case("ddp", dropout=0.3, recompute=3, last_layers=1),
+    "fsdp last layers": Case("fsdp", dropout=0.3, recompute=3, last_layers=1),
 }
 OF_FOUR = "ddp", "fsdp dropout"
 
@@ -81,8 +84,9 @@ def cotangent(step, rank, i, like):
 
 
 def configured(case):
+    exits = (1 + case.last_layers, 3)
     return config.Run(
-        model=replace(MODEL, dropout=case.dropout),
+        model=replace(MODEL, dropout=case.dropout, exits=exits, last_layers=case.last_layers),
         optim=config.Optim(lr=1e-2, max_grad_norm=MAX_NORM),
         engine=case.engine,
         cpu_offload=case.offload,
@@ -230,10 +234,11 @@ def process(where, names):
     for name in names:
         case = CASES[name]
         results[name] = {"got": train(case, where, where.size)}
-        key = case.dropout
+        key = case.dropout, case.last_layers
         if where.main:
             if key not in alone:
-                alone[key] = train(Case("ddp", dropout=key), ALONE, where.size)
+                one = Case("ddp", dropout=case.dropout, last_layers=case.last_layers)
+                alone[key] = train(one, ALONE, where.size)
             results[name]["want"] = alone[key]
     return results
 
@@ -313,7 +318,8 @@ def test_collectives_of_a_step(results):
         once = {("reduces", wide): 2, ("bucket", 0): 1}
         if case.engine == "fsdp":
             gathered = torch.bfloat16 if case.half else wide
-            once = {("gathers", gathered): LAYERS_AND_ROOT, ("scatters", wide): LAYERS_AND_ROOT}
+            units = MODEL.num_hidden_layers - case.last_layers + 1
+            once = {("gathers", gathered): units, ("scatters", wide): units}
             once["reduces", wide] = 1
         assert got["called"] == [once] * STEPS, case
 

@@ -21,6 +21,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 OPTIONS = ["--optim.max-grad-norm", "1e9", "--steps", "4", "--seed", "3"]
 SKIP = ["--depth.exits", "1", "2", "--depth.shares", "0.3", "0.7"]
 ACCUMULATED = ["--loss.ranks", "all", "--gradient-accumulation-steps", "2", *SKIP]
+# Two exits that share the last of three layers.
+LAST = ["--model.num-hidden-layers", "3", "--model.exits", "2", "3", "--model.last-layers", "1"]
+LAST += ["--depth.exits", "2", "3"]
 DROPOUT = ["--model.dropout", "0.3"]
 # Objective -> (arguments, the step). By this seed steps 0 and 3 are of pairs, 1 and 2 n-way.
 OBJECTIVES = {
@@ -30,6 +33,7 @@ OBJECTIVES = {
     "all ranks, accumulated": (ACCUMULATED, 0),
     # At this step no pack has a layer that all its texts skip, which the first would run even so.
     "layer dropout": ([*SKIP, "--depth.layer-dropout", "0.2"], 3),
+    "last layers": (LAST, 3),
 }
 # Several packs, in different numbers on two processes.
 PACKS = ["--pack-tokens", "23"]
@@ -44,7 +48,9 @@ def job_of(folder, where, options, keep):
     if keep == "none":
         job = replace(job, budget=1.0)
     if keep == "half":
-        sizes = [gradcache.graph_bytes(job.cost, pack, 0, 2) for pack in job.batches[0].packs]
+        sizes = [
+            gradcache.graph_bytes(job.cost, job.run.model, pack, 0) for pack in job.batches[0].packs
+        ]
         job = replace(job, budget=sum(sizes) / 2)
     return job
 
@@ -288,7 +294,7 @@ def test_largest_graphs_that_fit_are_kept(folder):
     """The final pack, which runs to full depth, keeps its graph only if all do."""
     job = job_of(folder, ALONE, [*SKIP, *PACKS], "none")
     packs = job.batches[3].packs
-    sizes = [gradcache.graph_bytes(job.cost, pack, 0, 2) for pack in packs]
+    sizes = [gradcache.graph_bytes(job.cost, job.run.model, pack, 0) for pack in packs]
     assert len(packs) > 2 and len(set(sizes)) > 1
     for share in (0.0, 0.3, 0.6, 0.9, 1.0, 2.0):
         budget = share * sum(sizes)
@@ -307,9 +313,9 @@ def test_graph_bytes(folder):
     cost = ActivationCost(1000.0, 10.0, 1.0)
     deep, shallow = pack.plan_at(2).tokens, pack.plan_at(1).tokens
     assert deep < shallow
-    assert gradcache.graph_bytes(cost, pack, 0, 2) == 2000 + 10 * (deep + shallow)
-    assert gradcache.graph_bytes(cost, pack, 1, 2) == 1000 + shallow + 10 * deep
-    assert gradcache.graph_bytes(cost, pack, 2, 2) == deep + shallow
+    assert gradcache.graph_bytes(cost, job.run.model, pack, 0) == 2000 + 10 * (deep + shallow)
+    assert gradcache.graph_bytes(cost, job.run.model, pack, 1) == 1000 + shallow + 10 * deep
+    assert gradcache.graph_bytes(cost, job.run.model, pack, 2) == deep + shallow
 
 
 def test_budget_leaves_room_for_moments(folder, monkeypatch):
@@ -332,7 +338,7 @@ def test_selective_and_cache_share_the_budget(folder):
     """A graph that fits the budget alone recomputes nothing, a larger one some of its layers."""
     job = job_of(folder, ALONE, ["--activation-checkpointing", "selective", *PACKS], "none")
     packs = job.batches[0].packs
-    sizes = [gradcache.graph_bytes(job.cost, pack, 0, 2) for pack in packs]
+    sizes = [gradcache.graph_bytes(job.cost, job.run.model, pack, 0) for pack in packs]
     _, again, _ = gradcache.choose_graphs(job.run, job.cost, packs, max(sizes))
     assert again == [0] * len(packs)
     _, again, _ = gradcache.choose_graphs(job.run, job.cost, packs, 0.8 * max(sizes))
