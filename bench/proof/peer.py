@@ -35,7 +35,7 @@ WARMUP = 0.05  # Share of the time in which the rate rises; then it falls in a l
 CLIP = 1.0
 ABOUT = (
     "Matryoshka2dLoss around MSELoss: every scored exit and width in each step, exits with equal "
-    f"weights, without the KL term; AdamW of rate {RATE:g}, frozen token embeddings"
+    f"weights, without KL term and dropout; AdamW of rate {RATE:g}, frozen token embeddings"
 )
 
 
@@ -52,8 +52,7 @@ def train(proof: Proof, seed: int) -> dict[str, Any]:
     random.seed(seed)
     texts, teacher = batches(run, World(0, 1, device))
     with quiet(), files.atomic_directory(proof.trained(f"peer-{seed}")) as partial:
-        student = SentenceTransformer(proof.model, device=str(device), local_files_only=True)
-        student.max_seq_length = run.max_length
+        student = open_student(proof.model, device, run.max_length)
         result = optimise(student, texts, teacher, seconds, bf16(run, device))
         student.save(str(partial), create_model_card=False)
     return {"training": result | {"command": ABOUT}}
@@ -79,6 +78,18 @@ def batches(run: config.Run, where: World) -> tuple[Iterator[tuple[str, ...]], T
                 yield order[number].texts or ()
 
     return texts(), teacher
+
+
+def open_student(model: str, device: torch.device, length: int) -> SentenceTransformer:
+    """Open a model to train at `length` tokens, without dropout and with frozen token embeddings.
+
+    Dropout would blur what is distilled.
+    """
+    student = SentenceTransformer(model, device=str(device), local_files_only=True)
+    student.max_seq_length = length
+    trunk: Any = student[0].auto_model
+    trunk.get_input_embeddings().requires_grad_(False)
+    return student.eval()
 
 
 def loss_of(student: SentenceTransformer, layers: int, width: int) -> Matryoshka2dLoss:
@@ -108,9 +119,8 @@ def optimise(
 ) -> dict[str, Any]:
     """Train until the seconds are over, at least one step."""
     trunk: Any = student[0].auto_model
-    trunk.get_input_embeddings().requires_grad_(False)
     layers, width = trunk.config.num_hidden_layers, trunk.config.hidden_size
-    loss_of_batch = loss_of(student, layers, width).train()
+    loss_of_batch = loss_of(student, layers, width)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
     device = student.device

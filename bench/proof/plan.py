@@ -82,10 +82,11 @@ def score(proof: Proof, model: str, small: bool) -> dict[str, Any]:
 
     chosen = tasks.read(Path(proof.data), proof.languages.split(), proof.pairs)
     encoder = scoring.load(proof.trained(model), proof.rank if small else None)
-    depth, width = encoder.model.cfg.num_hidden_layers, encoder.model.cfg.hidden_size
+    cfg = encoder.model.cfg
     if model == "corner":
-        return scoring.score(encoder, chosen, [depth], [width])
-    return scoring.score(encoder, chosen, scoring.quarters(depth), scoring.widths(width))
+        return scoring.score(encoder, chosen, [cfg.num_hidden_layers], [cfg.hidden_size])
+    exits = [exit for exit in scoring.quarters(cfg.num_hidden_layers) if exit > cfg.last_layers]
+    return scoring.score(encoder, chosen, exits, scoring.widths(cfg.hidden_size))
 
 
 def train_ours(proof: Proof, seed: int) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlembed import config
 from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
 from mlembed.publishing.export import write_model
 from mlembed.runtime import files, log
 
@@ -33,22 +35,24 @@ def ours(proof: Proof, seed: int) -> dict[str, Any]:
 
 
 def corner(proof: Proof) -> dict[str, Any]:
-    """Train half the depth at the small rank and full width, from the source's first layers.
+    """Train half the depth at the small rank and full width.
 
-    It gets the seconds that our run of the first seed took.
+    It starts from the layers of the source that this exit of our run starts from, and gets the
+    seconds that our run of the first seed took.
     """
-    half = proof.folder / "models" / "half"
+    first = f"ours-{proof.seeds[0]}"
+    last_layers = config.load(proof.runs / first / "config.json").model.last_layers
     encoder = Encoder.load(proof.model, "cpu", say=lambda _: None)
-    cfg = encoder.model.cfg
-    exit = max(1, cfg.num_hidden_layers // 2)
+    cfg = replace(encoder.model.cfg, last_layers=last_layers)
+    exit, half = max(1, cfg.num_hidden_layers // 2), proof.folder / "models" / "half"
     if not half.exists():
+        whole = replace(encoder, model=pretrained.load(proof.model, cfg))
         with files.atomic_directory(half) as partial:
-            write_model(partial, encoder, cfg.hidden_size, exit, None)
+            write_model(partial, whole, cfg.hidden_size, exit, None)
     shape = {"exits": exit, "matryoshka-dims": cfg.hidden_size, "ranks": proof.rank}
     options = [word for key, value in shape.items() for word in (f"--model.{key}", str(value))]
-    teacher = ["--distill.teacher", proof.model]
-    options += [*teacher, "--seed", str(proof.seeds[0])]
-    seconds = proof.read(f"ours-{proof.seeds[0]}")["training"]["seconds"]
+    options += ["--distill.teacher", proof.model, "--seed", str(proof.seeds[0])]
+    seconds = proof.read(first)["training"]["seconds"]
     return train(proof, "corner", options, seconds, init=half)
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from factories import write_jsonl
 from proof_files import FLORES, sentences, write_data, write_model_directory
 from scipy.stats import rankdata
 
-from bench.proof import command, page, picture, plan, report, scoring, tasks
+from bench.proof import command, page, peer, picture, plan, report, scoring, tasks, training
 from bench.proof.plan import Piece
 from bench.proof.settings import Proof, check_settings, parse
 from mlembed.data.eval_tasks import Retrieval
@@ -252,6 +255,43 @@ def test_arguments_become_absolute(monkeypatch, tmp_path):
     assert (parsed.seeds, parsed.minutes, parsed.rank) == ((3, 1), 0.5, 8)
     line = parsed.without_paths(["train.py", f"{tmp_path}/x/runs", "--data", f"{tmp_path}/train"])
     assert line == "train.py OUT/runs --data MODEL/train"
+
+
+# ---- training ----
+
+
+def test_time_of_a_run_is_that_of_its_steps(tmp_path):
+    lines = [
+        {"step": 2, "kind": "train", "stage_ms": {"forward": 300, "other": 200}, "rate": 50},
+        {"step": 2, "kind": "eval"},
+        {"step": 5, "kind": "train", "stage_ms": {"forward": 900, "other": 100}, "rate": 10},
+    ]
+    for line in lines:
+        line["tokens_per_second"] = line.pop("rate", 0)
+    write_jsonl(tmp_path / "metrics.jsonl", lines)
+    assert training.trained(tmp_path) == {"seconds": 4.0, "steps": 5, "tokens": 80}
+
+
+def test_peer_s_loss_is_of_every_scored_exit_and_width(files):
+    """All widths at exits 1 to 4, each exit with weight 1, and nothing of the embedding layer."""
+    student = peer.open_student(str(files / "model"), torch.device("cpu"), 24)
+    features = student.preprocess(["see one cats here", "three owls"])
+    labels = F.normalize(torch.randn(2, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    got = peer.loss_of(student, 4, 16)([dict(features)], labels)
+    mask = features["attention_mask"][..., None]
+    with torch.no_grad():
+        model = student[0].auto_model
+        inputs = {name: features[name] for name in ("input_ids", "attention_mask")}
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+    expected = 0.0
+    for exit in (1, 2, 3, 4):
+        mean = (hidden[exit] * mask).sum(1) / mask.sum(1)
+        for dim in (2, 4, 8, 16):
+            expected += F.mse_loss(F.normalize(mean[:, :dim], dim=-1), labels[:, :dim]).item()
+    assert got.item() == pytest.approx(expected, rel=1e-4)
+    got.backward()
+    trained = {name for name, weight in student.named_parameters() if weight.grad is not None}
+    assert trained and not any("word_embeddings" in name for name in trained)
 
 
 # ---- page ----
