@@ -30,6 +30,7 @@ COMMANDS = {
     "compile": "bench.compiled.precompile",
     "gpu": "bench.gpu.command",
     "compare": "bench.compare",
+    "proof": "bench.proof.command",
 }
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most

@@ -54,6 +54,7 @@ SUBCOMMANDS = {
     "compile",
     "gpu",
     "compare",
+    "proof",
 }  # of python -m bench, with options of their own
 PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
 NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes"}
