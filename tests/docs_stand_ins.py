@@ -28,6 +28,8 @@ WORDS = {
     # A published shape has the heads and the vocabulary of Qwen3.
     "--shape ml-embed-80m": "--layers 2 --width 16 --ffn 32",
     "--negatives 15": "--negatives 2",
+    # The stand-ins are narrower.
+    "short-vectors --dim 96": "short-vectors --dim 16",
     "own_model.py 200": "own_model.py 2",
 }
 # Checkpoints of the hub and of a user, and the style of the tiny model there.

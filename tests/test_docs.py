@@ -25,8 +25,8 @@ from mlembed.config.run import Run
 from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
-DOCS = "install demo train data recipes encode evaluate export distributed checkpoints kernels "
-DOCS += "benchmarks design troubleshooting status"
+DOCS = "install demo elastic train data recipes encode evaluate export distributed checkpoints "
+DOCS += "kernels benchmarks design troubleshooting status"
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
 PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 

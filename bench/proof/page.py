@@ -59,11 +59,13 @@ def notes(proof: dict[str, Any]) -> str:
         f"seeds. Megabytes are {proof['measured']['megabytes']}; a vector has fp32 numbers. Texts "
         f"a second: the median of three runs over {proof['measured']['timed_texts']} short texts, "
         "through mlembed. The costs are those of the first competitor of a row.\n\n"
-        "Source, cut: its prefixes, first layers and plain SVD. sentence-transformers: its "
+        "Source, cut: its prefixes, first layers and plain SVD. mlembed, untrained: the shape of "
+        "ours, whose exits end with the source's last layers. sentence-transformers: its "
         "Matryoshka2dLoss around MSELoss, for the same time on the same batches with the same "
-        "teacher vectors; its small rank is a plain SVD. At full rank both keep the plain table of "
-        f"the source, of {whole['parameters'] / 1e6:.1f} M parameters in all. Trained alone: our "
-        "recipe for the same time with this one size."
+        "teacher vectors; its small rank is a plain SVD. At full rank the source, cut, and "
+        "sentence-transformers keep the plain table, "
+        f"{whole['parameters'] / 1e6:.1f} M parameters in all. Trained alone: our recipe for the "
+        "same time with this one size."
     )
 
 

@@ -11,7 +11,13 @@ from .report import COMPETITORS
 
 # Text stays text, and equal input gives an equal file.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "mlembed", "font.family": "sans-serif"}
-COLOURS = {"ours": "#1d6fb8", "cut": "#8a8a8a", "peer": "#c8642b", "corner": "#3b8f4a"}
+COLOURS = {
+    "ours": "#1d6fb8",
+    "cut": "#8a8a8a",
+    "start": "#9bc3e6",
+    "peer": "#c8642b",
+    "corner": "#3b8f4a",
+}
 
 
 def save(proof: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
     text           training text shares no text with the evaluation
     cut            the source, cut without training: width, first layers, plain SVD
+    start          the source in our shape, without training: exits with its last layers
     ours-SEED      our recipe
     corner         our recipe, restricted to half the depth and the small rank
     peer-SEED      sentence-transformers, with its own losses
@@ -40,6 +41,7 @@ def pieces(proof: Proof) -> list[Piece]:
     listed = [
         Piece("text", "compare training text with the evaluation", compare),
         *scored(proof, "cut", "the source, cut without training"),
+        *scored(proof, "start", "the source in our shape, without training"),
     ]
     for seed in proof.seeds:
         ours = partial(train_ours, seed=seed)
@@ -81,7 +83,8 @@ def score(proof: Proof, model: str, small: bool) -> dict[str, Any]:
     from . import scoring, tasks
 
     chosen = tasks.read(Path(proof.data), proof.languages.split(), proof.pairs)
-    encoder = scoring.load(proof.trained(model), proof.rank if small else None)
+    rank = proof.rank if small else None
+    encoder = scoring.load(proof.trained(model), rank, nest=model == "start")
     cfg = encoder.model.cfg
     if model == "corner":
         return scoring.score(encoder, chosen, [cfg.num_hidden_layers], [cfg.hidden_size])

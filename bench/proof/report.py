@@ -20,6 +20,7 @@ from .settings import Proof
 COMPETITORS = {
     "ours": "mlembed",
     "cut": "source, cut",
+    "start": "mlembed, untrained",
     "peer": "sentence-transformers",
     "corner": "trained alone",
 }
@@ -88,7 +89,9 @@ def cells_of(proof: Proof, who: str) -> list[dict[str, Any]]:
 
     score: mean over seeds of the mean of the four `numbers`. spread: highest minus lowest seed.
     """
-    names = [who] if who in ("cut", "corner") else [f"{who}-{seed}" for seed in proof.seeds]
+    names = (
+        [who] if who in ("cut", "start", "corner") else [f"{who}-{seed}" for seed in proof.seeds]
+    )
     cells = []
     for part in ("full", "small"):
         done = [f"{name}@{part}" for name in names if proof.piece(f"{name}@{part}").exists()]

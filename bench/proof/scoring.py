@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlembed import config
+from mlembed.config.shapes import nested
 from mlembed.data.eval_tasks import Task
 from mlembed.evaluation.grid import score_grid
 from mlembed.inference import cost
@@ -73,17 +74,24 @@ def widths(size: int) -> list[int]:
     return sorted({max(1, size // part) for part in (8, 4, 2, 1)})
 
 
-def load(directory: Path, rank: int | None, device: str = "auto") -> OnceEncoder:
+def load(
+    directory: Path, rank: int | None, device: str = "auto", nest: bool = False
+) -> OnceEncoder:
     """Load a model to score at a rank; None keeps a plain table, or the stored rank.
 
     A plain table is cut to `rank` by a plain SVD, and stored factors to their first columns and
     rows. Matrices multiply in bf16 where the device does so natively, like in training.
+
+    Args:
+        nest: give the model the shape of the recipe elastic, with a vocabulary by plain SVD.
 
     Raises:
         ValueError: what `Encoder.load` raises, or a rank that is not stored.
     """
     encoder = Encoder.load(str(directory), "cpu", say=lambda _: None)
     model = encoder.model
+    if nest:
+        model = pretrained.load(str(directory), nested(model.cfg))
     if rank is not None and not model.cfg.ranks:
         model = pretrained.load(str(directory), replace(model.cfg, ranks=(rank,)))
     elif rank is not None:

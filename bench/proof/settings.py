@@ -78,8 +78,8 @@ class Proof:
         return self.folder / "runs"
 
     def trained(self, model: str) -> Path:
-        """Return the directory of a model, of which `cut` is the source."""
-        if model == "cut":
+        """Return the directory of a model, of which `cut` and `start` are the source."""
+        if model in ("cut", "start"):
             return Path(self.model)
         ours = self.runs / model / "model"
         return self.folder / "models" / model if model.startswith("peer") else ours

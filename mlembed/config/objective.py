@@ -46,9 +46,10 @@ class Loss:
     normalise_weights: bool = True
     """Scale the weights to sum to one. Otherwise the rules above give them, except that `uniform`
     stays a mean over exits, like in ML-Embed: the scale of the published losses."""
-    ranks: Literal["sampled", "all"] = "sampled"
-    """sampled: one vocabulary rank a step, drawn proportionally (ML-Embed). all: every rank
-    in a pass of its own, with that proportion as weight, which sampling estimates."""
+    ranks: Literal["sampled", "evenly", "all"] = "sampled"
+    """sampled: one vocabulary rank a step, drawn proportionally (ML-Embed). evenly: one, all
+    equally probable. all: every rank in a pass of its own, weighted in proportion to itself, which
+    sampling estimates."""
     negatives_across: Literal["gather", "ring"] = machine("gather")
     """Exchange candidates between processes all at once, or in a ring, in which a process holds its
     own candidates and those of two others at most (in use, and arriving)."""
@@ -61,7 +62,7 @@ class Loss:
     def __post_init__(self) -> None:
         check_numbers(self, "loss.")
         if self.memory_bank and self.ranks == "all":
-            raise ValueError("loss.ranks: expected sampled with a memory bank, got all")
+            raise ValueError("loss.ranks: expected sampled or evenly with a memory bank, got all")
         for name in ("exit_weights", "matryoshka_weights"):
             given = getattr(self, f"custom_{name}")
             if (getattr(self, name) == "custom") != bool(given):
@@ -92,6 +93,9 @@ class Optim:
     eps: float = number(1e-8, least=1e-30, most=1)
     weight_decay: float = number(0.01, least=0, most=10)
     max_grad_norm: float = number(1.0, least=1e-12, most=1e9)
+    freeze_tokens: bool = False
+    """Leave the table of the tokens as it is, of a nested vocabulary U. W and all else is trained,
+    and a step takes neither gradients nor moments of the largest matrix of many models."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """fp32 master weights, or matrices in bf16 alone, rounded stochastically after each step."""
 

@@ -1,6 +1,7 @@
 """Shapes of published models, by name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .model import Model
@@ -56,7 +57,33 @@ SHAPES: dict[str, Model] = {
     "lealla-base": _bert(501_153, 192, 24, 12, "pooler"),
     "lealla-large": _bert(501_153, 256, 24, 8, "pooler"),
     "labse": _bert(501_153, 768, 12, 12, "pooler"),
+    "multilingual-e5-small": _bert(250_037, 384, 12, 12, "mean"),
     "gte-small": _bert(30_522, 384, 12, 12, "mean"),
     "gte-base": _bert(30_522, 768, 12, 12, "mean"),
     "gte-large": _bert(30_522, 1024, 24, 16, "mean"),
 }
+
+
+def nested(source: Model) -> Model:
+    """Return the shape of a trained model, nested to make it elastic; all numbers are ours.
+
+    Exits at each quarter of the depth, which end with the last sixth of the layers; prefixes of an
+    eighth, a quarter, a half and all of the width; ranks of a sixth, a third and two thirds of it,
+    if the vocabulary has more than a quarter of the parameters.
+    """
+    D, L, heads = source.hidden_size, source.num_hidden_layers, source.num_attention_heads
+    exits = tuple(sorted({-(-L * k // 4) for k in (1, 2, 3, 4)}))
+    products = 3 if source.style == "qwen3" else 2
+    attention = 2 * (heads + source.num_key_value_heads) * source.head_dim
+    layers = L * D * (attention + products * source.intermediate_size)
+    vocabulary = source.vocab_size * D
+    large = vocabulary > (vocabulary + layers) / 4
+    # The kernels' tiles are multiples of 8.
+    ranks = sorted({max(1, D * k // 6 // 8 * 8) for k in (1, 2, 4)}) if large else ()
+    return replace(
+        source,
+        exits=exits,
+        last_layers=min(round(L / 6), exits[0] - 1),
+        matryoshka_dims=tuple(sorted({max(1, D // k) for k in (8, 4, 2, 1)})),
+        ranks=tuple(ranks),
+    )

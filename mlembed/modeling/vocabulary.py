@@ -35,6 +35,11 @@ class Vocabulary(nn.Module):
         else:
             self.weight = nn.Parameter(torch.empty(V, D))
 
+    @property
+    def rows(self) -> nn.Parameter:
+        """The numbers of each token: U [V, R], or the plain table [V, D]."""
+        return self.U if self.ranks else self.weight
+
     def forward(
         self, ids_T: Tensor, rank: int | None, token_index: TokenIndex | None = None
     ) -> Tensor:

@@ -41,7 +41,7 @@ def parse(args: Sequence[str]) -> config.Run:
         if arg.startswith("--") and key not in known and not negated:
             raise ValueError(f"--{key}: no such key{strict.near(key, known)}")
     if not {"-h", "--help"} & set(rest):
-        base = _from_init(base, rest, base.init if name in recipes.RECIPES else "")
+        base = _from_init(name, base, rest)
     keys = {arg[2:].split("=")[0] for arg in rest if arg.startswith("--")}
     if "steps" in keys and "epochs" not in keys:
         base = dataclasses.replace(base, epochs=0.0)
@@ -56,14 +56,20 @@ def parse(args: Sequence[str]) -> config.Run:
     return sources.expand(run)
 
 
-def _from_init(base: config.Run, args: Sequence[str], default: str) -> config.Run:
-    """Return `base` with the shape of the checkpoint that --init names, for args to override."""
+def _from_init(name: str, base: config.Run, args: Sequence[str]) -> config.Run:
+    """Return `base` with the shape of the checkpoint that --init names, for args to override.
+
+    The recipe elastic is made for that checkpoint. The shape of a saved run is its own.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--init", default=default)
+    finder.add_argument("--init", default=base.init if name in recipes.RECIPES else "")
     init = finder.parse_known_args(args)[0].init
     if not init:
         return base
     model = hf_config.from_checkpoint(hf_config.resolve(init, "init"), base.model)
+    if name == "elastic":
+        base = recipes.elastic(init, model)
+        model = base.model
     longest = min(base.max_length, model.max_position_embeddings)
     return dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
 

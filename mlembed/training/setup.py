@@ -380,6 +380,8 @@ def set_up(
     )  # fmt: skip
     model = build(run, resume_from, tokens, batches, where).to(where.device)
     to_weights(model, run.optim)
+    if run.optim.freeze_tokens:
+        model.embed_tokens.rows.requires_grad_(False)
     if where.main:
         vocabulary.warn_beyond_break_even(model.cfg)
     run, half = replace(run, model=model.cfg), bf16(run, where.device)
@@ -417,7 +419,7 @@ def set_up(
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     if run.init and not resume_from:
         out.say(f"serve  {describe_serving(run, served, model.cfg)}")
-    if run.init and run.optim.lr > config.TUNING_LR:
+    if run.init and run.optim.lr > config.TUNING_LR and run.distill.teacher != run.init:
         out.say(
             f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
             "2e-5 is usual, above 1e-4 they may be lost"

@@ -12,10 +12,10 @@ import torch
 from factories import metrics, tiny_model, write_encoder, write_jsonl
 
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
-from mlembed.config.shapes import SHAPES
+from mlembed.config.shapes import SHAPES, nested
 from mlembed.data import tokenizer
 from mlembed.inference.encoder import Encoder
-from mlembed.modeling import pretrained
+from mlembed.modeling import hf_config, pretrained
 from mlembed.runtime.distributed import World
 from mlembed.training.arguments import parse
 from train import train
@@ -118,6 +118,51 @@ def test_second_stage_starts_from_the_first(folder, tmp_path):
     )
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_elastic_takes_everything_from_its_source(folder, tmp_path):
+    run = parse(arguments("elastic", folder, tmp_path))
+    source = hf_config.from_checkpoint(folder / "bert", RECIPES["tiny"]().model)
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "pooling", "style")
+    assert [getattr(run.model, name) for name in names] == [getattr(source, n) for n in names]
+    assert run.distill.teacher == run.init == str(folder / "bert")
+    again = parse([*arguments("elastic", folder, tmp_path), "--model.exits", "2", "3"])
+    assert again.model.exits == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:model.ranks. expected at most the break-even")
+@pytest.mark.parametrize("ranks", [[], ["2", "4"]])
+def test_frozen_tokens_stay(ranks, folder, tmp_path):
+    args = [*arguments("elastic", folder, tmp_path), "--model.ranks", *ranks]
+    run = parse([*args, "--init-factors", "uniform"])
+    assert run.optim.freeze_tokens and train(run, ALONE) == 0
+    before, after = (
+        pretrained.load(str(path), run.model).state_dict()
+        for path in (folder / "bert", tmp_path / "elastic" / "checkpoints" / f"step_{STEPS:08}")
+    )
+    same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert same == {f"embed_tokens.{'U' if ranks else 'weight'}"}
+
+
+@pytest.mark.parametrize(
+    ("source", "exits", "last", "dims", "ranks"),
+    [
+        ("multilingual-e5-small", (3, 6, 9, 12), 2, (48, 96, 192, 384), (64, 128, 256)),
+        ("gte-large", (6, 12, 18, 24), 4, (128, 256, 512, 1024), ()),
+        ("ml-embed-0.6b", (7, 14, 21, 28), 5, (128, 256, 512, 1024), (168, 336, 680)),
+    ],
+)
+def test_nested_shapes(source, exits, last, dims, ranks):
+    cfg = nested(SHAPES[source])
+    assert (cfg.exits, cfg.last_layers) == (exits, last)
+    assert (cfg.matryoshka_dims, cfg.ranks) == (dims, ranks)
+
+
+@pytest.mark.parametrize("layers", range(1, 14))
+def test_every_depth_can_be_nested(layers):
+    source = replace(SHAPES["gte-small"], num_hidden_layers=layers, exits=(), ranks=())
+    cfg = nested(source)
+    assert cfg.exits[-1] == layers and cfg.exits[0] > cfg.last_layers
 
 
 def test_recipes_have_the_published_numbers():

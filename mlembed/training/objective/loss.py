@@ -298,15 +298,18 @@ def ranks_of(run: config.Run, step: int) -> list[tuple[int | None, float]]:
     ranks = run.model.ranks
     if run.loss.ranks == "all" and ranks:
         return [(rank, rank / sum(ranks)) for rank in ranks]
-    return [(sample_rank(ranks, run.seed, step), 1.0)]
+    return [(sample_rank(ranks, run.seed, step, run.loss.ranks == "evenly"), 1.0)]
 
 
-def sample_rank(ranks: tuple[int, ...], seed: int, step: int) -> int | None:
+def sample_rank(ranks: tuple[int, ...], seed: int, step: int, evenly: bool = False) -> int | None:
     """Draw the step's vocabulary rank in proportion to itself (ML-Embed); None without ranks.
 
     A function of seed and step alone, so it is equal on all processes and after a resume.
+
+    Args:
+        evenly: give every rank the same probability.
     """
     if not ranks:
         return None
-    p = np.array(ranks) / sum(ranks)
+    p = np.full(len(ranks), 1 / len(ranks)) if evenly else np.array(ranks) / sum(ranks)
     return int(np.random.default_rng([seed, step, 1]).choice(ranks, p=p))

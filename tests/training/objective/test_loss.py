@@ -85,12 +85,15 @@ def test_texts_that_left_are_not_read(directions):
 # ---- ranks ----
 
 
-def test_ranks_are_drawn_in_proportion():
+@pytest.mark.parametrize("evenly", [False, True])
+def test_ranks_are_drawn_in_proportion_or_evenly(evenly):
     ranks, n = (32, 64, 128), 4000
-    drawn = Counter(sample_rank(ranks, 3, step) for step in range(n))
+    loss = Loss(ranks="evenly" if evenly else "sampled")
+    run = Run(model=Model(ranks=ranks), loss=loss, seed=3)
+    drawn = Counter(ranks_of(run, step)[0][0] for step in range(n))
     assert set(drawn) == set(ranks)
     for rank in ranks:
-        p = rank / sum(ranks)
+        p = 1 / len(ranks) if evenly else rank / sum(ranks)
         assert abs(drawn[rank] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
