@@ -30,7 +30,7 @@ from mlembed.training.setup import bf16, load_tokenizer, read_text, teachers
 from .scoring import quarters, widths
 from .settings import Proof
 
-RATE = 1e-4
+RATE = 5e-5
 WARMUP = 0.05  # Share of the time in which the rate rises; then it falls in a line to 0.
 CLIP = 1.0
 ABOUT = (
