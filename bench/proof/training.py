@@ -37,23 +37,33 @@ def ours(proof: Proof, seed: int) -> dict[str, Any]:
 def corner(proof: Proof) -> dict[str, Any]:
     """Train half the depth at the small rank and full width.
 
-    It starts from the layers of the source that this exit of our run starts from, and gets the
-    seconds that our run of the first seed took.
+    It gets the seconds that our run of the first seed took.
     """
     first = f"ours-{proof.seeds[0]}"
-    last_layers = config.load(proof.runs / first / "config.json").model.last_layers
-    encoder = Encoder.load(proof.model, "cpu", say=lambda _: None)
-    cfg = replace(encoder.model.cfg, last_layers=last_layers)
-    exit, half = max(1, cfg.num_hidden_layers // 2), proof.folder / "models" / "half"
-    if not half.exists():
-        whole = replace(encoder, model=pretrained.load(proof.model, cfg))
-        with files.atomic_directory(half) as partial:
-            write_model(partial, whole, cfg.hidden_size, exit, None)
-    shape = {"exits": exit, "matryoshka-dims": cfg.hidden_size, "ranks": proof.rank}
+    start, exit, width = half_of_source(proof, config.load(proof.runs / first / "config.json"))
+    shape = {"exits": exit, "matryoshka-dims": width, "ranks": proof.rank}
     options = [word for key, value in shape.items() for word in (f"--model.{key}", str(value))]
     options += ["--distill.teacher", proof.model, "--seed", str(proof.seeds[0])]
     seconds = proof.read(first)["training"]["seconds"]
-    return train(proof, "corner", options, seconds, init=half)
+    return train(proof, "corner", options, seconds, init=start)
+
+
+def half_of_source(proof: Proof, run: config.Run) -> tuple[Path, int, int]:
+    """Write the layers of the source from which half the depth of our run starts.
+
+    Returns:
+        the directory, its depth and its width.
+    """
+    encoder = Encoder.load(proof.model, "cpu", say=lambda _: None)
+    shape, half = encoder.model.cfg, proof.folder / "models" / "half"
+    exit = max(1, shape.num_hidden_layers // 2)
+    exits = tuple(sorted({exit, shape.num_hidden_layers}))
+    if not half.exists():
+        cfg = replace(shape, exits=exits, last_layers=run.model.last_layers)
+        whole = replace(encoder, model=pretrained.load(proof.model, cfg))
+        with files.atomic_directory(half) as partial:
+            write_model(partial, whole, cfg.hidden_size, exit, None)
+    return half, exit, shape.hidden_size
 
 
 def train(

@@ -22,8 +22,10 @@ from scipy.stats import rankdata
 from bench.proof import command, page, peer, picture, plan, report, scoring, tasks, training
 from bench.proof.plan import Piece
 from bench.proof.settings import Proof, check_settings, parse
+from mlembed.config.run import Run
 from mlembed.data.eval_tasks import Retrieval
 from mlembed.inference.encoder import Encoder
+from mlembed.modeling import pretrained
 
 ROOT = Path(__file__).parents[2]
 TUNED = ("deu",)
@@ -270,6 +272,17 @@ def test_time_of_a_run_is_that_of_its_steps(tmp_path):
         line["tokens_per_second"] = line.pop("rate", 0)
     write_jsonl(tmp_path / "metrics.jsonl", lines)
     assert training.trained(tmp_path) == {"seconds": 4.0, "steps": 5, "tokens": 80}
+
+
+def test_one_size_starts_from_the_layers_of_its_exit(proof):
+    shape = Encoder.load(proof.model, say=print).model.cfg
+    run = Run(model=replace(shape, exits=(2, 4), last_layers=1))
+    path, exit, width = training.half_of_source(proof, run)
+    assert (exit, width) == (2, shape.hidden_size)
+    half = Encoder.load(str(path)).encode(["a text"])
+    whole = pretrained.load(proof.model, run.model)
+    nested = replace(Encoder.load(proof.model, say=print), model=whole.eval())
+    np.testing.assert_allclose(half, nested.encode(["a text"], exit=2), atol=1e-6)
 
 
 def test_peer_s_loss_is_of_every_scored_exit_and_width(files):
