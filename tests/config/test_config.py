@@ -292,7 +292,11 @@ SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
         ),
         (Loss, dict(num_negatives=-1), "loss.num_negatives: expected 0 or more, got -1"),
         (Loss, dict(memory_bank=-1), "loss.memory_bank: expected 0 or more, got -1"),
-        (Loss, dict(memory_bank=512, ranks="all"), "loss.ranks: expected sampled with a memory"),
+        (
+            Loss,
+            dict(memory_bank=512, ranks="all"),
+            "loss.ranks: expected sampled or evenly with a memory",
+        ),
         (Depth, dict(exits=(1, 4), shares=(0.5,)), "depth.shares: expected one for each"),
         (Depth, dict(exits=(1, 4), shares=(0.5, 0.6)), "depth.shares: expected positive"),
         (Depth, dict(exits=(1, 4), shares=(1.0, 0.0)), "depth.shares: expected positive"),

@@ -145,8 +145,8 @@ import subprocess
 process.begin()
 with process.shield_children():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     print(child.poll())
