@@ -408,9 +408,13 @@ def set_up(
     for name, count in zip(batches.names, batches.truncated, strict=False):
         if count:
             out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
+    last = run.model.last_layers
+    ends = f" that end with the last {last} layers" if last else ""
+    frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
     out.say(
-        f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, exits {run.model.exits}, "
-        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}"
+        f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, "
+        f"exits {run.model.exits}{ends}, "
+        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{frozen}"
     )
     if teacher is not None:
         note = f", {teacher.note}" if teacher.note else ""
