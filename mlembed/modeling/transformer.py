@@ -32,6 +32,7 @@ from .. import config
 from ..config import strict
 from ..data.packing import PackedBatch, SkipLayer
 from ..runtime.profiling import Spans
+from .automodel import architecture
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, wide
 from .vocabulary import Vocabulary
 
@@ -93,6 +94,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = Vocabulary(cfg)
+        self.build(cfg)
+        self.init_weights()
+
+    def build(self, cfg: config.Model) -> None:
+        """Build the modules after the vocabulary."""
         kind: type[Block] | type[BertBlock] = BertBlock if cfg.style == "bert" else Block
         if cfg.style == "bert":
             self.embed_places = BertEmbedding(cfg)
@@ -104,7 +110,6 @@ class Transformer(nn.Module):
             self.pooler = Pooler(cfg.hidden_size, cfg.hidden_size)
         self._before: Callable[..., Any] = kind.before
         self._after: Callable[..., Any] = kind.after
-        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -180,14 +185,7 @@ class Transformer(nn.Module):
         exits = self.cfg.exits if exits is None else exits
         strict.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
         self.cfg.check(exit=exits[0], rank=rank)
-        x_TD = self.embed_tokens(batch.ids_T, rank, batch.token_index)
-        if self.cfg.style == "bert":
-            most = self.cfg.max_position_embeddings
-            if batch.plan.max_seqlen > most:
-                got = batch.plan.max_seqlen
-                raise ValueError(f"texts: expected at most {most} tokens (positions), got {got}")
-            x_TD = self.embed_places(x_TD, batch.pos_T)
-        tables = self.rotation(batch.pos_T)
+        x_TD, tables = self.embed(batch, rank)
         pooled = []
         spans = Spans(f"exit {exit}" for exit in exits)
         spans.next()
@@ -225,6 +223,17 @@ class Transformer(nn.Module):
             zeros_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))
             pooled += [zeros_ND] * deeper
         return torch.stack(pooled)
+
+    def embed(self, batch: PackedBatch, rank: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the residual stream [T, D] before the first layer, and `rotation`'s tables."""
+        x_TD = self.embed_tokens(batch.ids_T, rank, batch.token_index)
+        if self.cfg.style == "bert":
+            most = self.cfg.max_position_embeddings
+            if batch.plan.max_seqlen > most:
+                got = batch.plan.max_seqlen
+                raise ValueError(f"texts: expected at most {most} tokens (positions), got {got}")
+            x_TD = self.embed_places(x_TD, batch.pos_T)
+        return x_TD, self.rotation(batch.pos_T)
 
     def _through_last(
         self, x_TD: Tensor, tables: tuple[Tensor, ...], plan: AttentionPlan, recompute: int
@@ -345,6 +354,10 @@ def num_parameters(cfg: config.Model, exit: int | None = None, rank: int | None 
     """Return the number of parameters of a model cut to `exit` layers and vocabulary `rank`."""
     D, F_, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
     vocabulary = (V + D) * (rank or cfg.ranks[-1]) if cfg.ranks else V * D
+    if cfg.style == "transformers":
+        each, outside, _ = architecture.numbers(cfg)
+        layers = cfg.layers_of(exit or cfg.num_hidden_layers)
+        return vocabulary + outside + sum(each[number - 1] for number in layers)
     if cfg.style == "bert":
         layer = 4 * D * D + 4 * D + 2 * D * F_ + F_ + D + 4 * D
         rows = cfg.position_offset + cfg.max_position_embeddings + cfg.type_vocab_size

@@ -1,9 +1,11 @@
 """Cut a model to one (dim, exit, rank) and write it in the form that other libraries read.
 
-The directory is a plain Qwen3, BERT or XLM-R model of `exit` layers with the vocabulary merged at
-`rank`, and sentence-transformers modules under names that every version from 5.0 on maps:
+The directory is a plain model of transformers, a Qwen3, a BERT, an XLM-R or the architecture that
+the model began with, of `exit` layers with the vocabulary merged at `rank`, and
+sentence-transformers modules under names that every version from 5.0 on maps:
 
-    Transformer -> Pooling -> (Dense: BERT's pooler) -> (Dense: the first `dim`) -> Normalize
+    Transformer -> Pooling -> (Dense: BERT's pooler, or EmbeddingGemma's linear layers)
+    -> (Dense: the first `dim`) -> Normalize
 
 BERT's pooler is written twice: as the module, and as the model's own pooler, whose output
 transformers returns as `pooler_output`. The last Dense module is a 0/1 matrix. `truncate_dim` would
@@ -31,6 +33,7 @@ from torch import Tensor
 from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained, serving
+from ..modeling.automodel.trunk import AutoTransformer
 from ..runtime import files, model_files
 from . import probes, to_onnx
 
@@ -132,7 +135,9 @@ def complete_config(directory: Path, encoder: Encoder) -> None:
     cfg, path = encoder.model.cfg, directory / "config.json"
     eos = tokenizer.special_tokens(encoder.tokenizer)["eos_token"]
     keys: dict[str, Any] = {"eos_token_id": encoder.tokenizer.token_to_id(eos)}
-    if cfg.style == "bert":
+    if isinstance(encoder.model, AutoTransformer):
+        keys["architectures"] = [encoder.model.kind]
+    elif cfg.style == "bert":
         keys["initializer_range"] = 0.02
     elif not cfg.causal:
         keys["use_bidirectional_attention"] = True
@@ -178,7 +183,7 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
     }
     for path, (weights, activation) in zip(dense, layers, strict=True):
         contents[f"{path}/config.json"] = {
-            "in_features": cfg.hidden_size,
+            "in_features": weights["linear.weight"].shape[1],
             "out_features": len(weights["linear.weight"]),
             "bias": "linear.bias" in weights,
             "activation_function": activation,
@@ -198,6 +203,10 @@ def dense_layers(encoder: Encoder, dim: int) -> list[tuple[dict[str, Tensor], st
             for name, weight in model.pooler.named_parameters()
         }
         layers.append((weights, "torch.nn.modules.activation.Tanh"))
+    if isinstance(model, AutoTransformer):
+        for layer in model.dense:
+            weights = {"linear.weight": layer.weight.detach().float().cpu().contiguous()}
+            layers.append((weights, "torch.nn.modules.linear.Identity"))
     if dim < model.cfg.hidden_size:
         weights = {"linear.weight": torch.eye(dim, model.cfg.hidden_size)}
         layers.append((weights, "torch.nn.modules.linear.Identity"))

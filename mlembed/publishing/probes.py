@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from ..config import Model
 from ..inference.encoder import Encoder
+from ..modeling.automodel.choose import trunk_of
+from ..modeling.automodel.trunk import AutoTransformer
 from ..modeling.transformer import Transformer
 from ..runtime import files
 from . import to_onnx
@@ -131,7 +133,7 @@ def plain(model: Transformer) -> Transformer:
     Weights that are fp32 already are shared with `model`.
     """
     with torch.device("meta"):
-        same = Transformer(replace(model.cfg, attention="auto"))
+        same = trunk_of(replace(model.cfg, attention="auto"))
     same.load_state_dict({n: w.float() for n, w in model.state_dict().items()}, assign=True)
     return same.eval()
 
@@ -219,6 +221,8 @@ def read_by_transformers(
             "pooler": lambda: output.pooler_output,
             "mean": lambda: (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
         }[ours.model.cfg.pooling]()
+        if isinstance(ours.model, AutoTransformer):
+            pooled = ours.model.project(pooled)
         return F.normalize(pooled[:, : width(directory, ours.model.cfg)], dim=-1).numpy()
 
     return read

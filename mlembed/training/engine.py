@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import config
 from ..data.packing import PackedBatch
+from ..modeling.automodel.choose import trunk_of
 from ..modeling.transformer import Transformer
 from ..runtime.distributed import World
 
@@ -205,7 +206,7 @@ class Sharded(Engine):
         if not self.where.main:
             return None
         with torch.device("meta"):
-            model = Transformer(self.model.cfg)
+            model = trunk_of(self.model.cfg)
         model.load_state_dict(weights, assign=True)
         return model.eval()
 

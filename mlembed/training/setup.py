@@ -28,6 +28,7 @@ from ..data.formats.readers import normalise
 from ..data.streams import name_of
 from ..data.tables import Table, check_teaches, describe, hashed
 from ..modeling import hf_config, pretrained, serving, vocabulary
+from ..modeling.automodel.choose import trunk_of
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.serving import Serving
 from ..modeling.transformer import Transformer, num_parameters
@@ -203,7 +204,7 @@ def build(
         size = tokens.get_vocab_size()
         # A published table may have more rows than its tokenizer has tokens.
         size = max(size, run.model.vocab_size) if run.tokenizer else size
-        return Transformer(replace(run.model, vocab_size=size))
+        return trunk_of(replace(run.model, vocab_size=size))
     counts = None
     if run.init_factors == "frequency":
         counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
