@@ -210,10 +210,10 @@ def read_by_transformers(
 
     hf = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
 
+    @torch.inference_mode()
     def read(texts: list[str], prompt: str, name: str | None) -> np.ndarray:
         tokens = tokens_of(directory, ours, [prompt + text for text in texts], "pt")
-        with torch.inference_mode():
-            output = hf(**tokens)
+        output = hf(**tokens)
         hidden, mask = output.last_hidden_state, tokens["attention_mask"]
         pooled = {
             "last": lambda: hidden[torch.arange(len(texts)), mask.sum(1) - 1],
