@@ -10,7 +10,9 @@ from factories import randomise, tiny_tokenizer
 from safetensors.torch import save_file
 from torch import nn
 
+from mlembed import config
 from mlembed.data import tokenizer
+from mlembed.modeling.automodel import architecture
 
 LAYERS, WIDTH = 4, 32
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": LAYERS}
@@ -43,14 +45,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def host(family: str, vocab_size: int = 50, **changes: Any) -> Any:
     """Return a model of transformers with random weights, in evaluation mode."""
     name, shape = FAMILIES[family]
-    shape = {"vocab_size": vocab_size, "pad_token_id": 0, **shape, **changes}
-    config = getattr(transformers, f"{name}Config")(**shape)
-    model = randomise(getattr(transformers, f"{name}Model")(config), 1)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    if family == "modernbert":
+        special |= {"cls_token_id": 1, "sep_token_id": 1}
+    shape = {"vocab_size": vocab_size, **special, **shape, **changes}
+    hf = getattr(transformers, f"{name}Config")(**shape)
+    model = randomise(getattr(transformers, f"{name}Model")(hf), 1)
     with torch.no_grad():  # so that a lost bias shows
         for key, bias in model.named_parameters():
             if key.endswith("bias"):
                 bias.add_(0.1)
     return model
+
+
+def shape(family: str, **changes: Any) -> config.Model:
+    """Return the shape of a family's model."""
+    hf = json.loads(host(family, changes.get("vocab_size", 50)).config.to_json_string())
+    fields = architecture.shape(Path("config.json"), hf)
+    depth = changes.get("num_hidden_layers", LAYERS)
+    model = config.Model(**fields | {"pooling": "mean"})
+    cut = architecture.cut(model, range(1, depth + 1))
+    return config.Model(**fields | {"pooling": "mean", "architecture": cut} | changes)
 
 
 def write(family: str, folder: Path, dense: tuple[int, ...] = (), **changes: Any) -> Path:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,9 +23,8 @@ from ..config import strict
 from ..runtime.files import SHARDS
 from ..runtime.model_files import open_tensors, shapes
 from . import sentence_files, weight_checks
-from .automodel import architecture, probe
+from .automodel import architecture
 from .automodel.choose import trunk_of
-from .automodel.trunk import AutoTransformer
 from .hf_config import NESTING, from_checkpoint, hf_config, resolve
 from .transformer import Transformer
 from .vocabulary import cached_factors
@@ -157,7 +157,7 @@ def load(
     directory = resolve(source)
     cfg = cfg or from_checkpoint(directory, config.Model())
     # Its modules tell the names of its weights.
-    host = _empty(cfg) if cfg.style == "transformers" else None
+    host: Any = _empty(cfg) if cfg.style == "transformers" else None
     weights = read_weights(directory, dtype, getattr(host, "own_names", None))
     if not any(directory.glob(SHARDS)):
         _choose_pooler(weights, directory, cfg)
@@ -187,8 +187,10 @@ def load(
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
     model = _fill(model, weights, dtype)
-    if isinstance(model, AutoTransformer) and not (directory / NESTING).exists():
-        probe.check(model, str(directory))
+    if host is not None and not (directory / NESTING).exists():
+        from .automodel import probe  # The import of transformers takes seconds.
+
+        probe.check(host, str(directory))
     return model
 
 
@@ -343,8 +345,8 @@ def save(model: Transformer, directory: Path) -> None:
             f"dense.{i}.weight": weights.pop(f"dense.{i}.weight") for i in range(len(cfg.dense))
         }
         save_file(dense, directory / DENSE, metadata={"format": "pt"})
-    auto = isinstance(model, AutoTransformer)
-    named = {model.hf_name(n) if auto else hf_name(n, cfg): x for n, x in weights.items()}
+    auto: Any = model if cfg.style == "transformers" else None
+    named = {auto.hf_name(n) if auto else hf_name(n, cfg): x for n, x in weights.items()}
     save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
     describe(cfg, directory)
 

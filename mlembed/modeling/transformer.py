@@ -110,6 +110,7 @@ class Transformer(nn.Module):
             self.pooler = Pooler(cfg.hidden_size, cfg.hidden_size)
         self._before: Callable[..., Any] = kind.before
         self._after: Callable[..., Any] = kind.after
+        self.dense = nn.ModuleList()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -330,6 +331,10 @@ class Transformer(nn.Module):
     def _pooled(self, rows_nD: Tensor) -> Tensor:
         normed = self._normed(rows_nD)
         return self.pooler(normed) if self.cfg.pooling == "pooler" else normed
+
+    def project(self, pooled_ND: Tensor) -> Tensor:
+        """Return the vectors [N, D] that linear layers after the pooling make of pooled ones."""
+        return pooled_ND
 
     def _normed(self, x_TD: Tensor) -> Tensor:
         """Return Qwen3's rows after the final norm, BERT's as they are, in fp32 at least."""

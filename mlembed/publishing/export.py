@@ -33,7 +33,6 @@ from torch import Tensor
 from ..data import tokenizer
 from ..inference.encoder import Encoder
 from ..modeling import pretrained, serving
-from ..modeling.automodel.trunk import AutoTransformer
 from ..runtime import files, model_files
 from . import probes, to_onnx
 
@@ -135,8 +134,9 @@ def complete_config(directory: Path, encoder: Encoder) -> None:
     cfg, path = encoder.model.cfg, directory / "config.json"
     eos = tokenizer.special_tokens(encoder.tokenizer)["eos_token"]
     keys: dict[str, Any] = {"eos_token_id": encoder.tokenizer.token_to_id(eos)}
-    if isinstance(encoder.model, AutoTransformer):
-        keys["architectures"] = [encoder.model.kind]
+    model: Any = encoder.model
+    if cfg.style == "transformers":
+        keys["architectures"] = [model.kind]
     elif cfg.style == "bert":
         keys["initializer_range"] = 0.02
     elif not cfg.causal:
@@ -203,10 +203,9 @@ def dense_layers(encoder: Encoder, dim: int) -> list[tuple[dict[str, Tensor], st
             for name, weight in model.pooler.named_parameters()
         }
         layers.append((weights, "torch.nn.modules.activation.Tanh"))
-    if isinstance(model, AutoTransformer):
-        for layer in model.dense:
-            weights = {"linear.weight": layer.weight.detach().float().cpu().contiguous()}
-            layers.append((weights, "torch.nn.modules.linear.Identity"))
+    for layer in model.dense:
+        weights = {"linear.weight": layer.weight.detach().float().cpu().contiguous()}
+        layers.append((weights, "torch.nn.modules.linear.Identity"))
     if dim < model.cfg.hidden_size:
         weights = {"linear.weight": torch.eye(dim, model.cfg.hidden_size)}
         layers.append((weights, "torch.nn.modules.linear.Identity"))

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from ..config import Model
 from ..inference.encoder import Encoder
 from ..modeling.automodel.choose import trunk_of
-from ..modeling.automodel.trunk import AutoTransformer
 from ..modeling.transformer import Transformer
 from ..runtime import files
 from . import to_onnx
@@ -221,8 +220,7 @@ def read_by_transformers(
             "pooler": lambda: output.pooler_output,
             "mean": lambda: (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
         }[ours.model.cfg.pooling]()
-        if isinstance(ours.model, AutoTransformer):
-            pooled = ours.model.project(pooled)
+        pooled = ours.model.project(pooled)
         return F.normalize(pooled[:, : width(directory, ours.model.cfg)], dim=-1).numpy()
 
     return read

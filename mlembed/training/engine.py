@@ -116,6 +116,10 @@ class Replicated(Engine):
 
     def __init__(self, model: Transformer, where: World) -> None:
         super().__init__(model, where)
+        # Buffers are constants, and each forward would communicate to send them.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name, _ in model.named_buffers()]
+        )
         self.replica = DistributedDataParallel(model)
 
     def begin(self) -> None:

@@ -111,10 +111,12 @@ def test_texts_that_leave_early_and_skip_layers(places, family):
 @every_family
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_cut_is_read_by_transformers(places, family, last, tmp_path):
-    model = load(places[family], exits=(2, 3, 4), last_layers=last, ranks=(8, 16), pooling="mean")
+    # transformers 5.4 cannot read a ModernBERT without local layers: layers 1 and 4.
+    exits = (2 + last, 4)
+    model = load(places[family], exits=exits, last_layers=last, ranks=(8, 16))
     with torch.no_grad():
-        exits_END = model(pack(TEXTS), exits=[2, 3, 4], rank=8)
-    for exit, want_ND in zip((2, 3, 4), exits_END, strict=True):
+        exits_END = model(pack(TEXTS), rank=8)
+    for exit, want_ND in zip(exits, exits_END, strict=True):
         small = pretrained.cut(model, exit, 8)
         folder = tmp_path / str(exit)
         folder.mkdir()

@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+import auto_models
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from mlembed import config
 from mlembed.data.packing import pack
+from mlembed.modeling.automodel.choose import trunk_of
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training.engine import Engine, local
@@ -50,6 +52,7 @@ class Case:
     offload: bool = False
     compiled: bool = False
     last_layers: int = 0
+    family: str = ""
 
 
 CASES = {
@@ -62,6 +65,10 @@ CASES = {
     # The exits share a layer, which gets several gradients in one backward.
     "ddp last layers": Case("ddp", dropout=0.3, recompute=3, last_layers=1),
     "fsdp last layers": Case("fsdp", dropout=0.3, recompute=3, last_layers=1),
+    # The layers are those of transformers.
+    "ddp transformers": Case("ddp", dropout=0.3, recompute=2, family="modernbert"),
+    "fsdp transformers": Case("fsdp", dropout=0.3, recompute=2, family="modernbert"),
+    "fsdp bf16 transformers": Case("fsdp", half=True, family="gemma3"),
 }
 OF_FOUR = "ddp", "fsdp dropout"
 
@@ -84,9 +91,13 @@ def cotangent(step, rank, i, like):
 
 
 def configured(case):
-    exits = (1 + case.last_layers, 3)
+    changes = {"dropout": case.dropout, "exits": (1 + case.last_layers, 3)}
+    changes["last_layers"] = case.last_layers
+    if case.family:
+        sizes = {"vocab_size": 101, "num_hidden_layers": 3, "ranks": (3, 11)}
+        shape = auto_models.shape(case.family, **sizes)
     return config.Run(
-        model=replace(MODEL, dropout=case.dropout, exits=exits, last_layers=case.last_layers),
+        model=replace(shape if case.family else MODEL, **changes),
         optim=config.Optim(lr=1e-2, max_grad_norm=MAX_NORM),
         engine=case.engine,
         cpu_offload=case.offload,
@@ -140,7 +151,7 @@ def full(x):
 def train(case, where, size):
     """Return gradients, norms around clipping and collectives of two steps, and the weights."""
     run, called, graphs = configured(case), Counter(), []
-    model = randomise(Transformer(run.model))
+    model = randomise(trunk_of(run.model))
     if case.compiled:
         torch._dynamo.reset()
         model.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -202,13 +213,19 @@ def bad_gradients(engine):
     earlier one on the first process as well.
     """
     where = engine.where
-    names = [bad_gradient(engine.norms())]
-    for rank, name in ((where.size - 1, "layers.1.mlp.up_proj"), (0, "layers.0.mlp.down_proj")):
+    names, weights = [bad_gradient(engine.norms())], late_and_early(engine.model)
+    for rank, name in zip((where.size - 1, 0), weights, strict=True):
         if where.rank == rank:
-            gradient = engine.model.get_submodule(name).weight.grad
+            gradient = engine.model.get_parameter(name).grad
             local(gradient)[0, 0] = torch.inf if rank else torch.nan
         names.append(bad_gradient(engine.norms()))
     return names
+
+
+def late_and_early(model):
+    """Return the names of a matrix of the second layer, and of one of the first."""
+    names = [name for name, weight in model.named_parameters() if weight.ndim == 2]
+    return [next(n for n in names if n.startswith(f"layers.{i}.") and "mlp" in n) for i in (1, 0)]
 
 
 def left_out(engine, optimizer, where):
@@ -234,10 +251,10 @@ def process(where, names):
     for name in names:
         case = CASES[name]
         results[name] = {"got": train(case, where, where.size)}
-        key = case.dropout, case.last_layers
+        key = case.dropout, case.last_layers, case.family
         if where.main:
             if key not in alone:
-                one = Case("ddp", dropout=case.dropout, last_layers=case.last_layers)
+                one = Case("ddp", case.dropout, last_layers=case.last_layers, family=case.family)
                 alone[key] = train(one, ALONE, where.size)
             results[name]["want"] = alone[key]
     return results
@@ -332,10 +349,9 @@ def test_a_bad_number_of_one_process_leaves_the_step_out_on_all(results):
 
 
 def test_first_bad_gradient_of_any_process(results):
-    weights = "layers.1.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"
-    names = [None, *(f"gradient of {name}" for name in weights)]
-    for _, got, _ in of_each(results):
-        assert got["bad"] == names
+    for case, got, _ in of_each(results):
+        weights = late_and_early(trunk_of(configured(case).model))
+        assert got["bad"] == [None, *(f"gradient of {name}" for name in weights)]
 
 
 def test_sharded_layers_share_compiled_graphs(results):

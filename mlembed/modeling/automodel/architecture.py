@@ -6,6 +6,7 @@ transformers is imported only to build a model.
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -29,6 +30,10 @@ BATCH_DEPENDENT = "dynamic", "longrope"
 # Names of the norm after the last layer.
 NORMS = "norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f"
 NAME = "model.architecture"
+
+
+class OtherVectorsError(ValueError):
+    """A trunk whose vectors are not those of transformers."""
 
 
 def shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +137,8 @@ def _config(hf: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[hf["model_type"]].from_dict(hf)
+        # Configurations change the values that they are given.
+        return CONFIG_MAPPING[hf["model_type"]].from_dict(deepcopy(hf))
     # Configurations raise errors of many kinds.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

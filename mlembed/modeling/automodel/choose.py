@@ -2,7 +2,6 @@
 
 from ... import config
 from ..transformer import Transformer
-from .trunk import AutoTransformer
 
 
 def trunk_of(cfg: config.Model) -> Transformer:
@@ -11,4 +10,9 @@ def trunk_of(cfg: config.Model) -> Transformer:
     Raises:
         ValueError: an architecture of transformers that style transformers does not support.
     """
-    return AutoTransformer(cfg) if cfg.style == "transformers" else Transformer(cfg)
+    if cfg.style != "transformers":
+        return Transformer(cfg)
+    # The import of transformers takes seconds.
+    from .trunk import AutoTransformer
+
+    return AutoTransformer(cfg)

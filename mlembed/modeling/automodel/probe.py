@@ -8,16 +8,12 @@ import torch
 
 from ...data.packing import pack
 from ..transformer import mode
-from .architecture import build
+from .architecture import OtherVectorsError, build
 from .trunk import AutoTransformer
 
 LENGTHS = 11, 3  # Tokens of the probe's texts.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # Relative; of narrower dtypes:
 NARROW = 0.1
-
-
-class OtherVectorsError(ValueError):
-    """A trunk whose vectors are not those of transformers."""
 
 
 @torch.no_grad()

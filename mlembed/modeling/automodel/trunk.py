@@ -179,7 +179,9 @@ class AutoTransformer(Transformer):
 
         args, options = tree_map(of_rows, calls[layer.place])
         out = layer.block(x_TD[None], *args, **options)
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        out = out[0] if isinstance(out, tuple) else out
+        # FSDP2 warns of layers that return a view; nothing changes these rows in place.
+        return torch.ops.aten._unsafe_view(out, x_TD.shape)
 
     @property
     def _ends_early(self) -> bool:

@@ -8,6 +8,7 @@ returns, up to rounding; `SentenceTeacher` takes all others.
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,8 @@ from ... import config
 from ...config.choices import Pooling
 from ...data import tokenizer
 from ...modeling import hf_config, pretrained, sentence_files
+from ...modeling.automodel.architecture import OtherVectorsError
 from ...modeling.automodel.choose import trunk_of
-from ...modeling.automodel.probe import OtherVectorsError
-from ...modeling.automodel.trunk import AutoTransformer
 from ...modeling.packed_forward import DeviceEncoder
 from ...modeling.sentence_files import SentenceFiles
 from ...runtime import model_files
@@ -199,13 +199,13 @@ def _check_names(directory: Path, cfg: config.Model) -> None:
     """
     try:
         with torch.device("meta"):
-            model = trunk_of(cfg)
+            model: Any = trunk_of(cfg)
     except ValueError as error:
         raise UnsupportedError(_clause(error, directory)) from None
     ours = model.state_dict().keys() | {"pooler.weight", "pooler.bias"}
     files = sorted(directory.glob("model*.safetensors"))
     names = [name for file in files for name in model_files.shapes(file)]
-    auto = isinstance(model, AutoTransformer)
+    auto = cfg.style == "transformers"
     owned = model.own_names(names) if auto else {n: pretrained.own_name(n) for n in names}
     for name, own in owned.items():
         if own not in (None, *ours):
