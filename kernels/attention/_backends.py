@@ -140,10 +140,11 @@ def flash_attn(
     """Call flash-attn's function for packed sequences."""
     _check(q, "flash_attn", plan, HALF)
     bounds = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
-    options = {"causal": causal, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    if window is not None:
-        options["window_size"] = _sides(causal, window)
-    return _flash_attn()(q, k, v, *bounds, softmax_scale=scale, **options)
+    same_bits = torch.are_deterministic_algorithms_enabled()
+    local = {} if window is None else {"window_size": _sides(causal, window)}
+    return _flash_attn()(
+        q, k, v, *bounds, softmax_scale=scale, causal=causal, deterministic=same_bits, **local
+    )
 
 
 def _sides(causal: bool, window: int | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ element. At n = 20..110 and K = 128 bytes are the bound on an H200.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,8 +130,8 @@ def attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if impl == "reference":
-        options = {"causal": causal, "scale": scale, "active": active, "window": window}
-        return attention_ref(q, k, v, cu_seqlens=cu_seqlens, **options)
+        options: dict[str, Any] = {"scale": scale, "active": active, "window": window}
+        return attention_ref(q, k, v, cu_seqlens=cu_seqlens, causal=causal, **options)
     alive_T = None if active is None else plan.alive_T(active)
     if impl == "triton":
         from . import _op  # imports triton, which not every platform has

@@ -123,8 +123,8 @@ def _shape(path: Path, model: Model, style: str) -> Model:
             f"{files.dense[0]}/config.json: expected a tanh layer after cls pooling, or one that "
             "cuts vectors, got a linear layer, which needs --model.style transformers"
         )
-    unfit, usual = (("pooler",), "last") if causal else (("last",), "mean")
-    unfit = unfit if bert else (*unfit, "pooler")
+    unfit = {"last"} if bert else {"pooler"} if causal else {"last", "pooler"}
+    usual = "last" if causal else "mean"
     pooling: Any = files.pooling or (usual if model.pooling in unfit else model.pooling)
     most = min(shape["hidden_size"], shape["vocab_size"])
     return dataclasses.replace(

@@ -157,7 +157,12 @@ def load(
     directory = resolve(source)
     cfg = cfg or from_checkpoint(directory, config.Model())
     # Its modules tell the names of its weights.
-    host: Any = _empty(cfg) if cfg.style == "transformers" else None
+    host: Any = None
+    if cfg.style == "transformers":
+        try:
+            host = _empty(cfg)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
     weights = read_weights(directory, dtype, getattr(host, "own_names", None))
     if not any(directory.glob(SHARDS)):
         _choose_pooler(weights, directory, cfg)
@@ -308,8 +313,8 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     ranks = cfg.ranks if rank is None else (*(r for r in cfg.ranks if r < rank), rank)
     layers = cfg.layers_of(exit)
     hf = architecture.cut(cfg, layers) if cfg.architecture else ""
-    shape = {"num_hidden_layers": exit, "exits": exits, "ranks": ranks, "architecture": hf}
-    small = _empty(replace(cfg, **shape))
+    shape = replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks, architecture=hf)
+    small = _empty(shape)
     weights = model.state_dict()
     if ranks:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]

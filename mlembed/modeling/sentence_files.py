@@ -211,7 +211,10 @@ def _layers(
                 f"{path}: expected Transformer, Pooling, at most one Dense and Normalize, got {got}"
             )
     if now != width:
-        raise ValueError(f"{path}: expected linear layers that end at width {width}, got {now}")
+        raise ValueError(
+            f"{dense[-1]}/config.json: out_features: expected {width}, the model's width, after "
+            f"the last linear layer, got {now}"
+        )
     return pooler, tuple(dense), cut, not listed or any(name == "Normalize" for _, name in listed)
 
 

@@ -203,8 +203,8 @@ def dense_layers(encoder: Encoder, dim: int) -> list[tuple[dict[str, Tensor], st
             for name, weight in model.pooler.named_parameters()
         }
         layers.append((weights, "torch.nn.modules.activation.Tanh"))
-    for layer in model.dense:
-        weights = {"linear.weight": layer.weight.detach().float().cpu().contiguous()}
+    for weight in model.dense.parameters():
+        weights = {"linear.weight": weight.detach().float().cpu().contiguous()}
         layers.append((weights, "torch.nn.modules.linear.Identity"))
     if dim < model.cfg.hidden_size:
         weights = {"linear.weight": torch.eye(dim, model.cfg.hidden_size)}

@@ -81,9 +81,8 @@ class AutoTransformer(Transformer):
         layers = host.get_submodule(places.layers)
         self.layers = nn.ModuleList(AutoLayer(cfg, x, place) for place, x in enumerate(layers))
         _replace(host, places.layers, nn.ModuleList(map(Recorder, layers)))
-        self.norm: nn.Module = nn.Identity()
-        if places.norm is not None:
-            self.norm = _replace(host, places.norm, nn.Identity())
+        norm = nn.Identity()
+        self.norm: Any = norm if places.norm is None else _replace(host, places.norm, norm)
         host.pooler = None
         _check_positions(host, cfg)
         self.host = host
@@ -102,7 +101,8 @@ class AutoTransformer(Transformer):
 
     def compile_blocks(self, backend: str = "inductor", lean: bool = False) -> None:
         """Compile each layer, in parts before and after attention. `lean` changes nothing."""
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             layer.block.compile(dynamic=True, backend=backend)
 
     # ---- forward ----
@@ -199,8 +199,8 @@ class AutoTransformer(Transformer):
     def project(self, pooled_ND: Tensor) -> Tensor:
         """Return the linear layers' vectors [N, D] of pooled vectors, in fp32 at least."""
         with torch.autocast(pooled_ND.device.type, enabled=False):
-            for layer in self.dense:
-                pooled_ND = F.linear(pooled_ND, layer.weight.to(wide(layer.weight.dtype)))
+            for weight in self.dense.parameters():
+                pooled_ND = F.linear(pooled_ND, weight.to(wide(weight.dtype)))
         return pooled_ND
 
     def _normed(self, x_TD: Tensor) -> Tensor:
