@@ -45,7 +45,8 @@ def shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
     check(str(path), hf)
     if missing := [name for name in REQUIRED if hf.get(name) is None]:
         raise ValueError(
-            f"{path}: expected {', '.join(REQUIRED)}, got none of {', '.join(missing)}"
+            f"{path}: expected {', '.join(REQUIRED)} of a {hf['model_type']}, got none of "
+            f"{', '.join(missing)}"
         )
     sizes = {name: field(path, hf, name, int) for name in REQUIRED}
     width, heads, kind = sizes["hidden_size"], sizes["num_attention_heads"], hf["model_type"]
