@@ -201,7 +201,7 @@ def _qwen3_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected plain rotary positions, full attention and no attention bias, got "
             f"rope_type {kind!r:.80}, sliding windows {windows}, bias "
-            f"{hf.get('attention_bias')!r:.80}"
+            f"{hf.get('attention_bias')!r:.80}: --model.style transformers trains such models"
         )
     theta = field(path, hf, "rope_theta", float, Model.rope_theta)
     return {

@@ -245,15 +245,18 @@ def _check_transformer(folder: Path) -> None:
 
 
 def check_architecture(place: str, values: dict[str, Any]) -> None:
-    """Check a configuration from which transformers builds a model, without its sizes.
+    """Check a configuration from which transformers builds a model.
 
     Raises:
         ValueError: it begins with `place`: an architecture that is not in ARCHITECTURES, code of
-            the model's own, another attention than those of transformers.
+            the model's own, another attention than those of transformers, a size above LARGEST.
     """
     _expect(place, "model_type", values, ARCHITECTURES)
     for part in objects(values):
         _check_config(place, part)
+        for key in part:
+            if "theta" not in key:
+                _check_size(place, key, part, LARGEST)
 
 
 def check_tokenizer(directory: Path) -> None:
@@ -294,7 +297,7 @@ def _expect(path: Path | str, key: str, values: dict[str, Any], allowed: tuple[A
         raise ValueError(f"{path}: {key}: expected {known}, got {values.get(key)!r:.80}")
 
 
-def _check_size(path: Path, key: str, values: dict[str, Any], most: int) -> None:
+def _check_size(path: Path | str, key: str, values: dict[str, Any], most: int) -> None:
     value = values.get(key)
     if isinstance(value, int) and value > most:
         raise ValueError(

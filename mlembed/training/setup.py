@@ -288,9 +288,15 @@ def compiles(run: config.Run, device: torch.device) -> bool:
 
 
 def try_attention(run: config.Run, model: Transformer, tokens: Tokenizer, half: bool) -> None:
-    """Encode one text, so that an attention that this machine lacks fails before the run starts."""
+    """Encode a text, so that an attention that this machine lacks fails before the run starts.
+
+    Local layers also need one of the greatest length: not every attention supports their windows.
+    """
     encoder = DeviceEncoder(model, tokens, run.max_length, bf16=half)
-    ids = tokenizer.tokenize(tokens, ["a text"], run.max_length)
+    texts = ["a text"]
+    if run.model.style == "transformers":
+        texts.append("a text " * run.max_length)
+    ids = tokenizer.tokenize(tokens, texts, run.max_length)
     encoder.run(ids, list(run.model.exits), None, lambda v, _: v, progress_bar(None, False))
 
 
@@ -300,6 +306,8 @@ def describe_run(run: config.Run, where: World, half: bool, compiled: bool, budg
     attention = run.model.attention
     if attention == "auto":
         attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
+        if attention == "triton" and run.model.style == "transformers":
+            attention += " (by sdpa where a text is longer than a local layer's window)"
     weights = ", bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
     recomputed = {
         "none": "nothing",

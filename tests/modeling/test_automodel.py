@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from auto_models import FAMILIES, LAYERS
+from factories import tiny_tokenizer
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
@@ -22,6 +23,7 @@ from mlembed.modeling.automodel.trunk import AutoTransformer
 from mlembed.modeling.flops import layer_weights, training_flops
 from mlembed.modeling.transformer import num_parameters
 from mlembed.training.gradcache import ActivationCost
+from mlembed.training.setup import try_attention
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # Longer than the windows of 3 or 4 tokens on a side, as long as these, and shorter.
@@ -197,6 +199,15 @@ def test_numbers_of_parameters(places, family):
     assert training_flops(nested(cfg), pack(TEXTS), None).forward > 0
 
 
+def test_a_window_that_attention_lacks_stops_a_run_before_its_first_step(places):
+    model, tokens = load(places["gemma3"], attention="triton"), tiny_tokenizer()
+    run = config.Run(model=model.cfg, max_length=20)
+    with pytest.raises(
+        ValueError, match="impl: triton supports windows from .* 20 tokens, got .* 4"
+    ):
+        try_attention(run, model, tokens, False)
+
+
 # ---- linear layers after the pooling ----
 
 
@@ -275,6 +286,7 @@ def test_shape_of_a_checkpoint(places):
             "rope_type: expected rotary positions that depend on a text alone, got 'dynamic'",
         ),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation: expected 'eager'"),
+        ({"max_position_embeddings": 2**40}, "max_position_embeddings: expected at most 16777216"),
         ({"hidden_size": None}, "expected vocab_size, .*got none of hidden_size"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers: expected an integer, got '4'"),
     ],

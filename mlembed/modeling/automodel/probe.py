@@ -4,9 +4,12 @@ The trunk knows of an architecture only what it finds: the layers, the norm afte
 An architecture that does more has other vectors, which the comparison shows.
 """
 
-import torch
+from dataclasses import replace
 
-from ...data.packing import pack
+import torch
+from torch import Tensor
+
+from ...data.packing import PackedBatch, pack
 from ..transformer import mode
 from .architecture import OtherVectorsError, build
 from .trunk import AutoTransformer
@@ -14,6 +17,23 @@ from .trunk import AutoTransformer
 LENGTHS = 11, 3  # Tokens of the probe's texts.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # Relative; of narrower dtypes:
 NARROW = 0.1
+
+
+def packed(model: AutoTransformer, batch: PackedBatch) -> Tensor:
+    """Return the normed output [T, D] of the last layer.
+
+    The weights are in host memory still, where the configured attention may not run.
+    """
+    cfg = model.cfg
+    model.cfg = replace(cfg, attention="auto")
+    try:
+        with mode(model, training=False):
+            x_TD, tables = model.embed(batch, None)
+            for layer in model.layers:
+                x_TD = model.block(layer, x_TD, tables, batch.plan)
+            return model._normed(x_TD)
+    finally:
+        model.cfg = cfg
 
 
 @torch.no_grad()
@@ -33,18 +53,12 @@ def check(model: AutoTransformer, place: str) -> None:
     named = {model.hf_name(n): x for n, x in weights if not n.startswith(("embed_tokens", "dense"))}
     host.load_state_dict(named, strict=False, assign=True)
     host = host.eval()
-    with mode(model, training=False):
-        got_TD, tables = model.embed(batch, None)
-        for layer in model.layers:
-            got_TD = model.block(layer, got_TD, tables, batch.plan)
-        got_TD = model._normed(got_TD)
-        for text, begin in zip(ids, batch.cu_seqlens.tolist(), strict=False):
-            x_TD = model.embed_tokens(text, None)
-            want_TD = host(inputs_embeds=(x_TD * model.scale)[None]).last_hidden_state[0]
-            difference = (got_TD[begin : begin + len(text)] - want_TD).abs().max().item()
-            size = want_TD.abs().max().item()
-            if not difference <= TOLERANCE.get(model.dtype, NARROW) * size:
-                raise OtherVectorsError(
-                    f"{place}: expected the vectors of transformers' {model.kind}, got others, up "
-                    f"to {difference:.2g} apart: style transformers does not support it"
-                )
+    for text, got_TD in zip(ids, packed(model, batch).split(lengths), strict=True):
+        x_TD = model.embed_tokens(text, None) * model.scale
+        want_TD = host(inputs_embeds=x_TD[None]).last_hidden_state[0]
+        difference, size = (x.abs().max().item() for x in (got_TD - want_TD, want_TD))
+        if not difference <= TOLERANCE.get(model.dtype, NARROW) * size:
+            raise OtherVectorsError(
+                f"{place}: expected the vectors of transformers' {model.kind}, got others, up to "
+                f"{difference:.2g} apart: style transformers does not support it"
+            )
