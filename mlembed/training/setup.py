@@ -303,7 +303,7 @@ def try_attention(run: config.Run, model: Transformer, tokens: Tokenizer, half: 
 def describe_run(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
     """Describe processes, precision, and the implementation of each expensive operation."""
     cuda = where.device.type == "cuda"
-    attention = run.model.attention
+    attention: str = run.model.attention
     if attention == "auto":
         attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
         if attention == "triton" and run.model.style == "transformers":

@@ -199,8 +199,9 @@ def test_numbers_of_parameters(places, family):
     assert training_flops(nested(cfg), pack(TEXTS), None).forward > 0
 
 
-def test_a_window_that_attention_lacks_stops_a_run_before_its_first_step(places):
-    model, tokens = load(places["gemma3"], attention="triton"), tiny_tokenizer()
+def test_a_window_that_attention_lacks_stops_a_run_before_its_first_step(tmp_path):
+    model = load(auto_models.write("gemma3", tmp_path / "source"), attention="triton")
+    tokens = tiny_tokenizer()
     run = config.Run(model=model.cfg, max_length=20)
     with pytest.raises(
         ValueError, match="impl: triton supports windows from .* 20 tokens, got .* 4"
