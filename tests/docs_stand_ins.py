@@ -6,6 +6,7 @@ The tables say what a printed command becomes; the functions write the files tha
 import shutil
 from pathlib import Path
 
+import auto_models
 import pyarrow as pa
 import pyarrow.parquet as pq
 from factories import tiny_model, tiny_tokenizer, write_encoder, write_jsonl
@@ -121,7 +122,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_models(folder: Path) -> None:
-    """Write the checkpoints of MODELS, and one tokenizer for all of them."""
+    """Write the checkpoints of MODELS with one tokenizer, and a model of transformers."""
     tokens = tiny_tokenizer([*TEXTS, *PLACES])
     shape = {"vocab_size": tokens.get_vocab_size(), "max_position_embeddings": 4096}
     shape |= {"num_hidden_layers": 3, "num_key_value_heads": 2}
@@ -129,3 +130,4 @@ def write_models(folder: Path) -> None:
     for name, style in MODELS.items():
         model = tiny_model(**shape | (bert if style == "bert" else {}))
         write_encoder(Encoder(model, tokens, 64), folder / name)
+    auto_models.write("modernbert", folder / "answerdotai" / "ModernBERT-base")
