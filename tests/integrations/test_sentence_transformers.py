@@ -21,6 +21,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import fully_shard
 
 from mlembed.integrations.sentence_transformers import CachedMatryoshka3dLoss, Matryoshka3dLoss
 
@@ -229,6 +230,28 @@ def test_two_processes_equal_one(folder, tmp_path, kind, directions):
         assert {k: v for k, v in line.items() if "dim" in k} == pytest.approx(
             {k: v for k, v in other.items() if "dim" in k}, rel=1e-3
         )
+
+
+def sharded_step(where, folder, kind):
+    """Return the loss and all gradients of a step of this process's rows, by FSDP2."""
+    model = tiny_sentence_model(folder / "bert")
+    loss = LOSSES[kind](model, DIMS, EXITS, gather_across_devices=True)
+    for part in (*model[0].auto_model.encoder.layer, model):
+        fully_shard(part)
+    half = slice(where.rank * 4, where.rank * 4 + 4)
+    rows = {name: texts[half] for name, texts in ROWS.items()}
+    total, _, grads = step(model, loss, features(model, rows))
+    return total, {}, {name: grad.full_tensor() for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_shards_of_two_processes_equal_one(folder, kind):
+    model = tiny_sentence_model(folder / "bert")
+    alone = step(model, Matryoshka3dLoss(model, DIMS, EXITS))
+    both = processes.gloo(2, sharded_step, folder, kind)
+    assert sum(total for total, *_ in both) / 2 == pytest.approx(alone[0], rel=1e-5)
+    for _, _, grads in both:
+        assert_same_step((0.0, {}, grads), (0.0, {}, alone[2]))
 
 
 # ---- errors ----
