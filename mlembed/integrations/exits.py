@@ -17,10 +17,16 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..modeling.transformer import mode
+
+NEEDS = "5.4"  # The oldest version that mlembed is tested with.
+if Version(transformers.__version__) < Version(NEEDS):
+    raise ImportError(f"transformers: expected {NEEDS} or newer, got {transformers.__version__}")
 
 Pool = Callable[[Tensor], Tensor]
 

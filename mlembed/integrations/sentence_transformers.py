@@ -9,6 +9,7 @@ exits and prefixes. With one exit and one prefix the loss is that of MultipleNeg
 Letters: E exits, M prefixes, N rows, D width.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -64,6 +65,8 @@ class Matryoshka3dLoss(nn.Module):
     The third dimension, vocabulary rank, needs the models of mlembed.
     """
 
+    weights_EM: Tensor
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -100,17 +103,18 @@ class Matryoshka3dLoss(nn.Module):
         self.matryoshka_dims, wide = _weighted(
             "matryoshka_dims", matryoshka_dims, matryoshka_weights
         )
-        width = model.get_embedding_dimension()
-        if self.matryoshka_dims[0] < 1 or (width and self.matryoshka_dims[-1] > width):
+        self.width = model.get_embedding_dimension()
+        if not 1 <= self.matryoshka_dims[0] <= self.matryoshka_dims[-1] <= (self.width or math.inf):
             raise ValueError(
-                f"matryoshka_dims: expected widths in 1..{width}, got {list(matryoshka_dims)}"
+                f"matryoshka_dims: expected widths in 1..{self.width}, got {list(matryoshka_dims)}"
             )
         self.exits, self._nested = None, None
         deep: tuple[float, ...] = (1.0,)
         if exits is not None:
             self.exits, deep = _weighted("exits", exits, exit_weights)
             self._nested = _NestedModel(model, self.exits)
-        self.weights_EM = [[e * m for m in wide] for e in deep]
+        weights_EM = torch.tensor([[e * m for m in wide] for e in deep])
+        self.register_buffer("weights_EM", weights_EM, persistent=False)
         self.scale, self.impl = scale, impl
         self.directions, self.partition_mode = tuple(directions), partition_mode
         self.gather_across_devices = gather_across_devices
@@ -183,11 +187,14 @@ class Matryoshka3dLoss(nn.Module):
             count_positive_twice=joint and {"query_to_doc", "doc_to_query"} <= {*self.directions},
             impl=self.impl,
         )
-        return loss_EM * loss_EM.new_tensor(self.weights_EM)
+        return loss_EM * self.weights_EM.to(loss_EM)
 
     def _by_exit(self, vectors: Tensor) -> Tensor:
         """[N, E D] -> [E, N, D]."""
-        return vectors.unflatten(1, (len(self.weights_EM), -1)).transpose(0, 1).contiguous()
+        E = len(self.weights_EM)
+        # Without a hook that the model lost, E parts of one vector would pass for exits.
+        assert not self.width or vectors.shape[1] == E * self.width, "a hook did not run"
+        return vectors.unflatten(1, (E, -1)).transpose(0, 1).contiguous()
 
     def _named(self, loss_EM: Tensor) -> dict[str, Tensor]:
         prefixes = [f"exit{exit}_" for exit in self.exits] if self.exits else [""]
@@ -199,7 +206,7 @@ class Matryoshka3dLoss(nn.Module):
         return {
             "matryoshka_dims": self.matryoshka_dims,
             "exits": self.exits,
-            "weights": self.weights_EM,
+            "weights": self.weights_EM.tolist(),
             "scale": self.scale,
             "directions": self.directions,
             "partition_mode": self.partition_mode,

@@ -176,10 +176,9 @@ def test_trains_in_bf16(folder, tmp_path):
 
 
 def test_trains_adapters_of_peft(folder):
-    from peft import LoraConfig
-
+    peft = pytest.importorskip("peft")
     model = tiny_sentence_model(folder / "bert")
-    model.add_adapter(LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
     plain, cached = (step(model, make(model, DIMS, EXITS)) for make in LOSSES.values())
     assert all("lora" in name for name in plain[2]) and len(plain[2]) == 8
     assert_same_step(plain, cached)
@@ -287,6 +286,31 @@ def test_wrong_models_are_errors(folder):
     with pytest.raises(ValueError, match="mini-batches, got StaticEmbedding"):
         CachedMatryoshka3dLoss(static, [8])
     assert set(Matryoshka3dLoss(static, [8])(features(static))) == {"dim8"}
+
+
+def one_pass(where, folder):
+    """Return the forward passes of a step under DDP, and the error of columns that do not fit."""
+    model = tiny_sentence_model(folder / "bert")
+    loss = Matryoshka3dLoss(model, DIMS, EXITS)
+    loss.model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    columns = features(model)
+    for length, column in enumerate(columns):
+        column["prompt_length"] = length
+    step(model, loss, columns)
+    step(model, loss)
+    columns[0]["task"] = "query"
+    try:
+        loss(columns)
+    except ValueError as error:
+        return len(passes), str(error)
+
+
+def test_columns_run_in_one_pass_under_ddp(folder):
+    for passes, error in processes.gloo(2, one_pass, folder):
+        assert passes == 2
+        assert error.startswith("columns: expected features that fit one forward pass, got")
 
 
 def test_an_old_library_is_refused_at_import():
