@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{loss}: {results[-1]['seconds_a_step']} s a step", flush=True)
         print(markdown(results), flush=True)
         if out:
+            # Names without their folders, as the file may be published.
+            settings |= {name: Path(settings[name]).name for name in ("model", "data")}
             known = {"environment": about(), "settings": settings, "results": results}
             files.write_text(out, json.dumps(known, indent=1) + "\n")
 
