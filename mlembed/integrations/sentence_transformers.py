@@ -134,14 +134,13 @@ class Matryoshka3dLoss(nn.Module):
         return self._named(self._table(vectors))
 
     def _columns(self, sentence_features: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return features by column, without lengths of prompts, if the pooling ignores them."""
+        """Return features by column, without lengths of prompts if the pooling ignores them."""
         columns = list(sentence_features)
         if len(columns) < 2:
             raise ValueError(f"columns: expected an anchor and a positive, got {len(columns)}")
-        *_, inner = _wrappers(self.model)
         if any(isinstance(module, nn.DataParallel) for module in _wrappers(self.model)):
             raise ValueError("model: expected one GPU a process (torchrun), got DataParallel")
-        if all(getattr(module, "include_prompt", True) for module in inner.modules()):
+        if all(getattr(module, "include_prompt", True) for module in self.model.modules()):
             return [{k: v for k, v in x.items() if k != "prompt_length"} for x in columns]
         return columns
 
@@ -220,9 +219,10 @@ class Matryoshka3dLoss(nn.Module):
 
 
 class CachedMatryoshka3dLoss(CachedLossMixin, Matryoshka3dLoss):
-    """Matryoshka3dLoss with a gradient cache (arXiv 2101.06983): a graph of one mini-batch.
+    """Matryoshka3dLoss with a gradient cache (GradCache, arXiv 2101.06983).
 
-    The loss is over the whole batch, as without the cache, for about one more forward pass.
+    Only one mini-batch has a graph at a time, so that batches of any size fit. Loss and gradients
+    are those of the whole batch, for one more forward pass.
     """
 
     def __init__(
@@ -349,7 +349,7 @@ def _weighted(
 
 
 def _wrappers(model: Any) -> list[nn.Module]:
-    """Return a model, and inside of its wrappers (DDP, compile) the model itself, last."""
+    """Return what the trainer calls, then what DDP and torch.compile wrap, the model last."""
     chain = [model]
     while inner := getattr(chain[-1], "_orig_mod", None) or getattr(chain[-1], "module", None):
         chain.append(inner)

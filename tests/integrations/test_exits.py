@@ -1,5 +1,7 @@
 """Exits of models of transformers: each equals the model cut to its first layers."""
 
+from weakref import ref
+
 import pytest
 import torch
 from sentence_models import LAYERS, STYLES, tiny_trunk
@@ -53,6 +55,16 @@ def test_hooks_act_inside_of_the_block_alone():
     with pytest.raises(ZeroDivisionError), exits.pooled(lambda states: 1 / 0):
         run(trunk)
     run(trunk)
+
+
+def test_states_of_exits_are_not_kept():
+    trunk = tiny_trunk("bert")
+    exits = Exits(trunk, (1, 2))
+    states = []
+    trunk.encoder.layer[0].register_forward_hook(lambda *args: states.append(ref(args[2])))
+    with torch.no_grad(), exits.pooled(mean) as vectors:
+        run(trunk)
+        assert len(vectors) == 2 and states[0]() is None
 
 
 @pytest.mark.parametrize("style", ["bert", "qwen3"])
