@@ -36,10 +36,7 @@ from sentence_transformers.base.losses import (  # noqa: E402
     CachedLossMixin,
     has_static_embedding_input,
 )
-from sentence_transformers.base.losses.merged_forward import (  # noqa: E402
-    embed_columns,
-    merge_feature_batches,
-)
+from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
 from sentence_transformers.base.modules import Transformer  # noqa: E402
 
 CITATION = """
@@ -61,8 +58,8 @@ class Matryoshka3dLoss(nn.Module):
     is the loss, as for MatryoshkaLoss. Candidates of an anchor are the positives and hard negatives
     of all rows, with `gather_across_devices` those of all processes.
 
-    Under DistributedDataParallel all columns run in one forward pass: with two, its reducer fails.
-    The third dimension, vocabulary rank, needs the models of mlembed.
+    Under DistributedDataParallel columns that differ in length alone share one forward pass. The
+    third dimension, vocabulary rank, needs the models of mlembed.
     """
 
     weights_EM: Tensor
@@ -125,8 +122,7 @@ class Matryoshka3dLoss(nn.Module):
         """Return the weighted loss of each exit and prefix, whose sum is the loss.
 
         Raises:
-            ValueError: less than two columns, or columns that do not fit the one forward pass of
-                DistributedDataParallel.
+            ValueError: less than two columns, or a model in DataParallel.
         """
         columns = self._columns(sentence_features)
         with self._joined():
@@ -145,17 +141,14 @@ class Matryoshka3dLoss(nn.Module):
         return columns
 
     def _embed(self, columns: list[dict[str, Any]]) -> list[Tensor]:
-        """Return vectors [N, E D] of each column."""
+        """Return vectors [N, E D] of each column.
+
+        DistributedDataParallel prepares its reducer for one forward pass. Otherwise anchors, which
+        may be shorter, have a pass of their own without the padding of documents.
+        """
         wrappers = _wrappers(self.model)
-        if not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in wrappers):
-            return embed_columns(self.model, columns)
-        merged = merge_feature_batches(columns)
-        if merged is None:
-            raise ValueError(
-                "columns: expected features that fit one forward pass, got columns that differ in "
-                "more than length; CachedMatryoshka3dLoss embeds them apart"
-            )
-        return list(self.model(merged)["sentence_embedding"].chunk(len(columns)))
+        one_pass = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in wrappers)
+        return embed_columns(self.model, columns, separate_first=not one_pass)
 
     def _joined(self) -> Any:
         return nullcontext() if self._nested is None else self._nested.joined()
@@ -257,7 +250,7 @@ class CachedMatryoshka3dLoss(CachedLossMixin, Matryoshka3dLoss):
         """Return the weighted loss of each exit and prefix; the backward embeds the texts again.
 
         Raises:
-            ValueError: less than two columns.
+            ValueError: less than two columns, or a model in DataParallel.
         """
         loss = self.forward_cached(self._columns(sentence_features), labels)
         # The cached loss is one number without a table: its first entry takes all of its gradient.

@@ -1,6 +1,7 @@
 """The loss for SentenceTransformerTrainer next to sentence-transformers' own losses."""
 
 import itertools
+import re
 import warnings
 from functools import partial
 
@@ -253,6 +254,33 @@ def test_shards_of_two_processes_equal_one(folder, kind):
         assert_same_step((0.0, {}, grads), (0.0, {}, alone[2]))
 
 
+def passes_of_a_step(where, folder):
+    """Return forward passes and gradients of steps under DDP: prompts, then columns that differ."""
+    model = tiny_sentence_model(folder / "bert")
+    loss = Matryoshka3dLoss(model, DIMS, EXITS, gather_across_devices=True)
+    loss.model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    half = slice(where.rank * 4, where.rank * 4 + 4)
+    columns = features(model, {name: texts[half] for name, texts in ROWS.items()})
+    for length, column in enumerate(columns):
+        column["prompt_length"] = length
+    one = step(model, loss, columns)
+    counts = [len(passes)]
+    columns[0]["task"] = "query"
+    several = step(model, loss, columns)
+    return [*counts, len(passes) - 1], one[2], several[2]
+
+
+def test_columns_share_a_pass_under_ddp(folder):
+    model = tiny_sentence_model(folder / "bert")
+    alone = step(model, Matryoshka3dLoss(model, DIMS, EXITS))
+    for counts, *both in processes.gloo(2, passes_of_a_step, folder):
+        assert counts == [1, 3]
+        for grads in both:
+            assert_same_step((0.0, {}, grads), (0.0, {}, alone[2]))
+
+
 # ---- errors ----
 
 
@@ -288,35 +316,12 @@ def test_wrong_models_are_errors(folder):
     assert set(Matryoshka3dLoss(static, [8])(features(static))) == {"dim8"}
 
 
-def one_pass(where, folder):
-    """Return the forward passes of a step under DDP, and the error of columns that do not fit."""
-    model = tiny_sentence_model(folder / "bert")
-    loss = Matryoshka3dLoss(model, DIMS, EXITS)
-    loss.model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    columns = features(model)
-    for length, column in enumerate(columns):
-        column["prompt_length"] = length
-    step(model, loss, columns)
-    step(model, loss)
-    columns[0]["task"] = "query"
-    try:
-        loss(columns)
-    except ValueError as error:
-        return len(passes), str(error)
-
-
-def test_columns_run_in_one_pass_under_ddp(folder):
-    for passes, error in processes.gloo(2, one_pass, folder):
-        assert passes == 2
-        assert error.startswith("columns: expected features that fit one forward pass, got")
-
-
-def test_an_old_library_is_refused_at_import():
-    code = "import importlib, sentence_transformers; "
-    code += "from mlembed.integrations import sentence_transformers as ours; "
-    code += "sentence_transformers.__version__ = '5.9.1'; importlib.reload(ours)"
+@pytest.mark.parametrize("module", ["sentence_transformers", "exits"])
+def test_an_old_library_is_refused_at_import(module):
+    library = {"exits": "transformers"}.get(module, module)
+    code = f"import importlib, {library}; from mlembed.integrations import {module} as ours; "
+    code += f"{library}.__version__ = '5.3.9'; importlib.reload(ours)"
     done = processes.run("-c", code)
     assert done.returncode == 1
-    assert "expected 6.0 or newer, got 5.9.1" in done.stderr
+    name = library.replace("_", "-")
+    assert re.search(rf"ImportError: {name}: expected \d.\d or newer, got 5.3.9", done.stderr)
