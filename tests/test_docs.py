@@ -26,7 +26,7 @@ from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = "install demo elastic train data recipes encode evaluate export distributed checkpoints "
-DOCS += "kernels benchmarks design troubleshooting status"
+DOCS += "serving kernels benchmarks design troubleshooting status"
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
 PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 
