@@ -12,17 +12,11 @@ if TYPE_CHECKING:
 
 
 def _version_in(folder: Path) -> str:
-    """Return the version in a folder's _version.py, unless it has none: importing mlembed_kernels
-    would import torch, which takes seconds.
+    """Return the version in a folder's _version.py, "" without that file. It is read as text, since
+    importing mlembed_kernels imports torch, which takes seconds.
     """
     file = folder / "_version.py"
     return file.read_text().rpartition("= ")[2].strip().strip('"') if file.is_file() else ""
-
-
-def _kernels_version() -> str:
-    """Return the version of the mlembed_kernels that an import finds, "none" without them."""
-    spec = find_spec("mlembed_kernels")
-    return (spec and spec.origin and _version_in(Path(spec.origin).parent)) or "none"
 
 
 # A wheel has a copy of the file of kernels/, a checkout has the file itself.
@@ -30,10 +24,12 @@ _HERE = Path(__file__).parent
 __version__ = _version_in(_HERE) or _version_in(_HERE.parent / "kernels")
 __all__ = ["Encoder", "__version__"]
 
-if (_found := _kernels_version()) != __version__:
+_SPEC = find_spec("mlembed_kernels")
+_FOUND = _version_in(Path(_SPEC.origin).parent) if _SPEC and _SPEC.origin else ""
+if __version__ != _FOUND:
     raise ImportError(
-        f"mlembed_kernels: expected version {__version__}, got {_found}: mlembed contains its "
-        "kernels; uninstall mlembed-kernels and reinstall mlembed"
+        f"mlembed_kernels: expected version {__version__}, got {_FOUND or 'none'}: mlembed "
+        "contains its kernels; uninstall mlembed-kernels and reinstall mlembed"
     )
 
 

@@ -17,6 +17,8 @@ from factories import tiny_encoder, write_encoder
 from packaging.requirements import Requirement
 from processes import ROOT
 
+from mlembed import __version__
+
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 # Files of tests/kernels that compare with another package, or read the benches' cases.
 NOT_ALONE = ["similarity/test_infonce_published.py"]
@@ -152,7 +154,7 @@ def test_commands_work_without_a_checkout(environment, tmp_path):
 
 def test_kernels_work_without_a_checkout(environment, tmp_path):
     loss, path, kernels, version = run(environment / "python", "-c", KERNELS, cwd=tmp_path).split()
-    assert 0 < float(loss) < 1 and version == "0.1.0"
+    assert 0 < float(loss) < 1 and version == __version__
     assert path.startswith(str(environment.parent)) and kernels.startswith(str(environment.parent))
 
 
@@ -163,9 +165,10 @@ def test_kernels_of_another_version_are_rejected(environment, tmp_path):
     (other / "_version.py").write_text('__version__ = "0.0.9"\n')
     command = environment / "python", "-c", "import mlembed; print(mlembed.__version__)"
     said = run(*command, cwd=tmp_path, status=1).splitlines()[-1]
-    assert said.startswith("ImportError: mlembed_kernels: expected version 0.1.0, got 0.0.9: ")
-    (other / "_version.py").write_text('__version__ = "0.1.0"\n')
-    assert run(*command, cwd=tmp_path) == "0.1.0\n"
+    expected = f"ImportError: mlembed_kernels: expected version {__version__}, got 0.0.9: "
+    assert said.startswith(expected)
+    (other / "_version.py").write_text(f'__version__ = "{__version__}"\n')
+    assert run(*command, cwd=tmp_path) == f"{__version__}\n"
 
 
 # ---- the kernels alone ----
