@@ -26,7 +26,7 @@ from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = "install demo elastic train data recipes encode evaluate export distributed checkpoints "
-DOCS += "serving kernels benchmarks design troubleshooting status"
+DOCS += "integrations serving kernels benchmarks design troubleshooting status"
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
 PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 
@@ -55,10 +55,11 @@ SUBCOMMANDS = {
     "gpu",
     "compare",
     "proof",
+    "integrations",
 }  # of python -m bench, with options of their own
 PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
 SERVERS = {"docker", "vllm", "llama-server"}
-NEEDS = {"a GPU", "the hub", "the network", "a cluster", "a server", "minutes"}
+NEEDS = {"a GPU", "the hub", "the network", "a cluster", "a server", "minutes", "tevatron"}
 
 
 @cache
@@ -279,7 +280,9 @@ def perform(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         where = f"{block.page}:{block.line}"
         try:
             assert not block.needs or block.needs in NEEDS
-            if block.language == "python":
+            if block.language == "python" and block.needs:
+                compile(block.content, where, "exec")
+            elif block.language == "python":
                 done = processes.run("-c", block.content, cwd=folder)
                 assert done.returncode == 0, done.stderr[-3000:]
             elif block.language == "json":

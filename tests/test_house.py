@@ -33,7 +33,7 @@ WINGS = {
     "inference": "kernels config runtime data modeling",
     "evaluation": "kernels config runtime data modeling inference",
     "publishing": "kernels config runtime data modeling inference evaluation",
-    "integrations": "kernels config modeling",
+    "integrations": "kernels config runtime modeling",
     "cli": "config runtime data modeling training inference evaluation publishing",
 }
 # Packages that kernels/ imports, and those of optional backends.
