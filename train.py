@@ -47,7 +47,7 @@ from mlembed.modeling import pretrained, serving
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
-from mlembed.training import gradcache, guards, resume
+from mlembed.training import gradcache, guards, lora, resume
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -303,7 +303,8 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
     work = Flops()
     for pack, kept, again in zip(batch.host.packs, keeps, recompute, strict=True):
-        work += training_flops(run.model, pack, spec.rank, keeps=kept, recompute=again)
+        options: dict[str, Any] = {"keeps": kept, "recompute": again, "frozen": run.lora.rank > 0}
+        work += training_flops(run.model, pack, spec.rank, **options)
     return shares, work
 
 
@@ -321,6 +322,8 @@ def save(job: Job, step: int) -> None:
         pretrained.describe(job.run.model, directory)
         tokenizer.save(job.tokenizer, directory, job.serving.max_length)
         serving.write(job.serving, directory)
+        if job.run.lora.rank:
+            lora.write_config(directory, job.run.lora)
 
     tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
     if job.bank is not None:
@@ -378,12 +381,13 @@ def lacks_score(job: Job, step: int) -> bool:
 
 
 def finish(job: Job) -> None:
-    """Score the grid, write report/ and model/, and print the next commands."""
+    """Score the grid, write report/, adapter/ and model/, and print the next commands."""
     from mlembed.evaluation import grid, tables
     from mlembed.publishing.export import export
 
     run, directory, out = job.run, job.directory, job.out
     out.check()
+    weights = job.engine.full_weights() if run.lora.rank else None
     if (encoder := full_encoder(job)) is None:
         return
     if job.tasks:
@@ -399,6 +403,8 @@ def finish(job: Job) -> None:
         out.say(f"\n{scored.table()}\n\n{by_kind}")
         seconds = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {seconds:.0f} s)")
+    if weights is not None:
+        out.say(f"adapter {lora.write(directory / 'adapter', weights, run)}")
     worst = export(encoder, directory / "model", source=str(directory)).worst
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     cwd, python = Path.cwd(), Path(sys.executable)

@@ -1,0 +1,130 @@
+"""Adapters by peft (LoRA, arXiv 2106.09685): small matrices that are trained next to frozen ones.
+
+    W x  becomes  W x + alpha / rank B A x      A [rank, in] random, B [out, rank] zero at first
+
+All weights of `init` are frozen but U and W of a nested vocabulary, which `init` does not have in
+this form. Weights keep the names that peft gives them: q_proj.base_layer.weight,
+q_proj.lora_A.default.weight. Scores, model/ and readers of checkpoints take the merged matrices,
+W + alpha / rank B A (`pretrained.merged`); adapter/ has A and B alone, in peft's format.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import config
+from ..config import strict
+from ..modeling import hf_config, pretrained
+from ..modeling.transformer import Transformer
+from ..runtime import files
+from ..runtime.files import SHARDS
+
+
+def attach(model: Transformer, cfg: config.Lora, seed: int) -> None:
+    """Freeze the model and add adapters, fp32 and equal on all processes, to the targeted layers.
+
+    U and W of a nested vocabulary stay trainable.
+
+    Raises:
+        ValueError: a target that matches no linear layer; peft is not installed.
+    """
+    peft = require()
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    known = sorted({name.rpartition(".")[2] for name in names})
+    for target in cfg.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"lora.targets: expected names of linear layers ({', '.join(known)}), got "
+                f"{target!r}, which matches none{strict.near(target, known)}"
+            )
+    made = peft.LoraConfig(
+        r=cfg.rank, lora_alpha=cfg.alpha, target_modules=list(cfg.targets or known)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(made, model)
+    for module in model.modules():
+        # peft would copy bf16 inputs to fp32, which autocast casts back for A.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    if model.cfg.ranks:
+        model.embed_tokens.requires_grad_(True)
+
+
+def require() -> ModuleType:
+    """Import peft. ValueError, with the command that installs it, if it is missing."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"lora.rank: expected the package peft (pip install 'mlembed[lora]'), got {error}"
+        ) from None
+    return peft
+
+
+def describe(model: Transformer, cfg: config.Lora) -> str:
+    """Say which weights of a model with adapters are trained."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = sum(hasattr(module, "lora_A") for module in model.modules())
+    factors = "the vocabulary's factors are trained, too" if model.cfg.ranks else "all else frozen"
+    return (
+        f"{trained / 1e6:.2f} M trained: rank {cfg.rank}, alpha {cfg.alpha}, {layers} layers; "
+        f"{factors}"
+    )
+
+
+# ---- files ----
+
+
+def write_config(directory: Path, cfg: config.Lora, **more: Any) -> None:
+    """Write adapter_config.json with rank and alpha; more: further fields of peft's LoraConfig."""
+    fields = {"peft_type": "LORA", "r": cfg.rank, "lora_alpha": cfg.alpha, **more}
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    files.write_text(directory / pretrained.ADAPTERS, text)
+
+
+def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> str:
+    """Write the adapters in peft's format, for transformers' AutoModel of `init`, and say so.
+
+    The table of a nested vocabulary, U W, is written in full, as peft's `modules_to_save`. The
+    adapters apply to all layers of `init`: a shallower exit has no place in peft's format. Nothing
+    is written if `init` is a training checkpoint, which transformers does not open.
+    """
+    base, m = hf_config.resolve(run.init), run.model
+    if any(base.glob(SHARDS)):
+        return f"not written: transformers cannot open {run.init}, a training checkpoint"
+    tensors, modules = {}, []
+    for name, weight in weights.items():
+        ours, lora, part = name.partition(pretrained.LORA)
+        if lora:
+            theirs = pretrained.hf_name(f"{ours}.weight", m).removesuffix(".weight")
+            modules.append(theirs)
+            tensors[f"base_model.model.{theirs}.lora_{part[0]}.weight"] = weight.cpu().contiguous()
+    table = []
+    if m.ranks:
+        U, W = (weights[f"embed_tokens.{letter}"].float().cpu() for letter in "UW")
+        name = pretrained.hf_name("embed_tokens.weight", m)
+        tensors[f"base_model.model.{name}"] = U @ W
+        table = [name.removesuffix(".weight")]
+    # BERT's last names are ambiguous: attention.output.dense also ends with output.dense.
+    short = run.lora.targets or {module.rpartition(".")[2] for module in modules}
+    with files.atomic_directory(directory, replace=True) as partial:
+        write_config(
+            partial,
+            run.lora,
+            target_modules=sorted({*modules} if m.style == "bert" else short),
+            modules_to_save=table or None,
+            base_model_name_or_path=str(base) if Path(run.init).exists() else run.init,
+            task_type="FEATURE_EXTRACTION",
+            lora_dropout=0.0,
+            bias="none",
+            inference_mode=True,
+        )
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    return f"{directory}: opens with peft and transformers on {run.init}"
