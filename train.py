@@ -404,7 +404,7 @@ def finish(job: Job) -> None:
         seconds = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {seconds:.0f} s)")
     if weights is not None:
-        out.say(f"adapter {lora.write(directory / 'adapter', weights, run)}")
+        write_adapter(job, encoder, weights)
     worst = export(encoder, directory / "model", source=str(directory)).worst
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     cwd, python = Path.cwd(), Path(sys.executable)
@@ -417,6 +417,21 @@ def finish(job: Job) -> None:
         f"export  {command} export {named} OUT --dim {dim} --exit {exit}\n"
         f"page    {command} report {named}"
     )
+
+
+def write_adapter(job: Job, encoder: Encoder, weights: dict[str, Tensor]) -> None:
+    """Write adapter/, which peft, transformers and sentence-transformers open on `init`."""
+    from mlembed.publishing.export import write_sentence_transformers
+
+    init, target = job.run.init, job.directory / "adapter"
+    if lora.of_checkpoint(init):
+        job.out.say(f"adapter not written, as only mlembed opens {init}, a training checkpoint")
+        return
+    with files.atomic_directory(target, replace=True) as partial:
+        lora.write(partial, weights, job.run)
+        tokenizer.save(job.tokenizer, partial, encoder.max_length)
+        write_sentence_transformers(partial, encoder, encoder.full_size()[0])
+    job.out.say(f"adapter {target}: opens in peft and sentence-transformers, on {init}")
 
 
 if __name__ == "__main__":

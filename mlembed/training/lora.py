@@ -89,16 +89,21 @@ def write_config(directory: Path, cfg: config.Lora, **more: Any) -> None:
     files.write_text(directory / pretrained.ADAPTERS, text)
 
 
-def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> str:
-    """Write the adapters in peft's format, for transformers' AutoModel of `init`, and say so.
+def of_checkpoint(init: str) -> bool:
+    """Return whether `init` is a training checkpoint, which transformers and peft do not open."""
+    return any(hf_config.resolve(init).glob(SHARDS))
+
+
+def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> None:
+    """Write the adapters in peft's format, for transformers' AutoModel of `init`.
 
     The table of a nested vocabulary, U W, is written in full, as peft's `modules_to_save`. The
-    adapters apply to all layers of `init`: a shallower exit has no place in peft's format. Nothing
-    is written if `init` is a training checkpoint, which transformers does not open.
+    adapters apply to all layers of `init`: a shallower exit has no place in peft's format.
+
+    Args:
+        weights: those of a model with adapters, by name.
     """
     base, m = hf_config.resolve(run.init), run.model
-    if any(base.glob(SHARDS)):
-        return f"not written: transformers cannot open {run.init}, a training checkpoint"
     tensors, modules = {}, []
     for name, weight in weights.items():
         ours, lora, part = name.partition(pretrained.LORA)
@@ -114,17 +119,15 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> st
         table = [name.removesuffix(".weight")]
     # BERT's last names are ambiguous: attention.output.dense also ends with output.dense.
     short = run.lora.targets or {module.rpartition(".")[2] for module in modules}
-    with files.atomic_directory(directory, replace=True) as partial:
-        write_config(
-            partial,
-            run.lora,
-            target_modules=sorted({*modules} if m.style == "bert" else short),
-            modules_to_save=table or None,
-            base_model_name_or_path=str(base) if Path(run.init).exists() else run.init,
-            task_type="FEATURE_EXTRACTION",
-            lora_dropout=0.0,
-            bias="none",
-            inference_mode=True,
-        )
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    return f"{directory}: opens with peft and transformers on {run.init}"
+    write_config(
+        directory,
+        run.lora,
+        target_modules=sorted({*modules} if m.style == "bert" else short),
+        modules_to_save=table or None,
+        base_model_name_or_path=str(base) if Path(run.init).exists() else run.init,
+        task_type="FEATURE_EXTRACTION",
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
