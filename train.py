@@ -323,7 +323,7 @@ def save(job: Job, step: int) -> None:
         tokenizer.save(job.tokenizer, directory, job.serving.max_length)
         serving.write(job.serving, directory)
         if job.run.lora.rank:
-            lora.write_config(directory, job.run.lora)
+            lora.write_scale(directory, job.run.lora)
 
     tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
     if job.bank is not None:

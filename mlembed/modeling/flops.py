@@ -72,7 +72,8 @@ def training_flops(
     Args:
         pack: in host memory. rank: vocabulary rank, None for the stored one.
         keeps: whether the pack keeps its graph, or is encoded again for it. recompute: number of
-            first layers that the backward computes again. frozen: the layers' matrices get no gradient.
+            first layers that the backward computes again. frozen: whether the matrices of the
+            layers have no gradients.
     """
     scores, products, layers = 0.0, 0.0, []
     plans: dict[int, tuple[int, float]] = {}

@@ -26,7 +26,7 @@ from .transformer import Transformer
 from .vocabulary import cached_factors
 
 FACTORS = "mlembed_factors.safetensors"
-ADAPTERS = "adapter_config.json"  # rank and alpha, named as peft names the file and both keys
+ADAPTERS = "mlembed_adapters.json"  # rank and alpha of a checkpoint's adapters
 # Our modules and those of Hugging Face's BERT, XLM-R and RoBERTa, outside of and in layers.
 OUTSIDE = {
     "embed_tokens": "embeddings.word_embeddings",
@@ -109,9 +109,9 @@ def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
 def _scale(path: Path) -> float:
     """Return alpha / rank of a checkpoint's adapters."""
     stored = read_object(path)
-    for key in ("r", "lora_alpha"):
+    for key in ("rank", "alpha"):
         strict.check_number(f"{path}: {key}", stored.get(key), least=1, most=2**20)
-    return float(stored["lora_alpha"] / stored["r"])
+    return float(stored["alpha"] / stored["rank"])
 
 
 def own_name(name: str) -> str | None:

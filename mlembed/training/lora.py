@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 
 from .. import config
 from ..config import strict
-from ..modeling import hf_config, pretrained
+from ..modeling import pretrained
 from ..modeling.transformer import Transformer
-from ..runtime import files
 from ..runtime.files import SHARDS
 
 
@@ -49,10 +47,13 @@ def attach(model: Transformer, cfg: config.Lora, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(made, model)
+    for name, parameter in model.named_parameters():
+        if pretrained.LORA in name:
+            parameter.data = parameter.data.float()
     for module in model.modules():
-        # peft would copy bf16 inputs to fp32, which autocast casts back for A.
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+        # peft would copy bf16 inputs to fp32, and autocast would cast the copies back.
+        if "cast_input_dtype_enabled" in vars(module):
+            vars(module)["cast_input_dtype_enabled"] = False
     if model.cfg.ranks:
         model.embed_tokens.requires_grad_(True)
 
@@ -82,16 +83,15 @@ def describe(model: Transformer, cfg: config.Lora) -> str:
 # ---- files ----
 
 
-def write_config(directory: Path, cfg: config.Lora, **more: Any) -> None:
-    """Write adapter_config.json with rank and alpha; more: further fields of peft's LoraConfig."""
-    fields = {"peft_type": "LORA", "r": cfg.rank, "lora_alpha": cfg.alpha, **more}
-    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    files.write_text(directory / pretrained.ADAPTERS, text)
+def write_scale(directory: Path, cfg: config.Lora) -> None:
+    """Write rank and alpha next to the weights of a checkpoint."""
+    text = json.dumps({"rank": cfg.rank, "alpha": cfg.alpha}) + "\n"
+    (directory / pretrained.ADAPTERS).write_text(text, encoding="utf-8")
 
 
 def of_checkpoint(init: str) -> bool:
     """Return whether `init` is a training checkpoint, which transformers and peft do not open."""
-    return any(hf_config.resolve(init).glob(SHARDS))
+    return any(Path(init).glob(SHARDS))
 
 
 def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> None:
@@ -103,8 +103,7 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
     Args:
         weights: those of a model with adapters, by name.
     """
-    base, m = hf_config.resolve(run.init), run.model
-    tensors, modules = {}, []
+    m, tensors, modules = run.model, {}, []
     for name, weight in weights.items():
         ours, lora, part = name.partition(pretrained.LORA)
         if lora:
@@ -119,15 +118,19 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
         table = [name.removesuffix(".weight")]
     # BERT's last names are ambiguous: attention.output.dense also ends with output.dense.
     short = run.lora.targets or {module.rpartition(".")[2] for module in modules}
-    write_config(
-        directory,
-        run.lora,
-        target_modules=sorted({*modules} if m.style == "bert" else short),
-        modules_to_save=table or None,
-        base_model_name_or_path=str(base) if Path(run.init).exists() else run.init,
-        task_type="FEATURE_EXTRACTION",
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-    )
+    finished = (Path(run.init) / "metrics.jsonl").is_file()
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": f"{run.init}/model" if finished else run.init,
+        "r": run.lora.rank,
+        "lora_alpha": run.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({*modules} if m.style == "bert" else short),
+        "modules_to_save": table or None,
+        "inference_mode": True,
+    }
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
