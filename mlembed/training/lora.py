@@ -25,15 +25,17 @@ from ..runtime.files import SHARDS
 
 
 def attach(model: Transformer, cfg: config.Lora, seed: int) -> None:
-    """Freeze the model and add adapters, fp32 and equal on all processes, to the targeted layers.
+    """Freeze the model and add adapters, fp32 and equal on all processes, to its linear layers.
 
-    U and W of a nested vocabulary stay trainable.
+    Only those of attention and MLP: the others are small, and fp32. U and W of a nested vocabulary
+    stay trainable.
 
     Raises:
         ValueError: a target that matches no linear layer; peft is not installed.
     """
     peft = require()
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    named = model.layers.named_modules(prefix="layers")
+    names = [name for name, module in named if type(module) is nn.Linear]
     known = sorted({name.rpartition(".")[2] for name in names})
     for target in cfg.targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
