@@ -387,7 +387,7 @@ def finish(job: Job) -> None:
 
     run, directory, out = job.run, job.directory, job.out
     out.check()
-    weights = job.engine.full_weights() if run.lora.rank else None
+    adapters = lora.parts(job.engine.full_weights()) if run.lora.rank else {}
     if (encoder := full_encoder(job)) is None:
         return
     if job.tasks:
@@ -403,8 +403,8 @@ def finish(job: Job) -> None:
         out.say(f"\n{scored.table()}\n\n{by_kind}")
         seconds = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {seconds:.0f} s)")
-    if weights is not None:
-        write_adapter(job, encoder, weights)
+    if adapters:
+        write_adapter(job, encoder, adapters)
     worst = export(encoder, directory / "model", source=str(directory)).worst
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     cwd, python = Path.cwd(), Path(sys.executable)

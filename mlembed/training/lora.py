@@ -96,6 +96,15 @@ def of_checkpoint(init: str) -> bool:
     return any(Path(init).glob(SHARDS))
 
 
+def parts(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return adapters and vocabulary, which `write` writes, of all weights; {} of None."""
+    return {
+        name: weight
+        for name, weight in (weights or {}).items()
+        if pretrained.LORA in name or name.startswith("embed_tokens.")
+    }
+
+
 def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> None:
     """Write the adapters in peft's format, for transformers' AutoModel of `init`.
 
@@ -103,7 +112,7 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
     adapters apply to all layers of `init`: a shallower exit has no place in peft's format.
 
     Args:
-        weights: those of a model with adapters, by name.
+        weights: what `parts` returned.
     """
     m, tensors, modules = run.model, {}, []
     for name, weight in weights.items():

@@ -351,11 +351,11 @@ def test_model_card_and_log(run):
     directory, _, out = run
     card = (directory / "model" / "README.md").read_text()
     if "nested" in directory.name:
-        assert "adapters (LoRA) of rank 4 and alpha 8, on all linear layers and the factors" in card
+        assert "(LoRA) of rank 4 and alpha 8 on all linear layers, and the factors of the" in card
         assert "rank 4, alpha 8, 14 layers; the vocabulary's factors are trained, too" in out
         assert "rate   optim.lr 0.01 is high" in out
     else:
-        assert "(LoRA) of rank 3 and alpha 3, on q_proj, down_proj; they are merged" in card
+        assert "(LoRA) of rank 3 and alpha 3 on q_proj, down_proj. They are merged" in card
         assert "rank 3, alpha 3, 4 layers; all else frozen" in out
         assert "rate   " not in out
 
