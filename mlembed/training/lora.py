@@ -114,12 +114,12 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
     Args:
         weights: what `parts` returned.
     """
-    m, tensors, modules = run.model, {}, []
+    m, tensors, modules = run.model, {}, set()
     for name, weight in weights.items():
         ours, lora, part = name.partition(pretrained.LORA)
         if lora:
             theirs = pretrained.hf_name(f"{ours}.weight", m).removesuffix(".weight")
-            modules.append(theirs)
+            modules.add(theirs)
             tensors[f"base_model.model.{theirs}.lora_{part[0]}.weight"] = weight.cpu().contiguous()
     table = []
     if m.ranks:
@@ -127,7 +127,7 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
         name = pretrained.hf_name("embed_tokens.weight", m)
         tensors[f"base_model.model.{name}"] = U @ W
         table = [name.removesuffix(".weight")]
-    # BERT's last names are ambiguous: attention.output.dense also ends with output.dense.
+    # Last names may be ambiguous: BERT's attention.output.dense also ends with output.dense.
     short = run.lora.targets or {module.rpartition(".")[2] for module in modules}
     finished = (Path(run.init) / "metrics.jsonl").is_file()
     fields = {
@@ -138,7 +138,7 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
         "lora_alpha": run.lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({*modules} if m.style == "bert" else short),
+        "target_modules": sorted(short if m.style == "qwen3" else modules),
         "modules_to_save": table or None,
         "inference_mode": True,
     }
