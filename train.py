@@ -436,7 +436,7 @@ def finish(job: Job) -> None:
     )
 
 
-def write_adapter(job: Job, encoder: Encoder, weights: dict[str, Tensor]) -> None:
+def write_adapter(job: Job, encoder: Encoder, adapters: dict[str, Tensor]) -> None:
     """Write adapter/, which peft, transformers and sentence-transformers open on `init`."""
     from mlembed.publishing.export import write_sentence_transformers
 
@@ -445,7 +445,7 @@ def write_adapter(job: Job, encoder: Encoder, weights: dict[str, Tensor]) -> Non
         job.out.say(f"adapter not written, as only mlembed opens {init}, a training checkpoint")
         return
     with files.atomic_directory(target, replace=True) as partial:
-        lora.write(partial, weights, job.run)
+        lora.write(partial, encoder.model, adapters, job.run)
         tokenizer.save(job.tokenizer, partial, encoder.max_length)
         write_sentence_transformers(partial, encoder, encoder.full_size()[0])
     job.out.say(f"adapter {target}: opens in peft and sentence-transformers, on {init}")

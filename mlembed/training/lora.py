@@ -105,17 +105,20 @@ def parts(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     }
 
 
-def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> None:
+def write(
+    directory: Path, model: Transformer, adapters: Mapping[str, Tensor], run: config.Run
+) -> None:
     """Write the adapters in peft's format, for transformers' AutoModel of `init`.
 
     The table of a nested vocabulary, U W, is written in full, as peft's `modules_to_save`. The
     adapters apply to all layers of `init`: a shallower exit has no place in peft's format.
 
     Args:
-        weights: what `parts` returned.
+        model: the merged model.
+        adapters: what `parts` returned.
     """
-    m, tensors, modules = run.model, {}, set()
-    for name, weight in weights.items():
+    m, tensors, modules = model.cfg, {}, set()
+    for name, weight in adapters.items():
         ours, lora, part = name.partition(pretrained.LORA)
         if lora:
             theirs = pretrained.hf_name(f"{ours}.weight", m).removesuffix(".weight")
@@ -123,7 +126,7 @@ def write(directory: Path, weights: Mapping[str, Tensor], run: config.Run) -> No
             tensors[f"base_model.model.{theirs}.lora_{part[0]}.weight"] = weight.cpu().contiguous()
     table = []
     if m.ranks:
-        U, W = (weights[f"embed_tokens.{letter}"].float().cpu() for letter in "UW")
+        U, W = (adapters[f"embed_tokens.{letter}"].float().cpu() for letter in "UW")
         name = pretrained.hf_name("embed_tokens.weight", m)
         tensors[f"base_model.model.{name}"] = U @ W
         table = [name.removesuffix(".weight")]
