@@ -34,7 +34,7 @@ from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
 from ..runtime.distributed import World, main_works, together
 from ..runtime.workers import end_with_parent
-from . import gradcache, guards, provenance, resume
+from . import gradcache, guards, lora, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective import hidden
@@ -382,6 +382,8 @@ def set_up(
     )  # fmt: skip
     model = build(run, resume_from, tokens, batches, where).to(where.device)
     to_weights(model, run.optim)
+    if run.lora.rank:
+        lora.attach(model, run.lora, run.seed)
     if run.optim.freeze_tokens:
         model.embed_tokens.rows.requires_grad_(False)
     if where.main:
@@ -412,12 +414,14 @@ def set_up(
             out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
     last = run.model.last_layers
     ends = f" that end with the last {last} layers" if last else ""
-    frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
+    tokens_frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, "
         f"exits {run.model.exits}{ends}, "
-        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{frozen}"
+        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{tokens_frozen}"
     )
+    if run.lora.rank:
+        out.say(f"lora   {lora.describe(model, run.lora)}")
     if teacher is not None:
         note = f", {teacher.note}" if teacher.note else ""
         what = f"{teacher.pipeline}, width {teacher.width}{note}"
@@ -425,7 +429,9 @@ def set_up(
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     if run.init and not resume_from:
         out.say(f"serve  {describe_serving(run, served, model.cfg)}")
-    if run.init and run.optim.lr > config.TUNING_LR and run.distill.teacher != run.init:
+    frozen = run.lora.rank and not run.model.ranks
+    tunes = run.init and not frozen and run.distill.teacher != run.init
+    if tunes and run.optim.lr > config.TUNING_LR:
         out.say(
             f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
             "2e-5 is usual, above 1e-4 they may be lost"
