@@ -55,6 +55,7 @@ SUBCOMMANDS = {
     "gpu",
     "compare",
     "proof",
+    "students",
 }  # of python -m bench, with options of their own
 PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
 NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes"}

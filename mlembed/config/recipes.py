@@ -237,6 +237,49 @@ def lealla_3d(size: str) -> Run:
     return replace(run, name=f"{run.name}-3d", model=nested, distill=distill)
 
 
+def lealla_mini(teacher: str = "intfloat/multilingual-e5-small") -> Run:
+    """LEALLA's student for two CPU cores, nested, of any teacher (arXiv 2302.08387).
+
+    The paper: 24 layers of width 128, and a student that learns translations from a teacher's
+    similarities and from their own. All other numbers are ours: Qwen3's blocks without the causal
+    mask, pooled by mean, because BERT's give all texts one vector within a few steps from random
+    weights; 32,768 tokens that are learnt from the training text; no margin, temperature 0.05, and
+    the KL divergence of the teacher's softmax at 0.02, because cosines of many teachers lie close
+    together; exits, prefixes and ranks like in `lealla-*-3d`.
+
+    `--distill.teacher DIR` names the teacher, and `--data` translations.
+    """
+    return Run(
+        name="lealla-mini",
+        model=Model(
+            vocab_size=32_768,
+            hidden_size=128,
+            num_hidden_layers=24,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            intermediate_size=384,
+            causal=False,
+            pooling="mean",
+            exits=(6, 12, 18, 24),
+            matryoshka_dims=(16, 32, 64, 128),
+            ranks=(32, 64),
+        ),
+        distill=Distill(
+            teacher=teacher,
+            logits=1.0,
+            logit_form="kl",
+            teacher_temperature=0.02,
+            exits="all",
+        ),
+        optim=Optim(lr=2e-3),
+        steps=2000,
+        batch_size=64,
+        max_length=64,
+        sampling="weights",
+    )
+
+
 # ---- GTE ----
 
 # The model to start from and the first stage's rate, from the paper's table 3.
@@ -308,6 +351,7 @@ def _all() -> dict[str, Callable[[], Run]]:
     for size in ("small", "base", "large"):
         add(f"lealla-{size}", lealla, size)
         add(f"lealla-{size}-3d", lealla_3d, size)
+    add("lealla-mini", lealla_mini)
     for size in GTE_STARTS:
         add(f"gte-{size}-unsupervised", gte, size, False)
         add(f"gte-{size}-supervised", gte, size, True)
