@@ -63,7 +63,7 @@ def run(
 
 
 def write(proof: Proof) -> None:
-    """Write proof.json, proof.md and proof.svg from the pieces that are done, if they have scores."""
+    """Write proof.json, proof.md and proof.svg of the pieces that are done, once the source is."""
     from . import page, picture, report
 
     if not proof.piece("cut@full").exists():
@@ -74,9 +74,7 @@ def write(proof: Proof) -> None:
     picture.save(content, proof.folder / "proof.svg")
 
 
-def prove(
-    proof: Proof, left: Sequence[Piece], write: Callable[[Proof], None] = write
-) -> None:
+def prove(proof: Proof, left: Sequence[Piece], write: Callable[[Proof], None] = write) -> None:
     """Run the pieces that are left, and write the pages after each."""
     for piece in left:
         print(f"{piece.name}: {piece.about}", flush=True)
@@ -86,4 +84,4 @@ def prove(
         write(proof)
     if not left:
         write(proof)
-    print(f"{proof.folder}: the pages are written")
+    print(f"{proof.folder}: every piece is done")

@@ -200,7 +200,7 @@ def score(proof: Proof, model: str, rank: int | None) -> dict[str, Any]:
 
 
 def write(proof: Proof) -> None:
-    """Write students.json and students.md from the pieces that are done, if they have scores."""
+    """Write students.json and students.md of the pieces that are done, once the source is."""
     from . import students_page
 
     if proof.piece("source@full").exists():

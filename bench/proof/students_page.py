@@ -131,4 +131,3 @@ def grids(cells: list[dict[str, Any]], number: str) -> list[str]:
         parts.append(f"{what[0].upper()}{what[1:]}, {f'rank {rank}' if rank else 'a plain table'}:")
         parts.append(table(["layers", *(f"{dim} wide" for dim in dims)], rows))
     return parts
-

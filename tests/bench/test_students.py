@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,22 +26,27 @@ ROOT = Path(__file__).parents[2]
 
 def write_training_text(folder):
     """Write the files that the three mixtures name, each with texts of its own."""
+
+    def write(name, rows):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
     for name in students.TRANSLATIONS:
         texts = {lang: sentences(lang, name) for lang in WORDS}
         if name in ("opensource_guide", "tldr_parallel"):
-            table = {"query": texts["eng"], "positive": texts["fra"]}
+            pairs = zip(texts["eng"], texts["fra"], strict=True)
+            write(name, [{"query": a, "positive": b} for a, b in pairs])
         else:
-            rows = [(str(i), lang, text) for lang, of in texts.items() for i, text in enumerate(of)]
-            table = dict(zip(("id", "lang", "text"), map(list, zip(*rows, strict=True)), strict=True))
-        pq.write_table(pa.table(table), folder / f"{name}.parquet")
+            of = [(i, lang, text) for lang in WORDS for i, text in enumerate(texts[lang])]
+            write(name, [{"id": str(i), "lang": lang, "text": text} for i, lang, text in of])
     for name in (*students.QUESTIONS, "tldr_commands", "nli_triplets", "sts_train"):
-        asked, answers = sentences("eng", f"{name}?"), sentences("deu", name)
-        table = {"query": asked, "positive": answers}
-        if name == "sts_train":
-            table["score"] = list(np.linspace(0, 1, len(asked)))
-        elif name == "nli_triplets":
-            table["negatives"] = [[text] if i % 2 else [] for i, text in enumerate(answers[::-1])]
-        pq.write_table(pa.table(table), folder / f"{name}.parquet")
+        pairs = zip(sentences("eng", f"{name}?"), sentences("deu", name), strict=True)
+        rows = [{"query": a, "positive": b} for a, b in pairs]
+        for i, row in enumerate(rows):
+            if name == "sts_train":
+                row["score"] = i / len(rows)
+            elif name == "nli_triplets":
+                row["negatives"] = [f"not {row['positive']}"] if i % 2 else []
+        write(name, rows)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,9 @@ def arguments(name, folder, out):
     if name.startswith("lealla"):
         data = "nway.jsonl"
         args += ["--distill.teacher", str(folder / "teacher")]
-    args += ["--data", str(folder / data), "--init", str(folder / style)]
+    args += ["--data", str(folder / data)]
+    # The recipe for random weights has 24 layers, which the high rate would spoil.
+    args += ["--optim.lr", "5e-4"] if name == "lealla-mini" else ["--init", str(folder / style)]
     return args
 
 
