@@ -1,6 +1,6 @@
 """python -m bench students MODEL=DIR DATA=DIR OUT=DIR: students of a real model on real text.
 
-LEALLA's student is thin and deep, starts from random weights, and learns translations with MODEL as
+LEALLA's student is thin and deep, starts from random layers, and learns translations with MODEL as
 its teacher (the recipe lealla-mini). ML-Embed's pair of stages starts from MODEL, in the shape that
 the recipe elastic gives it, and learns retrieval, then retrieval and entailment with instructions
 (the recipe ml-embed-80m). Every model is scored at its exits, prefixes and ranks, like in `bench
@@ -148,7 +148,8 @@ def train_lealla(proof: Proof) -> dict[str, Any]:
     from . import training
 
     one = replace(proof, recipe=LEALLA, mixture=mixture(proof, LEALLA))
-    options = ["--distill.teacher", proof.model, "--seed", str(proof.seeds[0])]
+    options = ["--tokenizer", proof.model, "--distill.teacher", proof.model]
+    options += ["--seed", str(proof.seeds[0])]
     return training.train(one, LEALLA, options, 60 * proof.minutes)
 
 

@@ -15,7 +15,7 @@ from .students import LEALLA, STAGES
 
 SHOWN = "minutes", "seeds", "languages", "pairs", "options"
 ABOUT = {
-    LEALLA: "The student of LEALLA, random weights before, which learned translations alone.",
+    LEALLA: "LEALLA's student, from random layers and the source's tokens: translations alone.",
     STAGES[0]: "ML-Embed's first stage, from the source: retrieval without instructions.",
     STAGES[1]: "ML-Embed's second stage, from the first: retrieval and entailment with "
     "instructions, scored pairs, translations.",

@@ -240,19 +240,21 @@ def lealla_3d(size: str) -> Run:
 def lealla_mini(teacher: str = "intfloat/multilingual-e5-small") -> Run:
     """LEALLA's student for two CPU cores, nested, of any teacher (arXiv 2302.08387).
 
-    The paper: 24 layers of width 128, and a student that learns translations from a teacher's
-    similarities and from their own. All other numbers are ours: Qwen3's blocks without the causal
-    mask, pooled by mean, because BERT's give all texts one vector within a few steps from random
-    weights; 32,768 tokens that are learnt from the training text; no margin, temperature 0.05, and
-    the KL divergence of the teacher's softmax at 0.02, because cosines of many teachers lie close
-    together; exits, prefixes and ranks like in `lealla-*-3d`.
+    The paper: 24 layers of width 128, and a student that learns from translations and from a
+    teacher's similarities. All other numbers are ours. Tokens start from the teacher's, cut to the
+    width, and stay as they are; layers are random. Blocks are Qwen3's without the causal mask,
+    because BERT's gave all texts one vector within a few steps of random weights. The KL divergence
+    has the teacher's softmax at temperature 0.02, because cosines of many teachers lie close
+    together. No margin.
 
-    `--distill.teacher DIR` names the teacher, and `--data` translations.
+    `--tokenizer DIR --distill.teacher DIR` names the teacher, and `--data` translations.
     """
     return Run(
         name="lealla-mini",
+        tokenizer=teacher,
+        init_tokens="tokenizer",
         model=Model(
-            vocab_size=32_768,
+            vocab_size=SHAPES["multilingual-e5-small"].vocab_size,
             hidden_size=128,
             num_hidden_layers=24,
             num_attention_heads=4,
@@ -263,7 +265,7 @@ def lealla_mini(teacher: str = "intfloat/multilingual-e5-small") -> Run:
             pooling="mean",
             exits=(6, 12, 18, 24),
             matryoshka_dims=(16, 32, 64, 128),
-            ranks=(32, 64),
+            ranks=(32, 64, 96),
         ),
         distill=Distill(
             teacher=teacher,
@@ -272,7 +274,7 @@ def lealla_mini(teacher: str = "intfloat/multilingual-e5-small") -> Run:
             teacher_temperature=0.02,
             exits="all",
         ),
-        optim=Optim(lr=2e-3),
+        optim=Optim(lr=1e-3, freeze_tokens=True),
         steps=2000,
         batch_size=64,
         max_length=64,
