@@ -203,6 +203,11 @@ def test_hours_on_paper_by_hand():
     assert lealla["floor_hours"] > lealla["tokens"] * lealla["student_flops"] / 788e12 / 3600
 
 
+def test_table_on_paper_is_that_of_the_documentation():
+    lines = on_paper.markdown(on_paper.rows())[1].splitlines()
+    assert set(lines) <= set((ROOT / "docs" / "recipes.md").read_text().splitlines())
+
+
 # ---- the whole command ----
 
 
