@@ -274,7 +274,7 @@ def lealla_mini(teacher: str = "intfloat/multilingual-e5-small") -> Run:
             teacher_temperature=0.02,
             exits="all",
         ),
-        optim=Optim(lr=1e-3, freeze_tokens=True),
+        optim=Optim(lr=5e-4, freeze_tokens=True),
         steps=2000,
         batch_size=64,
         max_length=64,

@@ -178,7 +178,6 @@ def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tu
 # ---- tokens of another model ----
 
 RARE = 1e-3  # The frequency at which a token weighs half (Arora et al., ICLR 2017).
-SCALE = 0.2  # Root mean square of the start: layers of random weights would hide smaller numbers.
 
 
 @torch.no_grad()
@@ -189,7 +188,8 @@ def start_from(vocabulary: Vocabulary, table: Tensor, counts: Tensor) -> None:
     largest first, each weighted by a / (a + f) for its frequency f: frequent tokens tell little. A
     mean over a text of these rows finds translations, if the trained model is multilingual.
     Directions are weighted by the root of the frequency. Coordinates that the trained table lacks,
-    and those beyond the rank, are zeros.
+    and those beyond the rank, are zeros. A coordinate of the text has a root mean square of one:
+    the first steps of many random layers would hide smaller numbers.
 
     Args:
         table: [V, D] of the trained model. counts: [V], how often each token occurs.
@@ -202,7 +202,7 @@ def start_from(vocabulary: Vocabulary, table: Tensor, counts: Tensor) -> None:
     share_V1 = ((counts.double() + 1) / (counts.double() + 1).sum()).float()[:, None]
     centred = table.float() - (share_V1 * table.float()).sum(0)
     U = cached_factors(centred, width, counts.sqrt())[0] * (RARE / (RARE + share_V1))
-    rows_VR[:, :width] = U * SCALE / (share_V1 * U.square()).sum(0).mean().sqrt()
+    rows_VR[:, :width] = U / (share_V1 * U.square()).sum(0).mean().sqrt()
     if vocabulary.ranks:
         vocabulary.W.copy_(torch.eye(*vocabulary.W.shape))
 

@@ -379,7 +379,7 @@ def test_tokens_start_from_a_trained_table(ranks, width):
     right = torch.linalg.svd(root[:, None] * centred, full_matrices=False)[2]
     size = min(width, own.rows.shape[1])
     rows = (centred @ right[:size].T) * (1e-3 / (1e-3 + share))[:, None]
-    rows *= 0.2 / (share[:, None] * rows.square()).sum(0).mean().sqrt()
+    rows /= (share[:, None] * rows.square()).sum(0).mean().sqrt()
     got = own.rows[:, :size].detach().double()
     got = got * (got * rows).sum(0).sign()  # The sign of a direction is arbitrary.
     torch.testing.assert_close(got, rows, rtol=1e-3, atol=1e-4)
