@@ -48,6 +48,7 @@ from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
 from mlembed.training import gradcache, guards, resume
+from mlembed.training.objective import hidden
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -222,6 +223,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     weight_EM, ranks = transfer.moved(weights(run), where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}
+    targets: list[hidden.Target] = []
     flops, tokens, queries = Flops(), 0, [0] * len(run.model.exits)
     engine.begin()
     for left in reversed(range(micro_batches)):
@@ -229,16 +231,15 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
             batch = next(feed).to(where.device)
         count_idle(job, batch, step)
         if job.teacher is not None:
-            assert batch.texts is not None
             with job.stages.of("teacher"):
-                vectors = job.teacher.encode(batch.texts, queries=len(batch.target))
+                vectors, targets = taught(job, batch)
             batch = replace(batch, teacher_ND=vectors)
         for rank, share in ranks:
             seed = run.seed, 6, step, left, rank or 0
             spec = LossSpec(rank, weight_EM, share / micro_batches, seed)
             # Processes average their gradients once a step, in its last backward.
             sync = not left and rank == ranks[-1][0]
-            terms, work = add_gradients(job, batch, spec, sync)
+            terms, work = add_gradients(job, batch, targets, spec, sync)
             flops += work
             for name, loss_EM in terms.items():
                 losses[name] = losses.get(name, 0) + loss_EM
@@ -249,6 +250,14 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
         norm, check = update(job, step, losses)
     job.unread.append(check)
     return Step(losses, queries, norm, tokens, flops, check)
+
+
+def taught(job: Job, batch: Batch) -> tuple[Tensor, list[hidden.Target]]:
+    """Return the teacher's vectors of a batch, and its hidden states if these are distilled."""
+    assert job.teacher is not None and batch.texts is not None
+    if not job.run.distill.hidden:
+        return job.teacher.encode(batch.texts, queries=len(batch.target)), []
+    return hidden.read(job.teacher, batch, job.run.model, job.where)
 
 
 def count_idle(job: Job, batch: Batch, step: int) -> None:
@@ -263,10 +272,13 @@ def count_idle(job: Job, batch: Batch, step: int) -> None:
             )
 
 
-def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[Terms, Flops]:
+def add_gradients(
+    job: Job, batch: Batch, targets: list[hidden.Target], spec: LossSpec, sync: bool
+) -> tuple[Terms, Flops]:
     """Forward, loss and backward of a micro-batch, which is on the device, at one rank.
 
     Args:
+        targets: what the teacher's hidden states are, of each pack, or none.
         sync: whether this is the last backward of the step, which averages over processes.
 
     Returns:
@@ -282,7 +294,10 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
         seed = *spec.seed, where.rank, i
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
         with job.stages.of("forward"), autocast, gradcache.seeded_dropout(seed, p, device):
-            return job.engine.forward(packs[i], rank=spec.rank, recompute=recompute[i], sync=sync)
+            tap = targets[i].tap(spec.share * run.distill.hidden) if targets else None
+            return job.engine.forward(
+                packs[i], rank=spec.rank, recompute=recompute[i], tap=tap, sync=sync
+            )
 
     def loss(exits_END: Tensor) -> Tensor:
         # The forward keeps the device busy, and the bank is to hold the last step's documents.
@@ -295,6 +310,8 @@ def add_gradients(job: Job, batch: Batch, spec: LossSpec, sync: bool) -> tuple[T
                 terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
             if job.distiller is not None:
                 terms |= job.distiller.tables(exits_END, batch, run, where)
+            if targets:
+                terms["hidden"] = hidden.table(targets, spec.weight_EM)
         shares.update({name: loss_EM.detach() * spec.share for name, loss_EM in terms.items()})
         return spec.share * total_loss(run, spec.weight_EM, terms)
 

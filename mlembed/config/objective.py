@@ -107,8 +107,8 @@ class Optim:
 class Distill:
     """Distillation from a teacher, in addition to the contrastive loss or instead of it.
 
-    loss = contrastive L + features F + logits S + between_exits B, each a table over exits and
-    prefixes with the weights of L.
+    loss = contrastive L + features F + logits S + between_exits B + hidden H; the first four are
+    tables over exits and prefixes with the weights of L.
     """
 
     teacher: str = ""
@@ -139,6 +139,10 @@ class Distill:
     """Exits at which `features` and `logits` apply."""
     between_exits: float = number(0.0, **WEIGHT)
     """Weight of `logits` from every other exit to the last, at full width, without its gradient."""
+    hidden: float = number(0.0, **WEIGHT)
+    """Relative squared difference of the hidden states of every token, before the last layers, for
+    a teacher of the student's width and tokenizer, which then reads the student's tokens. Another
+    term has to be beside it."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "distill.")
@@ -159,17 +163,24 @@ class Distill:
             )
         if self.keep and not self.teacher:
             raise ValueError("distill.keep: expected False without distill.teacher, got True")
-        needs, has = bool(self.features or self.logits), bool(self.teacher or self.embeddings)
+        if self.hidden and (self.embeddings or self.prompt or self.keep):
+            raise ValueError(
+                "distill.hidden: expected 0 with distill.embeddings, prompt or keep (the teacher "
+                f"reads the student's tokens at every step), got {self.hidden}"
+            )
+        needs = bool(self.features or self.logits or self.hidden)
+        has = bool(self.teacher or self.embeddings)
         if needs != has:
             raise ValueError(
-                "distill: expected a teacher (or its embeddings) with features or logits above 0, "
-                f"and none without, got teacher {self.teacher or self.embeddings or 'none'}, "
-                f"features {self.features}, logits {self.logits}"
+                "distill: expected a teacher (or its embeddings) with features, logits or hidden "
+                "above 0, and none without, got teacher "
+                f"{self.teacher or self.embeddings or 'none'}, features {self.features}, "
+                f"logits {self.logits}, hidden {self.hidden}"
             )
 
     @property
     def learns(self) -> float:
-        """Sum of the terms' weights."""
+        """Sum of the weights of the tables; `hidden` only adds to them."""
         return self.contrastive + self.features + self.logits + self.between_exits
 
 

@@ -35,6 +35,8 @@ from ..runtime.profiling import Spans
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, wide
 from .vocabulary import Vocabulary
 
+Tap = Callable[[Tensor], Tensor]  # hidden states [T, D] -> those to continue with
+
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 
@@ -157,6 +159,7 @@ class Transformer(nn.Module):
         exits: Sequence[int] | None = None,
         rank: int | None = None,
         recompute: int = 0,
+        tap: tuple[int, Tap] | None = None,
     ) -> Tensor:
         """Return exits_END fp32 [E, N, D], texts in the batch's order; no layer runs past the last
         exit.
@@ -171,6 +174,9 @@ class Transformer(nn.Module):
             rank: vocabulary rank, 1..stored; the stored one by default.
             recompute: number of first layers that save only their input for the backward, which
                 computes them again. It reaches them last, when the other layers' memory is free.
+            tap: (l, function): the function takes the hidden states [T, D] of all texts that run
+                layers 1..l, after these and before the last layers of exits, and returns those to
+                continue with.
 
         Raises:
             ValueError: an exit outside of these, a rank or a token that is not stored, a text
@@ -207,6 +213,8 @@ class Transformer(nn.Module):
                 run = partial(self.block, rows_N=self._rows(plan))
             again = depth - last <= recompute
             x_TD = layer(x_TD, run, tables, batch.skip_layers.get(depth, plan), recompute=again)
+            if tap and depth - last == tap[0]:
+                x_TD = tap[1](x_TD)
             if depth not in exits:
                 continue
             if last:

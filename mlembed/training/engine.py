@@ -59,12 +59,13 @@ class Engine:
     def begin(self) -> None:
         """Prepare a step, before its first forward; all processes call it."""
 
-    def forward(self, pack: PackedBatch, *, rank: int | None, recompute: int, sync: bool) -> Tensor:
+    def forward(self, pack: PackedBatch, *, sync: bool, **options: Any) -> Tensor:
         """Return exits_END as Transformer.forward does, with or without a graph.
 
-        sync: the backward of this forward is this process's last in the step.
+        options: of Transformer.forward. sync: the backward of this forward is this process's last
+        in the step.
         """
-        return self.model(pack, rank=rank, recompute=recompute)
+        return self.model(pack, **options)
 
     def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], *, sync: bool) -> None:
         """Add the gradients of sum(outputs * grads) to the parameters' gradients.

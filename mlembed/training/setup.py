@@ -38,6 +38,7 @@ from ..runtime.workers import end_with_parent
 from . import gradcache, guards, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
+from .objective import hidden
 from .objective.bank import Bank
 from .objective.distill import Distiller
 from .objective.teacher import StoredVectors, Teacher, check_vectors
@@ -390,6 +391,7 @@ def set_up(
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
     tokens = load_tokenizer(run, resume_from, text)
     teacher, stored, distiller = teachers(run, text, resume_from, where)
+    hidden.check(run, teacher, tokens)
     digests = {**text.record, "distill": provenance.of_teacher(run.distill)}
     about = {"config": configured, "steps": run.steps, "digests": digests}
     if resume_from:

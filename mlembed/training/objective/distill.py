@@ -40,6 +40,8 @@ def rows_of(cfg: config.Distill, term: str, exits: int) -> Tensor:
     last = torch.arange(exits) == exits - 1
     if term == "between_exits":
         return ~last
+    if term == "hidden":
+        return last
     at_last = cfg.exits == "last" and not (term == "features" and cfg.feature_form == "ml-embed")
     return last if term in TERMS and at_last else torch.ones(exits, dtype=torch.bool)
 

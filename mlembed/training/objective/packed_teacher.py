@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from ... import config
 from ...config.choices import Pooling
 from ...data import tokenizer
+from ...data.packing import PackedBatch
 from ...modeling import hf_config, pretrained, sentence_files
 from ...modeling.packed_forward import DeviceEncoder
 from ...modeling.sentence_files import SentenceFiles
@@ -108,9 +108,24 @@ class PackedTeacher:
         trunk = self.trunk
         ids = tokenizer.tokenize(trunk.tokenizer, texts, trunk.max_length)
         exits = [trunk.model.cfg.num_hidden_layers]
-        return trunk.run(ids, exits, None, self._modules, bar, to_host=False)[0]
+        return trunk.run(ids, exits, None, lambda x, _: self._modules(x), bar, to_host=False)[0]
 
-    def _modules(self, vectors_END: Tensor, _: np.ndarray) -> Tensor:
+    def read(self, pack: PackedBatch, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a pack's vectors fp32 [1, N, width], in its order, and its hidden states [T, D]
+        after a layer; the pack has the teacher's tokens.
+        """
+        trunk, states = self.trunk, []
+
+        def keep(x_TD: Tensor) -> Tensor:
+            states.append(x_TD)
+            return x_TD
+
+        exits = [trunk.model.cfg.num_hidden_layers]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=trunk.bf16):
+            vectors_END = trunk.model(pack, exits=exits, tap=(layer, keep))
+        return self._modules(vectors_END), states[0]
+
+    def _modules(self, vectors_END: Tensor) -> Tensor:
         vectors_END = vectors_END[..., : self.cut]
         if self.normalize:
             vectors_END = F.normalize(vectors_END, dim=-1)
