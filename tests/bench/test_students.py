@@ -117,9 +117,10 @@ def test_stages_have_the_shape_of_elastic(proof, monkeypatch):
 
 def test_pieces_score_each_model_at_each_rank(proof):
     names = [piece.name for piece in students.pieces(proof)]
-    assert names[:5] == ["text", "source@full", "lealla-mini", "lealla-mini@32", "lealla-mini@64"]
+    mini = [f"lealla-mini@{rank}" for rank in (32, 64, 96)]
+    assert names[:6] == ["text", "source@full", "lealla-mini", *mini]
     ranks = students.shape(proof).ranks
-    assert ranks and names[5:] == [
+    assert ranks and names[6:] == [
         name
         for stage in students.STAGES
         for name in (stage, *(f"{stage}@{rank}" for rank in ranks))
@@ -222,7 +223,7 @@ def test_whole_command(folder, tmp_path):
     content = json.loads((out / "students.json").read_text())
     assert list(content["models"]) == ["source", "lealla-mini", "stage1", "stage2"]
     assert {run["steps"] > 0 for run in content["training"].values()} == {True}
-    assert len(content["models"]["lealla-mini"]) == 4 * 4 * 2
+    assert len(content["models"]["lealla-mini"]) == 4 * 4 * 3
     second = config.run.load(out / "runs" / "stage2" / "config.json")
     assert second.model.ranks == students.shape(replace(Proof(*[str(folder / "model")] * 3))).ranks
     again = subprocess.run([*line, "--list"], cwd=ROOT, text=True, capture_output=True)
