@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
             spec = LossSpec(rank, weight_EM, share / micro_batches, seed)
             # Processes average their gradients once a step, in its last backward.
             sync = not left and rank == ranks[-1][0]
-            terms, work = add_gradients(job, batch, targets, spec, sync)
+            terms, work = add_gradients(job, batch, spec, sync, targets)
             flops += work
             for name, loss_EM in terms.items():
                 losses[name] = losses.get(name, 0) + loss_EM
@@ -273,13 +273,13 @@ def count_idle(job: Job, batch: Batch, step: int) -> None:
 
 
 def add_gradients(
-    job: Job, batch: Batch, targets: list[hidden.Target], spec: LossSpec, sync: bool
+    job: Job, batch: Batch, spec: LossSpec, sync: bool, targets: Sequence[hidden.Target] = ()
 ) -> tuple[Terms, Flops]:
     """Forward, loss and backward of a micro-batch, which is on the device, at one rank.
 
     Args:
-        targets: what the teacher's hidden states are, of each pack, or none.
         sync: whether this is the last backward of the step, which averages over processes.
+        targets: the teacher's hidden states for each pack, if these are distilled.
 
     Returns:
         loss_EM of each term, times the share of this pass, and the operations of the model.

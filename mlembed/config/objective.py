@@ -141,8 +141,8 @@ class Distill:
     """Weight of `logits` from every other exit to the last, at full width, without its gradient."""
     hidden: float = number(0.0, **WEIGHT)
     """Relative squared difference of the hidden states of every token, before the last layers, for
-    a teacher of the student's width and tokenizer, which then reads the student's tokens. Another
-    term has to be beside it."""
+    a teacher of the student's width and tokenizer, which then reads the student's tokens. It needs
+    another term."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "distill.")

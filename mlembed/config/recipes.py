@@ -68,9 +68,10 @@ def elastic(
     All numbers are ours (bench/LOG.md, elastic), and all dimensions are those of ML-Embed
     (arXiv 2605.15081). The model teaches itself: at every exit, prefix and rank, the softmax of a
     text's cosines with the batch's other texts is to be that of the source, at a temperature so low
-    that near texts decide. Translations and answers of pairs are among these texts. Every exit ends
-    with the source's last layers, the vocabulary starts from an SVD by token frequency, and the
-    numbers of the tokens stay. The rate is 2e-4 at width 384 and falls with the width.
+    that near texts decide. Translations and answers of pairs are among these texts. At full depth
+    it also learns the source's hidden states of every token. Every exit ends with the source's last
+    layers, the vocabulary starts from an SVD by token frequency, and the numbers of the tokens
+    stay. The rate is 2e-4 at width 384 and falls with the width.
 
     Args:
         init: the model to start from, which is the teacher too.
@@ -90,6 +91,7 @@ def elastic(
             logit_form="kl",
             teacher_temperature=0.02,
             exits="all",
+            hidden=3.0,
         ),
         steps=1000,
         batch_size=64,

@@ -128,6 +128,7 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         cfg=cfg,
         rank=rank,
         parameters=num_parameters(cfg, cut.exit, rank),
+        sizes=sizes(cfg, cut.exit, rank),
         max_length=encoder.max_length,
         prefixes=[dim for dim in cfg.matryoshka_dims if dim < cut.dim],
         prompts=prompts,
@@ -154,6 +155,24 @@ def write(encoder: Encoder, cut: Cut, origin: Origin, license: str = "") -> str:
         license=license,
         base_model=init and (hub_id(init) or shown(init)),
     )
+
+
+def sizes(cfg: config.Model, exit: int, rank: int | None) -> list[list[str]]:
+    """Return a table of the parameters of each exit and rank that an export holds, with its head;
+    [] if it holds one size.
+
+    An exit that ends with the last layers of a deeper model is a model of its own.
+    """
+    whole = exit == cfg.num_hidden_layers or not cfg.last_layers
+    exits = [depth for depth in {*cfg.exits, exit} if depth <= exit] if whole else [exit]
+    ranks: list[int | None] = [r for r in sorted({*cfg.ranks, rank or 0}) if 0 < r <= (rank or 0)]
+    ranks = ranks or [None]
+    if len(exits) * len(ranks) == 1:
+        return []
+    table = [["layers", *(f"rank {r}" if r else "parameters" for r in ranks)]]
+    for depth in sorted(exits):
+        table.append([str(depth), *(millions(num_parameters(cfg, depth, r)) for r in ranks)])
+    return table
 
 
 def front_matter(origin: Origin, codes: set[str], license: str) -> str:

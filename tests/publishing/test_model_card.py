@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from mlembed import config
 from mlembed.config import strict
+from mlembed.config.shapes import SHAPES, nested
 from mlembed.publishing import model_card
 from mlembed.publishing.export import export
 
@@ -95,6 +96,27 @@ def test_layers_of_an_exit(tmp_path):
     text = card(shared, "", (5, 2, 3)).text
     assert "\n2 of 3 layers (the first 1 and the last 1), width 5 of 24" in text
     assert "\n3 of 3 layers, width 5 of 24" in card(shared, "", (5, 3, 3)).text
+
+
+def test_sizes():
+    cfg = nested(SHAPES["multilingual-e5-small"])
+    table = model_card.sizes(cfg, 12, 256)
+    assert table[0] == ["layers", "rank 64", "rank 128", "rank 256"]
+    assert [row[0] for row in table[1:]] == ["3", "6", "9", "12"]
+    # What its exports hold.
+    assert table[2][1:] == ["26.87 M", "42.90 M", "74.95 M"] and table[4][3] == "85.60 M"
+    # An exit that ends with the last layers holds no other exit.
+    assert [row[0] for row in model_card.sizes(cfg, 6, 128)] == ["layers", "6"]
+    assert model_card.sizes(cfg, 6, 64) == []
+    plain = replace(cfg, last_layers=0, ranks=())
+    assert [row[0] for row in model_card.sizes(plain, 9, None)] == ["layers", "3", "6", "9"]
+
+
+def test_sizes_of_a_card():
+    encoder = build()
+    head, _, *table = rows(card(encoder, "", (24, 3, 11)).text, "Sizes")
+    assert head == ["layers", "rank 3", "rank 11"] and [row[0] for row in table] == ["1", "3"]
+    assert "## Sizes" not in card(encoder, "", (24, 1, 3)).text
 
 
 def rows(text: str, title: str) -> list[list[str]]:

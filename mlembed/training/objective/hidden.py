@@ -2,9 +2,10 @@
 
     hidden  mean over texts and their tokens of |h - t|^2 / |t|^2
 
-h and t are the states of one token after layer L - H of the student and of the teacher, H being
-`model.last_layers`, on the way to the deepest exit; t gets no gradient. Each token teaches D
-numbers, where a text's vector teaches them once: a vocabulary of low rank learns most from it.
+h and t are the states of one token before the last H layers of the student, on the way to its
+deepest exit, and of the teacher, which may be deeper; H is `model.last_layers`, and t gets no
+gradient. Each token teaches D numbers, where a text's vector teaches them once: a vocabulary of low
+rank learns most from it.
 
 The term needs no graph of its own. It adds its gradient to that of h while the backward passes, so
 that packs with and without kept graphs, and all engines, treat it alike.
@@ -13,6 +14,7 @@ Letters: T tokens of a pack, N texts of a batch, D width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +77,7 @@ class Target:
         return self.layer, read
 
 
-def table(targets: list[Target], weight_EM: Tensor) -> Tensor:
+def table(targets: Sequence[Target], weight_EM: Tensor) -> Tensor:
     """Return the term as a table loss_EM, shaped like the weights, which has it at the last exit.
 
     Prefixes share it, and `total_loss` counts it once.
@@ -94,20 +96,19 @@ def check(run: config.Run, teacher: Teacher | None, tokens: Tokenizer) -> None:
     if not run.distill.hidden:
         return
     assert teacher is not None
-    packed, layer = teacher.model, run.model.num_hidden_layers - run.model.last_layers
-    name = (
-        f"distill.hidden: expected a teacher of the model's architecture, got {run.distill.teacher}"
-    )
+    packed, model, source = teacher.model, run.model, run.distill.teacher
+    name = f"distill.hidden: expected a teacher of the model's architecture, got {source}"
     if not isinstance(packed, PackedTeacher):
-        raise ValueError(f"{name}, {packed.encoder}")
-    cfg, width = packed.trunk.model.cfg, run.model.hidden_size
-    if cfg.style != run.model.style or cfg.hidden_size != width or cfg.num_hidden_layers < layer:
+        raise ValueError(f"{name}, {packed.encoder}; 0 distils vectors alone")
+    cfg = packed.trunk.model.cfg
+    alike = cfg.style == model.style and cfg.hidden_size == model.hidden_size
+    if not alike or cfg.num_hidden_layers < model.num_hidden_layers:
         raise ValueError(
             f"{name} with {cfg.num_hidden_layers} {cfg.style} layers of width {cfg.hidden_size} "
-            f"for {run.model.style} layers of width {width}, {layer} of them compared"
+            f"for {model.num_hidden_layers} {model.style} layers of width {model.hidden_size}"
         )
     if packed.trunk.tokenizer.get_vocab() != tokens.get_vocab():
-        raise ValueError(f"{name} with another tokenizer")
+        raise ValueError(f"{name} with another tokenizer than the model")
 
 
 @torch.no_grad()
@@ -128,9 +129,10 @@ def read(
     vectors, targets = [], []
     host, depth = batch.host, shape.exits[-1]
     layer = depth - shape.last_layers
+    above = teacher.model.trunk.model.cfg.num_hidden_layers - shape.last_layers
     texts = sum(int((depths >= depth).sum()) for depths in (host.query_depths, host.doc_depths))
     for pack in batch.packs:
-        exits_END, states_TD = teacher.model.read(_whole(pack), layer)
+        exits_END, states_TD = teacher.model.read(_whole(pack), above)
         vectors.append(exits_END[0])
         lengths = pack.cu_seqlens.diff()
         per_token = (where.size / max(1, texts)) / lengths.float()
