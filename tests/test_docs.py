@@ -26,7 +26,7 @@ from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = "install demo elastic train data recipes encode evaluate export distributed checkpoints "
-DOCS += "integrations kernels benchmarks design troubleshooting status"
+DOCS += "integrations serving kernels benchmarks design troubleshooting status"
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
 PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 
@@ -56,9 +56,11 @@ SUBCOMMANDS = {
     "compare",
     "proof",
     "integrations",
+    "students",
 }  # of python -m bench, with options of their own
 PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
-NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes", "tevatron"}
+SERVERS = {"docker", "vllm", "llama-server"}
+NEEDS = {"a GPU", "the hub", "the network", "a cluster", "a server", "minutes", "tevatron"}
 
 
 @cache
@@ -245,10 +247,14 @@ def parse(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
             assert isinstance(arguments.parse(script[1:]), Run)
     elif program == "make":
         make(command, folder)
+    elif program in SERVERS or rest[:1] == ["convert_hf_to_gguf.py"]:
+        assert "served" in re.findall(r"\w+", " ".join(rest)) and (folder / "served").is_dir()
     elif program == "pip":
-        extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
-        asked = re.findall(r"\.\[([\w,-]+)\]", " ".join(rest))
-        assert rest[0] == "install" and asked and set(asked[0].split(",")) <= set(extras)
+        assert rest[0] == "install"
+        folder, _, asked = rest[-1].rstrip("]").partition("[")
+        project = tomllib.loads(text_of(f"{folder}/pyproject.toml"))["project"]
+        assert asked or folder == "./kernels"
+        assert {*asked.split(",")} <= {"", *project["optional-dependencies"]}
     else:
         assert command.words == [".", ".venv/bin/activate"]
 

@@ -173,6 +173,12 @@ def test_folders_have_few_modules():
     assert not [folder for folder, some in modules.items() if len(some) > MOST_MODULES]
 
 
+def test_no_merge_is_unfinished():
+    marks = re.compile("^(<<<<<<<|>>>>>>>) ", re.MULTILINE)
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")]
+    assert not [path for path in [*FILES, *pages] if marks.search(path.read_text(encoding="utf-8"))]
+
+
 def test_files_are_short():
     assert len(FILES) > len(PRODUCT)
     lines = {path.name: len(path.read_text().splitlines()) for path in FILES}

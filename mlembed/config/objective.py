@@ -1,9 +1,9 @@
-"""The objective of a run: loss, distillation, depth, optimiser."""
+"""The objective of a run: loss, distillation, depth, optimiser, adapters."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .model import DEEPEST
+from .model import DEEPEST, WIDEST
 from .strict import check_numbers, machine, number
 
 # Bounds of temperatures: cosines are divided by them, in fp32, and above them softmaxes are flat.
@@ -101,6 +101,33 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of low rank by peft (LoRA, arXiv 2106.09685): W x + alpha / rank B A x, W frozen.
+
+    All weights of `init` are frozen but U and W of a nested vocabulary.
+    """
+
+    rank: int = number(0, least=0, most=WIDEST)
+    """Rank of A and B of each target. 0: no adapters, all weights are trained."""
+    alpha: int = number(0, least=0, most=2**20)
+    """0: twice the rank."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the linear layers to adapt, e.g. `q_proj v_proj`. Empty: all of them in
+    attention and MLP."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "lora.")
+        if not self.rank and (self.alpha or self.targets):
+            raise ValueError("lora.rank: expected 1 or more with lora.alpha or lora.targets, got 0")
+        object.__setattr__(self, "alpha", self.alpha or 2 * self.rank)
+
+    @property
+    def scale(self) -> float:
+        """Return alpha / rank, 0 without adapters."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclass(frozen=True)

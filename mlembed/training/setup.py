@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
 from ..runtime.distributed import World, main_works, together
 from ..runtime.workers import end_with_parent
-from . import gradcache, guards, provenance, resume
+from . import gradcache, guards, lora, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective import hidden
@@ -200,18 +201,37 @@ def build(
     if resume_from:
         shape = hf_config.from_checkpoint(resume_from, run.model)
         return pretrained.load(str(resume_from), shape)
-    if not run.init:
+    if run.init_tokens == "tokenizer":
+        make = partial(build_on_tokens, run, batches)
+    elif not run.init:
         size = tokens.get_vocab_size()
         # A published table may have more rows than its tokenizer has tokens.
         size = max(size, run.model.vocab_size) if run.tokenizer else size
         return Transformer(replace(run.model, vocab_size=size))
-    counts = None
-    if run.init_factors == "frequency":
-        counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+    else:
+        counts = None
+        if run.init_factors == "frequency":
+            counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+        make = partial(pretrained.load, run.init, run.model, counts)
     # The main process factorises the table; the others wait and read it from the cache.
     with main_works(where, "factorise"):
-        model = pretrained.load(run.init, run.model, counts) if where.main else None
-    return model if model is not None else pretrained.load(run.init, run.model, counts)
+        model = make() if where.main else None
+    return model if model is not None else make()
+
+
+def build_on_tokens(run: config.Run, batches: Batches) -> Transformer:
+    """Make a model of random weights whose tokens start from those of the model in `tokenizer`.
+
+    Raises:
+        ValueError: all text is streamed, or what `pretrained.load` raises.
+    """
+    if not batches.tokens:
+        raise ValueError("init_tokens: expected random if all sources are streams, got tokenizer")
+    table = pretrained.load(run.tokenizer).embed_tokens.table().detach()
+    model = Transformer(replace(run.model, vocab_size=len(table)))
+    counts = torch.from_numpy(batches.token_counts(len(table)))
+    vocabulary.start_from(model.embed_tokens, table, counts)
+    return model
 
 
 def teachers(
@@ -382,6 +402,8 @@ def set_up(
     )  # fmt: skip
     model = build(run, resume_from, tokens, batches, where).to(where.device)
     to_weights(model, run.optim)
+    if run.lora.rank:
+        lora.attach(model, run.lora, run.seed)
     if run.optim.freeze_tokens:
         model.embed_tokens.rows.requires_grad_(False)
     if where.main:
@@ -412,12 +434,14 @@ def set_up(
             out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
     last = run.model.last_layers
     ends = f" that end with the last {last} layers" if last else ""
-    frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
+    tokens_frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, "
         f"exits {run.model.exits}{ends}, "
-        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{frozen}"
+        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{tokens_frozen}"
     )
+    if run.lora.rank:
+        out.say(f"lora   {lora.describe(model, run.lora)}")
     if teacher is not None:
         note = f", {teacher.note}" if teacher.note else ""
         what = f"{teacher.pipeline}, width {teacher.width}{note}"
@@ -425,7 +449,9 @@ def set_up(
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     if run.init and not resume_from:
         out.say(f"serve  {describe_serving(run, served, model.cfg)}")
-    if run.init and run.optim.lr > config.TUNING_LR and run.distill.teacher != run.init:
+    frozen = run.lora.rank and not run.model.ranks
+    tunes = run.init and not frozen and run.distill.teacher != run.init
+    if tunes and run.optim.lr > config.TUNING_LR:
         out.say(
             f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
             "2e-5 is usual, above 1e-4 they may be lost"
