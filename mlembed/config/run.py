@@ -225,6 +225,11 @@ class Run:
             raise ValueError("data: expected at least one source, got none")
         if self.lora.rank and not self.init:
             raise ValueError("init: expected a checkpoint to adapt with lora.rank, got none")
+        if self.lora.rank and (stage := self.distill.first_layers):
+            raise ValueError(
+                "distill.first_layers: expected 0 with lora.rank, which keeps all weights of init, "
+                f"got {stage}"
+            )
         if self.tokenizer and self.init:
             raise ValueError("tokenizer: expected init or tokenizer, got both")
         if self.init_tokens == "tokenizer" and not self.tokenizer:

@@ -53,8 +53,9 @@ def fit(
     if not numbers or not model.cfg.ranks:
         return
     assert teacher is not None and isinstance(teacher.model, PackedTeacher)
+    model.embed_tokens.rows.requires_grad_(not run.optim.freeze_tokens)
     began, layers = time.perf_counter(), max(1, round(model.cfg.num_hidden_layers / 6))
-    parameters = first_parameters(model, layers, run.optim.freeze_tokens)
+    parameters = first_parameters(model, layers)
     optimizer = torch.optim.AdamW(parameters, betas=run.optim.betas, weight_decay=0.0, fused=True)
     errors = []
     for step, number in enumerate(numbers):
@@ -78,12 +79,11 @@ def fit(
     say(f"fit    vocabulary and first {layers} layers, error {moved}; {seconds:.1f} s")
 
 
-def first_parameters(model: Transformer, layers: int, freeze_tokens: bool) -> list[nn.Parameter]:
-    """Return the parameters up to the first layers, without those that are frozen."""
+def first_parameters(model: Transformer, layers: int) -> list[nn.Parameter]:
+    """Return the parameters up to the first layers that have a gradient."""
     names = ("embed_", *(f"layers.{i}." for i in range(layers)))
-    frozen = model.embed_tokens.rows if freeze_tokens else None
     named = model.named_parameters()
-    return [p for name, p in named if name.startswith(names) and p is not frozen]
+    return [p for name, p in named if p.requires_grad and name.startswith(names)]
 
 
 def add_gradients(

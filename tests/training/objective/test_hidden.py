@@ -236,3 +236,10 @@ def two_fits(where, folder):
 def test_first_layers_need_hidden_states():
     with pytest.raises(ValueError, match=r"distill.first_layers: expected 0 without .*, got 0.3"):
         Distill(teacher="model", logits=1.0, first_layers=0.3)
+
+
+def test_first_layers_change_no_weights_below_adapters(folder):
+    with pytest.raises(
+        ValueError, match=r"distill.first_layers: expected 0 with lora.rank, .* 0.5"
+    ):
+        fitted(folder, ALONE, "--lora.rank", "2")
