@@ -15,15 +15,15 @@ from .settings import Proof
 SHOWN = "minutes", "seeds", "languages", "pairs", "options"
 ABOUT = {
     "lealla-mini": "LEALLA's student, from random layers and the source's tokens, of translations.",
-    "stage1": "ML-Embed's first stage, from the source: retrieval without instructions.",
-    "stage2": "ML-Embed's second stage, from the first: retrieval and entailment with "
-    "instructions, scored pairs, translations.",
+    "stage1": "From the source: retrieval without instructions.",
+    "stage2": "From the first stage: retrieval and entailment with instructions, scored pairs, "
+    "translations.",
 }
 LABELS = {
     "source": "source",
     "lealla-mini": "lealla-mini",
-    "stage1": "first stage",
-    "stage2": "second stage",
+    "stage1": "ML-Embed, first stage",
+    "stage2": "ML-Embed, second stage",
 }
 
 
@@ -73,7 +73,7 @@ def markdown(content: dict[str, Any]) -> str:
     for model in (name for name in ABOUT if name in content["models"]):
         cells = content["models"][model]
         number = "tatoeba" if model == "lealla-mini" else "score"
-        parts += [f"## {LABELS[model][0].upper()}{LABELS[model][1:]}", ABOUT[model]]
+        parts += [f"## {LABELS[model]}", ABOUT[model]]
         parts += [size_table(content["models"]["source"] + named(cells)), *grids(cells, number)]
     runs = {LABELS[name]: run for name, run in content["training"].items()}
     parts += page.training({"training": runs})

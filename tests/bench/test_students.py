@@ -172,7 +172,10 @@ def test_page_shows_the_numbers_of_its_json(written, proof):
     assert row == ["4, 64, 16", "1.0 M", "2", "64", "100", *["50.4"] * 5]
     grid = text.partition("Tatoeba, rank 32:\n\n")[2].splitlines()[:4]
     assert grid[2:] == ["| 2 | 14.0 | 18.0 |", "| 4 | 24.0 | 28.0 |"]
-    assert "## First stage" in text and "| first stage | 1.5 | 7 | 0.01 M |" in text
+    assert (
+        "## ML-Embed, first stage" in text
+        and "| ML-Embed, first stage | 1.5 | 7 | 0.01 M |" in text
+    )
     assert "python -m bench students MODEL=DIR DATA=DIR OUT=DIR SEEDS=0" in text
     assert proof.model not in text and str(proof.folder) not in json.dumps(content)
 
@@ -218,7 +221,7 @@ def test_whole_command(folder, tmp_path):
     arguments = [f"MODEL={folder / 'model'}", f"DATA={folder / 'data'}", f"OUT={out}"]
     arguments += ["MINUTES=0.01", "LANGUAGES=deu", "OPTIONS=--max-length 24 --batch-size 8"]
     line = [sys.executable, "-m", "bench", "students", *arguments]
-    done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     content = json.loads((out / "students.json").read_text())
     assert list(content["models"]) == ["source", "lealla-mini", "stage1", "stage2"]
