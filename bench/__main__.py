@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": "bench.compare",
     "proof": "bench.proof.command",
     "integrations": "bench.integrations.command",
+    "students": "bench.proof.students",
 }
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most

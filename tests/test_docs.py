@@ -56,6 +56,7 @@ SUBCOMMANDS = {
     "compare",
     "proof",
     "integrations",
+    "students",
 }  # of python -m bench, with options of their own
 PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
 SERVERS = {"docker", "vllm", "llama-server"}

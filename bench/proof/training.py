@@ -31,7 +31,8 @@ def ours(proof: Proof, seed: int) -> dict[str, Any]:
     """Train the recipe from the source, with the steps of the first seed."""
     name, first = f"ours-{seed}", proof.seeds[0]
     steps = None if seed == first else proof.read(f"ours-{first}")["training"]["steps"]
-    return train(proof, name, ["--seed", str(seed)], 60 * proof.minutes, steps)
+    options = ["--init", proof.model, "--seed", str(seed)]
+    return train(proof, name, options, 60 * proof.minutes, steps)
 
 
 def corner(proof: Proof) -> dict[str, Any]:
@@ -43,9 +44,10 @@ def corner(proof: Proof) -> dict[str, Any]:
     start, exit, width = half_of_source(proof, config.load(proof.runs / first / "config.json"))
     shape = {"exits": exit, "matryoshka-dims": width, "ranks": proof.rank}
     options = [word for key, value in shape.items() for word in (f"--model.{key}", str(value))]
-    options += ["--distill.teacher", proof.model, "--seed", str(proof.seeds[0])]
+    options += ["--init", str(start), "--distill.teacher", proof.model]
+    options += ["--seed", str(proof.seeds[0])]
     seconds = proof.read(first)["training"]["seconds"]
-    return train(proof, "corner", options, seconds, init=start)
+    return train(proof, "corner", options, seconds)
 
 
 def half_of_source(proof: Proof, run: config.Run) -> tuple[Path, int, int]:
@@ -70,34 +72,36 @@ def train(
     proof: Proof,
     name: str,
     options: list[str],
-    seconds: float,
+    seconds: float | None,
     steps: int | None = None,
-    init: Path | None = None,
 ) -> dict[str, Any]:
     """Train a run to its end, or resume it, and return its time, steps, tokens and command.
 
     Its checkpoints are removed once its model is written.
 
     Args:
-        seconds: of training. steps: by default those that fit into them. init: directory, of the
-            source by default.
+        options: of train.py, --init among them. seconds: of training, None for the recipe's steps
+            or epochs. steps: by default those that fit into the seconds.
 
     Raises:
         ValueError: train.py failed; its last line.
     """
     directory = proof.runs / name
     saved = directory / "config.json"
-    begin = [proof.recipe, "--init", str(init or proof.model), "--data", proof.text, "--eval"]
+    begin = [proof.recipe, "--data", proof.text, "--eval"]
     begin += ["--output-dir", str(proof.runs), "--tracker", "none"]
     begin += [*shlex.split(proof.options), *options]
-    if saved.exists():
-        steps, again = config.load(saved).steps, ["--resume"]
-    else:
+    again = ["--resume"] if saved.exists() else []
+    if not again:
         shutil.rmtree(directory, ignore_errors=True)
-        steps, again = steps or measured_steps(proof, name, begin, seconds), []
-    last = ["--name", name, "--steps", str(steps)]
-    last += ["--log-every", str(max(1, steps // 50)), "--save-every", str(max(1, steps // 3))]
-    last += ["--keep-checkpoints", "1"]
+    if seconds and again:
+        steps = config.load(saved).steps
+    elif seconds:
+        steps = steps or measured_steps(proof, name, begin, seconds)
+    last = ["--name", name, "--keep-checkpoints", "1"]
+    if steps:
+        last += ["--steps", str(steps), "--log-every", str(max(1, steps // 50))]
+        last += ["--save-every", str(max(1, steps // 3))]
     run(proof, name, [*begin, *last, *again])
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     command = proof.without_paths(["python", "train.py", *begin, *last])

@@ -96,6 +96,9 @@ class Run:
     """Start from this checkpoint (run, directory or id of the Hub): weights, shape, tokenizer."""
     tokenizer: str = ""
     """Directory or id of the Hub of a tokenizer, without `init`. Empty: train one on the text."""
+    init_tokens: Literal["random", "tokenizer"] = "random"
+    """Tokens of a model without `init`: random, or those of the trained model in `tokenizer`, cut
+    to the width and weighted by how rare they are in the training text."""
     init_factors: Literal["uniform", "frequency"] = "uniform"
     """Weights of tokens when `init`'s table is factorised: equal, or frequencies in the training
     text, so that frequent tokens are approximated best."""
@@ -224,6 +227,8 @@ class Run:
             raise ValueError("init: expected a checkpoint to adapt with lora.rank, got none")
         if self.tokenizer and self.init:
             raise ValueError("tokenizer: expected init or tokenizer, got both")
+        if self.init_tokens == "tokenizer" and not self.tokenizer:
+            raise ValueError("init_tokens: expected random without a tokenizer, got tokenizer")
         for name, nested in (
             ("exit_weights", self.model.exits),
             ("matryoshka_weights", self.model.matryoshka_dims),

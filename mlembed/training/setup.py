@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -200,18 +201,37 @@ def build(
     if resume_from:
         shape = hf_config.from_checkpoint(resume_from, run.model)
         return pretrained.load(str(resume_from), shape)
-    if not run.init:
+    if run.init_tokens == "tokenizer":
+        make = partial(build_on_tokens, run, batches)
+    elif not run.init:
         size = tokens.get_vocab_size()
         # A published table may have more rows than its tokenizer has tokens.
         size = max(size, run.model.vocab_size) if run.tokenizer else size
         return Transformer(replace(run.model, vocab_size=size))
-    counts = None
-    if run.init_factors == "frequency":
-        counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+    else:
+        counts = None
+        if run.init_factors == "frequency":
+            counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+        make = partial(pretrained.load, run.init, run.model, counts)
     # The main process factorises the table; the others wait and read it from the cache.
     with main_works(where, "factorise"):
-        model = pretrained.load(run.init, run.model, counts) if where.main else None
-    return model if model is not None else pretrained.load(run.init, run.model, counts)
+        model = make() if where.main else None
+    return model if model is not None else make()
+
+
+def build_on_tokens(run: config.Run, batches: Batches) -> Transformer:
+    """Make a model of random weights whose tokens start from those of the model in `tokenizer`.
+
+    Raises:
+        ValueError: all text is streamed, or what `pretrained.load` raises.
+    """
+    if not batches.tokens:
+        raise ValueError("init_tokens: expected random if all sources are streams, got tokenizer")
+    table = pretrained.load(run.tokenizer).embed_tokens.table().detach()
+    model = Transformer(replace(run.model, vocab_size=len(table)))
+    counts = torch.from_numpy(batches.token_counts(len(table)))
+    vocabulary.start_from(model.embed_tokens, table, counts)
+    return model
 
 
 def teachers(

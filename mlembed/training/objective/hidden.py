@@ -7,8 +7,8 @@ deepest exit, and of the teacher, which may be deeper; H is `model.last_layers`,
 gradient. Each token teaches D numbers, where a text's vector teaches them once: a vocabulary of low
 rank learns most from it.
 
-The term needs no graph of its own. It adds its gradient to that of h while the backward passes, so
-that packs with and without kept graphs, and all engines, treat it alike.
+The term needs no graph of its own. It adds its gradient to that of h while the backward passes,
+which is the same with and without kept graphs, and for all engines.
 
 Letters: T tokens of a pack, N texts of a batch, D width.
 """
