@@ -1,7 +1,7 @@
 """Runs of train.py: our recipe, and our recipe for one corner alone.
 
 The number of steps comes from a few steps whose time is measured. Minutes are wall-clock of the
-steps: reading text, set-up and export are not part of them.
+steps, and of the first layers before them: reading text, set-up and export are not part of them.
 """
 
 import os
@@ -109,13 +109,14 @@ def train(
 
 
 def measured_steps(proof: Proof, name: str, arguments: list[str], seconds: float) -> int:
-    """Return the steps that fit into the seconds, by the time of a few."""
+    """Return the steps that fit into the seconds, by the time of a few, and of the first layers."""
     trial = f"{name}-trial"
     shutil.rmtree(proof.runs / trial, ignore_errors=True)
     half = TRIAL // 2
     last = ["--name", trial, "--steps", str(TRIAL), "--log-every", str(half), "--save-every", "0"]
     run(proof, trial, [*arguments, *last], until=TRIAL)
     a_step = window_seconds(train_lines(proof.runs / trial)[-1], half) / half
+    a_step += fit_seconds(proof.runs / f"{trial}.log") / TRIAL
     shutil.rmtree(proof.runs / trial, ignore_errors=True)
     return max(1, round(seconds / a_step))
 
@@ -166,11 +167,19 @@ def window_seconds(line: dict[str, Any], steps: int) -> float:
 
 
 def trained(directory: Path) -> dict[str, Any]:
-    """Return the seconds, steps, tokens and texts a step of a finished run."""
+    """Return the seconds, steps and tokens of a finished run, first layers included in seconds."""
+    fit = fit_seconds(directory.with_name(f"{directory.name}.log"))
     before, seconds, tokens = 0, 0.0, 0.0
     for line in train_lines(directory):
         took = window_seconds(line, line["step"] - before)
         before = line["step"]
         seconds += took
         tokens += took * line["tokens_per_second"]
-    return {"seconds": round(seconds, 1), "steps": before, "tokens": round(tokens)}
+    return {"seconds": round(fit + seconds, 1), "steps": before, "tokens": round(tokens)}
+
+
+def fit_seconds(output: Path) -> float:
+    """Return the seconds in which a run's first layers learned before its steps, 0 for none."""
+    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    fits = [line for line in lines if line.startswith("fit ")]
+    return float(fits[-1].rpartition("; ")[2].removesuffix(" s")) if fits else 0.0

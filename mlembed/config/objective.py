@@ -170,6 +170,9 @@ class Distill:
     """Relative squared difference of the hidden states of every token, before the last layers, for
     a teacher of the student's width and tokenizer, which then reads the student's tokens. It needs
     another term."""
+    first_layers: float = number(0.0, least=0, most=1)
+    """Steps before training in which the vocabulary and the first sixth of the layers alone learn
+    the hidden states of such a teacher, as a part of `steps`; each costs a fraction of a step."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "distill.")
@@ -195,6 +198,9 @@ class Distill:
                 "distill.hidden: expected 0 with distill.embeddings, prompt or keep (the teacher "
                 f"reads the student's tokens at every step), got {self.hidden}"
             )
+        if self.first_layers and not self.hidden:
+            got = self.first_layers
+            raise ValueError(f"distill.first_layers: expected 0 without distill.hidden, got {got}")
         needs = bool(self.features or self.logits or self.hidden)
         has = bool(self.teacher or self.embeddings)
         if needs != has:

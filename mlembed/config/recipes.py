@@ -69,7 +69,8 @@ def elastic(
     (arXiv 2605.15081). The model teaches itself: at every exit, prefix and rank, the softmax of a
     text's cosines with the batch's other texts is to be that of the source, at a temperature so low
     that near texts decide. Translations and answers of pairs are among these texts. At full depth
-    it also learns the source's hidden states of every token. Every exit ends with the source's last
+    it also learns the source's hidden states of every token, in the first layers alone before
+    training begins. Every exit ends with the source's last
     layers, the vocabulary starts from an SVD by token frequency, and the numbers of the tokens
     stay. The rate is 2e-4 at width 384 and falls with the width.
 
@@ -92,6 +93,7 @@ def elastic(
             teacher_temperature=0.02,
             exits="all",
             hidden=3.0,
+            first_layers=0.3,
         ),
         steps=1000,
         batch_size=64,

@@ -186,14 +186,7 @@ class Transformer(nn.Module):
         exits = self.cfg.exits if exits is None else exits
         strict.check_rising("exit", exits, self.cfg.num_hidden_layers, "depth")
         self.cfg.check(exit=exits[0], rank=rank)
-        x_TD = self.embed_tokens(batch.ids_T, rank, batch.token_index)
-        if self.cfg.style == "bert":
-            most = self.cfg.max_position_embeddings
-            if batch.plan.max_seqlen > most:
-                got = batch.plan.max_seqlen
-                raise ValueError(f"texts: expected at most {most} tokens (positions), got {got}")
-            x_TD = self.embed_places(x_TD, batch.pos_T)
-        tables = self.rotation(batch.pos_T)
+        x_TD, tables = self.embed(batch, rank)
         pooled = []
         spans = Spans(f"exit {exit}" for exit in exits)
         spans.next()
@@ -233,6 +226,24 @@ class Transformer(nn.Module):
             zeros_ND = x_TD.new_zeros(len(batch), self.cfg.hidden_size, dtype=wide(x_TD.dtype))
             pooled += [zeros_ND] * deeper
         return torch.stack(pooled)
+
+    def embed(self, batch: PackedBatch, rank: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the residual stream [T, D] before the first layer, and `rotation`'s tables."""
+        x_TD = self.embed_tokens(batch.ids_T, rank, batch.token_index)
+        if self.cfg.style == "bert":
+            most = self.cfg.max_position_embeddings
+            if batch.plan.max_seqlen > most:
+                got = batch.plan.max_seqlen
+                raise ValueError(f"texts: expected at most {most} tokens (positions), got {got}")
+            x_TD = self.embed_places(x_TD, batch.pos_T)
+        return x_TD, self.rotation(batch.pos_T)
+
+    def states(self, batch: PackedBatch, layers: int, rank: int | None = None) -> Tensor:
+        """Return the hidden states [T, D] of all texts after the first layers."""
+        x_TD, tables = self.embed(batch, rank)
+        for layer in self.layers[:layers]:
+            x_TD = layer(x_TD, self.block, tables, batch.plan, recompute=False)
+        return x_TD
 
     def _through_last(
         self, x_TD: Tensor, tables: tuple[Tensor, ...], plan: AttentionPlan, recompute: int

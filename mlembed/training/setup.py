@@ -14,7 +14,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Subset
@@ -38,14 +37,13 @@ from ..runtime.workers import end_with_parent
 from . import gradcache, guards, lora, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
-from .objective import hidden
+from .objective import first_layers
 from .objective.bank import Bank
 from .objective.distill import Distiller
-from .objective.teacher import StoredVectors, Teacher, check_vectors
+from .objective.teacher import Teacher
+from .objective.teaching import teachers
 from .optim import adamw, to_weights
 
-SAMPLE = 8192  # texts whose teacher's vectors give the principal axes; at least 8 a coordinate
-PROBES = 32  # texts whose vectors tell before training whether a live teacher works
 BANK, DISTILLER = "bank.", "distiller."  # prefixes of their tensors' names in a checkpoint
 
 # ---- text ----
@@ -234,55 +232,6 @@ def build_on_tokens(run: config.Run, batches: Batches) -> Transformer:
     return model
 
 
-def teachers(
-    run: config.Run, text: Text, resume_from: Path | None, where: World
-) -> tuple[Teacher | None, StoredVectors | None, Distiller | None]:
-    """Load the teacher, or open its stored vectors, and make the distiller."""
-    cfg = run.distill
-    live = None
-    if cfg.teacher:
-        device, half, compiled = where.device, bf16(run, where.device), compiles(run, where.device)
-        live = Teacher.load(
-            cfg.teacher, cfg.prompt, device, bf16=half, compile=compiled, keep=cfg.keep
-        )
-    stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
-    if stored and where.main:
-        stored.check()
-    if live and text.tables:
-        texts = sample(text, PROBES, run.seed)
-        check_vectors(texts, live.encode(texts).cpu().numpy())
-    source = live or stored
-    width, sample_ND = source.width if source else 0, None
-    # A checkpoint holds the rotation, so a resumed run needs no sample.
-    if width and cfg.features and cfg.align == "pca" and not resume_from:
-        texts = sample(text, max(SAMPLE, 8 * width), run.seed)
-        if live:
-            sample_ND = live.encode(texts)
-        elif stored:
-            sample_ND = torch.from_numpy(stored.vectors(texts))
-    return live, stored, Distiller.of(run, width, sample_ND, where)
-
-
-def sample(text: Text, most: int, seed: int) -> list[str]:
-    """Draw about `most` training texts from all tables in proportion, as a function of the seed.
-
-    Raises:
-        ValueError: all text is streamed.
-    """
-    if not text.tables:
-        raise ValueError(
-            "distill.align: expected truncate or projection where all text is streamed, got pca"
-        )
-    rng = np.random.default_rng([seed, 7])
-    total = max(1, sum(len(table.texts) for table in text.tables))
-    texts: list[str] = []
-    for table in text.tables:
-        share = min(max(1, most * len(table.texts) // total), len(table.texts))
-        rows = rng.choice(len(table.texts), size=share, replace=False)
-        texts += [table.texts[int(row)] for row in np.sort(rows)]
-    return texts
-
-
 # ---- precision and attention ----
 
 
@@ -390,8 +339,10 @@ def set_up(
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
     tokens = load_tokenizer(run, resume_from, text)
-    teacher, stored, distiller = teachers(run, text, resume_from, where)
-    hidden.check(run, teacher, tokens)
+    half, compiled = bf16(run, where.device), compiles(run, where.device)
+    teacher, stored, distiller = teachers(
+        run, text.tables, tokens, half, compiled, resume_from, where
+    )
     digests = {**text.record, "distill": provenance.of_teacher(run.distill)}
     about = {"config": configured, "steps": run.steps, "digests": digests}
     if resume_from:
@@ -401,6 +352,9 @@ def set_up(
         streams=text.streams, teacher=stored, held_out=text.held_out,
     )  # fmt: skip
     model = build(run, resume_from, tokens, batches, where).to(where.device)
+    run = replace(run, model=model.cfg)
+    if not resume_from:
+        first_layers.fit(model, teacher, run, batches, where, half, out.say)
     to_weights(model, run.optim)
     if run.lora.rank:
         lora.attach(model, run.lora, run.seed)
@@ -408,9 +362,7 @@ def set_up(
         model.embed_tokens.rows.requires_grad_(False)
     if where.main:
         vocabulary.warn_beyond_break_even(model.cfg)
-    run, half = replace(run, model=model.cfg), bf16(run, where.device)
     served = serving_of(run, resume_from, model.cfg)
-    compiled = compiles(run, where.device)
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
     if run.model.attention != "auto":
