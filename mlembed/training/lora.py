@@ -9,7 +9,7 @@ W + alpha / rank B A (`pretrained.merged`); adapter/ has A and B alone, in peft'
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -71,15 +71,23 @@ def require() -> ModuleType:
     return peft
 
 
-def describe(model: Transformer, cfg: config.Lora) -> str:
-    """Say which weights of a model with adapters are trained."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = sum(hasattr(module, "lora_A") for module in model.modules())
-    factors = "the vocabulary's factors are trained, too" if model.cfg.ranks else "all else frozen"
-    return (
-        f"{trained / 1e6:.2f} M trained: rank {cfg.rank}, alpha {cfg.alpha}, {layers} layers; "
-        f"{factors}"
-    )
+def describe(model: Transformer, run: config.Run) -> Iterator[str]:
+    """Yield lines of the log: what is trained next to frozen weights, and a rate that is high."""
+    cfg, ranks = run.lora, model.cfg.ranks
+    if cfg.rank:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        layers = sum(hasattr(module, "lora_A") for module in model.modules())
+        factors = "the vocabulary's factors are trained, too" if ranks else "all else frozen"
+        yield (
+            f"lora   {trained / 1e6:.2f} M trained: rank {cfg.rank}, alpha {cfg.alpha}, "
+            f"{layers} layers; {factors}"
+        )
+    tunes = run.init and run.distill.teacher != run.init and (ranks or not cfg.rank)
+    if tunes and run.optim.lr > config.TUNING_LR:
+        yield (
+            f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
+            "2e-5 is usual, above 1e-4 they may be lost"
+        )
 
 
 # ---- files ----

@@ -386,14 +386,12 @@ def set_up(
             out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
     last = run.model.last_layers
     ends = f" that end with the last {last} layers" if last else ""
-    tokens_frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
+    frozen = ", tokens frozen" if run.optim.freeze_tokens else ""
     out.say(
         f"model  {num_parameters(run.model) / 1e6:.2f} M parameters, "
         f"exits {run.model.exits}{ends}, "
-        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{tokens_frozen}"
+        f"widths {run.model.matryoshka_dims}, ranks {run.model.ranks or 'none'}{frozen}"
     )
-    if run.lora.rank:
-        out.say(f"lora   {lora.describe(model, run.lora)}")
     if teacher is not None:
         note = f", {teacher.note}" if teacher.note else ""
         what = f"{teacher.pipeline}, width {teacher.width}{note}"
@@ -401,13 +399,8 @@ def set_up(
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     if run.init and not resume_from:
         out.say(f"serve  {describe_serving(run, served, model.cfg)}")
-    frozen = run.lora.rank and not run.model.ranks
-    tunes = run.init and not frozen and run.distill.teacher != run.init
-    if tunes and run.optim.lr > config.TUNING_LR:
-        out.say(
-            f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
-            "2e-5 is usual, above 1e-4 they may be lost"
-        )
+    for line in lora.describe(model, run):
+        out.say(line)
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints,
         about, lambda: resume.mark_saved(directory),

@@ -356,7 +356,7 @@ def test_model_card_and_log(run):
         assert "rate   optim.lr 0.01 is high" in out
     else:
         assert "(LoRA) of rank 3 and alpha 3 on q_proj, down_proj. They are merged" in card
-        assert "rank 3, alpha 3, 4 layers; all else frozen" in out
+        assert "M trained: rank 3, alpha 3, 4 layers; all else frozen" in out
         assert "rate   " not in out
 
 
