@@ -3,6 +3,7 @@
 # make test-all     run the slow tests as well: whole matrices, thirty kills, a million texts, readers
 # make test-toolchains  compile every launch of every kernel with each Triton that we promise
 # make test-libraries   test what depends on libraries with their oldest and newest versions
+# make test-kernels test the kernels in an environment that has the wheel of mlembed-kernels alone
 # make test-readers open exports with the oldest sentence-transformers that they are for
 # make mutate       break the product on purpose, list what no test notices: SEED=1 N=20, ten minutes
 # make attack       spoil runs, models, data and disks on purpose, list what is not refused or bit-equal:
@@ -40,7 +41,7 @@ endif
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST := $(RUN) -m pytest $(SPREAD) --durations 20
 
-.PHONY: train test test-all test-readers test-libraries test-oldest test-newest
+.PHONY: train test test-all test-kernels test-readers test-libraries test-oldest test-newest
 .PHONY: test-toolchains test-toolchains-quick mutate attack golden check setup clean
 
 train: setup
@@ -51,6 +52,9 @@ test: setup
 
 test-all: setup .venv-readers/.ready
 	MLEMBED_READERS=.venv-readers/bin/python $(PYTEST) -m "slow or not slow" --minutes 60 $(ARGS)
+
+test-kernels: setup
+	$(RUN) -m pytest tests/test_wheel.py -k kernels_alone -m "slow or not slow" $(ARGS)
 
 test-readers: setup .venv-readers/.ready
 	MLEMBED_READERS=.venv-readers/bin/python $(RUN) -m pytest tests/publishing/test_export_readers.py $(ARGS)

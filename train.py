@@ -47,7 +47,7 @@ from mlembed.modeling import pretrained, serving
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
-from mlembed.training import gradcache, guards, resume
+from mlembed.training import gradcache, guards, lora, resume
 from mlembed.training.objective import hidden
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import learning_rate
@@ -320,7 +320,8 @@ def add_gradients(
         gradcache.gradients(job.engine, forward, loss, keeps, final, sync=sync)
     work = Flops()
     for pack, kept, again in zip(batch.host.packs, keeps, recompute, strict=True):
-        work += training_flops(run.model, pack, spec.rank, keeps=kept, recompute=again)
+        options: dict[str, Any] = {"keeps": kept, "recompute": again, "frozen": run.lora.rank > 0}
+        work += training_flops(run.model, pack, spec.rank, **options)
     return shares, work
 
 
@@ -338,6 +339,8 @@ def save(job: Job, step: int) -> None:
         pretrained.describe(job.run.model, directory)
         tokenizer.save(job.tokenizer, directory, job.serving.max_length)
         serving.write(job.serving, directory)
+        if job.run.lora.rank:
+            lora.write_scale(directory, job.run.lora)
 
     tensors = checkpoint.training_tensors(job.model, job.optimizer, job.where.rank)
     if job.bank is not None:
@@ -395,12 +398,13 @@ def lacks_score(job: Job, step: int) -> bool:
 
 
 def finish(job: Job) -> None:
-    """Score the grid, write report/ and model/, and print the next commands."""
+    """Score the grid, write report/, adapter/ and model/, and print the next commands."""
     from mlembed.evaluation import grid, tables
     from mlembed.publishing.export import export
 
     run, directory, out = job.run, job.directory, job.out
     out.check()
+    adapters = lora.parts(job.engine.full_weights()) if run.lora.rank else {}
     if (encoder := full_encoder(job)) is None:
         return
     if job.tasks:
@@ -416,6 +420,8 @@ def finish(job: Job) -> None:
         out.say(f"\n{scored.table()}\n\n{by_kind}")
         seconds = time.perf_counter() - began
         out.say(f"\nreport  {directory}/report: grid.json, grid.png (scored in {seconds:.0f} s)")
+    if adapters:
+        write_adapter(job, encoder, adapters)
     worst = export(encoder, directory / "model", source=str(directory)).worst
     dim, exit = (nested[-2:][0] for nested in (run.model.matryoshka_dims, run.model.exits))
     cwd, python = Path.cwd(), Path(sys.executable)
@@ -428,6 +434,21 @@ def finish(job: Job) -> None:
         f"export  {command} export {named} OUT --dim {dim} --exit {exit}\n"
         f"page    {command} report {named}"
     )
+
+
+def write_adapter(job: Job, encoder: Encoder, adapters: dict[str, Tensor]) -> None:
+    """Write adapter/, which peft, transformers and sentence-transformers open on `init`."""
+    from mlembed.publishing.export import write_sentence_transformers
+
+    init, target = job.run.init, job.directory / "adapter"
+    if lora.of_checkpoint(init):
+        job.out.say(f"adapter not written, as only mlembed opens {init}, a training checkpoint")
+        return
+    with files.atomic_directory(target, replace=True) as partial:
+        lora.write(partial, encoder.model, adapters, job.run)
+        tokenizer.save(job.tokenizer, partial, encoder.max_length)
+        write_sentence_transformers(partial, encoder, encoder.full_size()[0])
+    job.out.say(f"adapter {target}: opens in peft and sentence-transformers, on {init}")
 
 
 if __name__ == "__main__":

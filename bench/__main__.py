@@ -31,6 +31,8 @@ COMMANDS = {
     "gpu": "bench.gpu.command",
     "compare": "bench.compare",
     "proof": "bench.proof.command",
+    "integrations": "bench.integrations.command",
+    "students": "bench.proof.students",
 }
 BROKEN = 70  # as in worker.py, which imports torch
 TESTS_SHARE = 0.25  # of the time, at most

@@ -30,6 +30,17 @@ memory      ddp    20 P: weights, gradients, their buckets and two moments in fp
                    8 D + 2 (Hq + 2 Hkv) K + 2 (Hq + Hkv) K + 2 Hq K + 6 I + 8 + 4 (Hq + Hkv) + 4 Hq
                    or, for a recomputed layer, 2 D, and one of them whole
 
+Adapters (mlembed/training/lora.py) of rank R: of P parameters, t are trained, the A numbers of the
+adapters and the vocabulary's factors, and P - t are frozen, with ddp in bf16. These rows change:
+
+weights     ddp    2 (n - 1) / n  4 t      fsdp   (n - 1) / n  (2 P + 4 t)
+encode      4 W T for 6 W T of the products, and (6 + 2 (1 - k / c) + 2 a / L) A T of their own
+optimiser   40 t, 40 t / n
+memory      ddp    2 (P - t) + 20 t; alone 2 (P - t) + 16 t
+            fsdp   4 P / n + 12 t / n and 2 P + 4 t
+            graph  2 A for the adapters in bf16, none of the frozen weights; of a token and layer
+                   14 R more
+
 The rest of the memory is the budget for graphs: a pack is as large as one graph fits, and k graphs
 fit (all of them, or all but the last). The fewest layers are recomputed that leave a pack LEAST
 tokens; if all of them leave less, the step does not fit.
@@ -61,6 +72,7 @@ Engine = Literal["ddp", "fsdp"]
 Across = Literal["gather", "ring"]
 LABEL = "on paper: formulas, not measurements"
 GPUS = 8, 64, 512
+ADAPTED = ("4B", "8B"), (1, 8)  # models and GPUs of the table of adapters
 LEAST = 4096  # tokens of a pack: with fewer a GPU waits for its launches
 GIB = 2**30
 
@@ -89,6 +101,7 @@ class Assumed:
         50.0, "a network card for each GPU: 400 Gb/s InfiniBand, its maker's"
     )
     link_share: float = given(0.8, "of either link's rate in large messages (a guess)")
+    lora_rank: int = given(16, "of the adapters of all linear layers, in the last tables")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -118,13 +131,32 @@ def token_bytes(m: config.Model) -> int:
     return m.num_hidden_layers * (8 * D + of_heads + 6 * m.intermediate_size + 8)
 
 
+def adapters(m: config.Model, rank: int) -> int:
+    """Return the numbers of the adapters of all linear layers: A and B of seven matrices each."""
+    D, K, Hq, Hkv = m.hidden_size, m.head_dim, m.num_attention_heads, m.num_key_value_heads
+    sides = 2 * (D + Hq * K) + 2 * (D + Hkv * K) + 3 * (D + m.intermediate_size)
+    return m.num_hidden_layers * rank * sides
+
+
+def trained(m: config.Model, rank: int) -> int:
+    """Return the number of trained parameters: all of them with rank 0."""
+    if not rank:
+        return num_parameters(m)
+    return adapters(m, rank) + (m.vocab_size + m.hidden_size) * m.ranks[-1]
+
+
+def parameters(m: config.Model, rank: int) -> int:
+    """Return the number of all parameters, those of adapters included."""
+    return num_parameters(m) + adapters(m, rank)
+
+
 # ---- bytes between GPUs, sent by each in a step ----
 
 
-def weight_bytes(m: config.Model, n: int, engine: Engine) -> tuple[float, float]:
+def weight_bytes(m: config.Model, n: int, engine: Engine, rank: int = 0) -> tuple[float, float]:
     """Return the bytes gathered before the first forward, and reduced with the last backward."""
-    P, part = num_parameters(m), (n - 1) / n
-    return (0.0, 2 * part * 4 * P) if engine == "ddp" else (part * 2 * P, part * 4 * P)
+    P, t, part = parameters(m, rank), trained(m, rank), (n - 1) / n
+    return (0.0, 2 * part * 4 * t) if engine == "ddp" else (part * 2 * P, part * 4 * t)
 
 
 def shard_bytes(m: config.Model, pairs: int) -> float:
@@ -153,11 +185,13 @@ def tokens(a: Assumed) -> float:
     return a.pairs * (a.query_tokens + a.doc_tokens)
 
 
-def encode_flops(m: config.Model, a: Assumed, more: float) -> float:
-    """Return a GPU's FLOPs. more: forwards after the first one."""
+def encode_flops(m: config.Model, a: Assumed, more: float, rank: int = 0) -> float:
+    """Return a GPU's FLOPs. more: forwards after the first one. rank: of adapters, 0 for none."""
     seen = a.pairs * sum(t * (t + 1) / 2 for t in (a.query_tokens, a.doc_tokens))
     attention = m.num_hidden_layers * m.num_attention_heads * m.head_dim * seen
-    return (6 + 2 * more) * matrices(m) * tokens(a) + (14 + 4 * more) * attention
+    frozen = (4 if rank else 6) + 2 * more
+    products = frozen * matrices(m) + (6 + 2 * more) * adapters(m, rank)
+    return products * tokens(a) + (14 + 4 * more) * attention
 
 
 def loss_flops(m: config.Model, n: int, pairs: int) -> float:
@@ -167,11 +201,11 @@ def loss_flops(m: config.Model, n: int, pairs: int) -> float:
 # ---- memory ----
 
 
-def state_bytes(m: config.Model, n: int, engine: Engine) -> float:
-    P = num_parameters(m)
+def state_bytes(m: config.Model, n: int, engine: Engine, rank: int = 0) -> float:
+    P, t = parameters(m, rank), trained(m, rank)
     if engine == "ddp":
-        return 20.0 * P if n > 1 else 16.0 * P
-    return 16.0 * P / n + 6.0 * P
+        return 2.0 * (P - t) + (20.0 if n > 1 else 16.0) * t
+    return (4.0 * P + 12.0 * t) / n + 2.0 * P + 4.0 * t
 
 
 def loss_bytes(m: config.Model, n: int, across: Across, a: Assumed) -> float:
@@ -181,18 +215,19 @@ def loss_bytes(m: config.Model, n: int, across: Across, a: Assumed) -> float:
     return own + others + a.workspace_gib * GIB
 
 
-def graph_bytes(m: config.Model, pack: float, again: int = 0) -> float:
-    """Return the bytes of a pack's graph. again: recomputed layers."""
-    whole = 2.0 * matrices(m) + pack * token_bytes(m)
+def graph_bytes(m: config.Model, pack: float, again: int = 0, rank: int = 0) -> float:
+    """Return the bytes of a pack's graph. again: recomputed layers. rank: of adapters."""
+    copies = 2.0 * (adapters(m, rank) if rank else matrices(m))
+    whole = copies + pack * (token_bytes(m) + 14 * rank * m.num_hidden_layers)
     stay = m.num_hidden_layers - again + min(again, 1)
     return stay / m.num_hidden_layers * whole + again * pack * 2 * m.hidden_size
 
 
-def pack_of(m: config.Model, budget: float, most: float) -> tuple[int, int]:
+def pack_of(m: config.Model, budget: float, most: float, rank: int = 0) -> tuple[int, int]:
     """Return the tokens of a pack whose graph fits, at most `most` (0: none), and layers again."""
     for again in range(m.num_hidden_layers + 1):
-        fixed = graph_bytes(m, 0, again)
-        pack = int(min((budget - fixed) / (graph_bytes(m, 1, again) - fixed), most))
+        fixed = graph_bytes(m, 0, again, rank)
+        pack = int(min((budget - fixed) / (graph_bytes(m, 1, again, rank) - fixed), most))
         if pack >= min(LEAST, int(most)):
             return pack, again
     return 0, 0
@@ -207,7 +242,8 @@ class Plan:
 
     weights, candidates: bytes sent. state, loss, budget: bytes held, and left for graphs.
     pack: tokens (0: does not fit). again: recomputed layers. packs, kept: number, with graphs.
-    hidden_s: communication behind computation. alone_s: the step without other GPUs.
+    hidden_s: communication behind computation. alone_s: the step without other GPUs. rank: of
+    adapters, 0 if all weights are trained.
     """
 
     model: str
@@ -230,6 +266,7 @@ class Plan:
     candidates_s: float = 0.0
     hidden_s: float = 0.0
     alone_s: float = 0.0
+    rank: int = 0
 
     @property
     def fits(self) -> bool:
@@ -248,29 +285,31 @@ class Plan:
     def held(self) -> float:
         """Return the peak in bytes: state, loss, and the graphs."""
         m = MODELS[self.model]
-        graphs = graph_bytes(m, self.pack, self.again) if self.fits else 0.0
+        graphs = graph_bytes(m, self.pack, self.again, self.rank) if self.fits else 0.0
         return self.state + self.loss + max(self.kept, 1) * graphs
 
 
-def plan(name: str, n: int, engine: Engine, across: Across, a: Assumed) -> Plan:
+def plan(name: str, n: int, engine: Engine, across: Across, a: Assumed, rank: int = 0) -> Plan:
     m = MODELS[name]
-    gathered, reduced = weight_bytes(m, n, engine)
+    gathered, reduced = weight_bytes(m, n, engine, rank)
     sent = candidate_bytes(m, n, across, a.pairs)
-    state, of_loss = state_bytes(m, n, engine), loss_bytes(m, n, across, a)
+    state, of_loss = state_bytes(m, n, engine, rank), loss_bytes(m, n, across, a)
     budget = (a.memory_gib - a.reserved_gib) * GIB - state - of_loss
-    bare = Plan(name, n, engine, across, gathered + reduced, sent, state, of_loss, budget)
-    pack, again = pack_of(m, budget, min(a.pack_tokens, tokens(a)))
+    bare = Plan(
+        name, n, engine, across, gathered + reduced, sent, state, of_loss, budget, rank=rank
+    )
+    pack, again = pack_of(m, budget, min(a.pack_tokens, tokens(a)), rank)
     if not pack:
         return bare
     count = math.ceil(tokens(a) / pack)
-    fit = int(budget / graph_bytes(m, pack, again))
+    fit = int(budget / graph_bytes(m, pack, again, rank))
     kept = count if fit >= count else min(fit, count - 1)
     flops = a.ceiling_tflops * 1e12 * a.reached
     layers = again / m.num_hidden_layers
-    encode = encode_flops(m, a, 1 - kept / count + layers) / flops
-    backward = (encode_flops(m, a, layers) - encode_flops(m, a, -2)) / flops / count
+    encode = encode_flops(m, a, 1 - kept / count + layers, rank) / flops
+    backward = (encode_flops(m, a, layers, rank) - encode_flops(m, a, -2)) / flops / count
     loss = loss_flops(m, n, a.pairs) / flops
-    optimiser = 40.0 * num_parameters(m) / (n if engine == "fsdp" else 1) / a.copy_gbs / 1e9
+    optimiser = 40.0 * trained(m, rank) / (n if engine == "fsdp" else 1) / a.copy_gbs / 1e9
     gather_s, reduce_s = (x / rate(n, "gather", a) for x in (gathered, reduced))
     candidates_s = sent / rate(n, across, a)
     hidden = min(reduce_s, backward) + (min(candidates_s, loss) if across == "ring" else 0.0)
@@ -281,13 +320,18 @@ def plan(name: str, n: int, engine: Engine, across: Across, a: Assumed) -> Plan:
     )  # fmt: skip
 
 
-def plans(a: Assumed, gpus: Sequence[int] = GPUS) -> Iterator[Plan]:
-    for name in MODELS:
+def plans(
+    a: Assumed,
+    gpus: Sequence[int] = GPUS,
+    names: Sequence[str] = tuple(MODELS),
+    rank: int = 0,
+) -> Iterator[Plan]:
+    for name in names:
         for n in gpus:
             engines: tuple[Engine, ...] = ("ddp", "fsdp") if n > 1 else ("ddp",)
             for engine in engines:
                 for across in ("gather", "ring"):
-                    yield plan(name, n, engine, across, a)
+                    yield plan(name, n, engine, across, a, rank)
 
 
 # ---- printing ----
@@ -316,21 +360,34 @@ def lines(a: Assumed, gpus: Sequence[int] = GPUS) -> Iterator[str]:
     yield LABEL
     for f in fields(a):
         yield f"  {f.name} {getattr(a, f.name):g}: {f.metadata['about']}"
-    everything = list(plans(a, gpus))
     for name, m in MODELS.items():
-        mine = [p for p in everything if p.model == name]
         yield ""
         yield (
             f"{name}: {num_parameters(m) / 1e6:.0f} M parameters, {m.num_hidden_layers} layers of "
             f"{m.hidden_size}, exits {m.exits}; {tokens(a):.0f} tokens a GPU ({LABEL})"
         )
-        yield from aligned([list(COLUMNS), *(cells(p, a) for p in mine)])
-        for n in gpus:
-            fitting = [p for p in mine if p.gpus == n and p.fits]
-            fit = sorted({p.engine for p in fitting})
-            best = min(fitting, key=lambda p: p.overlapped_s, default=None)
-            which = "" if best is None else f"; shortest {best.engine} with {best.across}"
-            yield f"  {n} GPUs: fits {' and '.join(fit) or 'neither engine'}{which}"
+        yield from table(list(plans(a, gpus, [name])), a)
+    names, few = ADAPTED
+    for name in names:
+        m, rank = MODELS[name], a.lora_rank
+        yield ""
+        yield (
+            f"{name} with adapters of rank {rank}: {trained(m, rank) / 1e6:.0f} M of "
+            f"{parameters(m, rank) / 1e6:.0f} M parameters trained, {adapters(m, rank) / 1e6:.0f} "
+            f"M of adapters and the vocabulary's factors ({LABEL})"
+        )
+        yield from table(list(plans(a, few, [name], rank)), a)
+
+
+def table(mine: Sequence[Plan], a: Assumed) -> Iterator[str]:
+    """Yield the lines of one model's plans, then which engines fit each number of GPUs."""
+    yield from aligned([list(COLUMNS), *(cells(p, a) for p in mine)])
+    for n in dict.fromkeys(p.gpus for p in mine):
+        fitting = [p for p in mine if p.gpus == n and p.fits]
+        fit = sorted({p.engine for p in fitting})
+        best = min(fitting, key=lambda p: p.overlapped_s, default=None)
+        which = "" if best is None else f"; shortest {best.engine} with {best.across}"
+        yield f"  {n} GPUs: fits {' and '.join(fit) or 'neither engine'}{which}"
 
 
 def main(args: Sequence[str] | None = None) -> None:

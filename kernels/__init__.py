@@ -5,6 +5,7 @@ specification that faster implementations are compared with) and the public func
 that begin with _ hold shared code and the Triton kernels, which are imported at their first use.
 """
 
+from ._version import __version__
 from .attention.attention import attention, attention_ref
 from .attention.plan import AttentionPlan
 from .embedding.embed import embed, embed_ref
@@ -15,9 +16,8 @@ from .similarity.distill import distill, distill_ref
 from .similarity.infonce import infonce, infonce_ref
 from .similarity.pairwise_lse import pairwise_lse, pairwise_lse_ref
 
-__version__ = "0.1.0"
 __all__ = [
-    "AttentionPlan", "TokenIndex", "attention", "attention_ref", "cosine", "cosine_ref", "distill",
-    "distill_ref", "embed", "embed_ref", "infonce", "infonce_ref", "pairwise_lse",
-    "pairwise_lse_ref", "stochastic_adamw", "stochastic_adamw_ref",
+    "AttentionPlan", "TokenIndex", "__version__", "attention", "attention_ref", "cosine",
+    "cosine_ref", "distill", "distill_ref", "embed", "embed_ref", "infonce", "infonce_ref",
+    "pairwise_lse", "pairwise_lse_ref", "stochastic_adamw", "stochastic_adamw_ref",
 ]  # fmt: skip

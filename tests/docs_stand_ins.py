@@ -20,7 +20,7 @@ DEFAULTS = {"--data": "pairs.jsonl", "--eval": "tatoeba_dir"}
 # Further options of some recipes.
 BESIDES = {
     # LaBSE's vocabulary has 501,153 rows.
-    r"lealla-": ["--init", "google-bert/bert-base-uncased"],
+    r"lealla-(small|base|large)": ["--init", "google-bert/bert-base-uncased"],
     r"gte-.*-supervised": ["--loss.num-negatives", "2"],
 }
 # Words of any command, and what they become.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 PINNED = ("torch", "triton")
-EXTRAS = ("mteb", "onnx")
+EXTRAS = ("lora", "mteb", "onnx")
 
 
 def floors() -> dict[str, str]:

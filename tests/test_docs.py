@@ -26,7 +26,7 @@ from mlembed.training import arguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = "install demo elastic train data recipes encode evaluate export distributed checkpoints "
-DOCS += "kernels benchmarks design troubleshooting status"
+DOCS += "integrations serving kernels benchmarks design troubleshooting status"
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS.split())]
 PAGES += ["examples/README.md", "CONTRIBUTING.md"]
 
@@ -55,9 +55,12 @@ SUBCOMMANDS = {
     "gpu",
     "compare",
     "proof",
+    "integrations",
+    "students",
 }  # of python -m bench, with options of their own
 PROFILERS = {"ncu", "nsys", "proton", "proton-viewer"}  # before the command that they profile
-NEEDS = {"a GPU", "the hub", "the network", "a cluster", "minutes"}
+SERVERS = {"docker", "vllm", "llama-server"}
+NEEDS = {"a GPU", "the hub", "the network", "a cluster", "a server", "minutes", "tevatron"}
 
 
 @cache
@@ -244,10 +247,14 @@ def parse(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
             assert isinstance(arguments.parse(script[1:]), Run)
     elif program == "make":
         make(command, folder)
+    elif program in SERVERS or rest[:1] == ["convert_hf_to_gguf.py"]:
+        assert "served" in re.findall(r"\w+", " ".join(rest)) and (folder / "served").is_dir()
     elif program == "pip":
-        extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
-        asked = re.findall(r"\.\[([\w,-]+)\]", " ".join(rest))
-        assert rest[0] == "install" and asked and set(asked[0].split(",")) <= set(extras)
+        assert rest[0] == "install"
+        folder, _, asked = rest[-1].rstrip("]").partition("[")
+        project = tomllib.loads(text_of(f"{folder}/pyproject.toml"))["project"]
+        assert asked or folder == "./kernels"
+        assert {*asked.split(",")} <= {"", *project["optional-dependencies"]}
     else:
         assert command.words == [".", ".venv/bin/activate"]
 
@@ -274,7 +281,9 @@ def perform(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         where = f"{block.page}:{block.line}"
         try:
             assert not block.needs or block.needs in NEEDS
-            if block.language == "python":
+            if block.language == "python" and block.needs:
+                compile(block.content, where, "exec")
+            elif block.language == "python":
                 done = processes.run("-c", block.content, cwd=folder)
                 assert done.returncode == 0, done.stderr[-3000:]
             elif block.language == "json":

@@ -33,7 +33,7 @@ WINGS = {
     "inference": "kernels config runtime data modeling",
     "evaluation": "kernels config runtime data modeling inference",
     "publishing": "kernels config runtime data modeling inference evaluation",
-    "integrations": "kernels config modeling",
+    "integrations": "kernels config runtime modeling",
     "cli": "config runtime data modeling training inference evaluation publishing",
 }
 # Packages that kernels/ imports, and those of optional backends.
@@ -171,6 +171,12 @@ def test_folders_have_few_modules():
     folders = {path.parent for path in [*PRODUCT, *BENCH]}
     modules = {folder: {*folder.glob("*.py")} - {folder / "__init__.py"} for folder in folders}
     assert not [folder for folder, some in modules.items() if len(some) > MOST_MODULES]
+
+
+def test_no_merge_is_unfinished():
+    marks = re.compile("^(<<<<<<<|>>>>>>>) ", re.MULTILINE)
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")]
+    assert not [path for path in [*FILES, *pages] if marks.search(path.read_text(encoding="utf-8"))]
 
 
 def test_files_are_short():

@@ -22,7 +22,7 @@ stopped one was, and at last proof.json, proof.md and proof.svg.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mlembed.runtime import files
 from mlembed.runtime.errors import one_line_errors
@@ -34,39 +34,54 @@ from .settings import Proof, check_settings, parse
 
 def main(arguments: Sequence[str]) -> None:
     """Print what is done and what is left, and run what is left."""
+    run(arguments, str(__doc__), plan.pieces, write)
+
+
+def run(
+    arguments: Sequence[str],
+    doc: str,
+    pieces_of: Callable[[Proof], list[Piece]],
+    write: Callable[[Proof], None],
+) -> None:
+    """Run the pieces of a command that are left; --list only names them.
+
+    Args:
+        doc: what --help prints. write: writes the pages of the pieces that are done.
+    """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(doc)
         sys.exit(0 if arguments else 2)
     with one_line_errors():
         proof = parse([argument for argument in arguments if argument != "--list"])
         check_settings(proof)
-        pieces = plan.pieces(proof)
+        pieces = pieces_of(proof)
         left = plan.left(proof, pieces)
         for piece in pieces:
             print(f"{'left' if piece in left else 'done'}  {piece.name}: {piece.about}")
         if "--list" not in arguments:
-            prove(proof, left)
+            prove(proof, left, write)
 
 
-def prove(proof: Proof, left: Sequence[Piece]) -> None:
-    """Run the pieces that are left, and write the page after each that follows the first scores."""
+def write(proof: Proof) -> None:
+    """Write proof.json, proof.md and proof.svg of the pieces that are done, once the source is."""
+    from . import page, picture, report
+
+    if not proof.piece("cut@full").exists():
+        return
+    content = json.loads(json.dumps(report.report(proof)))
+    files.write_text(proof.folder / "proof.json", json.dumps(content, indent=1) + "\n")
+    files.write_text(proof.folder / "proof.md", page.markdown(content))
+    picture.save(content, proof.folder / "proof.svg")
+
+
+def prove(proof: Proof, left: Sequence[Piece], write: Callable[[Proof], None] = write) -> None:
+    """Run the pieces that are left, and write the pages after each."""
     for piece in left:
         print(f"{piece.name}: {piece.about}", flush=True)
         began = time.perf_counter()
         plan.finish(proof, piece, piece.run(proof))
         print(f"  done in {time.perf_counter() - began:.0f} s", flush=True)
-        if proof.piece("cut@full").exists():
-            write(proof)
+        write(proof)
     if not left:
         write(proof)
-    print(f"{proof.folder}: proof.md, proof.json, proof.svg")
-
-
-def write(proof: Proof) -> None:
-    """Write proof.json, proof.md and proof.svg from the pieces that are done."""
-    from . import page, picture, report
-
-    content = json.loads(json.dumps(report.report(proof)))
-    files.write_text(proof.folder / "proof.json", json.dumps(content, indent=1) + "\n")
-    files.write_text(proof.folder / "proof.md", page.markdown(content))
-    picture.save(content, proof.folder / "proof.svg")
+    print(f"{proof.folder}: every piece is done")

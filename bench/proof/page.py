@@ -149,6 +149,6 @@ def training(proof: dict[str, Any]) -> list[str]:
         for name, run in proof["training"].items()
     ]
     commands = [f"- {name}: `{run['command']}`" for name, run in proof["training"].items()]
-    about = "Minutes are wall-clock of training alone: reading, set-up and export are not counted."
+    about = "Minutes are wall-clock of training alone: reading and export are not counted."
     head = ["run", "minutes", "steps", "tokens"]
     return ["## Training", about, table(head, rows), "\n".join(commands)]

@@ -25,7 +25,8 @@ from mlembed.runtime import files
 from mlembed.runtime.distributed import World
 from mlembed.runtime.workers import device_of
 from mlembed.training.objective.teacher import Teacher
-from mlembed.training.setup import bf16, load_tokenizer, read_text, teachers
+from mlembed.training.objective.teaching import teachers
+from mlembed.training.setup import bf16, load_tokenizer, read_text
 
 from .scoring import quarters, widths
 from .settings import Proof
@@ -70,7 +71,8 @@ def batches(run: config.Run, where: World) -> tuple[Iterator[tuple[str, ...]], T
     """Yield the texts of our run's micro-batches, again from the first after the last."""
     text = read_text(run, lambda _: None)
     tokens = load_tokenizer(run, None, text)
-    teacher = teachers(run, text, None, where)[0]
+    half = bf16(run, where.device)
+    teacher = teachers(run, text.tables, tokens, half, False, None, where)[0]
     assert teacher is not None
     order = Batches(text.tables, tokens, run, where, held_out=text.held_out)
 

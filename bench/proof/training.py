@@ -1,7 +1,7 @@
 """Runs of train.py: our recipe, and our recipe for one corner alone.
 
 The number of steps comes from a few steps whose time is measured. Minutes are wall-clock of the
-steps: reading text, set-up and export are not part of them.
+steps, and of the first layers before them: reading text, set-up and export are not part of them.
 """
 
 import os
@@ -31,7 +31,8 @@ def ours(proof: Proof, seed: int) -> dict[str, Any]:
     """Train the recipe from the source, with the steps of the first seed."""
     name, first = f"ours-{seed}", proof.seeds[0]
     steps = None if seed == first else proof.read(f"ours-{first}")["training"]["steps"]
-    return train(proof, name, ["--seed", str(seed)], 60 * proof.minutes, steps)
+    options = ["--init", proof.model, "--seed", str(seed)]
+    return train(proof, name, options, 60 * proof.minutes, steps)
 
 
 def corner(proof: Proof) -> dict[str, Any]:
@@ -43,9 +44,10 @@ def corner(proof: Proof) -> dict[str, Any]:
     start, exit, width = half_of_source(proof, config.load(proof.runs / first / "config.json"))
     shape = {"exits": exit, "matryoshka-dims": width, "ranks": proof.rank}
     options = [word for key, value in shape.items() for word in (f"--model.{key}", str(value))]
-    options += ["--distill.teacher", proof.model, "--seed", str(proof.seeds[0])]
+    options += ["--init", str(start), "--distill.teacher", proof.model]
+    options += ["--seed", str(proof.seeds[0])]
     seconds = proof.read(first)["training"]["seconds"]
-    return train(proof, "corner", options, seconds, init=start)
+    return train(proof, "corner", options, seconds)
 
 
 def half_of_source(proof: Proof, run: config.Run) -> tuple[Path, int, int]:
@@ -70,34 +72,36 @@ def train(
     proof: Proof,
     name: str,
     options: list[str],
-    seconds: float,
+    seconds: float | None,
     steps: int | None = None,
-    init: Path | None = None,
 ) -> dict[str, Any]:
     """Train a run to its end, or resume it, and return its time, steps, tokens and command.
 
     Its checkpoints are removed once its model is written.
 
     Args:
-        seconds: of training. steps: by default those that fit into them. init: directory, of the
-            source by default.
+        options: of train.py, --init among them. seconds: of training, None for the recipe's steps
+            or epochs. steps: by default those that fit into the seconds.
 
     Raises:
         ValueError: train.py failed; its last line.
     """
     directory = proof.runs / name
     saved = directory / "config.json"
-    begin = [proof.recipe, "--init", str(init or proof.model), "--data", proof.text, "--eval"]
+    begin = [proof.recipe, "--data", proof.text, "--eval"]
     begin += ["--output-dir", str(proof.runs), "--tracker", "none"]
     begin += [*shlex.split(proof.options), *options]
-    if saved.exists():
-        steps, again = config.load(saved).steps, ["--resume"]
-    else:
+    again = ["--resume"] if saved.exists() else []
+    if not again:
         shutil.rmtree(directory, ignore_errors=True)
-        steps, again = steps or measured_steps(proof, name, begin, seconds), []
-    last = ["--name", name, "--steps", str(steps)]
-    last += ["--log-every", str(max(1, steps // 50)), "--save-every", str(max(1, steps // 3))]
-    last += ["--keep-checkpoints", "1"]
+    if seconds and again:
+        steps = config.load(saved).steps
+    elif seconds:
+        steps = steps or measured_steps(proof, name, begin, seconds)
+    last = ["--name", name, "--keep-checkpoints", "1"]
+    if steps:
+        last += ["--steps", str(steps), "--log-every", str(max(1, steps // 50))]
+        last += ["--save-every", str(max(1, steps // 3))]
     run(proof, name, [*begin, *last, *again])
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     command = proof.without_paths(["python", "train.py", *begin, *last])
@@ -105,13 +109,14 @@ def train(
 
 
 def measured_steps(proof: Proof, name: str, arguments: list[str], seconds: float) -> int:
-    """Return the steps that fit into the seconds, by the time of a few."""
+    """Return the steps that fit into the seconds, by the time of a few, and of the first layers."""
     trial = f"{name}-trial"
     shutil.rmtree(proof.runs / trial, ignore_errors=True)
     half = TRIAL // 2
     last = ["--name", trial, "--steps", str(TRIAL), "--log-every", str(half), "--save-every", "0"]
     run(proof, trial, [*arguments, *last], until=TRIAL)
     a_step = window_seconds(train_lines(proof.runs / trial)[-1], half) / half
+    a_step += fit_seconds(proof.runs / f"{trial}.log") / TRIAL
     shutil.rmtree(proof.runs / trial, ignore_errors=True)
     return max(1, round(seconds / a_step))
 
@@ -162,11 +167,19 @@ def window_seconds(line: dict[str, Any], steps: int) -> float:
 
 
 def trained(directory: Path) -> dict[str, Any]:
-    """Return the seconds, steps, tokens and texts a step of a finished run."""
+    """Return the seconds, steps and tokens of a finished run, first layers included in seconds."""
+    fit = fit_seconds(directory.with_name(f"{directory.name}.log"))
     before, seconds, tokens = 0, 0.0, 0.0
     for line in train_lines(directory):
         took = window_seconds(line, line["step"] - before)
         before = line["step"]
         seconds += took
         tokens += took * line["tokens_per_second"]
-    return {"seconds": round(seconds, 1), "steps": before, "tokens": round(tokens)}
+    return {"seconds": round(fit + seconds, 1), "steps": before, "tokens": round(tokens)}
+
+
+def fit_seconds(output: Path) -> float:
+    """Return the seconds in which a run's first layers learned before its steps, 0 for none."""
+    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    fits = [line for line in lines if line.startswith("fit ")]
+    return float(fits[-1].rpartition("; ")[2].removesuffix(" s")) if fits else 0.0

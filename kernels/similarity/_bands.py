@@ -9,14 +9,9 @@ columns up to a band's end is a prefix's product, and the kernels that read it n
     wide     all columns, if there are other bands: the narrow bands as one, then the others, each
              padded to a multiple of 64
 
-<<<<<<< HEAD
-Rows are padded to a multiple of 128 with zeros, and scaled by a power of two, so that fp16 holds
-vectors of any length, their short prefixes, and gradients: the first wide prefix, or the last one
-if none is wide, gets a length in [2^6, 2^7), but the last one less than 2^15.
-=======
-Rows are padded with zeros to 128 or a multiple of 256, and scaled by a power of two to a length in
-[1, 2): exact, and gradients of half precision vectors of any length stay in range.
->>>>>>> main
+Rows are padded with zeros to 128 or a multiple of 256, and scaled by a power of two, so that fp16
+holds vectors of any length, their short prefixes, and gradients: the first wide prefix, or the last
+one if none is wide, gets a length in [2^6, 2^7), but the last one less than 2^15.
 """
 
 from dataclasses import dataclass

@@ -32,6 +32,7 @@ def main(
     pooling: Pooling | None = None,
     funnel: str = "",
     shortlist: int = 100,
+    graph: str = "",
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     bad_rows: BadRows = "error",
@@ -55,6 +56,8 @@ def main(
         funnel: DIM:EXIT:RANK of the small vectors that make a shortlist, which full vectors rank
             again, for retrieval tasks; a part that is left empty is the largest.
         shortlist: documents of a query that the funnel ranks again.
+        graph: ONNX file in the directory of an exported model, like onnx/model_quantized.onnx, to
+            score as well and to compare with the weights at each width.
         query_prompt: text to put before queries of retrieval, instead of the model's `query`.
         document_prompt: text to put before documents, instead of the model's `document`.
         bad_rows: make a malformed row of --data an error, or skip such rows and say how many.
@@ -63,11 +66,15 @@ def main(
         device: auto, cpu or cuda.
     """
     check_number("shortlist", shortlist, least=10, below=2**31)
+    if graph and mteb:
+        raise ValueError("graph: expected --data, got --mteb")
+    if graph and not (Path(model) / graph).is_file():
+        raise ValueError(f"graph: expected a file in {model}, got {graph}")
     if out:
         check_new(Path(out), "directory")
     from ..data.eval_tasks import Retrieval
     from ..evaluation import tables
-    from ..evaluation.grid import add_mteb, score_funnel, score_grid
+    from ..evaluation.grid import add_mteb, score_funnel, score_graph, score_grid
     from ..inference.encoder import Encoder
     from ..inference.search import size_of
     from ..runtime import log
@@ -112,6 +119,10 @@ def main(
                 if isinstance(task, Retrieval)
             }
             parts.append(tables.funnels(extra["funnel"]))
+        if graph:
+            scored = score_graph(encoder, Path(model) / graph, tasks, grid, prompts, progress)
+            extra["graph"] = {"file": graph, **scored}
+            parts.append(tables.graph(extra["graph"], grid))
         print(printable("\n\n".join(part for part in parts if part)))
         if partial:
             tables.write_report(partial, grid, extra)

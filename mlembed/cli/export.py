@@ -36,7 +36,8 @@ def main(
         exit: depth; full by default.
         rank: vocabulary rank; the stored rank by default.
         pooling: last, mean, cls or pooler, of a model whose directory does not say it.
-        format: sentence-transformers, onnx (adds onnx/model.onnx), or both.
+        format: sentence-transformers, onnx (adds onnx/model.onnx), onnx-int8 (adds
+            onnx/model_quantized.onnx as well), or several.
         license: license of the weights for the model card, e.g. apache-2.0.
         push_to_hub: upload the directory to this new repository of the Hub, e.g. me/small-model.
         private: make that repository private.

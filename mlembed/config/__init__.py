@@ -2,7 +2,7 @@
 
 from .columns import Columns
 from .model import ML_EMBED_EXITS, Model
-from .objective import TASKS, TUNING_LR, Depth, Distill, Loss, Optim
+from .objective import TASKS, TUNING_LR, Depth, Distill, Lora, Loss, Optim
 from .run import Run, Source, load
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "TUNING_LR",
     "Depth",
     "Distill",
+    "Lora",
     "Loss",
     "Model",
     "Optim",

@@ -1,9 +1,9 @@
-"""The objective of a run: loss, distillation, depth, optimiser."""
+"""The objective of a run: loss, distillation, depth, optimiser, adapters."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .model import DEEPEST
+from .model import DEEPEST, WIDEST
 from .strict import check_numbers, machine, number
 
 # Bounds of temperatures: cosines are divided by them, in fp32, and above them softmaxes are flat.
@@ -104,6 +104,33 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters of low rank by peft (LoRA, arXiv 2106.09685): W x + alpha / rank B A x, W frozen.
+
+    All weights of `init` are frozen but U and W of a nested vocabulary.
+    """
+
+    rank: int = number(0, least=0, most=WIDEST)
+    """Rank of A and B of each target. 0: no adapters, all weights are trained."""
+    alpha: int = number(0, least=0, most=2**20)
+    """0: twice the rank."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the linear layers to adapt, e.g. `q_proj v_proj`. Empty: all of them in
+    attention and MLP."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "lora.")
+        if not self.rank and (self.alpha or self.targets):
+            raise ValueError("lora.rank: expected 1 or more with lora.alpha or lora.targets, got 0")
+        object.__setattr__(self, "alpha", self.alpha or 2 * self.rank)
+
+    @property
+    def scale(self) -> float:
+        """Return alpha / rank, 0 without adapters."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True)
 class Distill:
     """Distillation from a teacher, in addition to the contrastive loss or instead of it.
 
@@ -143,6 +170,9 @@ class Distill:
     """Relative squared difference of the hidden states of every token, before the last layers, for
     a teacher of the student's width and tokenizer, which then reads the student's tokens. It needs
     another term."""
+    first_layers: float = number(0.0, least=0, most=1)
+    """Steps before training in which the vocabulary and the first sixth of the layers alone learn
+    the hidden states of such a teacher, as a part of `steps`; each costs a fraction of a step."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "distill.")
@@ -168,6 +198,9 @@ class Distill:
                 "distill.hidden: expected 0 with distill.embeddings, prompt or keep (the teacher "
                 f"reads the student's tokens at every step), got {self.hidden}"
             )
+        if self.first_layers and not self.hidden:
+            got = self.first_layers
+            raise ValueError(f"distill.first_layers: expected 0 without distill.hidden, got {got}")
         needs = bool(self.features or self.logits or self.hidden)
         has = bool(self.teacher or self.embeddings)
         if needs != has:

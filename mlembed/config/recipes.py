@@ -69,7 +69,8 @@ def elastic(
     (arXiv 2605.15081). The model teaches itself: at every exit, prefix and rank, the softmax of a
     text's cosines with the batch's other texts is to be that of the source, at a temperature so low
     that near texts decide. Translations and answers of pairs are among these texts. At full depth
-    it also learns the source's hidden states of every token. Every exit ends with the source's last
+    it also learns the source's hidden states of every token, in the first layers alone before
+    training begins. Every exit ends with the source's last
     layers, the vocabulary starts from an SVD by token frequency, and the numbers of the tokens
     stay. The rate is 2e-4 at width 384 and falls with the width.
 
@@ -92,6 +93,7 @@ def elastic(
             teacher_temperature=0.02,
             exits="all",
             hidden=3.0,
+            first_layers=0.3,
         ),
         steps=1000,
         batch_size=64,
@@ -239,6 +241,51 @@ def lealla_3d(size: str) -> Run:
     return replace(run, name=f"{run.name}-3d", model=nested, distill=distill)
 
 
+def lealla_mini(teacher: str = "intfloat/multilingual-e5-small") -> Run:
+    """LEALLA's student for two CPU cores, nested, of any teacher (arXiv 2302.08387).
+
+    The paper: 24 layers of width 128, and a student that learns from translations and from a
+    teacher's similarities. All other numbers are ours. Tokens start from the teacher's, cut to the
+    width, and stay as they are; layers are random. Blocks are Qwen3's without the causal mask,
+    because BERT's gave all texts one vector within a few steps of random weights. The KL divergence
+    has the teacher's softmax at temperature 0.02, because cosines of many teachers lie close
+    together. No margin.
+
+    `--tokenizer DIR --distill.teacher DIR` names the teacher, and `--data` translations.
+    """
+    return Run(
+        name="lealla-mini",
+        tokenizer=teacher,
+        init_tokens="tokenizer",
+        model=Model(
+            vocab_size=SHAPES["multilingual-e5-small"].vocab_size,
+            hidden_size=128,
+            num_hidden_layers=24,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            intermediate_size=384,
+            causal=False,
+            pooling="mean",
+            exits=(6, 12, 18, 24),
+            matryoshka_dims=(16, 32, 64, 128),
+            ranks=(32, 64, 96),
+        ),
+        distill=Distill(
+            teacher=teacher,
+            logits=1.0,
+            logit_form="kl",
+            teacher_temperature=0.02,
+            exits="all",
+        ),
+        optim=Optim(lr=5e-4, freeze_tokens=True),
+        steps=2000,
+        batch_size=64,
+        max_length=64,
+        sampling="weights",
+    )
+
+
 # ---- GTE ----
 
 # The model to start from and the first stage's rate, from the paper's table 3.
@@ -310,6 +357,7 @@ def _all() -> dict[str, Callable[[], Run]]:
     for size in ("small", "base", "large"):
         add(f"lealla-{size}", lealla, size)
         add(f"lealla-{size}-3d", lealla_3d, size)
+    add("lealla-mini", lealla_mini)
     for size in GTE_STARTS:
         add(f"gte-{size}-unsupervised", gte, size, False)
         add(f"gte-{size}-supervised", gte, size, True)

@@ -11,7 +11,7 @@ from ..runtime.files import read_json
 from .choices import BadRows
 from .columns import Columns
 from .model import Model
-from .objective import TEMPERATURE, Depth, Distill, Loss, Optim
+from .objective import TEMPERATURE, Depth, Distill, Lora, Loss, Optim
 from .strict import (
     SEED,
     check_number,
@@ -96,6 +96,9 @@ class Run:
     """Start from this checkpoint (run, directory or id of the Hub): weights, shape, tokenizer."""
     tokenizer: str = ""
     """Directory or id of the Hub of a tokenizer, without `init`. Empty: train one on the text."""
+    init_tokens: Literal["random", "tokenizer"] = "random"
+    """Tokens of a model without `init`: random, or those of the trained model in `tokenizer`, cut
+    to the width and weighted by how rare they are in the training text."""
     init_factors: Literal["uniform", "frequency"] = "uniform"
     """Weights of tokens when `init`'s table is factorised: equal, or frequencies in the training
     text, so that frequent tokens are approximated best."""
@@ -103,6 +106,7 @@ class Run:
     loss: Loss = field(default_factory=Loss)
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
+    lora: Lora = field(default_factory=Lora)
     distill: Distill = field(default_factory=Distill)
     steps: int = number(1000, above=0, most=10**8)
     """Optimiser steps."""
@@ -211,15 +215,25 @@ class Run:
         keys = [key for key in self.allow_changed if not key.startswith(("data.", "eval."))]
         if odd_keys := sorted(set(keys) - set(flat_keys(Run))):
             raise ValueError(f"allow_changed: no such key {', '.join(odd_keys)}")
-        if fixed := [key for key in keys if key == "tokenizer" or key.startswith("model.")]:
+        shaping = "model.", "lora."
+        if fixed := [key for key in keys if key == "tokenizer" or key.startswith(shaping)]:
             raise ValueError(
-                f"allow_changed: expected no key of the model or its tokenizer, got "
+                f"allow_changed: expected no key of the model, its adapters or tokenizer, got "
                 f"{', '.join(fixed)}; weights have one shape, so begin a new run with another name"
             )
         if not self.data and not self.sources:
             raise ValueError("data: expected at least one source, got none")
+        if self.lora.rank and not self.init:
+            raise ValueError("init: expected a checkpoint to adapt with lora.rank, got none")
+        if self.lora.rank and (stage := self.distill.first_layers):
+            raise ValueError(
+                "distill.first_layers: expected 0 with lora.rank, which keeps all weights of init, "
+                f"got {stage}"
+            )
         if self.tokenizer and self.init:
             raise ValueError("tokenizer: expected init or tokenizer, got both")
+        if self.init_tokens == "tokenizer" and not self.tokenizer:
+            raise ValueError("init_tokens: expected random without a tokenizer, got tokenizer")
         for name, nested in (
             ("exit_weights", self.model.exits),
             ("matryoshka_weights", self.model.matryoshka_dims),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.eval_tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task
 from ..inference import cost
 from ..inference.encoder import Encoder, FullSize, Size
+from ..inference.onnx_encoder import OnnxEncoder
 from ..inference.search import Funnel, Nearest, not_unit
 from . import charts, scores
 from .charts import mean_score
@@ -275,6 +276,38 @@ def score_funnel(
         "funnel": ranked["score"],
         "scanned": best.scanned,
         "encoded": best.encoded,
+    }
+
+
+def score_graph(
+    encoder: Encoder,
+    path: Path,
+    tasks: Sequence[Task],
+    grid: Grid,
+    prompts: dict[str, str] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Score an ONNX graph of the encoder's full depth and rank at the widths that the grid has.
+
+    Returns its `cells`, like those of a Grid, with the graph's `bytes`, `latency_ms` and
+    `texts_per_second` next to them.
+
+    Raises:
+        ValueError: a grid without that depth and rank, a file that is not such a graph.
+    """
+    widest, exit, rank = encoder.full_size()
+    sizes = [(cell["dim"], cell["exit"], cell["rank"]) for cell in grid.cells]
+    dims = [size[0] for size in sizes if size[1:] == (exit, rank) and size[0] <= widest]
+    if not dims:
+        raise ValueError(f"graph: expected exit {exit} and rank {rank} to compare, got neither")
+    reader = OnnxEncoder.of(encoder, path)
+    ranks = None if rank is None else (rank,)
+    scored = score_grid(reader, tasks, dims, (exit,), ranks, progress, prompts=prompts, costs=False)
+    measured = cost.measure(reader, exit, rank)
+    return {
+        "bytes": sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")),
+        **{name: measured[name] for name in ("latency_ms", "texts_per_second")},
+        "cells": scored.cells,
     }
 
 

@@ -84,6 +84,30 @@ def funnels(scored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def graph(scored: dict[str, Any], grid: Grid) -> str:
+    """Return `grid.score_graph` as text, a line for each width (mean scores in percent)."""
+
+    def size(cell: dict[str, Any]) -> tuple[int, int, int | None]:
+        return cell["dim"], cell["exit"], cell["rank"]
+
+    own = {size(cell): cell for cell in grid.cells}
+    weights = own[size(scored["cells"][0])]
+    lines = [f"  {scored['file']}       MiB  ms a short text  texts a second"]
+    for name, size_bytes, cell in (
+        ("weights", weights["parameter_bytes"], weights),
+        ("graph", scored["bytes"], scored),
+    ):
+        lines.append(
+            f"  {name:{len(scored['file'])}}{size_bytes / 2**20:>10.1f}"
+            f"{cell['latency_ms']:>17.2f}{cell['texts_per_second']:>16.0f}"
+        )
+    lines.append("   width  score (%) of the weights  of the graph    loss")
+    for cell in scored["cells"]:
+        before, after = charts.mean_score(own[size(cell)]), charts.mean_score(cell)
+        lines.append(f"{cell['dim']:>8}{before:>26.1f}{after:>14.1f}{before - after:>8.1f}")
+    return "\n".join(lines)
+
+
 def write_report(directory: Path, grid: Grid, extra: dict[str, Any]) -> None:
     """Write grid.json, in which null stands for NaN, and grid.png to a directory."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -80,8 +80,11 @@ def together(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Return the outputs of linear layers of one input, computed by one product.
 
     Gradients to the input add up within the product, which saves two passes over [T, D] per layer;
-    the copied weights are small compared to that.
+    the copied weights are small compared to that. Layers with adapters (training/lora.py) run one
+    by one.
     """
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return tuple(layer(x_TD) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     outputs = F.linear(x_TD, weight, torch.cat(biases) if biases else None)

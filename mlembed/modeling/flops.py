@@ -8,9 +8,10 @@ summed over exits for the last layers that all exits end with:
     vocabulary  2 n r D for n distinct tokens at rank r; a plain table has no products
     pooler      2 D^2 a text at each of its exits
 
-The backward has twice as many. Recomputed are the scores in attention's backward, 2 Hq K P_l, and
-forwards that memory is saved by. Norms, rotations and the loss count nothing. A layer of
-transformers counts the weights of the last layer, and local layers the whole text.
+The backward has twice as many, without gradients of frozen matrices as many products. Recomputed
+are the scores in attention's backward, 2 Hq K P_l, and forwards that memory is saved by. Norms,
+rotations, adapters and the loss count nothing. A layer of transformers counts the weights of the
+last layer, and local layers the whole text.
 """
 
 from dataclasses import dataclass
@@ -62,16 +63,23 @@ def layer_weights(m: config.Model) -> int:
 
 
 def training_flops(
-    m: config.Model, pack: PackedBatch, rank: int | None, *, keeps: bool = True, recompute: int = 0
+    m: config.Model,
+    pack: PackedBatch,
+    rank: int | None,
+    *,
+    keeps: bool = True,
+    recompute: int = 0,
+    frozen: bool = False,
 ) -> Flops:
     """Return the operations of a pack's forward and backward.
 
     Args:
         pack: in host memory. rank: vocabulary rank, None for the stored one.
         keeps: whether the pack keeps its graph, or is encoded again for it. recompute: number of
-            first layers that the backward computes again.
+            first layers that the backward computes again. frozen: whether the matrices of the
+            layers have no gradients.
     """
-    scores, layers = 0.0, []
+    scores, products, layers = 0.0, 0.0, []
     plans: dict[int, tuple[int, float]] = {}
     for layer in range(1, m.num_hidden_layers + 1):
         layers.append(0.0)
@@ -85,10 +93,12 @@ def training_flops(
             tokens, pairs = plans[id(plan)]
             score = 2.0 * m.num_attention_heads * m.head_dim * pairs
             scores += score
-            layers[-1] += 2.0 * tokens * layer_weights(m) + 2 * score
+            product = 2.0 * tokens * layer_weights(m)
+            products += product
+            layers[-1] += product + 2 * score
     forward = sum(layers) + _outside(m, pack, rank)
     again = scores + sum(layers[:recompute]) + (0.0 if keeps else forward)
-    return Flops(forward, 2 * forward, again)
+    return Flops(forward, 2 * forward - frozen * products, again)
 
 
 def _pairs(bounds: list[int], causal: bool) -> float:

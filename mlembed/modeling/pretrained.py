@@ -9,7 +9,7 @@ factors without a merged table.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import config
 from ..config import strict
-from ..runtime.files import SHARDS
+from ..runtime.files import SHARDS, read_object
 from ..runtime.model_files import open_tensors, shapes
 from . import sentence_files, weight_checks
 from .automodel import architecture
@@ -30,6 +30,7 @@ from .transformer import Transformer
 from .vocabulary import cached_factors
 
 FACTORS, DENSE = "mlembed_factors.safetensors", "mlembed_dense.safetensors"
+ADAPTERS = "mlembed_adapters.json"  # rank and alpha of a checkpoint's adapters
 # Our modules and those of Hugging Face's BERT, XLM-R and RoBERTa, outside of and in layers.
 OUTSIDE = {
     "embed_tokens": "embeddings.word_embeddings",
@@ -49,6 +50,7 @@ INSIDE = {
     "output_norm": "output.LayerNorm",
 }
 OURS = {theirs: ours for ours, theirs in (OUTSIDE | INSIDE).items()}
+LORA = ".lora_"  # in the names of A and B: q_proj.lora_A.default.weight
 # Prefixes of task heads, which are not part of the encoder.
 HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."
 
@@ -77,7 +79,9 @@ def read_weights(
         shards = read(directory, "model.")
         for name, tensor in shards.items():
             weight_checks.check(f"{directory}: {name}", tensor, dtype)
-        return {name.removeprefix("model."): tensor for name, tensor in shards.items()}
+        weights = {name.removeprefix("model."): tensor for name, tensor in shards.items()}
+        adapted = any(LORA in name for name in weights)
+        return merged(weights, _scale(directory / ADAPTERS)) if adapted else weights
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         pickled = next((p.name for p in sorted(directory.glob("*.bin"))), None)
@@ -95,6 +99,30 @@ def read_weights(
                     weights[ours[name]] = tensors.get_tensor(name)
                     weight_checks.check(f"{file}: {name}", weights[ours[name]], dtype)
     return weights
+
+
+def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Return weights with adapters (training/lora.py) added to their matrices, by plain names.
+
+    A matrix becomes W + scale B A in fp32; the other weights are not copies.
+    """
+    plain = {}
+    for name, weight in weights.items():
+        module, base, kind = name.partition(".base_layer.")
+        if base and kind == "weight":
+            A, B = (weights[f"{module}{LORA}{letter}.default.weight"].float() for letter in "AB")
+            weight = weight.float() + scale * (B @ A)
+        if LORA not in name:
+            plain[f"{module}.{kind}" if base else name] = weight
+    return plain
+
+
+def _scale(path: Path) -> float:
+    """Return alpha / rank of a checkpoint's adapters."""
+    stored = read_object(path)
+    for key in ("rank", "alpha"):
+        strict.check_number(f"{path}: {key}", stored.get(key), least=1, most=2**20)
+    return float(stored["alpha"] / stored["rank"])
 
 
 def own_name(name: str) -> str | None:

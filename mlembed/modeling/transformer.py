@@ -244,6 +244,13 @@ class Transformer(nn.Module):
             x_TD = self.embed_places(x_TD, batch.pos_T)
         return x_TD, self.rotation(batch.pos_T)
 
+    def states(self, batch: PackedBatch, layers: int, rank: int | None = None) -> Tensor:
+        """Return the hidden states [T, D] of all texts after the first layers."""
+        x_TD, tables = self.embed(batch, rank)
+        for layer in self.layers[:layers]:
+            x_TD = layer(x_TD, self.block, tables, batch.plan, recompute=False)
+        return x_TD
+
     def _through_last(
         self, x_TD: Tensor, tables: tuple[Tensor, ...], plan: AttentionPlan, recompute: int
     ) -> Tensor:

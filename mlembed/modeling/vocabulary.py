@@ -175,6 +175,38 @@ def cached_factors(table: Tensor, rank: int, counts: Tensor | None = None) -> tu
         return factors()
 
 
+# ---- tokens of another model ----
+
+RARE = 1e-3  # The frequency at which a token weighs half (Arora et al., ICLR 2017).
+
+
+@torch.no_grad()
+def start_from(vocabulary: Vocabulary, table: Tensor, counts: Tensor) -> None:
+    """Start the tokens of a model of random weights from those of a trained, usually wider one.
+
+    Rows are the principal coordinates of the trained table around the mean token of the text, the
+    largest first, each weighted by a / (a + f) for its frequency f: frequent tokens tell little. A
+    mean over a text of these rows finds translations, if the trained model is multilingual.
+    Directions are weighted by the root of the frequency. Coordinates that the trained table lacks,
+    and those beyond the rank, are zeros. A coordinate of the text has a root mean square of one:
+    the first steps of many random layers would hide smaller numbers.
+
+    Args:
+        table: [V, D] of the trained model. counts: [V], how often each token occurs.
+
+    Raises:
+        ValueError: what `factorise` raises.
+    """
+    rows_VR = vocabulary.rows.zero_()
+    width = min(rows_VR.shape[1], table.shape[1])
+    share_V1 = ((counts.double() + 1) / (counts.double() + 1).sum()).float()[:, None]
+    centred = table.float() - (share_V1 * table.float()).sum(0)
+    U = cached_factors(centred, width, counts.sqrt())[0] * (RARE / (RARE + share_V1))
+    rows_VR[:, :width] = U / (share_V1 * U.square()).sum(0).mean().sqrt()
+    if vocabulary.ranks:
+        vocabulary.W.copy_(torch.eye(*vocabulary.W.shape))
+
+
 # ---- sums of tables, for merge.py ----
 
 PARALLEL = 1e-6  # Least sin Omega of two tensors that span a plane.

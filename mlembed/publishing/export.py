@@ -13,11 +13,12 @@ do less: readers before 5.4 ignore it, later ones apply it after Normalize, whic
 shorter than one. Readers before 5.4 also strip the space around a text, after its prompt; mlembed
 and later readers keep it.
 
-config.json also has what text-embeddings-inference requires: the id of EOS, `initializer_range`,
-and its own key for bidirectional attention. This follows its source; it has not been run.
+config.json also has what servers read (docs/serving.md): the widths that vLLM cuts to on request,
+and what text-embeddings-inference requires, the id of EOS, `initializer_range` and its own key for
+bidirectional attention. This follows their sources; no server has been run.
 
-Format onnx adds onnx/model.onnx (to_onnx.py). GGUF is left to llama.cpp, whose repository has the
-only converter.
+Format onnx adds onnx/model.onnx, onnx-int8 also onnx/model_quantized.onnx (to_onnx.py). GGUF is
+left to llama.cpp, whose repository has the only converter.
 """
 
 import json
@@ -39,7 +40,7 @@ from . import probes, to_onnx
 if TYPE_CHECKING:
     from .model_card import Origin
 
-FORMATS = "sentence-transformers", "onnx"
+FORMATS = "sentence-transformers", "onnx", "onnx-int8"
 SHARD = 5_000_000_000  # Bytes of the largest file of weights, like transformers.
 
 
@@ -85,8 +86,10 @@ def export(
         write_model(partial, encoder, dim, exit, rank)
         model_files.check_model(partial)
         with probes.quiet():
-            if "onnx" in formats:
+            if {"onnx", "onnx-int8"} & {*formats}:
                 to_onnx.write(partial)
+            if "onnx-int8" in formats:
+                to_onnx.quantise(partial)
             report = probes.check(partial, encoder, dim, exit, rank)
         cut = model_card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
         card = model_card.write(encoder, cut, origin, license)
@@ -99,21 +102,22 @@ def write_model(directory: Path, encoder: Encoder, dim: int, exit: int, rank: in
     pretrained.save(pretrained.cut(encoder.model, exit, rank), directory)
     split(directory, SHARD)
     tokenizer.save(encoder.tokenizer, directory, encoder.max_length)
-    complete_config(directory, encoder)
+    complete_config(directory, encoder, dim)
     write_sentence_transformers(directory, encoder, dim)
 
 
 def check_formats(formats: Sequence[str], out: Path) -> None:
     """Raise ValueError if a format is not one of FORMATS, or a package for it is missing."""
+    expected = f"format: expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     for name in formats:
         if name == "gguf":
             raise ValueError(
-                f"format: expected {' or '.join(FORMATS)}, got gguf, which llama.cpp makes of the "
-                f"exported directory: python convert_hf_to_gguf.py {out}, in its repository"
+                f"{expected}, got gguf, which llama.cpp makes of the exported directory: "
+                f"python convert_hf_to_gguf.py {out}, in its repository"
             )
         if name not in FORMATS:
-            raise ValueError(f"format: expected {' or '.join(FORMATS)}, got {name}")
-    if "onnx" in formats:
+            raise ValueError(f"{expected}, got {name}")
+    if {"onnx", "onnx-int8"} & {*formats}:
         to_onnx.require()
 
 
@@ -129,11 +133,14 @@ def split(directory: Path, most: int) -> None:
         save_torch_state_dict(weights, directory, max_shard_size=most)
 
 
-def complete_config(directory: Path, encoder: Encoder) -> None:
-    """Add the keys to config.json that text-embeddings-inference requires."""
+def complete_config(directory: Path, encoder: Encoder, dim: int) -> None:
+    """Add the keys to config.json that servers read."""
     cfg, path = encoder.model.cfg, directory / "config.json"
     eos = tokenizer.special_tokens(encoder.tokenizer)["eos_token"]
-    keys: dict[str, Any] = {"eos_token_id": encoder.tokenizer.token_to_id(eos)}
+    keys: dict[str, Any] = {
+        "eos_token_id": encoder.tokenizer.token_to_id(eos),
+        "matryoshka_dimensions": [*(d for d in cfg.matryoshka_dims if d < dim), dim],
+    }
     model: Any = encoder.model
     if cfg.style == "transformers":
         keys["architectures"] = [model.kind]

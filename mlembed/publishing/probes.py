@@ -41,11 +41,15 @@ PROBES = (
 
 @dataclass
 class Report:
-    """Largest differences by reader, over a number of texts with each of a number of prompts."""
+    """Largest differences by reader, over a number of texts with each of a number of prompts.
+
+    int8_cosine: the least cosine of the int8 graph's vectors with the model's, None without one.
+    """
 
     texts: int
     prompts: int
     differences: dict[str, float] = field(default_factory=dict)
+    int8_cosine: float | None = None
 
     @property
     def worst(self) -> float:
@@ -56,7 +60,10 @@ class Report:
         """Return readers with their differences: "sentence-transformers 2.0e-07, ..."."""
         readers = ", ".join(f"{name} {worst:.1e}" for name, worst in self.differences.items())
         prompts = f" under each of {self.prompts} prompts" if self.prompts > 1 else ""
-        return f"vectors of {self.texts} texts{prompts} differ by at most: {readers}"
+        text = f"vectors of {self.texts} texts{prompts} differ by at most: {readers}"
+        if self.int8_cosine is not None:
+            text += f"; cosines of the int8 graph with them are at least {self.int8_cosine:.4f}"
+        return text
 
 
 def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | None) -> Report:
@@ -101,6 +108,17 @@ def check(directory: Path, encoder: Encoder, dim: int, exit: int, rank: int | No
     compare("transformers", read_by_transformers(directory, ours))
     if (directory / to_onnx.FILE).is_file():
         compare("onnxruntime", read_by_onnxruntime(directory, ours))
+    if (directory / to_onnx.INT8_FILE).is_file():
+        read = read_by_onnxruntime(directory, ours, to_onnx.INT8_FILE)
+        cosines = []
+        for prompt, name in names.items():
+            vectors = read(texts, prompt, name)
+            unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+            cosines.append((unit * expected[prompt]).sum(-1))
+        report.int8_cosine = float(np.min(cosines))
+        if not report.int8_cosine > 0:
+            got = report.int8_cosine
+            raise ValueError(f"{to_onnx.INT8_FILE}: expected cosines above 0, got {got}")
     return report
 
 
@@ -233,7 +251,7 @@ def width(directory: Path, cfg: Model) -> int:
 
 
 def read_by_onnxruntime(
-    directory: Path, ours: Encoder
+    directory: Path, ours: Encoder, file: str = to_onnx.FILE
 ) -> Callable[[list[str], str, str | None], np.ndarray]:
     """Return a function that returns vectors [2, N, dim]: of one padded batch, and of each text
     alone.
@@ -241,6 +259,6 @@ def read_by_onnxruntime(
 
     def read(texts: list[str], prompt: str, name: str | None) -> np.ndarray:
         prompted = [prompt + text for text in texts]
-        return to_onnx.read(directory, tokens_of(directory, ours, prompted, "np"))
+        return to_onnx.read(directory, tokens_of(directory, ours, prompted, "np"), file)
 
     return read

@@ -72,7 +72,9 @@ def _from_init(name: str, base: config.Run, args: Sequence[str]) -> config.Run:
         base = recipes.elastic(init, model)
         model = base.model
     longest = min(base.max_length, model.max_position_embeddings)
-    return dataclasses.replace(base, init=init, tokenizer="", model=model, max_length=longest)
+    return dataclasses.replace(
+        base, init=init, tokenizer="", init_tokens="random", model=model, max_length=longest
+    )
 
 
 def _listed() -> Iterator[str]:

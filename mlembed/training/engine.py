@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import config
 from ..data.packing import PackedBatch
+from ..modeling import pretrained
 from ..modeling.automodel.choose import trunk_of
 from ..modeling.transformer import Transformer
 from ..runtime.distributed import World
@@ -37,8 +38,11 @@ from ..runtime.distributed import World
 class Engine:
     """One process with the whole model; the base of the engines of several processes.
 
-    model: the model, in training mode. Its parameters are what to optimise.
+    model: the model, in training mode. Its parameters are what to optimise. scale: alpha / rank of
+    its adapters, 0 without them.
     """
+
+    scale = 0.0
 
     def __init__(self, model: Transformer, where: World) -> None:
         self.model, self.where = model.train(), where
@@ -53,9 +57,13 @@ class Engine:
         Raises:
             ValueError: fsdp with one process.
         """
+        engine: Engine
         if run.engine == "fsdp":
-            return Sharded(model, where, half, run.cpu_offload)
-        return Replicated(model, where) if where.size > 1 else Engine(model, where)
+            engine = Sharded(model, where, half, run.cpu_offload)
+        else:
+            engine = Replicated(model, where) if where.size > 1 else Engine(model, where)
+        engine.scale = run.lora.scale
+        return engine
 
     def begin(self) -> None:
         """Prepare a step, before its first forward; all processes call it."""
@@ -104,12 +112,28 @@ class Engine:
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def full_model(self) -> Transformer | None:
-        """Return the model with all its weights, on the main process and between steps.
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """Return all weights by name, on the main process and between steps.
 
         All processes call it; all but the main one get None.
         """
+        return dict(self.model.state_dict()) if self.where.main else None
+
+    def full_model(self) -> Transformer | None:
+        """Return the model with all its weights, adapters merged, where `full_weights` returns."""
+        if self.scale:
+            return self._merged()
         return self.model if self.where.main else None
+
+    def _merged(self) -> Transformer | None:
+        """Return a model of the full weights, which shares those that have no adapters."""
+        weights = self.full_weights()
+        if weights is None:
+            return None
+        with torch.device("meta"):
+            model = trunk_of(self.model.cfg)
+        model.load_state_dict(pretrained.merged(weights, self.scale), assign=True)
+        return model.eval()
 
 
 class Replicated(Engine):
@@ -199,7 +223,7 @@ class Sharded(Engine):
         dist.all_reduce(square)
         return square.sqrt().to(own.dtype)
 
-    def full_model(self) -> Transformer | None:
+    def full_weights(self) -> dict[str, Tensor] | None:
         weights: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             # Collectives need the shard on the device of the process group.
@@ -208,12 +232,10 @@ class Sharded(Engine):
             full = shard.full_tensor()
             if self.where.main:
                 weights[name] = full
-        if not self.where.main:
-            return None
-        with torch.device("meta"):
-            model = trunk_of(self.model.cfg)
-        model.load_state_dict(weights, assign=True)
-        return model.eval()
+        return weights if self.where.main else None
+
+    def full_model(self) -> Transformer | None:
+        return self._merged()
 
 
 def local(tensor: Tensor) -> Tensor:

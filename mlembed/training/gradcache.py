@@ -227,19 +227,21 @@ def budget_bytes(run: config.Run, model: Transformer, device: torch.device) -> f
     """Return the configured budget, or SHARE of the free memory that training leaves for graphs.
 
     Call it before the first step, with the model on the device: gradients and two fp32 moments, as
-    large as the parameters, are still to come (FSDP: moments in shards, a copy of the weights).
+    large as the trained parameters, are still to come (FSDP: moments in shards, a copy of the
+    weights).
 
     Raises:
         ValueError: gradients and moments leave no memory.
     """
     if run.activation_gib:
         return run.activation_gib * 2**30
-    numbers = sum(p.numel() for p in model.parameters())
+    copies = 4 * (run.engine == "fsdp")
+    needs = sum(p.numel() * (12 if p.requires_grad else copies) for p in model.parameters())
     free = free_bytes(device)
-    budget = SHARE * (free - 12.0 * numbers)
+    budget = SHARE * (free - needs)
     if budget <= 0:
         raise ValueError(
-            f"activation_gib: expected memory beyond the {12 * numbers / 2**30:.1f} GiB of "
+            f"activation_gib: expected memory beyond the {needs / 2**30:.1f} GiB of "
             f"gradients and moments, got {free / 2**30:.1f} GiB free on {device}"
         )
     return budget

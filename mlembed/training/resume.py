@@ -132,7 +132,7 @@ def _check_config(run: config.Run, before: config.Run, where: Path, ignore: Any 
     changed -= {key for key in changed if key.partition(".")[0] in ignore}
     if not changed:
         return
-    fixed = any(key == "tokenizer" or key.startswith("model.") for key in changed)
+    fixed = any(key == "tokenizer" or key.startswith(("model.", "lora.")) for key in changed)
     advice = "another --name begins a new run" if fixed else "--allow-changed KEY .. accepts them"
     raise ValueError(
         f"--resume: expected the configuration of {where}, got other values for "
@@ -250,10 +250,12 @@ def mark_saved(directory: Path) -> None:
 
 
 def set_aside_end(directory: Path, resume_from: Path, say: Any) -> None:
-    """Rename report/ and model/ of the end that a checkpoint's run came to and now goes beyond."""
+    """Rename report/, adapter/ and model/ of the end that a checkpoint's run came to and now goes
+    beyond.
+    """
     end = intact.state(resume_from).get("steps", step_of(resume_from))
     # model/ marks a finished run, so it goes last.
-    for name in ("report", "model"):
+    for name in ("report", "adapter", "model"):
         path = directory / name
         if path.is_dir() and any(path.iterdir()):
             aside = path.rename(files.free_name(directory / f"{name}_until_{end}"))

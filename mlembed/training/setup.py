@@ -9,11 +9,11 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Subset
@@ -35,17 +35,16 @@ from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
 from ..runtime.distributed import World, main_works, together
 from ..runtime.workers import end_with_parent
-from . import gradcache, guards, provenance, resume
+from . import gradcache, guards, lora, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
-from .objective import hidden
+from .objective import first_layers
 from .objective.bank import Bank
 from .objective.distill import Distiller
-from .objective.teacher import StoredVectors, Teacher, check_vectors
+from .objective.teacher import Teacher
+from .objective.teaching import teachers
 from .optim import adamw, to_weights
 
-SAMPLE = 8192  # texts whose teacher's vectors give the principal axes; at least 8 a coordinate
-PROBES = 32  # texts whose vectors tell before training whether a live teacher works
 BANK, DISTILLER = "bank.", "distiller."  # prefixes of their tensors' names in a checkpoint
 
 # ---- text ----
@@ -201,67 +200,37 @@ def build(
     if resume_from:
         shape = hf_config.from_checkpoint(resume_from, run.model)
         return pretrained.load(str(resume_from), shape)
-    if not run.init:
+    if run.init_tokens == "tokenizer":
+        make = partial(build_on_tokens, run, batches)
+    elif not run.init:
         size = tokens.get_vocab_size()
         # A published table may have more rows than its tokenizer has tokens.
         size = max(size, run.model.vocab_size) if run.tokenizer else size
         return trunk_of(replace(run.model, vocab_size=size))
-    counts = None
-    if run.init_factors == "frequency":
-        counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+    else:
+        counts = None
+        if run.init_factors == "frequency":
+            counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+        make = partial(pretrained.load, run.init, run.model, counts)
     # The main process factorises the table; the others wait and read it from the cache.
     with main_works(where, "factorise"):
-        model = pretrained.load(run.init, run.model, counts) if where.main else None
-    return model if model is not None else pretrained.load(run.init, run.model, counts)
+        model = make() if where.main else None
+    return model if model is not None else make()
 
 
-def teachers(
-    run: config.Run, text: Text, resume_from: Path | None, where: World
-) -> tuple[Teacher | None, StoredVectors | None, Distiller | None]:
-    """Load the teacher, or open its stored vectors, and make the distiller."""
-    cfg = run.distill
-    live = None
-    if cfg.teacher:
-        device, half, compiled = where.device, bf16(run, where.device), compiles(run, where.device)
-        live = Teacher.load(
-            cfg.teacher, cfg.prompt, device, bf16=half, compile=compiled, keep=cfg.keep
-        )
-    stored = StoredVectors.open(cfg.embeddings) if cfg.embeddings else None
-    if stored and where.main:
-        stored.check()
-    if live and text.tables:
-        texts = sample(text, PROBES, run.seed)
-        check_vectors(texts, live.encode(texts).cpu().numpy())
-    source = live or stored
-    width, sample_ND = source.width if source else 0, None
-    # A checkpoint holds the rotation, so a resumed run needs no sample.
-    if width and cfg.features and cfg.align == "pca" and not resume_from:
-        texts = sample(text, max(SAMPLE, 8 * width), run.seed)
-        if live:
-            sample_ND = live.encode(texts)
-        elif stored:
-            sample_ND = torch.from_numpy(stored.vectors(texts))
-    return live, stored, Distiller.of(run, width, sample_ND, where)
-
-
-def sample(text: Text, most: int, seed: int) -> list[str]:
-    """Draw about `most` training texts from all tables in proportion, as a function of the seed.
+def build_on_tokens(run: config.Run, batches: Batches) -> Transformer:
+    """Make a model of random weights whose tokens start from those of the model in `tokenizer`.
 
     Raises:
-        ValueError: all text is streamed.
+        ValueError: all text is streamed, or what `pretrained.load` raises.
     """
-    if not text.tables:
-        raise ValueError(
-            "distill.align: expected truncate or projection where all text is streamed, got pca"
-        )
-    rng = np.random.default_rng([seed, 7])
-    total = max(1, sum(len(table.texts) for table in text.tables))
-    texts: list[str] = []
-    for table in text.tables:
-        share = min(max(1, most * len(table.texts) // total), len(table.texts))
-        rows = rng.choice(len(table.texts), size=share, replace=False)
-        texts += [table.texts[int(row)] for row in np.sort(rows)]
-    return texts
+    if not batches.tokens:
+        raise ValueError("init_tokens: expected random if all sources are streams, got tokenizer")
+    table = pretrained.load(run.tokenizer).embed_tokens.table().detach()
+    model = Transformer(replace(run.model, vocab_size=len(table)))
+    counts = torch.from_numpy(batches.token_counts(len(table)))
+    vocabulary.start_from(model.embed_tokens, table, counts)
+    return model
 
 
 # ---- precision and attention ----
@@ -379,8 +348,10 @@ def set_up(
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
     tokens = load_tokenizer(run, resume_from, text)
-    teacher, stored, distiller = teachers(run, text, resume_from, where)
-    hidden.check(run, teacher, tokens)
+    half, compiled = bf16(run, where.device), compiles(run, where.device)
+    teacher, stored, distiller = teachers(
+        run, text.tables, tokens, half, compiled, resume_from, where
+    )
     digests = {**text.record, "distill": provenance.of_teacher(run.distill)}
     about = {"config": configured, "steps": run.steps, "digests": digests}
     if resume_from:
@@ -390,14 +361,17 @@ def set_up(
         streams=text.streams, teacher=stored, held_out=text.held_out,
     )  # fmt: skip
     model = build(run, resume_from, tokens, batches, where).to(where.device)
+    run = replace(run, model=model.cfg)
+    if not resume_from:
+        first_layers.fit(model, teacher, run, batches, where, half, out.say)
     to_weights(model, run.optim)
+    if run.lora.rank:
+        lora.attach(model, run.lora, run.seed)
     if run.optim.freeze_tokens:
         model.embed_tokens.rows.requires_grad_(False)
     if where.main:
         vocabulary.warn_beyond_break_even(model.cfg)
-    run, half = replace(run, model=model.cfg), bf16(run, where.device)
     served = serving_of(run, resume_from, model.cfg)
-    compiled = compiles(run, where.device)
     if compiled:
         model.compile_blocks(lean=run.activation_checkpointing == "selective")
     if run.model.attention != "auto":
@@ -434,11 +408,8 @@ def set_up(
     out.say(f"run    {describe_run(run, where, half, compiled, budget)}")
     if run.init and not resume_from:
         out.say(f"serve  {describe_serving(run, served, model.cfg)}")
-    if run.init and run.optim.lr > config.TUNING_LR and run.distill.teacher != run.init:
-        out.say(
-            f"rate   optim.lr {run.optim.lr:g} is high for the trained weights of {run.init}; "
-            "2e-5 is usual, above 1e-4 they may be lost"
-        )
+    for line in lora.describe(model, run):
+        out.say(line)
     saver = checkpoint.Saver(
         directory / "checkpoints", where.rank, where.size, run.keep_checkpoints,
         about, lambda: resume.mark_saved(directory),

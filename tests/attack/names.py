@@ -62,7 +62,8 @@ def rows(seed: int) -> Iterator[Row]:
             "names", f"mlembed {' '.join(argv)}", [*CLI, *argv], (word,), ("model", "pairs.jsonl")
         )
     for argv, word in TRAIN:
-        yield refused("names", f"train.py {' '.join(argv)}", [START[0], *argv], (word,), TEXT)
+        inputs = (*TEXT, "model") if "model" in argv else TEXT
+        yield refused("names", f"train.py {' '.join(argv)}", [START[0], *argv], (word,), inputs)
 
 
 MISSING = {
@@ -154,6 +155,13 @@ TRAIN = [
     (["tiny", "--cpu-offload"], "engine"),
     (["tiny", "--optim.weights", "bf16", "--precision", "fp32"], "precision"),
     (["tiny", "--distill.teacher", "model"], "distill"),
+    (["tiny", "--lora.rank", "8"], "init"),
+    (["tiny", "--lora.targets", "q_proj"], "lora.rank"),
+    (
+        ["tiny", "--init", "model", "--optim.lr", "1e-4", "--data", "pairs.jsonl"]
+        + ["--eval", "dev.jsonl", "--lora.rank", "2", "--lora.targets", "wq"],
+        "lora.targets",
+    ),
     (["tiny", "--data", "pairs.jsonl", "pairs.jsonl"], "pairs"),
     (["tiny", "--data", "pairs.jsonl", "--columns.query", "query"], "columns.positive"),
     (

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from factories import tiny_shape
 
 from bench import scaling
 from bench.train_step import cases
@@ -17,6 +18,7 @@ from mlembed.data.collate import collate
 from mlembed.modeling.transformer import Transformer, num_parameters
 from mlembed.runtime import distributed
 from mlembed.runtime.distributed import World
+from mlembed.training import lora
 from mlembed.training.objective import candidates
 from mlembed.training.objective.loss import loss_table
 
@@ -157,6 +159,44 @@ def test_state_by_hand():
     assert scaling.state_bytes(SMALL, 8, "fsdp") == (4 + 4 + 8) * P / 8 + (2 + 4) * P
 
 
+def test_adapters_are_those_of_a_model():
+    small = tiny_shape(num_hidden_layers=3, ranks=(4, 8))
+    model = Transformer(small)
+    lora.attach(model, config.Lora(rank=5), 0)
+    named = dict(model.named_parameters())
+    pairs = [p for name, p in named.items() if ".lora_" in name]
+    assert scaling.adapters(small, 5) == sum(p.numel() for p in pairs)
+    assert scaling.parameters(small, 5) == sum(p.numel() for p in named.values())
+    assert scaling.trained(small, 5) == sum(p.numel() for p in named.values() if p.requires_grad)
+    assert scaling.trained(small, 0) == num_parameters(small)
+
+
+def test_adapters_by_hand():
+    m = scaling.MODELS["4B"]
+    # 36 layers: q and o of 2560 + 4096, k and v of 2560 + 1024, three of 2560 + 9728.
+    own = 16 * 36 * (2 * 6656 + 2 * 3584 + 3 * 12_288)
+    t, P = own + (151_936 + 2560) * 512, num_parameters(m) + own
+    assert scaling.adapters(m, 16) == own == 33_030_144
+    assert scaling.state_bytes(m, 1, "ddp", 16) == 2 * (P - t) + 16 * t
+    assert scaling.state_bytes(m, 8, "ddp", 16) == 2 * (P - t) + 20 * t
+    assert scaling.state_bytes(m, 8, "fsdp", 16) == (4 * P + 12 * t) / 8 + 2 * P + 4 * t
+    assert scaling.weight_bytes(m, 8, "ddp", 16) == (0, 2 * 7 / 8 * 4 * t)
+    assert scaling.weight_bytes(m, 8, "fsdp", 16) == (7 / 8 * 2 * P, 7 / 8 * 4 * t)
+    assert scaling.graph_bytes(m, 10, 0, 16) == 2 * own + 10 * (
+        scaling.token_bytes(m) + 36 * 7 * 16 * 2
+    )
+    less = scaling.encode_flops(m, A, 1.0) - scaling.encode_flops(m, A, 1.0, 16)
+    assert less == (2 * scaling.matrices(m) - 8 * own) * scaling.tokens(A)
+
+
+def test_adapters_fit_one_gpu():
+    for name in ("4B", "8B"):
+        (whole, tuned) = (scaling.plan(name, 1, "ddp", "gather", A, rank) for rank in (0, 16))
+        assert tuned.fits and tuned.again == 0 and tuned.held <= (78 - 6) * scaling.GIB
+        assert whole.fits == (name == "4B") and tuned.state < whole.state / 6
+        assert not whole.fits or whole.again > 0 and tuned.encode_s < whole.encode_s
+
+
 def test_plans_fit():
     assert {p.fits for p in PLANS} == {True, False} and len(PLANS) == 4 * 3 * 2 * 2
     limit = (A.memory_gib - A.reserved_gib) * scaling.GIB
@@ -215,12 +255,12 @@ def test_step_that_keeps_all_graphs_encodes_once():
 def test_tables_are_labelled(capsys, monkeypatch):
     scaling.main([])
     printed = capsys.readouterr().out
-    assert printed.startswith(scaling.LABEL + "\n") and printed.count(scaling.LABEL) == 5
+    assert printed.startswith(scaling.LABEL + "\n") and printed.count(scaling.LABEL) == 7
     for f in fields(scaling.Assumed):
         assert re.search(rf"^  {f.name} \d", printed, re.MULTILINE), f.name
     for name in scaling.MODELS:
         assert re.search(rf"^{re.escape(name)}: \d+ M parameters", printed, re.MULTILINE)
-    assert printed.count("GPUs: fits") == 12 and "no room" in printed
+    assert printed.count("GPUs: fits") == 16 and "no room" in printed
     assert all(len(line.split()) >= 3 for line in printed.splitlines() if line)
     monkeypatch.setattr(sys, "argv", ["x"])
     scaling.main(["--gpus", "16", "--memory-gib", "1", "--pairs", "8"])

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from mlembed import config
-from mlembed.config import Columns, Depth, Distill, Loss, Model, Optim, Run, Source, recipes, strict
+from mlembed.config import (
+    Columns,
+    Depth,
+    Distill,
+    Lora,
+    Loss,
+    Model,
+    Optim,
+    Run,
+    Source,
+    recipes,
+    strict,
+)
 from mlembed.config.mining import Options
 from mlembed.training import arguments
 
@@ -18,6 +30,7 @@ CLASSES = {
     Model: ({}, "model."),
     Loss: ({}, "loss."),
     Optim: ({}, "optim."),
+    Lora: ({}, "lora."),
     Distill: ({}, "distill."),
     Depth: ({}, "depth."),
     Run: ({}, ""),

@@ -14,9 +14,11 @@ from factories import metrics, tiny_model, write_encoder, write_jsonl
 from mlembed.config.recipes import GTE_STARTS, ML_EMBED_RATES, RECIPES
 from mlembed.config.shapes import SHAPES, nested
 from mlembed.data import tokenizer
+from mlembed.data.batches import Batches
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import hf_config, pretrained
 from mlembed.runtime.distributed import World
+from mlembed.training import setup
 from mlembed.training.arguments import parse
 from train import train
 
@@ -71,8 +73,10 @@ def arguments(name, folder, out):
     if name.startswith("lealla"):
         data = "nway.jsonl"
         args += ["--distill.teacher", str(folder / "teacher")]
-    args += ["--data", str(folder / data), "--init", str(folder / style)]
-    return args
+    args += ["--data", str(folder / data)]
+    if name == "lealla-mini":  # It has random layers, which the high rate would spoil.
+        return [*args, "--tokenizer", str(folder / "teacher"), "--optim.lr", "5e-4"]
+    return [*args, "--init", str(folder / style)]
 
 
 def families():
@@ -142,6 +146,37 @@ def test_frozen_tokens_stay(ranks, folder, tmp_path):
     )
     same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
     assert same == {f"embed_tokens.{'U' if ranks else 'weight'}"}
+
+
+@pytest.mark.filterwarnings("ignore:model.ranks. expected at most the break-even")
+def test_tokens_start_from_the_tokenizer_s_model_and_stay(folder, tmp_path):
+    """A student has the teacher's tokens, in a shape of its own, before training and after."""
+    run = parse([*arguments("lealla-mini", folder, tmp_path), "--model.num-hidden-layers", "4",
+                 "--model.exits", "2", "4", "--seed", "3"])  # fmt: skip
+    text = setup.read_text(run, lambda line: None)
+    tokens = setup.load_tokenizer(run, None, text)
+    batches = Batches(text.tables, tokens, run, ALONE)
+    start, again = (setup.build(run, None, tokens, batches, ALONE) for _ in range(2))
+    trained = pretrained.load(str(folder / "teacher")).embed_tokens.table()
+    own = start.embed_tokens.U
+    assert own.shape == (len(trained), 96) and start.cfg.vocab_size == len(trained)
+    # Coordinates of rows around a mean: their distances, up to weights that fall with frequency.
+    rare = torch.from_numpy(batches.token_counts(len(trained)) == 0).nonzero()[:, 0]
+    assert len(rare) > 5
+    ratio = torch.pdist(own[rare].detach()) / torch.pdist(trained[rare])
+    torch.testing.assert_close(ratio, ratio.mean().expand(len(ratio)), rtol=1e-3, atol=0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(start.parameters(), again.parameters(), strict=True)
+    )
+    assert train(run, ALONE) == 0
+    after = pretrained.load(str(tmp_path / "lealla-mini" / "checkpoints" / f"step_{STEPS:08}"))
+    assert torch.equal(after.embed_tokens.U, own)
+    assert not torch.equal(after.embed_tokens.W, start.embed_tokens.W)
+
+
+def test_tokens_need_a_model():
+    with pytest.raises(ValueError, match="^init_tokens: expected random without a tokenizer, got"):
+        parse(["tiny", "--init-tokens", "tokenizer"])
 
 
 @pytest.mark.parametrize(

@@ -360,3 +360,30 @@ def test_break_even_agrees_with_num_parameters(V, D):
             warnings.simplefilter("always")
             warn_beyond_break_even(cfg)
         assert bool(caught) == (num_parameters(cfg) > num_parameters(plain)), rank
+
+
+# ---- tokens of another model ----
+
+
+@pytest.mark.parametrize("ranks", [(), (3, 7)], ids=str)
+@pytest.mark.parametrize("width", [24, 5], ids="of {}".format)
+def test_tokens_start_from_a_trained_table(ranks, width):
+    """Rows by hand: an SVD in float64 of the centred table, weighted by the root of the counts."""
+    cfg = odd_shape(num_hidden_layers=1, vocab_size=101, ranks=ranks)
+    own = vocabulary_module.Vocabulary(cfg)
+    table, counts = falling(101, width)
+    vocabulary_module.start_from(own, table + 3.0, counts)
+    share = (counts.double() + 1) / (counts + 1).sum()
+    centred = table.double() - (share[:, None] * table).sum(0)
+    root = (counts.double().sqrt() + 1).sqrt()
+    right = torch.linalg.svd(root[:, None] * centred, full_matrices=False)[2]
+    size = min(width, own.rows.shape[1])
+    rows = (centred @ right[:size].T) * (1e-3 / (1e-3 + share))[:, None]
+    rows /= (share[:, None] * rows.square()).sum(0).mean().sqrt()
+    got = own.rows[:, :size].detach().double()
+    got = got * (got * rows).sum(0).sign()  # The sign of a direction is arbitrary.
+    torch.testing.assert_close(got, rows, rtol=1e-3, atol=1e-4)
+    assert not own.rows[:, size:].any()
+    if ranks:
+        wide = torch.nn.functional.pad(own.rows, (0, cfg.hidden_size - ranks[-1]))
+        torch.testing.assert_close(own.table(), wide, rtol=0, atol=1e-6)

@@ -102,6 +102,20 @@ def test_products_are_those_of_torch_s_counter(style, last):
     assert isinstance(out, torch.Tensor)
 
 
+@pytest.mark.parametrize("style", ["qwen3", "bert"])
+def test_frozen_layers_have_no_gradients_of_matrices(style):
+    shape = odd_shape(style, pooling="mean", exits=(3,))
+    model = random_model(shape).train()
+    model.layers.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(pack(TEXTS)).sum().backward()
+    counts = counter.get_flop_counts()["Global"].items()
+    products = sum(count for op, count in counts if str(op).startswith(("aten.mm", "aten.addmm")))
+    got = training_flops(shape, pack(TEXTS), None, frozen=True)
+    attention = 3 * 4 * shape.num_attention_heads * shape.head_dim * (9 if shape.causal else 13)
+    assert products == got.forward - attention + got.backward - 2 * attention
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [

@@ -264,7 +264,10 @@ def test_large_weights_are_split(encoder, tmp_path):
         ({"exit": 4}, r"exit: expected 1\.\.3 \(the depth\), got 4"),
         ({"rank": 12}, r"rank: expected 1\.\.11 \(the stored rank\), got 12"),
         ({"formats": ("onnx", "gguf")}, r"got gguf, .*llama\.cpp .*convert_hf_to_gguf\.py .*out"),
-        ({"formats": ("onnx", "x")}, "format: expected sentence-transformers or onnx, got x"),
+        (
+            {"formats": ("onnx", "x")},
+            "format: expected sentence-transformers, onnx or onnx-int8, got x",
+        ),
     ],
 )
 def test_errors_write_nothing(encoder, options, message, tmp_path):

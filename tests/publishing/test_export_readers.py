@@ -1,8 +1,7 @@
 """Exports in other versions and programs, and damage that the export's own check detects.
 
 Other versions of sentence-transformers and transformers run in a Python of their own, which
-`make test-readers` sets up. text-embeddings-inference is not run: the files are checked for what
-its source requires.
+`make test-readers` sets up.
 """
 
 import json
@@ -16,9 +15,7 @@ import numpy as np
 import pytest
 import torch
 from export_models import CORNERS, KINDS, MAX_LENGTH, TEXTS, build, read_json
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from mlembed.data import tokenizer
@@ -95,85 +92,6 @@ def test_other_versions_read_the_same(kind, python, tmp_path):
         pick = by_pooling[pooling]
         alone = F.normalize(torch.stack([pick(x)[:dim] for x in states]), dim=-1).numpy()
         np.testing.assert_allclose(alone, ours, rtol=0, atol=1e-5)
-
-
-# ---- text-embeddings-inference, by its source ----
-
-
-def read_like_the_router(out: Path) -> dict:
-    """Return what its router and candle backend read.
-
-    KeyError for a missing key, TypeError for a type that they reject. They know no activations and
-    module types but these.
-    """
-
-    def require(content: dict, **kinds: type) -> None:
-        for key, kind in kinds.items():
-            if type(content[key]) is not kind and not (kind is float and type(content[key]) is int):
-                raise TypeError(f"{key}: expected {kind.__name__}, got {content[key]!r}")
-
-    model = read_json(out / "config.json")
-    require(model, architectures=list, model_type=str, max_position_embeddings=int)
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    require(model, **dict.fromkeys((*sizes, "intermediate_size"), int), hidden_act=str)
-    if model["model_type"] == "qwen3":
-        require(model, attention_bias=bool, num_key_value_heads=int, rms_norm_eps=float)
-        require(model, rope_theta=float, use_sliding_window=bool, eos_token_id=int)
-        if not model["is_causal"]:
-            require(model, use_bidirectional_attention=bool)
-    else:
-        require(model, hidden_dropout_prob=float, type_vocab_size=int, initializer_range=float)
-        require(model, layer_norm_eps=float, pad_token_id=int)
-    assert not model["architectures"][0].endswith(("Classification", "MaskedLM"))
-    pooling = read_json(out / "1_Pooling" / "config.json")
-    require(pooling, pooling_mode_cls_token=bool, pooling_mode_mean_tokens=bool)
-    names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
-    pool = next(ours for key, ours in names.items() if pooling.get(f"pooling_mode_{key}"))
-    limit = read_json(out / "sentence_bert_config.json")
-    require(limit, max_seq_length=int)
-    prompts = read_json(out / "config_sentence_transformers.json")["prompts"]
-    assert all(type(one) is str for pair in prompts.items() for one in pair)
-    dense = []
-    for module in read_json(out / "modules.json"):
-        require(module, idx=int, name=str, path=str, type=str)
-        package, _, kind = module["type"].rpartition(".")
-        assert package == "sentence_transformers.models"
-        assert kind in ("Transformer", "Pooling", "Dense", "Normalize")
-        if kind == "Dense":
-            layer = read_json(out / module["path"] / "config.json")
-            require(layer, in_features=int, out_features=int, bias=bool)
-            tanh, identity = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
-            assert layer["activation_function"] in (tanh, identity)
-            dense.append((load_file(out / module["path"] / "model.safetensors"), layer))
-    return {"model": model, "pool": pool, "limit": limit["max_seq_length"], "dense": dense}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_embeddings_inference_can_read_it(kind, tmp_path):
-    encoder, out = build(kind), tmp_path / "out"
-    export(encoder, out, 5, 1, 3)
-    router = read_like_the_router(out)
-    cfg = encoder.model.cfg
-    assert router["limit"] == MAX_LENGTH
-    assert router["pool"] == {"pooler": "cls"}.get(cfg.pooling, cfg.pooling)
-    assert len(router["dense"]) == (2 if cfg.pooling == "pooler" else 1)
-    for weights, layer in router["dense"]:
-        shape = [layer["out_features"], layer["in_features"]]
-        assert list(weights["linear.weight"].shape) == shape
-        assert ("linear.bias" in weights) == layer["bias"]
-    assert router["dense"][-1][1]["out_features"] == 5
-    # Its own tokenizer: padding off, cut at the limit; the last id stays EOS.
-    reader = Tokenizer.from_file(str(out / "tokenizer.json"))
-    reader.no_padding()
-    reader.enable_truncation(router["limit"])
-    ids = [reader.encode(text).ids for text in TEXTS]
-    eos = router["model"].get("eos_token_id", ids[0][-1])
-    assert {one[-1] for one in ids} == {eos} and max(map(len, ids)) == MAX_LENGTH
-    with safe_open(out / "model.safetensors", framework="pt") as weights:
-        table = "embed_tokens" if cfg.style == "qwen3" else "embeddings.word_embeddings"
-        assert weights.get_slice(f"{table}.weight").get_shape() == [cfg.vocab_size, 24]
-    both_ways = cfg.style == "qwen3" and not cfg.causal
-    assert router["model"].get("use_bidirectional_attention", False) == both_ways
 
 
 # ---- damage that the check detects ----

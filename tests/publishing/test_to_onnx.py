@@ -1,5 +1,6 @@
 """The ONNX graph in onnxruntime: every kind of model, shapes that the trace did not have."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,66 @@ def test_large_weights_go_to_their_own_file(smallest, tmp_path):
     assert files["model.onnx_data"] > 0.9 * weights
     moved = out.rename(tmp_path / "moved")
     agree(build(), moved, (5, 1, 3))
+    to_onnx.quantise(moved)
+    assert len(list((moved / "onnx").glob("model_quantized*"))) == 2
+    graph = onnxruntime.InferenceSession(moved / to_onnx.INT8_FILE)
+    (vectors,) = graph.run(["sentence_embedding"], feed(moved, TEXTS))
+    cosines = (vectors * build().encode(TEXTS, 5, 1, 3)).sum(1)
+    assert 0.99 < cosines.min() < 1 - 1e-6
+
+
+# ---- int8 ----
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory) -> Path:
+    """An export with an int8 graph; its pooler and its cut are Dense modules."""
+    out = tmp_path_factory.mktemp("int8") / "out"
+    report = export(build("bert"), out, 5, 2, 3, formats=("onnx-int8",))
+    assert report.worst < 1e-5 and 0.99 < report.int8_cosine < 1 - 1e-6
+    assert f"int8 graph with them are at least {report.int8_cosine:.4f}" in report.describe()
+    assert "(`onnx/model_quantized.onnx` has weights" in (out / "README.md").read_text()
+    return out
+
+
+def test_int8_graph_has_integers_for_the_trunk_and_the_vocabulary(int8):
+    names = {path.name for path in (int8 / "onnx").iterdir()}
+    assert names == {"model.onnx", "model_quantized.onnx"}
+    plain, small = (onnx.load(int8 / "onnx" / name) for name in sorted(names))
+    # Six products with weights in each of two layers.
+    assert [node.op_type for node in small.graph.node].count("MatMulInteger") == 12
+    floats = {w.name for w in small.graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
+    assert len([name for name in floats if re.match(r"dense\.[01]\S*weight", name)]) == 2
+    after = {weight.name: weight for weight in small.graph.initializer}
+    rows = [
+        weight for weight in plain.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT
+    ]
+    rows = [weight for weight in rows if len(weight.dims) == 2 and "dense." not in weight.name]
+    assert len(rows) == 12 + 3
+    for weight in rows:
+        assert weight.name not in after, weight.name
+        stored = onnx.numpy_helper.to_array(after[f"{weight.name}_quantized"])
+        scales = onnx.numpy_helper.to_array(after[f"{weight.name}_scale"])
+        # A product has a scale for each column, and 7 bits.
+        if "embeddings" in weight.name:
+            assert scales.size == 1 and stored.dtype in (np.int8, np.uint8)
+        else:
+            assert scales.size == weight.dims[1] and np.abs(stored).max() <= 64
+
+
+def test_check_detects_a_broken_int8_graph(int8, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(int8, out)
+    small = onnx.load(out / to_onnx.INT8_FILE)
+    scale = next(w for w in small.graph.initializer if w.name.endswith("_scale"))
+    broken = np.full_like(onnx.numpy_helper.to_array(scale), np.nan)
+    scale.CopyFrom(onnx.numpy_helper.from_array(broken, scale.name))
+    onnx.save(small, out / to_onnx.INT8_FILE)
+    with pytest.raises(ValueError, match="model_quantized.onnx: expected cosines above 0, got nan"):
+        probes.check(out, build("bert"), 5, 2, 3)
+
+
+# ---- errors ----
 
 
 def test_check_detects_a_wrong_graph(smallest, tmp_path):

@@ -18,11 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from mlembed import config
 from mlembed.data.packing import pack
+from mlembed.modeling import pretrained
 from mlembed.modeling.automodel.choose import trunk_of
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime.distributed import World
 from mlembed.training.engine import Engine, local
 from mlembed.training.guards import agree, bad_gradient
+from mlembed.training.lora import attach
 from mlembed.training.optim import adamw, prepare
 
 # Neither two nor four processes share these widths, heads and vocabulary evenly.
@@ -52,7 +54,15 @@ class Case:
     offload: bool = False
     compiled: bool = False
     last_layers: int = 0
+    lora: bool = False
+    ranks: tuple[int, ...] = MODEL.ranks
     family: str = ""
+
+    @property
+    def alone(self):
+        """Return the case that trains equally on one process."""
+        shape = {"last_layers": self.last_layers, "lora": self.lora, "ranks": self.ranks}
+        return Case("ddp", dropout=self.dropout, family=self.family, **shape)
 
 
 CASES = {
@@ -65,6 +75,10 @@ CASES = {
     # The exits share a layer, which gets several gradients in one backward.
     "ddp last layers": Case("ddp", dropout=0.3, recompute=3, last_layers=1),
     "fsdp last layers": Case("fsdp", dropout=0.3, recompute=3, last_layers=1),
+    "ddp lora": Case("ddp", dropout=0.3, recompute=2, lora=True),
+    # Without ranks all weights are frozen, and the first layer's input has no gradient.
+    "fsdp lora": Case("fsdp", recompute=2, lora=True, ranks=()),
+    "fsdp lora compiled": Case("fsdp", compiled=True, lora=True, ranks=()),
     # The layers are those of transformers.
     "ddp transformers": Case("ddp", dropout=0.3, recompute=2, family="modernbert"),
     "fsdp transformers": Case("fsdp", dropout=0.3, recompute=2, family="modernbert"),
@@ -91,13 +105,14 @@ def cotangent(step, rank, i, like):
 
 
 def configured(case):
-    changes = {"dropout": case.dropout, "exits": (1 + case.last_layers, 3)}
-    changes["last_layers"] = case.last_layers
+    changes = {"exits": (1 + case.last_layers, 3), "last_layers": case.last_layers}
+    shape = MODEL
     if case.family:
-        sizes = {"vocab_size": 101, "num_hidden_layers": 3, "ranks": (3, 11)}
-        shape = auto_models.shape(case.family, **sizes)
+        shape = auto_models.shape(case.family, vocab_size=101, num_hidden_layers=3)
     return config.Run(
-        model=replace(shape if case.family else MODEL, **changes),
+        model=replace(shape, dropout=case.dropout, ranks=case.ranks, **changes),
+        lora=config.Lora(rank=3) if case.lora else config.Lora(),
+        init="a model" if case.lora else "",
         optim=config.Optim(lr=1e-2, max_grad_norm=MAX_NORM),
         engine=case.engine,
         cpu_offload=case.offload,
@@ -151,7 +166,10 @@ def full(x):
 def train(case, where, size):
     """Return gradients, norms around clipping and collectives of two steps, and the weights."""
     run, called, graphs = configured(case), Counter(), []
-    model = randomise(trunk_of(run.model))
+    model = trunk_of(run.model)
+    if case.lora:
+        attach(model, run.lora, 0)
+    randomise(model)
     if case.compiled:
         torch._dynamo.reset()
         model.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -179,7 +197,8 @@ def train(case, where, size):
             else:
                 add_gradients_alone(engine, case, step, size)
         result["called"].append(dict(called))
-        result["grads"].append({name: full(p.grad) for name, p in model.named_parameters()})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        result["grads"].append({name: full(p.grad) for name, p in trained.items()})
         norm = engine.norm(engine.norms())
         prepare(optimizer, norm, MAX_NORM, torch.zeros(()))
         optimizer.step()
@@ -192,6 +211,7 @@ def train(case, where, size):
         assert all(p.grad is None for p in model.parameters())
         result["graphs"].append(len(graphs))
     assert {local(p).dtype for p in model.parameters()} == {torch.float32}
+    result["trained"] = len(trained)
     result["weights"] = {name: full(p) for name, p in model.named_parameters()}
     whole = engine.full_model()
     assert (whole is None) == (where.rank > 0)
@@ -213,8 +233,8 @@ def bad_gradients(engine):
     earlier one on the first process as well.
     """
     where = engine.where
-    names, weights = [bad_gradient(engine.norms())], late_and_early(engine.model)
-    for rank, name in zip((where.size - 1, 0), weights, strict=True):
+    names = [bad_gradient(engine.norms())]
+    for rank, name in zip((where.size - 1, 0), bad_names(engine.model), strict=True):
         if where.rank == rank:
             gradient = engine.model.get_parameter(name).grad
             local(gradient)[0, 0] = torch.inf if rank else torch.nan
@@ -222,10 +242,11 @@ def bad_gradients(engine):
     return names
 
 
-def late_and_early(model):
-    """Return the names of a matrix of the second layer, and of one of the first."""
-    names = [name for name, weight in model.named_parameters() if weight.ndim == 2]
-    return [next(n for n in names if n.startswith(f"layers.{i}.") and "mlp" in n) for i in (1, 0)]
+def bad_names(model):
+    """Return the names of a trained matrix of the second layer, and of one of the first."""
+    names = [n for n, weight in model.named_parameters() if weight.requires_grad and "mlp" in n]
+    names = [n for n in names if not n.endswith(("norm.weight", "bias"))]
+    return [next(n for n in names if n.startswith(f"layers.{i}.")) for i in (1, 0)]
 
 
 def left_out(engine, optimizer, where):
@@ -251,12 +272,10 @@ def process(where, names):
     for name in names:
         case = CASES[name]
         results[name] = {"got": train(case, where, where.size)}
-        key = case.dropout, case.last_layers, case.family
         if where.main:
-            if key not in alone:
-                one = Case("ddp", case.dropout, last_layers=case.last_layers, family=case.family)
-                alone[key] = train(one, ALONE, where.size)
-            results[name]["want"] = alone[key]
+            if case.alone not in alone:
+                alone[case.alone] = train(case.alone, ALONE, where.size)
+            results[name]["want"] = alone[case.alone]
     return results
 
 
@@ -320,11 +339,12 @@ def test_weights_after_two_steps(results):
 
 
 def test_full_model_is_on_the_main_process(results):
-    for processes in results.values():
+    for name, processes in results.items():
         first, *others = (process["got"] for process in processes)
         assert all(other["whole"] is None for other in others)
-        assert first["whole"].keys() == first["weights"].keys()
-        for name, weight in first["weights"].items():
+        weights = pretrained.merged(first["weights"], configured(CASES[name]).lora.scale)
+        assert first["whole"].keys() == weights.keys()
+        for name, weight in weights.items():
             assert torch.equal(first["whole"][name], weight), name
 
 
@@ -336,7 +356,8 @@ def test_collectives_of_a_step(results):
         if case.engine == "fsdp":
             gathered = torch.bfloat16 if case.half else wide
             units = MODEL.num_hidden_layers - case.last_layers + 1
-            once = {("gathers", gathered): units, ("scatters", wide): units}
+            # Without ranks the root's weights are frozen.
+            once = {("gathers", gathered): units, ("scatters", wide): units - (not case.ranks)}
             once["reduces", wide] = 1
         assert got["called"] == [once] * STEPS, case
 
@@ -345,19 +366,36 @@ def test_a_bad_number_of_one_process_leaves_the_step_out_on_all(results):
     """Weights, moments and step counts, sharded ones too."""
     for _, got, _ in of_each(results):
         found, changed, tensors = got["left"]
-        assert (found, changed) == (1.0, 0) and tensors == 4 * len(got["weights"])
+        assert (found, changed) == (1.0, 0)
+        assert tensors == len(got["weights"]) + 3 * got["trained"]
 
 
 def test_first_bad_gradient_of_any_process(results):
     for case, got, _ in of_each(results):
-        weights = late_and_early(trunk_of(configured(case).model))
-        assert got["bad"] == [None, *(f"gradient of {name}" for name in weights)]
+        model = trunk_of(configured(case).model)
+        if case.lora:
+            attach(model, configured(case).lora, 0)
+        assert got["bad"] == [None, *(f"gradient of {name}" for name in bad_names(model))]
 
 
 def test_sharded_layers_share_compiled_graphs(results):
     """Two halves, with and without a graph, again where FSDP2's view has a longer base."""
-    for process in results.get("fsdp compiled", ()):
-        assert 4 <= max(process["got"]["graphs"]) <= 6
+    for name in ("fsdp compiled", "fsdp lora compiled"):
+        for process in results.get(name, ()):
+            assert 4 <= max(process["got"]["graphs"]) <= 6, name
+
+
+def test_frozen_weights_stay(results):
+    for name, processes in results.items():
+        if CASES[name].lora:
+            first = Transformer(configured(CASES[name]).model)
+            attach(first, configured(CASES[name]).lora, 0)
+            randomise(first)
+            for process in processes:
+                frozen = {n: p for n, p in first.named_parameters() if not p.requires_grad}
+                assert len(process["got"]["weights"]) - process["got"]["trained"] == len(frozen) > 9
+                for n, p in frozen.items():
+                    assert torch.equal(process["got"]["weights"][n], p), n
 
 
 # ---- one process ----

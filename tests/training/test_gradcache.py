@@ -323,6 +323,11 @@ def test_budget_leaves_room_for_moments(folder, monkeypatch):
     numbers = sum(p.numel() for p in job.model.parameters())
     monkeypatch.setattr(gradcache, "free_bytes", lambda device: 12.0 * numbers + 1000)
     assert gradcache.budget_bytes(job.run, job.model, ALONE.device) == pytest.approx(800)
+    # Frozen weights have neither gradients nor moments; FSDP holds a copy of them.
+    frozen = sum(p.numel() for p in job.model.layers.requires_grad_(False).parameters())
+    for run, needs in ((job.run, 0), (replace(job.run, engine="fsdp"), 4.0 * frozen)):
+        left = 12.0 * frozen - needs + 1000
+        assert gradcache.budget_bytes(run, job.model, ALONE.device) == pytest.approx(0.8 * left)
     configured = replace(job.run, activation_gib=2.0)
     assert gradcache.budget_bytes(configured, job.model, ALONE.device) == 2 * 2**30
     monkeypatch.setattr(gradcache, "free_bytes", lambda device: 1.0)

@@ -7,8 +7,8 @@ deepest exit, and of the teacher, which may be deeper; H is `model.last_layers`,
 gradient. Each token teaches D numbers, where a text's vector teaches them once: a vocabulary of low
 rank learns most from it.
 
-The term needs no graph of its own. It adds its gradient to that of h while the backward passes, so
-that packs with and without kept graphs, and all engines, treat it alike.
+The term needs no graph of its own. It adds its gradient to that of h while the backward passes,
+which is the same with and without kept graphs, and for all engines.
 
 Letters: T tokens of a pack, N texts of a batch, D width.
 """
@@ -88,14 +88,13 @@ def table(targets: Sequence[Target], weight_EM: Tensor) -> Tensor:
     return loss_EM
 
 
-def check(run: config.Run, teacher: Teacher | None, tokens: Tokenizer) -> None:
+def check(run: config.Run, teacher: Teacher, tokens: Tokenizer) -> None:
     """Raise ValueError unless the teacher's hidden states can be those of the run's model.
 
     tokens: the student's tokenizer.
     """
     if not run.distill.hidden:
         return
-    assert teacher is not None
     packed, model, source = teacher.model, run.model, run.distill.teacher
     name = f"distill.hidden: expected a teacher of the model's architecture, got {source}"
     if not isinstance(packed, PackedTeacher):
@@ -134,11 +133,18 @@ def read(
     for pack in batch.packs:
         exits_END, states_TD = teacher.model.read(_whole(pack), above)
         vectors.append(exits_END[0])
-        lengths = pack.cu_seqlens.diff()
-        per_token = (where.size / max(1, texts)) / lengths.float()
-        share_T = per_token.repeat_interleave(lengths, output_size=pack.plan.tokens)
+        share_T = shares(pack, texts, where)
         targets.append(Target(layer, states_TD, share_T, share_T.new_zeros(())))
     return torch.cat(vectors)[batch.place], targets
+
+
+def shares(pack: PackedBatch, texts: int, where: World) -> Tensor:
+    """Return each token's part of the mean over the texts of all processes, times their number,
+    since processes average: fp32 [T].
+    """
+    lengths = pack.cu_seqlens.diff()
+    per_token = (where.size / max(1, texts)) / lengths.float()
+    return per_token.repeat_interleave(lengths, output_size=pack.plan.tokens)
 
 
 def _whole(pack: PackedBatch) -> PackedBatch:

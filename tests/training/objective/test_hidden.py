@@ -2,6 +2,7 @@
 and on two, and which teachers it takes.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -191,3 +192,54 @@ def test_a_teacher_with_another_tokenizer(folder):
 def test_options_that_exclude_it(more):
     with pytest.raises(ValueError, match=r"distill\.hidden: expected 0 with .*, got 1\.0"):
         Distill(**{"teacher": "model", "hidden": 1.0, "logits": 1.0, **more})
+
+
+# ---- first layers, before training ----
+
+
+def fitted(folder, where, *options):
+    """Return the weights, by name, after the stage of first layers on a quarter of four steps."""
+    job = job_of(folder, where, [*CASES["last layers"], "--distill.first-layers", "0.5", *options])
+    job.saver.close()
+    return {name: p.detach().clone() for name, p in job.model.named_parameters()}
+
+
+def test_first_layers_learn_the_teachers_states(folder, capfd):
+    before = fitted(folder, ALONE, "--distill.first-layers", "0")
+    capfd.readouterr()
+    options = "--steps", "60", "--optim.lr", "3e-3", "--optim.freeze-tokens"
+    after = fitted(folder, ALONE, *options)
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    assert moved == {n for n in before if n.startswith(("layers.0.", "embed_tokens.W"))}
+    (line,) = [x for x in capfd.readouterr().out.splitlines() if x.startswith("fit ")]
+    errors = re.findall(r"([\d.]+) to ([\d.]+) at rank (\d+)", line)
+    assert [rank for *_, rank in errors] == ["8", "16"]
+    for first, last, _ in errors:
+        assert float(last) < 0.8 * float(first)
+
+
+def first_step(folder, where):
+    return fitted(folder, where, "--steps", "2", "--optim.warmup-steps", "0")
+
+
+def test_first_layers_of_two_processes_are_those_of_one(folder):
+    want = first_step(folder, ALONE)
+    for found in gloo_once(2, two_fits, folder):
+        for name, p in want.items():
+            torch.testing.assert_close(found[name], p, rtol=0, atol=1e-6, msg=name)
+
+
+def two_fits(where, folder):
+    return first_step(folder, where)
+
+
+def test_first_layers_need_hidden_states():
+    with pytest.raises(ValueError, match=r"distill.first_layers: expected 0 without .*, got 0.3"):
+        Distill(teacher="model", logits=1.0, first_layers=0.3)
+
+
+def test_first_layers_change_no_weights_below_adapters(folder):
+    with pytest.raises(
+        ValueError, match=r"distill.first_layers: expected 0 with lora.rank, .* 0.5"
+    ):
+        fitted(folder, ALONE, "--lora.rank", "2")

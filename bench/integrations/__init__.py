@@ -1,0 +1,1 @@
+"""Our loss inside SentenceTransformerTrainer, next to the losses of sentence-transformers."""
