@@ -25,7 +25,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Compute torch's dense attention, for which q, k, v are copied to rectangles.
 
@@ -34,19 +40,26 @@ def sdpa(
     """
     cu_seqlens = plan.cu_seqlens
     if q.device.type != "cpu" or cu_seqlens.numel() < 16:
-        return _rectangle(q, k, v, cu_seqlens, plan.max_seqlen, causal, scale)
+        return _rectangle(q, k, v, cu_seqlens, plan.max_seqlen, causal, scale, window)
     outs = []
     for part in cu_seqlens[1:].chunk(4):
         first = cu_seqlens[cu_seqlens < part[0]][-1:]
         cu = torch.cat([first, part])
         rows = slice(int(cu[0]), int(cu[-1]))
         L = int(cu.diff().max())
-        outs.append(_rectangle(q[rows], k[rows], v[rows], cu - cu[0], L, causal, scale))
+        outs.append(_rectangle(q[rows], k[rows], v[rows], cu - cu[0], L, causal, scale, window))
     return torch.cat(outs)
 
 
 def _rectangle(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, L: int, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    L: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """Return attention of sequences of at most L tokens, by way of a rectangle [N, H, L, K].
 
@@ -68,10 +81,18 @@ def _rectangle(
     mask = None
     if not causal:
         mask = (torch.arange(L, device=q.device) < lengths[:, None])[:, None, None]
+    if window is not None:
+        near_LL = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1 - window)
+        near_LL = near_LL.tril(0 if causal else window - 1)
+        # Queries of the unused tail see its keys: a softmax over no key would be NaN.
+        mask = near_LL if mask is None else near_LL & (mask.mT == mask)
     if q.device.type == "cpu" and L <= 256:
         out = _softmax_cpu(q, k, v, mask, scale)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+        # A mask of a window is causal itself.
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
+        )
     return out.transpose(1, 2).flatten(0, 1)[slot_T]
 
 
@@ -89,7 +110,13 @@ def _softmax_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Call torch's own FlashAttention 2, with k and v repeated if it lacks grouped queries."""
     _check(q, "varlen", plan, HALF)
@@ -98,20 +125,32 @@ def varlen(
     if not grouped:
         k, v = _repeated(q, k, v)
     bounds = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
-    window = -1, 0 if causal else -1
-    return attend(q, k, v, *bounds, scale=scale, window_size=window, **options)
+    return attend(q, k, v, *bounds, scale=scale, window_size=_sides(causal, window), **options)
 
 
 def flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Call flash-attn's function for packed sequences."""
     _check(q, "flash_attn", plan, HALF)
     bounds = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
     same_bits = torch.are_deterministic_algorithms_enabled()
+    local = {} if window is None else {"window_size": _sides(causal, window)}
     return _flash_attn()(
-        q, k, v, *bounds, softmax_scale=scale, causal=causal, deterministic=same_bits
+        q, k, v, *bounds, softmax_scale=scale, causal=causal, deterministic=same_bits, **local
     )
+
+
+def _sides(causal: bool, window: int | None) -> tuple[int, int]:
+    """Return how many tokens before and after itself a token sees, -1 for all of them."""
+    side = -1 if window is None else window - 1
+    return side, 0 if causal else side
 
 
 def xformers(

@@ -2,7 +2,8 @@
 
     o_t = sum_s softmax_s(scale * q_t . k_s) v_s,   s in the sequence of t (and s <= t when causal)
 
-Query head h reads key/value head h // (Hq / Hkv) (grouped queries, GQA).
+Query head h reads key/value head h // (Hq / Hkv) (grouped queries, GQA). With a window W, as in the
+local layers of ModernBERT and Gemma 3, a token sees only tokens at a distance |s - t| < W.
 
 Layer-skip: if sequences leave at different depths, order the batch deepest first. The sequences
 alive at a layer are then a prefix of the packed buffer, and their attention is this function on
@@ -15,6 +16,7 @@ element. At n = 20..110 and K = 128 bytes are the bound on an H200.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from .._dispatch import DTYPES, check_impl, use_triton
 from .plan import AttentionPlan
 
 IMPLS = ("auto", "triton", "sdpa", "varlen", "flash_attn", "xformers", "reference")
+LOCAL = ("sdpa", "varlen", "flash_attn", "reference")  # Implementations with windows.
 WIDTHS = tuple(range(16, 129, 16))  # Widths K of heads that Triton's kernels support.
 CPU = torch.device("cpu")
 
@@ -36,6 +39,7 @@ def attention_ref(
     causal: bool,
     scale: float | None = None,
     active: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Compute the specification, one dense softmax per sequence; arguments as in `attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -52,10 +56,13 @@ def attention_ref(
         keys = k[begin:end].repeat_interleave(group, dim=1)
         values = v[begin:end].repeat_interleave(group, dim=1)
         scores = torch.einsum("qhk,shk->hqs", q[begin:end], keys) * scale
+        hidden = torch.zeros(end - begin, end - begin, dtype=torch.bool, device=q.device)
         if causal:
-            n = end - begin
-            future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
+            hidden |= torch.ones_like(hidden).triu(1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).triu(window) | torch.ones_like(hidden).tril(-window)
+        if causal or window is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
         out[begin:end] = torch.einsum("hqs,shk->qhk", scores.softmax(-1), values)
     return out
 
@@ -69,6 +76,7 @@ def attention(
     causal: bool,
     scale: float | None = None,
     active: Tensor | None = None,
+    window: int | None = None,
     impl: str = "auto",
     plan: AttentionPlan | None = None,
 ) -> Tensor:
@@ -86,10 +94,13 @@ def attention(
             [N], or an integer (a tensor of one element), the number of leading sequences. Rows of
             the others are not read; they are 0 in the output and in the gradients. The host does
             not wait for it.
+        window: a token sees only tokens at a smaller distance than this, from 1 on; None for no
+            limit. "triton" and "xformers" do not support a window that is shorter than the longest
+            sequence.
         impl: "triton" (fp32, bf16, fp16; K a multiple of 16, at most 128), "sdpa" (torch, on a
             rectangle), "varlen" (torch's FlashAttention 2), "flash_attn", "xformers" (packages),
-            "reference" (a loop over sequences). "auto" is triton on CUDA for the dtypes and widths
-            that it supports, else sdpa.
+            "reference" (a loop over sequences). "auto" is triton on CUDA for the dtypes, widths and
+            windows that it supports, else sdpa.
         plan: `AttentionPlan.of(cu_seqlens)` on q's device, made once for all layers. Without it the
             call makes one, and waits for a cu_seqlens on a device. The kernels follow the plan: of
             a cu_seqlens on a device only T and N are compared with it.
@@ -99,23 +110,28 @@ def attention(
     """
     check_impl(impl, IMPLS)
     _check(q, k, v, cu_seqlens, active)
+    if plan is None:
+        plan = AttentionPlan.of(cu_seqlens).to(q.device)
+    _check_plan(plan, q, cu_seqlens)
+    window = _limit(window, plan)
     if impl == "auto":
-        supported = q.is_cuda and q.dtype in DTYPES and q.shape[-1] in WIDTHS
+        supported = q.is_cuda and q.dtype in DTYPES and q.shape[-1] in WIDTHS and window is None
         impl = "triton" if supported else "sdpa"
+    if window is not None and impl not in LOCAL:
+        raise ValueError(
+            f"impl: {impl} supports windows from the longest sequence on, {plan.max_seqlen} "
+            f"tokens, got a window of {window}: choose {', '.join(LOCAL[:-1])}"
+        )
     if impl == "triton" and use_triton(impl, q) and q.shape[-1] not in WIDTHS:
         raise ValueError(
             f"impl: triton supports heads of 16 to 128, multiples of 16, got K = {q.shape[-1]}"
         )
-    if plan is None:
-        plan = AttentionPlan.of(cu_seqlens).to(q.device)
-    _check_plan(plan, q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if impl == "reference":
-        return attention_ref(
-            q, k, v, cu_seqlens=cu_seqlens, causal=causal, scale=scale, active=active
-        )
+        options: dict[str, Any] = {"scale": scale, "active": active, "window": window}
+        return attention_ref(q, k, v, cu_seqlens=cu_seqlens, causal=causal, **options)
     alive_T = None if active is None else plan.alive_T(active)
     if impl == "triton":
         from . import _op  # imports triton, which not every platform has
@@ -125,7 +141,15 @@ def attention(
 
     if alive_T is not None:  # Attention over zeros is zero, and so are its gradients.
         q, k, v = (x.masked_fill(~alive_T[:, None, None], 0) for x in (q, k, v))
-    return getattr(_backends, impl)(q, k, v, plan, scale, causal)
+    local = {} if window is None else {"window": window}
+    return getattr(_backends, impl)(q, k, v, plan, scale, causal, **local)
+
+
+def _limit(window: int | None, plan: AttentionPlan) -> int | None:
+    """Return the window, None if it hides no token of the batch. ValueError below 1."""
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected 1 or more, got {window}")
+    return None if window is None or window >= plan.max_seqlen else window
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, active: Tensor | None) -> None:

@@ -16,9 +16,12 @@ WIDEST, DEEPEST = 2**16, 1000
 class Model:
     """Shape and nesting of the encoder (names as in Hugging Face configurations)."""
 
-    style: Literal["qwen3", "bert"] = "qwen3"
+    style: Literal["qwen3", "bert", "transformers"] = "qwen3"
     """qwen3: RMSNorm before each sublayer, rotary positions, SwiGLU, no biases. bert: LayerNorm
-    after each sublayer, learned positions, GELU, biases."""
+    after each sublayer, learned positions, GELU, biases. transformers: the layers of `init`, by
+    transformers."""
+    architecture: str = ""
+    """config.json of transformers, as text, with style transformers; read from `init`."""
     vocab_size: int = number(8192, above=0, most=2**24)
     """Number of tokens; the most that a tokenizer trained here may learn."""
     hidden_size: int = number(256, above=0, most=WIDEST)
@@ -33,7 +36,7 @@ class Model:
     max_position_embeddings: int = number(512, above=0, most=2**24)
     """Length of the longest text, in tokens."""
     position_offset: int = number(0, least=0, most=2**24)
-    """Rows of a BERT's position table before position 0: 0, or 2 for RoBERTa and XLM-R."""
+    """Rows of a position table before position 0: 0, or 2 for RoBERTa and XLM-R."""
     type_vocab_size: int = number(2, above=0, most=2**16)
     """Rows of a BERT's segment table, whose first row is added to every token."""
     causal: bool = True
@@ -41,6 +44,9 @@ class Model:
     pooling: Pooling = "last"
     """Embedding of a text: its last token (EOS), the mean of all tokens, the first token ([CLS]),
     or BERT's pooler, tanh of a dense layer over the first token."""
+    dense: tuple[int, ...] = number((), above=0, most=WIDEST)
+    """Output widths of linear layers after the pooling, the last = hidden_size, with style
+    transformers; read from `init`."""
     exits: tuple[int, ...] = number((), above=0, most=DEEPEST)
     """Depths at which texts are pooled, the last = all layers. Empty: 1, 2, 4, 8, 16, .. all."""
     last_layers: int = number(0, least=0, most=DEEPEST)
@@ -88,6 +94,17 @@ class Model:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim: expected an even number, got {self.head_dim}")
+        if (self.style == "transformers") != bool(self.architecture):
+            want = "that of init with style transformers" if not self.architecture else "none"
+            got = "another value" if self.architecture else "none"
+            raise ValueError(
+                f"model.architecture: expected {want}, got {got} with style {self.style}"
+            )
+        if self.dense and (self.style != "transformers" or self.dense[-1] != D):
+            raise ValueError(
+                f"model.dense: expected layers with style transformers that end at hidden_size "
+                f"{D}, got {self.dense} with style {self.style}"
+            )
         if self.style == "bert":
             self._check_bert()
         elif self.pooling == "pooler":

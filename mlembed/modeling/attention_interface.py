@@ -10,8 +10,8 @@ padding, attends within each sequence, and pads again with zeros. Sequences are 
 batch; without a mask, they are the runs of rising `position_ids`, or, like for FlashAttention, what
 `cu_seq_lens_q` bounds (DataCollatorWithFlattening).
 
-Unsupported features raise ValueError: sliding windows, soft caps, biases, sinks, dropout of
-attention weights, cross-attention, keys of a cache.
+Local layers see a window of tokens. Unsupported features raise ValueError: soft caps, biases,
+sinks, dropout of attention weights, cross-attention, keys of a cache, masks made of the text.
 
 Letters: B rows of a batch, S slots of a row, H heads, K head width, T tokens without padding.
 """
@@ -30,8 +30,8 @@ from transformers import masking_utils
 from mlembed_kernels import AttentionPlan, attention
 
 # Options of transformers that would change the result.
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "output_attentions")
-PATTERNS = "causal or full attention"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
+PATTERNS = "causal or full attention, or a window of it"
 
 
 def register() -> None:
@@ -58,11 +58,13 @@ Layout = tuple[Tensor | None, AttentionPlan]
 class Forward:
     """State that the layers of one forward pass share, an attribute of their mask.
 
-    The first layer sets `layout`.
+    The first layer sets `layout`. window, impl: as in `attention`.
     """
 
     causal: bool
+    window: int | None = None
     layout: Layout | None = None
+    impl: str = "auto"
 
 
 @torch.compiler.disable
@@ -83,26 +85,60 @@ def mask(
     the layers of one pass share its attribute, a `Forward`.
 
     Raises:
-        ValueError: a sliding window or another pattern, more keys than queries (a cache).
+        ValueError: not one of PATTERNS, more keys than queries (a cache).
     """
-    kinds = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
-    if local_size is not None:
-        raise ValueError(
-            f"mlembed attention: expected full attention, got a window of {local_size}"
-        )
-    if use_vmap or (attention_mask is not None and mask_function not in kinds):
-        raise ValueError(f"mlembed attention: expected {PATTERNS}, got another mask")
     _check_lengths(q_length, kv_length)
+    # Of the masks of transformers, that of packed sequences holds their numbers.
+    packed = attention_mask is None and not use_vmap and _holds_tensors(mask_function)
+    causal, window = (True, local_size) if packed else _pattern(mask_function, local_size)
     if attention_mask is not None:
         # A view: the same memory, but a tensor with attributes of its own.
         numbers_BS = attention_mask[:, :]
-    elif mask_function in kinds:
-        numbers_BS = torch.ones(batch_size, 0, dtype=torch.bool, device=device)
-    else:
+    elif packed:
         numbers_BS = _packed(mask_function, batch_size, q_length, device)
-    causal = mask_function is not masking_utils.bidirectional_mask_function
-    numbers_BS.mlembed = Forward(causal)  # type: ignore[attr-defined]
+    else:
+        numbers_BS = torch.ones(batch_size, 0, dtype=torch.bool, device=device)
+    numbers_BS.mlembed = Forward(causal, window)  # type: ignore[attr-defined]
     return numbers_BS
+
+
+def _pattern(sees: Callable[..., Any], size: int | None) -> tuple[bool, int | None]:
+    """Return whether a mask is causal, and its window.
+
+    Its function is called for some queries and keys on either side of the window's bounds.
+
+    Args:
+        size: transformers' size of the window. Causal models count a token itself, bidirectional
+            ones the tokens on one side.
+
+    Raises:
+        ValueError: not one of PATTERNS, or a mask that depends on the text.
+    """
+    if sees is masking_utils.causal_mask_function:
+        return True, None
+    if sees is masking_utils.bidirectional_mask_function:
+        return False, None
+    if not _holds_tensors(sees):
+        far = size or 1
+        q_Q1 = torch.tensor([0, far, 2 * far + 1, 3 * far + 2])[:, None]
+        k_K = torch.arange(5 * far + 8)
+        zero = torch.zeros((), dtype=torch.int64)
+        seen_QK = sees(zero, zero, q_Q1, k_K).expand(len(q_Q1), len(k_K))
+        before_QK = q_Q1 - k_K
+        for causal in (True, False):
+            for window in (None,) if size is None else (size, size + 1):
+                near_QK = before_QK.abs() < (window or len(k_K))
+                if torch.equal(seen_QK, near_QK & (before_QK >= 0) if causal else near_QK):
+                    return causal, window
+    raise ValueError(f"mlembed attention: expected {PATTERNS}, got another mask")
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is a tensor, or a function or tuple that holds one."""
+    if isinstance(value, tuple | list):
+        return any(map(_holds_tensors, value))
+    cells = getattr(value, "__closure__", None) or ()
+    return isinstance(value, Tensor) or any(_holds_tensors(cell.cell_contents) for cell in cells)
 
 
 def _packed(sees: Callable[..., Any], B: int, S: int, device: torch.device | str) -> Tensor:
@@ -125,6 +161,7 @@ def _layout(
     numbers_BS: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
+    window: int | None,
 ) -> Layout:
     """Return the layout of a batch; waits for the device to read masks, positions and bounds."""
     B, S = shape
@@ -143,6 +180,11 @@ def _layout(
     rows = numbers.flatten().nonzero()[:, 0]
     # Among the tokens, a sequence begins with each row and with each new number.
     begins = (numbers.flatten()[rows].diff() != 0) | ((rows // S).diff() != 0)
+    if window is not None and ((rows.diff() != 1) & ~begins).any():
+        raise ValueError(
+            f"attention_mask: expected padding only around texts with a window of {window}, got "
+            "padding inside a text"
+        )
     inner = (1 + begins.nonzero()[:, 0]).tolist()
     bounds = torch.tensor([0, *inner, len(rows)] if len(rows) else [0])
     if user_bounds is not None and (len(rows) < B * S or not torch.equal(user_bounds, bounds)):
@@ -168,6 +210,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -181,6 +224,7 @@ def attend(
         dropout: 0.
         scaling: factor on the scores; K ** -0.5 by default.
         is_causal: the layer's attribute `is_causal` by default.
+        sliding_window: the mask's by default; a token sees tokens at a smaller distance.
 
     Raises:
         ValueError: unsupported features, or shapes that do not fit.
@@ -191,12 +235,15 @@ def attend(
     shared = getattr(attention_mask, "mlembed", None)
     if shared is not None and shared.causal != causal:
         raise ValueError(f"is_causal: expected {shared.causal} like the mask, got {causal}")
+    window = sliding_window if shared is None else shared.window
+    if sliding_window not in (None, window):
+        raise ValueError(f"sliding_window: expected {window} like the mask, got {sliding_window}")
     layout = shared.layout if shared is not None else None
     if layout is None:
         masked = attention_mask is not None and attention_mask.shape[1]
         numbers_BS = attention_mask if masked else None
         cu_seqlens = _shared_bounds(cu_seq_lens_q, cu_seq_lens_k)
-        layout = _layout((B, S), query.device, numbers_BS, position_ids, cu_seqlens)
+        layout = _layout((B, S), query.device, numbers_BS, position_ids, cu_seqlens, window)
         if shared is not None:
             shared.layout = layout
     rows_T, plan = layout
@@ -204,7 +251,17 @@ def attend(
     q, k, v = (rearrange(x.to(value.dtype), "b h s k -> (b s) h k") for x in (query, key, value))
     if rows_T is not None:
         q, k, v = (x.index_select(0, rows_T) for x in (q, k, v))
-    out = attention(q, k, v, cu_seqlens=plan.cu_seqlens, causal=causal, scale=scaling, plan=plan)
+    out = attention(
+        q,
+        k,
+        v,
+        cu_seqlens=plan.cu_seqlens,
+        causal=causal,
+        scale=scaling,
+        window=window,
+        impl="auto" if shared is None else shared.impl,
+        plan=plan,
+    )
     if rows_T is not None:
         out = out.new_zeros(B * S, *out.shape[1:]).index_copy(0, rows_T, out)
     return rearrange(out, "(b s) h k -> b s h k", b=B), None

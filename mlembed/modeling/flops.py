@@ -10,13 +10,15 @@ summed over exits for the last layers that all exits end with:
 
 The backward has twice as many, without gradients of frozen matrices as many products. Recomputed
 are the scores in attention's backward, 2 Hq K P_l, and forwards that memory is saved by. Norms,
-rotations, adapters and the loss count nothing.
+rotations, adapters and the loss count nothing. A layer of transformers counts the weights of the
+last layer, and local layers the whole text.
 """
 
 from dataclasses import dataclass
 
 from .. import config
 from ..data.packing import PackedBatch
+from .automodel import architecture
 
 # TFLOP/s of dense bf16 products, as the maker states them. A device has the first row whose words
 # its name contains.
@@ -53,6 +55,8 @@ class Flops:
 
 def layer_weights(m: config.Model) -> int:
     """Return the weights of a layer's matrices, each of which multiplies every token."""
+    if m.style == "transformers":
+        return architecture.numbers(m)[2]
     heads = 2 * m.num_attention_heads + 2 * m.num_key_value_heads
     ups = 2 if m.style == "bert" else 3
     return m.hidden_size * (heads * m.head_dim + ups * m.intermediate_size)

@@ -1,6 +1,7 @@
 """Shapes read from checkpoints on disk or on the hub, and written as Hugging Face's config.json."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..config.strict import from_dict
 from ..runtime.files import field, read_object
 from ..runtime.model_files import check_files
 from . import sentence_files
+from .automodel import architecture
 
 # The nesting (exits, prefixes, ranks) in a model directory of ours.
 NESTING = "mlembed_config.json"
@@ -64,14 +66,15 @@ def resolve(source: str, key: str = "model") -> Path:
     return path
 
 
-def from_checkpoint(directory: Path, model: Model) -> Model:
+def from_checkpoint(directory: Path, model: Model, style: str = "") -> Model:
     """Return `model` with its shape replaced by a checkpoint's.
 
-    For a Qwen3, BERT, RoBERTa or XLM-R checkpoint: exits and prefixes stay if they end at its depth
-    and width; a single one becomes that depth or width; otherwise they get their defaults. Ranks
-    above the width go. Pooling is that of the directory's sentence-transformers modules
-    (`sentence_files.read`), else `model`'s, but "mean" instead of "last" for BERT and "last"
-    instead of "pooler" for Qwen3.
+    For a checkpoint of transformers: Qwen3, BERT, RoBERTa and XLM-R have styles of their own unless
+    `style` is "transformers", the style of all others. Exits and prefixes stay if they end at its
+    depth and width; a single one becomes that depth or width; otherwise they get their defaults.
+    Ranks above the width go. Pooling is that of the directory's sentence-transformers modules
+    (`sentence_files.read`), else `model`'s, but "mean" instead of "last" for models that see the
+    whole text, and "last" instead of "pooler" for others.
 
     For a directory of mlembed: the saved shape, with `model`'s ranks if it had none. Attention's
     implementation and dropout are always `model`'s: weights do not depend on them.
@@ -87,7 +90,7 @@ def from_checkpoint(directory: Path, model: Model) -> Model:
         if (nesting := directory / NESTING).exists():
             path = nesting
             return _own_shape(path, model)
-        return _shape(path, model)
+        return _shape(path, model, style)
     except ValueError as error:
         # The checks of `Model` name the field alone.
         reason = str(error).removeprefix(f"{path}: ")
@@ -104,22 +107,30 @@ def _own_shape(path: Path, model: Model) -> Model:
     return dataclasses.replace(saved, attention=model.attention, dropout=model.dropout, ranks=ranks)
 
 
-def _shape(path: Path, model: Model) -> Model:
+def _shape(path: Path, model: Model, style: str) -> Model:
     hf, directory = read_object(path), path.parent
     kind = hf.get("model_type")
-    if kind not in ("qwen3", *BERTS):
-        known = ", ".join(map(repr, ("qwen3", *BERTS)))
-        raise ValueError(f"{path}: expected model_type {known}, got {kind!r:.80}")
-    shape = _bert_shape(path, hf) if kind in BERTS else _qwen3_shape(path, hf)
-    stored_pooling = sentence_files.read(directory, shape["hidden_size"]).pooling
-    if stored_pooling == "pooler" and kind == "qwen3":
-        raise ValueError(f"{directory}: expected Qwen3 without a tanh Dense module, got one")
-    unfit, usual = ("last", "mean") if kind in BERTS else ("pooler", "last")
-    pooling: Any = stored_pooling or (usual if model.pooling == unfit else model.pooling)
+    if kind not in ("qwen3", *BERTS) or style == "transformers":
+        shape = architecture.shape(path, hf)
+    else:
+        shape = _bert_shape(path, hf) if kind in BERTS else _qwen3_shape(path, hf)
+    bert, causal = shape["style"] == "bert", shape["causal"]
+    files = sentence_files.read(directory, shape["hidden_size"])
+    if files.pooling == "pooler" and not bert:
+        raise ValueError(f"{directory}: expected {kind} without a tanh Dense module, got one")
+    if files.dense and shape["style"] != "transformers":
+        raise ValueError(
+            f"{files.dense[0]}/config.json: expected a tanh layer after cls pooling, or one that "
+            "cuts vectors, got a linear layer, which needs --model.style transformers"
+        )
+    unfit = {"last"} if bert else {"pooler"} if causal else {"last", "pooler"}
+    usual = "last" if causal else "mean"
+    pooling: Any = files.pooling or (usual if model.pooling in unfit else model.pooling)
     most = min(shape["hidden_size"], shape["vocab_size"])
     return dataclasses.replace(
         model,
-        **shape,
+        **{"architecture": ""} | shape,
+        dense=_dense(files),
         pooling=pooling,
         exits=_nested(model.exits, shape.get("num_hidden_layers", model.num_hidden_layers)),
         matryoshka_dims=_nested(model.matryoshka_dims, shape["hidden_size"]),
@@ -162,6 +173,11 @@ def unsaid(directory: Path, cfg: Model, key: str) -> str:
     return f"pooled by {cfg.pooling}: nothing in {directory} says how; --{key} decides"
 
 
+def _dense(files: sentence_files.SentenceFiles) -> tuple[int, ...]:
+    """Return the output widths of the linear layers after the pooling."""
+    return tuple(read_object(folder / "config.json")["out_features"] for folder in files.dense)
+
+
 def _nested(sizes: tuple[int, ...], last: int) -> tuple[int, ...]:
     """Return exits or prefixes that end at `last`; () stands for the defaults."""
     if sizes[-1] == last:
@@ -185,7 +201,7 @@ def _qwen3_shape(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected plain rotary positions, full attention and no attention bias, got "
             f"rope_type {kind!r:.80}, sliding windows {windows}, bias "
-            f"{hf.get('attention_bias')!r:.80}"
+            f"{hf.get('attention_bias')!r:.80}: --model.style transformers trains such models"
         )
     theta = field(path, hf, "rope_theta", float, Model.rope_theta)
     return {
@@ -249,6 +265,8 @@ def hf_config(cfg: config.Model) -> dict[str, Any]:
     text may hold that token. Transformers 5 reads Qwen3's rotary base from `rope_parameters`, 4
     from `rope_theta` with a silent default of 10,000, so both are written.
     """
+    if cfg.style == "transformers":
+        return json.loads(cfg.architecture) | {"use_cache": False, "dtype": "float32"}
     return _bert_config(cfg) if cfg.style == "bert" else _qwen3_config(cfg)
 
 

@@ -44,6 +44,7 @@ from .. import config
 from ..config.choices import Method, Pooling
 from ..data import tokenizer
 from . import hf_config, serving
+from .automodel.choose import trunk_of
 from .hf_config import NESTING
 from .serving import Serving
 from .transformer import Transformer
@@ -94,7 +95,7 @@ def merge(
         U, W = tables.factors(cfg.ranks[-1])
         fits = [tables.fit(U, W, rank) for rank in cfg.ranks]
         merged |= {"embed_tokens.U": U, "embed_tokens.W": W}
-    model = Transformer(dataclasses.replace(cfg, attention="auto", dropout=0.0))
+    model = trunk_of(dataclasses.replace(cfg, attention="auto", dropout=0.0))
     model.load_state_dict({name: x.float() for name, x in merged.items()})
     return model.eval(), fits
 

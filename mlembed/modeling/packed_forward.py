@@ -23,6 +23,7 @@ from ..data import tokenizer
 from ..data.packing import PackedBatch, budgeted, pack
 from ..runtime import transfer
 from ..runtime.workers import ahead, device_of
+from .automodel.choose import trunk_of
 from .transformer import Transformer, mode
 
 # Tokens x width of a pack on a CPU: larger activations leave its caches (bench/LOG.md, encode).
@@ -168,7 +169,7 @@ def process(
     if target.type == "cpu":
         torch.set_num_threads(threads)
     with torch.device("meta"):
-        model = Transformer(cfg)
+        model = trunk_of(cfg)
     model.load_state_dict(weights, assign=True)
     model = model.to(target).eval()
     if compile:

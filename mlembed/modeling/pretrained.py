@@ -1,16 +1,18 @@
 """Load and save models as directories for Hugging Face libraries: safetensors, no remote code.
 
-A directory holds `config.json` and `model.safetensors` in the format of Qwen3, BERT or XLM-R, with
-the vocabulary merged into one table, and two files that other libraries ignore:
-`mlembed_config.json` (exits, prefixes, ranks) and `mlembed_factors.safetensors` (U and W).
+A directory holds `config.json` and `model.safetensors` in the format of Qwen3, BERT, XLM-R or the
+architecture that it began with, with the vocabulary merged into one table, and files that other
+libraries ignore: `mlembed_config.json` (exits, prefixes, ranks), `mlembed_factors.safetensors` (U
+and W), `mlembed_dense.safetensors` (linear layers after the pooling).
 Training checkpoints (checkpoint.py) can be loaded, too: they hold shards with our own names and the
 factors without a merged table.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,13 +21,15 @@ from torch import Tensor
 from .. import config
 from ..config import strict
 from ..runtime.files import SHARDS, read_object
-from ..runtime.model_files import open_tensors
+from ..runtime.model_files import open_tensors, shapes
 from . import sentence_files, weight_checks
+from .automodel import architecture
+from .automodel.choose import trunk_of
 from .hf_config import NESTING, from_checkpoint, hf_config, resolve
 from .transformer import Transformer
 from .vocabulary import cached_factors
 
-FACTORS = "mlembed_factors.safetensors"
+FACTORS, DENSE = "mlembed_factors.safetensors", "mlembed_dense.safetensors"
 ADAPTERS = "mlembed_adapters.json"  # rank and alpha of a checkpoint's adapters
 # Our modules and those of Hugging Face's BERT, XLM-R and RoBERTa, outside of and in layers.
 OUTSIDE = {
@@ -51,13 +55,18 @@ LORA = ".lora_"  # in the names of A and B: q_proj.lora_A.default.weight
 HEADS = "cls.", "lm_head.", "classifier.", "qa_outputs."
 
 
-def read_weights(directory: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def read_weights(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    own_names: Callable[[Iterable[str]], dict[str, str]] | None = None,
+) -> dict[str, Tensor]:
     """Return an encoder's weights by our names, without task heads and buffers of positions.
 
     Reads one file, several, or a training checkpoint's shards.
 
     Args:
         dtype: dtype to which the weights will be cast.
+        own_names: function from the files' names to ours, by name; `own_name` of each by default.
 
     Raises:
         ValueError: no weights, or only pickles, which run code when they are read; a weight of
@@ -80,13 +89,15 @@ def read_weights(directory: Path, dtype: torch.dtype = torch.float32) -> dict[st
         raise ValueError(
             f"{directory}: expected model.safetensors, found none{why if pickled else ''}"
         )
+    names = [name for file in files for name in shapes(file)]
+    ours = own_names(names) if own_names else {n: own for n in names if (own := own_name(n))}
     weights = {}
     for file in files:
         with open_tensors(file) as tensors:
             for name in tensors.keys():
-                if (ours := own_name(name)) is not None:
-                    weights[ours] = tensors.get_tensor(name)
-                    weight_checks.check(f"{file}: {name}", weights[ours], dtype)
+                if name in ours:
+                    weights[ours[name]] = tensors.get_tensor(name)
+                    weight_checks.check(f"{file}: {name}", weights[ours[name]], dtype)
     return weights
 
 
@@ -153,7 +164,8 @@ def load(
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
     """Load a model from a directory that mlembed saved, a training checkpoint included, or from a
-    Qwen3, BERT, RoBERTa or XLM-R checkpoint of transformers or sentence-transformers.
+    checkpoint of transformers or sentence-transformers. Of the latter, style transformers has to
+    give the vectors of transformers for a probe.
 
     A tanh Dense module after [CLS] in the latter, like LaBSE's, replaces the encoder's own pooler
     (`sentence_files.read`). If `cfg` has ranks, a plain table is factorised once
@@ -172,9 +184,17 @@ def load(
     """
     directory = resolve(source)
     cfg = cfg or from_checkpoint(directory, config.Model())
-    weights = read_weights(directory, dtype)
+    # Its modules tell the names of its weights.
+    host: Any = None
+    if cfg.style == "transformers":
+        try:
+            host = _empty(cfg)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
+    weights = read_weights(directory, dtype, getattr(host, "own_names", None))
     if not any(directory.glob(SHARDS)):
         _choose_pooler(weights, directory, cfg)
+        weights |= _dense_layers(directory, cfg)
     table = weights.pop("embed_tokens.weight", None)
     if table is None and "embed_tokens.U" not in weights:
         raise ValueError(f"{directory}: expected embed_tokens.weight, found none")
@@ -192,14 +212,19 @@ def load(
         weights["embed_tokens.U"] = U[:, : cfg.ranks[-1]]
         weights["embed_tokens.W"] = W[: cfg.ranks[-1]]
     _check_sizes(directory, cfg, weights)
-    model = _empty(cfg)
+    model = host or _empty(cfg)
     state = model.state_dict()
     for name in sorted(state.keys() | weights.keys()):
         got = list(weights[name].shape) if name in weights else "none"
         want = list(state[name].shape) if name in state else "none"
         if got != want:
             raise ValueError(f"{directory}: {name}: expected shape {want}, got {got}")
-    return _fill(model, weights, dtype)
+    model = _fill(model, weights, dtype)
+    if host is not None and not (directory / NESTING).exists():
+        from .automodel import probe  # The import of transformers takes seconds.
+
+        probe.check(host, str(directory))
+    return model
 
 
 def _check_sizes(directory: Path, cfg: config.Model, weights: dict[str, Tensor]) -> None:
@@ -223,9 +248,11 @@ def _check_sizes(directory: Path, cfg: config.Model, weights: dict[str, Tensor])
         rows = cfg.position_offset + cfg.max_position_embeddings
         wanted["embed_places.positions.weight"] = [rows, D]
         wanted["embed_places.segments.weight"] = [cfg.type_vocab_size, D]
-    wanted["layers.0.self_attn.q_proj.weight"] = [cfg.num_attention_heads * cfg.head_dim, D]
-    wanted["layers.0.self_attn.k_proj.weight"] = [cfg.num_key_value_heads * cfg.head_dim, D]
-    wanted["layers.0.mlp.up_proj.weight"] = [cfg.intermediate_size, D]
+    if cfg.style != "transformers":
+        heads, keys = cfg.num_attention_heads, cfg.num_key_value_heads
+        wanted["layers.0.self_attn.q_proj.weight"] = [heads * cfg.head_dim, D]
+        wanted["layers.0.self_attn.k_proj.weight"] = [keys * cfg.head_dim, D]
+        wanted["layers.0.mlp.up_proj.weight"] = [cfg.intermediate_size, D]
     for name, want in wanted.items():
         got = list(weights[name].shape) if name in weights else "none"
         if got != want:
@@ -235,7 +262,7 @@ def _check_sizes(directory: Path, cfg: config.Model, weights: dict[str, Tensor])
 def _empty(cfg: config.Model) -> Transformer:
     """Return a model without weights: drawing random ones takes longer than reading others."""
     with torch.device("meta"):
-        return Transformer(cfg)
+        return trunk_of(cfg)
 
 
 def _fill(
@@ -272,6 +299,22 @@ def _choose_pooler(weights: dict[str, Tensor], directory: Path, cfg: config.Mode
         )
 
 
+def _dense_layers(directory: Path, cfg: config.Model) -> dict[str, Tensor]:
+    """Return the weights of the linear layers after the pooling."""
+    if not cfg.dense:
+        return {}
+    places = [(directory / DENSE, f"dense.{i}.weight") for i in range(len(cfg.dense))]
+    if not (directory / NESTING).exists():
+        folders = sentence_files.read(directory, cfg.hidden_size).dense
+        places = [(folder / "model.safetensors", "linear.weight") for folder in folders]
+    weights = {}
+    for i, (file, name) in enumerate(places):
+        with open_tensors(file) as tensors:
+            weights[f"dense.{i}.weight"] = tensors.get_tensor(name)
+        weight_checks.check(f"{file}: {name}", weights[f"dense.{i}.weight"])
+    return weights
+
+
 def _saved_factors(directory: Path, table: Tensor) -> tuple[Tensor, Tensor]:
     """Return the saved U and W. ValueError if their product is not the merged table."""
     with open_tensors(directory / FACTORS) as tensors:
@@ -296,12 +339,14 @@ def cut(model: Transformer, exit: int, rank: int | None) -> Transformer:
     cfg.check(exit=exit, rank=rank)
     exits = (*(e for e in cfg.exits if e < exit), exit)
     ranks = cfg.ranks if rank is None else (*(r for r in cfg.ranks if r < rank), rank)
-    small = _empty(replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks))
+    layers = cfg.layers_of(exit)
+    hf = architecture.cut(cfg, layers) if cfg.architecture else ""
+    shape = replace(cfg, num_hidden_layers=exit, exits=exits, ranks=ranks, architecture=hf)
+    small = _empty(shape)
     weights = model.state_dict()
     if ranks:
         weights["embed_tokens.U"] = weights["embed_tokens.U"][:, : ranks[-1]]
         weights["embed_tokens.W"] = weights["embed_tokens.W"][: ranks[-1]]
-    layers = cfg.layers_of(exit)
 
     def source(name: str) -> str:
         """Return the name in the whole model."""
@@ -328,7 +373,13 @@ def save(model: Transformer, directory: Path) -> None:
         factors = {n: weights.pop(f"embed_tokens.{n}") for n in ("U", "W")}
         weights["embed_tokens.weight"] = factors["U"] @ factors["W"]
         save_file(factors, directory / FACTORS, metadata={"format": "pt"})
-    named = {hf_name(name, cfg): tensor for name, tensor in weights.items()}
+    if cfg.dense:
+        dense = {
+            f"dense.{i}.weight": weights.pop(f"dense.{i}.weight") for i in range(len(cfg.dense))
+        }
+        save_file(dense, directory / DENSE, metadata={"format": "pt"})
+    auto: Any = model if cfg.style == "transformers" else None
+    named = {auto.hf_name(n) if auto else hf_name(n, cfg): x for n, x in weights.items()}
     save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
     describe(cfg, directory)
 

@@ -131,6 +131,8 @@ def pruned_config(cfg: config.Model, layers: Sequence[int], width: int, ffn: int
     ):
         if not 1 <= got <= most:
             raise ValueError(f"{name}: expected 1..{most} (the model's), got {got}")
+    if cfg.style == "transformers":
+        raise ValueError("model.style: expected qwen3 or bert to prune, got transformers")
     if cfg.style == "bert" and width != cfg.hidden_size:
         raise ValueError(
             f"width: expected {cfg.hidden_size} of a BERT, whose heads together have that width "

@@ -2,8 +2,9 @@
 
 The files are modules.json, sentence_bert_config.json, config_sentence_transformers.json, and the
 config.json of each module after the first. Their modules are a Transformer, a Pooling, at most one
-tanh Dense layer of [CLS] (LaBSE's pooler), at most one Dense layer that cuts vectors, which exports
-of a smaller width have, and Normalize, which does not change cosines.
+tanh Dense layer of [CLS] (LaBSE's pooler) or linear Dense layers (EmbeddingGemma's), at most one
+Dense layer that cuts vectors, which exports of a smaller width have, and Normalize, which does not
+change cosines.
 """
 
 import dataclasses
@@ -72,6 +73,7 @@ class SentenceFiles:
     """Settings of a directory. Without its files: no pooling, vectors of the model's width.
 
     pooling: cls, mean, last or pooler. pooler: folder of the Dense layer with a pooler's weights.
+    dense: folders of linear layers after the pooling, the last of them as wide as the model.
     cut, truncate_dim: widths to which a Dense layer and sentence-transformers, after all modules,
     cut vectors, None for all of them. default_prompt_name: prompt of texts for which none is asked
     for. normalize: whether vectors have length one; they do where `similarity` is dot, since
@@ -80,6 +82,7 @@ class SentenceFiles:
 
     pooling: str | None = None
     pooler: Path | None = None
+    dense: tuple[Path, ...] = ()
     cut: int | None = None
     truncate_dim: int | None = None
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -103,7 +106,7 @@ def read(directory: Path, width: int) -> SentenceFiles:
     _object(directory / "sentence_bert_config.json", TRANSFORMER)
     prompts, default = _prompts(directory, settings)
     pooling = _pooling(directory, width)
-    pooler, cut, normalize = _layers(directory, width, pooling)
+    pooler, dense, cut, normalize = _layers(directory, width, pooling)
     truncate = settings.get("truncate_dim")
     if truncate is not None and (type(truncate) is not int or not 1 <= truncate <= width):
         path = directory / "config_sentence_transformers.json"
@@ -112,6 +115,7 @@ def read(directory: Path, width: int) -> SentenceFiles:
     return SentenceFiles(
         "pooler" if pooler else pooling,
         pooler,
+        dense,
         cut,
         truncate,
         prompts,
@@ -176,13 +180,13 @@ def _pooling(directory: Path, width: int) -> str | None:
 
 def _layers(
     directory: Path, width: int, pooling: str | None
-) -> tuple[Path | None, int | None, bool]:
-    """Return the folder of the layer that is a pooler, the width that another one cuts to, and
-    whether vectors are normalised, as they are without modules.
+) -> tuple[Path | None, tuple[Path, ...], int | None, bool]:
+    """Return the folder of the layer that is a pooler, those of linear layers, the width that
+    another one cuts to, and whether vectors are normalised, as they are without modules.
     """
     path = directory / "modules.json"
     listed = modules(path) if path.exists() else []
-    pooler, cut = None, None
+    pooler, cut, dense, now = None, None, list[Path](), width
     for folder, name in listed:
         if name == "Normalize":
             _object(folder / "config.json", NORMALIZE)
@@ -190,8 +194,11 @@ def _layers(
             layer = _object(folder / "config.json", DENSE)
             if _is_pooler(layer, width) and pooling == "cls" and not pooler:
                 pooler = folder
-            elif _is_cut(folder, layer, width):
+            elif now == width and _is_cut(folder, layer, width):
                 cut = int(layer["out_features"])
+            elif not pooler and _is_linear(layer, now):
+                dense.append(folder)
+                now = int(layer["out_features"])
             else:
                 raise ValueError(
                     f"{folder}/config.json: expected a tanh layer of {width} x {width} with a "
@@ -203,7 +210,12 @@ def _layers(
             raise ValueError(
                 f"{path}: expected Transformer, Pooling, at most one Dense and Normalize, got {got}"
             )
-    return pooler, cut, not listed or any(name == "Normalize" for _, name in listed)
+    if now != width:
+        raise ValueError(
+            f"{dense[-1]}/config.json: out_features: expected {width}, the model's width, after "
+            f"the last linear layer, got {now}"
+        )
+    return pooler, tuple(dense), cut, not listed or any(name == "Normalize" for _, name in listed)
 
 
 def _activation(layer: dict[str, Any]) -> str:
@@ -213,6 +225,12 @@ def _activation(layer: dict[str, Any]) -> str:
 def _is_pooler(layer: dict[str, Any], width: int) -> bool:
     sizes = [layer.get("in_features"), layer.get("out_features")]
     return sizes == [width, width] and _activation(layer) == "Tanh" and layer.get("bias", True)
+
+
+def _is_linear(layer: dict[str, Any], width: int) -> bool:
+    """Return whether a layer multiplies vectors of this width by a matrix and does nothing else."""
+    plain = _activation(layer) == "Identity" and layer.get("bias", True) is False
+    return plain and layer.get("in_features") == width and type(layer.get("out_features")) is int
 
 
 def _is_cut(folder: Path, layer: dict[str, Any], width: int) -> bool:

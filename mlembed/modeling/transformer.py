@@ -32,6 +32,7 @@ from .. import config
 from ..config import strict
 from ..data.packing import PackedBatch, SkipLayer
 from ..runtime.profiling import Spans
+from .automodel import architecture
 from .blocks import BertBlock, BertEmbedding, Block, Pooler, RMSNorm, wide
 from .vocabulary import Vocabulary
 
@@ -95,6 +96,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = Vocabulary(cfg)
+        self.build(cfg)
+        self.init_weights()
+
+    def build(self, cfg: config.Model) -> None:
+        """Build the modules after the vocabulary."""
         kind: type[Block] | type[BertBlock] = BertBlock if cfg.style == "bert" else Block
         if cfg.style == "bert":
             self.embed_places = BertEmbedding(cfg)
@@ -106,7 +112,7 @@ class Transformer(nn.Module):
             self.pooler = Pooler(cfg.hidden_size, cfg.hidden_size)
         self._before: Callable[..., Any] = kind.before
         self._after: Callable[..., Any] = kind.after
-        self.init_weights()
+        self.dense = nn.ModuleList()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -341,6 +347,10 @@ class Transformer(nn.Module):
         normed = self._normed(rows_nD)
         return self.pooler(normed) if self.cfg.pooling == "pooler" else normed
 
+    def project(self, pooled_ND: Tensor) -> Tensor:
+        """Return the vectors [N, D] that linear layers after the pooling make of pooled ones."""
+        return pooled_ND
+
     def _normed(self, x_TD: Tensor) -> Tensor:
         """Return Qwen3's rows after the final norm, BERT's as they are, in fp32 at least."""
         return self.norm(x_TD) if self.cfg.style == "qwen3" else x_TD.to(wide(x_TD.dtype))
@@ -364,6 +374,10 @@ def num_parameters(cfg: config.Model, exit: int | None = None, rank: int | None 
     """Return the number of parameters of a model cut to `exit` layers and vocabulary `rank`."""
     D, F_, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
     vocabulary = (V + D) * (rank or cfg.ranks[-1]) if cfg.ranks else V * D
+    if cfg.style == "transformers":
+        each, outside, _ = architecture.numbers(cfg)
+        layers = cfg.layers_of(exit or cfg.num_hidden_layers)
+        return vocabulary + outside + sum(each[number - 1] for number in layers)
     if cfg.style == "bert":
         layer = 4 * D * D + 4 * D + 2 * D * F_ + F_ + D + 4 * D
         rows = cfg.position_offset + cfg.max_position_embeddings + cfg.type_vocab_size

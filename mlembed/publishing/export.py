@@ -1,9 +1,11 @@
 """Cut a model to one (dim, exit, rank) and write it in the form that other libraries read.
 
-The directory is a plain Qwen3, BERT or XLM-R model of `exit` layers with the vocabulary merged at
-`rank`, and sentence-transformers modules under names that every version from 5.0 on maps:
+The directory is a plain model of transformers, a Qwen3, a BERT, an XLM-R or the architecture that
+the model began with, of `exit` layers with the vocabulary merged at `rank`, and
+sentence-transformers modules under names that every version from 5.0 on maps:
 
-    Transformer -> Pooling -> (Dense: BERT's pooler) -> (Dense: the first `dim`) -> Normalize
+    Transformer -> Pooling -> (Dense: BERT's pooler, or EmbeddingGemma's linear layers)
+    -> (Dense: the first `dim`) -> Normalize
 
 BERT's pooler is written twice: as the module, and as the model's own pooler, whose output
 transformers returns as `pooler_output`. The last Dense module is a 0/1 matrix. `truncate_dim` would
@@ -139,7 +141,10 @@ def complete_config(directory: Path, encoder: Encoder, dim: int) -> None:
         "eos_token_id": encoder.tokenizer.token_to_id(eos),
         "matryoshka_dimensions": [*(d for d in cfg.matryoshka_dims if d < dim), dim],
     }
-    if cfg.style == "bert":
+    model: Any = encoder.model
+    if cfg.style == "transformers":
+        keys["architectures"] = [model.kind]
+    elif cfg.style == "bert":
         keys["initializer_range"] = 0.02
     elif not cfg.causal:
         keys["use_bidirectional_attention"] = True
@@ -185,7 +190,7 @@ def write_sentence_transformers(directory: Path, encoder: Encoder, dim: int) -> 
     }
     for path, (weights, activation) in zip(dense, layers, strict=True):
         contents[f"{path}/config.json"] = {
-            "in_features": cfg.hidden_size,
+            "in_features": weights["linear.weight"].shape[1],
             "out_features": len(weights["linear.weight"]),
             "bias": "linear.bias" in weights,
             "activation_function": activation,
@@ -205,6 +210,9 @@ def dense_layers(encoder: Encoder, dim: int) -> list[tuple[dict[str, Tensor], st
             for name, weight in model.pooler.named_parameters()
         }
         layers.append((weights, "torch.nn.modules.activation.Tanh"))
+    for weight in model.dense.parameters():
+        weights = {"linear.weight": weight.detach().float().cpu().contiguous()}
+        layers.append((weights, "torch.nn.modules.linear.Identity"))
     if dim < model.cfg.hidden_size:
         weights = {"linear.weight": torch.eye(dim, model.cfg.hidden_size)}
         layers.append((weights, "torch.nn.modules.linear.Identity"))

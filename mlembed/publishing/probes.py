@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ..config import Model
 from ..inference.encoder import Encoder
+from ..modeling.automodel.choose import trunk_of
 from ..modeling.transformer import Transformer
 from ..runtime import files
 from . import to_onnx
@@ -149,7 +150,7 @@ def plain(model: Transformer) -> Transformer:
     Weights that are fp32 already are shared with `model`.
     """
     with torch.device("meta"):
-        same = Transformer(replace(model.cfg, attention="auto"))
+        same = trunk_of(replace(model.cfg, attention="auto"))
     same.load_state_dict({n: w.float() for n, w in model.state_dict().items()}, assign=True)
     return same.eval()
 
@@ -226,10 +227,10 @@ def read_by_transformers(
 
     hf = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
 
+    @torch.inference_mode()
     def read(texts: list[str], prompt: str, name: str | None) -> np.ndarray:
         tokens = tokens_of(directory, ours, [prompt + text for text in texts], "pt")
-        with torch.inference_mode():
-            output = hf(**tokens)
+        output = hf(**tokens)
         hidden, mask = output.last_hidden_state, tokens["attention_mask"]
         pooled = {
             "last": lambda: hidden[torch.arange(len(texts)), mask.sum(1) - 1],
@@ -237,6 +238,7 @@ def read_by_transformers(
             "pooler": lambda: output.pooler_output,
             "mean": lambda: (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
         }[ours.model.cfg.pooling]()
+        pooled = ours.model.project(pooled)
         return F.normalize(pooled[:, : width(directory, ours.model.cfg)], dim=-1).numpy()
 
     return read

@@ -233,16 +233,30 @@ def _check_transformer(folder: Path) -> None:
             raise ValueError(f"{folder / name}: expected an encoder of text without this file")
     path = folder / "config.json"
     values = read_object(path, strict=False)
-    _expect(path, "model_type", values, ARCHITECTURES)
+    check_architecture(str(path), values)
     tensors = _weights(folder, "Transformer")
     widest = max((dim for shape in tensors.values() for dim in shape), default=0)
-    for part in _objects(values):
-        _check_config(path, part)
+    for part in objects(values):
         for key, value in part.items():
             most = len(tensors) if key in DEPTHS else widest if key in WIDTHS else LARGEST
             if "theta" not in key:
                 _check_size(path, key, {key: value}, most)
     check_tokenizer(folder)
+
+
+def check_architecture(place: str, values: dict[str, Any]) -> None:
+    """Check a configuration from which transformers builds a model.
+
+    Raises:
+        ValueError: it begins with `place`: an architecture that is not in ARCHITECTURES, code of
+            the model's own, another attention than those of transformers, a size above LARGEST.
+    """
+    _expect(place, "model_type", values, ARCHITECTURES)
+    for part in objects(values):
+        _check_config(place, part)
+        for key in part:
+            if "theta" not in key:
+                _check_size(place, key, part, LARGEST)
 
 
 def check_tokenizer(directory: Path) -> None:
@@ -270,20 +284,20 @@ def check_tokenizer(directory: Path) -> None:
             raise ValueError(f"{path}: {key}: expected a file of the model, got {value!r:.80}")
 
 
-def _check_config(path: Path, values: dict[str, Any]) -> None:
+def _check_config(path: Path | str, values: dict[str, Any]) -> None:
     for key in FORBIDDEN:
         _expect(path, key, values, (None,))
     for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         _expect(path, key, values, ATTENTIONS)
 
 
-def _expect(path: Path, key: str, values: dict[str, Any], allowed: tuple[Any, ...]) -> None:
+def _expect(path: Path | str, key: str, values: dict[str, Any], allowed: tuple[Any, ...]) -> None:
     if values.get(key) not in allowed:
         known = ", ".join(repr(value) for value in allowed if value is not None) or "none"
         raise ValueError(f"{path}: {key}: expected {known}, got {values.get(key)!r:.80}")
 
 
-def _check_size(path: Path, key: str, values: dict[str, Any], most: int) -> None:
+def _check_size(path: Path | str, key: str, values: dict[str, Any], most: int) -> None:
     value = values.get(key)
     if isinstance(value, int) and value > most:
         raise ValueError(
@@ -291,11 +305,11 @@ def _check_size(path: Path, key: str, values: dict[str, Any], most: int) -> None
         )
 
 
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
+def objects(value: Any) -> Iterator[dict[str, Any]]:
     """Yield a JSON object and all that are in it."""
     if isinstance(value, dict):
         yield value
     for item in (
         value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     ):
-        yield from _objects(item)
+        yield from objects(item)

@@ -63,10 +63,11 @@ def _from_init(name: str, base: config.Run, args: Sequence[str]) -> config.Run:
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--init", default=base.init if name in recipes.RECIPES else "")
-    init = finder.parse_known_args(args)[0].init
-    if not init:
+    finder.add_argument("--model.style", dest="style", default="")
+    given = finder.parse_known_args(args)[0]
+    if not (init := given.init):
         return base
-    model = hf_config.from_checkpoint(hf_config.resolve(init, "init"), base.model)
+    model = hf_config.from_checkpoint(hf_config.resolve(init, "init"), base.model, given.style)
     if name == "elastic":
         base = recipes.elastic(init, model)
         model = base.model

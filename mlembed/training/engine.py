@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import config
 from ..data.packing import PackedBatch
 from ..modeling import pretrained
+from ..modeling.automodel.choose import trunk_of
 from ..modeling.transformer import Transformer
 from ..runtime.distributed import World
 
@@ -130,7 +131,7 @@ class Engine:
         if weights is None:
             return None
         with torch.device("meta"):
-            model = Transformer(self.model.cfg)
+            model = trunk_of(self.model.cfg)
         model.load_state_dict(pretrained.merged(weights, self.scale), assign=True)
         return model.eval()
 
@@ -140,6 +141,10 @@ class Replicated(Engine):
 
     def __init__(self, model: Transformer, where: World) -> None:
         super().__init__(model, where)
+        # Buffers are constants, and each forward would communicate to send them.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name, _ in model.named_buffers()]
+        )
         self.replica = DistributedDataParallel(model)
 
     def begin(self) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from .. import config
 from ..data.packing import PackedBatch, pack
@@ -151,8 +152,8 @@ def _saved_bytes(model: Transformer, tokens: int, bf16: bool) -> int:
     x_TD = torch.ones(tokens, model.cfg.hidden_size, device=model.device, dtype=dtype)
     tables = model.rotation(batch.pos_T)
     # All blocks share this memory.
-    shared = [*model.parameters(), *tables, batch.plan.buffer]
-    known = {x.untyped_storage().data_ptr() for x in shared}
+    shared = [*model.parameters(), *tree_leaves(tables), batch.plan.buffer]
+    known = {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
     sizes: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:

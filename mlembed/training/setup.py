@@ -28,6 +28,7 @@ from ..data.formats.readers import normalise
 from ..data.streams import name_of
 from ..data.tables import Table, check_teaches, describe, hashed
 from ..modeling import hf_config, pretrained, serving, vocabulary
+from ..modeling.automodel.choose import trunk_of
 from ..modeling.packed_forward import DeviceEncoder, progress_bar
 from ..modeling.serving import Serving
 from ..modeling.transformer import Transformer, num_parameters
@@ -205,7 +206,7 @@ def build(
         size = tokens.get_vocab_size()
         # A published table may have more rows than its tokenizer has tokens.
         size = max(size, run.model.vocab_size) if run.tokenizer else size
-        return Transformer(replace(run.model, vocab_size=size))
+        return trunk_of(replace(run.model, vocab_size=size))
     else:
         counts = None
         if run.init_factors == "frequency":
@@ -256,18 +257,26 @@ def compiles(run: config.Run, device: torch.device) -> bool:
 
 
 def try_attention(run: config.Run, model: Transformer, tokens: Tokenizer, half: bool) -> None:
-    """Encode one text, so that an attention that this machine lacks fails before the run starts."""
+    """Encode a text, so that an attention that this machine lacks fails before the run starts.
+
+    Local layers also need one of the greatest length: not every attention supports their windows.
+    """
     encoder = DeviceEncoder(model, tokens, run.max_length, bf16=half)
-    ids = tokenizer.tokenize(tokens, ["a text"], run.max_length)
+    texts = ["a text"]
+    if run.model.style == "transformers":
+        texts.append("a text " * run.max_length)
+    ids = tokenizer.tokenize(tokens, texts, run.max_length)
     encoder.run(ids, list(run.model.exits), None, lambda v, _: v, progress_bar(None, False))
 
 
 def describe_run(run: config.Run, where: World, half: bool, compiled: bool, budget: float) -> str:
     """Describe processes, precision, and the implementation of each expensive operation."""
     cuda = where.device.type == "cuda"
-    attention = run.model.attention
+    attention: str = run.model.attention
     if attention == "auto":
         attention = "triton" if cuda and run.model.head_dim in WIDTHS else "sdpa"
+        if attention == "triton" and run.model.style == "transformers":
+            attention += " (by sdpa where a text is longer than a local layer's window)"
     weights = ", bf16 weights, rounded stochastically" if run.optim.weights == "bf16" else ""
     recomputed = {
         "none": "nothing",

@@ -8,6 +8,7 @@ returns, up to rounding; `SentenceTeacher` takes all others.
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,16 @@ from ...config.choices import Pooling
 from ...data import tokenizer
 from ...data.packing import PackedBatch
 from ...modeling import hf_config, pretrained, sentence_files
+from ...modeling.automodel.architecture import OtherVectorsError
+from ...modeling.automodel.choose import trunk_of
 from ...modeling.packed_forward import DeviceEncoder
 from ...modeling.sentence_files import SentenceFiles
-from ...modeling.transformer import Transformer
 from ...runtime import model_files
 from ...runtime.files import field, read_object
 from .sentence_teacher import check_pooling, note_of
 
-# The Dense layers are a pooler and one that cuts vectors.
-MODULES = re.compile(r"Transformer Pooling( Dense){0,2}( Normalize)?")
+# The Dense layers are a pooler or linear layers, and one that cuts vectors.
+MODULES = re.compile(r"Transformer Pooling( Dense)*( Normalize)?")
 # Texts on which two readers of a tokenizer's files differ: capitals, accents, spaces, digits,
 # several scripts, an empty text, and one that is cut.
 PROBES = (
@@ -81,6 +83,8 @@ class PackedTeacher:
         tokens, most = _tokenizer(directory, cfg)
         try:
             model = pretrained.load(str(directory), cfg)
+        except OtherVectorsError as error:
+            raise UnsupportedError(_clause(error, directory)) from None
         except ValueError as error:
             raise ValueError(f"teacher: {error}") from None
         model = model.to(device).eval().requires_grad_(False)
@@ -198,7 +202,7 @@ def _modules(directory: Path, width: int) -> SentenceFiles:
 def _pipeline(cfg: config.Model, files: SentenceFiles) -> str:
     """Return the modules in order, like `SentenceTeacher.pipeline`."""
     mode = {"last": "lasttoken", "pooler": "cls"}.get(cfg.pooling, cfg.pooling)
-    dense = (cfg.pooling == "pooler") + (files.cut is not None)
+    dense = (cfg.pooling == "pooler") + len(files.dense) + (files.cut is not None)
     after = ["Dense"] * dense + ["Normalize"] * files.normalize
     return ", ".join(["Transformer", f"Pooling ({mode})", *after])
 
@@ -208,12 +212,19 @@ def _check_names(directory: Path, cfg: config.Model) -> None:
 
     Missing weights are errors of `pretrained.load`; transformers would draw random ones.
     """
-    with torch.device("meta"):
-        ours = Transformer(cfg).state_dict().keys() | {"pooler.weight", "pooler.bias"}
-    for file in sorted(directory.glob("model*.safetensors")):
-        for name in model_files.shapes(file):
-            if pretrained.own_name(name) not in (None, *ours):
-                raise UnsupportedError(f"mlembed's {cfg.style} does not have the weight {name}")
+    try:
+        with torch.device("meta"):
+            model: Any = trunk_of(cfg)
+    except ValueError as error:
+        raise UnsupportedError(_clause(error, directory)) from None
+    ours = model.state_dict().keys() | {"pooler.weight", "pooler.bias"}
+    files = sorted(directory.glob("model*.safetensors"))
+    names = [name for file in files for name in model_files.shapes(file)]
+    auto = cfg.style == "transformers"
+    owned = model.own_names(names) if auto else {n: pretrained.own_name(n) for n in names}
+    for name, own in owned.items():
+        if own not in (None, *ours):
+            raise UnsupportedError(f"mlembed's {cfg.style} does not have the weight {name}")
 
 
 def _tokenizer(directory: Path, cfg: config.Model) -> tuple[Tokenizer, int]:

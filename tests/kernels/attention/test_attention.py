@@ -67,6 +67,42 @@ def test_sdpa_equals_reference_in_float64(lengths, heads, causal):
 
 
 @both_masks
+@pytest.mark.parametrize("window", [1, 2, 5, 300])
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("lengths", [[1, 7, 3], [3, 263, 1], LENGTHS["quarters"]], ids=str)
+def test_window(lengths, impl, window, causal):
+    """A token sees those at a smaller distance than the window, none of another sequence."""
+    qkv = inputs(lengths)
+
+    def dense(q, k, v):
+        texts = torch.repeat_interleave(torch.tensor(lengths))
+        t = torch.arange(len(q))
+        sees = (texts[:, None] == texts) & ((t[:, None] - t).abs() < window)
+        sees = sees.tril() if causal else sees
+        heads = (x.transpose(0, 1) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=sees, enable_gqa=True)
+        return out.transpose(0, 1)
+
+    truth = results(dense, qkv)
+    options = {"causal": causal, "window": window, **layout(lengths)}
+    got = results(attention, qkv, impl=impl, **options)
+    for name in NAMES:
+        torch.testing.assert_close(got[name], truth[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_window_of_a_kernel_without_one():
+    qkv = [x.float() for x in inputs([3, 9])]
+    options = {"causal": True, **layout([3, 9])}
+    for impl in ("triton", "xformers"):
+        with pytest.raises(
+            ValueError, match=f"impl: {impl} supports windows from .*, 9 tokens, got .* of 8"
+        ):
+            attention(*qkv, window=8, impl=impl, **options)
+    with pytest.raises(ValueError, match="window: expected 1 or more, got 0"):
+        attention(*qkv, window=0, **options)
+
+
+@both_masks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ragged
 def test_sdpa_is_as_exact_as_eager(lengths, dtype, causal):

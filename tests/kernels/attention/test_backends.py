@@ -21,6 +21,7 @@ NAMED = ("varlen", "flash_attn", "xformers")
 both_masks = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 HEADS = [(2, 2), (4, 2), (3, 1)]
 every_heads = pytest.mark.parametrize("heads", HEADS, ids=str)
+every_window = pytest.mark.parametrize("window", [{}, {"window": 5}], ids=["all", "window"])
 
 
 def missing(name: str) -> bool:
@@ -113,15 +114,16 @@ def test_unsupported_inputs(impl):
 # ---- calls ----
 
 
-def same(causal: bool, heads: tuple[int, int], impl: str) -> None:
+def same(causal: bool, heads: tuple[int, int], impl: str, **local: int) -> None:
     """`impl`, its library replaced, equals the reference: boundaries, scale, mask and heads."""
     qkv = inputs(LENGTHS, heads)
     plan = AttentionPlan.of(bounds(LENGTHS))
 
     def call(q, k, v):
-        return getattr(_backends, impl)(q, k, v, plan, 0.3, causal)
+        return getattr(_backends, impl)(q, k, v, plan, 0.3, causal, **local)
 
-    truth = results(attention_ref, qkv, cu_seqlens=bounds(LENGTHS), scale=0.3, causal=causal)
+    options = {"scale": 0.3, "causal": causal, **local}
+    truth = results(attention_ref, qkv, cu_seqlens=bounds(LENGTHS), **options)
     for name, got in results(call, qkv).items():
         torch.testing.assert_close(got, truth[name], rtol=1e-10, atol=1e-12)
 
@@ -132,20 +134,32 @@ def anywhere(monkeypatch):
     return monkeypatch
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, causal: bool) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    scale: float,
+    causal: bool,
+    sides: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """sides: numbers of tokens that a token sees before and after itself, -1 for all."""
     assert cu.dtype == torch.int32 and cu.is_contiguous()
-    return attention_ref(q, k, v, cu_seqlens=cu, scale=scale, causal=causal)
+    assert sides[1] in ((0, -1, sides[0]) if causal else (sides[0],))
+    window = None if sides[0] < 0 else sides[0] + 1
+    return attention_ref(q, k, v, cu_seqlens=cu, scale=scale, causal=causal, window=window)
 
 
 @both_masks
 @every_heads
+@every_window
 @pytest.mark.parametrize("grouped", [False, True], ids=["2.11", "2.12"])
-def test_call_of_varlen(grouped, heads, causal, anywhere):
+def test_call_of_varlen(grouped, window, heads, causal, anywhere):
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):
         assert cu_q is cu_k or torch.equal(cu_q, cu_k)
         assert max_q == max_k == 97 and type(max_q) is int
-        assert window_size in ((-1, 0), (-1, -1)) and q.shape[1] % k.shape[1] == 0
-        return reference(q, k, v, cu_q, scale, window_size == (-1, 0))
+        assert q.shape[1] % k.shape[1] == 0
+        return reference(q, k, v, cu_q, scale, window_size[1] == 0, window_size)
 
     def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None,
                 scale=None, window_size=(-1, -1)):  # fmt: skip
@@ -165,7 +179,7 @@ def test_call_of_varlen(grouped, heads, causal, anywhere):
     found = _backends._varlen.__wrapped__()
     assert found == (chosen, grouped)
     anywhere.setattr(_backends, "_varlen", lambda: found)
-    same(causal, heads, "varlen")
+    same(causal, heads, "varlen", **window)
 
 
 def test_torch_has_varlen():
@@ -175,7 +189,8 @@ def test_torch_has_varlen():
 
 @both_masks
 @every_heads
-def test_call_of_flash_attn(heads, causal, anywhere):
+@every_window
+def test_call_of_flash_attn(window, heads, causal, anywhere):
     # flash-attn 2.8.3.
     def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                dropout_p=0.0, softmax_scale=None, causal=False,
@@ -184,11 +199,11 @@ def test_call_of_flash_attn(heads, causal, anywhere):
                                block_table=None):  # fmt: skip
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == 97
         assert deterministic == torch.are_deterministic_algorithms_enabled()
-        return reference(q, k, v, cu_seqlens_q, softmax_scale, causal)
+        return reference(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size)
 
     stand_in = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     anywhere.setitem(sys.modules, "flash_attn", stand_in)
-    same(causal, heads, "flash_attn")
+    same(causal, heads, "flash_attn", **window)
 
 
 class Blocks:

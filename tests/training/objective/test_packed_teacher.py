@@ -233,7 +233,7 @@ def elsewhere(out: Path) -> Path:
 UNSUPPORTED = {
     "architecture": (
         lambda out: sentence("distilbert", out),
-        "config.json: expected model_type 'qwen3', 'bert', .*, got 'distilbert'",
+        "config.json: expected vocab_size, .* of a distilbert, got none of hidden_size",
     ),
     "static": (static, "its folder has no config.json"),
     "module": (
@@ -290,7 +290,7 @@ def test_a_run_says_who_encodes(tmp_path, capsys):
     assert len(job.teacher.kept) == 8  # It has encoded all texts to find their principal axes.
     assert (
         f"teach  {directory}: Transformer, Pooling (mean), width 20; encoded by "
-        "sentence-transformers, because config.json: expected model_type"
+        "sentence-transformers, because config.json: expected vocab_size"
     ) in capsys.readouterr().out
 
 

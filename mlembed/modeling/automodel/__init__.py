@@ -1,0 +1,1 @@
+"""Any encoder of transformers' AutoModel as the trunk: style transformers."""
