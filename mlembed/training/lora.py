@@ -10,8 +10,10 @@ W + alpha / rank B A (`pretrained.merged`); adapter/ has A and B alone, in peft'
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -126,16 +128,18 @@ def write(
         adapters: what `parts` returned.
     """
     m, tensors, modules = model.cfg, {}, set()
+    auto: Any = model if m.style == "transformers" else None
+    hf_name = auto.hf_name if auto else partial(pretrained.hf_name, cfg=m)
     for name, weight in adapters.items():
         ours, lora, part = name.partition(pretrained.LORA)
         if lora:
-            theirs = pretrained.hf_name(f"{ours}.weight", m).removesuffix(".weight")
+            theirs = hf_name(f"{ours}.weight").removesuffix(".weight")
             modules.add(theirs)
             tensors[f"base_model.model.{theirs}.lora_{part[0]}.weight"] = weight.cpu().contiguous()
     table = []
     if m.ranks:
         U, W = (adapters[f"embed_tokens.{letter}"].float().cpu() for letter in "UW")
-        name = pretrained.hf_name("embed_tokens.weight", m)
+        name = hf_name("embed_tokens.weight")
         tensors[f"base_model.model.{name}"] = U @ W
         table = [name.removesuffix(".weight")]
     # Last names may be ambiguous: BERT's attention.output.dense also ends with output.dense.

@@ -61,8 +61,7 @@ class Case:
     @property
     def alone(self):
         """Return the case that trains equally on one process."""
-        shape = {"last_layers": self.last_layers, "lora": self.lora, "ranks": self.ranks}
-        return Case("ddp", dropout=self.dropout, family=self.family, **shape)
+        return replace(self, engine="ddp", recompute=0, half=False, offload=False, compiled=False)
 
 
 CASES = {
@@ -83,6 +82,7 @@ CASES = {
     "ddp transformers": Case("ddp", dropout=0.3, recompute=2, family="modernbert"),
     "fsdp transformers": Case("fsdp", dropout=0.3, recompute=2, family="modernbert"),
     "fsdp bf16 transformers": Case("fsdp", half=True, family="gemma3"),
+    "fsdp lora transformers": Case("fsdp", recompute=2, lora=True, ranks=(), family="modernbert"),
 }
 OF_FOUR = "ddp", "fsdp dropout"
 
@@ -105,12 +105,12 @@ def cotangent(step, rank, i, like):
 
 
 def configured(case):
-    changes = {"exits": (1 + case.last_layers, 3), "last_layers": case.last_layers}
-    shape = MODEL
+    changes = {"dropout": case.dropout, "exits": (1 + case.last_layers, 3)}
+    changes |= {"last_layers": case.last_layers, "ranks": case.ranks}
     if case.family:
         shape = auto_models.shape(case.family, vocab_size=101, num_hidden_layers=3)
     return config.Run(
-        model=replace(shape, dropout=case.dropout, ranks=case.ranks, **changes),
+        model=replace(shape if case.family else MODEL, **changes),
         lora=config.Lora(rank=3) if case.lora else config.Lora(),
         init="a model" if case.lora else "",
         optim=config.Optim(lr=1e-2, max_grad_norm=MAX_NORM),
@@ -163,13 +163,18 @@ def full(x):
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def train(case, where, size):
-    """Return gradients, norms around clipping and collectives of two steps, and the weights."""
-    run, called, graphs = configured(case), Counter(), []
+def built(run, case):
+    """Return the model of a case with random weights."""
     model = trunk_of(run.model)
     if case.lora:
         attach(model, run.lora, 0)
-    randomise(model)
+    return randomise(model)
+
+
+def train(case, where, size):
+    """Return gradients, norms around clipping and collectives of two steps, and the weights."""
+    run, called, graphs = configured(case), Counter(), []
+    model = built(run, case)
     if case.compiled:
         torch._dynamo.reset()
         model.compile_blocks(lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -233,8 +238,8 @@ def bad_gradients(engine):
     earlier one on the first process as well.
     """
     where = engine.where
-    names = [bad_gradient(engine.norms())]
-    for rank, name in zip((where.size - 1, 0), bad_names(engine.model), strict=True):
+    names, weights = [bad_gradient(engine.norms())], late_and_early(engine.model)
+    for rank, name in zip((where.size - 1, 0), weights, strict=True):
         if where.rank == rank:
             gradient = engine.model.get_parameter(name).grad
             local(gradient)[0, 0] = torch.inf if rank else torch.nan
@@ -242,11 +247,10 @@ def bad_gradients(engine):
     return names
 
 
-def bad_names(model):
+def late_and_early(model):
     """Return the names of a trained matrix of the second layer, and of one of the first."""
-    names = [n for n, weight in model.named_parameters() if weight.requires_grad and "mlp" in n]
-    names = [n for n in names if not n.endswith(("norm.weight", "bias"))]
-    return [next(n for n in names if n.startswith(f"layers.{i}.")) for i in (1, 0)]
+    names = [n for n, p in model.named_parameters() if p.ndim == 2 and p.requires_grad]
+    return [next(n for n in names if n.startswith(f"layers.{i}.") and "mlp" in n) for i in (1, 0)]
 
 
 def left_out(engine, optimizer, where):
@@ -312,7 +316,8 @@ def test_gradients_equal_one_process(results):
                 assert gradient.norm() > 0 and mine[name].dtype == torch.float32, name
                 error = (mine[name] - gradient).norm() / gradient.norm()
                 # The second step's weights differ by the first step's rounding.
-                assert error < (0.06 if case.half else 3e-6), (case, name, error)
+                limit = 1e-5 if case.lora and case.family else 3e-6
+                assert error < (0.06 if case.half else limit), (case, name, error)
 
 
 def test_norms_and_clipping(results):
@@ -372,10 +377,8 @@ def test_a_bad_number_of_one_process_leaves_the_step_out_on_all(results):
 
 def test_first_bad_gradient_of_any_process(results):
     for case, got, _ in of_each(results):
-        model = trunk_of(configured(case).model)
-        if case.lora:
-            attach(model, configured(case).lora, 0)
-        assert got["bad"] == [None, *(f"gradient of {name}" for name in bad_names(model))]
+        names = late_and_early(built(configured(case), case))
+        assert got["bad"] == [None, *(f"gradient of {name}" for name in names)]
 
 
 def test_sharded_layers_share_compiled_graphs(results):
@@ -388,9 +391,7 @@ def test_sharded_layers_share_compiled_graphs(results):
 def test_frozen_weights_stay(results):
     for name, processes in results.items():
         if CASES[name].lora:
-            first = Transformer(configured(CASES[name]).model)
-            attach(first, configured(CASES[name]).lora, 0)
-            randomise(first)
+            first = built(configured(CASES[name]), CASES[name])
             for process in processes:
                 frozen = {n: p for n, p in first.named_parameters() if not p.requires_grad}
                 assert len(process["got"]["weights"]) - process["got"]["trained"] == len(frozen) > 9
