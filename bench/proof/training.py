@@ -181,5 +181,5 @@ def trained(directory: Path) -> dict[str, Any]:
 def fit_seconds(output: Path) -> float:
     """Return the seconds in which a run's first layers learned before its steps, 0 for none."""
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    fits = [line for line in lines if line.startswith("fit ")]
+    fits = [line for line in lines if line.startswith("fit ") and line.endswith(" s")]
     return float(fits[-1].rpartition("; ")[2].removesuffix(" s")) if fits else 0.0

@@ -68,11 +68,11 @@ def elastic(
     All numbers are ours (bench/LOG.md, elastic), and all dimensions are those of ML-Embed
     (arXiv 2605.15081). The model teaches itself: at every exit, prefix and rank, the softmax of a
     text's cosines with the batch's other texts is to be that of the source, at a temperature so low
-    that near texts decide. Translations and answers of pairs are among these texts. At full depth
-    it also learns the source's hidden states of every token, in the first layers alone before
-    training begins. Every exit ends with the source's last
-    layers, the vocabulary starts from an SVD by token frequency, and the numbers of the tokens
-    stay. The rate is 2e-4 at width 384 and falls with the width.
+    that near texts decide. Translations and answers of pairs are among these texts. The deepest
+    exit also learns the source's hidden states of every token, and before training the first layers
+    alone do. Every exit ends with the source's last layers, the vocabulary starts from an SVD by
+    token frequency, and the numbers of the tokens stay. The rate is 2e-4 at width 384 and falls
+    with the width.
 
     Args:
         init: the model to start from, which is the teacher too.

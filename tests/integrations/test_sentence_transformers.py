@@ -177,7 +177,8 @@ def test_trains_in_bf16(folder, tmp_path):
 
 
 def test_trains_adapters_of_peft(folder):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = tiny_sentence_model(folder / "bert")
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
     plain, cached = (step(model, make(model, DIMS, EXITS)) for make in LOSSES.values())

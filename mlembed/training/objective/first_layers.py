@@ -42,14 +42,17 @@ def fit(
     """Train vocabulary and first layers for `distill.first_layers` of the steps, on the batches of
     the run's first steps; all processes call it with equal weights.
 
-    The rate is RATE times the run's, whose schedule it takes from begin to end. A model without
-    ranks has the teacher's states already.
+    The rate is RATE times the run's, whose schedule it takes from begin to end. Without ranks, or
+    if all text is streamed, nothing is trained, and a line says so.
 
     Args:
         half: under bf16 autocast.
     """
     steps = round(run.distill.first_layers * run.steps)
     numbers = np.flatnonzero(batches.order < len(batches.tables))[:steps].tolist()
+    if steps and not (numbers and model.cfg.ranks):
+        why = "all text is streamed" if model.cfg.ranks else "the vocabulary has no ranks"
+        say(f"fit    no first layers before training: {why}")
     if not numbers or not model.cfg.ranks:
         return
     assert teacher is not None and isinstance(teacher.model, PackedTeacher)

@@ -243,3 +243,14 @@ def test_first_layers_change_no_weights_below_adapters(folder):
         ValueError, match=r"distill.first_layers: expected 0 with lora.rank, .* 0.5"
     ):
         fitted(folder, ALONE, "--lora.rank", "2")
+
+
+def test_first_layers_without_ranks_are_said_to_be_left_out(folder, capfd):
+    before = fitted(folder, ALONE, "--distill.first-layers", "0", "--model.ranks")
+    capfd.readouterr()
+    after = fitted(folder, ALONE, "--model.ranks")
+    assert all(torch.equal(p, before[name]) for name, p in after.items())
+    assert (
+        "fit    no first layers before training: the vocabulary has no ranks"
+        in capfd.readouterr().out
+    )
