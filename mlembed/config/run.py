@@ -100,8 +100,9 @@ class Run:
     """Tokens of a model without `init`: random, or those of the trained model in `tokenizer`, cut
     to the width and weighted by how rare they are in the training text."""
     init_factors: Literal["uniform", "frequency"] = "uniform"
-    """Weights of tokens when `init`'s table is factorised: equal, or frequencies in the training
-    text, so that frequent tokens are approximated best."""
+    """Weights of tokens when `init`'s table is factorised: equal, or frequencies, so that frequent
+    tokens are approximated best: in the training text, and, half and half, in the text that a
+    Unigram tokenizer was trained on."""
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     depth: Depth = field(default_factory=Depth)

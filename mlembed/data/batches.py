@@ -250,7 +250,10 @@ class Batches(Dataset[Batch]):
         return len(self.order)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Return how often each token occurs in the tables, int64 [vocab_size].
+        """Return how often each token occurs in the tables, as the run draws them.
+
+        A table weighs by its share of the micro-batches. The sum is the number of tokens of all
+        tables, float64 [vocab_size].
 
         Raises:
             ValueError: no tables; streams are not read in advance.
@@ -259,8 +262,13 @@ class Batches(Dataset[Batch]):
             raise ValueError(
                 "init_factors: expected uniform if all sources are streams, got frequency"
             )
-        counts = [np.bincount(tokens.flat, minlength=vocab_size) for tokens in self.tokens]
-        return np.sum(counts, axis=0)
+        drawn = np.bincount(self.order, minlength=len(self.names))
+        counts, total = np.zeros(vocab_size), 0
+        for tokens, batches in zip(self.tokens, drawn, strict=False):
+            texts = max(1, len(tokens.offsets) - 1)
+            counts += batches / texts * np.bincount(tokens.flat, minlength=vocab_size)
+            total += len(tokens.flat)
+        return counts * (total / counts.sum())
 
     def __getitem__(self, number: int) -> Batch:
         source = int(self.order[number])

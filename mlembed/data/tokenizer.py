@@ -200,6 +200,23 @@ def settings(directory: Path, name: str = "tokenizer_config.json") -> dict[str, 
     return read_object(path) if path.exists() else {}
 
 
+def frequencies(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
+    """Return how often tokens occur in the text a Unigram tokenizer was trained on.
+
+    Its scores are the logarithms (Kudo, arXiv 1804.10959); special tokens have 0 and count as
+    absent.
+
+    Returns:
+        float64 [vocab_size] of sum 1, or None for another kind of tokenizer.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] != "Unigram":
+        return None
+    scores = np.array([score for _, score in model["vocab"][:vocab_size]])
+    each = np.where(scores < 0, np.exp(np.minimum(scores, 0)), 0)
+    return np.pad(each / each.sum(), (0, vocab_size - len(each)))
+
+
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Return transformers' names for the special tokens of a tokenizer that ends texts in EOS.
 

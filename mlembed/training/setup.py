@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Subset
@@ -210,12 +211,22 @@ def build(
     else:
         counts = None
         if run.init_factors == "frequency":
-            counts = torch.from_numpy(batches.token_counts(run.model.vocab_size))
+            counts = torch.from_numpy(token_weights(batches, tokens, run.model.vocab_size))
         make = partial(pretrained.load, run.init, run.model, counts)
     # The main process factorises the table; the others wait and read it from the cache.
     with main_works(where, "factorise"):
         model = make() if where.main else None
     return model if model is not None else make()
+
+
+def token_weights(batches: Batches, tokens: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Return counts of tokens in the training text, plus as many in the tokenizer's own text.
+
+    The latter, known of Unigram tokenizers, keeps tokens of languages that the former lacks.
+    """
+    counts = batches.token_counts(vocab_size)
+    others = tokenizer.frequencies(tokens, vocab_size)
+    return counts if others is None else counts + counts.sum() * others
 
 
 def build_on_tokens(run: config.Run, batches: Batches) -> Transformer:

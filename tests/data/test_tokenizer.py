@@ -176,6 +176,15 @@ def test_tokenize_in_chunks(learnt, monkeypatch):
 # ---- files ----
 
 
+def test_frequencies_of_a_unigram_tokenizer(learnt):
+    """Scores are logarithms; special tokens, whose score is 0, and padding rows are absent."""
+    pieces = [("<s>", 0.0), ("a", np.log(0.3)), ("b", np.log(0.1)), ("c", np.log(0.2))]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
+    expected = np.array([0, 3, 1, 2, 0, 0]) / 6
+    np.testing.assert_allclose(tokenizer.frequencies(unigram, 6), expected, rtol=1e-12)
+    assert tokenizer.frequencies(learnt, learnt.get_vocab_size()) is None
+
+
 def test_saved_files(learnt, tmp_path):
     """transformers and `load` give the same ids from the saved files."""
     tokenize(learnt, ["a long text, cut"], 4)
