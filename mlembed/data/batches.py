@@ -253,7 +253,7 @@ class Batches(Dataset[Batch]):
         """Return how often each token occurs in the tables, as the run draws them.
 
         A table weighs by its share of the micro-batches. The sum is the number of tokens of all
-        tables, float64 [vocab_size].
+        tables, or 0 if none of them is drawn: float64 [vocab_size].
 
         Raises:
             ValueError: no tables; streams are not read in advance.
@@ -268,7 +268,7 @@ class Batches(Dataset[Batch]):
             texts = max(1, len(tokens.offsets) - 1)
             counts += batches / texts * np.bincount(tokens.flat, minlength=vocab_size)
             total += len(tokens.flat)
-        return counts * (total / counts.sum())
+        return counts * (total / counts.sum()) if counts.any() else counts
 
     def __getitem__(self, number: int) -> Batch:
         source = int(self.order[number])

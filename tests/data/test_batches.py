@@ -229,13 +229,16 @@ def test_sampling(make, mixed, fields, shares):
 
 def test_tokens_are_counted_as_they_are_drawn(make, learnt):
     """A large source of weight 1 counts a third of a small one of weight 3; one of 0 not at all."""
-    counts = make(WEIGHED, batch_size=1, steps=3000, sampling="weights").token_counts(300)
+    batches = make(WEIGHED, batch_size=1, steps=3000, sampling="weights")
+    counts = batches.token_counts(300)
     a, b, c = (learnt.encode(name).ids[0] for name in "abc")
     everything = 2 * 2 * (40 + 4000 + 9)  # Each item is two texts of a letter and EOS.
     assert counts.sum() == pytest.approx(everything)
     # The texts are the name of the source and b, so the letter b is half of the letters.
     assert counts[b] == pytest.approx(everything / 4)
     assert 2.5 < counts[a] / counts[c] < 3.5
+    batches.order[:] = len(WEIGHED)  # A stream gives all batches.
+    assert not batches.token_counts(300).any()
 
 
 def test_sampling_without_a_weight(make):
