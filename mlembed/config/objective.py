@@ -81,11 +81,16 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; the rate warms up linearly, then falls to `min_lr_ratio` of itself."""
+    """AdamW; the rate warms up linearly, then falls to `min_lr_ratio` of itself, or stays."""
 
     lr: float = number(2e-3, least=1e-12, most=10)
     min_lr_ratio: float = number(0.05, least=0, most=1)
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, a constant rate, and a decay by the square root of its steps (MiniCPM, arXiv
+    2404.06395; Haegele et al., 2405.18392), so that a run may be prolonged from before its decay.
+    constant: no decay."""
+    decay_ratio: float = number(0.2, above=0, most=1)
+    """Share of the steps in which wsd decays, at most those after the warm-up."""
     warmup_ratio: float = number(0.05, least=0, most=1)
     """Share of the steps; `warmup_steps`, if it is above 0, takes precedence."""
     warmup_steps: int = number(0, least=0, most=10**8)

@@ -130,12 +130,19 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 def learning_rate(step: int, run: config.Run) -> float:
-    """Return the rate of step 0..steps-1: linear warm-up, then cosine or linear to the minimum."""
+    """Return the rate of step 0..steps-1: linear warm-up, then the schedule to the minimum."""
     cfg = run.optim
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * run.steps)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, run.steps - 1 - warmup)
-    floor = cfg.min_lr_ratio
-    left = 1 - done if cfg.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return cfg.lr * (floor + (1 - floor) * left)
+    begin = warmup
+    if cfg.schedule == "wsd":
+        begin = max(warmup, run.steps - 1 - max(1, round(cfg.decay_ratio * run.steps)))
+    done = max(0, step - begin) / max(1, run.steps - 1 - begin)
+    left = {
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "linear": 1 - done,
+        "wsd": 1 - math.sqrt(done),
+        "constant": 1.0,
+    }[cfg.schedule]
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)

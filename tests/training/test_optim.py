@@ -382,11 +382,31 @@ def test_linear_schedule_after_warmup_steps():
     assert rates == pytest.approx([0.5, 1.0, *(1 - 0.8 * i / 8 for i in range(9))][:11])
 
 
+def test_wsd_schedule():
+    rates = schedule(100, lr=2.0, warmup_ratio=0.1, min_lr_ratio=0.1, schedule="wsd")
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10:80] == [2.0] * 70
+    assert rates[79:] == pytest.approx([0.2 + 1.8 * (1 - (i / 20) ** 0.5) for i in range(21)])
+
+
+def test_wsd_is_prolonged_from_before_its_decay():
+    """A longer run has the same rates up to where the shorter one decays."""
+    options = {"lr": 1.0, "warmup_steps": 5, "schedule": "wsd"}
+    short, long = schedule(50, **options), schedule(500, **options)
+    assert short[:40] == long[:40] and short[40] < long[40]
+
+
+def test_constant_schedule():
+    assert schedule(6, lr=3.0, warmup_steps=2, schedule="constant") == [1.5, *[3.0] * 5]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("floor", [0.0, 1.0])
-def test_schedule_at_its_edges(steps, warmup, floor):
-    rates = schedule(steps, lr=1.0, warmup_ratio=warmup, min_lr_ratio=floor)
+def test_schedule_at_its_edges(name, steps, warmup, floor):
+    rates = schedule(steps, lr=1.0, warmup_ratio=warmup, min_lr_ratio=floor, schedule=name)
     assert all(0 <= rate <= 1 + 1e-12 for rate in rates) and max(rates) == pytest.approx(1.0)
     if warmup == 0 and steps > 1:
-        assert rates[0] == 1.0 and rates[-1] == pytest.approx(floor)
+        assert rates[0] == 1.0
+        assert rates[-1] == pytest.approx(1.0 if name == "constant" else floor)
