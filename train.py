@@ -50,7 +50,7 @@ from mlembed.runtime.distributed import World, any_process, broadcast, main_work
 from mlembed.training import gradcache, guards, lora, resume
 from mlembed.training.objective import hidden
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
-from mlembed.training.optim import learning_rate
+from mlembed.training.optim import set_rates
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
 from mlembed.training.step import (
     LossSpec,
@@ -218,8 +218,7 @@ def settle(job: Job) -> bool:
 def one_step(job: Job, step: int, feed: Iterator[Batch]) -> Step:
     """Add the gradients of all micro-batches and ranks, then update the weights once."""
     run, where, engine = job.run, job.where, job.engine
-    for group in job.optimizer.param_groups:
-        group["lr"] = learning_rate(step, run)
+    set_rates(job.optimizer, step, run)
     weight_EM, ranks = transfer.moved(weights(run), where.device), ranks_of(run, step)
     micro_batches = run.gradient_accumulation_steps
     losses: Terms = {}

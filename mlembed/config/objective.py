@@ -98,6 +98,10 @@ class Optim:
     eps: float = number(1e-8, least=1e-30, most=1)
     weight_decay: float = number(0.01, least=0, most=10)
     max_grad_norm: float = number(1.0, least=1e-12, most=1e9)
+    layer_decay: float = number(1.0, above=0, most=1)
+    """Factor of the rate from each layer to the one before it (layer-wise decay, ULMFiT, arXiv
+    1801.06146). The tokens' is one below the first layer's; norm, pooler and dense layers have the
+    last one's."""
     freeze_tokens: bool = False
     """Leave the table of the tokens as it is, of a nested vocabulary U. W and all else is trained,
     and a step takes neither gradients nor moments of the largest matrix of many models."""

@@ -23,16 +23,43 @@ def to_weights(model: nn.Module, cfg: config.Optim) -> None:
 
 
 def adamw(model: nn.Module, cfg: config.Optim, seed: int = 0) -> torch.optim.Optimizer:
-    """Return torch's fused AdamW, for bf16 weights StochasticAdamW; norms have no weight decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
+    """Return torch's fused AdamW, for bf16 weights StochasticAdamW; norms have no weight decay.
+
+    A group's `share` is the factor of its rate, see `rate_share`.
+    """
+    named = list(model.named_parameters())
+    depth = sum(name.startswith("layers.") for name in {layer_of(name) for name, _ in named})
+    groups: list[dict[str, Any]] = []
+    for matrices, decay in ((True, cfg.weight_decay), (False, 0.0)):
+        by_share: dict[float, list[nn.Parameter]] = {}
+        for name, p in named:
+            if (p.ndim > 1) == matrices:
+                share = rate_share(layer_of(name), depth, cfg.layer_decay)
+                by_share.setdefault(share, []).append(p)
+        groups += [
+            {"params": some, "weight_decay": decay, "share": share, "lr": share * cfg.lr}
+            for share, some in by_share.items()
+        ]
     if cfg.weights == "bf16":
         return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, seed=seed)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def layer_of(name: str) -> str:
+    """Return `layers.3` of `layers.3.mlp.up_proj.weight`, `embed_tokens` of `embed_tokens.U`."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "layers" else 1])
+
+
+def rate_share(layer: str, depth: int, decay: float) -> float:
+    """Return decay to the power of how far a layer is from the last one, tokens and places below.
+
+    All that is neither a layer nor an embedding has 1.
+    """
+    if layer.startswith("embed_"):
+        return decay**depth
+    name, _, place = layer.partition(".")
+    return float(decay ** (depth - 1 - int(place))) if name == "layers" else 1.0
 
 
 def prepare(
@@ -146,3 +173,9 @@ def learning_rate(step: int, run: config.Run) -> float:
         "constant": 1.0,
     }[cfg.schedule]
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, run: config.Run) -> None:
+    """Give every group its share of the rate of a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["share"] * learning_rate(step, run)

@@ -17,7 +17,14 @@ from mlembed.data.packing import pack
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime import checkpoint
-from mlembed.training.optim import StochasticAdamW, adamw, learning_rate, prepare, to_weights
+from mlembed.training.optim import (
+    StochasticAdamW,
+    adamw,
+    learning_rate,
+    prepare,
+    set_rates,
+    to_weights,
+)
 
 BF16 = config.Optim(lr=1e-2, weight_decay=0.1, weights="bf16")
 SHAPE = tiny_shape(vocab_size=50, hidden_size=16, head_dim=8, intermediate_size=24, ranks=(4, 8))
@@ -277,6 +284,27 @@ def test_every_parameter_is_in_one_group(weights, ranks):
         group = group_of[id(p)]
         assert group["weight_decay"] == (0.0 if "norm" in name else 0.3), name
         assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.1, 0.2), 1e-8)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_rates_fall_from_layer_to_layer(weights):
+    """Adam's first step moves each weight by its rate, with any gradient."""
+    cfg = config.Optim(
+        lr=2.0**-6, warmup_ratio=0, weight_decay=0, layer_decay=0.25, weights=weights
+    )
+    model, optimizer = fresh(cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    set_rates(optimizer, 0, config.Run(steps=10, optim=cfg))
+    optimizer.step()
+    shares = {"embed_tokens": 1 / 16, "layers.0": 1 / 4, "layers.1": 1, "norm": 1}
+    for name, p in model.named_parameters():
+        share = next(share for begin, share in shares.items() if name.startswith(begin))
+        moved = (p.detach().float() - before[name].float()).abs().mean()
+        # bf16 weights are rounded stochastically.
+        tolerance = 1e-3 if p.dtype == torch.float32 else 0.2
+        assert moved == pytest.approx(share * cfg.lr, rel=tolerance), name
 
 
 def test_transformer_learns():
