@@ -47,7 +47,7 @@ from mlembed.modeling import pretrained, serving
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
-from mlembed.training import gradcache, guards, lora, resume
+from mlembed.training import best, gradcache, guards, lora, resume
 from mlembed.training.objective import hidden
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import set_rates
@@ -106,6 +106,7 @@ def train_owned(run: config.Run, where: World, out: log.Log) -> int:
     for source, count in job.idle.items():
         out.say(f"idle   source {source}: {count} batches taught nothing")
     if not stopped:
+        take_best(job, done)
         with main_works(where, "finish"), process.interruptible():
             finish(job)
     else:
@@ -121,6 +122,9 @@ def optimise(job: Job, start: int) -> int:
     saves it. The caller holds signals.
     """
     run, where, out = job.run, job.where, job.out
+    job.saver.best, over = best.judge(run, out, where)
+    if over:
+        return start
     with guards.loader_errors():
         feed = iter(loader(job, start))
     job.stages.begin()
@@ -139,7 +143,8 @@ def optimise(job: Job, start: int) -> int:
             bar.update()
             last = done == run.steps
             logs = last or done % run.log_every == 0
-            scores = not last and run.eval_every and done % run.eval_every == 0
+            due = run.eval_every and done % run.eval_every == 0
+            scores = run.keep_best if last else due
             saves = last or (run.save_every and done % run.save_every == 0)
             # These wait for the device in any case.
             if (logs or scores or saves) and settle(job) and logs:
@@ -151,6 +156,8 @@ def optimise(job: Job, start: int) -> int:
                 # Score before saving, so that a saved step has logged its score.
                 if scored := score(job, done):
                     out.metrics(done, "eval", scored)
+                job.saver.best, over = best.judge(run, out, where)
+                saves = saves or over or job.saver.best == done
                 job.stages.begin()
                 rates.begin()
                 logged = done
@@ -162,9 +169,18 @@ def optimise(job: Job, start: int) -> int:
             if saves or stopped:
                 settle(job)
                 save(job, done)
-            if stopped:
+            if stopped or over:
                 return done
     return run.steps
+
+
+def take_best(job: Job, done: int) -> None:
+    """Load the weights of the best score, if they are not the last step's."""
+    if (step := job.saver.best) not in (0, done):
+        path = best.checkpoint_of(step, job.saver.directory, job.where)
+        checkpoint.restore(path, job.model, job.optimizer, job.where.rank, job.where.size)
+    if step:
+        job.out.say(f"best   step {step} of {done}, by {job.run.keep_best}")
 
 
 def guarded(job: Job, step: int, feed: Iterator[Batch]) -> Step:

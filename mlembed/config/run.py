@@ -151,6 +151,11 @@ class Run:
     seed: int = number(0, **SEED)
     eval_every: int = number(0, least=0, most=10**8)
     """Steps between scores of the full size; 0: score only at the end."""
+    keep_best: str = ""
+    """Keep the checkpoint of the highest of these scores, and export its weights at the end: `mean`
+    of all tasks, or the name of a task of `eval`. Empty: export the last step's."""
+    patience: int = number(0, least=0, most=10**8)
+    """Number of scores in a row, none higher than the best, after which the run ends; 0: never."""
     save_every: int = number(500, least=0, most=10**8)
     """Steps between checkpoints; 0: save only at the end."""
     keep_checkpoints: int = number(2, above=0, most=10**8)
@@ -200,6 +205,10 @@ class Run:
             raise ValueError("optim.weights: expected fp32 with engine fsdp, got bf16")
         if self.cpu_offload and self.engine != "fsdp":
             raise ValueError(f"engine: expected fsdp with cpu_offload, got {self.engine}")
+        if self.keep_best and not self.eval_every:
+            raise ValueError("eval_every: expected 1 or more with keep_best, got 0")
+        if self.patience and not self.keep_best:
+            raise ValueError(f"patience: expected 0 without keep_best, got {self.patience}")
         shared = self.loss.hard_negatives == "shared"
         most = self.batch_size * (1 + self.loss.num_negatives * shared)
         if 0 < self.loss.memory_bank < most:

@@ -71,6 +71,11 @@ def training_tensors(
     return tensors
 
 
+def path_of(directory: Path, step: int) -> Path:
+    """Return the directory of a step's checkpoint."""
+    return directory / f"step_{step:08d}"
+
+
 class Saver:
     """Write the checkpoints of a run while training continues, one at a time.
 
@@ -80,7 +85,7 @@ class Saver:
     Args:
         directory: `checkpoints`, shared by all processes; no other run writes there.
         rank, size: this process, and the number of processes.
-        keep: number of checkpoints to keep, the new one included.
+        keep: number of checkpoints to keep, the new one included; that of `best` stays, too.
         about: further contents of each `state.json`, of the main process.
         saved: called by the main process when a checkpoint is complete.
     """
@@ -96,6 +101,7 @@ class Saver:
     ) -> None:
         self.directory, self.rank, self.size, self.keep = directory, rank, size, keep
         self.about, self.saved = about or {}, saved
+        self.best = 0
         # A group of its own, so that the writing thread's messages and training's do not mix.
         self.group = dist.new_group(backend="gloo", timeout=WRITING) if size > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -104,7 +110,8 @@ class Saver:
     def save(
         self, step: int, tensors: dict[str, Tensor], write_beside: Callable[[Path], None]
     ) -> None:
-        """Write `step_<step>`, unless it is there already, and delete all but the `keep` newest.
+        """Write `step_<step>`, unless it is there already, and delete all but the `keep` newest
+        and that of the step `best`.
 
         Waits for the checkpoint before it, then copies the tensors to host memory; once this
         returns, tensors may change.
@@ -126,7 +133,7 @@ class Saver:
             name: tensor.detach().to("cpu", copy=True, memory_format=form)
             for name, tensor in tensors.items()
         }
-        self.writing = self.thread.submit(self._write, step, copies, write_beside)
+        self.writing = self.thread.submit(self._write, step, copies, write_beside, self.best)
 
     def wait(self) -> None:
         """Wait until the checkpoint being written is on disk.
@@ -165,10 +172,14 @@ class Saver:
                 raise
 
     def _write(
-        self, step: int, tensors: dict[str, Tensor], write_beside: Callable[[Path], None]
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        write_beside: Callable[[Path], None],
+        best: int,
     ) -> None:
         """Write a checkpoint; all processes call it together."""
-        target = self.directory / f"step_{step:08d}"
+        target = path_of(self.directory, step)
         partial = target.with_name(f".{target.name}.partial")
         try:
             if not self._on_main(lambda: _begin(target, partial, self.about.get("run"))):
@@ -190,7 +201,7 @@ class Saver:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"{target}: could not be written: {error}") from error
-        self._on_main(lambda: _prune(target, self.keep))
+        self._on_main(lambda: _prune(target, self.keep, path_of(self.directory, best)))
 
     def _written(self, partial: Path, write_beside: Callable[[Path], None]) -> dict[str, Any]:
         """Flush the files that this process wrote; return the size and sha256 of each.
@@ -299,14 +310,16 @@ def _finish(state: dict[str, Any], partial: Path, target: Path) -> None:
     flush(target.parent)
 
 
-def _prune(newest: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints, intact and damaged. ValueError if one stays.
+def _prune(newest: Path, keep: int, best: Path) -> None:
+    """Delete all but the newest checkpoints, intact and damaged, and the best one.
+
+    Raises ValueError if one that is to be deleted stays.
 
     Checkpoints of later steps than the run's newest are not its own, and stay.
     """
     damaged = sorted(newest.parent.glob("damaged_step_*"))
     own = [path for path in complete(newest.parent) if path.name <= newest.name]
-    for old in (*own[:-keep], *damaged[:-keep]):
+    for old in (*(path for path in own[:-keep] if path != best), *damaged[:-keep]):
         try:  # The next `_begin` ends a deletion that is interrupted.
             shutil.rmtree(old.rename(old.with_name(f".step_{old.name}.partial")))
         except OSError as error:

@@ -106,7 +106,7 @@ def _newest(checkpoints: Path, where: World, say: Any) -> Path | None:
     if reason := broadcast_text(reason, where):
         raise ValueError(reason)
     step = broadcast(-1 if newest is None else step_of(newest), where)
-    return None if step < 0 else checkpoints / f"step_{step:08d}"
+    return None if step < 0 else checkpoint.path_of(checkpoints, step)
 
 
 def step_of(path: Path | None) -> int:
@@ -230,8 +230,8 @@ def write_config(run: config.Run, directory: Path, start: int) -> str:
         files.write_text(files.free_name(directory / f"config_until_{start}.json"), before)
     files.write_text(path, resolved)
     if not (identity := _identity(directory)):
-        checkpoint = directory / "checkpoints" / f"step_{start:08d}"
-        known = intact.state(checkpoint).get("run") if start else None
+        saved = checkpoint.path_of(directory / "checkpoints", start)
+        known = intact.state(saved).get("run") if start else None
         identity = {"id": known or secrets.token_hex(8), "saved": start > 0}
         _write_identity(directory, identity)
     return str(identity["id"])

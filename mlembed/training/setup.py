@@ -36,7 +36,7 @@ from ..modeling.transformer import Transformer, num_parameters
 from ..runtime import checkpoint, log, process
 from ..runtime.distributed import World, main_works, together
 from ..runtime.workers import end_with_parent
-from . import gradcache, guards, lora, provenance, resume
+from . import best, gradcache, guards, lora, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
 from .objective import first_layers
@@ -355,6 +355,7 @@ def set_up(
     if workers_of(run, where):
         start_server()
     text = read_text(run, out.say)
+    best.check(run, text.tasks)
     configured = resume.as_saved(run)
     if run.epochs:
         run = replace(run, steps=steps_of(run, text.tables, text.streams))
