@@ -6,6 +6,7 @@
     en, sw                     a table of two languages, whose codes name the columns (`Bitext`)
     sentence1, sentence2, score    a table, also by other names of a pair and its score (`STS`)
     queries.jsonl, corpus.jsonl, qrels/SPLIT.tsv   a directory in BEIR's format (`Retrieval`)
+    queries/, corpus/, qrels/  a directory in NanoBEIR's format, a table in each (`Retrieval`)
     xx-en.{dev,training,test}.{xx,en,gold}         a directory in BUCC's format (`Mining`)
     un.xx-yy.{xx,yy}, pool.yy  a directory: translations to find in a pool (`Pool`)
 
@@ -73,7 +74,7 @@ def read(source: str, bad_rows: BadRows = "error") -> list[Task]:
     if path.is_dir():
         return _directory(path, bad_rows)
     if path.parent.name == "qrels" and path.is_file():
-        return [retrieval(path.parents[1], paths.stem_of(path), bad_rows)]
+        return [retrieval(path.parents[1], beir.split_of(path), bad_rows)]
     (path,) = paths.files_of(source)
     return [_table(path, bad_rows)]
 
@@ -132,7 +133,7 @@ def _directory(path: Path, bad_rows: BadRows) -> list[Task]:
     names = paths.by_plain_name(path)
     if any(map(TATOEBA.fullmatch, names)):
         return [tatoeba(path)]
-    if names.keys() & {"corpus.jsonl", "queries.jsonl"}:
+    if names.keys() & {"corpus.jsonl", "queries.jsonl"} or beir.has_tables(path):
         return [retrieval(path, bad_rows=bad_rows)]
     if any(map(UN.fullmatch, names)):
         return [pool(path)]
@@ -337,7 +338,7 @@ def pool(directory: Path) -> Pool:
 
 
 def retrieval(directory: Path, split: str = "", bad_rows: BadRows = "error") -> Retrieval:
-    """Read BEIR's queries.jsonl, corpus.jsonl and qrels/SPLIT.tsv (beir.py).
+    """Read BEIR's queries.jsonl, corpus.jsonl and qrels/SPLIT.tsv, or NanoBEIR's (beir.py).
 
     Args:
         split: by default test, or the only split. bad_rows: with skip, malformed rows, second rows
@@ -349,13 +350,10 @@ def retrieval(directory: Path, split: str = "", bad_rows: BadRows = "error") -> 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    files = paths.by_plain_name(directory)
-    for name in ("queries.jsonl", "corpus.jsonl"):
-        if name not in files:
-            raise ValueError(f"{directory}: expected {name}, found none")
-    corpus, path = files["corpus.jsonl"], beir.choose_split(directory, split)
+    questions, corpus = (beir.file_of(directory, kind) for kind in ("queries", "corpus"))
+    path = beir.choose_split(directory, split)
     report, left_out = _report(directory.name, bad_rows), set[int]()
-    queries = dict(beir.by_id(files["queries.jsonl"], report, set()))
+    queries = dict(beir.by_id(questions, report, set()))
     place = {key: row for row, (key, _) in enumerate(beir.by_id(corpus, report, left_out))}
     ids = list(place)
     grades = beir.judgements(path, queries, place, report)

@@ -1,9 +1,11 @@
 """Read BEIR's files: queries.jsonl and corpus.jsonl (_id, text [, title]), qrels/SPLIT.tsv.
 
 All may be compressed, and judgements may be a table of rows too (qrels/SPLIT.jsonl), as in the
-repositories of the Hub.
+repositories of the Hub. Those of NanoBEIR have a folder of one table for each: queries/, corpus/
+and qrels/, where a judgement without a score means 1.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from collections.abc import Set as AbstractSet
@@ -15,6 +17,7 @@ from .bounds import shown
 from .layouts import Report
 
 QRELS = ("query-id", "corpus-id", "score")
+RUNNING = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def titled(title: str, text: str) -> str:
@@ -73,17 +76,46 @@ def by_id(path: Path, report: Report, left_out: set[int]) -> Iterator[tuple[str,
         yield key, text
 
 
+def has_tables(directory: Path) -> bool:
+    """Return whether a directory has NanoBEIR's three folders."""
+    return all((directory / name).is_dir() for name in ("queries", "corpus", "qrels"))
+
+
+def file_of(directory: Path, kind: str) -> Path:
+    """Return the file of `queries` or `corpus` in a directory.
+
+    Raises:
+        ValueError: there is none, or a folder of several.
+    """
+    if file := paths.by_plain_name(directory).get(f"{kind}.jsonl"):
+        return file
+    folder = directory / kind
+    files = [file for file in sorted(folder.glob("*")) if paths.is_data(file)]
+    if not files:
+        raise ValueError(f"{directory}: expected {kind}.jsonl, found none")
+    if len(files) > 1:
+        raise ValueError(f"{folder}: expected one file, got {len(files)}, first {files[0].name}")
+    return files[0]
+
+
+def split_of(path: Path) -> str:
+    """Return `test` of test.tsv, and `train` of train-00000-of-00001.parquet."""
+    return RUNNING.sub("", paths.stem_of(path))
+
+
 def choose_split(directory: Path, split: str) -> Path:
     """Return the judgements of `split` or, if that is "", of test or the only split.
 
     Raises:
         ValueError: the split does not exist, or there are several and none is test.
     """
-    files = {
-        paths.stem_of(path): path
-        for path in sorted((directory / "qrels").glob("*"))
-        if paths.suffix_of(path) in (".tsv", ".jsonl", ".parquet")
-    }
+    files: dict[str, Path] = {}
+    for path in sorted((directory / "qrels").glob("*")):
+        if paths.suffix_of(path) not in (".tsv", ".jsonl", ".parquet"):
+            continue
+        if (other := files.setdefault(split_of(path), path)) != path:
+            got = f"{other.name} and {path.name}"
+            raise ValueError(f"{path.parent}: expected one file of a split, got {got}")
     splits = list(files)
     chosen = split or ("test" if "test" in splits else splits[0] if len(splits) == 1 else "")
     if chosen not in splits:
@@ -113,6 +145,7 @@ def _rows(path: Path) -> Iterator[tuple[str, list[Any] | ValueError]]:
             if isinstance(values, ValueError):
                 yield where, values
             else:
+                values.setdefault(QRELS[2], 1 if paths.suffix_of(path) == ".parquet" else None)
                 yield where, [values.get(name) for name in QRELS]
         return
     for number, (where, line) in enumerate(readers.lines(path)):
@@ -168,10 +201,10 @@ def judgements(
         try:
             query, document, grade = _judgement(row)
             if query not in queries:
-                raise ValueError(f"query-id: expected an id of queries.jsonl, got {shown(query)}")
+                raise ValueError(f"query-id: expected an id of the queries, got {shown(query)}")
             if report.skip and document not in place:
                 got = shown(document)
-                raise ValueError(f"corpus-id: expected an id of corpus.jsonl, got {got}")
+                raise ValueError(f"corpus-id: expected an id of the corpus, got {got}")
             earlier = grades.get(query, {}).get(place.get(document, -1), grade)
             if earlier != grade:
                 raise ValueError(
@@ -186,10 +219,10 @@ def judgements(
         raise ValueError(f"{path}: expected judgements, found none{report.first_bad}")
     missing = list(place)[N:]
     if all(row >= N for of_query in grades.values() for row in of_query):
-        raise ValueError(f"{path}: corpus-id: expected ids of corpus.jsonl, got {missing[0]!r} ..")
+        raise ValueError(f"{path}: corpus-id: expected ids of the corpus, got {missing[0]!r} ..")
     if missing:
         warnings.warn(
-            f"{path}: {len(missing)} judged documents are missing from corpus.jsonl and cannot be "
+            f"{path}: {len(missing)} judged documents are missing from the corpus and cannot be "
             f"found, first {missing[0]!r}; --bad-rows skip leaves their judgements out",
             stacklevel=2,
         )

@@ -1,11 +1,12 @@
 """BEIR's files: what they hold, every mistake with its place, and rows that are left out."""
 
+import numpy as np
 import pytest
 
 from mlembed.data import eval_sets
 from mlembed.data.formats.beir import judgements
 from mlembed.data.formats.layouts import Report
-from tests.data.samples import CORPUS, HEADER, QRELS, QUERIES, beir, jsonl
+from tests.data.samples import CORPUS, HEADER, QRELS, QUERIES, beir, jsonl, parquet
 
 
 def read(path):
@@ -51,7 +52,7 @@ def test_splits_of_beir(tmp_path):
         (dict(corpus=[{"_id": "z", "text": "\ud83d"}]), r"corpus\.jsonl:1: text: expected text"),
         (dict(corpus=[*CORPUS, CORPUS[1]]), r"corpus\.jsonl:5: _id: .* new one, got 'd10' again"),
         (dict(queries=[*QUERIES, QUERIES[0]]), r"queries\.jsonl:4: _id: .* got 'q0' again"),
-        (dict(queries=QUERIES[:2]), r"test\.tsv:2: query-id: .* id of queries\.jsonl, got 'q2'"),
+        (dict(queries=QUERIES[:2]), r"test\.tsv:2: query-id: .* id of the queries, got 'q2'"),
         (dict(corpus=CORPUS[1:2], test=QRELS[:32]), r"test\.tsv: corpus-id: .* got '2' \.\."),
         (dict(test=QRELS + "q1\td1\n"), r"test\.tsv:6: expected query-id TAB corpus-id TAB score"),
         (dict(test=QRELS + "q1\td1\thigh\n"), r"test\.tsv:6: score: expected an integer, got 'hi"),
@@ -70,7 +71,7 @@ def test_beir_errors(what, message, tmp_path):
 def test_judged_documents_that_the_corpus_lacks(tmp_path):
     """ArguAna has such documents: a warning, and they cannot be found."""
     path = beir(tmp_path / "b", corpus=CORPUS[:3])
-    words = r"test\.tsv: 1 judged documents are missing from corpus\.jsonl .* first 'é'"
+    words = r"test\.tsv: 1 judged documents are missing from the corpus .* first 'é'"
     with pytest.warns(UserWarning, match=words):
         (task,) = read(path)
     assert task.judged.tolist() == [[0, 0, 2], [0, 1, 0], [1, 2, 1], [1, 3, -1]]
@@ -152,4 +153,61 @@ def test_judgements_in_a_table(tmp_path):
     assert (read(path)[0].judged == want.judged).all()
     jsonl(path / "qrels" / "test.jsonl", [*table, {"query-id": "q1", "score": 1}])
     with pytest.raises(ValueError, match=r"test\.jsonl:5: corpus-id: expected an id, got None"):
+        read(path)
+
+
+# ---- NanoBEIR's folders ----
+
+
+def nano(path, score=False, parts=("train-00000-of-00001",)):
+    """Write NanoBEIR's layout as the Hub has it, a table in each folder, ids as text."""
+    pairs = [("q2", "2", 1), ("q0", "d1", 1)]
+    judged = [
+        {"query-id": q, "corpus-id": d, **({"score": n} if score else {})} for q, d, n in pairs
+    ]
+    corpus = [{"_id": str(row["_id"]), "text": row["text"]} for row in CORPUS]
+    for name, rows in (("corpus", corpus), ("queries", QUERIES), ("qrels", judged)):
+        (path / name).mkdir(parents=True)
+        for part in parts if name == "qrels" else parts[:1]:
+            parquet(path / name / f"{part}.parquet", rows)
+    return path
+
+
+@pytest.mark.parametrize("score", [False, True])
+def test_nanobeir(tmp_path, score):
+    """Its judgements have no score and mean 1; all else is as in BEIR's files."""
+    (task,) = read(nano(tmp_path / "NanoSea", score))
+    corpus = [{"_id": row["_id"], "text": row["text"]} for row in CORPUS]
+    (other,) = read(beir(tmp_path / "b", corpus, test=HEADER + "q2\t2\t1\nq0\td1\t1\n"))
+    assert task.name == "NanoSea" and task.queries == other.queries == ["sea? ", "moon?"]
+    assert list(task.documents()) == list(other.documents())
+    for field in ("judged", "order_N"):
+        np.testing.assert_array_equal(getattr(task, field), getattr(other, field))
+    named = read(tmp_path / "NanoSea" / "qrels" / "train-00000-of-00001.parquet")
+    assert [one.name for one in named] == ["NanoSea-train"]
+
+
+def test_folder_of_nanobeir(tmp_path):
+    for name in ("NanoSea", "NanoSun"):
+        nano(tmp_path / "nano" / name)
+    assert [task.name for task in read(tmp_path / "nano")] == ["NanoSea", "NanoSun"]
+
+
+def test_nanobeir_errors(tmp_path):
+    two = nano(tmp_path / "two", parts=("train-00000-of-00002", "train-00001-of-00002"))
+    with pytest.raises(ValueError, match="qrels: expected one file of a split, got train-00000"):
+        read(two)
+    path = nano(tmp_path / "more")
+    parquet(path / "corpus" / "more.parquet", [{"_id": "x", "text": "y"}])
+    with pytest.raises(ValueError, match="corpus: expected one file, got 2, first more.parquet"):
+        read(path)
+    for file in (path / "corpus").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="expected corpus.jsonl, found none"):
+        read(path)
+    # A file of lines has to say the score of each judgement.
+    path = beir(tmp_path / "b")
+    (path / "qrels" / "test.tsv").unlink()
+    jsonl(path / "qrels" / "test.jsonl", [{"query-id": "q2", "corpus-id": "2"}])
+    with pytest.raises(ValueError, match="score: expected an integer, got None"):
         read(path)
