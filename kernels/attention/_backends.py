@@ -106,7 +106,10 @@ def _softmax_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    # Adding has no backward of its own, unlike masked_fill, which copies and fills both ways.
+    bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device)
+    scores.add_(bias.masked_fill_(~mask, -torch.inf))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def varlen(
