@@ -46,10 +46,11 @@ class Loss:
     normalise_weights: bool = True
     """Scale the weights to sum to one. Otherwise the rules above give them, except that `uniform`
     stays a mean over exits, like in ML-Embed: the scale of the published losses."""
-    ranks: Literal["sampled", "evenly", "all"] = "sampled"
-    """sampled: one vocabulary rank a step, drawn proportionally (ML-Embed). evenly: one, all
-    equally probable. all: every rank in a pass of its own, weighted in proportion to itself, which
-    sampling estimates."""
+    ranks: Literal["sampled", "evenly", "inversely", "all"] = "sampled"
+    """sampled: one vocabulary rank a step, drawn in proportion to itself (ML-Embed). evenly: one,
+    all equally probable. inversely: one, in proportion to 1 / rank, for a vocabulary that starts
+    from an SVD, whose small ranks have most to learn. all: every rank in a pass of its own, weighted
+    in proportion to itself, which `sampled` estimates."""
     negatives_across: Literal["gather", "ring"] = machine("gather")
     """Exchange candidates between processes all at once, or in a ring, in which a process holds its
     own candidates and those of two others at most (in use, and arriving)."""
@@ -62,7 +63,7 @@ class Loss:
     def __post_init__(self) -> None:
         check_numbers(self, "loss.")
         if self.memory_bank and self.ranks == "all":
-            raise ValueError("loss.ranks: expected sampled or evenly with a memory bank, got all")
+            raise ValueError("loss.ranks: expected one rank a step with a memory bank, got all")
         for name in ("exit_weights", "matryoshka_weights"):
             given = getattr(self, f"custom_{name}")
             if (getattr(self, name) == "custom") != bool(given):

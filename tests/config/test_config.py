@@ -295,7 +295,7 @@ SIZES += ("num_key_value_heads", "head_dim", "intermediate_size")
         (
             Loss,
             dict(memory_bank=512, ranks="all"),
-            "loss.ranks: expected sampled or evenly with a memory",
+            "loss.ranks: expected one rank a step with a memory",
         ),
         (Depth, dict(exits=(1, 4), shares=(0.5,)), "depth.shares: expected one for each"),
         (Depth, dict(exits=(1, 4), shares=(0.5, 0.6)), "depth.shares: expected positive"),

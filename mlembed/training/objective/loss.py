@@ -46,6 +46,9 @@ from ...runtime.distributed import World, gather
 from .bank import Bank
 from .candidates import Pairs, in_batch, joint
 
+# Exponent of the rank in the probability that a step draws it.
+RANK_POWER = {"sampled": 1, "evenly": 0, "inversely": -1}
+
 
 def loss_table(
     exits_END: Tensor,
@@ -298,18 +301,16 @@ def ranks_of(run: config.Run, step: int) -> list[tuple[int | None, float]]:
     ranks = run.model.ranks
     if run.loss.ranks == "all" and ranks:
         return [(rank, rank / sum(ranks)) for rank in ranks]
-    return [(sample_rank(ranks, run.seed, step, run.loss.ranks == "evenly"), 1.0)]
+    return [(sample_rank(ranks, run.seed, step, RANK_POWER[run.loss.ranks]), 1.0)]
 
 
-def sample_rank(ranks: tuple[int, ...], seed: int, step: int, evenly: bool = False) -> int | None:
-    """Draw the step's vocabulary rank in proportion to itself (ML-Embed); None without ranks.
+def sample_rank(ranks: tuple[int, ...], seed: int, step: int, power: int = 1) -> int | None:
+    """Draw the step's vocabulary rank in proportion to rank^power; None without ranks.
 
-    A function of seed and step alone, so it is equal on all processes and after a resume.
-
-    Args:
-        evenly: give every rank the same probability.
+    A function of seed and step alone, so it is equal on all processes and after a resume. ML-Embed
+    draws a rank in proportion to itself.
     """
     if not ranks:
         return None
-    p = np.full(len(ranks), 1 / len(ranks)) if evenly else np.array(ranks) / sum(ranks)
-    return int(np.random.default_rng([seed, step, 1]).choice(ranks, p=p))
+    p = np.array(ranks, dtype=float) ** power
+    return int(np.random.default_rng([seed, step, 1]).choice(ranks, p=p / p.sum()))

@@ -85,15 +85,16 @@ def test_texts_that_left_are_not_read(directions):
 # ---- ranks ----
 
 
-@pytest.mark.parametrize("evenly", [False, True])
-def test_ranks_are_drawn_in_proportion_or_evenly(evenly):
+@pytest.mark.parametrize(
+    ("rule", "weights"), [("sampled", (1, 2, 4)), ("evenly", (1, 1, 1)), ("inversely", (4, 2, 1))]
+)
+def test_ranks_are_drawn_by_their_rule(rule, weights):
     ranks, n = (32, 64, 128), 4000
-    loss = Loss(ranks="evenly" if evenly else "sampled")
-    run = Run(model=Model(ranks=ranks), loss=loss, seed=3)
+    run = Run(model=Model(ranks=ranks), loss=Loss(ranks=rule), seed=3)
     drawn = Counter(ranks_of(run, step)[0][0] for step in range(n))
     assert set(drawn) == set(ranks)
-    for rank in ranks:
-        p = 1 / len(ranks) if evenly else rank / sum(ranks)
+    for rank, weight in zip(ranks, weights, strict=True):
+        p = weight / sum(weights)
         assert abs(drawn[rank] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
