@@ -109,6 +109,7 @@ class Run:
         """Return the exit status, and the measurement that began and did not end."""
         command = [*WORKER, self.name, *arguments]
         command += ["--seconds", f"{max(self.left() - 5, 0):.0f}"]
+        command += [f"--model={self.args.model}"] * bool(self.args.model)
         command += ["--smoke"] * self.args.smoke + ["--red"] * (not self.green)
         begun = None
         with start(command, stdout=subprocess.PIPE) as process:
@@ -152,6 +153,9 @@ class Run:
         ]
         if importlib.util.find_spec("pytest") is None or not files:
             self.add({"kind": "tests", "ok": None, "note": "pytest or the tests are missing"})
+            return
+        if self.environment.get("gpu") is None and not self.args.smoke:
+            self.add({"kind": "tests", "ok": None, "note": "the kernels' tests need a GPU"})
             return
         command = [sys.executable, "-m", "pytest", "-p", "bench", "-q", "-p", "no:cacheprovider"]
         command += ["--collect-only"] * self.args.smoke
@@ -208,7 +212,7 @@ class Run:
         print(f"\n{self.name}: {name}: {case.about}")
         limits = (ceilings[-1]["tflops"], ceilings[-1]["gbs"]) if ceilings else None
         if limits is not None:
-            print("ceilings: matmul {:.0f} TFLOP/s, copy {:.0f} GB/s".format(*limits))
+            print("ceilings: matmul {:.3g} TFLOP/s, copy {:.3g} GB/s".format(*limits))
         columns = getattr(self.bench, "COLUMNS", report.COLUMNS)
         cells = getattr(self.bench, "cells", report.cells)
         for mode in case.modes:
@@ -305,6 +309,19 @@ def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
     sys.exit(2)
 
 
+def model_of(args: argparse.Namespace) -> str:
+    """Take MODEL=DIR from the names, and return the directory as an absolute path, or ""."""
+    given = [name for name in args.names if name.startswith("MODEL=")]
+    args.names = [name for name in args.names if name not in given]
+    if not given:
+        return ""
+    path = Path(given[-1].removeprefix("MODEL="))
+    if not path.is_dir():
+        print(f"error: MODEL: expected a directory, got {str(path)!r}", file=sys.stderr)
+        sys.exit(2)
+    return str(path.absolute())
+
+
 def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return the cases of each bench, in the order of NAMES."""
     for name in args.names:
@@ -316,6 +333,14 @@ def chosen(args: argparse.Namespace) -> dict[str, list[str]]:
     for case in args.case:
         if case not in known:
             wrong("--case", known, case)
+    if args.model:
+        takes = {n: tuple(c for c in of if hasattr(named(n).CASES[c], "model"))
+                 for n, of in cases.items()}  # fmt: skip
+        if not any(not args.case or c in args.case for of in takes.values() for c in of):
+            of = ", ".join(args.case or names)
+            print(f"error: MODEL: no case of {of} takes a model", file=sys.stderr)
+            sys.exit(2)
+        cases = takes
     return {n: [c for c in of if not args.case or c in args.case] for n, of in cases.items()}
 
 
@@ -323,7 +348,9 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} or all, and MODEL=DIR"
+    )
     parser.add_argument("--list", action="store_true", help="benches and their cases")
     parser.add_argument("--case", nargs="+", default=[], help="only these")
     parser.add_argument("--seconds", type=float, default=530.0, help="for all benches together")
@@ -338,6 +365,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "bench/results", help="folder, or a .jsonl, of results"
     )
     args = parser.parse_args()
+    args.model = model_of(args)
     if args.list:
         args.names, args.case = args.names or ["all"], []
         for name, cases in chosen(args).items():

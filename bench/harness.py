@@ -49,6 +49,7 @@ class Case:
     name: str
     providers: tuple[str, ...] = ("ours",)
     modes: tuple[str, ...] = (TRAIN, FORWARD)
+    device: str = ""  # the kind of device that its times need, if the bench has several
 
     def flops(self, mode: str) -> float:
         raise NotImplementedError
@@ -256,8 +257,9 @@ def peak_bytes(call: Call, sets: list[Any], device: torch.device) -> int | None:
 
 
 def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
-    """Measure this card: bf16 matmul in TFLOP/s, device copy in GB/s (read + written)."""
-    n, size = (64, 1 << 16) if smoke else (8192, 1 << 31)
+    """Measure this device: bf16 matmul in TFLOP/s, copy in GB/s (read + written)."""
+    n, size = (8192, 1 << 31) if device.type == "cuda" else (2048, 1 << 28)
+    n, size = (64, 1 << 16) if smoke else (n, size)
     budget_ms = 0.0 if smoke else 300.0
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in "ab")
     out = a @ b

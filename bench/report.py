@@ -96,7 +96,7 @@ def table(
     mine = [row for row in rows if row["mode"] == mode]
     lines = [["provider", "ms", "p20..p80", *columns, *(f"x {name}" for name in baselines)]]
     notes = []
-    if floors is not None:
+    if floors:
         limits = ", ".join(f"{name} {ms:.2f} ms" for name, ms in floors.items())
         notes.append(f"  floors at the ceilings: {limits}")
     for row in mine:

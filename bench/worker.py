@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Worker:
         self.bench = named(args.name)
         self.repeats = getattr(self.bench, "REPEATS", 5)
         self.device, self.smoke, self.green = device, args.smoke, not args.red
-        self.skip = set(args.skip)
+        self.skip, self.model = set(args.skip), args.model
         self.end = time.monotonic() + args.seconds
         self.ceilings: dict[str, float] = {}
 
@@ -88,7 +88,8 @@ class Worker:
 
     def shaped(self, name: str) -> Any:
         case = self.bench.CASES[name]
-        return case.toy() if self.smoke else case
+        case = case.toy() if self.smoke else case
+        return replace(case, model=self.model) if self.model else case
 
     # ---- providers ----
 
@@ -97,9 +98,18 @@ class Worker:
             # What is compiled for a function is limited, and cases compile the same functions.
             torch.compiler.reset()
         case = self.shaped(name)
+        if case.device not in ("", self.device.type) and not self.smoke:
+            at = {"case": name, "provider": "ours", "mode": case.modes[0]}
+            say("row", **at, status="absent", note=f"its times need the device {case.device}")
+            return
         if hasattr(self.bench, "rows"):
             for kind, record in self.bench.rows(case, self.device, self.end, self.skip):
                 say(kind, **({"green": self.green} if "value" in record else {}), **record)
+            return
+        if hasattr(case, "rows"):
+            end, tflops = self.end - RESERVE, self.ceilings.get("tflops")
+            for row in case.rows(end, self.skip, tflops):
+                say("row", **({"green": self.green} if "value" in row else {}), **row)
             return
         sets: list[Leaves] = []
         for provider in case.providers:
@@ -306,6 +316,7 @@ def main() -> None:
     parser.add_argument("--case", help="of the sweep")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--skip", nargs="*", default=[], help="finished: case:provider:mode")
+    parser.add_argument("--model", default="", help="of the cases that take one: a directory")
     parser.add_argument("--red", action="store_true", help="the kernel's tests failed")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()

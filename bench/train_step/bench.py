@@ -18,20 +18,22 @@ from torch import Tensor
 from mlembed import config
 from mlembed.modeling.transformer import Transformer
 from mlembed.training.gradcache import ActivationCost, layers_to_recompute
-from mlembed.training.optim import adamw, prepare, to_weights
+from mlembed.training.optim import adamw, to_weights
 
 from ..harness import TRAIN
 from ..report import Floors, Row, Targets, gib
-from . import peers
+from . import cases, cpu, peers
 from . import stages as staged
-from .cases import CASES, PEAK_TFLOPS, Case, Texts, Trained, allocated, tokens
+from .cases import PEAK_TFLOPS, Case, Ours, Texts, Trained, allocated, tokens
 from .gate import compile_for, gate, packed_loss
 
 __all__ = "CASES", "gate"
 
 TESTS = ("*/*",)
-BREAKDOWN = tuple(CASES)
-BASELINES = "sentence_transformers", "padded", "full_depth"
+DEVICES = "cuda", "cpu"  # Times on a CPU are those of the case `cpu`.
+CASES = {**cases.CASES, cpu.CASE.name: cpu.CASE}
+BREAKDOWN = tuple(cases.CASES)
+BASELINES = "sentence_transformers", "padded", "full_depth", "st_matryoshka_2d"
 REPEATS = 3  # a step of a peer takes seconds
 
 # Variants of the step of train.py, as arguments of `ours`.
@@ -97,17 +99,6 @@ def our_loss(
     batch, packs = inputs.packs(deep)
     again = layers_to_recompute(run, kept, packs, run.activation_gib * 2**30)
     return packed_loss(step.model, run, batch, packs, again, half, lambda name: step.mark(name))
-
-
-class Ours(Trained):
-    """The step of train.py."""
-
-    def update(self, max_norm: float) -> None:
-        """Step the optimiser, which clips as it reads the gradients."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        prepare(self.optimizer, norm, max_norm, 1 - norm.isfinite().float())
-        self.optimizer.step()
 
 
 def build(name: str, case: Case, like: Texts, smoke: bool) -> tuple[Trained, str | None]:
@@ -195,8 +186,14 @@ COLUMNS = "tokens/s", "MFU", "of matmul", "peak GiB", "of activations"
 
 
 def cells(rows: Sequence[Row], row: Row, floors: Floors) -> list[str]:
-    rates = f"{row['tokens_s']:.0f}", f"{row['mfu']:.1%}", f"{row['share']:.1%}"
-    return [*rates, gib(row.get("peak_mib")), gib(row.get("activation_mib"))]
+    mfu, share = (f"{row[key]:.1%}" if key in row else "-" for key in ("mfu", "share"))
+    return [
+        f"{row['tokens_s']:.0f}",
+        mfu,
+        share,
+        gib(row.get("peak_mib")),
+        gib(row.get("activation_mib")),
+    ]
 
 
 # ---- targets ----
@@ -232,4 +229,5 @@ def targets(rows: list[Row]) -> list[Row]:
                 for limit, aim in zip(SKIPPED, (False, True), strict=True):
                     share = skip[key] / full[key]
                     targets.add(f"step_skip: {what} / at full depth", share, "<=", limit, aim)
+    cpu.targets(targets)
     return targets.listed

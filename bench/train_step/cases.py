@@ -43,6 +43,7 @@ from mlembed.data.depth import draw_depths
 from mlembed.data.packing import PackedBatch
 from mlembed.modeling.flops import PEAKS, layer_weights
 from mlembed.modeling.transformer import num_parameters
+from mlembed.training.optim import prepare
 from mlembed_kernels import TokenIndex
 
 from .. import harness
@@ -69,6 +70,7 @@ class Case(harness.Case):
     docs: Lengths
     modes: tuple[str, ...] = (TRAIN,)
     mini_batch: int = 64
+    device: str = "cuda"
 
     @property
     def texts(self) -> int:
@@ -93,7 +95,7 @@ class Case(harness.Case):
             model, vocab_size=97, hidden_size=32, num_hidden_layers=len(layers),
             num_attention_heads=2, num_key_value_heads=2 if model.style == "bert" else 1,
             head_dim=16, intermediate_size=48, exits=tuple(layers.values()),
-            matryoshka_dims=(8, 32), ranks=(4, 8) if model.ranks else (),
+            matryoshka_dims=(8, 32), ranks=(4, 8) if model.ranks else (), last_layers=0,
             max_position_embeddings=512,
         )  # fmt: skip
         depth = replace(depth, exits=tuple(layers[e] for e in depth.exits))
@@ -316,6 +318,17 @@ class Trained:
     def update(self, max_norm: float) -> None:
         """Clip the gradients, then step the optimiser."""
         nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
+
+
+class Ours(Trained):
+    """The step of train.py."""
+
+    def update(self, max_norm: float) -> None:
+        """Step the optimiser, which clips as it reads the gradients."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        prepare(self.optimizer, norm, max_norm, 1 - norm.isfinite().float())
         self.optimizer.step()
 
 

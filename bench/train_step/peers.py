@@ -67,8 +67,9 @@ def transformers_model(start: Transformer) -> Any:
     named = hf_config.hf_config(cfg) | {"attn_implementation": "sdpa"}
     shape = getattr(transformers, f"{kind}Config")(**named)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    headless = {"add_pooling_layer": False} if kind == "Bert" and cfg.pooling != "pooler" else {}
     with device:
-        model = getattr(transformers, f"{kind}Model")(shape)
+        model = getattr(transformers, f"{kind}Model")(shape, **headless)
     # Frequencies of positions are buffers, and stay in fp32.
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
@@ -114,10 +115,37 @@ def sentence_transformers(case: Case, start: Transformer, cached: bool = True) -
 
     cached: else MultipleNegativesRankingLoss, with a graph of all texts.
     """
+    model = opened(case, start)
+    w_M = weights(case.run)[-1]
+    dims = list(case.run.model.matryoshka_dims)
+    loss = losses().MatryoshkaLoss(
+        model, ranking(case, model, cached), dims, (w_M / w_M.sum()).tolist()
+    )
+    return model, on_columns(case, loss), f"last layer only,{inputs_of(case, cached)}"
+
+
+def matryoshka_2d(case: Case, start: Transformer, cached: bool = False) -> Peer:
+    """Return Matryoshka2dLoss with its defaults, around the same loss of pairs.
+
+    Each step has the last layer and one drawn, and a prefix drawn for each.
+    """
+    model = opened(case, start)
+    dims = list(case.run.model.matryoshka_dims)
+    loss = losses().Matryoshka2dLoss(model, ranking(case, model, cached), dims)
+    return model, on_columns(case, loss), f"two layers a step,{inputs_of(case, cached)}"
+
+
+def losses() -> Any:
+    module = "sentence_transformers.sentence_transformer.losses"
+    return imported(module, "sentence-transformers")
+
+
+def opened(case: Case, start: Transformer) -> Any:
+    """Return a SentenceTransformer with the weights of ours."""
     st = imported("sentence_transformers", "sentence-transformers")
-    module = "sentence_transformers.sentence_transformer"
-    losses = imported(f"{module}.losses", "sentence-transformers")
-    modules = imported(f"{module}.modules", "sentence-transformers")
+    modules = imported(
+        "sentence_transformers.sentence_transformer.modules", "sentence-transformers"
+    )
     model = transformers_model(start)
     device, dtype = model.device, model.dtype
     with tempfile.TemporaryDirectory() as folder:
@@ -125,35 +153,47 @@ def sentence_transformers(case: Case, start: Transformer, cached: bool = True) -
         del model
         tokenizer().save_pretrained(folder)
         transformer = modules.Transformer(folder, model_kwargs={"dtype": dtype})
-    bert, D = case.run.model.style == "bert", case.run.model.hidden_size
-    parts = [transformer, modules.Pooling(D, pooling_mode="cls" if bert else "lasttoken")]
-    if bert:  # LaBSE's modules
+    pooling, D = case.run.model.pooling, case.run.model.hidden_size
+    mode = {"last": "lasttoken", "pooler": "cls"}.get(pooling, pooling)
+    parts = [transformer, modules.Pooling(D, pooling_mode=mode)]
+    if pooling == "pooler":  # LaBSE's modules
         parts.append(modules.Dense(D, D, activation_function=nn.Tanh()))
         own = {f"linear.{name}": x.detach() for name, x in start.pooler.named_parameters()}
         parts[-1].load_state_dict(own)
         parts[-1].to(dtype)
-    model = st.SentenceTransformer(modules=parts, device=str(device)).train()
-    run = case.run
-    directions = BOTH if run.loss.directions == "symmetric" else BOTH[:1]
-    options: dict[str, Any] = {"scale": 1 / run.loss.temperature, "directions": directions}
+    return st.SentenceTransformer(modules=parts, device=str(device)).train()
+
+
+def ranking(case: Case, model: Any, cached: bool) -> nn.Module:
+    """Return the loss of pairs, in our directions and at our temperature."""
+    loss = case.run.loss
+    directions = BOTH if loss.directions == "symmetric" else BOTH[:1]
+    options: dict[str, Any] = {"scale": 1 / loss.temperature, "directions": directions}
     options |= {"mini_batch_size": case.mini_batch} if cached else {}
     name = f"{'Cached' if cached else ''}MultipleNegativesRankingLoss"
-    ranking = getattr(losses, name)(model, partition_mode="per_direction", **options)
-    w_M = weights(run)[-1]
-    dims = list(run.model.matryoshka_dims)
-    matryoshka = losses.MatryoshkaLoss(model, ranking, dims, (w_M / w_M.sum()).tolist())
+    made: nn.Module = getattr(losses(), name)(model, partition_mode="per_direction", **options)
+    return made
+
+
+def on_columns(case: Case, loss: nn.Module) -> Callable[[Trained, Texts], Tensor]:
+    """Return the loss of the case's texts, whose rectangles are made once."""
     no_labels = torch.empty(0)
     batch: list[dict[str, Tensor]] = []
 
-    def loss(step: Trained, inputs: Texts) -> Tensor:
+    def value(step: Trained, inputs: Texts) -> Tensor:
         if not batch:
             batch.extend(columns(case, inputs))
-        value: Tensor = matryoshka([dict(column) for column in batch], no_labels)
-        return value
+        result: Tensor = loss([dict(column) for column in batch], no_labels)
+        return result
 
-    table = " of a plain table," if run.model.ranks else ""
+    return value
+
+
+def inputs_of(case: Case, cached: bool) -> str:
+    """Return the end of a note."""
+    table = " of a plain table," if case.run.model.ranks else ""
     of = f"mini-batches of {case.mini_batch}" if cached else "one batch"
-    return model, loss, f"last layer only,{table} {of}, weights bf16"
+    return f"{table} {of}, weights {'fp32' if case.device == 'cpu' else 'bf16'}"
 
 
 def columns(case: Case, inputs: Texts) -> list[dict[str, Tensor]]:

@@ -23,7 +23,9 @@ def make_worker(monkeypatch):
 
     def make(name, smoke=False, skip=()):
         monkeypatch.setattr(worker, "MS", 1.0)
-        args = argparse.Namespace(name=name, smoke=smoke, red=False, skip=skip, seconds=300.0)
+        args = argparse.Namespace(
+            name=name, smoke=smoke, red=False, skip=skip, seconds=300.0, model=""
+        )
         made = worker.Worker(args, torch.device("cpu"))
         made.ceilings = {"tflops": 2.0, "gbs": 3.0}
         return made

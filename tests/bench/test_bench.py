@@ -122,7 +122,7 @@ def test_list(monkeypatch, capsys):
     assert lines["infonce"] == "reference, both, small, labse, e1, siglip, huge"
     assert lines["attention"].startswith("short, mid, long, skip, ")
     assert lines["embed"] == "step, masters, rank64, lealla"
-    assert lines["train_step"] == "step, step_skip, step_nested, lealla"
+    assert lines["train_step"] == "step, step_skip, step_nested, lealla, cpu"
     assert (lines["gradcache"], lines["encode"]) == ("fit, peer, big", "short, mid")
     assert lines["loader"] == "groups, bitext, streamed"
 
