@@ -56,6 +56,22 @@ def proof(files, tmp_path):
     return Proof(str(files / "model"), str(files / "data"), str(tmp_path / "out"), rank=8)
 
 
+# ---- training text ----
+
+
+def test_mixture_of_the_examples_has_the_files_that_the_docs_list():
+    (sources,) = json.loads((ROOT / "examples/real_text.json").read_text()).values()
+    assert sum(source["weight"] for source in sources) == pytest.approx(1)
+    listed = (ROOT / "docs/data.md").read_text().partition("| training text |")[2]
+    rows = [
+        line.split("|")[1]
+        for line in listed.partition("| evaluation |")[0].splitlines()[2:]
+        if line
+    ]
+    names = [name.strip() for row in rows for name in row.split(",")]
+    assert sorted(Path(source["path"]).stem for source in sources) == sorted(names)
+
+
 # ---- scores ----
 
 
