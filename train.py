@@ -48,7 +48,7 @@ from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
 from mlembed.training import best, gradcache, guards, lora, resume
-from mlembed.training.objective import hidden
+from mlembed.training.objective import hidden, quantise
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import set_rates
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -314,17 +314,21 @@ def add_gradients(
                 packs[i], rank=spec.rank, recompute=recompute[i], tap=tap, sync=sync
             )
 
+    def tables(exits_END: Tensor) -> Terms:
+        terms = {}
+        if run.distill.contrastive and batch.task != SINGLE:
+            terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
+        if job.distiller is not None:
+            terms |= job.distiller.tables(exits_END, batch, run, where)
+        return terms
+
     def loss(exits_END: Tensor) -> Tensor:
         # The forward keeps the device busy, and the bank is to hold the last step's documents.
         settle(job)
         # On CUDA the products of the loss are in bf16, too.
         exits_END = exits_END.bfloat16() if half and device.type == "cuda" else exits_END
-        terms = {}
         with job.stages.of("loss"):
-            if run.distill.contrastive and batch.task != SINGLE:
-                terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
-            if job.distiller is not None:
-                terms |= job.distiller.tables(exits_END, batch, run, where)
+            terms = quantise.mixed(tables, exits_END, run.loss)
             if targets:
                 terms["hidden"] = hidden.table(targets, spec.weight_EM)
         shares.update({name: loss_EM.detach() * spec.share for name, loss_EM in terms.items()})
@@ -424,7 +428,8 @@ def finish(job: Job) -> None:
         return
     if job.tasks:
         began = time.perf_counter()
-        scored = grid.score_grid(encoder, job.tasks, progress=sys.stderr.isatty())
+        kinds = quantise.scored(run.loss)
+        scored = grid.score_grid(encoder, job.tasks, progress=sys.stderr.isatty(), precisions=kinds)
         scores = [line for line in out.lines() if line["kind"] == "eval" and line["step"] == 0]
         untrained = scores[0]["tasks"] if scores else {}
         extra = {"run": strict.to_dict(run), "commit": log.commit(), "untrained": untrained}

@@ -54,7 +54,8 @@ def main(
         prompt: text to put before each text.
         prompt_name: name of a prompt of the model to put before each text.
         precision: number format of the vectors, quantised like sentence-transformers does.
-        ranges: .npy file [2, dim] for int8 and uint8, which another call wrote next to its --out.
+        ranges: .npy file [2, dim] for int8 and uint8, which another call wrote next to its --out;
+            by default that of the model, if its export has one.
         dtype: dtype of the weights.
         device: auto, cpu, cuda or cuda:0 ..; each of several devices gets a process.
         max_tokens: tokens of a packed batch; a CPU takes fewer.
@@ -67,6 +68,12 @@ def main(
     if not device:
         raise ValueError("device: expected one or more, got none")
     check_number("max-tokens", max_tokens, least=1, below=2**31)
+    from ..inference import vector_files
+
+    if precision in ("int8", "uint8") and ranges is None:
+        ranges = vector_files.model_ranges(model, dim)
+        if ranges is not None:
+            print(f"ranges: {ranges}", file=sys.stderr)
     makes_ranges = precision in ("int8", "uint8") and ranges is None
     if makes_ranges and not out:
         raise ValueError(f"ranges: expected --ranges or --out for {precision}, got neither")
@@ -75,7 +82,6 @@ def main(
             raise ValueError(f"out: expected a name that ends in .npy or .parquet, got {out}")
         check_new(target)
     from ..data.formats.text_reader import TextReader
-    from ..inference import vector_files
     from ..inference.encoder import Encoder
 
     if makes_ranges:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..config.choices import BadRows, Dtype, Pooling
+from ..config.choices import BadRows, Dtype, Pooling, Stored
 from ..config.strict import check_number
 from ..runtime.errors import printable
 from ..runtime.files import atomic_directory, check_new
@@ -35,6 +35,7 @@ def main(
     graph: str = "",
     query_prompt: str | None = None,
     document_prompt: str | None = None,
+    precision: tuple[Stored, ...] = (),
     bad_rows: BadRows = "error",
     out: str = "",
     dtype: Dtype = "float32",
@@ -60,6 +61,8 @@ def main(
             score as well and to compare with the weights at each width.
         query_prompt: text to put before queries of retrieval, instead of the model's `query`.
         document_prompt: text to put before documents, instead of the model's `document`.
+        precision: int8, binary or both, to score --data with vectors stored in bytes or bits as
+            well; grid.json then has the ranges of int8.
         bad_rows: make a malformed row of --data an error, or skip such rows and say how many.
         out: new directory for grid.json and grid.png.
         dtype: dtype of the weights, in which the model is scored and measured.
@@ -68,6 +71,8 @@ def main(
     check_number("shortlist", shortlist, least=10, below=2**31)
     if graph and mteb:
         raise ValueError("graph: expected --data, got --mteb")
+    if precision and mteb:
+        raise ValueError("precision: expected --data, got --mteb")
     if graph and not (Path(model) / graph).is_file():
         raise ValueError(f"graph: expected a file in {model}, got {graph}")
     if out:
@@ -96,7 +101,9 @@ def main(
             prompts[name] = given
     progress = sys.stderr.isatty()
     with atomic_directory(Path(out)) if out else nullcontext() as partial:
-        grid = score_grid(encoder, tasks, dim, exit, rank, progress, prompts=prompts)
+        grid = score_grid(
+            encoder, tasks, dim, exit, rank, progress, prompts=prompts, precisions=precision
+        )
         if mteb:
             where = partial / "mteb" if partial else None
             add_mteb(encoder, model, mteb, grid, prompts, where, progress)

@@ -49,8 +49,8 @@ class Loss:
     ranks: Literal["sampled", "evenly", "inversely", "all"] = "sampled"
     """sampled: one vocabulary rank a step, drawn in proportion to itself (ML-Embed). evenly: one,
     all equally probable. inversely: one, in proportion to 1 / rank, for a vocabulary that starts
-    from an SVD, whose small ranks have most to learn. all: every rank in a pass of its own, weighted
-    in proportion to itself, which `sampled` estimates."""
+    from an SVD, whose small ranks have most to learn. all: every rank in a pass of its own,
+    weighted in proportion to itself, which `sampled` estimates."""
     negatives_across: Literal["gather", "ring"] = machine("gather")
     """Exchange candidates between processes all at once, or in a ring, in which a process holds its
     own candidates and those of two others at most (in use, and arriving)."""
@@ -59,11 +59,21 @@ class Loss:
     queue, arXiv 1911.05722), without gradient. Holds the newest whole micro-batches."""
     bank_on: Literal["device", "host"] = machine("device")
     """Memory of the bank; pinned host memory is copied micro-batch by micro-batch."""
+    quantise: Literal["none", "int8", "binary"] = "none"
+    """Train vectors to be stored in bytes or bits: the loss also has a part in which every number
+    is one of 255 steps or a sign, and gradients pass the rounding unchanged (straight-through,
+    arXiv 1308.3432)."""
+    quantise_weight: float = number(0.5, above=0, most=1)
+    """Share of that part in the loss; the rest is the loss of the vectors as they are."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "loss.")
         if self.memory_bank and self.ranks == "all":
             raise ValueError("loss.ranks: expected one rank a step with a memory bank, got all")
+        if self.memory_bank and self.quantise != "none":
+            raise ValueError(
+                f"loss.quantise: expected none with a memory bank, got {self.quantise}"
+            )
         for name in ("exit_weights", "matryoshka_weights"):
             given = getattr(self, f"custom_{name}")
             if (getattr(self, name) == "custom") != bool(given):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from ..config.choices import Stored
 
 WIDTH = 3.6  # Inches: 346 CSS pixels, so that text keeps its size on a phone.
 SIZE = 8.6  # Points of the smallest text: 11 pixels on a phone that shows 336 of the 346.
@@ -80,11 +82,23 @@ def _figure(height: float, title: str) -> tuple[Figure, Axes]:
 # ---- the grid ----
 
 
-def mean_score(cell: Mapping[str, Any]) -> float:
-    """Return the mean over tasks, in percent; nan where a task has no score."""
-    scores = [task["score"] for task in cell["scores"].values()]
+def mean_score(cell: Mapping[str, Any], precision: str = "") -> float:
+    """Return the mean over tasks, in percent; nan where a task has no score.
+
+    precision: int8 or binary, for the score of codes instead of float32 vectors.
+    """
+    tasks = list(cell["scores"].values())
+    if precision:
+        tasks = [task.get(precision, {"score": None}) for task in tasks]
+    scores = [task["score"] for task in tasks]
     scores = [float("nan") if score is None else score for score in scores]
     return 100 * float(np.mean(scores)) if scores else float("nan")
+
+
+def precisions(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what else than float32 vectors of the cells are scored in: int8, binary."""
+    tasks = [task for cell in cells for task in cell["scores"].values()]
+    return [name for name in get_args(Stored) if any(name in task for task in tasks)]
 
 
 def score_range(cells: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..config.choices import Stored
 from ..data.eval_tasks import STS, Bitext, Mining, Pool, Retrieval, Side, Task
-from ..inference import cost
+from ..inference import codes, cost
 from ..inference.encoder import Encoder, FullSize, Size
 from ..inference.onnx_encoder import OnnxEncoder
 from ..inference.search import Funnel, Nearest, not_unit
@@ -28,6 +29,8 @@ IN_MEMORY = 2**30  # Bytes of vectors of one task; more of them go to a file.
 TOP = 100  # Documents of a query that count.
 
 Results = dict[FullSize, dict[str, Any]]  # A task's scores by size.
+BYTES = {"int8": ", 1/4", "binary": ", 1/32"}  # of those of float32
+Kind = tuple[FullSize, str]  # A size, and codes.FLOAT or what vectors are stored in.
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Grid:
 
     cells: dictionaries with `dim`, `exit`, `rank` (None for a plain table), `parameters`,
     `parameter_bytes`, `bytes_per_vector`, if measured `latency_ms`, `texts_per_second` and
-    `memory_mib`, and `scores` by task; rising by rank, exit and dim.
+    `memory_mib`, and `scores` by task; rising by rank, exit and dim. A task that is scored as bytes
+    and bits, too, has `int8` and `binary`, the metrics of those, and its cell `int8_range`, the
+    least and greatest number of every dimension.
     """
 
     cells: list[dict[str, Any]]
@@ -44,6 +49,11 @@ class Grid:
     @property
     def dims(self) -> list[int]:
         return sorted({cell["dim"] for cell in self.cells})
+
+    @property
+    def precisions(self) -> list[str]:
+        """Return what else than float32 vectors are scored in."""
+        return charts.precisions(self.cells)
 
     def check(self) -> None:
         """Raise ValueError if a task has no score at some size, because of its vectors."""
@@ -74,6 +84,9 @@ class Grid:
             means = "".join(f"{mean_score(row[dim]):>8.1f}" for dim in self.dims)
             size = f"{cell['rank'] or 'table':>6}{cell['exit']:>6}"
             lines.append(f"{size}{cell['parameters'] / 1e6:>7.2f}M  {means}")
+            for name in self.precisions:
+                means = "".join(f"{mean_score(row[dim], name):>8.1f}" for dim in self.dims)
+                lines.append(f"{name + BYTES[name]:>20}  {means}")
         return "\n".join(lines)
 
     def markdown(self, bold: Size | None = None) -> str:
@@ -84,6 +97,7 @@ class Grid:
         titles = {"latency_ms": "ms a text", "texts_per_second": "texts/s", "memory_mib": "MiB"}
         titles = {k: title for k, title in titles.items() if any(k in c for c in self.cells)}
         head = ["rank", "exit", "parameters", *titles.values(), *(f"{d} wide" for d in self.dims)]
+        head += [f"{d} wide, {name}" for name in self.precisions for d in self.dims]
         lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
         for row in self.rows():
             cell = next(iter(row.values()))
@@ -93,6 +107,9 @@ class Grid:
             for dim in self.dims:
                 score = f"{mean_score(row[dim]):.1f}" if dim in row else ""
                 words.append(f"**{score}**" if (dim, cell["exit"], cell["rank"]) == bold else score)
+            for name in self.precisions:
+                stored = (mean_score(row[d], name) if d in row else math.nan for d in self.dims)
+                words += ["" if math.isnan(score) else f"{score:.1f}" for score in stored]
             lines.append(f"| {' | '.join(words)} |")
         return "\n".join(lines)
 
@@ -111,6 +128,7 @@ def score_grid(
     *,
     prompts: dict[str, str] | None = None,
     costs: bool = True,
+    precisions: Sequence[Stored] = (),
 ) -> Grid:
     """Score tasks at every (rank, exit, dim), the largest last. A score is NaN if a vector is not
     of length one (`not_unit` counts them) or the metric is undefined.
@@ -120,6 +138,7 @@ def score_grid(
         prompts: `query` and `document`, to put before those of retrieval; the encoder's by default.
         costs: measure latency, texts a second and memory, which takes part of a second for each
             exit and rank.
+        precisions: what else than float32 to score vectors in, see `codes`.
 
     Raises:
         ValueError: a width, depth or rank that the model lacks.
@@ -132,16 +151,18 @@ def score_grid(
     for dim, exit, rank in itertools.product(dims, exits, ranks or (None,)):
         cfg.check(dim, exit, rank)
     prompts = encoder.prompts if prompts is None else prompts
-    cells = []
+    cells: list[dict[str, Any]] = []
     for rank in ranks or (None,):
         sizes = [(dim, exit, rank) for exit in exits for dim in dims]
-        by_task = {t.name: score(encoder, t, sizes, prompts, progress) for t in tasks}
+        by_task = {t.name: score(encoder, t, sizes, prompts, progress, precisions) for t in tasks}
         measured = {exit: cost.measure(encoder, exit, rank) if costs else {} for exit in exits}
         for size in sizes:
             dim, exit, _ = size
             price = {**cost.sizes(encoder, *size), **measured[exit]}
             results = {name: by_size[size] for name, by_size in by_task.items()}
             cells.append({"dim": dim, "exit": exit, "rank": rank, **price, "scores": results})
+            if reached := [r["int8"].pop("largest") for r in results.values() if "int8" in r]:
+                cells[-1]["int8_range"] = [*codes.symmetric_range(max(reached))]
     return Grid(cells)
 
 
@@ -151,33 +172,58 @@ def score(
     sizes: Sequence[FullSize],
     prompts: dict[str, str],
     progress: bool = False,
+    precisions: Sequence[Stored] = (),
 ) -> Results:
-    """Return one task's scores at each size."""
+    """Return one task's scores at each size; those of each of `precisions` by its name."""
+    kinds: list[Kind] = [(size, name) for size in sizes for name in (codes.FLOAT, *precisions)]
+    by_kind = _scores(encoder, task, kinds, prompts, progress)
+    for size, name in kinds:
+        if name != codes.FLOAT and not by_kind[size, codes.FLOAT].get("not_unit"):
+            metrics = by_kind[size, name].items()
+            by_kind[size, codes.FLOAT][name] = {k: v for k, v in metrics if isinstance(v, float)}
+    return {size: by_kind[size, codes.FLOAT] for size in sizes}
+
+
+def _scores(
+    encoder: Encoder,
+    task: Task,
+    kinds: Sequence[Kind],
+    prompts: dict[str, str],
+    progress: bool,
+) -> dict[Kind, dict[str, Any]]:
     if isinstance(task, Pool):
-        return _pool(encoder, task, sizes, progress)
+        return _pool(encoder, task, kinds, progress)
     if isinstance(task, Retrieval):
         nearest = _search(
-            encoder, task.queries, task.documents(), TOP + 1, sizes, prompts, progress
+            encoder, task.queries, task.documents(), TOP + 1, kinds, prompts, progress
         )
         judged = task.judged, task.order_N, task.own_Q
         return {
-            size: scores.retrieval(found.scores.numpy(), found.rows.numpy(), *judged)
+            kind: scores.retrieval(found.scores.numpy(), found.rows.numpy(), *judged)
+            | found.coder.reached()
             if not found.not_unit
             else _no_score(found.not_unit)
-            for size, found in nearest.items()
+            for kind, found in nearest.items()
         }
     metrics: dict[type, Callable[[Any, Tensor], dict[str, Any]]] = {
         Bitext: scores.score_bitext,
         STS: scores.score_sts,
         Mining: scores.score_mining,
     }
+    sizes = list(dict.fromkeys(size for size, _ in kinds))
     numbers = len({size[:0:-1] for size in sizes}) * len(task.texts) * encoder.model.cfg.hidden_size
     vectors = encoder.encode_grid(task.texts, sizes, progress, on_disk=4 * numbers > IN_MEMORY)
-    results = {}
+    results: dict[Kind, dict[str, Any]] = {}
     for size in sizes:
         unit = vectors[size]
         broken = not_unit(unit)
-        results[size] = _no_score(broken) if broken else metrics[type(task)](task, unit)
+        for name in (name for one, name in kinds if one == size):
+            coder = codes.Coder(name)
+            results[size, name] = (
+                _no_score(broken)
+                if broken
+                else metrics[type(task)](task, coder(unit)) | coder.reached()
+            )
     return results
 
 
@@ -190,17 +236,18 @@ def _search(
     queries: Sequence[str],
     documents: Iterable[str],
     k: int,
-    sizes: Sequence[FullSize],
+    kinds: Sequence[Kind],
     prompts: dict[str, str],
     progress: bool,
-) -> dict[FullSize, Nearest]:
-    """Return the k nearest documents of each query at each size, from one pass over documents."""
+) -> dict[Kind, Nearest]:
+    """Return the k nearest documents of each query of each kind, from one pass over documents."""
     device = encoder.model.device
+    sizes = list(dict.fromkeys(size for size, _ in kinds))
     query_vectors = encoder.encode_grid(queries, sizes, progress, prompts.get("query")).to(device)
-    nearest = {size: Nearest(len(queries), k) for size in sizes}
+    nearest = {kind: Nearest(len(queries), k, codes.Coder(kind[1])) for kind in kinds}
     for some in _chunks(documents):
         vectors = encoder.encode_grid(some, sizes, progress, prompts.get("document")).to(device)
-        for size, found in nearest.items():
+        for (size, _), found in nearest.items():
             found.add(query_vectors[size], vectors[size])
     return nearest
 
@@ -211,29 +258,36 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield some
 
 
-def _pool(encoder: Encoder, task: Pool, sizes: Sequence[FullSize], progress: bool) -> Results:
+def _pool(
+    encoder: Encoder, task: Pool, kinds: Sequence[Kind], progress: bool
+) -> dict[Kind, dict[str, Any]]:
     """Return P@1 over the pool, averaged over target languages, like LaBSE on the UN's text."""
     by_language = {
-        lang: _pool_side(encoder, side, sizes, progress) for lang, side in task.sides.items()
+        lang: _pool_side(encoder, side, kinds, progress) for lang, side in task.sides.items()
     }
     results = {}
-    for size in sizes:
-        found = {lang: by_size[size] for lang, by_size in by_language.items()}
+    for kind in kinds:
+        found = {lang: by_kind[kind] for lang, by_kind in by_language.items()}
         by_lang = {lang: result["score"] for lang, result in found.items()}
-        results[size] = {"score": float(np.mean(list(by_lang.values()))), "by_language": by_lang}
+        results[kind] = {"score": float(np.mean(list(by_lang.values()))), "by_language": by_lang}
+        if reached := [result["largest"] for result in found.values() if "largest" in result]:
+            results[kind]["largest"] = max(reached)
         if broken := sum(result.get("not_unit", 0) for result in found.values()):
-            results[size]["not_unit"] = broken
+            results[kind]["not_unit"] = broken
     return results
 
 
-def _pool_side(encoder: Encoder, side: Side, sizes: Sequence[FullSize], progress: bool) -> Results:
+def _pool_side(
+    encoder: Encoder, side: Side, kinds: Sequence[Kind], progress: bool
+) -> dict[Kind, dict[str, Any]]:
     pool = itertools.chain(side.answers, side.others())
-    nearest = _search(encoder, side.queries, pool, 1, sizes, {}, progress)
+    nearest = _search(encoder, side.queries, pool, 1, kinds, {}, progress)
     return {
-        size: {"score": scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)}
+        kind: {"score": scores.precision_at_1(found.rows[:, 0].numpy(), side.answers)}
+        | found.coder.reached()
         if not found.not_unit
         else _no_score(found.not_unit)
-        for size, found in nearest.items()
+        for kind, found in nearest.items()
     }
 
 

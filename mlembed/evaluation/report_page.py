@@ -393,12 +393,14 @@ def table_section(run: Results) -> Section:
         section.remarks.append("Not scored.")
         return section
     columns = [column for column in COLUMNS if any(column[0] in cell for cell in run.cells)]
-    rows = []
+    rows, names = [], charts.precisions(run.cells)
     for cell in run.cells:
         size = cell["rank"] or "plain", cell["exit"], cell["dim"]
         values = (shown(cell.get(key), form) for key, _, form in columns)
-        rows.append((*size, shown(mean_score(cell), "{:.2f}"), *values))
-    head = ("Rank", "Exit", "Width", "Score (%)", *(title for _, title, _ in columns))
+        stored = (shown(mean_score(cell, name), "{:.2f}") for name in names)
+        rows.append((*size, shown(mean_score(cell), "{:.2f}"), *stored, *values))
+    titles = *(f"{name} (%)" for name in names), *(title for _, title, _ in columns)
+    head = ("Rank", "Exit", "Width", "Score (%)", *titles)
     section.tables += [("All cells of the grid", head, rows), *task_tables(run)]
     if missing := [title for _, title, _ in COLUMNS if title not in head]:
         section.remarks.append(f"{', '.join(missing)}: {MISSING}.")

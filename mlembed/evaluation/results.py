@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..config.choices import Stored
 from ..runtime import files
 from ..runtime.log import METRICS
 
@@ -116,6 +117,11 @@ def read_grid(path: Path) -> dict[str, Any]:
                 )
         for key in cell.keys() & MEASURED:
             cell[key] = number(cell[key])
+        if not _is_range(cell.get("int8_range", [-1.0, 1.0])):
+            raise ValueError(
+                f"{path}: cells[{i}].int8_range: expected a least and a greatest number, got "
+                f"{cell['int8_range']!r:.60}"
+            )
         scores = cell.get("scores")
         if not isinstance(scores, dict) or not all(
             isinstance(task, dict) and (task.get("score") is None or _is_number(task["score"]))
@@ -128,6 +134,8 @@ def read_grid(path: Path) -> dict[str, Any]:
             if "by_language" in task:
                 task["by_language"] = mapping(task["by_language"])
             task["score"] = None if task.get("score") is None else number(task["score"])
+            for name in task.keys() & get_args(Stored):
+                task[name] = {"score": number(mapping(task[name]).get("score"))}
     return grid
 
 
@@ -150,6 +158,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                     f'{path}:{at}: expected a JSON object with an integer "step", got {line!r:.60}'
                 )
     return lines
+
+
+def _is_range(value: Any) -> bool:
+    both = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+    return both and -math.inf < value[0] < value[1] < math.inf
 
 
 def _is_number(value: Any) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codes import FLOAT, Coder
 from .encoder import FULL, Encoder, FullSize, Size
 from .vector_files import UNIT, check_unit
 
@@ -34,17 +35,24 @@ class Nearest:
     Memory does not grow with the number of documents.
 
     scores: [Q, <= k], falling. rows: int64 [Q, <= k], documents numbered in the order of adding.
-    not_unit: vectors of queries and documents that are not of length one.
+    not_unit: vectors of queries and documents that are not of length one. coder: makes the codes
+    that are compared; the vectors themselves by default.
     """
 
-    def __init__(self, queries: int, k: int) -> None:
+    def __init__(self, queries: int, k: int, coder: Coder | None = None) -> None:
         self.k, self.count, self.not_unit = k, 0, 0
+        self.coder = coder or Coder()
         self.scores = torch.empty(queries, 0)
         self.rows = torch.empty(queries, 0, dtype=torch.int64)
 
     def add(self, unit_QD: Tensor, unit_CD: Tensor) -> None:
         """Compare all queries with the next documents; both are unit rows on one device."""
         self.not_unit += not_unit(unit_CD) + (0 if self.count else not_unit(unit_QD))
+        if self.coder.precision != FLOAT:
+            if self.not_unit:
+                return
+            self.coder.fit(unit_QD, unit_CD)
+            unit_QD, unit_CD = self.coder(unit_QD), self.coder(unit_CD)
         width = min(self.k, self.scores.shape[1] + len(unit_CD))
         scores = torch.empty(len(unit_QD), width, dtype=unit_QD.dtype)
         rows = torch.empty(len(unit_QD), width, dtype=torch.int64)

@@ -14,6 +14,7 @@ import numpy as np
 from ..config.choices import Precision
 from ..runtime.files import atomic_file, atomic_files, check_regular, save_array
 
+RANGES = "int8_ranges.npy"  # Of an exported model, for its full width.
 HEADER = 128  # Bytes of an .npy header with room for any number of rows.
 
 Write = Callable[[np.ndarray], None]
@@ -105,6 +106,15 @@ class Quantiser:
         made = quantize_embeddings(vectors, precision=kind, ranges=self.ranges)
         assert isinstance(made, np.ndarray)
         return made
+
+
+def model_ranges(model: str, dim: int | None) -> Path | None:
+    """Return the file of ranges of an exported model, None without one or for a width asked for.
+
+    A narrower vector is scaled to length one again, and leaves the ranges of the whole.
+    """
+    path = Path(model) / RANGES
+    return path if dim is None and path.is_file() else None
 
 
 def read_ranges(path: Path) -> np.ndarray:

@@ -22,17 +22,19 @@ left to llama.cpp, whose repository has the only converter.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import tokenizer
-from ..inference.encoder import Encoder
+from ..inference.encoder import Encoder, FullSize
+from ..inference.vector_files import RANGES
 from ..modeling import pretrained, serving
 from ..runtime import files, model_files
 from . import probes, to_onnx
@@ -91,6 +93,7 @@ def export(
             if "onnx-int8" in formats:
                 to_onnx.quantise(partial)
             report = probes.check(partial, encoder, dim, exit, rank)
+        write_ranges(partial, origin.grid, (dim, exit, rank or max(cfg.ranks, default=None)))
         cut = model_card.Cut(out.name, dim, exit, rank, tuple(formats), repo)
         card = model_card.write(encoder, cut, origin, license)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -104,6 +107,18 @@ def write_model(directory: Path, encoder: Encoder, dim: int, exit: int, rank: in
     tokenizer.save(encoder.tokenizer, directory, encoder.max_length)
     complete_config(directory, encoder, dim)
     write_sentence_transformers(directory, encoder, dim)
+
+
+def write_ranges(directory: Path, grid: Mapping[str, Any], size: FullSize) -> None:
+    """Write the ranges in which a run's evaluation scored vectors of this size as int8.
+
+    The file is what `mlembed encode --ranges` and sentence-transformers take, fp32 [2, dim]. Runs
+    whose vectors were not scored as int8 have none.
+    """
+    for cell in grid.get("cells", []):
+        if (cell["dim"], cell["exit"], cell["rank"]) == size and "int8_range" in cell:
+            low_high = np.array(cell["int8_range"], np.float32)[:, None]
+            files.save_array(directory / RANGES, np.repeat(low_high, size[0], axis=1))
 
 
 def check_formats(formats: Sequence[str], out: Path) -> None:

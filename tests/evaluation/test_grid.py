@@ -3,100 +3,34 @@
 import json
 import sys
 
-import numpy as np
 import processes
 import pytest
 import torch
-from factories import tiny_encoder, tiny_tokenizer, write_encoder, write_jsonl
+from factories import tiny_encoder, tiny_tokenizer
+from grid_tasks import (
+    WORDS,
+    beir_directory,
+    ndcg,
+    score_cells,
+    size,
+    tatoeba_directory,
+    un_directory,
+)
 from PIL import Image
 
 from mlembed.cli import evaluate
 from mlembed.data import eval_sets
-from mlembed.data.eval_tasks import STS, Bitext
+from mlembed.data.eval_tasks import Bitext
 from mlembed.evaluation import grid, scores, tables
 from mlembed.evaluation.charts import mean_score
 from mlembed.evaluation.grid import Grid, score_grid
 from mlembed.inference.encoder import Encoder
 from mlembed.modeling import pretrained
 
-WORDS = ["sea", "land", "sun", "moon", "river", "hill", "road", "tree", "stone", "bird"]
 PRICE = ("latency_ms", "texts_per_second", "memory_mib")
 
 
-def write_lines(path, lines):
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def tatoeba_directory(path):
-    path.mkdir()
-    for lang, form in {"deu": "x{}x", "fra": "le {} {}"}.items():
-        other = [form.format(w, w[::-1]) for w in WORDS]
-        write_lines(path / f"tatoeba.{lang}-eng.{lang}", other)
-        write_lines(path / f"tatoeba.{lang}-eng.eng", WORDS)
-    return path
-
-
-def beir_directory(path):
-    """Queries of two words, documents of five."""
-    rng = np.random.default_rng(0)
-    (path / "qrels").mkdir(parents=True)
-    for name, size, n in (("queries", 2, 12), ("corpus", 5, 120)):
-        texts = [" ".join(rng.choice(WORDS, size)) for _ in range(n)]
-        rows = [{"_id": f"{name[0]}{i}", "text": text} for i, text in enumerate(texts)]
-        write_jsonl(path / f"{name}.jsonl", rows)
-    judged = [f"q{i}\tc{d}\t1" for i in range(12) for d in rng.choice(120, 4, False)]
-    write_lines(path / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *judged])
-    return path
-
-
-def nearly(n, seed):
-    """Return n texts of eight words, and the same texts with one or two words replaced."""
-    rng = np.random.default_rng(seed)
-    texts = rng.choice(WORDS, (n, 8))
-    others = texts.copy()
-    for row, other in enumerate(others):
-        other[rng.choice(8, 1 + row % 2, False)] = rng.choice(WORDS, 1 + row % 2)
-    return [[" ".join(words) for words in side] for side in (texts, others)]
-
-
-def un_directory(path):
-    path.mkdir()
-    english, german = nearly(30, 1)
-    write_lines(path / "un.en-de.en", english)
-    write_lines(path / "un.en-de.de", german)
-    write_lines(path / "pool.de", [*nearly(30, 2)[0], *nearly(30, 3)[0], *german[:5]])
-    return path
-
-
-def bucc_directory(path):
-    path.mkdir()
-    for side, texts in zip(("de", "en"), nearly(40, 4), strict=True):
-        write_lines(path / f"de-en.dev.{side}", [f"{side}{i}\t{t}" for i, t in enumerate(texts)])
-    write_lines(path / "de-en.dev.gold", [f"de{i}\ten{i}" for i in range(25)])
-    return path
-
-
 # ---- the grid ----
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    shape = {"num_hidden_layers": 3, "exits": (1, 3), "matryoshka_dims": (4, 8, 32)}
-    encoder = tiny_encoder(tiny_tokenizer(WORDS * 5), 32, **shape, ranks=(4, 8))
-    return write_encoder(encoder, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def encoder(directory):
-    return Encoder.load(str(directory), "cpu")
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    path = tatoeba_directory(tmp_path_factory.mktemp("tasks") / "tat")
-    texts = [f"{a} {b}" for a in WORDS for b in WORDS[:4]]
-    gold = np.random.default_rng(0).normal(size=len(texts) // 2)
-    return [*eval_sets.read(str(path)), STS("sts", texts, gold)]
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +38,9 @@ def cells(encoder, tasks):
     return score_grid(encoder, tasks).cells
 
 
-def score_cells(*args, **options):
-    return score_grid(*args, **options, costs=False).cells
-
-
 def without_price(cells):
     """Leave out the measured costs, which differ between runs."""
     return [{k: v for k, v in cell.items() if k not in PRICE} for cell in cells]
-
-
-def size(cell):
-    return cell["dim"], cell["exit"], cell["rank"]
 
 
 def score_alone(encoder, task, *size):
@@ -198,22 +124,6 @@ def test_vectors_that_are_not_finite(directory, searched, tasks, tmp_path):
 
 
 # ---- search ----
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """A task of each kind that is searched or mined."""
-    path = tmp_path_factory.mktemp("searched")
-    directories = (beir_directory(path / "b"), un_directory(path / "u"), bucc_directory(path / "m"))
-    return [task for directory in directories for task in eval_sets.read(str(directory))]
-
-
-def ndcg(beir, queries, documents):
-    """Score a search with full matrices."""
-    cosines = queries @ documents.T
-    rows = np.argsort(-cosines, axis=1)[:, :100]
-    near = np.take_along_axis(cosines, rows, 1)
-    return scores.retrieval(near, rows, beir.judged, beir.order_N)["score"]
 
 
 def test_search_in_chunks(encoder, searched, monkeypatch):
