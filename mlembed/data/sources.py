@@ -166,7 +166,7 @@ def task_of(source: config.Source) -> str:
     return tasks[0]
 
 
-def has_taught(source: config.Source) -> bool:
+def has_teacher_scores(source: config.Source) -> bool:
     """Return whether a stream has columns of a teacher's scores."""
     return any(part.open(source)[0].negative_scores for part in _parts(source))
 
@@ -385,8 +385,8 @@ def _save(table: Table, report: Report, directory: Path) -> None:
     save_array(directory / "starts.npy", table.starts)
     if table.scores is not None:
         save_array(directory / "scores.npy", table.scores)
-    if table.taught is not None:
-        save_array(directory / "taught.npy", table.taught)
+    if table.teacher_scores is not None:
+        save_array(directory / "teacher_scores.npy", table.teacher_scores)
     about = {"name": table.name, "nway": table.nway, "task": table.task, "report": asdict(report)}
     (directory / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
@@ -395,7 +395,7 @@ def _open(directory: Path) -> tuple[Table, Report]:
     about = read_json(directory / "about.json")
     arrays = {
         name: np.load(path, mmap_mode="r")
-        for name in ("ids", "starts", "scores", "taught")
+        for name in ("ids", "starts", "scores", "teacher_scores")
         if (path := directory / f"{name}.npy").is_file()
     }
     texts = tables.StoredTexts(directory / "texts.arrow")

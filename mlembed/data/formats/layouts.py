@@ -87,8 +87,8 @@ class Report:
 class Item:
     """A validated row of pairs; score None where the row has none.
 
-    taught: a teacher's scores of the positive and the negatives, NaN where the row has none; None
-    if the source has no columns of them.
+    teacher_scores: a teacher's scores of the positive and the negatives, NaN for a text without a
+    score; None if the source has no columns of scores.
     """
 
     query: str
@@ -96,7 +96,7 @@ class Item:
     negatives: list[str]
     score: float | None
     where: str
-    taught: tuple[float, ...] | None = None
+    teacher_scores: tuple[float, ...] | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -249,7 +249,7 @@ def _score(row: dict[str, Any], column: str, most: float) -> float | None:
     return number
 
 
-def _taught(row: dict[str, Any], column: str, count: int) -> list[float]:
+def _teacher_scores(row: dict[str, Any], column: str, count: int) -> list[float]:
     """Return a teacher's scores of `count` texts, which are a number or a list; NaN for None."""
     value = row.get(column)
     if value is None:
@@ -315,11 +315,11 @@ class _Pairs:
         score = _score(row, names.score, self.most)
         if self.task == "sts" and score is None:
             raise ValueError("score: expected a number for sts, got None")
-        taught: list[float] = []
+        teacher_scores: list[float] = []
         if names.positive_scores:
-            taught = _taught(row, names.positive_scores, len(positives))
-            taught += _taught(row, names.negative_scores, len(negatives))
-        return query, positives, negatives, score, taught
+            teacher_scores = _teacher_scores(row, names.positive_scores, len(positives))
+            teacher_scores += _teacher_scores(row, names.negative_scores, len(negatives))
+        return query, positives, negatives, score, teacher_scores
 
 
 def valid(
@@ -354,14 +354,14 @@ def items(
         if parsed is None:
             report.by_label += 1
             continue
-        query, positives, negatives, score, taught = parsed
+        query, positives, negatives, score, teacher_scores = parsed
         source, target = found.languages or (
             row.get(found.query_lang), row.get(found.positive_lang)
         )  # fmt: skip
         report.count_languages(source, *[target] * len(positives))
-        of_negatives = taught[len(positives) :]
+        of_negatives = teacher_scores[len(positives) :]
         for i, positive in enumerate(positives):
-            scores = (taught[i], *of_negatives) if taught else None
+            scores = (teacher_scores[i], *of_negatives) if teacher_scores else None
             yield Item(query, positive, negatives, score, where, scores)
 
 

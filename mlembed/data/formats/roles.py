@@ -45,7 +45,7 @@ NEGATIVE = re.compile(
 SCORES = {"score", "scores", "similarity_score", "similarity", "label", "labels"}
 CLASSES = {"label", "labels"}
 # Columns of a teacher's scores, by role.
-TAUGHT = {
+TEACHER_SCORES = {
     "positive_scores": ("pos_scores", "positive_scores", "positive_score"),
     "negative_scores": ("neg_scores", "negative_scores", "negative_score"),
 }
@@ -222,10 +222,12 @@ def _pairs(plain: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     roles["negatives"] = tuple(name for _, name in sorted(matches, key=lambda match: match[0]))
     if scores := [plain[name] for name in plain if name in SCORES]:
         roles["score"] = _single("score", scores)
-    taught = {role: [plain[n] for n in names if n in plain] for role, names in TAUGHT.items()}
+    teacher_scores = {
+        role: [plain[n] for n in names if n in plain] for role, names in TEACHER_SCORES.items()
+    }
     # Only both together can be compared, so one without the other is unused.
-    if all(taught.values()):
-        roles |= {role: _single(role, found) for role, found in taught.items()}
+    if all(teacher_scores.values()):
+        roles |= {role: _single(role, found) for role, found in teacher_scores.items()}
     for role in ("prompt", "query_lang", "positive_lang"):
         if role in plain:
             roles[role] = plain[role]

@@ -38,7 +38,7 @@ def check(run: config.Run, tables: Sequence[Table], streams: Sequence[config.Sou
         ValueError: no source has scores; a source has no scores and the run has no other term.
     """
     scored = {table.name: table.scored > 0 for table in tables}
-    scored |= {name_of(source): sources.has_taught(source) for source in streams}
+    scored |= {name_of(source): sources.has_teacher_scores(source) for source in streams}
     without = [name for name, has in scored.items() if not has]
     alone = run.distill.learns == run.distill.scores
     if len(without) == len(scored) or without and alone:
@@ -59,24 +59,24 @@ def table(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -> Ten
     """
     pairs = pairs_of(exits_END, batch, run, world)
     scale_EM, cfg = pairs.common["scale"], run.distill
-    if batch.taught is None:
+    if batch.teacher_scores is None:
         return scale_EM * 0 * exits_END.sum()
     places_QC = torch.cat([batch.target[:, None], batch.negatives], dim=1)
     at_QC = places_QC.clamp(min=0)
-    taught_QC = batch.taught[at_QC].masked_fill(places_QC < 0, torch.nan)
-    known_QC, taught_QC = taught_QC.isfinite(), taught_QC / cfg.score_temperature
+    teacher_QC = batch.teacher_scores[at_QC].masked_fill(places_QC < 0, torch.nan)
+    known_QC, teacher_QC = teacher_QC.isfinite(), teacher_QC / cfg.score_temperature
     cos_EMQC = cosine(pairs.queries, pairs.docs[:, at_QC], dims=pairs.common["dims"])
     if cfg.score_form == "kl":
-        teacher_QC = taught_QC.to(cos_EMQC).masked_fill(~known_QC, NOTHING).log_softmax(-1)
+        teacher_QC = teacher_QC.to(cos_EMQC).masked_fill(~known_QC, NOTHING).log_softmax(-1)
         z_EMQC = (cos_EMQC * scale_EM[..., None, None]).masked_fill(~known_QC, NOTHING)
         student_EMQC = z_EMQC.log_softmax(-1)
         target_EMQC = teacher_QC.expand_as(student_EMQC)
         loss_EMQ = F.kl_div(student_EMQC, target_EMQC, reduction="none", log_target=True).sum(-1)
     else:
-        known_QK = known_QC[:, 1:]
-        want_QK = (taught_QC[:, :1] - taught_QC[:, 1:]).to(cos_EMQC)
+        known_QK = known_QC[:, 1:] & known_QC[:, :1]
+        want_QK = (teacher_QC[:, :1] - teacher_QC[:, 1:]).to(cos_EMQC)
         gap_EMQK = cos_EMQC[..., :1] - cos_EMQC[..., 1:] - want_QK
         square_EMQK = gap_EMQK.masked_fill(~known_QK, 0).square()
         loss_EMQ = square_EMQK.sum(-1) / known_QK.sum(-1).clamp(min=1)
-    share_EQ = shares_of(batch, pairs, run, batch.has_taught)[:, None]
+    share_EQ = shares_of(batch, pairs, run, batch.has_teacher_scores)[:, None]
     return (loss_EMQ.masked_fill(share_EQ == 0, 0) * share_EQ).sum(-1)
