@@ -48,7 +48,7 @@ from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
 from mlembed.training import best, gradcache, guards, lora, resume
-from mlembed.training.objective import hidden, quantise
+from mlembed.training.objective import hidden, quantise, score_teacher
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import set_rates
 from mlembed.training.setup import BANK, DISTILLER, Job, batches_of, loader, set_up
@@ -318,6 +318,8 @@ def add_gradients(
         terms = {}
         if run.distill.contrastive and batch.task != SINGLE:
             terms["contrastive"] = loss_table(exits_END, batch, run, where, job.bank)
+        if run.distill.scores:
+            terms["scores"] = score_teacher.table(exits_END, batch, run, where)
         if job.distiller is not None:
             terms |= job.distiller.tables(exits_END, batch, run, where)
         return terms

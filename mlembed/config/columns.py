@@ -19,6 +19,10 @@ class Columns:
     """Columns of one text or a list each."""
     score: str = ""
     """Similarity of query and positive, 0..1 or 0..5."""
+    positive_scores: str = ""
+    """A teacher's score of query and positive: a number, or a list as long as the positives."""
+    negative_scores: str = ""
+    """A teacher's scores of the query and its negatives, together with `positive_scores`."""
     label: str = ""
     """COLUMN=VALUE: only rows with this value are pairs, e.g. label=0 for entailment."""
     prompt: str = ""
@@ -37,6 +41,11 @@ class Columns:
         if nway and (odd := [name for name in self.to_roles() if name not in needed]):
             raise ValueError(
                 f"columns.{odd[0]}: expected none beside id, lang, text, got {self.to_roles()}"
+            )
+        if bool(self.positive_scores) != bool(self.negative_scores):
+            raise ValueError(
+                "columns: expected positive_scores and negative_scores or neither, got "
+                f"{self.positive_scores or self.negative_scores} alone"
             )
         if self.label and not all(self.label.partition("=")):
             raise ValueError(f"columns.label: expected COLUMN=VALUE, got {self.label!r}")

@@ -154,8 +154,8 @@ class Lora:
 class Distill:
     """Distillation from a teacher, in addition to the contrastive loss or instead of it.
 
-    loss = contrastive L + features F + logits S + between_exits B + hidden H; the first four are
-    tables over exits and prefixes with the weights of L.
+    loss = contrastive L + features F + logits S + between_exits B + scores C + hidden H; the first
+    five are tables over exits and prefixes with the weights of L.
     """
 
     teacher: str = ""
@@ -186,6 +186,15 @@ class Distill:
     """Exits at which `features` and `logits` apply."""
     between_exits: float = number(0.0, **WEIGHT)
     """Weight of `logits` from every other exit to the last, at full width, without its gradient."""
+    scores: float = number(0.0, **WEIGHT)
+    """Difference from a teacher's scores of a query with its positive and its own hard negatives,
+    which the data hold, at every exit and prefix. Queries without scores have no part in it."""
+    score_form: Literal["kl", "margin"] = "kl"
+    """kl: of the softmax over a query's own documents, at the loss's temperature. margin: mean
+    squared difference of the margins between positive and negatives (MarginMSE, arXiv 2010.02666),
+    of cosines, so at most 2."""
+    score_temperature: float = number(1.0, **TEMPERATURE)
+    """The teacher's scores are divided by it."""
     hidden: float = number(0.0, **WEIGHT)
     """Relative squared difference of the hidden states of every token, before the last layers, for
     a teacher of the student's width and tokenizer, which then reads the student's tokens. It needs
@@ -197,7 +206,7 @@ class Distill:
     def __post_init__(self) -> None:
         check_numbers(self, "distill.")
         if self.learns < LEAST:
-            terms = ("contrastive", "features", "logits", "between_exits")
+            terms = ("contrastive", "features", "logits", "between_exits", "scores")
             given = ", ".join(f"{name} {getattr(self, name)}" for name in terms)
             raise ValueError(f"distill: expected weights of 0 or more, one above 0, got {given}")
         if self.feature_form == "ml-embed" and self.align != "truncate":
@@ -234,7 +243,8 @@ class Distill:
     @property
     def learns(self) -> float:
         """Sum of the weights of the tables; `hidden` only adds to them."""
-        return self.contrastive + self.features + self.logits + self.between_exits
+        tables = self.contrastive + self.features + self.logits
+        return tables + self.between_exits + self.scores
 
 
 TUNING_LR = 1e-4  # Above it AdamW spoils weights that are trained already.

@@ -293,12 +293,13 @@ class Batches(Dataset[Batch]):
             items_B[of_epoch] = self._permutation(source, epoch)[places[of_epoch]]
         if table.single:
             groups = items_B.reshape(-1, 2).tolist()
-            return self._collate(number, groups, tokens, table.ids, table, table.texts, None)
+            return self._collate(number, groups, tokens, table.ids, table, table.texts, None, None)
         bounds = table.starts[items_B], table.starts[items_B + 1]
         rng = np.random.default_rng([self.run.seed, TEXTS, number])
         groups = draw_rows(table.nway, *bounds, self.negatives[source], rng)
         scores = None if table.scores is None else table.scores[items_B]
-        return self._collate(number, groups, tokens, table.ids, table, table.texts, scores)
+        scored = scores, table.teacher_scores
+        return self._collate(number, groups, tokens, table.ids, table, table.texts, *scored)
 
     def _from_stream(self, number: int, source: int) -> Batch:
         """Tokenise only the negatives that are drawn."""
@@ -317,7 +318,15 @@ class Batches(Dataset[Batch]):
         scores = None
         if stream.task == "sts":
             scores = np.array([item.score for item in items], dtype=np.float32)
-        return self._collate(number, groups, tokens, ids[rows], stream, texts, scores)
+        teacher_scores = None
+        if all(item.teacher_scores is not None for item in items):
+            every_score = [
+                score for item in items for score in (np.nan, *(item.teacher_scores or ()))
+            ]
+            teacher_scores = np.array(every_score, dtype=np.float32)[rows]
+        return self._collate(
+            number, groups, tokens, ids[rows], stream, texts, scores, teacher_scores
+        )
 
     def _collate(
         self,
@@ -328,6 +337,7 @@ class Batches(Dataset[Batch]):
         source: Table | Stream,
         texts: Sequence[str],
         scores: np.ndarray | None,
+        teacher_scores: np.ndarray | None,
     ) -> Batch:
         """Collate groups of rows of `texts`, whose tokens are `tokens`."""
         run = self.run
@@ -353,6 +363,9 @@ class Batches(Dataset[Batch]):
             task=source.task,
             temperature=source.source.temperature,
             scores=scores,
+            teacher_scores=None
+            if teacher_scores is None or not run.distill.scores
+            else np.asarray(teacher_scores),
         )
         if not run.distill.teacher and self.teacher is None:
             return batch

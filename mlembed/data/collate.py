@@ -31,12 +31,16 @@ class Batch:
             clustering and classification: there ids, equal for all that pairs link, may tie whole
             classes together, while negatives are of other classes.
         scores: fp32 [queries], of the pairs, for task sts.
+        teacher_scores: fp32 [documents], a teacher's scores of the documents with their queries,
+            NaN where a document has no score.
         texts, teacher_ND: for distillation, the texts in the order of `rows`, and a teacher's
             vectors of them, fp32 [texts, Dt].
     Of all processes, one after another:
         query_ids, query_depths: [all queries]. doc_ids, doc_depths: [all documents]. doc_sizes:
             documents of each process. A query has its positive's id, and texts of equal ids are
             never each other's negatives. has_negatives: bool [all queries].
+        has_teacher_scores: bool [all queries], whether a query's positive and at least one of its
+            negatives have scores of a teacher.
     source, task, temperature: the source's name, its loss, one of `config.TASKS`, and its
         temperature, 0 for the run's. A group of task SINGLE is two single texts, which only
         distillation compares.
@@ -58,6 +62,8 @@ class Batch:
     task: str = "retrieval"
     temperature: float = 0.0
     scores: Tensor | None = None
+    teacher_scores: Tensor | None = None
+    has_teacher_scores: Tensor | None = None
     texts: tuple[str, ...] | None = None
     teacher_ND: Tensor | None = None
     _host: "Batch | None" = None
@@ -104,6 +110,7 @@ def collate(
     task: str = "retrieval",
     temperature: float = 0.0,
     scores: np.ndarray | None = None,
+    teacher_scores: np.ndarray | None = None,
 ) -> Batch:
     """Return the batch of process `rank` of `size`; all processes pass all groups.
 
@@ -113,6 +120,7 @@ def collate(
         depths: int64 [groups], the last layer of each.
         runs_LN: bool [L, texts in the order of groups] as in `pack`.
         scores: [groups], of each query with its positive.
+        teacher_scores: fp32, a teacher's scores by row.
 
     Raises:
         ValueError: the number of scores is not the number of groups.
@@ -153,6 +161,11 @@ def collate(
     if task not in ("clustering", "classification"):
         is_hard &= ids[rows] != ids[rows[first[group_of]]]
     hard_counts = np.bincount(group_of, weights=is_hard)
+    has_teacher_scores = None
+    if teacher_scores is not None:
+        known = np.isfinite(teacher_scores[rows])
+        of_hard = np.bincount(group_of, weights=is_hard & known) > 0
+        has_teacher_scores = torch.from_numpy((known[first + 1] & of_hard)[all_groups])
     return Batch(
         packs=tuple(packs),
         place=torch.from_numpy(np.argsort(np.concatenate(order))),
@@ -170,6 +183,10 @@ def collate(
         task=task,
         temperature=temperature,
         scores=None if scores is None else torch.from_numpy(np.asarray(scores, np.float32)[mine]),
+        teacher_scores=None
+        if teacher_scores is None
+        else torch.from_numpy(teacher_scores[rows[docs]]),
+        has_teacher_scores=has_teacher_scores,
     )
 
 

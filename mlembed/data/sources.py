@@ -33,7 +33,7 @@ from .tables import MIN_SCORE, Table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 3  # of the files that `_save` writes
+VERSION = 4  # of the files that `_save` writes
 NO_IN_BATCH = "no_in_batch_neg"  # in the names of FlagEmbedding's files of classes
 BIG = 2**26  # bytes of files from which on a source is stored as Arrow instead of held as a list
 YAML = (".yaml", ".yml")
@@ -164,6 +164,11 @@ def task_of(source: config.Source) -> str:
     if len(tasks) > 1:
         raise ValueError(f"{source.path}: expected one task of a stream, got {', '.join(tasks)}")
     return tasks[0]
+
+
+def has_teacher_scores(source: config.Source) -> bool:
+    """Return whether a stream has columns of a teacher's scores."""
+    return any(part.open(source)[0].negative_scores for part in _parts(source))
 
 
 def describe_stream(source: config.Source) -> str:
@@ -380,6 +385,8 @@ def _save(table: Table, report: Report, directory: Path) -> None:
     save_array(directory / "starts.npy", table.starts)
     if table.scores is not None:
         save_array(directory / "scores.npy", table.scores)
+    if table.teacher_scores is not None:
+        save_array(directory / "teacher_scores.npy", table.teacher_scores)
     about = {"name": table.name, "nway": table.nway, "task": table.task, "report": asdict(report)}
     (directory / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
@@ -388,7 +395,7 @@ def _open(directory: Path) -> tuple[Table, Report]:
     about = read_json(directory / "about.json")
     arrays = {
         name: np.load(path, mmap_mode="r")
-        for name in ("ids", "starts", "scores")
+        for name in ("ids", "starts", "scores", "teacher_scores")
         if (path := directory / f"{name}.npy").is_file()
     }
     texts = tables.StoredTexts(directory / "texts.arrow")

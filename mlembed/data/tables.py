@@ -34,6 +34,8 @@ class Table:
 
     texts: a list, or memory-mapped. ids: int64 [texts]. starts: int64 [items + 1]. task: one of
     `config.TASKS`, or SINGLE. scores: fp32 [items] in 0..1, of task sts, else None.
+    teacher_scores: a teacher's scores of each text with its item's query, fp32 [texts], NaN for
+    queries and texts without a score; None for a source without scores.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Table:
     source: config.Source = config.Source(path="text")
     task: str = "retrieval"
     scores: np.ndarray | None = None
+    teacher_scores: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -59,6 +62,15 @@ class Table:
         return self.nway or self.single
 
     @cached_property
+    def scored(self) -> int:
+        """Number of items whose positive and at least one negative have a teacher's scores."""
+        if self.teacher_scores is None or not len(self):
+            return 0
+        known = np.isfinite(self.teacher_scores)
+        counts = np.add.reduceat(known, self.starts[:-1], dtype=np.int64)
+        return int((known[self.starts[:-1] + 1] & (counts > 1)).sum())
+
+    @cached_property
     def texts_sha256(self) -> str:
         """Digest of the texts in their order."""
         total = hashlib.sha256()
@@ -72,7 +84,8 @@ class Table:
 
         The name and format of files do not count.
         """
-        arrays = [self.starts, self.ids, *([] if self.scores is None else [self.scores])]
+        given = [values for values in (self.scores, self.teacher_scores) if values is not None]
+        arrays = [self.starts, self.ids, *given]
         return digest(self.nway, self.texts_sha256, arrays=map(np.ascontiguousarray, arrays))
 
 
@@ -224,6 +237,7 @@ def pair_table(
     """
     texts = _buffer(directory)
     numbers, sizes, pairs, scores = array("q"), array("q"), array("q"), array("d")
+    teacher_scores = array("f")
     for item in items:
         if overlaps(item.texts, held_out):
             report.held_out += len(item.texts)
@@ -234,6 +248,8 @@ def pair_table(
         sizes.append(len(ids))
         pairs.append(text_id(f"{ids[0]} {ids[1]}"))
         scores.append(np.nan if item.score is None else item.score)
+        if item.teacher_scores is not None:
+            teacher_scores.extend((np.nan, *item.teacher_scores))
     number, size, score = (np.array(values) for values in (numbers, sizes, scores))
     score = _scaled(score, report)
     valid = _first_of_equals(pairs)
@@ -248,6 +264,8 @@ def pair_table(
     starts = np.concatenate([[0], np.cumsum(size[valid])])
     ids_of_rows = linked(number[rows], starts) if len(rows) else number[rows]
     table = Table(name, False, _selected(texts, rows), ids_of_rows, starts)
+    if teacher_scores:
+        table = replace(table, teacher_scores=np.array(teacher_scores)[rows])
     return replace(table, scores=score[valid].astype(np.float32)) if task == "sts" else table
 
 
@@ -400,7 +418,10 @@ def describe(table: Table, report: Report) -> str:
     if table.single:
         counts = f"{len(table)} single texts, for distillation alone"
     scale = f"; scores {report.scale}" if report.scale else ""
-    return f"{counts}; {report.roles}{scale}{left_out(report)}"
+    teacher_scores = (
+        "" if table.teacher_scores is None else f"; a teacher's scores of {table.scored} pairs"
+    )
+    return f"{counts}; {report.roles}{scale}{teacher_scores}{left_out(report)}"
 
 
 def left_out(report: Report) -> str:

@@ -39,7 +39,7 @@ from ..runtime.workers import end_with_parent
 from . import best, gradcache, guards, lora, provenance, resume
 from .engine import Engine
 from .gradcache import ActivationCost
-from .objective import first_layers
+from .objective import first_layers, score_teacher
 from .objective.bank import Bank
 from .objective.distill import Distiller
 from .objective.teacher import Teacher
@@ -104,6 +104,8 @@ def read_text(run: config.Run, say: Callable[[str], None]) -> Text:
             "data: expected sources of different names (a mixture can name them), got several "
             f"{', '.join(twice)}"
         )
+    if run.distill.scores:
+        score_teacher.check(run, tables, streams)
     single = [table.name for table in tables if table.single]
     if single and not (run.distill.features or run.distill.logits):
         raise ValueError(

@@ -17,7 +17,7 @@ from .objective.loss import ranks_of, weights
 from .optim import learning_rate, prepare
 from .setup import Job, batches_of
 
-Terms = dict[str, Tensor]  # loss_EM by term: contrastive, features, logits, between_exits
+Terms = dict[str, Tensor]  # loss_EM by term: contrastive, scores, features, logits, ..
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ FIRST = {
     "mlembed/config/model.py": "test_numbers test_config test_transformer test_last_layers",
     "mlembed/config/objective.py": "test_numbers test_config test_loss test_distill",
     "mlembed/config/run.py": "test_numbers test_config test_batches",
-    "mlembed/data/tables.py": "test_tables test_groups",
+    "mlembed/data/tables.py": "test_tables test_groups test_teacher_scores",
     "mlembed/modeling/blocks.py": "test_transformer test_bert test_trunk",
     "mlembed/modeling/transformer.py": "test_transformer test_trunk test_last_layers",
     "mlembed/runtime/distributed.py": "test_waiting test_distributed",

@@ -4,6 +4,7 @@ With `source.corpus` the columns of positives and negatives hold ids of document
 prompt, or the source's, comes before the query.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,13 +85,18 @@ class Report:
 
 @dataclass(frozen=True)
 class Item:
-    """A validated row of pairs; score None where the row has none."""
+    """A validated row of pairs; score None where the row has none.
+
+    teacher_scores: a teacher's scores of the positive and the negatives, NaN for a text without a
+    score; None if the source has no columns of scores.
+    """
 
     query: str
     positive: str
     negatives: list[str]
     score: float | None
     where: str
+    teacher_scores: tuple[float, ...] | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -243,6 +249,20 @@ def _score(row: dict[str, Any], column: str, most: float) -> float | None:
     return number
 
 
+def _teacher_scores(row: dict[str, Any], column: str, count: int) -> list[float]:
+    """Return a teacher's scores of `count` texts, which are a number or a list; NaN for None."""
+    value = row.get(column)
+    if value is None:
+        return [math.nan] * count
+    values = value if isinstance(value, list) else [value]
+    numbers = [math.nan if one is None else roles.as_number(one) for one in values]
+    if any(number is None or math.isinf(number) for number in numbers):
+        raise ValueError(f"{column}: expected finite numbers, got {shown(value)}")
+    if len(numbers) != count:
+        raise ValueError(f"{column}: expected {count} scores, one a text, got {len(numbers)}")
+    return [float(number) for number in numbers if number is not None]
+
+
 def _check_new(row: dict[str, Any], known: set[str]) -> None:
     """Raise ValueError for a column with a name of a role that the first rows did not have."""
     for name in row.keys() - known:
@@ -261,8 +281,12 @@ class _Pairs:
     prompt_format: str
     known: set[str]
 
-    def parse(self, row: dict[str, Any]) -> tuple[str, list[str], list[str], float | None] | None:
-        """Return the query, the positives, the negatives and the score; None for no pair."""
+    def parse(
+        self, row: dict[str, Any]
+    ) -> tuple[str, list[str], list[str], float | None, list[float]] | None:
+        """Return the query, positives, negatives, score, and a teacher's scores of positives, then
+        negatives, [] if the source has no columns of them; None for no pair.
+        """
         names = self.roles
         _check_new(row, self.known)
         if names.label:
@@ -291,7 +315,11 @@ class _Pairs:
         score = _score(row, names.score, self.most)
         if self.task == "sts" and score is None:
             raise ValueError("score: expected a number for sts, got None")
-        return query, positives, negatives, score
+        teacher_scores: list[float] = []
+        if names.positive_scores:
+            teacher_scores = _teacher_scores(row, names.positive_scores, len(positives))
+            teacher_scores += _teacher_scores(row, names.negative_scores, len(negatives))
+        return query, positives, negatives, score, teacher_scores
 
 
 def valid(
@@ -326,13 +354,15 @@ def items(
         if parsed is None:
             report.by_label += 1
             continue
-        query, positives, negatives, score = parsed
+        query, positives, negatives, score, teacher_scores = parsed
         source, target = found.languages or (
             row.get(found.query_lang), row.get(found.positive_lang)
         )  # fmt: skip
         report.count_languages(source, *[target] * len(positives))
-        for positive in positives:
-            yield Item(query, positive, negatives, score, where)
+        of_negatives = teacher_scores[len(positives) :]
+        for i, positive in enumerate(positives):
+            scores = (teacher_scores[i], *of_negatives) if teacher_scores else None
+            yield Item(query, positive, negatives, score, where, scores)
 
 
 def _nway_row(row: dict[str, Any], found: Roles) -> dict[str, str]:

@@ -7,6 +7,7 @@ out in silence: `config.Columns` settles such cases. `Roles.describe` says what 
     anchor | question | sentence1 | ..  and  positive | answer | sentence2 | ..    also mixed
     negative, negative_1 .., hard_negatives, neg_0 ..    one text or a list each
     query, pos, neg [, prompt, type]                     FlagEmbedding: lists; an item per positive
+    pos_scores, neg_scores                               a teacher's scores, as long as the texts
     query, positive_passages, negative_passages          tevatron: lists of {title, text}
     two columns that are named by codes of languages, also within `translation`    translations
     [text, text ..] a line                               query, positive, negatives
@@ -43,6 +44,11 @@ NEGATIVE = re.compile(
 )
 SCORES = {"score", "scores", "similarity_score", "similarity", "label", "labels"}
 CLASSES = {"label", "labels"}
+# Columns of a teacher's scores, by role.
+TEACHER_SCORES = {
+    "positive_scores": ("pos_scores", "positive_scores", "positive_score"),
+    "negative_scores": ("neg_scores", "negative_scores", "negative_score"),
+}
 IDS = ("id", "verse_id")
 # Parts of names that suggest a role, and ends of names of columns that describe another column.
 HINT = re.compile(
@@ -73,6 +79,7 @@ class Roles:
 
     Pairs have a query, n-way tables an id, single texts a text alone.
 
+    positive_scores, negative_scores: a teacher's scores of the query with each of these texts.
     title: comes before a single text. label: COLUMN=VALUE of the rows that are pairs. kind: of the
     texts of an n-way table. type: of FlagEmbedding, which names a task. languages: codes that name
     the columns of query and positive. unused: columns without a role.
@@ -82,6 +89,8 @@ class Roles:
     positive: str = ""
     negatives: tuple[str, ...] = ()
     score: str = ""
+    positive_scores: str = ""
+    negative_scores: str = ""
     label: str = ""
     prompt: str = ""
     type: str = ""
@@ -108,7 +117,8 @@ class Roles:
     def by_role(self) -> dict[str, tuple[str, ...]]:
         """Return {role: columns} of the roles that have any."""
         names = (
-            *("query", "positive", "negatives", "score", "label", "prompt", "type"),
+            *("query", "positive", "negatives", "score", "positive_scores", "negative_scores"),
+            *("label", "prompt", "type"),
             *("query_lang", "positive_lang", "id", "lang", "text", "title", "kind"),
         )
         given = {name: getattr(self, name) for name in names}
@@ -212,6 +222,12 @@ def _pairs(plain: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     roles["negatives"] = tuple(name for _, name in sorted(matches, key=lambda match: match[0]))
     if scores := [plain[name] for name in plain if name in SCORES]:
         roles["score"] = _single("score", scores)
+    teacher_scores = {
+        role: [plain[n] for n in names if n in plain] for role, names in TEACHER_SCORES.items()
+    }
+    # Only both together can be compared, so one without the other is unused.
+    if all(teacher_scores.values()):
+        roles |= {role: _single(role, found) for role, found in teacher_scores.items()}
     for role in ("prompt", "query_lang", "positive_lang"):
         if role in plain:
             roles[role] = plain[role]

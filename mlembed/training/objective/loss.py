@@ -75,7 +75,7 @@ def loss_table(
         ValueError: a clustering or classification batch without hard negatives, an sts batch
             without scores.
     """
-    pairs = _pairs(exits_END, batch, run, world)
+    pairs = pairs_of(exits_END, batch, run, world)
     if batch.task == "sts":
         return _cosent(batch, pairs, run)
     if batch.task in ("clustering", "classification"):
@@ -83,7 +83,7 @@ def loss_table(
     return _contrastive(batch, pairs, run, bank)
 
 
-def _pairs(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -> Pairs:
+def pairs_of(exits_END: Tensor, batch: Batch, run: config.Run, world: World) -> Pairs:
     """Split texts into queries and documents, with ids and counts on their device."""
     device, dims, exits = exits_END.device, run.model.matryoshka_dims, run.model.exits
     exits_END = exits_END[:, batch.place]
@@ -135,7 +135,7 @@ def _softmax(sums: list[Tensor], z_EMQ: Tensor, share_EQ: Tensor, times: float =
     return (loss_EMQ.where(share_EQ[:, None] > 0, 0.0) * share_EQ[:, None]).sum(-1)
 
 
-def _shares(batch: Batch, pairs: Pairs, run: config.Run, only: Tensor | None = None) -> Tensor:
+def shares_of(batch: Batch, pairs: Pairs, run: config.Run, only: Tensor | None = None) -> Tensor:
     """Return the weights [E, Q] of this process's queries, 0 where a query has left.
 
     With them the mean over processes is the mean over all queries that run to the exit.
@@ -180,7 +180,7 @@ def _own_negatives_only(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
     cos_EMQ = cosine(pairs.queries, pairs.docs[:, pairs.target, None], dims=dims)[..., 0]
     hard_EMQ = _hard(batch, pairs)
     sums = [torch.full_like(cos_EMQ, NOTHING) if hard_EMQ is None else hard_EMQ]
-    share_EQ = _shares(batch, pairs, run, batch.has_negatives)
+    share_EQ = shares_of(batch, pairs, run, batch.has_negatives)
     return _softmax(sums, cos_EMQ * scale_EM[..., None], share_EQ)
 
 
@@ -195,7 +195,7 @@ def _contrastive(batch: Batch, pairs: Pairs, run: config.Run, bank: Bank | None)
     """
     bitext, loss = batch.task == "bitext", run.loss
     symmetric = bitext or loss.directions != "query_to_doc"
-    share_EQ = _shares(batch, pairs, run)
+    share_EQ = shares_of(batch, pairs, run)
     hard_EMQ, owner = None, batch.owner
     if loss.hard_negatives != "shared":
         hard_EMQ, pairs = _hard(batch, pairs), pairs.of_positives()
@@ -215,7 +215,7 @@ def _contrastive(batch: Batch, pairs: Pairs, run: config.Run, bank: Bank | None)
     if loss.normalise_weights or not bitext:
         loss_EM = loss_EM / len(sums)
     if hard_EMQ is not None and separate:
-        share_EQ = _shares(batch, pairs, run, batch.has_negatives)
+        share_EQ = shares_of(batch, pairs, run, batch.has_negatives)
         loss_EM = loss_EM + _softmax([hard_EMQ], z_EMQ, share_EQ)
     return loss_EM
 
