@@ -16,6 +16,7 @@ COMMANDS = {
     "merge": "average models of one shape",
     "prune": "cut a smaller model out of a larger one",
     "teacher": "store a teacher's vectors of training text",
+    "score": "score training pairs with a cross-encoder",
     "cache": "list what is stored of earlier calls, and clear it",
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import auto_models
 import pyarrow as pa
 import pyarrow.parquet as pq
+import teacher_models
 from factories import tiny_model, tiny_tokenizer, write_encoder, write_jsonl
 
 from mlembed.inference.encoder import Encoder
@@ -131,3 +132,4 @@ def write_models(folder: Path) -> None:
         model = tiny_model(**shape | (bert if style == "bert" else {}))
         write_encoder(Encoder(model, tokens, 64), folder / name)
     auto_models.write("modernbert", folder / "answerdotai" / "ModernBERT-base")
+    teacher_models.cross_encoder(folder / "cross-encoder", words=TEXTS)

@@ -2,7 +2,7 @@
 weights, with tokenizers of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
@@ -40,7 +41,7 @@ NAMES = {
 }
 
 
-def trained(kind: str, **options: Any) -> PreTrainedTokenizerFast:
+def trained(kind: str, words: Iterable[str] = WORDS, **options: Any) -> PreTrainedTokenizerFast:
     """Train WordPiece, between two tokens and padded right, or byte BPE with EOS, padded left."""
     if kind in SPECIAL:
         special, names = SPECIAL[kind], NAMES[kind]
@@ -48,10 +49,11 @@ def trained(kind: str, **options: Any) -> PreTrainedTokenizerFast:
         read = Tokenizer(models.WordPiece(unk_token=named["unk_token"]))
         read.pre_tokenizer = pre_tokenizers.Whitespace()
         trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=list(special))
-        read.train_from_iterator(WORDS, trainer)
+        read.train_from_iterator(words, trainer)
         first, last = named["cls_token"], named["sep_token"]
         read.post_processor = processors.TemplateProcessing(
             single=f"{first} $A {last}",
+            pair=f"{first} $A {last} $B:1 {last}:1",
             special_tokens=[(token, special.index(token)) for token in (first, last)],
         )
         known: dict[str, Any] = {"model_max_length": BERT_LENGTH, **named}
@@ -63,7 +65,7 @@ def trained(kind: str, **options: Any) -> PreTrainedTokenizerFast:
             vocab_size=280, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet,
             show_progress=False,
         )  # fmt: skip
-        read.train_from_iterator(WORDS, trainer)
+        read.train_from_iterator(words, trainer)
         read.post_processor = processors.TemplateProcessing(
             single="$A <eos>", special_tokens=[("<eos>", 1)]
         )
@@ -125,6 +127,18 @@ def sentence(
     after = [Normalize()] * (kind == "bert") if after is None else after
     modules = [words, Pooling(words.get_embedding_dimension(), pooling or usual), *after]
     SentenceTransformer(modules=modules, device="cpu", **options).save(str(out))
+    return out
+
+
+def cross_encoder(out: Path, labels: int = 1, words: Iterable[str] = WORDS) -> Path:
+    """Save a BERT that scores pairs of texts, with a tokenizer of `words`."""
+    read = trained("bert", words=words)
+    shape = BertConfig(
+        vocab_size=len(read), hidden_size=20, intermediate_size=31, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=48, pad_token_id=0, num_labels=labels,
+    )  # fmt: skip
+    randomise(BertForSequenceClassification(shape)).save_pretrained(out)
+    read.save_pretrained(out)
     return out
 
 

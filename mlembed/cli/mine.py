@@ -27,6 +27,7 @@ def main(
     header: bool = True,
     bad_rows: BadRows = "error",
     pooling: Pooling | None = None,
+    cross_encoder: str = "",
     device: str = "auto",
 ) -> None:
     """Mine hard negatives for pairs, aware of their positives.
@@ -41,12 +42,17 @@ def main(
         header: whether the first row of .csv and .tsv names the columns.
         bad_rows: make a malformed row an error, or skip such rows and report how many.
         pooling: last, mean, cls or pooler, of a model whose directory does not say it.
+        cross_encoder: cross-encoder of one score, a directory or Hub id, to score candidates and
+            positives again: --max-score and the margins are then of the sigmoid of its scores.
         device: auto, cpu or cuda.
     """
     options.check()
+    if cross_encoder and options.rescore:
+        raise ValueError("rescore: expected it without --cross-encoder, which decides alone")
     check_new(out)
     from ..data import sources
     from ..data.formats import layouts
+    from ..inference.cross_encoder import CrossEncoder
     from ..inference.encoder import Encoder
     from ..inference.mining import Column, gather, write
 
@@ -54,5 +60,6 @@ def main(
     tables = sources.tables_of(data, bad_rows, columns, header, say)
     texts = gather(tables, Column(layouts.Corpus(corpus)) if corpus else None)
     encoder = Encoder.load(model, device, pooling=pooling, say=say)
-    report = write(encoder, texts, options, out, sys.stderr.isatty())
+    cross = CrossEncoder.load(cross_encoder, device) if cross_encoder else None
+    report = write(encoder, texts, options, out, sys.stderr.isatty(), cross)
     print(f"{out}: {report}")

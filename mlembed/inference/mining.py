@@ -7,7 +7,8 @@ the data or, with a corpus, its texts and all positives. Then, in this order,
    positives in every row of the data, its own text, and every text that training would leave out
    as a false negative;
 2. with `rescore`, the candidates are scored and ranked again at full depth, width and rank: a
-   shallow exit, a narrow prefix or a small rank makes the shortlist, the whole model decides;
+   shallow exit, a narrow prefix or a small rank makes the shortlist, the whole model decides; with
+   a cross-encoder, it scores and ranks candidates and positives, as numbers of 0 to 1;
 3. ranks 1..skip go;
 4. candidates too near the positive go: with s the query's score with its positive, the lowest if it
    has several, a negative scores at most s - |s| relative_margin, at most s - absolute_margin, and
@@ -39,6 +40,7 @@ from ..data.formats.readers import normalise
 from ..data.tables import Table, linked, text_id
 from ..runtime import files
 from . import search
+from .cross_encoder import CrossEncoder
 from .encoder import Encoder
 from .search import CHUNK
 
@@ -230,11 +232,13 @@ def mine(
     options: Options,
     directory: Path | None = None,
     progress: bool = False,
+    cross: CrossEncoder | None = None,
 ) -> Iterator[Mined]:
     """Yield the negatives of every query, in order.
 
     Args:
-        directory: place of the file of full vectors, if `options.rescore`.
+        directory: place of the file of full vectors, if `options.rescore`. cross: scores the
+            candidates again, without prompts.
 
     Raises:
         ValueError: options out of range, a dim, exit or rank that the model lacks.
@@ -257,7 +261,7 @@ def mine(
         )
     with tqdm(total=len(texts.queries), desc="queries", disable=not progress, leave=False) as bar:
         for block, most in blocks(texts, options.top):
-            yield from _mine_block(encoder, texts, options, vectors_ND, full, block, most)
+            yield from _mine_block(encoder, texts, options, vectors_ND, full, block, most, cross)
             bar.update(len(block))
 
 
@@ -286,6 +290,7 @@ def _mine_block(
     full: search.LazyVectors | None,
     block: np.ndarray,
     most: int,
+    cross: CrossEncoder | None,
 ) -> Iterator[Mined]:
     queries = texts.queries.prompted(block)
     size = options.dim, options.exit, options.rank
@@ -309,6 +314,11 @@ def _mine_block(
             order = search.rank_again(scores, rows, options.top)
             scores, rows = scores[order], rows[order]
         own_scores = vectors_ND[own] @ vector_D
+        if cross is not None:
+            some = [(texts.queries[query], texts.documents[row]) for row in (*rows, *own)]
+            scores, own_scores = np.split(cross.scores(some, sigmoid=True), [len(rows)])
+            order = search.rank_again(scores, rows, options.top)
+            scores, rows = scores[order], rows[order]
         chosen, left_out = select_negatives(scores, float(own_scores.min()), options, query)
         left_out["linked"] = int(of_query.sum())
         yield Mined(query, rows[chosen], scores[chosen], chosen + 1, own_scores, left_out)
@@ -350,7 +360,12 @@ def select_negatives(
 
 
 def write(
-    encoder: Encoder, texts: MiningTexts, options: Options, out: Path, progress: bool = False
+    encoder: Encoder,
+    texts: MiningTexts,
+    options: Options,
+    out: Path,
+    progress: bool = False,
+    cross: CrossEncoder | None = None,
 ) -> Report:
     """Write a row {query, positive, negatives, positive_score, negative_scores} for every pair,
     without prompts, to `out`, atomically.
@@ -363,7 +378,7 @@ def write(
         raise ValueError(f"out: expected a .jsonl file, got {out}")
     report = Report(len(texts.documents), len(texts.pairs), len(texts.queries))
     with files.atomic_file(out) as partial, partial.open("w", encoding="utf-8") as file:
-        for mined in mine(encoder, texts, options, partial.parent, progress):
+        for mined in mine(encoder, texts, options, partial.parent, progress, cross):
             if _count(report, mined, options):
                 file.writelines(_rows(texts, mined))
     return report
