@@ -38,7 +38,7 @@ from mlembed.training import gradcache
 from mlembed.training.engine import Engine
 from mlembed.training.gradcache import ActivationCost
 from mlembed.training.objective.loss import loss_table, weights
-from mlembed.training.optim import adamw, to_weights
+from mlembed.training.optim import optimizer_of, to_weights
 
 from . import harness
 from .harness import judged
@@ -181,7 +181,7 @@ class Cached(Trained):
     def __init__(
         self, model: Transformer, run: config.Run, keep: Keep, before: int, half: bool
     ) -> None:
-        super().__init__(model, adamw(model, run.optim), no_graph, before)
+        super().__init__(model, optimizer_of(model, run.optim), no_graph, before)
         self.run, self.keep, self.half = replace(run, gradient_cache=True), keep, half
         device = model.device
         self.engine = Engine.of(model, self.run, World(0, 1, device), half)

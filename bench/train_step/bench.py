@@ -18,7 +18,7 @@ from torch import Tensor
 from mlembed import config
 from mlembed.modeling.transformer import Transformer
 from mlembed.training.gradcache import ActivationCost, layers_to_recompute
-from mlembed.training.optim import adamw, to_weights
+from mlembed.training.optim import optimizer_of, to_weights
 
 from ..harness import TRAIN
 from ..report import Floors, Row, Targets, gib
@@ -77,7 +77,7 @@ def ours(
     half = device.type == "cuda" or weights == "bf16"
     kept = ActivationCost.measure(model, half) if keep == "selective" else None
     loss = partial(our_loss, run=run, kept=kept, deep=deep, half=half)
-    return Ours(model, adamw(model, run.optim), loss, before)
+    return Ours(model, optimizer_of(model, run.optim), loss, before)
 
 
 def fresh(cfg: config.Model, device: torch.device) -> Transformer:

@@ -28,7 +28,7 @@ from mlembed.config import shapes
 from mlembed.modeling import hf_config, pretrained
 from mlembed.modeling.flops import training_flops
 from mlembed.modeling.transformer import Transformer
-from mlembed.training.optim import adamw
+from mlembed.training.optim import optimizer_of
 from mlembed.training.setup import bf16
 
 from .. import harness
@@ -133,7 +133,7 @@ def build(who: str, case: Case, model: str) -> tuple[Trained, Texts, str | None]
     if who in OURS:
         if who == "ours_frozen":
             start.embed_tokens.rows.requires_grad_(False)
-        return Ours(start, adamw(start, run.optim), ours(run, half), 0), inputs, None
+        return Ours(start, optimizer_of(start, run.optim), ours(run, half), 0), inputs, None
     made = peers.matryoshka_2d if who == PEERS[1] else peers.sentence_transformers
     trained, loss, note = made(case, start, cached=False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=run.optim.lr, fused=True)

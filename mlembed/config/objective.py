@@ -92,9 +92,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; the rate warms up linearly, then falls to `min_lr_ratio` of itself, or stays."""
+    """The rate warms up linearly, then falls to `min_lr_ratio` of itself, or stays."""
 
     lr: float = number(2e-3, least=1e-12, most=10)
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for the matrices of the layers, AdamW for all else. Its updates have
+    AdamW's size (arXiv 2502.16982), so rates and weight decay stay what they are."""
     min_lr_ratio: float = number(0.05, least=0, most=1)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """wsd: warm-up, a constant rate, and a decay by the square root of its steps (MiniCPM, arXiv
@@ -106,6 +109,8 @@ class Optim:
     """Share of the steps; `warmup_steps`, if it is above 0, takes precedence."""
     warmup_steps: int = number(0, least=0, most=10**8)
     betas: tuple[float, float] = number((0.9, 0.98), least=0, below=1)
+    momentum: float = number(0.95, least=0, below=1)
+    """Share of the last momentum in the next, for muon."""
     eps: float = number(1e-8, least=1e-30, most=1)
     weight_decay: float = number(0.01, least=0, most=10)
     max_grad_norm: float = number(1.0, least=1e-12, most=1e9)
@@ -121,6 +126,8 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
+        if self.name == "muon" and self.weights == "bf16":
+            raise ValueError("optim.weights: expected fp32 with muon, got bf16")
 
 
 @dataclass(frozen=True)

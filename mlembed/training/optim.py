@@ -1,4 +1,4 @@
-"""AdamW with fp32 weights, or with bf16 weights rounded stochastically, and its schedule."""
+"""The optimiser of a run, AdamW for bf16 weights that are rounded stochastically, and the rates."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw as fused_adamw
 from mlembed_kernels import stochastic_adamw
 
 from .. import config
+from .muon import MuonWithAdamW
 
 
 def to_weights(model: nn.Module, cfg: config.Optim) -> None:
@@ -22,24 +23,34 @@ def to_weights(model: nn.Module, cfg: config.Optim) -> None:
                 parameter.data = parameter.data.bfloat16()
 
 
-def adamw(model: nn.Module, cfg: config.Optim, seed: int = 0) -> torch.optim.Optimizer:
-    """Return torch's fused AdamW, for bf16 weights StochasticAdamW; norms have no weight decay.
+def optimizer_of(model: nn.Module, cfg: config.Optim, seed: int = 0) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, for bf16 weights StochasticAdamW, or MuonWithAdamW.
 
-    A group's `share` is the factor of its rate, see `rate_share`.
+    Norms have no weight decay. A group's `share` is the factor of its rate, see `rate_share`, and
+    `muon` tells the matrices of layers if `cfg.name` is muon.
     """
     named = list(model.named_parameters())
     depth = sum(name.startswith("layers.") for name in {layer_of(name) for name, _ in named})
-    groups: list[dict[str, Any]] = []
-    for matrices, decay in ((True, cfg.weight_decay), (False, 0.0)):
-        by_share: dict[float, list[nn.Parameter]] = {}
-        for name, p in named:
-            if (p.ndim > 1) == matrices:
-                share = rate_share(layer_of(name), depth, cfg.layer_decay)
-                by_share.setdefault(share, []).append(p)
-        groups += [
-            {"params": some, "weight_decay": decay, "share": share, "lr": share * cfg.lr}
-            for share, some in by_share.items()
-        ]
+    by_kind: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, p in named:
+        layer = layer_of(name)
+        muon = cfg.name == "muon" and p.ndim == 2 and layer.startswith("layers.")
+        share = rate_share(layer, depth, cfg.layer_decay)
+        by_kind.setdefault((muon, p.ndim > 1, share), []).append(p)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": some,
+            "muon": muon,
+            "weight_decay": cfg.weight_decay if matrices else 0.0,
+            "share": share,
+            "lr": share * cfg.lr,
+        }
+        for (muon, matrices, share), some in sorted(
+            by_kind.items(), key=lambda item: item[0][:2], reverse=True
+        )
+    ]
+    if cfg.name == "muon":
+        return MuonWithAdamW(groups, cfg)
     if cfg.weights == "bf16":
         return StochasticAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, seed=seed)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)

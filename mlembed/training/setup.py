@@ -44,7 +44,7 @@ from .objective.bank import Bank
 from .objective.distill import Distiller
 from .objective.teacher import Teacher
 from .objective.teaching import teachers
-from .optim import adamw, to_weights
+from .optim import optimizer_of, to_weights
 
 BANK, DISTILLER = "bank.", "distiller."  # prefixes of their tensors' names in a checkpoint
 
@@ -396,7 +396,7 @@ def set_up(
     # Reading may take hours longer on one process, and what follows has collectives.
     together(where, "set up")
     engine = Engine.of(model, run, where, half)
-    optimizer = adamw(model, run.optim, run.seed)
+    optimizer = optimizer_of(model, run.optim, run.seed)
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
     if resume_from:
         checkpoint.restore(resume_from, model, optimizer, where.rank, where.size)

@@ -17,7 +17,7 @@ from mlembed.data.packing import pack
 from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime import checkpoint, intact
-from mlembed.training.optim import adamw
+from mlembed.training.optim import optimizer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SHAPE = tiny_shape(vocab_size=50, hidden_size=16, head_dim=8, intermediate_size=24, ranks=(4, 8))
@@ -39,7 +39,7 @@ def nothing(path):
 def fresh(device="cpu"):
     torch.manual_seed(7)
     model = Transformer(SHAPE).to(device)
-    return model, adamw(model, OPTIM)
+    return model, optimizer_of(model, OPTIM)
 
 
 def train(model, optimizer, steps):
@@ -87,7 +87,7 @@ def test_resumed_training_is_bit_for_bit_equal(device, tmp_path):
     train(model, optimizer, 4)
 
     again = pretrained.load(str(path)).to(device)
-    resumed = adamw(again, OPTIM)
+    resumed = optimizer_of(again, OPTIM)
     torch.manual_seed(99)
     with torch.no_grad():
         for parameter in again.parameters():
@@ -182,7 +182,7 @@ def test_shapes_of_another_model_are_errors(tmp_path, trained):
         other = {**vars(SHAPE), "exits": (), "matryoshka_dims": (), **change}
         other = Transformer(config.Model(**other))
         with pytest.raises(ValueError, match=message):
-            restore(path, other, adamw(other, config.Optim()))
+            restore(path, other, optimizer_of(other, config.Optim()))
 
 
 def test_random_state_is_restored_for_the_same_number_of_processes(tmp_path):

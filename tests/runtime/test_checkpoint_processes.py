@@ -26,7 +26,7 @@ from mlembed.modeling import pretrained
 from mlembed.modeling.transformer import Transformer
 from mlembed.runtime import checkpoint, intact
 from mlembed.runtime.distributed import World, world
-from mlembed.training.optim import adamw
+from mlembed.training.optim import optimizer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # Of four processes, some hold fewer of the 50 tokens, and one holds none of W's 5 rows.
@@ -43,7 +43,7 @@ def build(where, sharded=True):
         mesh = init_device_mesh("cpu", (where.size,))
         for part in (*model.layers, model):
             fully_shard(part, mesh=mesh)
-    return model, adamw(model, config.Optim(lr=1e-2, weight_decay=0.1))
+    return model, optimizer_of(model, config.Optim(lr=1e-2, weight_decay=0.1))
 
 
 def advance(model, optimizer, seed):

@@ -25,7 +25,7 @@ from mlembed.runtime.distributed import World
 from mlembed.training.engine import Engine, local
 from mlembed.training.guards import agree, bad_gradient
 from mlembed.training.lora import attach
-from mlembed.training.optim import adamw, prepare
+from mlembed.training.optim import optimizer_of, prepare
 
 # Neither two nor four processes share these widths, heads and vocabulary evenly.
 MODEL = tiny_shape(
@@ -187,7 +187,7 @@ def train(case, where, size):
             return allreduce_hook(None, bucket)
 
         engine.replica.register_comm_hook(None, hook)
-    optimizer = adamw(model, run.optim)
+    optimizer = optimizer_of(model, run.optim)
     result = {"grads": [], "norms": [], "called": [], "graphs": [], "bad": []}
     for step in range(STEPS):
         called.clear()

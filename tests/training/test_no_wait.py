@@ -28,7 +28,7 @@ from mlembed.training.objective.distill import Distiller
 from mlembed.training.objective.loss import weights
 from mlembed.training.objective.packed_teacher import PackedTeacher
 from mlembed.training.objective.teacher import Teacher
-from mlembed.training.optim import adamw, to_weights
+from mlembed.training.optim import optimizer_of, to_weights
 from mlembed.training.step import LossSpec, update
 
 WIDTH = 40  # of the teacher's vectors
@@ -78,7 +78,7 @@ def set_up(folder, data, options, where, distill=None):
     job.batches.world = where
     distiller = Distiller.of(run, WIDTH, torch.zeros(99, WIDTH), World(0, 1, DEVICE))
     bank = Bank(run.loss.memory_bank, run.loss.bank_on == "host") if run.loss.memory_bank else None
-    parts = {"optimizer": adamw(model, run.optim), "distiller": distiller, "bank": bank}
+    parts = {"optimizer": optimizer_of(model, run.optim), "distiller": distiller, "bank": bank}
     return replace(job, run=run, where=where, engine=Engine(model, where), budget=1.0, **parts)
 
 

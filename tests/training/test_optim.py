@@ -19,8 +19,8 @@ from mlembed.modeling.transformer import Transformer
 from mlembed.runtime import checkpoint
 from mlembed.training.optim import (
     StochasticAdamW,
-    adamw,
     learning_rate,
+    optimizer_of,
     prepare,
     set_rates,
     to_weights,
@@ -108,7 +108,7 @@ def test_clipping_in_the_step_is_that_of_float64(weights, max_norm):
         model = nn.ParameterList(
             x.float() if weights == "fp32" or x.ndim == 1 else x.clone() for x in start
         )
-        optimizer = adamw(model, config.Optim(lr=1e-2, weights=weights))
+        optimizer = optimizer_of(model, config.Optim(lr=1e-2, weights=weights))
         for step in range(3):
             for p, grad in zip(model, grads, strict=True):
                 p.grad = (grad * (step + 1)).to(p.dtype)
@@ -239,7 +239,7 @@ def fresh(cfg=BF16):
     torch.manual_seed(7)
     model = Transformer(SHAPE)
     to_weights(model, cfg)
-    return model, adamw(model, cfg, seed=3)
+    return model, optimizer_of(model, cfg, seed=3)
 
 
 def train(model, optimizer, steps, texts=6):
@@ -277,7 +277,7 @@ def test_every_parameter_is_in_one_group(weights, ranks):
     model = Transformer(dataclasses.replace(SHAPE, ranks=ranks))
     cfg = config.Optim(0.5, betas=(0.1, 0.2), weight_decay=0.3, weights=weights)
     to_weights(model, cfg)
-    optimizer = adamw(model, cfg)
+    optimizer = optimizer_of(model, cfg)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
@@ -331,7 +331,7 @@ def test_resumed_training_repeats_bit_for_bit(tmp_path):
         to_weights(again, BF16)
         for name, p in again.named_parameters():
             assert p.dtype == before[name].dtype and torch.equal(p, before[name]), name
-        resumed = adamw(again, BF16, seed)
+        resumed = optimizer_of(again, BF16, seed)
         assert checkpoint.restore(path, again, resumed, 0, 1)["step"] == 3
         torch.manual_seed(1)
         train(again, resumed, 4)
@@ -369,7 +369,7 @@ def replica(where):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16))
     to_weights(model, BF16)
-    optimizer = adamw(model, BF16)
+    optimizer = optimizer_of(model, BF16)
     ddp = DistributedDataParallel(model)
     generator = torch.Generator().manual_seed(where.rank)
     for _ in range(5):
