@@ -47,7 +47,7 @@ from mlembed.modeling import pretrained, serving
 from mlembed.modeling.flops import Flops, training_flops
 from mlembed.runtime import checkpoint, files, log, profiling, transfer
 from mlembed.runtime.distributed import World, any_process, broadcast, main_works, world
-from mlembed.training import best, gradcache, guards, lora, resume
+from mlembed.training import average, best, gradcache, guards, lora, resume
 from mlembed.training.objective import hidden, quantise, score_teacher
 from mlembed.training.objective.loss import loss_table, ranks_of, weights
 from mlembed.training.optim import set_rates
@@ -107,6 +107,8 @@ def train_owned(run: config.Run, where: World, out: log.Log) -> int:
         out.say(f"idle   source {source}: {count} batches taught nothing")
     if not stopped:
         take_best(job, done)
+        if average.take(job.optimizer):
+            out.say(f"ema    report and model have weights averaged with decay {run.optim.ema}")
         with main_works(where, "finish"), process.interruptible():
             finish(job)
     else:
@@ -396,7 +398,7 @@ def score(job: Job, step: int) -> dict[str, Any] | None:
 
     if not job.tasks:
         return None
-    with main_works(job.where, f"score {step}"):
+    with main_works(job.where, f"score {step}"), average.swapped(job.optimizer):
         encoder = full_encoder(job)
         if encoder is None or process.stopping():
             return None

@@ -114,6 +114,9 @@ class Optim:
     eps: float = number(1e-8, least=1e-30, most=1)
     weight_decay: float = number(0.01, least=0, most=10)
     max_grad_norm: float = number(1.0, least=1e-12, most=1e9)
+    ema: float = number(0.0, least=0, below=1)
+    """Decay of moving averages of the weights, which are then scored and exported instead of the
+    last step's. 0: none."""
     layer_decay: float = number(1.0, above=0, most=1)
     """Factor of the rate from each layer to the one before it (layer-wise decay, ULMFiT, arXiv
     1801.06146). The tokens' is one below the first layer's; norm, pooler and dense layers have the
@@ -126,8 +129,9 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
-        if self.name == "muon" and self.weights == "bf16":
-            raise ValueError("optim.weights: expected fp32 with muon, got bf16")
+        if self.weights == "bf16" and (self.name == "muon" or self.ema):
+            name = "muon" if self.name == "muon" else "ema"
+            raise ValueError(f"optim.weights: expected fp32 with {name}, got bf16")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .. import config
 from ..modeling import flops
 from ..modeling.flops import Flops
 from ..runtime import log, process, transfer
-from . import guards
+from . import average, guards
 from .objective.distill import rows_of
 from .objective.loss import ranks_of, weights
 from .optim import learning_rate, prepare
@@ -128,6 +128,8 @@ def update(job: Job, step: int, losses: Terms) -> tuple[Tensor, guards.Check]:
     found = answers[0]
     prepare(job.optimizer, norm, run.optim.max_grad_norm, found)
     job.optimizer.step()
+    if run.optim.ema:
+        average.update(job.optimizer, run.optim.ema, step, found)
     if distiller is not None:
         distiller.step(learning_rate(step, run), run.optim.max_grad_norm, found)
     engine.zero()
