@@ -166,7 +166,7 @@ class Run:
     profile: int = machine(0, least=0, most=10**8)
     """Steps to trace after the first ones, with named ranges, for Chrome's or Perfetto's viewer;
     nsys sees the ranges, too."""
-    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    tracker: Literal["tensorboard", "wandb", "trackio", "mlflow", "none"] = "tensorboard"
     resume: bool = machine(False)
     """Resume from the newest intact checkpoint of the run's directory."""
     allow_changed: tuple[str, ...] = machine(())

@@ -214,7 +214,7 @@ def check_tracker(name: str) -> None:
 def _tracker(
     name: str, directory: Path, step: int
 ) -> tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]:
-    """Return functions that write and close: TensorBoard's files, or wandb or trackio."""
+    """Return functions that write and close: TensorBoard's files, wandb, trackio, mlflow."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -229,5 +229,9 @@ def _tracker(
         return write, writer.close
     check_tracker(name)
     module = __import__(name)
+    if name == "mlflow":
+        module.set_experiment("mlembed")
+        module.start_run(run_name=directory.name)
+        return (lambda values, step: module.log_metrics(dict(values), step=step)), module.end_run
     module.init(project="mlembed", name=directory.name)
     return (lambda values, step: module.log(dict(values), step=step)), module.finish

@@ -133,6 +133,22 @@ def test_tensorboard_hides_steps_that_are_written_again(step, left, tmp_path):
     assert scalars(tmp_path)["train/loss"] == [*((s, float(s)) for s in left), (3, 30.0)]
 
 
+def test_mlflow_has_the_scalars(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    (tmp_path / "run").mkdir()
+    out = begin(tmp_path / "run", "mlflow")
+    out.metrics(1, "train", NESTED)
+    out.metrics(2, "train", {"loss": 1.5, "name": "x"})
+    out.close()
+    (run,) = mlflow.search_runs(experiment_names=["mlembed"], output_format="list")
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    assert [(one.step, one.value) for one in history] == [(1, 2.5), (2, 1.5)]
+    assert run.data.metrics["train/losses/exit_1/dim_8"] == 3.0
+
+
 def test_missing_tracker_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="tracker: no_such_tracker is not installed: pip install"):
         begin(tmp_path, "no_such_tracker")
