@@ -119,6 +119,9 @@ class Run:
     """Micro-batches of a step. Their gradients are averaged; they do not share negatives."""
     max_length: int = number(64, least=2, most=2**24)
     """Tokens of a text, EOS included; longer texts are cut and keep EOS."""
+    query_max_length: int = number(0, least=0, most=2**24)
+    """Tokens of a query in training, if less than `max_length`, which then holds for documents
+    alone. 0: like documents."""
     pack_tokens: int = number(131_072, above=0, below=2**31)
     """Most tokens of a packed forward, queries and documents together."""
     sampling: Literal["alpha", "weights", "exhaust"] = "alpha"
@@ -184,6 +187,11 @@ class Run:
             raise ValueError(
                 "max_length: expected at most model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}, got {self.max_length}"
+            )
+        if self.query_max_length == 1 or self.query_max_length > self.max_length:
+            raise ValueError(
+                f"query_max_length: expected 0, or 2 to max_length {self.max_length}, got "
+                f"{self.query_max_length}"
             )
         if self.depth.exits:
             where = "model.exits"

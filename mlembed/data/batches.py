@@ -26,6 +26,7 @@ from .collate import Batch, collate
 from .formats.layouts import SINGLE
 from .streams import Stream, name_of
 from .tables import Table
+from .tokenizer import shortened
 from .tokens import Tokens, tokenise
 
 # First numbers of seeds: an order, permutations, and each batch's texts and depths.
@@ -185,6 +186,14 @@ def draw_rows(
     return [row[:n] for row, n in zip(rows.tolist(), counts.tolist(), strict=True)]
 
 
+def _longer(table: Table, tokens: Tokens, most: int) -> int:
+    """Return how many queries of pairs have more tokens than `most`; none if that is 0."""
+    if table.either or not most:
+        return 0
+    queries = table.starts[:-1]
+    return int((tokens.offsets[queries + 1] - tokens.offsets[queries] > most).sum())
+
+
 # ---- batches ----
 
 
@@ -195,7 +204,8 @@ class Batches(Dataset[Batch]):
     read from the cache; streams are tokenised as they come.
 
     order: int64 [micro-batches], the source of each. names: of the sources. truncated: texts of
-    each table that were longer than `max_length`.
+    each table that were longer than `max_length`. short: queries of each table of pairs that are
+    cut to `query_max_length`.
     """
 
     def __init__(
@@ -234,6 +244,10 @@ class Batches(Dataset[Batch]):
             tokenise(table, tokenizer, run.max_length, world.main) for table in tables
         ]
         self.truncated = [tokens.truncated for tokens in self.tokens]
+        self.short = [
+            _longer(table, tokens, run.query_max_length)
+            for table, tokens in zip(tables, self.tokens, strict=True)
+        ]
         self.names = [table.name for table in tables] + [name_of(source) for source in streams]
         self.negatives = [num_negatives(run.loss, table.source, table.task) for table in tables]
         self.negatives += [num_negatives(run.loss, s.source, s.task) for s in self.streams]
@@ -346,13 +360,24 @@ class Batches(Dataset[Batch]):
         rows = np.array([row for group in groups for row in group])
         sizes = np.array([len(group) for group in groups])
         lengths = offsets[rows + 1] - offsets[rows]
+        # The texts of a group of single texts have no roles.
+        limit = 0 if source.task == SINGLE else run.query_max_length
+        queries = {group[0] for group in groups} if limit else set()
+        if limit:
+            of_queries = np.cumsum(sizes) - sizes
+            lengths[of_queries] = np.minimum(lengths[of_queries], limit)
+
+        def ids_of(row: int) -> np.ndarray:
+            own = flat[offsets[row] : offsets[row + 1]]
+            return shortened(own, limit) if row in queries else own
+
         of_groups = np.add.reduceat(lengths, np.cumsum(sizes) - sizes)
         rng = np.random.default_rng([run.seed, DEPTHS, number])
         last = run.model.num_hidden_layers
         depths = depth.draw_depths(of_groups, run.depth, last, rng, self.world.size)
         batch = collate(
             groups,
-            lambda row: flat[offsets[row] : offsets[row + 1]],
+            ids_of,
             ids,
             depths,
             depth.draw_runs(len(rows), run.depth, last, rng),

@@ -260,6 +260,11 @@ def save(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def shortened(ids: np.ndarray, most: int) -> np.ndarray:
+    """Return a text's tokens as `tokenize` cuts them to `most`, which keeps the last one, EOS."""
+    return ids if len(ids) <= most else np.append(ids[: most - 1], ids[-1:])
+
+
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], max_length: int, first: int = 0
 ) -> list[np.ndarray]:

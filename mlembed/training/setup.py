@@ -407,6 +407,9 @@ def set_up(
     for name, count in zip(batches.names, batches.truncated, strict=False):
         if count:
             out.say(f"train  {name}: {count} texts cut to {run.max_length} tokens")
+    for name, count in zip(batches.names, batches.short, strict=False):
+        if count:
+            out.say(f"train  {name}: {count} queries cut to {run.query_max_length} tokens")
     last = run.model.last_layers
     ends = f" that end with the last {last} layers" if last else ""
     frozen = ", tokens frozen" if run.optim.freeze_tokens else ""

@@ -53,6 +53,50 @@ def make(tables, learnt):
     return make
 
 
+# ---- lengths ----
+
+
+def row_tokens(batch):
+    """Return the tokens of every text, queries first."""
+    parts = [part for pack in batch.packs for part in texts_of(pack)]
+    return [parts[place] for place in batch.place.tolist()]
+
+
+def texts_of(pack):
+    bounds = pack.plan.cu_seqlens.tolist()
+    return [pack.ids_T[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_queries_are_cut_shorter_than_documents(make, tables, learnt, size):
+    """To the tokens that the tokenizer itself cuts them to, of either kind of table."""
+    cut = [make(rank=rank, size=size, query_max_length=3) for rank in range(size)]
+    whole = [make(rank=rank, size=size) for rank in range(size)]
+    seen = 0
+    for number in range(20):
+        for one, other in zip(cut, whole, strict=True):
+            short, long = one[number], other[number]
+            assert short.rows.tolist() == long.rows.tolist()
+            count = len(short.target)
+            got, want = row_tokens(short), row_tokens(long)
+            assert got[count:] == want[count:]
+            table = tables[int(one.order[number])]
+            texts = [table.texts[row] for row in short.rows.tolist()[:count]]
+            assert got[:count] == [ids.tolist() for ids in tokenizer.tokenize(learnt, texts, 3)]
+            seen += sum(len(ids) == 3 for ids in got[:count])
+    assert seen > 40
+    pairs = tables[0]
+    queries = [pairs.texts[row] for row in pairs.starts[:-1]]
+    lengths = [len(ids) for ids in tokenizer.tokenize(learnt, queries, 64)]
+    assert cut[0].short == [sum(n > 3 for n in lengths), 0] and whole[0].short == [0, 0]
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_length_of_queries_out_of_range(make, length):
+    with pytest.raises(ValueError, match="query_max_length: expected 0, or 2 to max_length 64"):
+        make(query_max_length=length)
+
+
 # ---- which batches ----
 
 
