@@ -145,7 +145,7 @@ def one_loss(sample, x, task, loss, exit):
     groups = [sample.groups[i] for i in present]
     unit = x / (x * x).sum(1, keepdim=True).sqrt()
     cos = unit @ unit.T
-    s = (cos / t).exp()
+    s = (cos / t + loss.hardness * cos.detach()).exp()
     zero = x.sum() * 0
     if task == "sts":
         z = {i: cos[sample.groups[i][0], sample.groups[i][1]] / t for i in present}
@@ -211,6 +211,11 @@ OBJECTIVES = {
     },
     "bitext-margin": ("bitext", {"margin": 0.3, "temperature": 0.1}),
     "bitext-sum": ("bitext", {"margin": 0.2, "normalise_weights": False, "hard_negatives": "own"}),
+    "hardness-symmetric": ("retrieval", {"hardness": 3.0, "hard_negatives": "own"}),
+    "hardness-separate": ("retrieval", {"hardness": 2.0, "hard_negatives": "separate"}),
+    "hardness-gte": ("retrieval", {"hardness": 3.0, "directions": "gte"}),
+    "hardness-bitext": ("bitext", {"hardness": 2.0, "margin": 0.3, "hard_negatives": "shared"}),
+    "hardness-clustering": ("clustering", {"hardness": 4.0}),
     "clustering": ("clustering", {"directions": "gte"}),
     "classification": ("classification", {"temperature": 0.2, "margin": 0.3}),
     "sts": ("sts", {"temperature": 0.1}),

@@ -59,6 +59,9 @@ class Loss:
     queue, arXiv 1911.05722), without gradient. Holds the newest whole micro-batches."""
     bank_on: Literal["device", "host"] = machine("device")
     """Memory of the bank; pinned host memory is copied micro-batch by micro-batch."""
+    hardness: float = number(0.0, **WEIGHT)
+    """Weigh negatives by exp(hardness cos): it adds `hardness` times its cosine, as a constant, to
+    the logit of every negative (arXiv 2503.04812, 9 there; EmbeddingGemma, 2509.20354, 5)."""
     quantise: Literal["none", "int8", "binary"] = "none"
     """Train vectors to be stored in bytes or bits: the loss also has a part in which every number
     is one of 255 steps or a sign, and gradients pass the rounding unchanged (straight-through,

@@ -29,6 +29,7 @@ Letters: E exits, M prefixes, N texts, D width, Q queries of this process, K har
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -169,6 +170,31 @@ def _hard(batch: Batch, pairs: Pairs) -> Tensor | None:
 # ---- clustering, classification ----
 
 
+def _hardened(pairs: Pairs, hardness: float) -> Pairs:
+    """Return pairs whose log-sum-exps are those of z + h cos, h the hardness."""
+    if not hardness:
+        return pairs
+    return replace(pairs, common={**pairs.common, "scale": pairs.common["scale"] + hardness})
+
+
+def _as_constants(sums: Sequence[Tensor], scale_EM: Tensor, hardness: float) -> list[Tensor]:
+    """Return log-sum-exps of hardened pairs whose gradients are those of z alone.
+
+    The gradient of z + h cos by cos is 1 / t + h times the softmax, so 1 / (1 + h t) of it is that
+    of a constant h cos.
+    """
+    if not hardness:
+        return list(sums)
+    share_EM1 = (scale_EM / (scale_EM + hardness))[..., None]
+    made = []
+    for lse_EMQ in sums:
+        lse_EMQ = lse_EMQ.view_as(lse_EMQ)
+        if lse_EMQ.requires_grad:
+            lse_EMQ.register_hook(lambda grad: grad * share_EM1)
+        made.append(lse_EMQ)
+    return made
+
+
 def _own_negatives_only(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
     """Return the softmax over the positive and the query's own hard negatives; gathers nothing."""
     if not batch.host.has_negatives.any():
@@ -178,8 +204,10 @@ def _own_negatives_only(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
         )
     dims, scale_EM = pairs.common["dims"], pairs.common["scale"]
     cos_EMQ = cosine(pairs.queries, pairs.docs[:, pairs.target, None], dims=dims)[..., 0]
-    hard_EMQ = _hard(batch, pairs)
+    hardness = run.loss.hardness
+    hard_EMQ = _hard(batch, _hardened(pairs, hardness))
     sums = [torch.full_like(cos_EMQ, NOTHING) if hard_EMQ is None else hard_EMQ]
+    sums = _as_constants(sums, scale_EM, hardness)
     share_EQ = shares_of(batch, pairs, run, batch.has_negatives)
     return _softmax(sums, cos_EMQ * scale_EM[..., None], share_EQ)
 
@@ -195,7 +223,8 @@ def _contrastive(batch: Batch, pairs: Pairs, run: config.Run, bank: Bank | None)
     """
     bitext, loss = batch.task == "bitext", run.loss
     symmetric = bitext or loss.directions != "query_to_doc"
-    share_EQ = shares_of(batch, pairs, run)
+    share_EQ, scale_EM = shares_of(batch, pairs, run), pairs.common["scale"]
+    pairs = _hardened(pairs, loss.hardness)
     hard_EMQ, owner = None, batch.owner
     if loss.hard_negatives != "shared":
         hard_EMQ, pairs = _hard(batch, pairs), pairs.of_positives()
@@ -207,8 +236,11 @@ def _contrastive(batch: Batch, pairs: Pairs, run: config.Run, bank: Bank | None)
     else:
         sums, cos_EMQ = in_batch(pairs, batch.source, run, symmetric, bank)
     margin = loss.margin if bitext else 0.0
-    z_EMQ = (cos_EMQ - margin) * pairs.common["scale"][..., None]
+    z_EMQ = (cos_EMQ - margin) * scale_EM[..., None]
     separate = loss.hard_negatives == "separate" and not bitext
+    if hard_EMQ is not None:
+        (hard_EMQ,) = _as_constants([hard_EMQ], scale_EM, loss.hardness)
+    sums = [_as_constants(parts, scale_EM, loss.hardness) for parts in sums]
     if hard_EMQ is not None and not separate:
         sums[0].append(hard_EMQ)
     loss_EM = torch.stack([_softmax(parts, z_EMQ, share_EQ, times) for parts in sums]).sum(0)

@@ -3,6 +3,7 @@ sentence-transformers' on the same bits, ML-Embed's and LaBSE's in plain torch.
 """
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -230,6 +231,27 @@ def test_multiple_negatives_ranking_loss(directions, negatives, dtype):
 
     rtol = 1e-12 if dtype == torch.float64 else 1e-5
     assert_close(ours(sample, "retrieval", run), theirs(sample, make), rtol)
+
+
+@dtypes
+@pytest.mark.skipif(
+    "hardness_mode" not in inspect.signature(losses.MultipleNegativesRankingLoss).parameters,
+    reason="sentence-transformers is too old to weigh negatives",
+)
+def test_hardness_of_multiple_negatives_ranking_loss(dtype):
+    """Theirs weighs the negatives of queries alone, so the other direction is left out."""
+    sample = texts([2] * 7, dtype=dtype)
+    options = {"directions": "query_to_doc", "temperature": 0.05, "normalise_weights": False}
+
+    def make(model):
+        return losses.MultipleNegativesRankingLoss(
+            model, scale=20, hardness_mode="all_negatives", hardness_strength=9.0
+        )
+
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    got = ours(sample, "retrieval", run_of(**options, hardness=9.0))
+    assert_close(got, theirs(sample, make), rtol)
+    assert got[0] != ours(sample, "retrieval", run_of(**options))[0]
 
 
 @dtypes
