@@ -331,7 +331,9 @@ def _prefix_weights(run: config.Run) -> list[float]:
 def ranks_of(run: config.Run, step: int) -> list[tuple[int | None, float]]:
     """Return the step's vocabulary ranks, each with the weight of its loss."""
     ranks = run.model.ranks
-    if run.loss.ranks == "all" and ranks:
+    if not ranks:
+        return [(None, 1.0)]
+    if run.loss.ranks == "all":
         return [(rank, rank / sum(ranks)) for rank in ranks]
     return [(sample_rank(ranks, run.seed, step, RANK_POWER[run.loss.ranks]), 1.0)]
 
