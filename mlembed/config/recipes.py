@@ -83,7 +83,7 @@ def elastic(
         init=init,
         init_factors="frequency",
         model=nested(source),
-        loss=Loss(temperature=0.02, ranks="evenly"),
+        loss=Loss(temperature=0.02, ranks="inversely"),
         optim=Optim(lr=2e-4 * 384 / source.hidden_size, weight_decay=0.0, freeze_tokens=True),
         distill=Distill(
             teacher=init,
@@ -97,7 +97,7 @@ def elastic(
         ),
         steps=1000,
         batch_size=64,
-        max_length=min(64, source.max_position_embeddings),
+        max_length=min(128, source.max_position_embeddings),
     )
 
 
