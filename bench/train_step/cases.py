@@ -70,7 +70,6 @@ class Case(harness.Case):
     docs: Lengths
     modes: tuple[str, ...] = (TRAIN,)
     mini_batch: int = 64
-    device: str = "cuda"
 
     @property
     def texts(self) -> int:
@@ -143,7 +142,9 @@ def of_qwen3(
 def case(name: str, run: config.Run, *providers: str) -> Case:
     """Return a case of 64 queries, their positives and seven hard negatives each: 576 texts."""
     lengths: dict[str, Any] = {"queries": (20, 0.6, 5, 512), "docs": (110, 0.7, 8, 512)}
-    return Case(name=name, run=run, pairs=64, negatives=7, providers=providers, **lengths)
+    return Case(
+        name=name, run=run, pairs=64, negatives=7, providers=providers, device="cuda", **lengths
+    )
 
 
 SIDE = "ours_bf16", "ours_liger", "ours_eager", "ours_block"
@@ -161,7 +162,7 @@ CASES = {
         case("step_nested", of_qwen3(ranks=(64, 128, 256, 512)), "ours", "ours_bf16"),
         Case(
             name="lealla", run=config.Run(model=LEALLA, optim=config.Optim(lr=1e-5)),
-            pairs=8192, queries=SHORT, docs=SHORT, mini_batch=1024,
+            pairs=8192, queries=SHORT, docs=SHORT, mini_batch=1024, device="cuda",
             providers=("ours", "sentence_transformers", "ours_bf16", "ours_eager"),
         ),
     )

@@ -71,7 +71,7 @@ def main(
     from ..inference import vector_files
 
     if precision in ("int8", "uint8") and ranges is None:
-        ranges = vector_files.model_ranges(model, dim)
+        ranges = vector_files.model_ranges(model, (dim, exit, rank))
         if ranges is not None:
             print(f"ranges: {ranges}", file=sys.stderr)
     makes_ranges = precision in ("int8", "uint8") and ranges is None

@@ -69,12 +69,16 @@ class CrossEncoder:
             ValueError: a score is NaN or infinite.
         """
         device = self.model.device.type
-        activation = torch.nn.Sigmoid() if sigmoid else torch.nn.Identity()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             scores = self.model.predict(
-                list(pairs), batch_size=BATCH, activation_fn=activation, show_progress_bar=False
+                list(pairs),
+                batch_size=BATCH,
+                activation_fn=torch.nn.Identity(),
+                show_progress_bar=False,
             )
         scores = np.asarray(scores, dtype=np.float32).reshape(len(pairs))
+        # In fp32: bf16 rounds the sigmoid of all logits above 7 to 1.
+        scores = torch.from_numpy(scores).sigmoid().numpy() if sigmoid else scores
         if not np.isfinite(scores).all():
             at = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise ValueError(f"{self.name}: non-finite score of the query {pairs[at][0][:80]!r}")

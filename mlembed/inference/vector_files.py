@@ -108,13 +108,16 @@ class Quantiser:
         return made
 
 
-def model_ranges(model: str, dim: int | None) -> Path | None:
-    """Return the file of ranges of an exported model, None without one or for a width asked for.
+def model_ranges(model: str, size: tuple[int | None, ...]) -> Path | None:
+    """Return the file of ranges of an exported model, None without one or for another size of it.
 
     A narrower vector is scaled to length one again, and leaves the ranges of the whole.
+
+    Args:
+        size: dim, exit and rank that are asked for, None for the model's own.
     """
     path = Path(model) / RANGES
-    return path if dim is None and path.is_file() else None
+    return path if set(size) == {None} and path.is_file() else None
 
 
 def read_ranges(path: Path) -> np.ndarray:

@@ -119,8 +119,10 @@ def test_targets():
     assert early["value"] == 2 and not early["met"] and early["limit"] == ">= 2.5"
 
 
-def test_a_model_of_the_user_is_exported_and_encoded(toy, tmp_path):
+def test_a_model_of_the_user_is_exported_and_encoded(toy, tmp_path, monkeypatch):
     case, path = toy
+    # The bench lets tokenizers use threads, which a loader's worker that is forked later waits for.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     own = bench.saved(replace(case, model=str(path)), CPU, tmp_path / "own")
     cfg = Encoder.load(str(own), "cpu").model.cfg
     assert cfg.num_hidden_layers == 3 and bench.shallow(cfg) == 1

@@ -210,7 +210,8 @@ def test_plan_is_complete():
         for word in words:
             assert not word.startswith("tests/") or (ROOT / word).is_file(), word
     for name, cases in planned.items():
-        assert sorted(cases) == sorted(named(name).CASES), name
+        known = [case.name for case in named(name).CASES.values() if case.device != "cpu"]
+        assert sorted(cases) == sorted(known), name
     assert set(planned) == set(bench_command.NAMES) - {"loader"}  # which needs no GPU
 
 

@@ -88,6 +88,10 @@ def test_export_has_the_ranges_of_its_size(encoder, tasks, tmp_path, capsys):
     assert (np.load(tmp_path / "v.npy") == want).all()
     assert f"ranges: {tmp_path}/narrow/int8_ranges.npy" in capsys.readouterr().err
     assert not (tmp_path / "v.npy.ranges.npy").exists()
+    # A shorter vector has ranges of its own.
+    options = {"dim": 4, "precision": "int8", "out": str(tmp_path / "short.npy")}
+    encode.main(str(tmp_path / "narrow"), texts, **options)
+    assert (tmp_path / "short.npy.ranges.npy").exists()
     # Neither another depth nor a run that was not scored as bytes has any.
     for name, exit, cells in (("shallow", 1, grid["cells"]), ("plain", 3, [])):
         export(encoder, tmp_path / name, 8, exit, source=Origin("run", grid={"cells": cells}))

@@ -167,9 +167,6 @@ def _hard(batch: Batch, pairs: Pairs) -> Tensor | None:
     return z_EMQK.masked_fill(negatives < 0, NOTHING).logsumexp(-1)
 
 
-# ---- clustering, classification ----
-
-
 def _hardened(pairs: Pairs, hardness: float) -> Pairs:
     """Return pairs whose log-sum-exps are those of z + h cos, h the hardness."""
     if not hardness:
@@ -193,6 +190,9 @@ def _as_constants(sums: Sequence[Tensor], scale_EM: Tensor, hardness: float) -> 
             lse_EMQ.register_hook(lambda grad: grad * share_EM1)
         made.append(lse_EMQ)
     return made
+
+
+# ---- clustering, classification ----
 
 
 def _own_negatives_only(batch: Batch, pairs: Pairs, run: config.Run) -> Tensor:
