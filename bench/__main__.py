@@ -310,9 +310,10 @@ def wrong(what: str, known: tuple[str, ...], got: str) -> NoReturn:
 
 
 def model_of(args: argparse.Namespace) -> str:
-    """Take MODEL=DIR from the names, and return the directory as an absolute path, or ""."""
-    given = [name for name in args.names if name.startswith("MODEL=")]
+    """Take MODEL=DIR from the names or cases, and return the absolute path, "" without one."""
+    given = [name for name in (*args.names, *args.case) if name.startswith("MODEL=")]
     args.names = [name for name in args.names if name not in given]
+    args.case = [name for name in args.case if name not in given]
     if not given:
         return ""
     path = Path(given[-1].removeprefix("MODEL="))
@@ -364,7 +365,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench/results", help="folder, or a .jsonl, of results"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.model = model_of(args)
     if args.list:
         args.names, args.case = args.names or ["all"], []

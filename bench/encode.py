@@ -141,7 +141,7 @@ def calls(case: Case, directory: Path, device: torch.device) -> dict[tuple[str, 
         sentence = sentence_transformer(directory, device, dtype)
         both["ours", mode] = encoder.encode
         if mode == "full":
-            both["ours", "exit"] = partial(encoder.encode, exit=shallow(encoder.model.cfg))
+            both["ours", "exit"] = partial(encoder.encode, exit=shallow(case, encoder.model.cfg))
         for name, batch in BATCH.items():
             both[name, mode] = partial(sentence.encode, batch_size=batch, show_progress_bar=False)
     if not cuda and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
@@ -152,9 +152,9 @@ def calls(case: Case, directory: Path, device: torch.device) -> dict[tuple[str, 
     return both
 
 
-def shallow(cfg: config.Model) -> int:
-    """Return the first exit, or half the depth of a model that has one exit."""
-    return cfg.exits[0] if len(cfg.exits) > 1 else max(1, cfg.num_hidden_layers // 2)
+def shallow(case: Case, cfg: config.Model) -> int:
+    """Return the first exit, or half the depth of MODEL."""
+    return max(1, cfg.num_hidden_layers // 2) if case.model else cfg.exits[0]
 
 
 # ---- right or not ----
@@ -170,7 +170,7 @@ def compared(case: Case, directory: Path, device: torch.device) -> Iterator[dict
     """Compare vectors with sentence-transformers' in fp32, and an exit with a model cut there."""
     some = case.texts(device)
     encoder = Encoder.load(str(directory), str(device))
-    early, cut = shallow(encoder.model.cfg), directory.parent / f"{directory.name}-cut"
+    early, cut = shallow(case, encoder.model.cfg), directory.parent / f"{directory.name}-cut"
     written(encoder, cut, early)
     for mode, path, exit in (("full", directory, None), ("exit", cut, early)):
         sentence = sentence_transformer(path, device, torch.float32)
@@ -250,7 +250,7 @@ def rows(case: Case, device: torch.device, end: float, skip: set[str]) -> Iterat
             return
     for (provider, mode), row in measured.items():
         if not case.small:
-            layers = shallow(cfg) if mode == "exit" else cfg.num_hidden_layers
+            layers = shallow(case, cfg) if mode == "exit" else cfg.num_hidden_layers
             rate = rates["bf16" if mode == "bf16" else "full"]
             row |= {"tokens": tokens, "floor_ms": tokens * flops(cfg, layers) / rate * 1e3}
         at = {"case": case.name, "provider": provider, "mode": mode, "device": device.type}

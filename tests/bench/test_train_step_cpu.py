@@ -75,6 +75,8 @@ def test_cases_name_the_device_they_need(make_worker, records):
     [
         (["MODEL=nowhere"], "MODEL: expected a directory, got 'nowhere'"),
         (["MODEL=.", "--case", "step"], "MODEL: no case of step takes a model"),
+        (["--case", "step", "MODEL=."], "MODEL: no case of step takes a model"),
+        (["--case", "step", "--seconds", "9", "MODEL=no"], "MODEL: expected a directory, got 'no'"),
     ],
 )
 def test_wrong_model_is_refused(monkeypatch, capsys, given, error):
