@@ -134,7 +134,7 @@ def test_tensorboard_hides_steps_that_are_written_again(step, left, tmp_path):
 
 
 def test_mlflow_has_the_scalars(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow: pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "store").as_uri())
     (tmp_path / "run").mkdir()
